@@ -1,0 +1,1 @@
+"""Attacks on detectors: the group loop, its budget and its update rules."""

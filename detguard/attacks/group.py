@@ -1,0 +1,218 @@
+"""The transformation-robust group attack: fool the photo and all its transformed copies at once.
+
+Repeat: transform the adversarial photo, detect on it and on every copy in one batch, stop when all are fooled,
+else step against the aggregated gradient of their losses, within an L-inf budget. The 8-bit photo that would be
+saved is what the detector is shown at every step.
+"""
+
+import hashlib
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detguard import DetguardError
+from detguard.attacks.budget import project_linf, random_start
+from detguard.detections import Detections, suppress
+from detguard.detectors.base import Detector, to_photo
+from detguard.objectives import Objective
+from detguard.photos import Letterbox, Photo
+from detguard.transforms.base import GradientRule, Transform, transform_with_gradient
+
+Aggregate = Literal["mean", "weighted", "max"]
+
+
+@dataclass(frozen=True)
+class AttackOptions:
+    """How to search. Levels are those of 8-bit pixels.
+
+    conf: confidence that counts as found; eps: budget, step: per iteration, both in levels;
+    weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
+    found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group.
+    """
+
+    conf: float = 0.25
+    iou: float = 0.7
+    eps: float = 4
+    step: float = 1
+    steps: int = 100
+    aggregate: Aggregate = "mean"
+    weights: tuple[float, ...] | None = None
+    gradient: GradientRule = "straight-through"
+    momentum: float = 0.0
+    random_start: bool = False
+    margin: float = 0.05
+    seed: int = 0
+    batch: int = 1
+
+
+@dataclass
+class Attempt:
+    """The attack on one photo as it stands."""
+
+    key: str
+    photo: Photo
+    clean: Detections
+    letterbox: Letterbox
+    original: Tensor
+    x: Tensor
+    objects: Tensor
+    steps: int = 0
+    fooled: list[bool] = field(default_factory=list)
+    failed: bool = False
+    velocity: Tensor | None = None
+    best: Tensor | None = None
+    best_rank: tuple[int, float] = (-1, 0.0)
+
+    @property
+    def adversarial(self) -> Photo:
+        """The photo to save, `uint8 [H, W, 3]`: the last one, or when the attack failed the best one seen."""
+        x = self.best if self.best is not None and not self.done else self.x
+        return whole_levels(x).to("cpu", torch.uint8).numpy()
+
+    @property
+    def done(self) -> bool:
+        """Whether every member of the group is fooled, as the loop sees it; the saved file has the last word."""
+        return bool(self.fooled) and all(self.fooled)
+
+
+def whole_levels(x: Tensor) -> Tensor:
+    """Rounded to whole levels 0..255, as it would be saved."""
+    return x.detach().round().clamp_(0, 255)
+
+
+def attack_group(
+    detector: Detector,
+    photos: Iterable[tuple[str, Photo, Detections]],
+    objective: Objective,
+    transforms: Sequence[Transform],
+    options: AttackOptions,
+) -> Iterator[Attempt]:
+    """Attack photos, given as (key, `uint8 [H, W, 3]`, clean detections); yields each attempt as it ends.
+
+    Up to `options.batch` photos of one frame shape share a forward and a backward; a finished photo leaves and the
+    next takes its place. The key seeds a photo's random start, so that its result does not depend on its neighbours.
+
+    Raises:
+        DetguardError: `weights` do not match the group.
+    """
+    members = 1 + len(transforms)
+    if options.aggregate == "weighted" and len(options.weights or ()) != members:
+        raise DetguardError(f"--weights: expected {members} numbers, one for the photo and each transform")
+    waiting: dict[tuple[int, int], deque[Attempt]] = defaultdict(deque)
+    with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads()))) as pool:
+        source = iter(photos)
+        exhausted = False
+        while True:
+            # Photos of other frame shapes queue up; the fullest shape goes first.
+            while not exhausted and all(len(queue) < options.batch for queue in waiting.values()):
+                if (item := next(source, None)) is None:
+                    exhausted = True
+                else:
+                    attempt = _begin(detector, *item, objective, options)
+                    waiting[attempt.letterbox.frame].append(attempt)
+            shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
+            if shape is None:
+                return
+            queue = waiting[shape]
+            active = [queue[i] for i in range(min(options.batch, len(queue)))]
+            _iterate(detector, active, objective, transforms, options, pool)
+            for attempt in active:
+                if attempt.done or attempt.failed:
+                    queue.remove(attempt)
+                    yield attempt
+            if not queue:
+                del waiting[shape]
+
+
+def _begin(
+    detector: Detector, key: str, photo: Photo, clean: Detections, objective: Objective, options: AttackOptions
+) -> Attempt:
+    letterbox = detector.letterbox(photo.shape[:2])
+    original = torch.from_numpy(photo).float()
+    x = original.clone()
+    if options.random_start:
+        generator = torch.Generator().manual_seed(photo_seed(key, options.seed))
+        x = random_start(original, options.eps, generator)
+    objects = letterbox.boxes_to_frame(clean.of(objective.targets).boxes)
+    return Attempt(key, photo, clean, letterbox, original, x, objects)
+
+
+def _iterate(
+    detector: Detector,
+    attempts: Sequence[Attempt],
+    objective: Objective,
+    transforms: Sequence[Transform],
+    options: AttackOptions,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
+    conf = options.conf * (1 - options.margin)
+    members = 1 + len(transforms)
+    pixels = [whole_levels(attempt.x).requires_grad_() for attempt in attempts for _ in range(members)]
+
+    def to_frame(index: int) -> Tensor:
+        attempt, member = attempts[index // members], index % members
+        photo = pixels[index]
+        if member:
+            photo = transform_with_gradient(transforms[member - 1], photo, options.gradient)
+        return attempt.letterbox(photo)
+
+    frames = torch.stack(list(pool.map(to_frame, range(len(pixels))))).contiguous(memory_format=torch.channels_last)
+    candidates = detector.candidates(frames)
+    found = suppress(candidates, conf, options.iou)
+    for i, attempt in enumerate(attempts):
+        group = found[i * members : (i + 1) * members]
+        attempt.fooled = [objective.success(attempt.clean, to_photo(d, attempt.letterbox)) for d in group]
+        attempt.failed = not attempt.done and attempt.steps >= options.steps
+    running = [i for i, attempt in enumerate(attempts) if not attempt.done]
+    if not running:
+        return
+    rows = torch.tensor([i * members + m for i in running for m in range(members)])
+    losses = objective.loss(candidates[rows], [attempts[i].objects for i in running for _ in range(members)], conf)
+    _remember_best(attempts, running, losses.detach().view(-1, members).sum(1))
+    if not all(attempts[i].failed for i in running):
+        losses.sum().backward()
+    for i in running:
+        if not attempts[i].failed:
+            gradients = [p.grad for p in pixels[i * members : (i + 1) * members]]
+            _update(attempts[i], torch.stack([g for g in gradients if g is not None]), options)
+
+
+def _remember_best(attempts: Sequence[Attempt], running: Sequence[int], losses: Tensor) -> None:
+    for i, loss in zip(running, losses.tolist(), strict=True):
+        rank = (sum(attempts[i].fooled), -loss)
+        if attempts[i].best is None or rank > attempts[i].best_rank:
+            attempts[i].best, attempts[i].best_rank = whole_levels(attempts[i].x), rank
+
+
+def _update(attempt: Attempt, gradients: Tensor, options: AttackOptions) -> None:
+    """One signed step against the aggregate of the members' gradients [members, H, W, 3], projected onto the budget."""
+    gradient = aggregate_gradients(gradients, options.aggregate, options.weights)
+    if options.momentum:
+        # Dong et al. 2018, "Boosting Adversarial Attacks with Momentum", eq. 6.
+        gradient = gradient / gradient.abs().mean().clamp(min=1e-20)
+        if attempt.velocity is not None:
+            gradient = gradient + options.momentum * attempt.velocity
+        attempt.velocity = gradient
+    attempt.x = project_linf(attempt.x - options.step * gradient.sign(), attempt.original, options.eps)
+    attempt.steps += 1
+
+
+def aggregate_gradients(gradients: Tensor, how: Aggregate, weights: Sequence[float] | None = None) -> Tensor:
+    """Gradients [members, ...] -> one: arithmetic mean, mean with `weights`, or each element of largest magnitude."""
+    if how == "mean":
+        return gradients.mean(0)
+    if how == "weighted":
+        share = gradients.new_tensor(weights)
+        return torch.tensordot(share / share.sum(), gradients, dims=1)
+    return gradients.gather(0, gradients.abs().argmax(0, keepdim=True))[0]
+
+
+def photo_seed(key: str, seed: int) -> int:
+    """A seed for one photo of a run: the same in every process and whatever its neighbours are."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

@@ -1,0 +1,99 @@
+"""Candidates (before NMS, differentiable), detections (after it), and the one NMS between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+MAX_DETECTIONS = 300
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a detector proposes for a batch of frames.
+
+    logits: float32 [B, N, C], class confidence before the sigmoid.
+    boxes: float32 [B, N, 4] xyxy, frame pixels.
+    end_to_end: the head needs no NMS (YOLOv10, YOLO26, RT-DETR): the best MAX_DETECTIONS scores are the detections.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    end_to_end: bool = False
+
+    def __getitem__(self, index: int | slice | Tensor) -> "Candidates":
+        return Candidates(self.logits[index], self.boxes[index], self.end_to_end)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a user sees on one photo, best first.
+
+    boxes: float32 [N, 4] xyxy, photo pixels; scores: float32 [N], 0..1; classes: int64 [N].
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+    def __getitem__(self, index: Any) -> "Detections":
+        return Detections(self.boxes[index], self.scores[index], self.classes[index])
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, conf: float) -> "Detections":
+        """Those with a confidence over `conf`."""
+        return self[self.scores > conf]
+
+    def of(self, classes: Sequence[int]) -> "Detections":
+        """Those of one of the `classes`."""
+        return self[torch.isin(self.classes, torch.tensor(list(classes), dtype=torch.int64))]
+
+    def records(self, class_names: dict[int, str]) -> list[dict[str, Any]]:
+        """As plain values for JSON: class, confidence, box."""
+        return [
+            {
+                "class": class_names[int(c)],
+                "confidence": round(float(s), 4),
+                "box": [round(float(v), 1) for v in b],
+            }
+            for b, s, c in zip(self.boxes, self.scores, self.classes, strict=True)
+        ]
+
+
+def suppress(candidates: Candidates, conf: float, iou: float) -> list[Detections]:
+    """The detections of each frame in the batch, in *frame* pixels: threshold, then per-class NMS.
+
+    As Ultralytics' predict path: a candidate counts for its best class only; an end-to-end head skips NMS and
+    may give one box two classes.
+    """
+    with torch.no_grad():
+        return [
+            (_best if candidates.end_to_end else _suppress_one)(logits.detach(), boxes.detach(), conf, iou)
+            for logits, boxes in zip(candidates.logits, candidates.boxes, strict=True)
+        ]
+
+
+def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float) -> Detections:
+    best, classes = logits.max(1)
+    keep = best.sigmoid() > conf
+    scores, classes, boxes = best[keep].sigmoid(), classes[keep], boxes[keep]
+    # Classes are kept apart by an offset larger than any photo, which makes one NMS of many.
+    kept = nms(boxes + classes[:, None] * 7680.0, scores, iou)[:MAX_DETECTIONS]
+    return Detections(boxes[kept].cpu(), scores[kept].cpu(), classes[kept].cpu())
+
+
+def _best(logits: Tensor, boxes: Tensor, conf: float, iou: float) -> Detections:
+    scores, index = logits.sigmoid().flatten().topk(min(MAX_DETECTIONS, logits.numel()))
+    keep = scores > conf
+    scores, index = scores[keep], index[keep]
+    return Detections(
+        boxes[index // logits.shape[1]].cpu(), scores.cpu(), (index % logits.shape[1]).cpu()
+    )

@@ -1,0 +1,1 @@
+"""Detectors, one file per family behind the interface in base.py."""

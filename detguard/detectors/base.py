@@ -1,0 +1,74 @@
+"""What every detector family offers: candidates with a gradient, and the detections that its users see."""
+
+import difflib
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detguard import DetguardError
+from detguard.detections import Candidates, Detections, suppress
+from detguard.photos import Letterbox, Photo
+
+
+class Detector(ABC):
+    """A frozen detector in eval mode.
+
+    name: as the user gave it; class_names: class index -> name; imgsz: longest side of a frame, in pixels.
+    """
+
+    name: str
+    class_names: dict[int, str]
+    imgsz: int
+    model: nn.Module
+
+    @abstractmethod
+    def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
+        """Where a photo of (height, width) lies in this detector's frame."""
+
+    @abstractmethod
+    def candidates(self, frames: Tensor) -> Candidates:
+        """Candidates of frames, float32 [B, 3, H, W], 0..1, RGB; differentiable with respect to the frames."""
+
+    @abstractmethod
+    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+        """Detections of one file or photo by the family's own public predict path, in photo pixels."""
+
+    def detect(self, photos: Sequence[Photo], conf: float = 0.25, iou: float = 0.7) -> list[Detections]:
+        """Detections of photos, `uint8 [H, W, 3]`, by the tensor path that attacks use, in photo pixels."""
+        found = []
+        for photo in photos:
+            box = self.letterbox(photo.shape[:2])
+            with torch.no_grad():
+                candidates = self.candidates(box(torch.from_numpy(photo).float())[None])
+            found.append(to_photo(suppress(candidates, conf, iou)[0], box))
+        return found
+
+    def state_hash(self) -> str:
+        """SHA-256 over all parameters and buffers, by name."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def class_index(self, name: str) -> int:
+        """The index of a class by its name, in any letter case.
+
+        Raises:
+            DetguardError: no such class; names the nearest.
+        """
+        known = {v.lower(): k for k, v in self.class_names.items()}
+        if name.lower() in known:
+            return known[name.lower()]
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"it knows: {', '.join(self.class_names.values())}"
+        raise DetguardError(f"class '{name}': {self.name} has no such class; {hint}")
+
+
+def to_photo(detections: Detections, letterbox: Letterbox) -> Detections:
+    """Detections in frame pixels -> photo pixels."""
+    return Detections(letterbox.boxes_to_photo(detections.boxes), detections.scores, detections.classes)

@@ -1,0 +1,136 @@
+"""From a name or a file to a detector, without executing anything that the file says."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from detguard import DetguardError
+
+BUNDLED = "detguard-n"
+MAX_BYTES = 4 << 30
+
+
+def load_detector(name: str | Path = BUNDLED, imgsz: int | None = None, trust: bool = False, device: str = "cpu") -> Any:
+    """A ready detector by bundled name, by file (.pt, .safetensors) or by Ultralytics' name ("yolo11n").
+
+    imgsz: longest side of a frame in pixels; by default what the weights were made for.
+    trust: unpickle a .pt without the allow-list, which lets it run any code.
+
+    Raises:
+        DetguardError: no such weights, or they are damaged, of another kind, or would execute code.
+    """
+    from detguard.detectors.ultralytics import UltralyticsDetector
+
+    model, size = load_model(name, trust)
+    return UltralyticsDetector(model, Path(name).stem, imgsz or size, device)
+
+
+def load_model(name: str | Path = BUNDLED, trust: bool = False) -> tuple[nn.Module, int]:
+    """The unfused, trainable network of a detector and the frame size it was made for; see `load_detector`."""
+    file = find_weights(name)
+    if file.stat().st_size > MAX_BYTES:
+        raise DetguardError(f"{file}: over {MAX_BYTES >> 30} GiB, too large for weights of a detector")
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_checkpoint(file, trust)
+
+
+def weights_folder() -> Path:
+    """Where the bundled weights are: inside the installed package, or at the top of the source tree."""
+    inside = Path(__file__).parent.parent / "weights"
+    return inside if inside.is_dir() else inside.parent.parent / "weights"
+
+
+def find_weights(name: str | Path) -> Path:
+    """The file of a detector by path, by bundled name, or by an official name that Ultralytics downloads.
+
+    Raises:
+        DetguardError: nothing of that name, here or (when it is official) online.
+    """
+    file = Path(name)
+    if file.is_file():
+        if file.suffix not in (".pt", ".safetensors"):
+            raise DetguardError(f"{file}: weights end in .pt or .safetensors")
+        return file
+    if (bundled := weights_folder() / f"{name}.safetensors").is_file() and file.name == str(name):
+        return bundled
+    from ultralytics.utils import SETTINGS
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+
+    official = file.name if file.suffix else f"{file.name}.pt"
+    if file.name != str(name) or official not in GITHUB_ASSETS_NAMES:
+        known = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
+        raise DetguardError(f"{name}: no such file, bundled detector ({known}) or Ultralytics name (yolo11n, ...)")
+    if (cached := Path(SETTINGS["weights_dir"]) / official).is_file():
+        return cached
+    try:
+        found = Path(attempt_download_asset(official))
+    except Exception as error:  # whatever the network layers raise, the user's remedy is the same
+        found = Path()
+        reason = str(error).splitlines()[0]
+    else:
+        reason = "download failed"
+    if not found.is_file():
+        raise DetguardError(f"{name}: cannot be downloaded ({reason}); go online or give a file, --model path/to/{official}")
+    return found
+
+
+def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
+    card_file = file.with_suffix(".json")
+    try:
+        card = json.loads(card_file.read_text())
+        architecture, classes, imgsz = str(card["architecture"]), list(card["classes"]), int(card["imgsz"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DetguardError(f"{card_file}: expected a json with architecture, classes and imgsz ({error})") from error
+    model = build_model(architecture, [str(c) for c in classes])
+    try:
+        model.load_state_dict(load_file(file), strict=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DetguardError(f"{file}: damaged, or not the weights of {architecture} ({reason})") from error
+    return model, imgsz
+
+
+def build_model(architecture: str, classes: list[str]) -> nn.Module:
+    """A network with random weights by one of Ultralytics' own yaml names ("yolo11n.yaml"); no other file is read.
+
+    Raises:
+        DetguardError: Ultralytics ships no such architecture.
+    """
+    from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, guess_model_scale
+    from ultralytics.utils import ROOT, YAML
+
+    shipped = {p.name: p for p in (ROOT / "cfg" / "models").rglob("*.yaml")}
+    scale = guess_model_scale(architecture)
+    generic = architecture if architecture in shipped else re.sub(rf"(\d+){scale}", r"\1", architecture, count=1)
+    if generic not in shipped or not 0 < len(classes) <= 10_000:
+        raise DetguardError(f"{architecture}: not an architecture that Ultralytics ships (like yolo11n.yaml)")
+    family = RTDETRDetectionModel if "rtdetr" in architecture else DetectionModel
+    recipe = YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture}
+    model = family(recipe, nc=len(classes), verbose=False)
+    model.names = dict(enumerate(classes))
+    model.task = "detect"
+    return model
+
+
+def _read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
+    from ultralytics.nn.tasks import torch_safe_load
+
+    try:
+        checkpoint, _ = torch_safe_load(str(file), safe_only=not trust)
+    except Exception as error:  # a hostile or broken file can raise anything on its way through the unpickler
+        if "outside the supported" in str(error):
+            raise DetguardError(
+                f"{file}: refused, loading it would run code or needs classes other than Ultralytics' models; "
+                "if you know where it comes from, add --trust"
+            ) from error
+        raise DetguardError(f"{file}: damaged, or not an Ultralytics checkpoint ({str(error).splitlines()[0]})") from error
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if not isinstance(model, nn.Module) or not hasattr(model, "names"):
+        raise DetguardError(f"{file}: holds no Ultralytics model")
+    arguments = getattr(model, "args", None)
+    size = arguments.get("imgsz", 640) if isinstance(arguments, dict) else getattr(arguments, "imgsz", 640)
+    return model.float(), int(size)

@@ -1,0 +1,68 @@
+"""Ultralytics' detection models: YOLOv3, v5u, v6, v8, v9, v10, 11, 12, 26 and RT-DETR."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from ultralytics.models.rtdetr.predict import RTDETRPredictor
+from ultralytics.models.yolo.detect import DetectionPredictor
+from ultralytics.nn.modules.head import Detect, RTDETRDecoder
+from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.tal import dist2bbox, make_anchors
+
+from detguard import DetguardError
+from detguard.detections import MAX_DETECTIONS, Candidates, Detections
+from detguard.detectors.base import Detector
+from detguard.photos import Letterbox, Photo
+
+
+class UltralyticsDetector(Detector):
+    """A frozen, fused copy of an Ultralytics `DetectionModel` or `RTDETRDetectionModel`.
+
+    Fused as Ultralytics' own predictor fuses it: the network that users run is the network that is attacked.
+
+    Raises:
+        DetguardError: the model's head is not a box detection head.
+    """
+
+    def __init__(self, model: nn.Module, name: str, imgsz: int, device: str = "cpu") -> None:
+        self.name = name
+        self.imgsz = imgsz
+        self.class_names = {int(k): str(v) for k, v in model.names.items()}
+        model = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self.model = model.fuse(verbose=False).to(device, memory_format=torch.channels_last)
+        self.head = self.model.model[-1]
+        if not isinstance(self.head, (Detect, RTDETRDecoder)) or getattr(model, "task", "detect") != "detect":
+            raise DetguardError(f"{name}: a {type(self.head).__name__} model; only box detection can be attacked")
+        self.stretch = isinstance(self.head, RTDETRDecoder)
+        self.stride = max(int(self.model.stride.max()), 32)
+        self._predictor: DetectionPredictor | RTDETRPredictor | None = None
+
+    def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
+        return Letterbox.fit(photo_shape, self.imgsz, self.stride, self.stretch)
+
+    def candidates(self, frames: Tensor) -> Candidates:
+        _, raw = self.model(frames)
+        if isinstance(self.head, RTDETRDecoder):
+            boxes, logits = raw[0].squeeze(0), raw[1].squeeze(0)
+            height, width = frames.shape[2:]
+            return Candidates(logits, xywh2xyxy(boxes) * boxes.new_tensor([width, height] * 2), end_to_end=True)
+        if "one2one" in raw:
+            raw = raw["one2one" if self.head.end2end else "one2many"]
+        anchors, strides = make_anchors(raw["feats"], self.head.stride, 0.5)
+        distances = self.head.dfl(raw["boxes"]).transpose(1, 2)
+        boxes = dist2bbox(distances, anchors, xywh=False) * strides
+        return Candidates(raw["scores"].transpose(1, 2), boxes, end_to_end=self.head.end2end)
+
+    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+        if self._predictor is None:
+            family = RTDETRPredictor if self.stretch else DetectionPredictor
+            device = str(next(self.model.parameters()).device)
+            overrides = {"imgsz": self.imgsz, "device": device, "save": False, "verbose": False, "mode": "predict"}
+            self._predictor = family(overrides=overrides | {"max_det": MAX_DETECTIONS, "rect": True, "batch": 1})
+            self._predictor.setup_model(model=self.model, verbose=False)
+        self._predictor.args.conf, self._predictor.args.iou = conf, iou
+        bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()
+        boxes = self._predictor(source=bgr_or_file)[0].boxes.cpu()
+        return Detections(boxes.xyxy, boxes.conf, boxes.cls.long())

@@ -1,0 +1,126 @@
+"""What an attacker wants: a loss on candidates (lower is better for the attacker) and a success test on detections."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+from torchvision.ops import box_iou
+
+from detguard.detections import Candidates, Detections
+
+Outcome = Literal["kept", "vanished", "relabelled"]
+SAME_OBJECT_IOU = 0.5
+# A candidate this far below the threshold (in logits) has no part in the loss: thousands of background
+# candidates would otherwise outweigh the few that matter.
+REACH = 3.0
+
+
+class Objective(ABC):
+    """A goal of the attack. `targets` are the class indices of the objects that are attacked."""
+
+    targets: tuple[int, ...]
+
+    @abstractmethod
+    def loss(self, candidates: Candidates, objects: Sequence[Tensor], conf: float) -> Tensor:
+        """Loss [B] of frames whose attacked objects are `objects[b]`, float32 [K, 4] xyxy frame pixels.
+
+        conf: the confidence that counts as found. Works on logits, so that it does not fade where a sigmoid saturates.
+        """
+
+    @abstractmethod
+    def success(self, clean: Detections, found: Detections) -> bool:
+        """Whether `found` is what the attacker wanted; `clean` are the detections of the photo before. Same pixels."""
+
+
+@dataclass(frozen=True)
+class Vanish(Objective):
+    """No object of the target classes is found any more; with `strict`, nor anything else in its place."""
+
+    targets: tuple[int, ...]
+    strict: bool = False
+
+    def loss(self, candidates: Candidates, objects: Sequence[Tensor], conf: float) -> Tensor:
+        """Softplus of how far each target logit is over the threshold, summed over the candidates within reach."""
+        loss = over_threshold(candidates.logits[..., list(self.targets)], conf).flatten(1).sum(1)
+        if not self.strict:
+            return loss
+        return loss + torch.stack(
+            [
+                (over_threshold(logits, conf) * near[:, None]).sum()
+                for logits, near in zip(candidates.logits, overlaps(candidates.boxes, objects), strict=True)
+            ]
+        )
+
+    def success(self, clean: Detections, found: Detections) -> bool:
+        """No detection of a target class; with `strict`, no attacked object relabelled either."""
+        if len(found.of(self.targets)):
+            return False
+        return not self.strict or "relabelled" not in outcomes(clean.of(self.targets), found)
+
+
+@dataclass(frozen=True)
+class Mislabel(Objective):
+    """Every object of the target classes is found in its place (IoU >= 0.5) as class `to`, and none as a target class."""
+
+    targets: tuple[int, ...]
+    to: int
+
+    def loss(self, candidates: Candidates, objects: Sequence[Tensor], conf: float) -> Tensor:
+        """Push target classes under the threshold, and on each object's best candidates `to` over it and over the rest."""
+        losses = []
+        wanted = torch.logit(torch.tensor(conf)).item()
+        for logits, boxes, attacked in zip(candidates.logits, candidates.boxes, objects, strict=True):
+            loss = over_threshold(logits[:, list(self.targets)], conf).sum()
+            ious = box_iou(attacked.to(boxes), boxes.detach())
+            for iou in ious:
+                # Far better than just in place: the box moves while the class changes.
+                rank = logits.detach()[:, self.to].sigmoid() + 2 * iou.clamp(max=0.85)
+                best = rank.topk(min(10, len(rank))).indices
+                to = logits[best, self.to]
+                rest = logits[best].index_fill(1, torch.tensor([self.to], device=logits.device), -20.0).amax(1)
+                loss = loss + (softplus(wanted + 1 - to) + softplus(rest - to + 1)).sum()
+            losses.append(loss)
+        return torch.stack(losses)
+
+    def success(self, clean: Detections, found: Detections) -> bool:
+        """As the class says; IoU between the object's clean box and the box found."""
+        if len(found.of(self.targets)):
+            return False
+        wanted = found.of([self.to])
+        ious = box_iou(clean.of(self.targets).boxes, wanted.boxes)
+        return len(wanted) > 0 and bool((ious.amax(1) >= SAME_OBJECT_IOU).all())
+
+
+def over_threshold(logits: Tensor, conf: float) -> Tensor:
+    """Softplus of logits over that of `conf`, zero beyond reach; same shape."""
+    excess = logits - torch.logit(torch.tensor(conf, device=logits.device))
+    return softplus(excess) * (excess.detach() > -REACH)
+
+
+def overlaps(boxes: Tensor, objects: Sequence[Tensor]) -> Tensor:
+    """Which candidates, boxes [B, N, 4], lie on an attacked object of their frame (IoU >= 0.5): bool [B, N]."""
+    return torch.stack(
+        [
+            (box_iou(b.detach(), o.to(b)) >= SAME_OBJECT_IOU).any(1)
+            for b, o in zip(boxes, objects, strict=True)
+        ]
+    )
+
+
+def outcomes(objects: Detections, found: Detections) -> list[Outcome]:
+    """What became of each attacked object (of the clean photo): kept, vanished, or relabelled as another class.
+
+    kept: a detection of its class overlaps it (IoU >= 0.5); relabelled: only detections of other classes do.
+    """
+    if not len(found):
+        return ["vanished"] * len(objects)
+    near = box_iou(objects.boxes, found.boxes) >= SAME_OBJECT_IOU
+    same = near & (objects.classes[:, None] == found.classes[None])
+    return [
+        "kept" if s else "relabelled" if n else "vanished"
+        for s, n in zip(same.any(1).tolist(), near.any(1).tolist(), strict=True)
+    ]

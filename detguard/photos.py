@@ -1,0 +1,210 @@
+"""Files <-> photos, and the letterbox: the differentiable map from a photo to the frame that a detector sees.
+
+A photo is `uint8 [H, W, 3]` RGB at the resolution of its file. As a tensor it keeps that layout, as float32
+levels 0..255, so that a step of 1 is one level of the saved file.
+"""
+
+import glob
+import os
+import struct
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from detguard import DetguardError
+
+Photo = NDArray[np.uint8]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 8
+PADDING_LEVEL = 114
+
+
+class PhotoError(DetguardError):
+    """A photo that cannot be read or written; the message starts with its path."""
+
+
+def find_photos(sources: Iterable[str | Path]) -> list[Path]:
+    """Expand files, folders and glob patterns to a list of files, each once, folders and patterns in sorted order.
+
+    Raises:
+        PhotoError: a source matches nothing, or a folder cannot be listed.
+    """
+    found: dict[Path, None] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            try:
+                files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            except OSError as error:
+                raise PhotoError(f"{path}: cannot list this folder ({error.strerror})") from error
+            if not files:
+                raise PhotoError(f"{path}: no photos in this folder (looked for {' '.join(SUFFIXES)})")
+        elif path.exists() or not glob.has_magic(str(source)):
+            files = [path]
+        else:
+            files = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))]
+            if not files:
+                raise PhotoError(f"{source}: this pattern matches no file")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def read_photo(file: str | Path) -> Photo:
+    """Read a JPEG, PNG, WebP, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
+
+    Pixels come from OpenCV, as in the detectors' own predict path; Pillow looks first, because OpenCV decodes
+    half a file without a word and believes any size in a header.
+
+    Raises:
+        PhotoError: missing, unreadable, not an image, truncated, animated, too large or too small.
+    """
+    file = Path(file)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise PhotoError(f"{file}: cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise PhotoError(f"{file}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own limit, below, says it better than Pillow's warning
+            with Image.open(file) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise PhotoError(f"{file}: {width} x {height} px is over the limit of {MAX_PIXELS // 10**6} megapixels")
+                if min(width, height) < MIN_SIDE:
+                    raise PhotoError(f"{file}: {width} x {height} px is too small, at least {MIN_SIDE} x {MIN_SIDE} needed")
+                if (frames := getattr(image, "n_frames", 1)) > 1 and image.format in ("GIF", "WEBP", "PNG"):
+                    raise PhotoError(f"{file}: animated, {frames} frames; save the frame you want as a PNG")
+                image.load()
+    except Image.DecompressionBombError as error:
+        raise PhotoError(f"{file}: over the limit of {MAX_PIXELS // 10**6} megapixels") from error
+    except UnidentifiedImageError as error:
+        raise PhotoError(f"{file}: not an image ({', '.join(s[1:] for s in SUFFIXES)} can be read)") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        raise PhotoError(f"{file}: the image is damaged or cut short ({error})") from error
+    return decode_photo(data, file)
+
+
+def decode_photo(data: bytes, file: str | Path = "photo") -> Photo:
+    """Decode the bytes of an image file to `uint8 [H, W, 3]` RGB; `file` names it in errors.
+
+    Raises:
+        PhotoError: OpenCV cannot decode it.
+    """
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise PhotoError(f"{file}: cannot be decoded ({error.err})") from error
+    if image is None:
+        raise PhotoError(f"{file}: this kind of image cannot be decoded; save it as PNG or JPEG")
+    return image.astype(np.uint8, copy=False)
+
+
+def encode_png(photo: Photo) -> bytes:
+    """The bytes of a lossless PNG of `photo`, `uint8 [H, W, 3]` RGB."""
+    return cv2.imencode(".png", photo[..., ::-1])[1].tobytes()
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Put `data` into `file`, whole or not at all: written beside it, flushed to the disk, then renamed.
+
+    Raises:
+        PhotoError: the disk is full or the folder cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise PhotoError(f"{file}: cannot be written ({error.strerror or error})") from error
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Where a photo of one shape lies in its frame: resized, then padded. All sizes are (height, width) in pixels."""
+
+    photo: tuple[int, int]
+    resized: tuple[int, int]
+    frame: tuple[int, int]
+    offset: tuple[int, int]
+
+    @classmethod
+    def fit(cls, photo: tuple[int, int], size: int, stride: int = 32, stretch: bool = False) -> "Letterbox":
+        """The letterbox of Ultralytics' predict path: longest side to `size`, short side padded to whole strides.
+
+        With `stretch` (RT-DETR) the photo fills the square frame and its proportions are lost.
+        """
+        if stretch:
+            return cls(photo, (size, size), (size, size), (0, 0))
+        gain = min(size / photo[0], size / photo[1])
+        height, width = (max(round(side * gain), 1) for side in photo)
+        spare = ((size - height) % stride, (size - width) % stride)
+        frame = (height + spare[0], width + spare[1])
+        # The 0.1 decides which side gets the odd pixel of padding, as in Ultralytics' LetterBox.
+        return cls(photo, (height, width), frame, (round(spare[0] / 2 - 0.1), round(spare[1] / 2 - 0.1)))
+
+    def __call__(self, photo: Tensor) -> Tensor:
+        """Map a photo, float32 [H, W, 3] whole levels 0..255, to its frame, float32 [3, H', W'] in 0..1.
+
+        Forward is OpenCV's 8-bit resize to the bit; backward is the adjoint of the bilinear resize (the rounding
+        of OpenCV is passed straight through). Padding is constant and gets no gradient.
+        """
+        return _LetterboxMap.apply(photo, self)
+
+    def boxes_to_photo(self, boxes: Tensor) -> Tensor:
+        """Boxes [..., 4] xyxy from frame pixels to photo pixels, clipped to the photo."""
+        height, width = self.photo
+        scale = boxes.new_tensor([width / self.resized[1], height / self.resized[0]] * 2)
+        shifted = (boxes - boxes.new_tensor([self.offset[1], self.offset[0]] * 2)) * scale
+        return shifted.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+
+    def boxes_to_frame(self, boxes: Tensor) -> Tensor:
+        """Boxes [..., 4] xyxy from photo pixels to frame pixels."""
+        scale = boxes.new_tensor([self.resized[1] / self.photo[1], self.resized[0] / self.photo[0]] * 2)
+        return boxes * scale + boxes.new_tensor([self.offset[1], self.offset[0]] * 2)
+
+
+class _LetterboxMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, photo: Tensor, letterbox: Letterbox) -> Tensor:
+        ctx.letterbox = letterbox
+        (height, width), (top, left) = letterbox.resized, letterbox.offset
+        pixels = photo.detach().to("cpu", torch.uint8).numpy()
+        if letterbox.resized != letterbox.photo:
+            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+        frame = np.full((*letterbox.frame, 3), PADDING_LEVEL, np.uint8)
+        frame[top : top + height, left : left + width] = pixels
+        return torch.from_numpy(frame).to(photo.device, torch.float32).div_(255).permute(2, 0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        letterbox: Letterbox = ctx.letterbox
+        (height, width), (top, left) = letterbox.resized, letterbox.offset
+        inner = gradients[0][:, top : top + height, left : left + width] / 255
+        if letterbox.resized != letterbox.photo:
+            inner = resize_adjoint(inner, letterbox.photo)
+        return inner.permute(1, 2, 0).contiguous(), None
+
+
+def resize_adjoint(gradient: Tensor, source: tuple[int, int]) -> Tensor:
+    """Adjoint of the bilinear resize from `source` (height, width): gradient [3, h, w] -> gradient [3, *source]."""
+    return torch.ops.aten.upsample_bilinear2d_backward(
+        gradient[None].contiguous(), list(gradient.shape[1:]), [1, 3, *source], False, None, None
+    )[0]

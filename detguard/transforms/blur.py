@@ -1,0 +1,87 @@
+"""Median and Gaussian blur."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detguard.photos import Photo
+from detguard.transforms.base import Transform, whole_number
+
+
+@dataclass(frozen=True)
+class Median(Transform):
+    """OpenCV's median blur, per channel, borders replicated. Its exact gradient goes to the pixel that was chosen."""
+
+    size: int
+    kind = "median"
+    example = "median:3"
+
+    def __str__(self) -> str:
+        return f"median:{self.size}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Median":
+        """`median:K` with K 3, 5 or 7."""
+        if value not in ("3", "5", "7"):
+            raise ValueError("expected a window of 3, 5 or 7")
+        return cls(int(value))
+
+    def __call__(self, photo: Photo) -> Photo:
+        return cv2.medianBlur(photo, self.size).astype(np.uint8, copy=False)
+
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        """Exact; among equal pixels of a window one is taken."""
+        height, width, _ = photo.shape
+        radius = self.size // 2
+        index = torch.arange(height * width, dtype=torch.float32).view(1, 1, height, width)
+        sources = self._windows(index, radius)[0].long()
+        out = torch.empty_like(gradient)
+        for channel in range(3):
+            plane = torch.from_numpy(photo[..., channel].astype(np.float32))[None, None]
+            chosen = self._windows(plane, radius)[0].median(0).indices
+            target = sources.gather(0, chosen[None])[0].to(gradient.device)
+            flat = gradient.new_zeros(height * width).index_add_(0, target, gradient[..., channel].reshape(-1))
+            out[..., channel] = flat.view(height, width)
+        return out
+
+    def _windows(self, plane: Tensor, radius: int) -> Tensor:
+        """[1, 1, H, W] -> [1, K * K, H * W], each column one window."""
+        return F.unfold(F.pad(plane, [radius] * 4, mode="replicate"), self.size)
+
+
+@dataclass(frozen=True)
+class Gaussian(Transform):
+    """OpenCV's Gaussian blur with its own sigma for the window, borders reflected."""
+
+    size: int
+    kind = "gaussian"
+    example = "gaussian:3"
+
+    def __str__(self) -> str:
+        return f"gaussian:{self.size}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Gaussian":
+        """`gaussian:K` with K odd, 3..31."""
+        size = whole_number(value, 3, 31, "an odd window")
+        if size % 2 == 0:
+            raise ValueError("expected an odd window in 3..31")
+        return cls(size)
+
+    def __call__(self, photo: Photo) -> Photo:
+        return cv2.GaussianBlur(photo, (self.size, self.size), 0).astype(np.uint8, copy=False)
+
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        """Exact but for OpenCV's rounding: the adjoint of the padded convolution."""
+        kernel = torch.from_numpy(cv2.getGaussianKernel(self.size, 0)).to(gradient).flatten()
+        radius = self.size // 2
+        with torch.enable_grad():
+            planes = gradient.new_zeros(3, 1, *photo.shape[:2]).requires_grad_()
+            padded = F.pad(planes, [radius] * 4, mode="reflect")
+            blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+        (back,) = torch.autograd.grad(blurred, planes, gradient.permute(2, 0, 1)[:, None])
+        return back[:, 0].permute(1, 2, 0)

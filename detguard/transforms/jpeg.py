@@ -1,0 +1,50 @@
+"""JPEG compression by libjpeg, chroma subsampled 4:2:0."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from kornia.enhance import jpeg_codec_differentiable
+from torch import Tensor
+
+from detguard.photos import Photo, decode_photo
+from detguard.transforms.base import Transform, whole_number
+
+
+@dataclass(frozen=True)
+class Jpeg(Transform):
+    """Encode and decode at a quality of 1..100. The surrogate gradient is that of a JPEG with smooth rounding."""
+
+    quality: int
+    kind = "jpeg"
+    example = "jpeg:75"
+    suffix = ".jpg"
+
+    def __str__(self) -> str:
+        return f"jpeg:{self.quality}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Jpeg":
+        """`jpeg:Q` with Q 1..100."""
+        return cls(whole_number(value, 1, 100, "a quality"))
+
+    def __call__(self, photo: Photo) -> Photo:
+        return decode_photo(self.encode(photo))
+
+    def encode(self, photo: Photo) -> bytes:
+        """The bytes of the .jpg file itself, so that the saved member is what the loop saw."""
+        options = [
+            cv2.IMWRITE_JPEG_QUALITY, self.quality,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+        ]  # fmt: skip
+        return cv2.imencode(".jpg", photo[..., ::-1], options)[1].tobytes()
+
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        """Surrogate: the gradient of kornia's differentiable codec (Reich et al. 2024, WACV) at this photo."""
+        quality = torch.tensor([float(self.quality)], device=gradient.device)
+        with torch.enable_grad():
+            planes = torch.from_numpy(photo.astype(np.float32) / 255).to(gradient).permute(2, 0, 1)[None].requires_grad_()
+            coded = jpeg_codec_differentiable(planes, quality)
+        (back,) = torch.autograd.grad(coded, planes, gradient.permute(2, 0, 1)[None])
+        return back[0].permute(1, 2, 0)

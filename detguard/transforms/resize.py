@@ -1,0 +1,50 @@
+"""Resize down (or up) and back to the photo's own size."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from detguard.photos import Photo, resize_adjoint
+from detguard.transforms.base import Transform
+
+
+@dataclass(frozen=True)
+class Resize(Transform):
+    """Bilinear to `factor` times the size and back. Its exact gradient is the adjoint of both maps."""
+
+    factor: float
+    kind = "resize"
+    example = "resize:0.5"
+
+    def __str__(self) -> str:
+        return f"resize:{self.factor:g}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Resize":
+        """`resize:F` with F over 0.05, up to 4."""
+        try:
+            factor = float(value)
+        except ValueError:
+            factor = 0.0
+        if not 0.05 <= factor <= 4:
+            raise ValueError("expected a factor in 0.05..4")
+        return cls(factor)
+
+    def _size(self, photo: Photo) -> tuple[int, int]:
+        return max(1, round(photo.shape[0] * self.factor)), max(1, round(photo.shape[1] * self.factor))
+
+    def __call__(self, photo: Photo) -> Photo:
+        height, width = self._size(photo)
+        small = cv2.resize(photo, (width, height), interpolation=cv2.INTER_LINEAR)
+        back = cv2.resize(small, (photo.shape[1], photo.shape[0]), interpolation=cv2.INTER_LINEAR)
+        return back.astype(np.uint8, copy=False)
+
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        """Exact but for OpenCV's rounding."""
+        height, width = photo.shape[:2]
+        planes = resize_adjoint(gradient.permute(2, 0, 1), self._size(photo))
+        return resize_adjoint(planes, (height, width)).permute(1, 2, 0)
+
+

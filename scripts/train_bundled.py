@@ -1,0 +1,252 @@
+"""Train weights/detguard-n from random weights by dense distillation of a COCO-trained YOLO11n.
+
+The student sees what the teacher sees (any photo, any augmentation, no labels) and learns the teacher's
+class probabilities and box distributions at every anchor, and its feature maps on the way. It starts
+*blockwise*, each layer fed with the teacher's own inputs, which converges fast, and goes on end to end.
+
+    python scripts/train_bundled.py --shared ../shared --run runs/train/detguard-n --photos 400000
+
+Killed and started again with the same --run it goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from queue import Queue
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.tal import dist2bbox, make_anchors
+
+CLASSES = "person bicycle car motorcycle bus train truck bird cat dog horse sheep cow".split()
+ARCHITECTURE = "yolo11n.yaml"
+SIZE = 320
+# Share of each folder in a batch; rooms hold few objects and are squashed, so they teach features only.
+SOURCES = {
+    "street1569/images": 0.36,
+    "voc3608/images": 0.50,
+    "coco256/images/train": 0.06,
+    "rooms2000/images": 0.08,
+}
+
+
+def read_photos(shared: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """Decode every training photo, longest side at most 480, uint8 BGR, and its sampling probability."""
+    photos, probability = [], []
+    for folder, share in SOURCES.items():
+        files = sorted((shared / "data" / folder).glob("*.jpg"))
+        for file in files:
+            photo = cv2.imread(str(file))
+            scale = 480 / max(photo.shape[:2])
+            photos.append(photo if scale >= 1 else cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+        probability += [share / len(files)] * len(files)
+    p = np.array(probability)
+    return photos, p / p.sum()
+
+
+def augment(photo: np.ndarray, canvas: np.ndarray, rng: np.random.Generator, wide: float) -> None:
+    """Draw a randomly flipped, stretched, scaled, shifted and toned `photo` onto `canvas` (uint8 [S, S, 3], in place)."""
+    h, w = photo.shape[:2]
+    size = canvas.shape[0]
+    scale = size / max(h, w) * np.exp(rng.uniform(np.log(0.55), np.log(wide)))
+    stretch = np.exp(rng.uniform(-0.12, 0.12))
+    sx, sy = scale * stretch, scale / stretch
+    free_x, free_y = size - w * sx, size - h * sy
+    matrix = np.array([[sx, 0, rng.uniform(0, 1) * free_x], [0, sy, rng.uniform(0, 1) * free_y]])
+    if rng.random() < 0.5:
+        matrix[0] = [-sx, 0, matrix[0, 2] + w * sx]
+    if rng.random() < 0.7:
+        tone = np.linspace(0, 1, 256) ** np.exp(rng.uniform(-0.4, 0.4)) * rng.uniform(0.7, 1.25)
+        channels = tone[:, None] * rng.uniform(0.88, 1.12, 3)
+        photo = cv2.LUT(photo, (channels * 255).clip(0, 255).astype(np.uint8)[None])
+    interpolation = cv2.INTER_AREA if scale < 0.6 else cv2.INTER_LINEAR
+    cv2.warpAffine(photo, matrix, (size, size), dst=canvas, flags=interpolation, borderMode=cv2.BORDER_TRANSPARENT)
+
+
+def make_batch(photos: list[np.ndarray], probability: np.ndarray, size: int, seed: tuple[int, int]) -> Tensor:
+    """One batch of frames, uint8 [B, 3, S, S] RGB, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    batch = np.full((size, SIZE, SIZE, 3), 114, np.uint8)
+    for canvas in batch:
+        if rng.random() < 0.3:  # mosaic: four photos, more and smaller objects
+            half = SIZE // 2
+            for y in (0, half):
+                for x in (0, half):
+                    tile = np.full((half, half, 3), 114, np.uint8)
+                    augment(photos[rng.choice(len(photos), p=probability)], tile, rng, 2.2)
+                    canvas[y : y + half, x : x + half] = tile
+        else:
+            augment(photos[rng.choice(len(photos), p=probability)], canvas, rng, 1.7)
+    return torch.from_numpy(batch[..., ::-1].copy()).permute(0, 3, 1, 2)
+
+
+def walk(model: DetectionModel, frames: Tensor, given: list[Tensor] | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs of every layer and the raw head outputs; with `given`, each layer is fed the given outputs instead of its own."""
+    outputs: list[Tensor] = []
+    x = frames
+    for i, layer in enumerate(model.model):
+        source = outputs if given is None else given
+        if layer.f == -1:
+            inputs = frames if i == 0 else source[i - 1]
+        else:
+            inputs = [source[i - 1 if j == -1 else j] for j in layer.f]
+        if isinstance(layer, nn.Upsample) and given is not None:
+            x = given[i]
+        elif i < len(model.model) - 1:
+            x = layer(inputs)
+        else:
+            return outputs, layer.forward_head(inputs, **layer.one2many)
+        outputs.append(x)
+    raise AssertionError("a detection model ends in its head")
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of feature maps [B, C, H, W], each channel in units of its own variance.
+
+    A tenth of the layer's variance is added, so that channels that hardly ever speak do not outweigh the rest.
+
+    Only a random grid of at most 20 x 20 positions counts: on the large maps the full error costs as much as
+    the network itself and says the same.
+    """
+    step = max(1, student.shape[-1] // 20)
+    y, x = torch.randint(step, (2,)).tolist()
+    student, teacher = student[..., y::step, x::step].float(), teacher[..., y::step, x::step].float()
+    variance = teacher.var((0, 2, 3), keepdim=True)
+    return ((student - teacher).square() / (variance + 0.1 * variance.mean() + 1e-6)).mean()
+
+
+def head_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], keep: Tensor, stride: Tensor) -> dict[str, Tensor]:
+    """KL of class probabilities (all anchors), KL of box distributions and CIoU (weighted by the teacher's score).
+
+    `scores` are logits [B, C, N], `boxes` distribution logits [B, 64, N]; `keep` are the student's classes
+    among the teacher's.
+    """
+    logits, wanted = student["scores"].float(), teacher["scores"].float()[:, keep]
+    p = wanted.sigmoid()
+    weight = p.amax(1)
+    norm = weight.sum().clamp(min=1)
+    kl = p * (F.logsigmoid(wanted) - F.logsigmoid(logits)) + (1 - p) * (F.logsigmoid(-wanted) - F.logsigmoid(-logits))
+    b, _, n = student["boxes"].shape
+    log_q = student["boxes"].float().view(b, 4, 16, n).log_softmax(2)
+    log_p = teacher["boxes"].float().view(b, 4, 16, n).log_softmax(2)
+    box_kl = (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
+    anchors, strides = make_anchors(teacher["feats"], stride, 0.5)
+    bins = torch.arange(16.0)[None, None, :, None]
+    near = weight > 0.02
+    boxes = [
+        dist2bbox((log.exp() * bins).sum(2).transpose(1, 2), anchors, xywh=False)[near] for log in (log_q, log_p)
+    ]
+    iou = bbox_iou(*boxes, xywh=False, CIoU=True).squeeze(-1)
+    return {
+        "class": kl.sum() / norm,
+        "box": (box_kl * weight).sum() / norm,
+        "iou": ((1 - iou) * weight[near]).sum() / norm,
+    }
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
+    torch.manual_seed(args.seed)
+    run = Path(args.run)
+    run.mkdir(parents=True, exist_ok=True)
+    teacher: DetectionModel = YOLO(str(args.shared / "weights/yolo11n-coco.pt")).model.eval().requires_grad_(False)
+    keep = torch.tensor([{v: k for k, v in teacher.names.items()}[name] for name in CLASSES])
+    teacher = teacher.fuse(verbose=False).to(memory_format=torch.channels_last)
+    student = DetectionModel(ARCHITECTURE, nc=len(CLASSES), verbose=False).train().to(memory_format=torch.channels_last)
+    ema = torch.optim.swa_utils.AveragedModel(
+        student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
+    )
+    decay = [p for p in student.parameters() if p.ndim > 1]
+    rest = [p for p in student.parameters() if p.ndim <= 1 and p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}])
+    seen, checkpoint = 0, run / "last.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        student.load_state_dict(state["student"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        seen = state["seen"]
+    photos, probability = read_photos(args.shared)
+    print(f"{len(photos)} photos, {seen} of {args.photos} seen", flush=True)
+
+    batches: Queue[Tensor] = Queue(4)
+
+    def feed() -> None:
+        for start in range(seen, args.photos, args.batch):
+            batches.put(make_batch(photos, probability, args.batch, (args.seed, start)))
+
+    threading.Thread(target=feed, daemon=True).start()
+
+    def save() -> None:
+        state = {"student": student.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "seen": seen}
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    sums: dict[str, float] = {}
+    count, began, saved = 0, time.time(), time.time()
+    while seen < args.photos and not stop.is_set():
+        blockwise = seen < args.blockwise
+        progress = seen / args.photos
+        warm = min(1.0, (seen + args.batch) / 8000)
+        rate = args.rate * warm * (1 if progress < 0.5 else max(0.02, (1 - progress) / 0.5))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        frames = batches.get().to(memory_format=torch.channels_last).float() / 255
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                known, wanted = walk(teacher, frames)
+            found, raw = walk(student, frames, known if blockwise else None)
+        losses = head_loss(raw, wanted, keep, student.stride)
+        layers = range(len(known)) if blockwise else (2, 4, 6, 10, 13, 16, 19, 22)
+        learned = [i for i in layers if any(True for _ in student.model[i].parameters())]
+        losses["features"] = torch.stack([relative_error(found[i], known[i]) for i in learned]).mean()
+        # Feature maps lead early and make way for what counts, the outputs.
+        feature_weight = 20 if blockwise else 20 * (1 - progress) ** 2 + 1
+        loss = losses["class"] + losses["box"] + 2 * losses["iou"] + feature_weight * losses["features"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 10.0)
+        optimizer.step()
+        ema.update_parameters(student)
+        seen += args.batch
+        count += 1
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        if count % 50 == 0:
+            record = {"seen": seen, "lr": rate, "ms_per_photo": (time.time() - began) / 50 / args.batch * 1e3}
+            record |= {name: round(value / 50, 4) for name, value in sums.items()}
+            with (run / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            print(record, flush=True)
+            sums, began = {}, time.time()
+        if time.time() - saved > 180:
+            save()
+            saved = time.time()
+    save()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--run", default="runs/train/detguard-n")
+    parser.add_argument("--photos", type=int, default=400_000, help="photos to see in all; the rate falls over the last half")
+    parser.add_argument("--blockwise", type=int, default=24_000, help="photos of the blockwise start")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())
