@@ -94,6 +94,4 @@ def _best(logits: Tensor, boxes: Tensor, conf: float, iou: float) -> Detections:
     scores, index = logits.sigmoid().flatten().topk(min(MAX_DETECTIONS, logits.numel()))
     keep = scores > conf
     scores, index = scores[keep], index[keep]
-    return Detections(
-        boxes[index // logits.shape[1]].cpu(), scores.cpu(), (index % logits.shape[1]).cpu()
-    )
+    return Detections(boxes[index // logits.shape[1]].cpu(), scores.cpu(), (index % logits.shape[1]).cpu())

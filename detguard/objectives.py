@@ -64,13 +64,13 @@ class Vanish(Objective):
 
 @dataclass(frozen=True)
 class Mislabel(Objective):
-    """Every object of the target classes is found in its place (IoU >= 0.5) as class `to`, and none as a target class."""
+    """Every attacked object is found in its place (IoU >= 0.5) as class `to`, and nothing as a target class."""
 
     targets: tuple[int, ...]
     to: int
 
     def loss(self, candidates: Candidates, objects: Sequence[Tensor], conf: float) -> Tensor:
-        """Push target classes under the threshold, and on each object's best candidates `to` over it and over the rest."""
+        """Target classes under the threshold; on each object's best candidates, `to` over it and over the rest."""
         losses = []
         wanted = torch.logit(torch.tensor(conf)).item()
         for logits, boxes, attacked in zip(candidates.logits, candidates.boxes, objects, strict=True):
@@ -104,10 +104,7 @@ def over_threshold(logits: Tensor, conf: float) -> Tensor:
 def overlaps(boxes: Tensor, objects: Sequence[Tensor]) -> Tensor:
     """Which candidates, boxes [B, N, 4], lie on an attacked object of their frame (IoU >= 0.5): bool [B, N]."""
     return torch.stack(
-        [
-            (box_iou(b.detach(), o.to(b)) >= SAME_OBJECT_IOU).any(1)
-            for b, o in zip(boxes, objects, strict=True)
-        ]
+        [(box_iou(b.detach(), o.to(b)) >= SAME_OBJECT_IOU).any(1) for b, o in zip(boxes, objects, strict=True)]
     )
 
 

@@ -53,7 +53,7 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
         elif path.exists() or not glob.has_magic(str(source)):
             files = [path]
         else:
-            files = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))]
+            files = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))]  # noqa: PTH207 (absolute patterns)
             if not files:
                 raise PhotoError(f"{source}: this pattern matches no file")
         found |= dict.fromkeys(files)
@@ -82,9 +82,13 @@ def read_photo(file: str | Path) -> Photo:
             with Image.open(file) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise PhotoError(f"{file}: {width} x {height} px is over the limit of {MAX_PIXELS // 10**6} megapixels")
+                    raise PhotoError(
+                        f"{file}: {width} x {height} px is over the limit of {MAX_PIXELS // 10**6} megapixels"
+                    )
                 if min(width, height) < MIN_SIDE:
-                    raise PhotoError(f"{file}: {width} x {height} px is too small, at least {MIN_SIDE} x {MIN_SIDE} needed")
+                    raise PhotoError(
+                        f"{file}: {width} x {height} px is too small, at least {MIN_SIDE} x {MIN_SIDE} needed"
+                    )
                 if (frames := getattr(image, "n_frames", 1)) > 1 and image.format in ("GIF", "WEBP", "PNG"):
                     raise PhotoError(f"{file}: animated, {frames} frames; save the frame you want as a PNG")
                 image.load()

@@ -11,7 +11,6 @@ Killed and started again with the same --run it goes on from its last checkpoint
 
 import argparse
 import json
-import os
 import signal
 import threading
 import time
@@ -28,7 +27,21 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
-CLASSES = "person bicycle car motorcycle bus train truck bird cat dog horse sheep cow".split()
+CLASSES = [
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "bus",
+    "train",
+    "truck",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+]
 ARCHITECTURE = "yolo11n.yaml"
 SIZE = 320
 # Share of each folder in a batch; rooms hold few objects and are squashed, so they teach features only.
@@ -48,14 +61,16 @@ def read_photos(shared: Path) -> tuple[list[np.ndarray], np.ndarray]:
         for file in files:
             photo = cv2.imread(str(file))
             scale = 480 / max(photo.shape[:2])
-            photos.append(photo if scale >= 1 else cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+            photos.append(
+                photo if scale >= 1 else cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            )
         probability += [share / len(files)] * len(files)
     p = np.array(probability)
     return photos, p / p.sum()
 
 
 def augment(photo: np.ndarray, canvas: np.ndarray, rng: np.random.Generator, wide: float) -> None:
-    """Draw a randomly flipped, stretched, scaled, shifted and toned `photo` onto `canvas` (uint8 [S, S, 3], in place)."""
+    """Draw a randomly flipped, stretched, scaled, shifted and toned `photo` onto `canvas` (uint8 [S, S, 3])."""
     h, w = photo.shape[:2]
     size = canvas.shape[0]
     scale = size / max(h, w) * np.exp(rng.uniform(np.log(0.55), np.log(wide)))
@@ -90,8 +105,10 @@ def make_batch(photos: list[np.ndarray], probability: np.ndarray, size: int, see
     return torch.from_numpy(batch[..., ::-1].copy()).permute(0, 3, 1, 2)
 
 
-def walk(model: DetectionModel, frames: Tensor, given: list[Tensor] | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs of every layer and the raw head outputs; with `given`, each layer is fed the given outputs instead of its own."""
+def walk(
+    model: DetectionModel, frames: Tensor, given: list[Tensor] | None = None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs of every layer, and the head's raw ones; with `given`, each layer is fed those instead of its own."""
     outputs: list[Tensor] = []
     x = frames
     for i, layer in enumerate(model.model):
@@ -125,7 +142,9 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return ((student - teacher).square() / (variance + 0.1 * variance.mean() + 1e-6)).mean()
 
 
-def head_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], keep: Tensor, stride: Tensor) -> dict[str, Tensor]:
+def head_loss(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], keep: Tensor, stride: Tensor
+) -> dict[str, Tensor]:
     """KL of class probabilities (all anchors), KL of box distributions and CIoU (weighted by the teacher's score).
 
     `scores` are logits [B, C, N], `boxes` distribution logits [B, 64, N]; `keep` are the student's classes
@@ -140,12 +159,10 @@ def head_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], keep: Tens
     log_q = student["boxes"].float().view(b, 4, 16, n).log_softmax(2)
     log_p = teacher["boxes"].float().view(b, 4, 16, n).log_softmax(2)
     box_kl = (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
-    anchors, strides = make_anchors(teacher["feats"], stride, 0.5)
+    anchors, _ = make_anchors(teacher["feats"], stride, 0.5)
     bins = torch.arange(16.0)[None, None, :, None]
     near = weight > 0.02
-    boxes = [
-        dist2bbox((log.exp() * bins).sum(2).transpose(1, 2), anchors, xywh=False)[near] for log in (log_q, log_p)
-    ]
+    boxes = [dist2bbox((log.exp() * bins).sum(2).transpose(1, 2), anchors, xywh=False)[near] for log in (log_q, log_p)]
     iou = bbox_iou(*boxes, xywh=False, CIoU=True).squeeze(-1)
     return {
         "class": kl.sum() / norm,
@@ -189,9 +206,14 @@ def train(args: argparse.Namespace) -> None:
     threading.Thread(target=feed, daemon=True).start()
 
     def save() -> None:
-        state = {"student": student.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "seen": seen}
+        state = {
+            "student": student.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "seen": seen,
+        }
         torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -243,7 +265,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--run", default="runs/train/detguard-n")
-    parser.add_argument("--photos", type=int, default=400_000, help="photos to see in all; the rate falls over the last half")
+    parser.add_argument(
+        "--photos", type=int, default=400_000, help="photos to see in all; the rate falls over the last half"
+    )
     parser.add_argument("--blockwise", type=int, default=24_000, help="photos of the blockwise start")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)

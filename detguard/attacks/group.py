@@ -7,7 +7,7 @@ saved is what the detector is shown at every step.
 
 import hashlib
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -48,6 +48,13 @@ class AttackOptions:
     margin: float = 0.05
     seed: int = 0
     batch: int = 1
+
+    def check(self, members: int) -> None:
+        """Raise DetguardError if the weights do not match the `members` of the group."""
+        if (self.weights is not None) != (self.aggregate == "weighted"):
+            raise DetguardError("--weights: goes with --aggregate weighted, and that with --weights")
+        if self.weights is not None and len(self.weights) != members:
+            raise DetguardError(f"--weights: expected {members} numbers, one for the photo and each transform")
 
 
 @dataclass
@@ -91,18 +98,18 @@ def attack_group(
     objective: Objective,
     transforms: Sequence[Transform],
     options: AttackOptions,
+    on_step: Callable[[Sequence[Attempt]], None] | None = None,
 ) -> Iterator[Attempt]:
     """Attack photos, given as (key, `uint8 [H, W, 3]`, clean detections); yields each attempt as it ends.
 
     Up to `options.batch` photos of one frame shape share a forward and a backward; a finished photo leaves and the
-    next takes its place. The key seeds a photo's random start, so that its result does not depend on its neighbours.
+    next takes its place; `on_step` is shown the active ones after every step. The key seeds a photo's random start,
+    so that its result does not depend on its neighbours.
 
     Raises:
         DetguardError: `weights` do not match the group.
     """
-    members = 1 + len(transforms)
-    if options.aggregate == "weighted" and len(options.weights or ()) != members:
-        raise DetguardError(f"--weights: expected {members} numbers, one for the photo and each transform")
+    options.check(1 + len(transforms))
     waiting: dict[tuple[int, int], deque[Attempt]] = defaultdict(deque)
     with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads()))) as pool:
         source = iter(photos)
@@ -121,6 +128,8 @@ def attack_group(
             queue = waiting[shape]
             active = [queue[i] for i in range(min(options.batch, len(queue)))]
             _iterate(detector, active, objective, transforms, options, pool)
+            if on_step:
+                on_step(active)
             for attempt in active:
                 if attempt.done or attempt.failed:
                     queue.remove(attempt)

@@ -15,7 +15,9 @@ BUNDLED = "detguard-n"
 MAX_BYTES = 4 << 30
 
 
-def load_detector(name: str | Path = BUNDLED, imgsz: int | None = None, trust: bool = False, device: str = "cpu") -> Any:
+def load_detector(
+    name: str | Path = BUNDLED, imgsz: int | None = None, trust: bool = False, device: str = "cpu"
+) -> Any:
     """A ready detector by bundled name, by file (.pt, .safetensors) or by Ultralytics' name ("yolo11n").
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
@@ -74,7 +76,9 @@ def find_weights(name: str | Path) -> Path:
     else:
         reason = "download failed"
     if not found.is_file():
-        raise DetguardError(f"{name}: cannot be downloaded ({reason}); go online or give a file, --model path/to/{official}")
+        raise DetguardError(
+            f"{name}: cannot be downloaded ({reason}); go online or give a file, --model path/to/{official}"
+        )
     return found
 
 
@@ -112,7 +116,7 @@ def build_model(architecture: str, classes: list[str]) -> nn.Module:
     recipe = YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture}
     model = family(recipe, nc=len(classes), verbose=False)
     model.names = dict(enumerate(classes))
-    model.task = "detect"
+    model.task = "detect"  # type: ignore[assignment]
     return model
 
 
@@ -127,7 +131,9 @@ def _read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
                 f"{file}: refused, loading it would run code or needs classes other than Ultralytics' models; "
                 "if you know where it comes from, add --trust"
             ) from error
-        raise DetguardError(f"{file}: damaged, or not an Ultralytics checkpoint ({str(error).splitlines()[0]})") from error
+        raise DetguardError(
+            f"{file}: damaged, or not an Ultralytics checkpoint ({str(error).splitlines()[0]})"
+        ) from error
     model = checkpoint.get("ema") or checkpoint.get("model")
     if not isinstance(model, nn.Module) or not hasattr(model, "names"):
         raise DetguardError(f"{file}: holds no Ultralytics model")

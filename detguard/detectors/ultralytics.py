@@ -2,9 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 from ultralytics.models.rtdetr.predict import RTDETRPredictor
 from ultralytics.models.yolo.detect import DetectionPredictor
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder
@@ -26,22 +28,25 @@ class UltralyticsDetector(Detector):
         DetguardError: the model's head is not a box detection head.
     """
 
-    def __init__(self, model: nn.Module, name: str, imgsz: int, device: str = "cpu") -> None:
+    def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu") -> None:
         self.name = name
         self.imgsz = imgsz
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
-        model = copy.deepcopy(model).float().eval().requires_grad_(False)
-        self.model = model.fuse(verbose=False).to(device, memory_format=torch.channels_last)
-        self.head = self.model.model[-1]
-        if not isinstance(self.head, (Detect, RTDETRDecoder)) or getattr(model, "task", "detect") != "detect":
+        frozen: Any = copy.deepcopy(model).float().eval().requires_grad_(False)
+        frozen = frozen.fuse(verbose=False).to(device, memory_format=torch.channels_last)
+        self.model = frozen
+        self.head: Any = frozen.model[-1]
+        if not isinstance(self.head, (Detect, RTDETRDecoder)) or getattr(frozen, "task", "detect") != "detect":
             raise DetguardError(f"{name}: a {type(self.head).__name__} model; only box detection can be attacked")
         self.stretch = isinstance(self.head, RTDETRDecoder)
-        self.stride = max(int(self.model.stride.max()), 32)
+        self.stride = max(int(frozen.stride.max()), 32)
         self._predictor: DetectionPredictor | RTDETRPredictor | None = None
 
+    @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
         return Letterbox.fit(photo_shape, self.imgsz, self.stride, self.stretch)
 
+    @override
     def candidates(self, frames: Tensor) -> Candidates:
         _, raw = self.model(frames)
         if isinstance(self.head, RTDETRDecoder):
@@ -55,6 +60,7 @@ class UltralyticsDetector(Detector):
         boxes = dist2bbox(distances, anchors, xywh=False) * strides
         return Candidates(raw["scores"].transpose(1, 2), boxes, end_to_end=self.head.end2end)
 
+    @override
     def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
         if self._predictor is None:
             family = RTDETRPredictor if self.stretch else DetectionPredictor

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from detguard.photos import Photo
 from detguard.transforms.base import Transform, whole_number
@@ -30,9 +31,11 @@ class Median(Transform):
             raise ValueError("expected a window of 3, 5 or 7")
         return cls(int(value))
 
+    @override
     def __call__(self, photo: Photo) -> Photo:
         return cv2.medianBlur(photo, self.size).astype(np.uint8, copy=False)
 
+    @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact; among equal pixels of a window one is taken."""
         height, width, _ = photo.shape
@@ -72,9 +75,11 @@ class Gaussian(Transform):
             raise ValueError("expected an odd window in 3..31")
         return cls(size)
 
+    @override
     def __call__(self, photo: Photo) -> Photo:
         return cv2.GaussianBlur(photo, (self.size, self.size), 0).astype(np.uint8, copy=False)
 
+    @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding: the adjoint of the padded convolution."""
         kernel = torch.from_numpy(cv2.getGaussianKernel(self.size, 0)).to(gradient).flatten()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from kornia.enhance import jpeg_codec_differentiable
 from torch import Tensor
+from typing_extensions import override
 
 from detguard.photos import Photo, decode_photo
 from detguard.transforms.base import Transform, whole_number
@@ -29,9 +30,11 @@ class Jpeg(Transform):
         """`jpeg:Q` with Q 1..100."""
         return cls(whole_number(value, 1, 100, "a quality"))
 
+    @override
     def __call__(self, photo: Photo) -> Photo:
         return decode_photo(self.encode(photo))
 
+    @override
     def encode(self, photo: Photo) -> bytes:
         """The bytes of the .jpg file itself, so that the saved member is what the loop saw."""
         options = [
@@ -40,11 +43,14 @@ class Jpeg(Transform):
         ]  # fmt: skip
         return cv2.imencode(".jpg", photo[..., ::-1], options)[1].tobytes()
 
+    @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Surrogate: the gradient of kornia's differentiable codec (Reich et al. 2024, WACV) at this photo."""
         quality = torch.tensor([float(self.quality)], device=gradient.device)
         with torch.enable_grad():
-            planes = torch.from_numpy(photo.astype(np.float32) / 255).to(gradient).permute(2, 0, 1)[None].requires_grad_()
+            planes = (
+                torch.from_numpy(photo.astype(np.float32) / 255).to(gradient).permute(2, 0, 1)[None].requires_grad_()
+            )
             coded = jpeg_codec_differentiable(planes, quality)
         (back,) = torch.autograd.grad(coded, planes, gradient.permute(2, 0, 1)[None])
         return back[0].permute(1, 2, 0)

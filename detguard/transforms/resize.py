@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from detguard.photos import Photo, resize_adjoint
 from detguard.transforms.base import Transform
@@ -35,16 +36,16 @@ class Resize(Transform):
     def _size(self, photo: Photo) -> tuple[int, int]:
         return max(1, round(photo.shape[0] * self.factor)), max(1, round(photo.shape[1] * self.factor))
 
+    @override
     def __call__(self, photo: Photo) -> Photo:
         height, width = self._size(photo)
         small = cv2.resize(photo, (width, height), interpolation=cv2.INTER_LINEAR)
         back = cv2.resize(small, (photo.shape[1], photo.shape[0]), interpolation=cv2.INTER_LINEAR)
         return back.astype(np.uint8, copy=False)
 
+    @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding."""
         height, width = photo.shape[:2]
         planes = resize_adjoint(gradient.permute(2, 0, 1), self._size(photo))
         return resize_adjoint(planes, (height, width)).permute(1, 2, 0)
-
-

@@ -1,0 +1,223 @@
+"""Attack many photos into a run folder, and judge the saved files by the detector's own public predict path."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from kornia.metrics import ssim
+
+from detguard import DetguardError
+from detguard.attacks.budget import largest_difference
+from detguard.attacks.group import AttackOptions, Attempt, attack_group
+from detguard.detections import Detections
+from detguard.detectors.base import Detector
+from detguard.objectives import Mislabel, Objective, Vanish, outcomes
+from detguard.photos import Photo, encode_png, read_photo
+from detguard.reports.overlay import before_after
+from detguard.runs import Record, Run
+from detguard.transforms.base import Transform
+from detguard.transforms.parse import parse_transforms
+
+THRESHOLDS = (0.05, 0.1, 0.25, 0.5)
+PHOTO = "photo"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attack run: what is attacked, how, and where its results go."""
+
+    detector: Detector
+    objective: Objective
+    transforms: Sequence[Transform]
+    options: AttackOptions
+    run: Run
+
+
+def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, list[Transform], AttackOptions]:
+    """What a run's config asks for, on this detector.
+
+    Raises:
+        DetguardError: unknown class or transform, or weights that do not match the group.
+    """
+    targets = tuple(dict.fromkeys(detector.class_index(name.strip()) for name in config["target"].split(",")))
+    objective: Objective
+    if config["to"] is None:
+        objective = Vanish(targets, config["strict"])
+    elif config["strict"]:
+        raise DetguardError("--strict: goes with vanishing objects, not with --to")
+    else:
+        objective = Mislabel(targets, detector.class_index(config["to"]))
+        if objective.to in targets:
+            raise DetguardError(f"--to {config['to']}: is a target itself; name another class")
+    transforms = parse_transforms(config["transforms"])
+    weights = config["attack"]["weights"]
+    options = AttackOptions(**config["attack"] | {"weights": tuple(weights) if weights else None})
+    options.check(1 + len(transforms))
+    return objective, transforms, options
+
+
+def photo_keys(files: Sequence[Path]) -> dict[str, Path]:
+    """A name for each photo's results: its stem, with a number where stems repeat."""
+    keys: dict[str, Path] = {}
+    for file in files:
+        key, number = file.stem, 1
+        while key in keys:
+            number += 1
+            key = f"{file.stem}-{number}"
+        keys[key] = file
+    return keys
+
+
+def attack_photos(
+    job: Job, files: dict[str, Path], on_step: Callable[[Sequence[Attempt]], None] | None = None
+) -> Iterator[Record]:
+    """Attack `files` (key -> file); yields each photo's record once its files are on disk and it is appended.
+
+    A photo that cannot be read, or whose results cannot be written, gives a record with status "error".
+    """
+    started: dict[str, tuple[float, Detections]] = {}
+    unattackable: list[Record] = []
+
+    def readable() -> Iterator[tuple[str, Photo, Detections]]:
+        for key, file in files.items():
+            try:
+                photo = read_photo(file)
+            except DetguardError as error:
+                unattackable.append({"key": key, "photo": str(file), "status": "error", "error": str(error)})
+                continue
+            begin = time.perf_counter()
+            # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
+            clean = job.detector.predict(photo, lowest_threshold(job.options.conf), job.options.iou)
+            if not len(clean.above(job.options.conf).of(job.objective.targets)):
+                unattackable.append({"key": key, "photo": str(file), "status": "no-target"})
+                continue
+            started[key] = begin, clean
+            yield key, photo, clean.above(job.options.conf)
+
+    def finished() -> Iterator[Record]:
+        while unattackable:
+            yield _append(job.run, unattackable.pop(0))
+
+    for attempt in attack_group(job.detector, readable(), job.objective, job.transforms, job.options, on_step):
+        yield from finished()
+        file = files[attempt.key]
+        begin, clean = started.pop(attempt.key)
+        try:
+            record = save_attempt(job, attempt, file, clean)
+        except DetguardError as error:
+            record = {"key": attempt.key, "photo": str(file), "status": "error", "error": str(error)}
+        yield _append(job.run, record | {"seconds": round(time.perf_counter() - begin, 2)})
+    yield from finished()
+
+
+def _append(run: Run, record: Record) -> Record:
+    try:
+        run.append(record)
+    except DetguardError as error:
+        return record | {"status": "error", "error": str(error)}
+    return record
+
+
+def lowest_threshold(conf: float) -> float:
+    """The confidence to predict at, so that all THRESHOLDS and `conf` can be read off one prediction."""
+    return min(*THRESHOLDS, conf)
+
+
+def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> Record:
+    """Save the adversarial photo and its group, then judge what was saved against all `clean` detections.
+
+    Raises:
+        DetguardError: a file cannot be written, or what is read back breaks the budget.
+    """
+    run, key = job.run, attempt.key
+    names = {PHOTO: f"adversarial/{key}.png"}
+    names |= {str(t): f"group/{key}/{str(t).replace(':', '-')}{t.suffix}" for t in job.transforms}
+    run.write(names[PHOTO], encode_png(attempt.adversarial))
+    for transform in job.transforms:
+        run.write(names[str(transform)], transform.encode(attempt.adversarial))
+    saved = read_photo(run.path(names[PHOTO]))
+    difference = largest_difference(saved, attempt.photo)
+    if difference > job.options.eps:
+        raise DetguardError(
+            f"{run.path(names[PHOTO])}: differs by {difference} levels, over the budget of {job.options.eps:g}"
+        )
+    lowest = lowest_threshold(job.options.conf)
+    found = {name: job.detector.predict(run.path(path), lowest, job.options.iou) for name, path in names.items()}
+    members = {name: judge(job.objective, clean, detections, job.options.conf) for name, detections in found.items()}
+    objects = attempt.clean.of(job.objective.targets)
+    after = found[PHOTO].above(job.options.conf)
+    overlay = before_after(attempt.photo, attempt.clean, saved, after, job.detector.class_names)
+    run.write(f"overlays/{key}.png", encode_png(overlay))
+    return {
+        "key": key,
+        "photo": str(file),
+        "status": "fooled" if all(m["fooled"] for m in members.values()) else "failed",
+        "iterations": attempt.steps,
+        "difference": difference,
+        "psnr": round(min(cv2.PSNR(saved, attempt.photo), 100.0), 2),
+        "ssim": round(structural_similarity(saved, attempt.photo), 4),
+        "objects": [
+            record | {"outcome": outcome}
+            for record, outcome in zip(objects.records(job.detector.class_names), outcomes(objects, after), strict=True)
+        ],
+        "members": members,
+        "files": names,
+    }
+
+
+def judge(objective: Objective, clean: Detections, found: Detections, conf: float) -> Record:
+    """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
+
+    confidence: of the best detection of a target class that is left.
+    """
+    left = found.of(objective.targets).scores
+    success: dict[str, Any] = {
+        f"{t:g}": objective.success(clean.above(t), found.above(t))
+        if len(clean.above(t).of(objective.targets))
+        else None
+        for t in THRESHOLDS
+    }
+    return {
+        "fooled": objective.success(clean.above(conf), found.above(conf)),
+        "confidence": round(float(left.max()), 4) if len(left) else 0.0,
+        "success": success,
+    }
+
+
+def structural_similarity(a: Photo, b: Photo) -> float:
+    """Mean SSIM of two photos (Wang et al. 2004), window 11, over the three channels."""
+    x, y = (torch.from_numpy(p.astype(np.float32) / 255).permute(2, 0, 1)[None] for p in (a, b))
+    return float(ssim(x, y, 11).mean())
+
+
+def verify_run(run: Run, detector: Detector, objective: Objective, transforms: Sequence[Transform]) -> Iterator[Record]:
+    """Judge the saved files of a run anew, and the adversarial photos after further `transforms`.
+
+    Yields per attacked photo: key, group (names of its members), members (name -> `judge`), difference; or key, error.
+    """
+    conf, iou = float(run.config["attack"]["conf"]), float(run.config["attack"]["iou"])
+    lowest = lowest_threshold(conf)
+    for record in run.records():
+        if record.get("status") not in ("fooled", "failed"):
+            continue
+        try:
+            paths = {name: run.path(path) for name, path in record["files"].items()}
+            saved = read_photo(paths[PHOTO])
+            original = read_photo(record["photo"])
+            clean = detector.predict(original, lowest, iou)
+            found = {}
+            for name, path in paths.items():
+                read_photo(path)  # says clearly what is wrong with a damaged file
+                found[name] = detector.predict(path, lowest, iou)
+            found |= {str(t): detector.predict(t(saved), lowest, iou) for t in transforms if str(t) not in found}
+            difference = largest_difference(saved, original)
+        except (DetguardError, KeyError, ValueError) as error:
+            yield {"key": str(record.get("key")), "error": str(error)}
+            continue
+        members = {name: judge(objective, clean, d, conf) for name, d in found.items()}
+        yield {"key": record["key"], "group": list(paths), "members": members, "difference": difference}

@@ -1,0 +1,333 @@
+"""The command line: parse, call, show."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn, track
+
+from detguard import DetguardError, __version__
+
+# Torch and the detectors take seconds to import: only commands that need them do, so that --help is quick.
+if TYPE_CHECKING:
+    from detguard.attacks.group import Attempt
+    from detguard.attacks.run import Job
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Attack object detectors, harden them, and prove both in COCO numbers.",
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[
+    str, typer.Option(help="Bundled name, .pt or .safetensors file, or an Ultralytics name such as yolo11n.")
+]
+ImageSize = Annotated[
+    int | None, typer.Option(min=32, max=4096, help="Longest side of a frame, px; default: the model's own.")
+]
+Confidence = Annotated[
+    float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Unpickle a .pt without the allow-list: it may run any code.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...")]
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
+]
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend become one line and exit code 2."""
+    logging.getLogger("ultralytics").setLevel(logging.ERROR)
+    try:
+        app()
+    except DetguardError as error:
+        show_error(str(error))
+        sys.exit(2)
+
+
+def show_error(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Print the version when asked."""
+    if version:
+        out.print(f"detguard {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard attack bus.jpg`: no pedestrian is found any more, not even after median blur and JPEG
+
+`detguard attack photos/ --target person,bicycle --eps 8 --transforms median:3,median:5,jpeg:50,jpeg:75`
+
+`detguard attack bus.jpg --target bus --to train --model yolo11n`: the bus is found as a train
+
+`detguard attack --resume runs/attack/001`: go on with a run that was stopped"""
+)
+def attack(
+    photos: Annotated[
+        list[str] | None, typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Classes to attack, comma-separated.")] = "person",
+    to: Annotated[str | None, typer.Option(help="Have the objects found as this class instead of vanish.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Nothing else may be found in the place of a vanished object.")
+    ] = False,
+    model: Model = "detguard-n",
+    imgsz: ImageSize = None,
+    conf: Confidence = 0.25,
+    eps: Annotated[
+        float, typer.Option(min=0, max=255, help="Budget: largest change of a pixel value, levels of 255.")
+    ] = 4,
+    step: Annotated[float, typer.Option(min=0.01, max=255, help="Change per iteration, levels.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Most iterations.")] = 100,
+    transforms: Annotated[
+        str, typer.Option(help="Group members beside the photo, or none: median:3|5|7, gaussian:K, jpeg:Q, resize:F.")
+    ] = "median:3,jpeg:75",
+    aggregate: Annotated[
+        Literal["mean", "weighted", "max"],
+        typer.Option(help="How the members' gradients become one: mean, weighted or max."),
+    ] = "mean",
+    weights: Annotated[str | None, typer.Option(help="For --aggregate weighted: photo first, e.g. 1,1,2.")] = None,
+    gradient: Annotated[
+        Literal["straight-through", "exact"], typer.Option(help="Through transforms: straight-through or exact.")
+    ] = "straight-through",
+    momentum: Annotated[float, typer.Option(min=0, max=1, help="Share of earlier gradients in each step.")] = 0,
+    random_start: Annotated[
+        bool, typer.Option("--random-start", help="Start from random noise within the budget.")
+    ] = False,
+    margin: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.99, help="Search until confidence is this share under --conf: survives more transforms."
+        ),
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Photos attacked at once.")] = 1,
+    out_folder: OutFolder = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")
+    ] = None,
+    device: Device = "cpu",
+    trust: Trust = False,
+) -> None:
+    """Change photos a little, so that the detector no longer finds the target, in the saved file and its transforms.
+
+    Exit code: 0 all succeeded, 1 some attacks failed, 2 wrong use or unreadable input (the rest is still done).
+    """
+    from detguard.attacks.run import Job, plan_attack
+    from detguard.detectors.load import load_detector
+    from detguard.photos import find_photos
+    from detguard.runs import Run
+
+    if resume:
+        if photos:
+            raise DetguardError("--resume: takes its photos and options from the run; give no others")
+        run = Run.open(resume, "attack")
+        with err.status("Loading the detector"):
+            detector = load_detector(run.config["model"], run.config["imgsz"], trust, device)
+        if detector.state_hash() != run.config["detector"]:
+            raise DetguardError(f"{resume}: {run.config['model']} is no longer the detector that this run attacked")
+        plan = plan_attack(run.config, detector)
+    else:
+        if not photos:
+            raise DetguardError("PHOTO: give at least one photo, folder or pattern (or --resume RUN)")
+        files = [str(file) for file in find_photos(photos)]
+        with err.status("Loading the detector"):
+            detector = load_detector(model, imgsz, trust, device)
+        options = {
+            "conf": conf, "iou": 0.7, "eps": eps, "step": step, "steps": steps, "aggregate": aggregate,
+            "weights": parse_weights(weights), "gradient": gradient, "momentum": momentum,
+            "random_start": random_start, "margin": margin, "seed": seed, "batch": batch,
+        }  # fmt: skip
+        config = {
+            "model": model, "imgsz": detector.imgsz, "detector": detector.state_hash(), "target": target, "to": to,
+            "strict": strict, "transforms": transforms, "attack": options, "photos": files,
+        }  # fmt: skip
+        plan = plan_attack(config, detector)
+        run = Run.create("attack", out_folder, config)
+    sys.exit(run_attack(Job(detector, *plan, run)))
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """From "1,1,2" to [1.0, 1.0, 2.0].
+
+    Raises:
+        DetguardError: not numbers, or none of them positive.
+    """
+    if text is None:
+        return None
+    try:
+        weights = [float(w) for w in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or min(weights) < 0 or max(weights) <= 0 or max(weights) == float("inf"):
+        raise DetguardError(f"--weights '{text}': expected numbers of 0 or more, as in 1,1,2")
+    return weights
+
+
+def run_attack(job: "Job") -> int:
+    """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
+    from detguard.attacks.run import attack_photos, photo_keys
+    from detguard.reports.tables import attack_summary, survival_table
+
+    records = [r for r in job.run.records() if r["status"] != "error"]
+    if records:
+        job.run.keep(records)
+        out.print(f"{len(records)} photos done before")
+    done = {r["key"] for r in records}
+    files = photo_keys([Path(p) for p in job.run.config["photos"]])
+    waiting = {key: file for key, file in files.items() if key not in done}
+    target = job.run.config["target"]
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("attack", total=len(files), completed=len(done))
+
+        def on_step(active: Sequence["Attempt"]) -> None:
+            first = active[0]
+            fooled = f"{sum(first.fooled)}/{len(first.fooled)} fooled"
+            progress.update(task, description=f"{first.key[:32]}: iteration {first.steps}, {fooled}")
+
+        try:
+            for record in attack_photos(job, waiting, on_step):
+                records.append(record)
+                progress.advance(task)
+                if record["status"] == "error":
+                    show_error(record["error"])
+                elif record["status"] == "no-target":
+                    out.print(
+                        f"{record['photo']}: no {target} found, nothing to attack", highlight=False, soft_wrap=True
+                    )
+        except KeyboardInterrupt:
+            show_error(f"stopped; go on with: detguard attack --resume {job.run.folder}")
+            return 130
+    attacked = [r for r in records if r["status"] in ("fooled", "failed")]
+    if attacked:
+        out.print(survival_table(attacked, f"{target}: success rate"))
+    out.print(attack_summary(records))
+    out.print(f"results: {job.run.folder}", highlight=False, soft_wrap=True)
+    statuses = {r["status"] for r in records}
+    return 2 if "error" in statuses else 1 if "failed" in statuses else 0
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard detect bus.jpg`: a table of boxes, and the photo with boxes under runs/detect/
+
+`detguard detect photos/ --json > boxes.jsonl`: one JSON object per photo"""
+)
+def detect(
+    photos: Annotated[list[str], typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")],
+    model: Model = "detguard-n",
+    imgsz: ImageSize = None,
+    conf: Confidence = 0.25,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")] = False,
+    out_folder: OutFolder = None,
+    device: Device = "cpu",
+    trust: Trust = False,
+) -> None:
+    """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
+    from detguard.attacks.run import photo_keys
+    from detguard.detectors.load import load_detector
+    from detguard.photos import encode_png, find_photos, read_photo
+    from detguard.reports.overlay import draw_detections
+    from detguard.reports.tables import detections_table
+    from detguard.runs import Run
+
+    files = photo_keys(find_photos(photos))
+    with err.status("Loading the detector"):
+        detector = load_detector(model, imgsz, trust, device)
+    config = {"model": model, "imgsz": detector.imgsz, "detector": detector.state_hash(), "conf": conf}
+    run = Run.create("detect", out_folder, config | {"photos": [str(f) for f in files.values()]})
+    code = 0
+    for key, file in files.items():
+        try:
+            photo = read_photo(file)
+            found = detector.predict(photo, conf)
+            run.write(f"overlays/{key}.png", encode_png(draw_detections(photo, found, detector.class_names)))
+            record = {"key": key, "photo": str(file), "detections": found.records(detector.class_names)}
+            run.append(record)
+        except DetguardError as error:
+            show_error(str(error))
+            code = 2
+            continue
+        if as_json:
+            print(json.dumps(record))
+        else:
+            out.print(detections_table(str(file), found, detector.class_names))
+    if not as_json:
+        out.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard verify runs/attack/001`: judge the saved files of a run once more
+
+`detguard verify runs/attack/001 --transforms jpeg:40,gaussian:3,resize:0.5`: and after these"""
+)
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of an attack run.", metavar="RUN")],
+    transforms: Annotated[str, typer.Option(help="Further transforms of the adversarial photo.")] = "none",
+    device: Device = "cpu",
+    trust: Trust = False,
+) -> None:
+    """Read the saved files of an attack again, run the detector on each, and print survival per transform.
+
+    Exit code: 0 every file of the group still fools the detector within its budget, 1 not, 2 unreadable files.
+    """
+    from detguard.attacks.run import plan_attack, verify_run
+    from detguard.detectors.load import load_detector
+    from detguard.reports.tables import survival_table
+    from detguard.runs import Run
+    from detguard.transforms.parse import parse_transforms
+
+    run = Run.open(folder, "attack")
+    extra = parse_transforms(transforms)
+    with err.status("Loading the detector"):
+        detector = load_detector(run.config["model"], run.config["imgsz"], trust, device)
+    if detector.state_hash() != run.config["detector"]:
+        show_error(f"{run.config['model']} is not the detector that this run attacked; judging by it all the same")
+    objective, _, options = plan_attack(run.config, detector)
+    records, code = [], 0
+    total = sum(r.get("status") in ("fooled", "failed") for r in run.records())
+    for record in track(verify_run(run, detector, objective, extra), "verify", total, console=err, transient=True):
+        if "error" in record:
+            show_error(f"{folder}: {record['key']}: {record['error']}")
+            code = 2
+        else:
+            records.append(record)
+    if records:
+        out.print(survival_table(records, f"{folder}: success rate"))
+        difference = max(r["difference"] for r in records)
+        out.print(f"largest difference: {difference} levels, budget {options.eps:g}")
+        group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
+        code = code or int(difference > options.eps or not all(group))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Pictures of detections: boxes on a photo, and before | after | difference."""
+
+from functools import cache
+
+import cv2
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from detguard.detections import Detections
+from detguard.photos import Photo
+
+DIFFERENCE_GAIN = 10
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", size)
+
+
+@cache
+def _colour(index: int) -> tuple[int, int, int]:
+    # Golden-ratio steps around the hue circle: neighbours in the class list differ clearly.
+    hue = np.array([[[(index * 0.618034 + 0.02) % 1 * 179, 190, 235]]], np.uint8)
+    r, g, b = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+    return r, g, b
+
+
+def draw_detections(photo: Photo, detections: Detections, class_names: dict[int, str]) -> Photo:
+    """The photo, `uint8 [H, W, 3]`, with a labelled box for each detection, best on top."""
+    image = Image.fromarray(photo)
+    draw = ImageDraw.Draw(image)
+    unit = max(photo.shape[:2]) / 640
+    line, font = max(2, round(2.5 * unit)), _font(max(11, round(14 * unit)))
+    for box, score, index in reversed(
+        list(zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True))
+    ):
+        colour = _colour(index)
+        draw.rectangle(box, outline=colour, width=line)
+        label = f" {class_names[index]} {score:.2f} "
+        left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+        x = min(max(0, box[0]), max(0, photo.shape[1] - (right - left)))
+        y = box[1] - (bottom - top) - 2 * line
+        y = box[1] if y < 0 else y
+        draw.rectangle((x, y, x + right - left, y + bottom - top + 2 * line), fill=colour)
+        draw.text((x - left, y + line - top), label, fill="white", font=font, stroke_width=1, stroke_fill=(0, 0, 0))
+    return np.asarray(image)
+
+
+def before_after(
+    before: Photo, found_before: Detections, after: Photo, found_after: Detections, class_names: dict[int, str]
+) -> Photo:
+    """Side by side: before and after with their detections, and the difference x10 around grey, each captioned."""
+    difference = np.clip(128 + DIFFERENCE_GAIN * (after.astype(np.int16) - before), 0, 255).astype(np.uint8)
+    largest = int(np.abs(after.astype(np.int16) - before).max())
+    panels = [
+        (f"before: {_summary(found_before, class_names)}", draw_detections(before, found_before, class_names)),
+        (f"after: {_summary(found_after, class_names)}", draw_detections(after, found_after, class_names)),
+        (f"difference x{DIFFERENCE_GAIN} (at most {largest} of 255 levels)", difference),
+    ]
+    height, width = before.shape[:2]
+    font_size = max(12, round(width / 32))
+    bar, gap = round(font_size * 1.9), max(4, width // 100)
+    sheet = Image.new("RGB", (3 * width + 2 * gap, height + bar), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (caption, panel) in enumerate(panels):
+        x = i * (width + gap)
+        sheet.paste(Image.fromarray(panel), (x, bar))
+        font = _font(font_size)
+        while draw.textlength(caption, font=font) > width and font.size > 8:
+            font = _font(int(font.size) - 1)
+        draw.text((x, bar / 2), caption, fill=(20, 20, 20), font=font, anchor="lm")
+    return np.asarray(sheet)
+
+
+def _summary(detections: Detections, class_names: dict[int, str]) -> str:
+    """Like "4 person, 1 bus"."""
+    counts: dict[str, int] = {}
+    for index in detections.classes.tolist():
+        counts[class_names[index]] = counts.get(class_names[index], 0) + 1
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{n} {name}" for name, n in ranked) or "nothing found"
