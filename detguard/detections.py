@@ -82,9 +82,9 @@ def suppress(candidates: Candidates, conf: float, iou: float) -> list[Detections
 
 
 def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float) -> Detections:
-    best, classes = logits.max(1)
-    keep = best.sigmoid() > conf
-    scores, classes, boxes = best[keep].sigmoid(), classes[keep], boxes[keep]
+    scores = logits.amax(1).sigmoid()
+    keep = scores > conf
+    scores, classes, boxes = scores[keep], logits[keep].argmax(1), boxes[keep]
     # Classes are kept apart by an offset larger than any photo, which makes one NMS of many.
     kept = nms(boxes + classes[:, None] * 7680.0, scores, iou)[:MAX_DETECTIONS]
     return Detections(boxes[kept].cpu(), scores[kept].cpu(), classes[kept].cpu())

@@ -1,17 +1,15 @@
 """Files <-> photos, and the letterbox: the differentiable map from a photo to the frame that a detector sees.
 
-A photo is `uint8 [H, W, 3]` RGB at the resolution of its file. As a tensor it keeps that layout, as float32
-levels 0..255, so that a step of 1 is one level of the saved file.
+A photo is `uint8 [H, W, 3]` RGB at the resolution of its file. Gradients are `[3, H, W]`, as networks give them.
 """
 
 import glob
 import os
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -118,7 +116,7 @@ def decode_photo(data: bytes, file: str | Path = "photo") -> Photo:
 
 def encode_png(photo: Photo) -> bytes:
     """The bytes of a lossless PNG of `photo`, `uint8 [H, W, 3]` RGB."""
-    return cv2.imencode(".png", photo[..., ::-1])[1].tobytes()
+    return cv2.imencode(".png", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def write_file(file: Path, data: bytes) -> None:
@@ -164,13 +162,25 @@ class Letterbox:
         # The 0.1 decides which side gets the odd pixel of padding, as in Ultralytics' LetterBox.
         return cls(photo, (height, width), frame, (round(spare[0] / 2 - 0.1), round(spare[1] / 2 - 0.1)))
 
-    def __call__(self, photo: Tensor) -> Tensor:
-        """Map a photo, float32 [H, W, 3] whole levels 0..255, to its frame, float32 [3, H', W'] in 0..1.
+    def __call__(self, photo: Photo) -> Photo:
+        """The frame of a photo, `uint8 [H', W', 3]`: OpenCV's 8-bit bilinear resize to the bit, then padding."""
+        (height, width), (top, left) = self.resized, self.offset
+        if self.resized != self.photo:
+            photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+        if self.resized == self.frame:
+            return photo
+        frame = np.full((*self.frame, 3), PADDING_LEVEL, np.uint8)
+        frame[top : top + height, left : left + width] = photo
+        return frame
 
-        Forward is OpenCV's 8-bit resize to the bit; backward is the adjoint of the bilinear resize (the rounding
-        of OpenCV is passed straight through). Padding is constant and gets no gradient.
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """Gradient at the frame, [3, H', W'], brought to the photo, [3, H, W]: the adjoint of the bilinear resize.
+
+        OpenCV's rounding is passed straight through. The padding is constant, so its gradient goes nowhere.
         """
-        return _LetterboxMap.apply(photo, self)
+        (height, width), (top, left) = self.resized, self.offset
+        inner = gradient[:, top : top + height, left : left + width]
+        return inner if self.resized == self.photo else resize_adjoint(inner, self.photo)
 
     def boxes_to_photo(self, boxes: Tensor) -> Tensor:
         """Boxes [..., 4] xyxy from frame pixels to photo pixels, clipped to the photo."""
@@ -185,26 +195,9 @@ class Letterbox:
         return boxes * scale + boxes.new_tensor([self.offset[1], self.offset[0]] * 2)
 
 
-class _LetterboxMap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, photo: Tensor, letterbox: Letterbox) -> Tensor:
-        ctx.letterbox = letterbox
-        (height, width), (top, left) = letterbox.resized, letterbox.offset
-        pixels = photo.detach().to("cpu", torch.uint8).numpy()
-        if letterbox.resized != letterbox.photo:
-            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
-        frame = np.full((*letterbox.frame, 3), PADDING_LEVEL, np.uint8)
-        frame[top : top + height, left : left + width] = pixels
-        return torch.from_numpy(frame).to(photo.device, torch.float32).div_(255).permute(2, 0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        letterbox: Letterbox = ctx.letterbox
-        (height, width), (top, left) = letterbox.resized, letterbox.offset
-        inner = gradients[0][:, top : top + height, left : left + width] / 255
-        if letterbox.resized != letterbox.photo:
-            inner = resize_adjoint(inner, letterbox.photo)
-        return inner.permute(1, 2, 0).contiguous(), None
+def frames_tensor(frames: Sequence[Photo], device: torch.device | str = "cpu") -> Tensor:
+    """Frames of one shape as a detector takes them: float32 [B, 3, H, W], 0..1, RGB, channels last in memory."""
+    return torch.from_numpy(np.stack(frames)).to(device).float().div_(255).permute(0, 3, 1, 2)
 
 
 def resize_adjoint(gradient: Tensor, source: tuple[int, int]) -> Tensor:

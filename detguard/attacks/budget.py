@@ -7,9 +7,15 @@ from torch import Tensor
 from detguard.photos import Photo
 
 
-def project_linf(photo: Tensor, original: Tensor, eps: float) -> Tensor:
-    """The nearest photo within `eps` levels of `original` in every value, and within 0..255; float32 [H, W, 3]."""
-    return photo.maximum(original - eps).minimum(original + eps).clamp_(0, 255)
+def linf_bounds(original: Photo, eps: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The lowest and highest photo within `eps` levels of `original` and within 0..255; float32 [H, W, 3]."""
+    levels = torch.from_numpy(original).to(device).float()
+    return (levels - eps).clamp_(0, 255), (levels + eps).clamp_(0, 255)
+
+
+def project_linf(photo: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
+    """The photo nearest to `photo`, float32 [H, W, 3] levels, within `linf_bounds`."""
+    return torch.clamp(photo, *bounds)
 
 
 def largest_difference(photo: Photo, original: Photo) -> int:
@@ -23,7 +29,9 @@ def largest_difference(photo: Photo, original: Photo) -> int:
     return int(np.abs(photo.astype(np.int16) - original.astype(np.int16)).max())
 
 
-def random_start(original: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """A photo of whole levels drawn uniformly from the budget, float32 [H, W, 3]."""
-    noise = torch.rand(original.shape, generator=generator) * (2 * eps) - eps
-    return project_linf(original + noise.round(), original, eps)
+def random_start(bounds: tuple[Tensor, Tensor], seed: int) -> Tensor:
+    """A photo of whole levels drawn uniformly from within `linf_bounds`, float32 [H, W, 3] levels."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = bounds[0].ceil(), bounds[1].floor()
+    share = torch.rand(low.shape, generator=generator).to(low.device)
+    return (low + ((high - low + 1) * share).floor()).minimum(high)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from detguard import DetguardError
-from detguard.attacks.budget import project_linf, random_start
+from detguard.attacks.budget import linf_bounds, project_linf, random_start
 from detguard.detections import Detections, suppress
 from detguard.detectors.base import Detector, to_photo
 from detguard.objectives import Objective
-from detguard.photos import Letterbox, Photo
-from detguard.transforms.base import GradientRule, Transform, transform_with_gradient
+from detguard.photos import Letterbox, Photo, frames_tensor
+from detguard.transforms.base import GradientRule, Transform
 
 Aggregate = Literal["mean", "weighted", "max"]
 
@@ -65,31 +65,30 @@ class Attempt:
     photo: Photo
     clean: Detections
     letterbox: Letterbox
-    original: Tensor
-    x: Tensor
     objects: Tensor
+    bounds: tuple[Tensor, Tensor]
+    x: Tensor
     steps: int = 0
     fooled: list[bool] = field(default_factory=list)
     failed: bool = False
     velocity: Tensor | None = None
-    best: Tensor | None = None
+    best: Photo | None = None
     best_rank: tuple[int, float] = (-1, 0.0)
 
     @property
     def adversarial(self) -> Photo:
         """The photo to save, `uint8 [H, W, 3]`: the last one, or when the attack failed the best one seen."""
-        x = self.best if self.best is not None and not self.done else self.x
-        return whole_levels(x).to("cpu", torch.uint8).numpy()
+        return self.levels if self.best is None or self.done else self.best
+
+    @property
+    def levels(self) -> Photo:
+        """`x` rounded to whole levels, as it would be saved and as the detector is shown it."""
+        return self.x.round().to("cpu", torch.uint8).numpy()
 
     @property
     def done(self) -> bool:
         """Whether every member of the group is fooled, as the loop sees it; the saved file has the last word."""
         return bool(self.fooled) and all(self.fooled)
-
-
-def whole_levels(x: Tensor) -> Tensor:
-    """Rounded to whole levels 0..255, as it would be saved."""
-    return x.detach().round().clamp_(0, 255)
 
 
 def attack_group(
@@ -141,14 +140,14 @@ def attack_group(
 def _begin(
     detector: Detector, key: str, photo: Photo, clean: Detections, objective: Objective, options: AttackOptions
 ) -> Attempt:
-    letterbox = detector.letterbox(photo.shape[:2])
-    original = torch.from_numpy(photo).float()
-    x = original.clone()
+    letterbox = detector.letterbox((photo.shape[0], photo.shape[1]))
+    bounds = linf_bounds(photo, options.eps, detector.device)
     if options.random_start:
-        generator = torch.Generator().manual_seed(photo_seed(key, options.seed))
-        x = random_start(original, options.eps, generator)
+        x = random_start(bounds, photo_seed(key, options.seed))
+    else:
+        x = torch.from_numpy(photo).to(detector.device).float()
     objects = letterbox.boxes_to_frame(clean.of(objective.targets).boxes)
-    return Attempt(key, photo, clean, letterbox, original, x, objects)
+    return Attempt(key, photo, clean, letterbox, objects, bounds, x)
 
 
 def _iterate(
@@ -162,16 +161,13 @@ def _iterate(
     """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
     conf = options.conf * (1 - options.margin)
     members = 1 + len(transforms)
-    pixels = [whole_levels(attempt.x).requires_grad_() for attempt in attempts for _ in range(members)]
+    shown = [attempt.levels for attempt in attempts]
 
-    def to_frame(index: int) -> Tensor:
-        attempt, member = attempts[index // members], index % members
-        photo = pixels[index]
-        if member:
-            photo = transform_with_gradient(transforms[member - 1], photo, options.gradient)
-        return attempt.letterbox(photo)
+    def frame(index: int) -> Photo:
+        photo, member = shown[index // members], index % members
+        return attempts[index // members].letterbox(transforms[member - 1](photo) if member else photo)
 
-    frames = torch.stack(list(pool.map(to_frame, range(len(pixels))))).contiguous(memory_format=torch.channels_last)
+    frames = frames_tensor(list(pool.map(frame, range(members * len(attempts)))), detector.device).requires_grad_()
     candidates = detector.candidates(frames)
     found = suppress(candidates, conf, options.iou)
     for i, attempt in enumerate(attempts):
@@ -181,45 +177,55 @@ def _iterate(
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    rows = torch.tensor([i * members + m for i in running for m in range(members)])
-    losses = objective.loss(candidates[rows], [attempts[i].objects for i in running for _ in range(members)], conf)
-    _remember_best(attempts, running, losses.detach().view(-1, members).sum(1))
-    if not all(attempts[i].failed for i in running):
-        losses.sum().backward()
+    objects = [attempt.objects for attempt in attempts for _ in range(members)]
+    losses = objective.loss(candidates, objects, conf).view(-1, members).sum(1)
+    for i in running:
+        rank = (sum(attempts[i].fooled), -losses[i].item())
+        if attempts[i].best is None or rank > attempts[i].best_rank:
+            attempts[i].best, attempts[i].best_rank = shown[i], rank
+    if all(attempts[i].failed for i in running):
+        return
+    (gradients,) = torch.autograd.grad(losses[running].sum(), frames)
     for i in running:
         if not attempts[i].failed:
-            gradients = [p.grad for p in pixels[i * members : (i + 1) * members]]
-            _update(attempts[i], torch.stack([g for g in gradients if g is not None]), options)
+            group_gradients = gradients[i * members : (i + 1) * members]
+            gradient = photo_gradient(group_gradients, shown[i], attempts[i].letterbox, transforms, options)
+            _update(attempts[i], gradient, options)
 
 
-def _remember_best(attempts: Sequence[Attempt], running: Sequence[int], losses: Tensor) -> None:
-    for i, loss in zip(running, losses.tolist(), strict=True):
-        rank = (sum(attempts[i].fooled), -loss)
-        if attempts[i].best is None or rank > attempts[i].best_rank:
-            attempts[i].best, attempts[i].best_rank = whole_levels(attempts[i].x), rank
+def photo_gradient(
+    gradients: Tensor, photo: Photo, letterbox: Letterbox, transforms: Sequence[Transform], options: AttackOptions
+) -> Tensor:
+    """The members' gradients at their frames, [members, 3, H', W'], as one gradient at the photo, [3, H, W]."""
+    if options.gradient == "straight-through" and options.aggregate != "max":
+        # All are linear and the members share their letterbox: aggregated first, only one is brought back.
+        return letterbox.pull_back(aggregate_gradients(gradients, options))
+    back = [letterbox.pull_back(gradient) for gradient in gradients]
+    if options.gradient == "exact":
+        back[1:] = [t.pull_back(photo, gradient) for t, gradient in zip(transforms, back[1:], strict=True)]
+    return aggregate_gradients(torch.stack(back), options)
 
 
-def _update(attempt: Attempt, gradients: Tensor, options: AttackOptions) -> None:
-    """One signed step against the aggregate of the members' gradients [members, H, W, 3], projected onto the budget."""
-    gradient = aggregate_gradients(gradients, options.aggregate, options.weights)
+def aggregate_gradients(gradients: Tensor, options: AttackOptions) -> Tensor:
+    """Gradients [members, ...] -> one: arithmetic mean, mean by `weights`, or each element of largest magnitude."""
+    if options.aggregate == "max":
+        return gradients.gather(0, gradients.abs().argmax(0, keepdim=True))[0]
+    share = gradients.new_tensor(options.weights or [1.0] * len(gradients))
+    return torch.tensordot(share / share.sum(), gradients, dims=1)
+
+
+def _update(attempt: Attempt, gradient: Tensor, options: AttackOptions) -> None:
+    """One signed step against `gradient` [3, H, W], projected onto the budget."""
     if options.momentum:
         # Dong et al. 2018, "Boosting Adversarial Attacks with Momentum", eq. 6.
         gradient = gradient / gradient.abs().mean().clamp(min=1e-20)
         if attempt.velocity is not None:
             gradient = gradient + options.momentum * attempt.velocity
         attempt.velocity = gradient
-    attempt.x = project_linf(attempt.x - options.step * gradient.sign(), attempt.original, options.eps)
+    # One byte a value before the change of layout, which is what costs time here.
+    direction = gradient.sign().to(torch.int8).permute(1, 2, 0).contiguous()
+    attempt.x = project_linf(torch.add(attempt.x, direction, alpha=-options.step), attempt.bounds)
     attempt.steps += 1
-
-
-def aggregate_gradients(gradients: Tensor, how: Aggregate, weights: Sequence[float] | None = None) -> Tensor:
-    """Gradients [members, ...] -> one: arithmetic mean, mean with `weights`, or each element of largest magnitude."""
-    if how == "mean":
-        return gradients.mean(0)
-    if how == "weighted":
-        share = gradients.new_tensor(weights)
-        return torch.tensordot(share / share.sum(), gradients, dims=1)
-    return gradients.gather(0, gradients.abs().argmax(0, keepdim=True))[0]
 
 
 def photo_seed(key: str, seed: int) -> int:

@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from detguard import DetguardError
 from detguard.detections import Candidates, Detections, suppress
-from detguard.photos import Letterbox, Photo
+from detguard.photos import Letterbox, Photo, frames_tensor
 
 
 class Detector(ABC):
     """A frozen detector in eval mode.
 
-    name: as the user gave it; class_names: class index -> name; imgsz: longest side of a frame, in pixels.
+    name: as the user gave it; class_names: class index -> name; imgsz: longest side of a frame, in pixels;
+    device: where its frames go.
     """
 
     name: str
     class_names: dict[int, str]
     imgsz: int
     model: nn.Module
+    device: torch.device
 
     @abstractmethod
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
@@ -43,7 +45,7 @@ class Detector(ABC):
         for photo in photos:
             box = self.letterbox(photo.shape[:2])
             with torch.no_grad():
-                candidates = self.candidates(box(torch.from_numpy(photo).float())[None])
+                candidates = self.candidates(frames_tensor([box(photo)], self.device))
             found.append(to_photo(suppress(candidates, conf, iou)[0], box))
         return found
 

@@ -35,6 +35,7 @@ class UltralyticsDetector(Detector):
         frozen: Any = copy.deepcopy(model).float().eval().requires_grad_(False)
         frozen = frozen.fuse(verbose=False).to(device, memory_format=torch.channels_last)
         self.model = frozen
+        self.device = torch.device(device)
         self.head: Any = frozen.model[-1]
         if not isinstance(self.head, (Detect, RTDETRDecoder)) or getattr(frozen, "task", "detect") != "detect":
             raise DetguardError(f"{name}: a {type(self.head).__name__} model; only box detection can be attacked")
@@ -64,10 +65,17 @@ class UltralyticsDetector(Detector):
     def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
         if self._predictor is None:
             family = RTDETRPredictor if self.stretch else DetectionPredictor
-            device = str(next(self.model.parameters()).device)
-            overrides = {"imgsz": self.imgsz, "device": device, "save": False, "verbose": False, "mode": "predict"}
+            overrides = {
+                "imgsz": self.imgsz,
+                "device": str(self.device),
+                "save": False,
+                "verbose": False,
+                "mode": "predict",
+            }
             self._predictor = family(overrides=overrides | {"max_det": MAX_DETECTIONS, "rect": True, "batch": 1})
+            threads = torch.get_num_threads()
             self._predictor.setup_model(model=self.model, verbose=False)
+            torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
         self._predictor.args.conf, self._predictor.args.iou = conf, iou
         bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()
         boxes = self._predictor(source=bgr_or_file)[0].boxes.cpu()

@@ -1,13 +1,14 @@
 """What a transform is: photo -> photo at file resolution, and how a gradient comes back through it."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from detguard.photos import Photo, encode_png
 
+# straight-through: the gradient goes to the same pixels unchanged, which is the attack method's own definition;
+# exact: by the transform's `pull_back`.
 GradientRule = Literal["straight-through", "exact"]
 
 
@@ -33,35 +34,11 @@ class Transform(ABC):
 
     @abstractmethod
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
-        """Gradient [H, W, 3] at the output -> at `photo`, exact or by the surrogate that the class names."""
+        """Gradient [3, H, W] at the output -> at `photo`, exact or by the surrogate that the class names."""
 
     def encode(self, photo: Photo) -> bytes:
         """The bytes of a file (of `suffix`) that holds the transformed photo."""
         return encode_png(self(photo))
-
-
-def transform_with_gradient(transform: Transform, photo: Tensor, rule: GradientRule) -> Tensor:
-    """Apply `transform` to a photo, float32 [H, W, 3] whole levels, with its gradient rule attached.
-
-    straight-through: the gradient goes to the same pixels unchanged (the attack method's own definition).
-    exact: the transform's own `pull_back`.
-    """
-    return _TransformMap.apply(photo, transform, rule)
-
-
-class _TransformMap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, photo: Tensor, transform: Transform, rule: GradientRule) -> Tensor:
-        pixels = photo.detach().to("cpu", torch.uint8).numpy()
-        ctx.pixels, ctx.transform, ctx.rule = pixels, transform, rule
-        return torch.from_numpy(transform(pixels)).to(photo)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradients[0]
-        if ctx.rule == "exact":
-            gradient = ctx.transform.pull_back(ctx.pixels, gradient)
-        return gradient, None, None
 
 
 def whole_number(value: str, low: int, high: int, what: str) -> int:

@@ -47,8 +47,8 @@ class Median(Transform):
             plane = torch.from_numpy(photo[..., channel].astype(np.float32))[None, None]
             chosen = self._windows(plane, radius)[0].median(0).indices
             target = sources.gather(0, chosen[None])[0].to(gradient.device)
-            flat = gradient.new_zeros(height * width).index_add_(0, target, gradient[..., channel].reshape(-1))
-            out[..., channel] = flat.view(height, width)
+            flat = gradient.new_zeros(height * width).index_add_(0, target, gradient[channel].reshape(-1))
+            out[channel] = flat.view(height, width)
         return out
 
     def _windows(self, plane: Tensor, radius: int) -> Tensor:
@@ -88,5 +88,5 @@ class Gaussian(Transform):
             planes = gradient.new_zeros(3, 1, *photo.shape[:2]).requires_grad_()
             padded = F.pad(planes, [radius] * 4, mode="reflect")
             blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-        (back,) = torch.autograd.grad(blurred, planes, gradient.permute(2, 0, 1)[:, None])
-        return back[:, 0].permute(1, 2, 0)
+        (back,) = torch.autograd.grad(blurred, planes, gradient[:, None])
+        return back[:, 0]

@@ -41,7 +41,7 @@ class Jpeg(Transform):
             cv2.IMWRITE_JPEG_QUALITY, self.quality,
             cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
         ]  # fmt: skip
-        return cv2.imencode(".jpg", photo[..., ::-1], options)[1].tobytes()
+        return cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
@@ -52,5 +52,5 @@ class Jpeg(Transform):
                 torch.from_numpy(photo.astype(np.float32) / 255).to(gradient).permute(2, 0, 1)[None].requires_grad_()
             )
             coded = jpeg_codec_differentiable(planes, quality)
-        (back,) = torch.autograd.grad(coded, planes, gradient.permute(2, 0, 1)[None])
-        return back[0].permute(1, 2, 0)
+        (back,) = torch.autograd.grad(coded, planes, gradient[None])
+        return back[0]

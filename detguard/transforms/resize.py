@@ -46,6 +46,4 @@ class Resize(Transform):
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding."""
-        height, width = photo.shape[:2]
-        planes = resize_adjoint(gradient.permute(2, 0, 1), self._size(photo))
-        return resize_adjoint(planes, (height, width)).permute(1, 2, 0)
+        return resize_adjoint(resize_adjoint(gradient, self._size(photo)), (photo.shape[0], photo.shape[1]))
