@@ -16,6 +16,7 @@ from ultralytics.utils import ASSETS
 
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.detectors.load import load_detector
+from detguard.engine import keep_freed_memory
 from detguard.objectives import Vanish
 from detguard.photos import frames_tensor, read_photo
 from detguard.transforms.parse import parse_transforms
@@ -28,6 +29,7 @@ def main(
     transforms: str = "median:3,jpeg:75",
     rounds: int = 15,
 ) -> None:
+    keep_freed_memory()
     detector = load_detector(model, imgsz)
     pixels = read_photo(photo)
     group = parse_transforms(transforms)

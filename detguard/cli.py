@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn, track
 
 from detguard import DetguardError, __version__
+from detguard.engine import keep_freed_memory
 
 # Torch and the detectors take seconds to import: only commands that need them do, so that --help is quick.
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ OutFolder = Annotated[
 
 def main() -> None:
     """Run the command line; errors that the user can mend become one line and exit code 2."""
+    keep_freed_memory()
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     try:
         app()

@@ -27,6 +27,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
+from detguard.engine import keep_freed_memory
+
 CLASSES = [
     "person",
     "bicycle",
@@ -174,6 +176,7 @@ def head_loss(
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)

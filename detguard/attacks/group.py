@@ -8,7 +8,6 @@ saved is what the detector is shown at every step.
 import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,31 +109,30 @@ def attack_group(
     """
     options.check(1 + len(transforms))
     waiting: dict[tuple[int, int], deque[Attempt]] = defaultdict(deque)
-    with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads()))) as pool:
-        source = iter(photos)
-        exhausted = False
-        while True:
-            # Photos of other frame shapes queue up; the fullest shape goes first.
-            while not exhausted and all(len(queue) < options.batch for queue in waiting.values()):
-                if (item := next(source, None)) is None:
-                    exhausted = True
-                else:
-                    attempt = _begin(detector, *item, objective, options)
-                    waiting[attempt.letterbox.frame].append(attempt)
-            shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
-            if shape is None:
-                return
-            queue = waiting[shape]
-            active = [queue[i] for i in range(min(options.batch, len(queue)))]
-            _iterate(detector, active, objective, transforms, options, pool)
-            if on_step:
-                on_step(active)
-            for attempt in active:
-                if attempt.done or attempt.failed:
-                    queue.remove(attempt)
-                    yield attempt
-            if not queue:
-                del waiting[shape]
+    source = iter(photos)
+    exhausted = False
+    while True:
+        # Photos of other frame shapes queue up; the fullest shape goes first.
+        while not exhausted and all(len(queue) < options.batch for queue in waiting.values()):
+            if (item := next(source, None)) is None:
+                exhausted = True
+            else:
+                attempt = _begin(detector, *item, objective, options)
+                waiting[attempt.letterbox.frame].append(attempt)
+        shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
+        if shape is None:
+            return
+        queue = waiting[shape]
+        active = [queue[i] for i in range(min(options.batch, len(queue)))]
+        _iterate(detector, active, objective, transforms, options)
+        if on_step:
+            on_step(active)
+        for attempt in active:
+            if attempt.done or attempt.failed:
+                queue.remove(attempt)
+                yield attempt
+        if not queue:
+            del waiting[shape]
 
 
 def _begin(
@@ -156,7 +154,6 @@ def _iterate(
     objective: Objective,
     transforms: Sequence[Transform],
     options: AttackOptions,
-    pool: ThreadPoolExecutor,
 ) -> None:
     """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
     conf = options.conf * (1 - options.margin)
@@ -167,7 +164,7 @@ def _iterate(
         photo, member = shown[index // members], index % members
         return attempts[index // members].letterbox(transforms[member - 1](photo) if member else photo)
 
-    frames = frames_tensor(list(pool.map(frame, range(members * len(attempts)))), detector.device).requires_grad_()
+    frames = frames_tensor([frame(i) for i in range(members * len(attempts))], detector.device).requires_grad_()
     candidates = detector.candidates(frames)
     found = suppress(candidates, conf, options.iou)
     for i, attempt in enumerate(attempts):
