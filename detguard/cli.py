@@ -40,6 +40,7 @@ Confidence = Annotated[
     float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Unpickle a .pt without the allow-list: it may run any code.")]
+EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...")]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
@@ -125,6 +126,7 @@ def attack(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")
     ] = None,
+    end_to_end: EndToEnd = False,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -133,7 +135,7 @@ def attack(
     Exit code: 0 all succeeded, 1 some attacks failed, 2 wrong use or unreadable input (the rest is still done).
     """
     from detguard.attacks.run import Job, plan_attack
-    from detguard.detectors.load import load_detector
+    from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.photos import find_photos
     from detguard.runs import Run
 
@@ -142,24 +144,22 @@ def attack(
             raise DetguardError("--resume: takes its photos and options from the run; give no others")
         run = Run.open(resume, "attack")
         with err.status("Loading the detector"):
-            detector = load_detector(run.config["model"], run.config["imgsz"], trust, device)
-        if detector.state_hash() != run.config["detector"]:
-            raise DetguardError(f"{resume}: {run.config['model']} is no longer the detector that this run attacked")
+            detector = load_configured(run.config["detector"], trust, device)
         plan = plan_attack(run.config, detector)
     else:
         if not photos:
             raise DetguardError("PHOTO: give at least one photo, folder or pattern (or --resume RUN)")
         files = [str(file) for file in find_photos(photos)]
         with err.status("Loading the detector"):
-            detector = load_detector(model, imgsz, trust, device)
+            detector = load_detector(model, imgsz, trust, device, end_to_end)
         options = {
             "conf": conf, "iou": 0.7, "eps": eps, "step": step, "steps": steps, "aggregate": aggregate,
             "weights": parse_weights(weights), "gradient": gradient, "momentum": momentum,
             "random_start": random_start, "margin": margin, "seed": seed, "batch": batch,
         }  # fmt: skip
         config = {
-            "model": model, "imgsz": detector.imgsz, "detector": detector.state_hash(), "target": target, "to": to,
-            "strict": strict, "transforms": transforms, "attack": options, "photos": files,
+            "detector": detector_config(detector, model), "target": target, "to": to, "strict": strict,
+            "transforms": transforms, "attack": options, "photos": files,
         }  # fmt: skip
         plan = plan_attack(config, detector)
         run = Run.create("attack", out_folder, config)
@@ -188,9 +188,10 @@ def run_attack(job: "Job") -> int:
     from detguard.attacks.run import attack_photos, photo_keys
     from detguard.reports.tables import attack_summary, survival_table
 
+    # What failed to read or write before a stop is tried again; the rest stays as it is.
     records = [r for r in job.run.records() if r["status"] != "error"]
+    job.run.keep(records)
     if records:
-        job.run.keep(records)
         out.print(f"{len(records)} photos done before")
     done = {r["key"] for r in records}
     files = photo_keys([Path(p) for p in job.run.config["photos"]])
@@ -247,12 +248,13 @@ def detect(
     conf: Confidence = 0.25,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")] = False,
     out_folder: OutFolder = None,
+    end_to_end: EndToEnd = False,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
     from detguard.attacks.run import photo_keys
-    from detguard.detectors.load import load_detector
+    from detguard.detectors.load import detector_config, load_detector
     from detguard.photos import encode_png, find_photos, read_photo
     from detguard.reports.overlay import draw_detections
     from detguard.reports.tables import detections_table
@@ -260,9 +262,9 @@ def detect(
 
     files = photo_keys(find_photos(photos))
     with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, trust, device)
-    config = {"model": model, "imgsz": detector.imgsz, "detector": detector.state_hash(), "conf": conf}
-    run = Run.create("detect", out_folder, config | {"photos": [str(f) for f in files.values()]})
+        detector = load_detector(model, imgsz, trust, device, end_to_end)
+    config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
+    run = Run.create("detect", out_folder, config)
     code = 0
     for key, file in files.items():
         try:
@@ -302,7 +304,7 @@ def verify(
     Exit code: 0 every file of the group still fools the detector within its budget, 1 not, 2 unreadable files.
     """
     from detguard.attacks.run import plan_attack, verify_run
-    from detguard.detectors.load import load_detector
+    from detguard.detectors.load import load_configured
     from detguard.reports.tables import survival_table
     from detguard.runs import Run
     from detguard.transforms.parse import parse_transforms
@@ -310,9 +312,7 @@ def verify(
     run = Run.open(folder, "attack")
     extra = parse_transforms(transforms)
     with err.status("Loading the detector"):
-        detector = load_detector(run.config["model"], run.config["imgsz"], trust, device)
-    if detector.state_hash() != run.config["detector"]:
-        show_error(f"{run.config['model']} is not the detector that this run attacked; judging by it all the same")
+        detector = load_configured(run.config["detector"], trust, device)
     objective, _, options = plan_attack(run.config, detector)
     records, code = [], 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records())
@@ -325,7 +325,7 @@ def verify(
     if records:
         out.print(survival_table(records, f"{folder}: success rate"))
         difference = max(r["difference"] for r in records)
-        out.print(f"largest difference: {difference} levels, budget {options.eps:g}")
+        out.print(f"largest difference: {difference} levels, budget {options.eps}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
         code = code or int(difference > options.eps or not all(group))
     sys.exit(code)

@@ -92,7 +92,8 @@ def read_photo(file: str | Path) -> Photo:
                 image.load()
     except Image.DecompressionBombError as error:
         raise PhotoError(f"{file}: over the limit of {MAX_PIXELS // 10**6} megapixels") from error
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, ImportError) as error:
+        # ImportError: Ultralytics replaces Image.open by one that wants a HEIF reader for what Pillow cannot read.
         raise PhotoError(f"{file}: not an image ({', '.join(s[1:] for s in SUFFIXES)} can be read)") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         raise PhotoError(f"{file}: the image is damaged or cut short ({error})") from error

@@ -185,7 +185,7 @@ def train(args: argparse.Namespace) -> None:
     teacher = teacher.fuse(verbose=False).to(memory_format=torch.channels_last)
     student = DetectionModel(ARCHITECTURE, nc=len(CLASSES), verbose=False).train().to(memory_format=torch.channels_last)
     ema = torch.optim.swa_utils.AveragedModel(
-        student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
+        student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995), use_buffers=True
     )
     decay = [p for p in student.parameters() if p.ndim > 1]
     rest = [p for p in student.parameters() if p.ndim <= 1 and p.requires_grad]

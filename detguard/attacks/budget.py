@@ -7,7 +7,7 @@ from torch import Tensor
 from detguard.photos import Photo
 
 
-def linf_bounds(original: Photo, eps: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def linf_bounds(original: Photo, eps: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """The lowest and highest photo within `eps` levels of `original` and within 0..255; float32 [H, W, 3]."""
     levels = torch.from_numpy(original).to(device).float()
     return (levels - eps).clamp_(0, 255), (levels + eps).clamp_(0, 255)

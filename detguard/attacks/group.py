@@ -36,7 +36,7 @@ class AttackOptions:
 
     conf: float = 0.25
     iou: float = 0.7
-    eps: float = 4
+    eps: int = 4
     step: float = 1
     steps: int = 100
     aggregate: Aggregate = "mean"

@@ -144,7 +144,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
     difference = largest_difference(saved, attempt.photo)
     if difference > job.options.eps:
         raise DetguardError(
-            f"{run.path(names[PHOTO])}: differs by {difference} levels, over the budget of {job.options.eps:g}"
+            f"{run.path(names[PHOTO])}: differs by {difference} levels, over the budget of {job.options.eps}"
         )
     lowest = lowest_threshold(job.options.conf)
     found = {name: job.detector.predict(run.path(path), lowest, job.options.iou) for name, path in names.items()}

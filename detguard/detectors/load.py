@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -11,16 +11,24 @@ from torch import nn
 
 from detguard import DetguardError
 
+if TYPE_CHECKING:
+    from detguard.detectors.ultralytics import UltralyticsDetector
+
 BUNDLED = "detguard-n"
 MAX_BYTES = 4 << 30
 
 
 def load_detector(
-    name: str | Path = BUNDLED, imgsz: int | None = None, trust: bool = False, device: str = "cpu"
-) -> Any:
+    name: str | Path = BUNDLED,
+    imgsz: int | None = None,
+    trust: bool = False,
+    device: str = "cpu",
+    end_to_end: bool = False,
+) -> "UltralyticsDetector":
     """A ready detector by bundled name, by file (.pt, .safetensors) or by Ultralytics' name ("yolo11n").
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
+    end_to_end: the head without NMS of YOLOv10 and YOLO26.
     trust: unpickle a .pt without the allow-list, which lets it run any code.
 
     Raises:
@@ -29,7 +37,31 @@ def load_detector(
     from detguard.detectors.ultralytics import UltralyticsDetector
 
     model, size = load_model(name, trust)
-    return UltralyticsDetector(model, Path(name).stem, imgsz or size, device)
+    return UltralyticsDetector(model, Path(name).stem, imgsz or size, device, end_to_end)
+
+
+def detector_config(detector: "UltralyticsDetector", model: str) -> dict[str, Any]:
+    """What a run's config keeps of its detector; `model` is the name or file as the user gave it."""
+    return {
+        "model": model,
+        "imgsz": detector.imgsz,
+        "end_to_end": detector.end_to_end,
+        "sha256": detector.state_hash(),
+    }
+
+
+def load_configured(config: dict[str, Any], trust: bool = False, device: str = "cpu") -> "UltralyticsDetector":
+    """The detector of a run by its `detector_config`.
+
+    Raises:
+        DetguardError: as `load_detector`, or the weights are no longer the same.
+    """
+    detector = load_detector(config["model"], config["imgsz"], trust, device, config["end_to_end"])
+    if detector.state_hash() != config["sha256"]:
+        raise DetguardError(
+            f"{config['model']}: no longer the weights that the run used; restore them or start a new run"
+        )
+    return detector
 
 
 def load_model(name: str | Path = BUNDLED, trust: bool = False) -> tuple[nn.Module, int]:

@@ -23,17 +23,25 @@ class UltralyticsDetector(Detector):
     """A frozen, fused copy of an Ultralytics `DetectionModel` or `RTDETRDetectionModel`.
 
     Fused as Ultralytics' own predictor fuses it: the network that users run is the network that is attacked.
+    YOLOv10 and YOLO26 have two heads; predict() runs the one with NMS, predict(nms=False) and many exports the
+    other: `end_to_end` chooses that one.
 
     Raises:
-        DetguardError: the model's head is not a box detection head.
+        DetguardError: the model's head is not a box detection head, or it has no end-to-end head.
     """
 
-    def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu") -> None:
+    def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu", end_to_end: bool = False) -> None:
         self.name = name
         self.imgsz = imgsz
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
-        frozen: Any = copy.deepcopy(model).float().eval().requires_grad_(False)
-        frozen = frozen.fuse(verbose=False).to(device, memory_format=torch.channels_last)
+        frozen: Any = copy.deepcopy(model).float().eval()
+        two_heads = getattr(frozen.model[-1], "one2one_cv2", None) is not None
+        if end_to_end and not two_heads:
+            raise DetguardError(f"--end-to-end: {name} has no head that works without NMS")
+        if two_heads:
+            frozen.end2end = end_to_end
+        self.end_to_end = end_to_end
+        frozen = frozen.fuse(verbose=False).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.model = frozen
         self.device = torch.device(device)
         self.head: Any = frozen.model[-1]
@@ -72,6 +80,7 @@ class UltralyticsDetector(Detector):
                 "verbose": False,
                 "mode": "predict",
             }
+            overrides |= {"nms": False} if self.end_to_end else {}
             self._predictor = family(overrides=overrides | {"max_det": MAX_DETECTIONS, "rect": True, "batch": 1})
             threads = torch.get_num_threads()
             self._predictor.setup_model(model=self.model, verbose=False)

@@ -1,0 +1,1 @@
+"""Judging detectors in the numbers that the field accepts."""

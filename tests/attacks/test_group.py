@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard import DetguardError
+from detguard.attacks.budget import largest_difference, linf_bounds, project_linf, random_start
+from detguard.attacks.group import AttackOptions, aggregate_gradients, attack_group, photo_gradient, photo_seed
+from detguard.objectives import Vanish
+from detguard.photos import Letterbox
+from detguard.transforms.parse import parse_transforms
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0, 1, 4, 8, 255]))
+def test_projected_photos_keep_the_budget_and_the_range_of_pixels(seed, eps):
+    rng = np.random.default_rng(seed)
+    original = rng.integers(0, 256, (9, 7, 3), np.uint8)
+    wild = torch.from_numpy(original + rng.normal(0, 50, original.shape)).float()
+    projected = project_linf(wild, linf_bounds(original, eps))
+    saved = projected.round().to(torch.uint8).numpy()
+    assert projected.min() >= 0
+    assert projected.max() <= 255
+    assert largest_difference(saved, original) <= eps
+
+
+def test_projecting_moves_nothing_that_is_within_the_budget():
+    original = np.full((4, 4, 3), 100, np.uint8)
+    x = torch.full((4, 4, 3), 103.0)
+    assert torch.equal(project_linf(x, linf_bounds(original, 4)), x)
+
+
+def test_largest_difference_counts_both_ways():
+    low, high = np.full((2, 2, 3), 3, np.uint8), np.full((2, 2, 3), 250, np.uint8)
+    assert largest_difference(low, high) == largest_difference(high, low) == 247
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 4, 8]))
+def test_random_starts_are_whole_levels_that_use_the_whole_budget(seed, eps):
+    original = np.full((30, 30, 3), 128, np.uint8)
+    start = random_start(linf_bounds(original, eps), seed)
+    assert torch.equal(start, start.round())
+    assert set((start - 128).unique().tolist()) == set(range(-eps, eps + 1))
+    assert torch.equal(start, random_start(linf_bounds(original, eps), seed))
+
+
+def test_a_photos_seed_depends_on_the_run_and_on_the_photo():
+    assert len({photo_seed(k, s) for k in ("a", "b") for s in (0, 1)}) == 4
+
+
+def test_aggregates_are_what_they_are_called():
+    gradients = torch.tensor([[1.0, -4.0], [3.0, 2.0]])
+    assert aggregate_gradients(gradients, AttackOptions()).tolist() == [2.0, -1.0]
+    assert aggregate_gradients(gradients, AttackOptions(aggregate="max")).tolist() == [3.0, -4.0]
+    weighted = AttackOptions(aggregate="weighted", weights=(3.0, 1.0))
+    assert aggregate_gradients(gradients, weighted).tolist() == [1.5, -2.5]
+
+
+def test_bringing_back_the_mean_is_the_mean_of_what_is_brought_back():
+    letterbox = Letterbox.fit((50, 37), 64)
+    gradients = torch.rand(3, 3, *letterbox.frame, dtype=torch.float64)
+    photo = np.zeros((50, 37, 3), np.uint8)
+    one_by_one = torch.stack([letterbox.pull_back(g) for g in gradients]).mean(0)
+    assert torch.allclose(photo_gradient(gradients, photo, letterbox, [], AttackOptions()), one_by_one)
+
+
+def test_exact_gradients_go_through_the_transforms(bus):
+    letterbox = Letterbox.fit(bus.shape[:2], 320)
+    transforms = parse_transforms("median:3")
+    gradients = torch.rand(2, 3, *letterbox.frame)
+    exact = photo_gradient(gradients, bus, letterbox, transforms, AttackOptions(gradient="exact"))
+    back = [letterbox.pull_back(g) for g in gradients]
+    assert torch.allclose(exact, (back[0] + transforms[0].pull_back(bus, back[1])) / 2, atol=1e-6)
+    straight = photo_gradient(gradients, bus, letterbox, transforms, AttackOptions())
+    assert not torch.allclose(exact, straight, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttackOptions(aggregate="weighted"),
+        AttackOptions(weights=(1.0, 1.0)),
+        AttackOptions(aggregate="weighted", weights=(1.0,)),
+    ],
+)
+def test_weights_must_match_the_group(options):
+    with pytest.raises(DetguardError, match="--weights"):
+        options.check(2)
+
+
+def attack(detector, photo, spec="median:3,jpeg:75", **options):
+    clean = detector.predict(photo, 0.25)
+    options = AttackOptions(**{"steps": 40, **options})
+    return next(attack_group(detector, [("bus", photo, clean)], Vanish((0,)), parse_transforms(spec), options))
+
+
+def test_the_group_attack_fools_every_member_within_its_budget(bundled, bus):
+    before = bundled.state_hash()
+    attempt = attack(bundled, bus, eps=4)
+    assert attempt.done
+    assert largest_difference(attempt.adversarial, bus) <= 4
+    for transform in [None, *parse_transforms("median:3,jpeg:75")]:
+        shown = transform(attempt.adversarial) if transform else attempt.adversarial
+        assert len(bundled.predict(shown, 0.25).of([0])) == 0
+    assert bundled.state_hash() == before
+
+
+def test_every_member_is_needed_for_success(bundled, bus):
+    attempt = attack(bundled, bus, spec="none")
+    assert attempt.done
+    assert len(attempt.fooled) == 1
+    # Without the JPEG in the group, the JPEG brings people back: why the group exists.
+    assert len(bundled.predict(parse_transforms("jpeg:50")[0](attempt.adversarial), 0.25).of([0])) > 0
+
+
+def test_no_budget_means_no_change_and_no_success(bundled, bus):
+    attempt = attack(bundled, bus, eps=0, steps=2)
+    assert attempt.failed
+    assert np.array_equal(attempt.adversarial, bus)
+
+
+def test_an_attack_is_repeatable(bundled, bus):
+    first, second = (attack(bundled, bus, random_start=True, seed=3, steps=3) for _ in range(2))
+    assert np.array_equal(first.adversarial, second.adversarial)
+    assert not np.array_equal(first.adversarial, attack(bundled, bus, random_start=True, seed=4, steps=3).adversarial)
+
+
+def test_fractions_of_a_level_add_up(bundled, bus):
+    attempt = attack(bundled, bus, step=0.4, steps=4, eps=2)
+    assert 1 <= largest_difference(attempt.adversarial, bus) <= 2
+
+
+def test_photos_leave_the_batch_when_done_and_others_take_their_places(bundled, bus):
+    clean = bundled.predict(bus, 0.25)
+    smaller = np.ascontiguousarray(bus[:1000, :800])  # another frame shape: waits for its own batch
+    photos = [("a", bus, clean), ("b", bus[:, ::-1].copy(), bundled.predict(bus[:, ::-1].copy(), 0.25))]
+    photos += [("c", smaller, bundled.predict(smaller, 0.25)), ("d", bus, clean)]
+    seen = []
+    options = AttackOptions(steps=40, batch=2)
+    finished = list(attack_group(bundled, photos, Vanish((0,)), parse_transforms("none"), options, seen.append))
+    assert sorted(a.key for a in finished) == ["a", "b", "c", "d"]
+    assert max(len(active) for active in seen) == 2
+    alone = attack(bundled, bus, spec="none")
+    assert np.array_equal(next(a for a in finished if a.key == "d").adversarial, alone.adversarial)

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from detguard import DetguardError
+from detguard.detectors.load import build_model
+from detguard.detectors.ultralytics import UltralyticsDetector
+from detguard.objectives import Vanish
+from detguard.photos import frames_tensor, read_photo
+
+ARCHITECTURES = [
+    "yolov3-tiny.yaml", "yolov5n.yaml", "yolov6n.yaml", "yolov8n.yaml", "yolov9t.yaml", "yolov10n.yaml",
+    "yolo11n.yaml", "yolo12n.yaml", "yolo26n.yaml", "rtdetr-l.yaml",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def untrained(request):
+    torch.manual_seed(0)
+    model = build_model(request.param, ["person", "bus", "train"])
+    return UltralyticsDetector(model, request.param, 128)
+
+
+def test_the_gradient_reaches_the_photo_in_every_family(untrained, bus):
+    letterbox = untrained.letterbox(bus.shape[:2])
+    frames = frames_tensor([letterbox(bus)]).requires_grad_()
+    candidates = untrained.candidates(frames)
+    # Untrained scores are all far under any threshold that matters: one under them all brings all into reach.
+    loss = Vanish((0,)).loss(candidates, [], conf=1e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), frames)
+    at_photo = letterbox.pull_back(gradient[0])
+    assert at_photo.shape == (3, *bus.shape[:2])
+    assert torch.isfinite(at_photo).all()
+    assert at_photo.abs().max() > 0
+
+
+def test_the_tensor_path_is_the_public_predict_path_in_every_family(untrained, bus, bus_file):
+    conf = float(untrained.detect([bus], conf=0.0)[0].scores.quantile(0.5))
+    ours, theirs = untrained.detect([bus], conf)[0], untrained.predict(bus_file, conf)
+    assert len(theirs) > 0
+    assert abs(len(ours) - len(theirs)) <= 1
+    n = min(len(ours), len(theirs))
+    assert torch.allclose(ours.scores[:n], theirs.scores[:n], atol=1e-4)
+
+
+def test_attacked_networks_are_frozen_and_in_eval_mode(untrained):
+    assert not any(p.requires_grad for p in untrained.model.parameters())
+    assert not any(m.training for m in untrained.model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["yolov10n.yaml", "yolo26n.yaml"])
+def test_end_to_end_heads_are_attacked_and_predicted_through_the_same_head(architecture, bus, bus_file):
+    torch.manual_seed(0)
+    model = build_model(architecture, ["person", "bus"])
+    with_nms, without = (UltralyticsDetector(model, architecture, 128, end_to_end=e) for e in (False, True))
+    frames = frames_tensor([without.letterbox(bus.shape[:2])(bus)]).requires_grad_()
+    candidates = without.candidates(frames)
+    assert candidates.end_to_end
+    assert not with_nms.candidates(frames).end_to_end
+    (gradient,) = torch.autograd.grad(candidates.logits.sum(), frames)
+    assert gradient.abs().max() > 0
+    ours, theirs = without.detect([bus], 1e-6)[0], without.predict(bus_file, 1e-6)
+    assert torch.allclose(ours.scores[:50], theirs.scores[:50], atol=1e-4)
+    assert ours.scores[:20].tolist() != with_nms.detect([bus], 1e-6)[0].scores[:20].tolist()
+
+
+def test_a_detector_with_one_head_has_no_end_to_end_head():
+    with pytest.raises(DetguardError, match="--end-to-end"):
+        UltralyticsDetector(build_model("yolov8n.yaml", ["person"]), "yolov8n", 128, end_to_end=True)
+
+
+def test_tensor_path_and_yolo_predict_agree_on_twenty_photos(yolo11n, yolo11n_file, val_photos):
+    from ultralytics import YOLO
+
+    public = YOLO(str(yolo11n_file))
+    files = {read_photo(f).shape: f for f in val_photos}
+    chosen = list(files.values())[:20]
+    assert len(chosen) == 20
+    for file in chosen:
+        ours = yolo11n.detect([read_photo(file)], conf=0.1)[0]
+        boxes = public.predict(str(file), conf=0.1, imgsz=640, verbose=False)[0].boxes
+        assert len(ours) == len(boxes)
+        if not len(ours):
+            continue
+        same = box_iou(ours.boxes, boxes.xyxy).argmax(1)
+        assert torch.equal(ours.classes, boxes.cls[same].long())
+        assert (ours.scores - boxes.conf[same]).abs().max() < 0.01
+        assert (ours.boxes - boxes.xyxy[same]).abs().max() < 1
+
+
+def test_predicting_leaves_state_and_threads_as_they_were(yolo11n, bus):
+    before, threads = yolo11n.state_hash(), torch.get_num_threads()
+    yolo11n.predict(np.ascontiguousarray(bus), 0.25)
+    assert yolo11n.state_hash() == before
+    assert torch.get_num_threads() == threads

@@ -1,0 +1,238 @@
+"""The commands as a user runs them: the real program, the bundled detector, real photos, files on disk."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ultralytics.utils import ASSETS
+
+from detguard.detectors.load import load_detector
+from detguard.photos import read_photo
+
+BUS = ASSETS / "bus.jpg"
+ZIDANE = ASSETS / "zidane.jpg"
+
+
+def detguard(*arguments, cwd, **options):
+    command = [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def records(run: Path):
+    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attack")
+    result = detguard("attack", BUS, "--eps", 4, "--out", "run", cwd=folder)
+    return folder / "run", result
+
+
+def test_attack_hides_every_pedestrian_in_the_saved_files(attacked):
+    run, result = attacked
+    assert result.returncode == 0, result.stdout + result.stderr
+    detector = load_detector()
+    assert len(detector.predict(BUS, 0.25).of([0])) >= 3
+    for file in ("adversarial/bus.png", "group/bus/median-3.png", "group/bus/jpeg-75.jpg"):
+        assert len(detector.predict(run / file, 0.25).of([0])) == 0, file
+
+
+def test_attack_keeps_its_budget_on_the_saved_pixels(attacked):
+    run, _ = attacked
+    saved, original = (read_photo(f).astype(int) for f in (run / "adversarial/bus.png", BUS))
+    assert 1 <= np.abs(saved - original).max() <= 4
+
+
+def test_attack_writes_the_run_folder_of_the_design(attacked):
+    run, result = attacked
+    (record,) = records(run)
+    assert record["status"] == "fooled"
+    assert {o["outcome"] for o in record["objects"]} <= {"vanished", "relabelled", "kept"}
+    assert set(record["members"]) == {"photo", "median:3", "jpeg:75"}
+    assert all((run / name).is_file() for name in record["files"].values())
+    assert Image.open(run / "overlays/bus.png").size[0] > 3 * 810
+    config = (run / "config.yaml").read_text()
+    assert re.search(r"sha256: [0-9a-f]{64}", config)
+    assert "seed: 0" in config
+    assert "1 of 1 fooled" in result.stdout
+
+
+def test_verify_judges_the_files_anew(attacked):
+    run, _ = attacked
+    result = detguard("verify", run, "--transforms", "jpeg:90", cwd=run)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "jpeg:90" in result.stdout
+    assert "largest difference: 4 levels, budget 4" in result.stdout
+
+
+def test_verify_notices_a_file_that_no_longer_fools(attacked, tmp_path):
+    run, _ = attacked
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    Image.open(BUS).save(copy / "group/bus/jpeg-75.jpg", quality=75)
+    assert detguard("verify", copy, cwd=tmp_path).returncode == 1
+    (copy / "group/bus/jpeg-75.jpg").unlink()
+    missing = detguard("verify", copy, cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "jpeg-75.jpg" in missing.stderr
+
+
+def test_verify_does_not_follow_names_out_of_the_run(attacked, tmp_path):
+    run, _ = attacked
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    (record,) = records(copy)
+    record["files"]["photo"] = "../../../etc/passwd"
+    (copy / "results.jsonl").write_text(json.dumps(record) + "\n")
+    result = detguard("verify", copy, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "leads out of the run's folder" in result.stderr
+
+
+def test_an_attack_that_runs_out_of_steps_exits_with_1(tmp_path):
+    result = detguard("attack", BUS, "--steps", 1, "--eps", 1, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "0 of 1 fooled" in result.stdout
+    assert records(tmp_path / "run")[0]["status"] == "failed"
+
+
+def test_mislabel_finds_the_object_as_the_other_class(tmp_path):
+    detector = load_detector()
+    names = [detector.class_names[int(c)] for c in detector.predict(BUS, 0.25).classes]
+    source = next((n for n in names if n != "person"), "person")
+    other = "car" if source != "car" else "truck"
+    result = detguard("attack", BUS, "--target", source, "--to", other, "--eps", 8, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {o["outcome"] for o in records(tmp_path / "run")[0]["objects"]} == {"relabelled"}
+
+
+def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "cut.jpg").write_bytes(BUS.read_bytes()[:20000])
+    Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
+    Image.open(BUS).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(np.asarray(Image.open(BUS).convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    bad = ["empty.jpg", "text.jpg", "cut.jpg", "one.png", "gone.jpg"]
+    result = detguard("attack", *bad, "cmyk.jpg", "deep.png", "--out", "run", "--transforms", "none", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == len(bad)
+    assert all(any(name in line for line in errors) for name in bad)
+    done = {r["key"]: r["status"] for r in records(tmp_path / "run")}
+    assert done["cmyk"] == done["deep"] == "fooled"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["attack", BUS, "--target", "persn"], "did you mean 'person'"),
+        (["attack", BUS, "--transforms", "jpg:75"], "jpeg:75"),
+        (["attack", BUS, "--model", "gone.pt"], "gone.pt"),
+        (["attack", BUS, "--to", "person"], "is a target itself"),
+        (["attack", "nothing/*.jpg"], "matches no file"),
+        (["attack"], "PHOTO"),
+        (["attack", BUS, "--aggregate", "weighted"], "--weights"),
+        (["attack", "--resume", "nowhere"], "nowhere"),
+        (["verify", "nowhere"], "nowhere"),
+        (["detect", "."], "no photos in this folder"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, arguments, reason):
+    result = detguard(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert reason in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
+    import torch
+
+    proof = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {proof}",)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    result = detguard("detect", BUS, "--model", "evil.pt", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "refused" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not proof.exists()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    def little_space():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = detguard("attack", BUS, "--out", "run", cwd=tmp_path, preexec_fn=little_space)
+    assert result.returncode == 2
+    assert "bus.png: cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_detect_prints_json_lines_and_draws_boxes(tmp_path):
+    result = detguard("detect", BUS, ZIDANE, "--json", cwd=tmp_path)
+    assert result.returncode == 0
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first["photo"].endswith("bus.jpg")
+    assert {"class", "confidence", "box"} == set(second["detections"][0])
+    assert Image.open(tmp_path / "runs/detect/001/overlays/bus.png").size == (810, 1080)
+
+
+def same(record):
+    return {k: v for k, v in record.items() if k != "seconds"}
+
+
+def test_a_run_killed_half_way_resumes_to_the_same_records(tmp_path):
+    for i, left in enumerate((0, 60, 120, 180)):
+        Image.open(BUS).crop((left, 0, 810, 1080)).save(tmp_path / f"p{i}.png")
+    options = ["--random-start", "--seed", 5]
+    unbroken = detguard("attack", tmp_path, *options, "--out", "whole", cwd=tmp_path)
+    assert unbroken.returncode in (0, 1), unbroken.stderr
+    command = [sys.executable, "-m", "detguard.cli", "attack", tmp_path, *map(str, options), "--out", "broken"]
+    victim = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    results = tmp_path / "broken" / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert 2 <= len(records(tmp_path / "broken")) < 4
+    with results.open("ab") as stream:
+        stream.write(b'{"key": "p3", "cut short by the k')
+    resumed = detguard("attack", "--resume", "broken", cwd=tmp_path)
+    assert resumed.returncode == unbroken.returncode, resumed.stderr
+    assert list(map(same, records(tmp_path / "broken"))) == list(map(same, records(tmp_path / "whole")))
+    for record in records(tmp_path / "whole"):
+        for name in record["files"].values():
+            assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_is_not_overwritten(attacked):
+    run, _ = attacked
+    result = detguard("attack", BUS, "--out", run, cwd=run)
+    assert result.returncode == 2
+    assert "--resume" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["attack", "detect", "verify"])
+def test_help_teaches_by_example(tmp_path, command):
+    result = detguard(command, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert f"detguard {command} " in result.stdout.split("Examples")[1]

@@ -1,0 +1,41 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ultralytics.utils.nms import non_max_suppression
+
+from detguard.detections import Candidates, suppress
+
+
+def candidates(seed, end_to_end=False, batch=1, boxes=400, classes=7):
+    generator = torch.Generator().manual_seed(seed)
+    # Whole numbers: exact in both libraries' box formats, so that a borderline IoU falls on the same side.
+    corner = torch.randint(300, (batch, boxes, 2), generator=generator).float()
+    size = torch.randint(3, 60, (batch, boxes, 2), generator=generator).float() * 2
+    logits = torch.randn(batch, boxes, classes, generator=generator) * 2 - 2
+    return Candidates(logits, torch.cat([corner, corner + size], 2), end_to_end)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.001, 0.25, 0.6]), st.sampled_from([0.45, 0.7]))
+def test_suppress_is_ultralytics_nms(seed, conf, iou):
+    c = candidates(seed, batch=2)
+    middle, size = (c.boxes[..., :2] + c.boxes[..., 2:]) / 2, c.boxes[..., 2:] - c.boxes[..., :2]
+    raw = torch.cat([middle, size, c.logits.sigmoid()], 2).transpose(1, 2)
+    for ours, theirs in zip(suppress(c, conf, iou), non_max_suppression(raw, conf, iou), strict=True):
+        assert torch.allclose(ours.boxes, theirs[:, :4], atol=1e-3)
+        assert torch.allclose(ours.scores, theirs[:, 4], atol=1e-6)
+        assert torch.equal(ours.classes, theirs[:, 5].long())
+
+
+def test_an_end_to_end_head_keeps_overlapping_boxes_and_two_classes_of_one_box():
+    boxes = torch.tensor([[[0, 0, 10, 10.0], [0, 0, 10, 10.0]]])
+    logits = torch.tensor([[[3.0, 2.0], [1.0, -5.0]]])
+    assert len(suppress(Candidates(logits, boxes, end_to_end=True), 0.25, 0.7)[0]) == 3
+    assert len(suppress(Candidates(logits, boxes), 0.25, 0.7)[0]) == 1
+
+
+def test_detections_above_and_of_select_by_confidence_and_class():
+    found = suppress(candidates(3), 0.25, 0.7)[0]
+    assert (found.above(0.5).scores > 0.5).all()
+    assert len(found.above(0.5)) == int((found.scores > 0.5).sum())
+    assert set(found.of([2, 4]).classes.tolist()) == {2, 4}

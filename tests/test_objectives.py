@@ -1,0 +1,126 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard.detections import Candidates, Detections
+from detguard.objectives import Mislabel, Vanish, outcomes
+
+PERSON, BUS, TRAIN = 0, 1, 2
+
+
+def detections(*rows):
+    """Rows of (class, score, x1, y1, x2, y2)."""
+    table = torch.tensor(rows, dtype=torch.float32).view(-1, 6)
+    return Detections(table[:, 2:], table[:, 1], table[:, 0].long())
+
+
+CLEAN = detections((PERSON, 0.9, 0, 0, 50, 100), (BUS, 0.8, 100, 0, 300, 100))
+
+
+def test_vanish_fails_while_a_person_is_found_anywhere():
+    assert not Vanish((PERSON,)).success(CLEAN, detections((PERSON, 0.3, 400, 0, 450, 90)))
+
+
+def test_vanish_succeeds_when_only_other_classes_are_found():
+    assert Vanish((PERSON,)).success(CLEAN, detections((BUS, 0.8, 100, 0, 300, 100)))
+
+
+def test_strict_vanish_fails_if_the_person_is_relabelled():
+    relabelled = detections((BUS, 0.8, 0, 0, 48, 99))
+    assert Vanish((PERSON,)).success(CLEAN, relabelled)
+    assert not Vanish((PERSON,), strict=True).success(CLEAN, relabelled)
+
+
+def test_mislabel_wants_the_new_class_in_the_same_place():
+    goal = Mislabel((BUS,), TRAIN)
+    assert goal.success(CLEAN, detections((TRAIN, 0.5, 105, 0, 300, 100)))
+    assert not goal.success(CLEAN, detections((TRAIN, 0.5, 250, 0, 450, 100)))
+    assert not goal.success(CLEAN, detections())
+
+
+def test_mislabel_fails_while_the_old_class_is_found():
+    found = detections((TRAIN, 0.9, 100, 0, 300, 100), (BUS, 0.3, 100, 0, 300, 100))
+    assert not Mislabel((BUS,), TRAIN).success(CLEAN, found)
+
+
+def test_mislabel_wants_every_object():
+    clean = detections((BUS, 0.9, 0, 0, 50, 50), (BUS, 0.9, 100, 100, 150, 150))
+    found = detections((TRAIN, 0.9, 0, 0, 50, 50))
+    assert not Mislabel((BUS,), TRAIN).success(clean, found)
+
+
+def test_outcomes_tell_kept_vanished_and_relabelled_apart():
+    clean = detections((PERSON, 0.9, 0, 0, 50, 50), (PERSON, 0.9, 100, 0, 150, 50), (PERSON, 0.9, 200, 0, 250, 50))
+    found = detections((PERSON, 0.4, 1, 0, 51, 50), (BUS, 0.9, 100, 0, 151, 50))
+    assert outcomes(clean, found) == ["kept", "relabelled", "vanished"]
+
+
+def loss_and_gradient(objective, logits, boxes, objects):
+    logits = logits.clone().requires_grad_()
+    loss = objective.loss(Candidates(logits, boxes), objects, 0.25)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach(), gradient
+
+
+def some_candidates(seed=0, batch=2, n=30, classes=4):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(batch, n, 2, generator=generator) * 100
+    boxes = torch.cat([corner, corner + 40], 2)
+    return torch.randn(batch, n, classes, generator=generator) * 3, boxes
+
+
+OBJECTS = [torch.tensor([[20.0, 20.0, 60.0, 60.0]])] * 2
+
+
+def test_vanish_does_not_fade_on_a_saturated_sigmoid():
+    logits, boxes = some_candidates()
+    logits[0, 0, PERSON] = 30.0
+    _, gradient = loss_and_gradient(Vanish((PERSON,)), logits, boxes, OBJECTS)
+    assert gradient[0, 0, PERSON] > 0.99
+
+
+def test_vanish_leaves_the_background_alone():
+    logits = torch.full((1, 50, 3), -9.0)
+    logits[0, 7, PERSON] = 0.0
+    _, gradient = loss_and_gradient(Vanish((PERSON,)), logits, torch.zeros(1, 50, 4), [])
+    assert gradient[0, 7, PERSON] > 0
+    assert gradient.count_nonzero() == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6), st.sampled_from([Vanish((PERSON,)), Vanish((PERSON, BUS), True), Mislabel((BUS,), TRAIN)])
+)
+def test_stepping_against_the_gradient_lowers_the_loss(seed, objective):
+    logits, boxes = some_candidates(seed)
+    loss, gradient = loss_and_gradient(objective, logits, boxes, OBJECTS)
+    lower, _ = loss_and_gradient(objective, logits - 1e-3 * gradient, boxes, OBJECTS)
+    assert (lower <= loss + 1e-5).all()
+    assert (lower < loss).any() or gradient.abs().sum() == 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_loss_of_a_frame_does_not_depend_on_its_neighbours(seed):
+    logits, boxes = some_candidates(seed)
+    objective = Mislabel((BUS,), TRAIN)
+    both, _ = loss_and_gradient(objective, logits, boxes, OBJECTS)
+    one, _ = loss_and_gradient(objective, logits[:1], boxes[:1], OBJECTS[:1])
+    assert torch.allclose(both[0], one[0])
+
+
+def test_mislabel_gradient_raises_the_new_class_and_lowers_the_old_on_the_object():
+    logits, boxes = (
+        torch.full((1, 3, 4), -2.0),
+        torch.tensor([[[20, 20, 60, 60], [22, 20, 60, 60], [300, 0, 310, 9.0]]]),
+    )
+    logits[0, :2, BUS] = 4.0
+    _, gradient = loss_and_gradient(Mislabel((BUS,), TRAIN), logits, boxes, OBJECTS[:1])
+    assert gradient[0, 0, TRAIN] < 0 < gradient[0, 0, BUS]
+
+
+def test_vanish_gradient_is_numerically_right():
+    logits, boxes = some_candidates(5, batch=1, n=6)
+    x = logits.double().requires_grad_()
+    objective = Vanish((PERSON,))
+    assert torch.autograd.gradcheck(lambda v: objective.loss(Candidates(v, boxes.double()), [], 0.25), x)

@@ -1,0 +1,194 @@
+import io
+import resource
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from detguard.photos import (
+    PADDING_LEVEL,
+    Letterbox,
+    PhotoError,
+    encode_png,
+    find_photos,
+    read_photo,
+    resize_adjoint,
+    write_file,
+)
+
+
+def save(tmp_path, name, image, **options):
+    file = tmp_path / name
+    image.save(file, **options)
+    return file
+
+
+@pytest.fixture
+def gradient_image():
+    y, x = np.mgrid[0:48, 0:64]
+    return Image.fromarray(np.stack([x * 3, y * 4, x + y], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+def test_lossless_files_read_as_their_pixels(tmp_path, gradient_image, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    photo = read_photo(save(tmp_path, f"a.{suffix}", gradient_image, **options))
+    assert np.array_equal(photo, np.asarray(gradient_image))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "1", "CMYK"])
+def test_any_mode_reads_as_rgb(tmp_path, gradient_image, mode):
+    image = gradient_image.convert(mode)
+    photo = read_photo(save(tmp_path, "a.jpg" if mode == "CMYK" else "a.png", image))
+    assert photo.shape == (48, 64, 3)
+    assert photo.dtype == np.uint8
+    if mode in ("L", "P", "RGBA"):
+        assert np.array_equal(photo, np.asarray(image.convert("RGB")))
+    if mode == "CMYK":
+        assert np.abs(photo.astype(int) - np.asarray(gradient_image)).mean() < 8
+
+
+def test_sixteen_bits_keep_their_high_byte(tmp_path):
+    levels = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    photo = read_photo(save(tmp_path, "a.png", Image.fromarray(levels)))
+    assert np.abs(photo[..., 0].astype(int) - (levels >> 8)).max() <= 1
+
+
+def test_exif_orientation_is_applied(tmp_path, gradient_image):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = read_photo(save(tmp_path, "a.jpg", gradient_image, exif=exif, quality=95))
+    assert photo.shape == (64, 48, 3)
+
+
+def bad_files(tmp_path):
+    jpeg = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).save(jpeg, "JPEG")
+    bomb = bytearray(encode_png(np.zeros((16, 16, 3), np.uint8)))
+    bomb[16:24] = (20000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    frames = [Image.new("L", (20, 20), level) for level in (0, 100, 200)]
+    animated = io.BytesIO()
+    frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
+    one = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(one, "PNG")
+    return {
+        "empty.jpg": (b"", "empty"),
+        "text.jpg": (b"not an image at all", "not an image"),
+        "truncated.jpg": (jpeg.getvalue()[:3000], "damaged or cut short"),
+        "bomb.png": (bytes(bomb), "megapixels"),
+        "animated.gif": (animated.getvalue(), "animated, 3 frames"),
+        "one.png": (one.getvalue(), "too small"),
+    }
+
+
+@pytest.mark.parametrize("name", ["empty.jpg", "text.jpg", "truncated.jpg", "bomb.png", "animated.gif", "one.png"])
+def test_bad_files_are_errors_that_name_them(tmp_path, name):
+    data, reason = bad_files(tmp_path)[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PhotoError, match=reason) as caught:
+        read_photo(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_an_error(tmp_path):
+    with pytest.raises(PhotoError, match="No such file"):
+        read_photo(tmp_path / "gone.jpg")
+
+
+def test_find_photos_expands_folders_and_patterns_once(tmp_path):
+    for name in ("b.jpg", "a.PNG", "notes.txt"):
+        (tmp_path / name).touch()
+    found = find_photos([tmp_path, tmp_path / "b.jpg", str(tmp_path / "*.jpg")])
+    assert [f.name for f in found] == ["a.PNG", "b.jpg"]
+
+
+def test_find_photos_says_when_a_pattern_matches_nothing(tmp_path):
+    with pytest.raises(PhotoError, match="matches no file"):
+        find_photos([str(tmp_path / "*.jpg")])
+
+
+def test_png_is_lossless(tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (31, 17, 3), np.uint8)
+    write_file(tmp_path / "a.png", encode_png(photo))
+    assert np.array_equal(read_photo(tmp_path / "a.png"), photo)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(PhotoError, match="cannot be written"):
+            write_file(file, bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == b"old"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
+
+
+sides = st.integers(8, 900)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, st.sampled_from([320, 640]), st.booleans())
+def test_boxes_survive_the_way_to_the_frame_and_back(height, width, size, stretch):
+    letterbox = Letterbox.fit((height, width), size, stretch=stretch)
+    box = torch.tensor([[width * 0.1, height * 0.2, width * 0.7, height * 0.9]])
+    assert torch.allclose(letterbox.boxes_to_photo(letterbox.boxes_to_frame(box)), box, atol=1e-2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, st.sampled_from([320, 640]))
+def test_letterbox_pads_to_whole_strides_with_grey(height, width, size):
+    letterbox = Letterbox.fit((height, width), size)
+    frame = letterbox(np.zeros((height, width, 3), np.uint8))
+    assert frame.shape == (*letterbox.frame, 3)
+    assert letterbox.frame[0] % 32 == 0
+    assert letterbox.frame[1] % 32 == 0
+    assert max(letterbox.frame) == size
+    assert (frame == PADDING_LEVEL).sum() == 3 * (np.prod(letterbox.frame) - np.prod(letterbox.resized))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(8, 90), st.integers(8, 90), st.integers(0, 2**31))
+def test_letterbox_pull_back_is_the_adjoint_of_its_linear_map(height, width, seed):
+    letterbox = Letterbox.fit((height, width), 64)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, height, width, generator=generator, dtype=torch.float64)
+    g = torch.rand(3, *letterbox.frame, generator=generator, dtype=torch.float64)
+    (top, left), (h, w) = letterbox.offset, letterbox.resized
+    forward = interpolate(x[None], (h, w), mode="bilinear", align_corners=False)[0]
+    inner = (forward * g[:, top : top + h, left : left + w]).sum()
+    assert torch.isclose(inner, (x * letterbox.pull_back(g)).sum(), rtol=1e-9)
+
+
+def test_the_frame_is_the_bilinear_resize_that_pull_back_assumes(bus):
+    letterbox = Letterbox.fit(bus.shape[:2], 640)
+    x = torch.from_numpy(bus).float().permute(2, 0, 1)[None]
+    wanted = interpolate(x, letterbox.resized, mode="bilinear", align_corners=False)[0]
+    got = torch.from_numpy(letterbox(bus)).permute(2, 0, 1)
+    assert (wanted - got).abs().max() <= 1.0
+
+
+def test_padding_gets_no_gradient():
+    letterbox = Letterbox.fit((64, 40), 64)
+    gradient = torch.zeros(3, *letterbox.frame)
+    left, width = letterbox.offset[1], letterbox.resized[1]
+    gradient[:, :, :left] = 1
+    gradient[:, :, left + width :] = 1
+    assert letterbox.frame[1] > width
+    assert letterbox.pull_back(gradient).abs().sum() == 0
+
+
+def test_resize_adjoint_conserves_the_sum_when_rows_of_weights_add_to_one():
+    gradient = torch.rand(3, 10, 12)
+    assert torch.isclose(resize_adjoint(gradient, (31, 7)).sum(), gradient.sum(), rtol=1e-5)

@@ -1,0 +1,113 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard import DetguardError
+from detguard.photos import decode_photo
+from detguard.transforms.blur import Gaussian, Median
+from detguard.transforms.jpeg import Jpeg
+from detguard.transforms.parse import KINDS, parse_transforms
+from detguard.transforms.resize import Resize
+
+ALL = [kind.example for kind in KINDS.values()]
+
+
+def random_photo(seed, height=24, width=20):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("spec", [*ALL, "median:5", "median:7", "gaussian:9", "jpeg:1", "jpeg:100", "resize:1.5"])
+def test_specs_are_read_back_as_they_are_written(spec):
+    assert [str(t) for t in parse_transforms(spec)] == [spec]
+
+
+def test_none_is_no_transform():
+    assert parse_transforms("none") == []
+
+
+@pytest.mark.parametrize(
+    "spec", ["median:4", "median", "jpeg:0", "jpeg:101", "jpeg:x", "resize:0", "blur:3", "gaussian:2"]
+)
+def test_bad_specs_are_errors_that_show_a_good_one(spec):
+    with pytest.raises(DetguardError, match=rf"{spec}.*:\d"):
+        parse_transforms(f"median:3,{spec}")
+
+
+def test_a_transform_twice_is_an_error():
+    with pytest.raises(DetguardError, match="only once"):
+        parse_transforms("jpeg:75,jpeg:75")
+
+
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_median_is_opencv_to_the_bit(bus, size):
+    assert np.array_equal(Median(size)(bus), cv2.medianBlur(bus, size))
+
+
+def test_jpeg_is_what_its_file_decodes_to(bus):
+    jpeg = Jpeg(75)
+    assert np.array_equal(jpeg(bus), decode_photo(jpeg.encode(bus)))
+
+
+def test_jpeg_subsamples_chroma_by_two_both_ways(bus):
+    data = Jpeg(75).encode(bus)
+    start = data.index(b"\xff\xc0")
+    assert data[start + 11] == 0x22  # sampling factors of luma in the frame header (ITU-T T.81, B.2.2)
+    assert data[start + 14] == 0x11
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_transforms_keep_shape_type_and_input(spec, bus):
+    before = bus.copy()
+    after = parse_transforms(spec)[0](bus)
+    assert after.shape == bus.shape
+    assert after.dtype == np.uint8
+    assert np.array_equal(bus, before)
+    assert not np.array_equal(after, bus)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([3, 5, 7]))
+def test_median_pull_back_is_exact_where_no_values_tie(seed, size):
+    # All values of a channel differ, so the pixel that each window chose is known by its value.
+    rng = np.random.default_rng(seed)
+    photo = np.stack([rng.permutation(12 * 20).reshape(12, 20) for _ in range(3)], -1).astype(np.uint8)
+    gradient = torch.from_numpy(rng.random((3, 12, 20)))
+    pulled = Median(size).pull_back(photo, gradient)
+    expected = torch.zeros_like(gradient)
+    blurred = cv2.medianBlur(photo, size)
+    for channel in range(3):
+        source = {int(v): divmod(i, 20) for i, v in enumerate(photo[..., channel].ravel())}
+        for (y, x), value in np.ndenumerate(blurred[..., channel]):
+            expected[(channel, *source[int(value)])] += gradient[channel, y, x]
+    assert torch.allclose(pulled, expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([Gaussian(3), Gaussian(7), Resize(0.5), Resize(0.7), Resize(1.6)]))
+def test_linear_transforms_pull_back_by_their_adjoint(seed, transform):
+    photo = random_photo(seed)
+    gradient = torch.from_numpy(np.random.default_rng(seed).random((3, 24, 20)))
+    change = torch.from_numpy(photo.astype(np.float64)).permute(2, 0, 1)
+    inner = (torch.from_numpy(transform(photo).astype(np.float64)).permute(2, 0, 1) * gradient).sum()
+    # OpenCV rounds each value by up to one level on the way.
+    assert abs(inner - (change * transform.pull_back(photo, gradient)).sum()) <= 1.0 * gradient.sum()
+
+
+def test_jpeg_surrogate_points_where_the_real_jpeg_moves():
+    y, x = np.mgrid[0:64, 0:64]
+    waves = [128 + 60 * np.sin(x / 7), 128 + 60 * np.cos(y / 9), 100 + x + y / 2]
+    photo = np.stack(waves, -1).clip(0, 255).astype(np.uint8)
+    jpeg = Jpeg(90)
+    gradient = torch.zeros(3, 64, 64)
+    gradient[:, 16:48, 16:48] = 1.0
+    pulled = jpeg.pull_back(photo, gradient)
+    brighter = photo.copy()
+    brighter[16:48, 16:48] += 8
+    moved = (jpeg(brighter).astype(float) - jpeg(photo))[16:48, 16:48].sum()
+    promised = 8 * float(pulled[:, 16:48, 16:48].sum())
+    # The smooth rounding's slope is 0 at whole numbers and 3/4 halfway between, 1/4 on average.
+    assert 0.1 * moved < promised < moved
+    assert pulled[:, 16:48, 16:48].abs().sum() > 0.9 * pulled.abs().sum()
