@@ -134,7 +134,7 @@ def unseen(
 
 
 @app.command()
-def mislabel(model: Model = MODEL, photos: Photos = SHARED / "data/coco256/images/*", most: int = 1000) -> None:
+def mislabel(model: Model = MODEL, photos: Photos = SHARED / "data/coco256/images/*/*", most: int = 1000) -> None:
     """Bus found as train, in place (IoU >= 0.5), in the group and after unseen JPEG."""
     further = "jpeg:60,jpeg:90"
     rows = []

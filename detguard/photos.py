@@ -40,22 +40,24 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            try:
-                files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            except OSError as error:
-                raise PhotoError(f"{path}: cannot list this folder ({error.strerror})") from error
-            if not files:
-                raise PhotoError(f"{path}: no photos in this folder (looked for {' '.join(SUFFIXES)})")
-        elif path.exists() or not glob.has_magic(str(source)):
-            files = [path]
-        else:
-            files = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))]  # noqa: PTH207 (absolute patterns)
-            if not files:
+        matches = [Path(source)]
+        if not matches[0].exists() and glob.has_magic(str(source)):
+            matches = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))]  # noqa: PTH207 (absolute ones)
+            if not matches:
                 raise PhotoError(f"{source}: this pattern matches no file")
-        found |= dict.fromkeys(files)
+        for match in matches:
+            found |= dict.fromkeys(_photos_in(match) if match.is_dir() else [match])
     return list(found)
+
+
+def _photos_in(folder: Path) -> list[Path]:
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise PhotoError(f"{folder}: cannot list this folder ({error.strerror})") from error
+    if not files:
+        raise PhotoError(f"{folder}: no photos in this folder (looked for {' '.join(SUFFIXES)})")
+    return files
 
 
 def read_photo(file: str | Path) -> Photo:

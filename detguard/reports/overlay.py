@@ -67,9 +67,9 @@ def before_after(
         x = i * (width + gap)
         sheet.paste(Image.fromarray(panel), (x, bar))
         font = _font(font_size)
-        while draw.textlength(caption, font=font) > width and font.size > 8:
+        while draw.textlength(caption, font=font) > width - font_size and font.size > 8:
             font = _font(int(font.size) - 1)
-        draw.text((x, bar / 2), caption, fill=(20, 20, 20), font=font, anchor="lm")
+        draw.text((x + font_size // 2, bar / 2), caption, fill=(20, 20, 20), font=font, anchor="lm")
     return np.asarray(sheet)
 
 
