@@ -121,7 +121,7 @@ def group(model: Model = MODEL, photos: Photos = PHOTOS, most: int = 1000) -> No
 
 @app.command()
 def unseen(
-    model: Model = MODEL, photos: Photos = PHOTOS, most: int = 1000, margins: str = "0.05,0.8", eps: int = 8
+    model: Model = MODEL, photos: Photos = PHOTOS, most: int = 1000, margins: str = "0.05,0.97", eps: int = 8
 ) -> None:
     """A group of four transforms against transforms that were not in it, for each --margin."""
     rows = []

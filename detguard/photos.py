@@ -206,5 +206,5 @@ def frames_tensor(frames: Sequence[Photo], device: torch.device | str = "cpu") -
 def resize_adjoint(gradient: Tensor, source: tuple[int, int]) -> Tensor:
     """Adjoint of the bilinear resize from `source` (height, width): gradient [3, h, w] -> gradient [3, *source]."""
     return torch.ops.aten.upsample_bilinear2d_backward(
-        gradient[None].contiguous(), list(gradient.shape[1:]), [1, 3, *source], False, None, None
+        gradient[None], list(gradient.shape[1:]), [1, 3, *source], False, None, None
     )[0]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from detguard.detectors.load import load_detector
+from detguard.detectors.load import load_detector, load_model
 from detguard.photos import Photo, read_photo
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -27,6 +27,11 @@ def bus(bus_file: Path) -> Photo:
 @pytest.fixture(scope="session")
 def bundled():
     return load_detector()
+
+
+@pytest.fixture(scope="session")
+def bundled_model():
+    return load_model()[0]
 
 
 @pytest.fixture(scope="session")

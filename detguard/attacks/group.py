@@ -207,8 +207,12 @@ def aggregate_gradients(gradients: Tensor, options: AttackOptions) -> Tensor:
     """Gradients [members, ...] -> one: arithmetic mean, mean by `weights`, or each element of largest magnitude."""
     if options.aggregate == "max":
         return gradients.gather(0, gradients.abs().argmax(0, keepdim=True))[0]
-    share = gradients.new_tensor(options.weights or [1.0] * len(gradients))
-    return torch.tensordot(share / share.sum(), gradients, dims=1)
+    weights = options.weights or (1.0,) * len(gradients)
+    # Written out: torch's own reductions copy gradients that are channels last in memory.
+    total = gradients[0] * (weights[0] / sum(weights))
+    for weight, gradient in zip(weights[1:], gradients[1:], strict=True):
+        total = total.add(gradient, alpha=weight / sum(weights))
+    return total
 
 
 def _update(attempt: Attempt, gradient: Tensor, options: AttackOptions) -> None:
@@ -219,9 +223,8 @@ def _update(attempt: Attempt, gradient: Tensor, options: AttackOptions) -> None:
         if attempt.velocity is not None:
             gradient = gradient + options.momentum * attempt.velocity
         attempt.velocity = gradient
-    # One byte a value before the change of layout, which is what costs time here.
-    direction = gradient.sign().to(torch.int8).permute(1, 2, 0).contiguous()
-    attempt.x = project_linf(torch.add(attempt.x, direction, alpha=-options.step), attempt.bounds)
+    x = attempt.x.add(gradient.sign().permute(1, 2, 0), alpha=-options.step)
+    attempt.x = project_linf(x, attempt.bounds)
     attempt.steps += 1
 
 

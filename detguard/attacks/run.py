@@ -173,19 +173,22 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
 def judge(objective: Objective, clean: Detections, found: Detections, conf: float) -> Record:
     """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
 
-    confidence: of the best detection of a target class that is left.
+    confidence: of the best detection of a target class that is left; objects_gone: at each of THRESHOLDS, how many
+    of the attacked objects vanished or were relabelled, and how many there were.
     """
     left = found.of(objective.targets).scores
-    success: dict[str, Any] = {
-        f"{t:g}": objective.success(clean.above(t), found.above(t))
-        if len(clean.above(t).of(objective.targets))
-        else None
-        for t in THRESHOLDS
-    }
+    success: dict[str, bool | None] = {}
+    gone: dict[str, list[int]] = {}
+    for threshold in THRESHOLDS:
+        before, after = clean.above(threshold), found.above(threshold)
+        attacked = before.of(objective.targets)
+        success[f"{threshold:g}"] = objective.success(before, after) if len(attacked) else None
+        gone[f"{threshold:g}"] = [sum(o != "kept" for o in outcomes(attacked, after)), len(attacked)]
     return {
         "fooled": objective.success(clean.above(conf), found.above(conf)),
         "confidence": round(float(left.max()), 4) if len(left) else 0.0,
         "success": success,
+        "objects_gone": gone,
     }
 
 

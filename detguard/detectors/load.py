@@ -104,7 +104,7 @@ def find_weights(name: str | Path) -> Path:
         found = Path(attempt_download_asset(official))
     except Exception as error:  # whatever the network layers raise, the user's remedy is the same
         found = Path()
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].encode("ascii", "ignore").decode().strip()
     else:
         reason = "download failed"
     if not found.is_file():

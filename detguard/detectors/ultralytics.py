@@ -1,6 +1,7 @@
 """Ultralytics' detection models: YOLOv3, v5u, v6, v8, v9, v10, 11, 12, 26 and RT-DETR."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ class UltralyticsDetector(Detector):
 
     def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu", end_to_end: bool = False) -> None:
         self.name = name
-        self.imgsz = imgsz
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
         frozen: Any = copy.deepcopy(model).float().eval()
         two_heads = getattr(frozen.model[-1], "one2one_cv2", None) is not None
@@ -49,6 +49,7 @@ class UltralyticsDetector(Detector):
             raise DetguardError(f"{name}: a {type(self.head).__name__} model; only box detection can be attacked")
         self.stretch = isinstance(self.head, RTDETRDecoder)
         self.stride = max(int(frozen.stride.max()), 32)
+        self.imgsz = math.ceil(imgsz / self.stride) * self.stride  # whole strides, as the predictor makes it
         self._predictor: DetectionPredictor | RTDETRPredictor | None = None
 
     @override

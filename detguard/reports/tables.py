@@ -14,11 +14,16 @@ from detguard.runs import Record
 def rate(values: Sequence[bool | None]) -> str:
     """Like "98 % (49/50)" of the values that are not None."""
     counted = [v for v in values if v is not None]
-    return f"{100 * sum(counted) / len(counted):.4g} % ({sum(counted)}/{len(counted)})" if counted else "-"
+    return share(sum(counted), len(counted))
+
+
+def share(part: int, whole: int) -> str:
+    """Like "98 % (49/50)", or "-" of nothing."""
+    return f"{100 * part / whole:.4g} % ({part}/{whole})" if whole else "-"
 
 
 def survival_table(records: Sequence[Record], title: str) -> Table:
-    """Success rate of each member (rows) at each threshold (columns), over photos where there was something to fool."""
+    """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold."""
     table = Table(title=title, title_justify="left")
     table.add_column("judged from file")
     for threshold in THRESHOLDS:
@@ -32,13 +37,15 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
                 for t in THRESHOLDS
             ),
         )
+    table.add_section()
+    gone = [[r["members"]["photo"]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
+    table.add_row("objects (png)", *(share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone))
     if len(names) > 1:
-        table.add_section()
         together: list[str] = []
         for t in THRESHOLDS:
             values = [[m["success"][f"{t:g}"] for m in r["members"].values()] for r in records]
             together.append(rate([None if None in v else all(v) for v in values]))
-        table.add_row("all of them", *together)
+        table.add_row("all members", *together)
     return table
 
 

@@ -89,6 +89,12 @@ def test_tensor_path_and_yolo_predict_agree_on_twenty_photos(yolo11n, yolo11n_fi
         assert (ours.boxes - boxes.xyxy[same]).abs().max() < 1
 
 
+def test_frames_are_whole_strides_as_the_predictor_makes_them(bundled_model, bus, bus_file):
+    detector = UltralyticsDetector(bundled_model, "detguard-n", 300)
+    assert detector.imgsz == 320
+    assert torch.allclose(detector.detect([bus])[0].boxes, detector.predict(bus_file, 0.25).boxes, atol=0.1)
+
+
 def test_predicting_leaves_state_and_threads_as_they_were(yolo11n, bus):
     before, threads = yolo11n.state_hash(), torch.get_num_threads()
     yolo11n.predict(np.ascontiguousarray(bus), 0.25)
