@@ -20,12 +20,12 @@ import typer
 from rich.progress import track
 
 from detguard.attacks.group import AttackOptions
-from detguard.attacks.run import Job, attack_photos, photo_keys, plan_attack, verify_run
+from detguard.attacks.run import Job, attack_photos, plan_attack, verify_run
 from detguard.detectors.load import detector_config, load_detector
 from detguard.engine import keep_freed_memory
 from detguard.photos import find_photos
 from detguard.reports.tables import rate
-from detguard.runs import Record, Run
+from detguard.runs import Record, Run, photo_keys
 from detguard.transforms.parse import parse_transforms
 
 UNSEEN = "jpeg:40,jpeg:60,jpeg:85,jpeg:95,gaussian:3,resize:0.7,resize:0.5"

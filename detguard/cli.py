@@ -185,8 +185,9 @@ def parse_weights(text: str | None) -> list[float] | None:
 
 def run_attack(job: "Job") -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
-    from detguard.attacks.run import attack_photos, photo_keys
+    from detguard.attacks.run import attack_photos
     from detguard.reports.tables import attack_summary, survival_table
+    from detguard.runs import photo_keys
 
     # What failed to read or write before a stop is tried again; the rest stays as it is.
     records = [r for r in job.run.records() if r["status"] != "error"]
@@ -253,12 +254,11 @@ def detect(
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
-    from detguard.attacks.run import photo_keys
     from detguard.detectors.load import detector_config, load_detector
     from detguard.photos import encode_png, find_photos, read_photo
     from detguard.reports.overlay import draw_detections
     from detguard.reports.tables import detections_table
-    from detguard.runs import Run
+    from detguard.runs import Run, photo_keys
 
     files = photo_keys(find_photos(photos))
     with err.status("Loading the detector"):

@@ -35,29 +35,29 @@ class PhotoError(DetguardError):
 def find_photos(sources: Iterable[str | Path]) -> list[Path]:
     """Expand files, folders and glob patterns to a list of files, each once, folders and patterns in sorted order.
 
+    A source that holds no photos or cannot be listed stays in the list as it is, so that `read_photo` says so in
+    its turn and the others are done.
+
     Raises:
-        PhotoError: a source matches nothing, or a folder cannot be listed.
+        PhotoError: no source exists.
     """
     found: dict[Path, None] = {}
     for source in sources:
         matches = [Path(source)]
         if not matches[0].exists() and glob.has_magic(str(source)):
-            matches = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))]  # noqa: PTH207 (absolute ones)
-            if not matches:
-                raise PhotoError(f"{source}: this pattern matches no file")
+            matches = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))] or matches  # noqa: PTH207
         for match in matches:
-            found |= dict.fromkeys(_photos_in(match) if match.is_dir() else [match])
+            found |= dict.fromkeys(_photos_in(match) or [match])
+    if not any(path.is_file() for path in found):
+        raise PhotoError(f"{', '.join(map(str, found))}: no photos here (looked for {' '.join(SUFFIXES)})")
     return list(found)
 
 
 def _photos_in(folder: Path) -> list[Path]:
     try:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise PhotoError(f"{folder}: cannot list this folder ({error.strerror})") from error
-    if not files:
-        raise PhotoError(f"{folder}: no photos in this folder (looked for {' '.join(SUFFIXES)})")
-    return files
+        return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    except OSError:
+        return []
 
 
 def read_photo(file: str | Path) -> Photo:
@@ -70,6 +70,8 @@ def read_photo(file: str | Path) -> Photo:
         PhotoError: missing, unreadable, not an image, truncated, animated, too large or too small.
     """
     file = Path(file)
+    if file.is_dir():
+        raise PhotoError(f"{file}: a folder that holds no photos or cannot be listed")
     try:
         data = file.read_bytes()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,18 @@ from detguard import DetguardError, __version__
 from detguard.photos import write_file
 
 Record = dict[str, Any]
+
+
+def photo_keys(files: Sequence[Path]) -> dict[str, Path]:
+    """A name for each photo's results: its stem, with a number where stems repeat."""
+    keys: dict[str, Path] = {}
+    for file in files:
+        key, number = file.stem, 1
+        while key in keys:
+            number += 1
+            key = f"{file.stem}-{number}"
+        keys[key] = file
+    return keys
 
 
 class RunError(DetguardError):

@@ -138,8 +138,10 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     the network itself and says the same.
     """
     step = max(1, student.shape[-1] // 20)
-    y, x = torch.randint(step, (2,)).tolist()
-    student, teacher = student[..., y::step, x::step].float(), teacher[..., y::step, x::step].float()
+    if step > 1:
+        y, x = torch.randint(step, (2,)).tolist()
+        student, teacher = student[..., y::step, x::step], teacher[..., y::step, x::step]
+    student, teacher = student.float(), teacher.float()
     variance = teacher.var((0, 2, 3), keepdim=True)
     return ((student - teacher).square() / (variance + 0.1 * variance.mean() + 1e-6)).mean()
 
@@ -236,7 +238,7 @@ def train(args: argparse.Namespace) -> None:
                 known, wanted = walk(teacher, frames)
             found, raw = walk(student, frames, known if blockwise else None)
         losses = head_loss(raw, wanted, keep, student.stride)
-        layers = range(len(known)) if blockwise else (2, 4, 6, 10, 13, 16, 19, 22)
+        layers = range(len(known)) if blockwise else (6, 10, 13, 16, 19, 22)
         learned = [i for i in layers if any(True for _ in student.model[i].parameters())]
         losses["features"] = torch.stack([relative_error(found[i], known[i]) for i in learned]).mean()
         # Feature maps lead early and make way for what counts, the outputs.

@@ -110,9 +110,18 @@ def test_find_photos_expands_folders_and_patterns_once(tmp_path):
     assert [f.name for f in found] == ["a.PNG", "b.jpg"]
 
 
-def test_find_photos_says_when_a_pattern_matches_nothing(tmp_path):
-    with pytest.raises(PhotoError, match="matches no file"):
-        find_photos([str(tmp_path / "*.jpg")])
+def test_find_photos_says_when_there_is_nothing_at_all(tmp_path):
+    with pytest.raises(PhotoError, match="no photos here"):
+        find_photos([tmp_path, str(tmp_path / "*.jpg")])
+
+
+def test_a_source_without_photos_does_not_stop_the_others(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "empty").mkdir()
+    found = find_photos([tmp_path / "empty", tmp_path / "a.jpg", tmp_path / "gone.jpg"])
+    assert [f.name for f in found] == ["empty", "a.jpg", "gone.jpg"]
+    with pytest.raises(PhotoError, match="holds no photos"):
+        read_photo(found[0])
 
 
 def test_png_is_lossless(tmp_path):

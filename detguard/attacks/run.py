@@ -61,18 +61,6 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     return objective, transforms, options
 
 
-def photo_keys(files: Sequence[Path]) -> dict[str, Path]:
-    """A name for each photo's results: its stem, with a number where stems repeat."""
-    keys: dict[str, Path] = {}
-    for file in files:
-        key, number = file.stem, 1
-        while key in keys:
-            number += 1
-            key = f"{file.stem}-{number}"
-        keys[key] = file
-    return keys
-
-
 def attack_photos(
     job: Job, files: dict[str, Path], on_step: Callable[[Sequence[Attempt]], None] | None = None
 ) -> Iterator[Record]:
@@ -88,31 +76,33 @@ def attack_photos(
             try:
                 photo = read_photo(file)
             except DetguardError as error:
-                unattackable.append({"key": key, "photo": str(file), "status": "error", "error": str(error)})
+                unattackable.append(_append(job.run, failure(key, file, error)))
                 continue
             begin = time.perf_counter()
             # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
             clean = job.detector.predict(photo, lowest_threshold(job.options.conf), job.options.iou)
             if not len(clean.above(job.options.conf).of(job.objective.targets)):
-                unattackable.append({"key": key, "photo": str(file), "status": "no-target"})
+                unattackable.append(_append(job.run, {"key": key, "photo": str(file), "status": "no-target"}))
                 continue
             started[key] = begin, clean
             yield key, photo, clean.above(job.options.conf)
 
-    def finished() -> Iterator[Record]:
-        while unattackable:
-            yield _append(job.run, unattackable.pop(0))
-
     for attempt in attack_group(job.detector, readable(), job.objective, job.transforms, job.options, on_step):
-        yield from finished()
+        yield from unattackable
+        unattackable.clear()
         file = files[attempt.key]
         begin, clean = started.pop(attempt.key)
         try:
             record = save_attempt(job, attempt, file, clean)
         except DetguardError as error:
-            record = {"key": attempt.key, "photo": str(file), "status": "error", "error": str(error)}
+            record = failure(attempt.key, file, error)
         yield _append(job.run, record | {"seconds": round(time.perf_counter() - begin, 2)})
-    yield from finished()
+    yield from unattackable
+
+
+def failure(key: str, file: Path, error: DetguardError) -> Record:
+    """The record of a photo that could not be read, or whose results could not be written."""
+    return {"key": key, "photo": str(file), "status": "error", "error": str(error)}
 
 
 def _append(run: Run, record: Record) -> Record:

@@ -142,12 +142,12 @@ def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
         (["attack", BUS, "--transforms", "jpg:75"], "jpeg:75"),
         (["attack", BUS, "--model", "gone.pt"], "gone.pt"),
         (["attack", BUS, "--to", "person"], "is a target itself"),
-        (["attack", "nothing/*.jpg"], "matches no file"),
+        (["attack", "nothing/*.jpg"], "no photos here"),
         (["attack"], "PHOTO"),
         (["attack", BUS, "--aggregate", "weighted"], "--weights"),
         (["attack", "--resume", "nowhere"], "nowhere"),
         (["verify", "nowhere"], "nowhere"),
-        (["detect", "."], "no photos in this folder"),
+        (["detect", "."], "no photos here"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, arguments, reason):
