@@ -95,7 +95,7 @@ def attack(
     imgsz: ImageSize = None,
     conf: Confidence = 0.25,
     eps: Annotated[
-        float, typer.Option(min=0, max=255, help="Budget: largest change of a pixel value, levels of 255.")
+        int, typer.Option(min=0, max=255, help="Budget: largest change of a pixel value, levels of 255.")
     ] = 4,
     step: Annotated[float, typer.Option(min=0.01, max=255, help="Change per iteration, levels.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Most iterations.")] = 100,
