@@ -223,7 +223,7 @@ def _update(attempt: Attempt, gradient: Tensor, options: AttackOptions) -> None:
         if attempt.velocity is not None:
             gradient = gradient + options.momentum * attempt.velocity
         attempt.velocity = gradient
-    x = attempt.x.add(gradient.sign().permute(1, 2, 0), alpha=-options.step)
+    x = attempt.x.add_(gradient.sign().permute(1, 2, 0), alpha=-options.step)
     attempt.x = project_linf(x, attempt.bounds)
     attempt.steps += 1
 
