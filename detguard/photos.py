@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from detguard import DetguardError
 
@@ -178,14 +179,21 @@ class Letterbox:
         frame[top : top + height, left : left + width] = photo
         return frame
 
-    def pull_back(self, gradient: Tensor) -> Tensor:
+    def pull_back(self, gradient: Tensor, spread: bool = False) -> Tensor:
         """Gradient at the frame, [3, H', W'], brought to the photo, [3, H, W]: the adjoint of the bilinear resize.
 
         OpenCV's rounding is passed straight through. The padding is constant, so its gradient goes nowhere.
+        A bilinear resize to a much smaller frame reads only some of the photo's pixels, and the adjoint gives the
+        others nothing. With `spread` the gradient of such a frame is enlarged instead, so that each gets its share.
         """
         (height, width), (top, left) = self.resized, self.offset
         inner = gradient[:, top : top + height, left : left + width]
-        return inner if self.resized == self.photo else resize_adjoint(inner, self.photo)
+        if self.resized == self.photo:
+            return inner
+        if spread and self.resized < self.photo:
+            share = (height * width) / (self.photo[0] * self.photo[1])
+            return interpolate(inner[None], self.photo, mode="bilinear")[0] * share
+        return resize_adjoint(inner, self.photo)
 
     def boxes_to_photo(self, boxes: Tensor) -> Tensor:
         """Boxes [..., 4] xyxy from frame pixels to photo pixels, clipped to the photo."""

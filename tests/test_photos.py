@@ -180,6 +180,15 @@ def test_letterbox_pull_back_is_the_adjoint_of_its_linear_map(height, width, see
     assert torch.isclose(inner, (x * letterbox.pull_back(g)).sum(), rtol=1e-9)
 
 
+def test_a_spread_gradient_reaches_the_pixels_that_the_letterbox_does_not_read():
+    letterbox = Letterbox.fit((320, 320), 64)
+    gradient = torch.rand(3, 64, 64) + 0.1
+    exact, spread = letterbox.pull_back(gradient), letterbox.pull_back(gradient, spread=True)
+    assert (exact == 0).float().mean() > 0.5
+    assert (spread > 0).all()
+    assert torch.isclose(spread.sum(), exact.sum(), rtol=1e-2)
+
+
 def test_the_frame_is_the_bilinear_resize_that_pull_back_assumes(bus):
     letterbox = Letterbox.fit(bus.shape[:2], 640)
     x = torch.from_numpy(bus).float().permute(2, 0, 1)[None]

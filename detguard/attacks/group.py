@@ -194,10 +194,13 @@ def photo_gradient(
     gradients: Tensor, photo: Photo, letterbox: Letterbox, transforms: Sequence[Transform], options: AttackOptions
 ) -> Tensor:
     """The members' gradients at their frames, [members, 3, H', W'], as one gradient at the photo, [3, H, W]."""
-    if options.gradient == "straight-through" and options.aggregate != "max":
+    # Straight through a median or a JPEG, a change of single pixels between untouched ones would be lost: the
+    # gradient is spread to the pixels that the letterbox does not read. Exact rules find such pixels themselves.
+    spread = options.gradient == "straight-through"
+    if spread and options.aggregate != "max":
         # All are linear and the members share their letterbox: aggregated first, only one is brought back.
-        return letterbox.pull_back(aggregate_gradients(gradients, options))
-    back = [letterbox.pull_back(gradient) for gradient in gradients]
+        return letterbox.pull_back(aggregate_gradients(gradients, options), spread)
+    back = [letterbox.pull_back(gradient, spread) for gradient in gradients]
     if options.gradient == "exact":
         back[1:] = [t.pull_back(photo, gradient) for t, gradient in zip(transforms, back[1:], strict=True)]
     return aggregate_gradients(torch.stack(back), options)

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_bringing_back_the_mean_is_the_mean_of_what_is_brought_back():
     letterbox = Letterbox.fit((50, 37), 64)
     gradients = torch.rand(3, 3, *letterbox.frame, dtype=torch.float64)
     photo = np.zeros((50, 37, 3), np.uint8)
-    one_by_one = torch.stack([letterbox.pull_back(g) for g in gradients]).mean(0)
+    one_by_one = torch.stack([letterbox.pull_back(g, spread=True) for g in gradients]).mean(0)
     assert torch.allclose(photo_gradient(gradients, photo, letterbox, [], AttackOptions()), one_by_one)
 
 
@@ -107,12 +108,13 @@ def test_the_group_attack_fools_every_member_within_its_budget(bundled, bus):
     assert bundled.state_hash() == before
 
 
-def test_every_member_is_needed_for_success(bundled, bus):
-    attempt = attack(bundled, bus, spec="none")
-    assert attempt.done
-    assert len(attempt.fooled) == 1
-    # Without the JPEG in the group, the JPEG brings people back: why the group exists.
-    assert len(bundled.predict(parse_transforms("jpeg:50")[0](attempt.adversarial), 0.25).of([0])) > 0
+def test_what_is_not_in_the_group_brings_people_back(bundled, bus):
+    small = cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+    for spec, left in (("none", True), ("median:3,jpeg:75", False)):
+        attempt = attack(bundled, small, spec=spec)
+        assert attempt.done
+        filtered = [t(attempt.adversarial) for t in parse_transforms("median:3,jpeg:75")]
+        assert any(len(bundled.predict(photo, 0.25).of([0])) for photo in filtered) == left
 
 
 def test_no_budget_means_no_change_and_no_success(bundled, bus):
@@ -143,4 +145,7 @@ def test_photos_leave_the_batch_when_done_and_others_take_their_places(bundled, 
     assert sorted(a.key for a in finished) == ["a", "b", "c", "d"]
     assert max(len(active) for active in seen) == 2
     alone = attack(bundled, bus, spec="none")
-    assert np.array_equal(next(a for a in finished if a.key == "d").adversarial, alone.adversarial)
+    together = next(a for a in finished if a.key == "d")
+    # Convolutions of another batch size round differently, and a sign near zero may flip; the attack is the same.
+    assert together.steps == alone.steps
+    assert np.abs(together.adversarial.astype(int) - alone.adversarial).mean() < 0.05
