@@ -27,6 +27,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
+from detguard.detectors.load import load_model
 from detguard.engine import keep_freed_memory
 
 CLASSES = [
@@ -199,6 +200,11 @@ def train(args: argparse.Namespace) -> None:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         seen = state["seen"]
+    elif args.start:
+        weights = load_model(args.start)[0].state_dict()
+        student.load_state_dict(weights)
+        ema.module.load_state_dict(weights)
+        seen = json.loads(args.start.with_suffix(".json").read_text())["trained"]["photos seen"]
     photos, probability = read_photos(args.shared)
     print(f"{len(photos)} photos, {seen} of {args.photos} seen", flush=True)
 
@@ -269,6 +275,7 @@ def train(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--start", type=Path, help="go on from this .safetensors where --run has no checkpoint")
     parser.add_argument("--run", default="runs/train/detguard-n")
     parser.add_argument(
         "--photos", type=int, default=400_000, help="photos to see in all; the rate falls over the last half"
