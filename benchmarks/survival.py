@@ -121,15 +121,22 @@ def group(model: Model = MODEL, photos: Photos = PHOTOS, most: int = 1000) -> No
 
 @app.command()
 def unseen(
-    model: Model = MODEL, photos: Photos = PHOTOS, most: int = 1000, margins: str = "0.05,0.97", eps: int = 8
+    model: Model = MODEL,
+    photos: Photos = PHOTOS,
+    most: int = 1000,
+    margins: str = "0.05,0.97",
+    eps: int = 8,
+    step: float = 1,
 ) -> None:
     """A group of four transforms against transforms that were not in it, for each --margin."""
     rows = []
     for margin in map(float, margins.split(",")):
-        name = f"unseen-{eps}-{margin:g}"
-        records, judged = attack(name, model, photos, LARGE, UNSEEN, most, "person", None, eps=eps, margin=margin)
+        name = f"unseen-{eps}-{margin:g}-{step:g}"
+        records, judged = attack(
+            name, model, photos, LARGE, UNSEEN, most, "person", None, eps=eps, margin=margin, step=step
+        )
         rows.append([f"{margin:g}", *describe(records), *(survival(judged, t) for t in UNSEEN.split(","))])
-    print(f"{model.name}, group {LARGE}, conf 0.25, eps {eps}, step 1, at most 60 iterations")
+    print(f"{model.name}, group {LARGE}, conf 0.25, eps {eps}, step {step:g}, at most 60 iterations")
     print_table(["margin", *COLUMNS, *UNSEEN.split(",")], rows)
 
 
