@@ -190,8 +190,8 @@ class Letterbox:
         inner = gradient[:, top : top + height, left : left + width]
         if self.resized == self.photo:
             return inner
-        if spread and self.resized < self.photo:
-            share = (height * width) / (self.photo[0] * self.photo[1])
+        share = (height * width) / (self.photo[0] * self.photo[1])
+        if spread and share < 1:
             return interpolate(inner[None], self.photo, mode="bilinear")[0] * share
         return resize_adjoint(inner, self.photo)
 

@@ -200,13 +200,11 @@ def verify_run(run: Run, detector: Detector, objective: Objective, transforms: S
             continue
         try:
             paths = {name: run.path(path) for name, path in record["files"].items()}
-            saved = read_photo(paths[PHOTO])
+            # Reading says clearly what is wrong with a damaged file, which the predict path does not.
+            saved = {name: read_photo(path) for name, path in paths.items()}[PHOTO]
             original = read_photo(record["photo"])
             clean = detector.predict(original, lowest, iou)
-            found = {}
-            for name, path in paths.items():
-                read_photo(path)  # says clearly what is wrong with a damaged file
-                found[name] = detector.predict(path, lowest, iou)
+            found = {name: detector.predict(path, lowest, iou) for name, path in paths.items()}
             found |= {str(t): detector.predict(t(saved), lowest, iou) for t in transforms if str(t) not in found}
             difference = largest_difference(saved, original)
         except (DetguardError, KeyError, ValueError) as error:
