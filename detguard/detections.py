@@ -12,20 +12,39 @@ MAX_DETECTIONS = 300
 
 
 @dataclass(frozen=True)
+class Anchors:
+    """Where an anchor-based head looks from.
+
+    points: float32 [N, 2] xy, frame pixels; strides: float32 [N, 1], pixels per unit of distance;
+    bins: float32 [B, N, 4, R], logits of the distribution of each side's distance, if the head has one.
+    """
+
+    points: Tensor
+    strides: Tensor
+    bins: Tensor | None = None
+
+    def __getitem__(self, index: int | slice | Tensor) -> "Anchors":
+        return Anchors(self.points, self.strides, None if self.bins is None else self.bins[index])
+
+
+@dataclass(frozen=True)
 class Candidates:
     """What a detector proposes for a batch of frames.
 
     logits: float32 [B, N, C], class confidence before the sigmoid.
     boxes: float32 [B, N, 4] xyxy, frame pixels.
     end_to_end: the head needs no NMS (YOLOv10, YOLO26, RT-DETR): the best MAX_DETECTIONS scores are the detections.
+    anchors: where the candidates come from, for families that have them.
     """
 
     logits: Tensor
     boxes: Tensor
     end_to_end: bool = False
+    anchors: Anchors | None = None
 
     def __getitem__(self, index: int | slice | Tensor) -> "Candidates":
-        return Candidates(self.logits[index], self.boxes[index], self.end_to_end)
+        anchors = None if self.anchors is None else self.anchors[index]
+        return Candidates(self.logits[index], self.boxes[index], self.end_to_end, anchors)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -68,29 +87,41 @@ class Detections:
         ]
 
 
-def suppress(candidates: Candidates, conf: float, iou: float) -> list[Detections]:
+def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool = False) -> list[Detections]:
     """The detections of each frame in the batch, in *frame* pixels: threshold, then per-class NMS.
 
-    As Ultralytics' predict path: a candidate counts for its best class only; an end-to-end head skips NMS and
-    may give one box two classes.
+    As Ultralytics' predict path, a candidate counts for its best class only, or as its validation, with
+    `multi_label`, for every class over the threshold. An end-to-end head skips NMS and may give one box two classes.
     """
     with torch.no_grad():
         return [
-            (_best if candidates.end_to_end else _suppress_one)(logits.detach(), boxes.detach(), conf, iou)
+            _best(logits.detach(), boxes.detach(), conf)
+            if candidates.end_to_end
+            else _suppress_one(logits.detach(), boxes.detach(), conf, iou, multi_label)
             for logits, boxes in zip(candidates.logits, candidates.boxes, strict=True)
         ]
 
 
-def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float) -> Detections:
-    scores = logits.amax(1).sigmoid()
-    keep = scores > conf
-    scores, classes, boxes = scores[keep], logits[keep].argmax(1), boxes[keep]
-    # Classes are kept apart by an offset larger than any photo, which makes one NMS of many.
-    kept = nms(boxes + classes[:, None] * 7680.0, scores, iou)[:MAX_DETECTIONS]
-    return Detections(boxes[kept].cpu(), scores[kept].cpu(), classes[kept].cpu())
+def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, multi_label: bool) -> Detections:
+    if multi_label:
+        index, classes = (logits > torch.logit(torch.tensor(conf)).item()).nonzero(as_tuple=True)
+        scores = logits[index, classes].sigmoid()
+    else:
+        scores = logits.amax(1).sigmoid()
+        index = (scores > conf).nonzero()[:, 0]
+        scores, classes = scores[index], logits[index].argmax(1)
+    order = scores.argsort(descending=True, stable=True)
+    # What survives NMS depends on better candidates only: the first thousand usually hold all that is kept.
+    for best in (order[: 4 * MAX_DETECTIONS], order):
+        # Classes are kept apart by an offset larger than any photo, which makes one NMS of many.
+        apart = boxes[index[best]] + classes[best, None] * 7680.0
+        kept = best[nms(apart, scores[best], iou)[:MAX_DETECTIONS]]
+        if len(kept) == MAX_DETECTIONS or len(best) == len(order):
+            break
+    return Detections(boxes[index[kept]].cpu(), scores[kept].cpu(), classes[kept].cpu())
 
 
-def _best(logits: Tensor, boxes: Tensor, conf: float, iou: float) -> Detections:
+def _best(logits: Tensor, boxes: Tensor, conf: float) -> Detections:
     scores, index = logits.sigmoid().flatten().topk(min(MAX_DETECTIONS, logits.numel()))
     keep = scores > conf
     scores, index = scores[keep], index[keep]

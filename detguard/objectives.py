@@ -2,15 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 from torchvision.ops import box_iou
+from typing_extensions import override
 
 from detguard.detections import Candidates, Detections
+from detguard.training_loss import GAINS, Assignment, assign, detection_loss
 
 Outcome = Literal["kept", "vanished", "relabelled"]
 SAME_OBJECT_IOU = 0.5
@@ -24,9 +26,16 @@ class Objective(ABC):
 
     targets: tuple[int, ...]
 
+    def aim(self, candidates: Candidates, objects: Detections) -> Any:
+        """What `loss` needs to know of one frame, fixed at its first pass; `objects` of the clean photo, frame pixels.
+
+        By default the boxes of the attacked objects, float32 [K, 4] xyxy.
+        """
+        return objects.of(self.targets).boxes
+
     @abstractmethod
-    def loss(self, candidates: Candidates, objects: Sequence[Tensor], conf: float) -> Tensor:
-        """Loss [B] of frames whose attacked objects are `objects[b]`, float32 [K, 4] xyxy frame pixels.
+    def loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
+        """Loss [B] of frames with their `aims`.
 
         conf: the confidence that counts as found. Works on logits, so that it does not fade where a sigmoid saturates.
         """
@@ -43,7 +52,8 @@ class Vanish(Objective):
     targets: tuple[int, ...]
     strict: bool = False
 
-    def loss(self, candidates: Candidates, objects: Sequence[Tensor], conf: float) -> Tensor:
+    @override
+    def loss(self, candidates: Candidates, aims: Sequence[Tensor], conf: float) -> Tensor:
         """Softplus of how far each target logit is over the threshold, summed over the candidates within reach."""
         loss = over_threshold(pick(candidates.logits, self.targets), conf).flatten(1).sum(1)
         if not self.strict:
@@ -51,10 +61,11 @@ class Vanish(Objective):
         return loss + torch.stack(
             [
                 (over_threshold(logits, conf) * near[:, None]).sum()
-                for logits, near in zip(candidates.logits, overlaps(candidates.boxes, objects), strict=True)
+                for logits, near in zip(candidates.logits, overlaps(candidates.boxes, aims), strict=True)
             ]
         )
 
+    @override
     def success(self, clean: Detections, found: Detections) -> bool:
         """No detection of a target class; with `strict`, no attacked object relabelled either."""
         if len(found.of(self.targets)):
@@ -69,11 +80,12 @@ class Mislabel(Objective):
     targets: tuple[int, ...]
     to: int
 
-    def loss(self, candidates: Candidates, objects: Sequence[Tensor], conf: float) -> Tensor:
+    @override
+    def loss(self, candidates: Candidates, aims: Sequence[Tensor], conf: float) -> Tensor:
         """Target classes under the threshold; on each object's best candidates, `to` over it and over the rest."""
         losses = []
         wanted = torch.logit(torch.tensor(conf)).item()
-        for logits, boxes, attacked in zip(candidates.logits, candidates.boxes, objects, strict=True):
+        for logits, boxes, attacked in zip(candidates.logits, candidates.boxes, aims, strict=True):
             loss = over_threshold(pick(logits, self.targets), conf).sum()
             ious = box_iou(attacked.to(boxes), boxes.detach())
             for iou in ious:
@@ -86,6 +98,7 @@ class Mislabel(Objective):
             losses.append(loss)
         return torch.stack(losses)
 
+    @override
     def success(self, clean: Detections, found: Detections) -> bool:
         """As the class says; IoU between the object's clean box and the box found."""
         if len(found.of(self.targets)):
@@ -93,6 +106,31 @@ class Mislabel(Objective):
         wanted = found.of([self.to])
         ious = box_iou(clean.of(self.targets).boxes, wanted.boxes)
         return len(wanted) > 0 and bool((ious.amax(1) >= SAME_OBJECT_IOU).all())
+
+
+@dataclass(frozen=True)
+class Degrade(Objective):
+    """The worst training loss, or some `parts` of it (see `training_loss.GAINS`): no success test, only worse."""
+
+    targets: tuple[int, ...]
+    parts: tuple[str, ...] = tuple(GAINS)
+
+    @override
+    def aim(self, candidates: Candidates, objects: Detections) -> Assignment:
+        # Training wants a confidence of the overlap, not of 1: raising that loss can make a detection more certain.
+        assignment = assign(candidates, [objects.of(self.targets)])
+        return replace(assignment, weights=torch.ones_like(assignment.weights))
+
+    @override
+    def loss(self, candidates: Candidates, aims: Sequence[Assignment], conf: float) -> Tensor:
+        """The negative sum of the parts, with the assignment of the first pass."""
+        losses = detection_loss(candidates, Assignment.stack(aims))
+        return -torch.stack([losses[part] for part in self.parts]).sum(0)
+
+    @override
+    def success(self, clean: Detections, found: Detections) -> bool:
+        """Never enough."""
+        return False
 
 
 def pick(logits: Tensor, classes: Sequence[int]) -> Tensor:

@@ -4,6 +4,7 @@ A photo is `uint8 [H, W, 3]` RGB at the resolution of its file. Gradients are `[
 """
 
 import glob
+import hashlib
 import os
 import struct
 import warnings
@@ -218,3 +219,8 @@ def resize_adjoint(gradient: Tensor, source: tuple[int, int]) -> Tensor:
     return torch.ops.aten.upsample_bilinear2d_backward(
         gradient[None], list(gradient.shape[1:]), [1, 3, *source], False, None, None
     )[0]
+
+
+def photo_seed(key: str, seed: int) -> int:
+    """A seed for one photo of a run: the same in every process and whatever its neighbours are."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

@@ -1,7 +1,9 @@
 """Real detectors and real photos. Those in ../shared are not part of the project: without them, tests skip."""
 
+import json
 from pathlib import Path
 
+import cv2
 import pytest
 
 from detguard.detectors.load import load_detector, load_model
@@ -51,3 +53,29 @@ def val_photos() -> list[Path]:
     if not VAL.is_dir():
         pytest.skip("needs the photos of ../shared/data/coco256")
     return sorted(VAL.glob("*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory, bundled, bus_file) -> Path:
+    """A COCO json of four photos, labelled with what the bundled detector is sure of; one photo has no label."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    bus, zidane = (cv2.imread(str(bus_file.with_name(f"{n}.jpg"))) for n in ("bus", "zidane"))
+    photos = {11: bus, 12: zidane, 13: bus[:, ::-1], 14: bus[:300, 300:620]}
+    names = bundled.class_names
+    data = {"images": [], "annotations": [], "categories": [{"id": k + 1, "name": v} for k, v in names.items()]}
+    for image, photo in photos.items():
+        photo = cv2.resize(photo, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(folder / "images" / f"{image}.png"), photo)
+        data["images"].append(
+            {"id": image, "file_name": f"{image}.png", "height": photo.shape[0], "width": photo.shape[1]}
+        )
+        found = bundled.detect([photo[..., ::-1].copy()], 0.35)[0]
+        for box, index in zip(found.boxes.tolist(), found.classes.tolist(), strict=True):
+            x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
+            data["annotations"].append(
+                {"id": len(data["annotations"]) + 1, "image_id": image, "category_id": index + 1,
+                 "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            )  # fmt: skip
+    (folder / "instances.json").write_text(json.dumps(data))
+    return folder / "instances.json"

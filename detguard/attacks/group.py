@@ -5,11 +5,10 @@ else step against the aggregated gradient of their losses, within an L-inf budge
 saved is what the detector is shown at every step.
 """
 
-import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from detguard.attacks.budget import linf_bounds, project_linf, random_start
 from detguard.detections import Detections, suppress
 from detguard.detectors.base import Detector, to_photo
 from detguard.objectives import Objective
-from detguard.photos import Letterbox, Photo, frames_tensor
+from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
 from detguard.transforms.base import GradientRule, Transform
 
 Aggregate = Literal["mean", "weighted", "max"]
@@ -31,7 +30,8 @@ class AttackOptions:
 
     conf: confidence that counts as found; eps: budget, step: per iteration, both in levels;
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
-    found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group.
+    found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group;
+    stop: end as soon as all are fooled; without it all `steps` are made and the one of lowest loss counts.
     """
 
     conf: float = 0.25
@@ -47,6 +47,7 @@ class AttackOptions:
     margin: float = 0.05
     seed: int = 0
     batch: int = 1
+    stop: bool = True
 
     def check(self, members: int) -> None:
         """Raise DetguardError if the weights do not match the `members` of the group."""
@@ -64,9 +65,10 @@ class Attempt:
     photo: Photo
     clean: Detections
     letterbox: Letterbox
-    objects: Tensor
+    objects: Detections
     bounds: tuple[Tensor, Tensor]
     x: Tensor
+    aim: Any = None
     steps: int = 0
     fooled: list[bool] = field(default_factory=list)
     failed: bool = False
@@ -144,7 +146,7 @@ def _begin(
         x = random_start(bounds, photo_seed(key, options.seed))
     else:
         x = torch.from_numpy(photo).to(detector.device).float()
-    objects = letterbox.boxes_to_frame(clean.of(objective.targets).boxes)
+    objects = Detections(letterbox.boxes_to_frame(clean.boxes), clean.scores, clean.classes)
     return Attempt(key, photo, clean, letterbox, objects, bounds, x)
 
 
@@ -166,16 +168,18 @@ def _iterate(
 
     frames = frames_tensor([frame(i) for i in range(members * len(attempts))], detector.device).requires_grad_()
     candidates = detector.candidates(frames)
-    found = suppress(candidates, conf, options.iou)
+    found = suppress(candidates, conf, options.iou) if options.stop else []
     for i, attempt in enumerate(attempts):
         group = found[i * members : (i + 1) * members]
         attempt.fooled = [objective.success(attempt.clean, to_photo(d, attempt.letterbox)) for d in group]
+        if attempt.aim is None:
+            attempt.aim = objective.aim(candidates[i * members : i * members + 1], attempt.objects)
         attempt.failed = not attempt.done and attempt.steps >= options.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    objects = [attempt.objects for attempt in attempts for _ in range(members)]
-    losses = objective.loss(candidates, objects, conf).view(-1, members).sum(1)
+    aims = [attempt.aim for attempt in attempts for _ in range(members)]
+    losses = objective.loss(candidates, aims, conf).view(-1, members).sum(1)
     for i in running:
         rank = (sum(attempts[i].fooled), -losses[i].item())
         if attempts[i].best is None or rank > attempts[i].best_rank:
@@ -229,8 +233,3 @@ def _update(attempt: Attempt, gradient: Tensor, options: AttackOptions) -> None:
     x = attempt.x.add_(gradient.sign().permute(1, 2, 0), alpha=-options.step)
     attempt.x = project_linf(x, attempt.bounds)
     attempt.steps += 1
-
-
-def photo_seed(key: str, seed: int) -> int:
-    """A seed for one photo of a run: the same in every process and whatever its neighbours are."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")

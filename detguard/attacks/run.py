@@ -155,6 +155,10 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
             record | {"outcome": outcome}
             for record, outcome in zip(objects.records(job.detector.class_names), outcomes(objects, after), strict=True)
         ],
+        "detections": {
+            "before": attempt.clean.records(job.detector.class_names),
+            "after": after.records(job.detector.class_names),
+        },
         "members": members,
         "files": names,
     }

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -39,14 +40,22 @@ class Detector(ABC):
     def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
         """Detections of one file or photo by the family's own public predict path, in photo pixels."""
 
-    def detect(self, photos: Sequence[Photo], conf: float = 0.25, iou: float = 0.7) -> list[Detections]:
-        """Detections of photos, `uint8 [H, W, 3]`, by the tensor path that attacks use, in photo pixels."""
-        found = []
-        for photo in photos:
-            box = self.letterbox(photo.shape[:2])
+    def detect(
+        self, photos: Sequence[Photo], conf: float = 0.25, iou: float = 0.7, multi_label: bool = False
+    ) -> list[Detections]:
+        """Detections of photos, `uint8 [H, W, 3]`, by the tensor path that attacks use, in photo pixels.
+
+        Neighbours of one frame shape share a forward; `multi_label` as in `suppress`.
+        """
+        found: list[Detections] = []
+        placed = [(self.letterbox((photo.shape[0], photo.shape[1])), photo) for photo in photos]
+        for _, group in groupby(placed, key=lambda pair: pair[0].frame):
+            boxes, batch = zip(*group, strict=True)
             with torch.no_grad():
-                candidates = self.candidates(frames_tensor([box(photo)], self.device))
-            found.append(to_photo(suppress(candidates, conf, iou)[0], box))
+                frames = [box(photo) for box, photo in zip(boxes, batch, strict=True)]
+                candidates = self.candidates(frames_tensor(frames, self.device))
+            detections = suppress(candidates, conf, iou, multi_label)
+            found += [to_photo(d, box) for d, box in zip(detections, boxes, strict=True)]
         return found
 
     def state_hash(self) -> str:

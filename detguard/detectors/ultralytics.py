@@ -15,7 +15,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
 from detguard import DetguardError
-from detguard.detections import MAX_DETECTIONS, Candidates, Detections
+from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
 from detguard.detectors.base import Detector
 from detguard.photos import Letterbox, Photo
 
@@ -68,7 +68,10 @@ class UltralyticsDetector(Detector):
         anchors, strides = make_anchors(raw["feats"], self.head.stride, 0.5)
         distances = self.head.dfl(raw["boxes"]).transpose(1, 2)
         boxes = dist2bbox(distances, anchors, xywh=False) * strides
-        return Candidates(raw["scores"].transpose(1, 2), boxes, end_to_end=self.head.end2end)
+        bins = raw["boxes"].unflatten(1, (4, -1)).permute(0, 3, 1, 2) if self.head.reg_max > 1 else None
+        return Candidates(
+            raw["scores"].transpose(1, 2), boxes, self.head.end2end, Anchors(anchors * strides, strides, bins)
+        )
 
     @override
     def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:

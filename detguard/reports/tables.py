@@ -22,65 +22,78 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.4g} % ({part}/{whole})" if whole else "-"
 
 
-def survival_table(records: Sequence[Record], title: str) -> Table:
-    """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("judged from file")
-    for threshold in THRESHOLDS:
-        table.add_column(f"conf {threshold:g}", justify="right")
+def survival_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: success rate of each member at each threshold, over what was found clean at that threshold."""
+    head = ["judged from file", *(f"conf {t:g}" for t in THRESHOLDS)]
     names = list(dict.fromkeys(name for r in records for name in r["members"]))
-    for name in names:
-        table.add_row(
+    rows = [
+        [
             "photo (png)" if name == "photo" else name,
             *(
                 rate([r["members"][name]["success"][f"{t:g}"] for r in records if name in r["members"]])
                 for t in THRESHOLDS
             ),
-        )
-    table.add_section()
+        ]
+        for name in names
+    ]
     gone = [[r["members"]["photo"]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
-    table.add_row("objects (png)", *(share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone))
+    rows.append(["objects (png)", *(share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)])
     if len(names) > 1:
         together: list[str] = []
         for t in THRESHOLDS:
             values = [[m["success"][f"{t:g}"] for m in r["members"].values()] for r in records]
             together.append(rate([None if None in v else all(v) for v in values]))
-        table.add_row("all members", *together)
-    return table
+        rows.append(["all members", *together])
+    return head, rows
 
 
-def attack_summary(records: Sequence[Record]) -> Table:
-    """Photos, objects, iterations, budget used, image quality and time of an attack run."""
+def attack_summary(records: Sequence[Record]) -> list[list[str]]:
+    """Rows of name and value: photos, objects, iterations, budget used, image quality and time of an attack run."""
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     statuses = Counter(r["status"] for r in records)
-    table = Table(show_header=False, box=None, pad_edge=False)
     skipped = [
         f"{statuses[s]} {label}"
         for s, label in (("no-target", "without target"), ("error", "unreadable"))
         if statuses[s]
     ]
-    table.add_row("photos", f"{statuses['fooled']} of {len(attacked)} fooled" + "".join(f", {s}" for s in skipped))
+    rows = [["photos", f"{statuses['fooled']} of {len(attacked)} fooled" + "".join(f", {s}" for s in skipped)]]
     if attacked:
         fates = Counter(o["outcome"] for r in attacked for o in r["objects"])
-        table.add_row("objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f]))
         steps = [r["iterations"] for r in attacked]
-        table.add_row("iterations", f"median {median(steps):g}, mean {mean(steps):.1f}, most {max(steps)}")
-        table.add_row("largest difference", f"{max(r['difference'] for r in attacked)} of 255 levels")
-        table.add_row(
-            "PSNR, SSIM", f"{mean(r['psnr'] for r in attacked):.1f} dB, {mean(r['ssim'] for r in attacked):.3f}"
-        )
-        table.add_row(
-            "time",
-            f"{sum(r['seconds'] for r in attacked):.1f} s, {mean(r['seconds'] for r in attacked):.1f} s per photo",
-        )
+        quality = f"{mean(r['psnr'] for r in attacked):.1f} dB, {mean(r['ssim'] for r in attacked):.3f}"
+        seconds = [r["seconds"] for r in attacked]
+        rows += [
+            ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])],
+            ["iterations", f"median {median(steps):g}, mean {mean(steps):.1f}, most {max(steps)}"],
+            ["largest difference", f"{max(r['difference'] for r in attacked)} of 255 levels"],
+            ["PSNR, SSIM", quality],
+            ["time", f"{sum(seconds):.1f} s, {mean(seconds):.1f} s per photo"],
+        ]
+    return rows
+
+
+def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", note: str = "") -> Table:
+    """A table for the terminal, the first column to the left."""
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def terminal_list(rows: Sequence[Sequence[str]]) -> Table:
+    """Rows of name and value for the terminal, without lines."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> Table:
     """One row per detection: class, confidence, box in photo pixels."""
-    table = Table(title=file, title_justify="left")
-    for column in ("class", "confidence", "x1", "y1", "x2", "y2"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    for record in detections.records(class_names):
-        table.add_row(record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"]))
-    return table
+    rows = [
+        [record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"])]
+        for record in detections.records(class_names)
+    ]
+    return terminal_table(("class", "confidence", "x1", "y1", "x2", "y2"), rows, file)

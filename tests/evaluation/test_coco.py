@@ -1,18 +1,24 @@
+import contextlib
+import io
 import json
 
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from detguard.data.dataset import read_dataset
 from detguard.detections import Detections
-from detguard.evaluation.coco import category_ids, coco_metrics, coco_results, read_annotations
+from detguard.evaluation.coco import STATS, coco_metrics, coco_results, f1, matches, value_left
 
-CLASSES = {0: "person", 1: "bus", 2: "unicorn"}
+IDS = {0: 1, 1: 6}
 
 
 @pytest.fixture
-def annotations(tmp_path):
+def annotations():
     boxes = [(1, 1, [10, 10, 50, 80]), (1, 6, [100, 20, 90, 60]), (2, 1, [5, 5, 40, 90])]
-    data = {
+    coco = COCO()
+    coco.dataset = {
         "images": [{"id": i, "width": 200, "height": 200, "file_name": f"{i}.jpg"} for i in (1, 2, 3)],
         "categories": [{"id": 1, "name": "person"}, {"id": 6, "name": "bus"}, {"id": 9, "name": "boat"}],
         "annotations": [
@@ -20,8 +26,8 @@ def annotations(tmp_path):
             for n, (i, c, b) in enumerate(boxes, 1)
         ],
     }
-    (tmp_path / "instances.json").write_text(json.dumps(data))
-    return read_annotations(tmp_path / "instances.json")
+    coco.createIndex()
+    return coco
 
 
 def found(*rows):
@@ -30,25 +36,90 @@ def found(*rows):
     return Detections(table[:, 2:], table[:, 1], table[:, 0].long())
 
 
-def test_classes_map_to_the_data_sets_category_ids_by_name(annotations):
-    assert category_ids(annotations, CLASSES) == {0: 1, 1: 6}
-
-
 def test_perfect_detections_have_an_ap_of_one(annotations):
-    ids = category_ids(annotations, CLASSES)
-    results = coco_results(1, found((0, 0.9, 10, 10, 60, 90), (1, 0.8, 100, 20, 190, 80)), ids)
-    results += coco_results(2, found((0, 0.7, 5, 5, 45, 95)), ids)
-    table = coco_metrics(annotations, results, ids.values())
-    assert table == {name: {"AP": 1.0, "AP50": 1.0} for name in ("all", "person", "bus")}
+    results = coco_results(1, found((0, 0.9, 10, 10, 60, 90), (1, 0.8, 100, 20, 190, 80)), IDS)
+    results += coco_results(2, found((0, 0.7, 5, 5, 45, 95)), IDS)
+    metrics = coco_metrics(annotations, results, IDS.values())
+    assert metrics.stats["AP"] == metrics.stats["AR100"] == pytest.approx(1)
+    assert metrics.stats["APs"] is None  # no small objects
+    assert metrics.per_class == {
+        "person": {"AP": pytest.approx(1), "AP50": pytest.approx(1), "objects": 2},
+        "bus": {"AP": pytest.approx(1), "AP50": pytest.approx(1), "objects": 1},
+    }
+    assert metrics.precision == pytest.approx([1] * 101)
 
 
 def test_a_loose_box_counts_at_half_overlap_only(annotations):
-    ids = category_ids(annotations, CLASSES)
-    results = coco_results(1, found((1, 0.8, 100, 20, 155, 80)), ids)
-    row = coco_metrics(annotations, results, [6])["bus"]
-    assert row["AP50"] == 1.0
+    results = coco_results(1, found((1, 0.8, 100, 20, 155, 80)), IDS)
+    row = coco_metrics(annotations, results, [6]).per_class["bus"]
+    assert row["AP50"] == pytest.approx(1)
     assert row["AP"] == pytest.approx(0.3)  # IoU 0.61: found at .50, .55 and .60 of the ten thresholds
 
 
 def test_nothing_found_is_an_ap_of_zero(annotations):
-    assert coco_metrics(annotations, [], [1, 6])["all"] == {"AP": 0.0, "AP50": 0.0}
+    for sizes in (True, False):
+        stats = coco_metrics(annotations, [], [1, 6], sizes=sizes).stats
+        assert (stats["AP"], stats["AP50"]) == (0, 0)
+
+
+def test_only_the_wanted_images_count(annotations):
+    results = coco_results(1, found((0, 0.9, 10, 10, 60, 90), (1, 0.8, 100, 20, 190, 80)), IDS)
+    assert coco_metrics(annotations, results, IDS.values()).stats["AP"] < 1
+    metrics = coco_metrics(annotations, results, IDS.values(), [1])
+    assert metrics.stats["AP"] == pytest.approx(1)
+    assert metrics.per_class["person"]["objects"] == 1
+
+
+def test_without_sizes_the_numbers_are_the_same(annotations):
+    results = coco_results(1, found((0, 0.9, 12, 10, 60, 80), (1, 0.8, 110, 20, 190, 80)), IDS)
+    full, quick = (coco_metrics(annotations, results, [1, 6], sizes=sizes).stats for sizes in (True, False))
+    assert list(quick) == ["AP", "AP50"]
+    assert [quick[k] for k in quick] == pytest.approx([full[k] for k in quick], abs=1e-12)
+
+
+def test_the_numbers_are_pycocotools_own_on_real_detections(val_photos, yolo11n, tmp_path):
+    root = val_photos[0].parents[2]
+    dataset = read_dataset(root / "instances_val.json", limit=24)
+    ids = dataset.category_ids(yolo11n.class_names)
+    from detguard.photos import read_photo
+
+    results = []
+    for image, file in dataset.files.items():
+        results += coco_results(image, yolo11n.detect([read_photo(file)], 0.001, 0.7, multi_label=True)[0], ids)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(root / "instances_val.json"))
+        judge = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
+        judge.params.imgIds = list(dataset.files)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    ours = coco_metrics(dataset.annotations, results, ids.values(), list(dataset.files)).stats
+    assert ours["AP"] > 0.3
+    assert [ours[name] for name in STATS] == judge.stats.tolist()
+
+
+def test_each_object_is_matched_once_by_class_and_overlap():
+    objects = found((0, 1, 0, 0, 10, 10), (1, 1, 0, 0, 10, 10))
+    detections = found((0, 0.9, 0, 0, 10, 9), (0, 0.8, 0, 0, 10, 10), (1, 0.7, 0, 0, 4, 10), (1, 0.6, 0, 0, 10, 10))
+    assert matches(objects, detections).tolist() == [True, False, False, True]
+    assert f1(objects, detections) == pytest.approx(2 * 2 / 6)
+
+
+def test_f1_of_an_empty_photo():
+    nothing = found()
+    assert f1(nothing, nothing) == 1
+    assert f1(nothing, found((0, 0.9, 0, 0, 5, 5))) == 0
+    assert f1(found((0, 1, 0, 0, 5, 5)), nothing) == 0
+
+
+def test_what_is_left_falls_with_confidence_and_with_false_positives_ahead():
+    objects = found((0, 1, 0, 0, 10, 10))
+    sure, unsure = (found((0, score, 0, 0, 10, 10)) for score in (0.9, 0.3))
+    ahead = found((0, 0.95, 50, 50, 60, 60), (0, 0.9, 0, 0, 10, 10))
+    behind = found((0, 0.9, 0, 0, 10, 10), (0, 0.5, 50, 50, 60, 60))
+    other = found((1, 0.95, 50, 50, 60, 60), (0, 0.9, 0, 0, 10, 10))
+    assert value_left(objects, sure) == value_left(objects, behind) == value_left(objects, other) == pytest.approx(0.9)
+    assert value_left(objects, ahead) == pytest.approx(0.45)
+    assert value_left(objects, unsure) == pytest.approx(0.3)
+    assert value_left(objects, found()) == 0

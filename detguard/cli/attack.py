@@ -1,74 +1,34 @@
-"""The command line: parse, call, show."""
+"""`detguard attack`, `detect` and `verify`: parse, call, show."""
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn, track
+from rich.progress import MofNCompleteColumn, track
 
-from detguard import DetguardError, __version__
-from detguard.engine import keep_freed_memory
+from detguard import DetguardError
+from detguard.cli.app import (
+    Confidence,
+    Device,
+    EndToEnd,
+    ImageSize,
+    Model,
+    OutFolder,
+    Trust,
+    app,
+    err,
+    out,
+    progress_bar,
+    show_error,
+)
 
 # Torch and the detectors take seconds to import: only commands that need them do, so that --help is quick.
 if TYPE_CHECKING:
     from detguard.attacks.group import Attempt
     from detguard.attacks.run import Job
-
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Attack object detectors, harden them, and prove both in COCO numbers.",
-)
-out = Console()
-err = Console(stderr=True)
-
-Model = Annotated[
-    str, typer.Option(help="Bundled name, .pt or .safetensors file, or an Ultralytics name such as yolo11n.")
-]
-ImageSize = Annotated[
-    int | None, typer.Option(min=32, max=4096, help="Longest side of a frame, px; default: the model's own.")
-]
-Confidence = Annotated[
-    float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
-]
-Trust = Annotated[bool, typer.Option("--trust", help="Unpickle a .pt without the allow-list: it may run any code.")]
-EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...")]
-OutFolder = Annotated[
-    Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
-]
-
-
-def main() -> None:
-    """Run the command line; errors that the user can mend become one line and exit code 2."""
-    keep_freed_memory()
-    logging.getLogger("ultralytics").setLevel(logging.ERROR)
-    try:
-        app()
-    except DetguardError as error:
-        show_error(str(error))
-        sys.exit(2)
-
-
-def show_error(message: str) -> None:
-    """One line on stderr."""
-    err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-@app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """Print the version when asked."""
-    if version:
-        out.print(f"detguard {__version__}", highlight=False)
-        raise typer.Exit
 
 
 @app.command(
@@ -159,7 +119,7 @@ def attack(
         }  # fmt: skip
         config = {
             "detector": detector_config(detector, model), "target": target, "to": to, "strict": strict,
-            "transforms": transforms, "attack": options, "photos": files,
+            "transforms": transforms, "attack": options, "photos": files, "arguments": sys.argv[1:],
         }  # fmt: skip
         plan = plan_attack(config, detector)
         run = Run.create("attack", out_folder, config)
@@ -186,7 +146,8 @@ def parse_weights(text: str | None) -> list[float] | None:
 def run_attack(job: "Job") -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
     from detguard.attacks.run import attack_photos
-    from detguard.reports.tables import attack_summary, survival_table
+    from detguard.reports.attack import attack_page
+    from detguard.reports.tables import attack_summary, survival_rows, terminal_list, terminal_table
     from detguard.runs import photo_keys
 
     # What failed to read or write before a stop is tried again; the rest stays as it is.
@@ -198,14 +159,7 @@ def run_attack(job: "Job") -> int:
     files = photo_keys([Path(p) for p in job.run.config["photos"]])
     waiting = {key: file for key, file in files.items() if key not in done}
     target = job.run.config["target"]
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as progress:
+    with progress_bar(MofNCompleteColumn()) as progress:
         task = progress.add_task("attack", total=len(files), completed=len(done))
 
         def on_step(active: Sequence["Attempt"]) -> None:
@@ -228,9 +182,11 @@ def run_attack(job: "Job") -> int:
             return 130
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.print(survival_table(attacked, f"{target}: success rate"))
-    out.print(attack_summary(records))
-    out.print(f"results: {job.run.folder}", highlight=False, soft_wrap=True)
+        out.print(terminal_table(*survival_rows(attacked), f"{target}: success rate"))
+        job.run.write("report.html", attack_page(job.run, records, job.detector))
+    out.print(terminal_list(attack_summary(records)))
+    page = f", open {job.run.folder / 'report.html'}" if attacked else ""
+    out.print(f"results: {job.run.folder}{page}", highlight=False, soft_wrap=True)
     statuses = {r["status"] for r in records}
     return 2 if "error" in statuses else 1 if "failed" in statuses else 0
 
@@ -305,7 +261,7 @@ def verify(
     """
     from detguard.attacks.run import plan_attack, verify_run
     from detguard.detectors.load import load_configured
-    from detguard.reports.tables import survival_table
+    from detguard.reports.tables import survival_rows, terminal_table
     from detguard.runs import Run
     from detguard.transforms.parse import parse_transforms
 
@@ -323,13 +279,9 @@ def verify(
         else:
             records.append(record)
     if records:
-        out.print(survival_table(records, f"{folder}: success rate"))
+        out.print(terminal_table(*survival_rows(records), f"{folder}: success rate"))
         difference = max(r["difference"] for r in records)
         out.print(f"largest difference: {difference} levels, budget {options.eps}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
         code = code or int(difference > options.eps or not all(group))
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

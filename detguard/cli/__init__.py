@@ -1,0 +1,6 @@
+"""The command line, one file per group of commands."""
+
+from detguard.cli import attack, evaluate
+from detguard.cli.app import main
+
+__all__ = ["attack", "evaluate", "main"]

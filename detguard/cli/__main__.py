@@ -1,0 +1,5 @@
+"""`python -m detguard.cli`."""
+
+from detguard.cli import main
+
+main()

@@ -1,0 +1,237 @@
+"""`detguard evaluate` and `compare`: parse, call, show."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from detguard import DetguardError
+from detguard.cli.app import (
+    Device,
+    EndToEnd,
+    ImageSize,
+    OutFolder,
+    Trust,
+    app,
+    err,
+    out,
+    progress_bar,
+    show_error,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detguard.data.dataset import Dataset
+    from detguard.detectors.base import Detector
+    from detguard.evaluation.run import Protocols
+    from detguard.evaluation.views import Subject
+    from detguard.runs import Run
+
+# Warnings of one kind that are shown one by one; the rest is counted.
+MOST_SHOWN = 3
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard evaluate --data coco128`: clean, corrupted and attacked AP of the bundled detector
+
+`detguard evaluate --model yolo11n --model yolov8n --data my/data.yaml --protocols clean,corruptions`
+
+`detguard evaluate --model best.pt --data instances_val.json --protocols attack,blackbox,checks --eps 2,4,8`
+
+`detguard evaluate --resume runs/evaluate/001`: go on with a run that was stopped"""
+)
+def evaluate(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Bundled name, .pt or .safetensors file, or an Ultralytics name; may be given several times."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A data.yaml (Ultralytics), a COCO instances json, or coco, coco128, voc.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "val",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Only these classes, comma-separated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None,
+    imgsz: ImageSize = None,
+    protocols: Annotated[
+        str, typer.Option(help="What to measure: clean, corruptions, attack, transfer, blackbox, checks.")
+    ] = "clean,corruptions,attack",
+    severities: Annotated[str, typer.Option(help="Of the corruptions, 1 to 5.")] = "1,2,3,4,5",
+    eps: Annotated[str, typer.Option(help="Attack budgets in levels of 255; the last one leads.")] = "4",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each white-box attack.")] = 20,
+    restarts: Annotated[int, typer.Option(min=1, help="Starts of each attack: at the photo, then at random.")] = 1,
+    attacks: Annotated[
+        str, typer.Option(help="White-box attacks: on the loss (class, box, all) and on confidence (vanish).")
+    ] = "class,box,all,vanish",
+    queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of corruptions, random starts and the black-box attack.")] = 0,
+    out_folder: OutFolder = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")
+    ] = None,
+    end_to_end: EndToEnd = False,
+    device: Device = "cpu",
+    trust: Trust = False,
+) -> None:
+    """Measure detectors in COCO numbers on clean, corrupted and attacked photos; makes tables, plots and a page.
+
+    What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
+    Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
+    """
+    from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.runs import Run
+
+    run: Run | None = None
+    if resume:
+        if model or data:
+            raise DetguardError("--resume: takes its models, data and options from the run; give no others")
+        run = Run.open(resume, "evaluate")
+        config = run.config
+        with err.status("Loading the detectors"):
+            detectors = [load_configured(c, trust, device) for c in config["detectors"]]
+    else:
+        if not data:
+            raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
+        models = model or ["detguard-n"]
+        config = {
+            "detectors": [],
+            "data": {
+                "source": data, "split": split, "images": str(images) if images else None,
+                "classes": names(classes) if classes else None, "limit": limit,
+            },
+            "evaluate": {
+                "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
+                "eps": whole_numbers("--eps", eps), "steps": steps, "restarts": restarts, "attacks": names(attacks),
+                "queries": queries, "seed": seed,
+            },
+            "arguments": sys.argv[1:],
+        }  # fmt: skip
+        plan(config["evaluate"], len(models))
+        with err.status("Loading the detectors"):
+            detectors = [load_detector(name, imgsz, trust, device, end_to_end) for name in models]
+        config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
+    wanted = plan(config["evaluate"], len(detectors))
+    subjects = load_subjects(detectors, config["data"])
+    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
+
+
+def names(text: str) -> list[str]:
+    """From "a, b" to ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """From "2,4" to [2, 4].
+
+    Raises:
+        DetguardError: not whole numbers.
+    """
+    try:
+        return [int(number) for number in names(text)]
+    except ValueError:
+        raise DetguardError(f"{option} '{text}': expected whole numbers, as in 2,4") from None
+
+
+def plan(options: dict[str, Any], detectors: int) -> "Protocols":
+    """The protocols that a run's config asks for, of so many detectors."""
+    from detguard.evaluation.run import Protocols
+
+    as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    wanted = Protocols(**as_given)
+    if "transfer" in wanted.protocols and detectors < 2:
+        raise DetguardError("--protocols transfer: needs two detectors or more, --model A --model B")
+    return wanted
+
+
+def load_subjects(detectors: "Sequence[Detector]", source: dict[str, Any]) -> "list[Subject]":
+    """The detectors on the data set that a run's config names, each with a name of its own."""
+    from detguard.data.dataset import read_dataset
+    from detguard.evaluation.cache import Cache
+    from detguard.evaluation.views import Subject
+
+    images = Path(source["images"]) if source["images"] else None
+    with err.status("Reading the annotations"):
+        dataset = read_dataset(source["source"], source["split"], images, source["limit"])
+    show_warnings(dataset)
+    subjects: list[Subject] = []
+    cache = Cache()
+    for detector in detectors:
+        taken = [s.detector.name for s in subjects].count(detector.name)
+        name = f"{detector.name}#{taken + 1}" if taken else detector.name
+        ids = dataset.category_ids(detector.class_names, source["classes"])
+        subjects.append(Subject(name, detector, dataset, ids, cache))
+    return subjects
+
+
+def show_warnings(dataset: "Dataset") -> None:
+    """What was wrong with the data: counted by kind, the first few in full."""
+    for kind, where in dataset.warnings.items():
+        err.print(f"warning: {len(where)} {kind}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        for line in where[:MOST_SHOWN]:
+            err.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        if len(where) > MOST_SHOWN:
+            err.print(f"  and {len(where) - MOST_SHOWN} more", highlight=False)
+
+
+def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -> int:
+    """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code."""
+    from detguard.data.dataset import LOST
+    from detguard.evaluation.run import evaluate, total_cost
+    from detguard.reports.evaluation import evaluation_page, tables
+    from detguard.reports.tables import terminal_table
+
+    dataset = subjects[0].dataset
+    before = len(dataset.warnings.get(LOST, []))
+    with progress_bar() as progress:
+        task = progress.add_task("evaluate", total=total_cost(subjects, wanted))
+        try:
+            evaluation = evaluate(
+                subjects, wanted, run, lambda what, done: progress.update(task, description=what, advance=done)
+            )
+        except KeyboardInterrupt:
+            show_error(f"stopped; go on with: detguard evaluate --resume {run.folder}")
+            return 130
+    command = ["detguard", *run.config["arguments"]]
+    run.write("report.html", evaluation_page(subjects, evaluation, wanted, command))
+    for table in tables(evaluation.metrics):
+        out.print(terminal_table(table.head, table.rows, table.title, table.note))
+    out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    for line in dataset.warnings.get(LOST, [])[before:]:
+        show_error(line)
+    return 2 if LOST in dataset.warnings else 0
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard compare runs/evaluate/001 runs/evaluate/002`"""
+)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of evaluate runs.", metavar="RUN RUN...")],
+) -> None:
+    """Show the results of several evaluate runs side by side."""
+    from detguard.reports.evaluation import headline
+    from detguard.reports.tables import terminal_table
+    from detguard.runs import Run
+
+    metrics: dict[str, Any] = {}
+    for folder in folders:
+        file = Run.open(folder, "evaluate").folder / "metrics.json"
+        try:
+            found = json.loads(file.read_text())
+            metrics |= {f"{folder.name}: {name}": row for name, row in found.items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise DetguardError(
+                f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
+            ) from error
+    table = headline(metrics, "Comparison")
+    out.print(terminal_table(table.head, table.rows, table.title, table.note))

@@ -1,0 +1,1 @@
+"""Labelled data in: COCO json and YOLO folders, corruptions."""

@@ -1,0 +1,192 @@
+"""Attacks as views: white-box on the training loss and on confidence, transferred, and black-box."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.attacks.group import AttackOptions, attack_group
+from detguard.attacks.square import square_attack
+from detguard.evaluation.cache import pack
+from detguard.evaluation.coco import value_left
+from detguard.evaluation.views import Batch, Subject, View
+from detguard.objectives import Degrade, Objective, Vanish
+from detguard.photos import Photo, decode_photo, encode_png, photo_seed
+from detguard.training_loss import GAINS
+
+ATTACKS = ("class", "box", "all", "vanish")
+WORST = "worst"
+PHOTO = "photo"
+# The vanish attack goes on until nothing is over this confidence: COCO counts detections far below .25.
+VANISH_BELOW = 0.02
+
+
+def attack_objective(name: str, targets: Sequence[int]) -> Objective:
+    """The objective of one of ATTACKS on the classes `targets`.
+
+    class, box, all: the training loss or its parts; vanish: the confidence of any of the classes.
+    """
+    if name == "vanish":
+        return Vanish(tuple(targets))
+    parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS)}
+    if name not in parts:
+        raise DetguardError(f"--attacks '{name}': expected some of {', '.join(ATTACKS)}")
+    return Degrade(tuple(targets), parts[name])
+
+
+@dataclass(frozen=True)
+class AttackSet(View):
+    """White-box PGD by several attacks and restarts, and the worst of them for each photo, as 8-bit photos.
+
+    eps, step: levels of 255. Part "worst" holds the detections of the worst attack on each photo, "photo" its PNG.
+    """
+
+    attacks: tuple[str, ...]
+    eps: int
+    steps: int
+    restarts: int = 1
+    seed: int = 0
+
+    @property
+    @override
+    def name(self) -> str:
+        return f"attack-eps{self.eps}-steps{self.steps}"
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """One name per attack and restart."""
+        return tuple(f"{attack}-{restart}" for attack in self.attacks for restart in range(self.restarts))
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The parts that are detections: the worst per photo, and each run's own."""
+        return (WORST, *self.runs)
+
+    @property
+    @override
+    def parts(self) -> tuple[str, ...]:
+        return (*self.scored, PHOTO)
+
+    @property
+    @override
+    def cost(self) -> int:
+        return len(self.runs) * (3 * self.steps + 2)
+
+    @override
+    def depends_on(self, subject: Subject, image: int) -> object:
+        return [subject.labels[image], sorted(subject.category_ids)]
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        """The worst photos, from the cache."""
+        return [worst_photo(batch.subject, self, image) for image in batch.images]
+
+    @override
+    def entries(self, batch: Batch) -> list[dict[str, bytes]]:
+        subject = batch.subject
+        entries: list[dict[str, bytes]] = [{} for _ in batch.images]
+        worst: list[tuple[float, str, Photo] | None] = [None for _ in batch.images]
+        for run in self.runs:
+            attack, restart = run.rsplit("-", 1)
+            photos = self.attack(batch, attack, int(restart))
+            for i, found in enumerate(subject.detect(photos)):
+                entries[i][run] = pack(found)
+                left = value_left(batch.objects[i], found)
+                best = worst[i]
+                if best is None or left < best[0]:
+                    worst[i] = left, run, photos[i]
+        for entry, best in zip(entries, worst, strict=True):
+            assert best is not None
+            entry[WORST] = entry[best[1]]
+            entry[PHOTO] = encode_png(best[2])
+        return entries
+
+    def attack(self, batch: Batch, name: str, restart: int) -> list[Photo]:
+        """The photos of a batch after one attack; restart 0 starts at the photo, later ones at random."""
+        subject = batch.subject
+        options = AttackOptions(
+            conf=VANISH_BELOW,
+            eps=self.eps,
+            # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
+            step=max(self.eps / 2, 1),
+            momentum=0.75,
+            steps=self.steps,
+            gradient="exact",
+            random_start=restart > 0,
+            seed=self.seed + restart,
+            batch=len(batch.images),
+            stop=False,
+        )
+        objective = attack_objective(name, sorted(subject.category_ids))
+        photos = [
+            (subject.hashes[image], photo, objects)
+            for image, photo, objects in zip(batch.images, batch.photos, batch.objects, strict=True)
+        ]
+        done: dict[str, Photo] = {}
+        for attempt in attack_group(subject.detector, photos, objective, [], options):
+            done[attempt.key] = attempt.adversarial
+        return [done[key] for key, _, _ in photos]
+
+
+def worst_photo(subject: Subject, attacks: AttackSet, image: int) -> Photo:
+    """The adversarial photo of the worst attack, `uint8 [H, W, 3]`, from the cache."""
+    data = subject.cache.get(attacks.key(subject, image, PHOTO))
+    if data is None:
+        raise DetguardError(f"{subject.cache.file}: entries of this run were taken away; run it again")
+    return decode_photo(data)
+
+
+@dataclass(frozen=True)
+class Transferred(View):
+    """The worst photos of an attack on another detector, which must be in the cache."""
+
+    source: Subject
+    attacks: AttackSet
+
+    @property
+    @override
+    def name(self) -> str:
+        return f"transfer-from-{self.source.name}-eps{self.attacks.eps}"
+
+    @override
+    def spec(self) -> object:
+        return [self.source.state, self.attacks.spec()]
+
+    @override
+    def depends_on(self, subject: Subject, image: int) -> object:
+        return self.attacks.depends_on(self.source, image)
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        return [worst_photo(self.source, self.attacks, image) for image in batch.images]
+
+
+@dataclass(frozen=True)
+class BlackBox(View):
+    """Square attack on the whole training loss, read off the detector's candidates: no gradient."""
+
+    eps: int
+    queries: int
+    seed: int = 0
+
+    @property
+    @override
+    def name(self) -> str:
+        return f"blackbox-eps{self.eps}-queries{self.queries}"
+
+    @property
+    @override
+    def cost(self) -> int:
+        return self.queries + 2
+
+    @override
+    def depends_on(self, subject: Subject, image: int) -> object:
+        return [subject.labels[image], sorted(subject.category_ids)]
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        subject = batch.subject
+        objective = attack_objective("all", sorted(subject.category_ids))
+        seeds = [photo_seed(subject.hashes[image], self.seed) for image in batch.images]
+        return square_attack(subject.detector, batch.photos, batch.objects, objective, self.eps, self.queries, seeds)

@@ -1,0 +1,112 @@
+"""Signs that a detector looks robust because the attack was blind, and not because it is."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from detguard.evaluation.attacks import AttackSet, BlackBox, attack_objective
+from detguard.evaluation.score import score
+from detguard.evaluation.views import Batch, Subject, View, fill
+from detguard.photos import frames_tensor
+
+PHOTOS = 32
+LARGE_EPS = 16
+TOLERANCE = 0.01
+ZERO_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One sign: what was measured, the most that is allowed, what it means where it is more, and what to do then."""
+
+    passed: bool
+    value: float
+    limit: float
+    what: str
+    meaning: str
+    remedy: str
+
+
+def check_views(attack: AttackSet, queries: int) -> list[View]:
+    """What `run_checks` needs of the first PHOTOS photos."""
+    return [
+        attack,
+        replace(attack, steps=2 * attack.steps),
+        replace(attack, eps=LARGE_EPS, restarts=1),
+        BlackBox(attack.eps, queries, attack.seed),
+    ]
+
+
+def first_photos(subject: Subject) -> Subject:
+    """The subject on the first PHOTOS photos of its data."""
+    files = dict(list(subject.dataset.files.items())[:PHOTOS])
+    return replace(subject, dataset=replace(subject.dataset, files=files))
+
+
+def run_checks(subject: Subject, attack: AttackSet, queries: int) -> dict[str, dict[str, Any]]:
+    """All checks of one subject on its first photos, by name; their views must be in the cache or are shown now."""
+    few = first_photos(subject)
+    views = check_views(attack, queries)
+    fill(few, views)
+    once, longer, large = (attack_ap(few, view) for view in views[:3] if isinstance(view, AttackSet))
+    black = score(few, views[3]).stats["AP"] or 0.0
+    checks = {
+        "more steps": Check(
+            longer <= once + TOLERANCE,
+            longer - once,
+            TOLERANCE,
+            f"AP after {2 * attack.steps} steps less that after {attack.steps}",
+            "more steps should never help the detector: the loss surface is rough, or the steps are too large",
+            "try other step counts and restarts, and believe the lowest figure only",
+        ),
+        "large budget": Check(
+            large <= TOLERANCE,
+            large,
+            TOLERANCE,
+            f"AP at {LARGE_EPS} of 255 levels",
+            "at a budget that anybody sees, an attack that works leaves nothing: this one is kept from the gradient",
+            "look for rounding, saturation or randomness between photo and loss, and attack around it",
+        ),
+        "black box": Check(
+            black >= once - TOLERANCE,
+            once - black,
+            TOLERANCE,
+            f"AP under the white-box attack less that under {queries} queries of the Square attack",
+            "an attack without gradients should not beat one with them: the gradients are of no use",
+            "take the black-box figure for the true one, and attack by another loss",
+        ),
+        "zero gradient": Check(
+            (zero := zero_gradient_share(few)) <= ZERO_SHARE,
+            zero,
+            ZERO_SHARE,
+            "share of frame pixels where the loss has no gradient",
+            "where the gradient is exactly zero the attack does not know where to go",
+            "attack logits instead of probabilities, and a smooth stand-in for hard decisions",
+        ),
+    }
+    return {name: asdict(check) for name, check in checks.items()}
+
+
+def attack_ap(subject: Subject, attack: AttackSet) -> float:
+    """The headline: the lowest AP of the worst case per photo and of each attack alone."""
+    return min(score(subject, attack, part).stats["AP"] or 0.0 for part in attack.scored)
+
+
+def zero_gradient_share(subject: Subject) -> float:
+    """Mean share of values where the gradient of the training loss at the frame, padding left out, is exactly zero."""
+    objective = attack_objective("all", sorted(subject.category_ids))
+    zeros = total = 0
+    for images in subject.batches():
+        batch = Batch(subject, images)
+        for photo, objects in zip(batch.photos, batch.objects, strict=True):
+            box = subject.detector.letterbox((photo.shape[0], photo.shape[1]))
+            frames = frames_tensor([box(photo)], subject.detector.device).requires_grad_()
+            candidates = subject.detector.candidates(frames)
+            placed = replace(objects, boxes=box.boxes_to_frame(objects.boxes))
+            loss = objective.loss(candidates, [objective.aim(candidates, placed)], 0.25)
+            (gradient,) = torch.autograd.grad(loss.sum(), frames)
+            (top, left), (height, width) = box.offset, box.resized
+            inner = gradient[..., top : top + height, left : left + width]
+            zeros, total = zeros + int((inner == 0).sum()), total + inner.numel()
+    return zeros / max(total, 1)

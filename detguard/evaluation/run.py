@@ -1,0 +1,216 @@
+"""One `detguard evaluate`: the views that its protocols need, shown to each detector, scored and written out."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from detguard import DetguardError
+from detguard.data.corruptions import KINDS, SEVERITIES
+from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attack_objective
+from detguard.evaluation.checks import check_views, first_photos, run_checks
+from detguard.evaluation.coco import Metrics
+from detguard.evaluation.score import results, score
+from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill
+from detguard.runs import Run
+
+PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
+# Of the corruptions only this severity's results are written: all of them would be gigabytes.
+WRITTEN_SEVERITY = 3
+
+
+@dataclass(frozen=True)
+class Protocols:
+    """What is measured and how; the options of `detguard evaluate`. eps: budgets in levels, the last one leads.
+
+    Raises:
+        DetguardError: an option is not one of those known.
+    """
+
+    protocols: tuple[str, ...] = ("clean", "corruptions", "attack")
+    severities: tuple[int, ...] = SEVERITIES
+    eps: tuple[int, ...] = (4,)
+    steps: int = 20
+    restarts: int = 1
+    attacks: tuple[str, ...] = ATTACKS
+    queries: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.protocols:
+            if name not in PROTOCOLS:
+                raise DetguardError(f"--protocols '{name}': expected some of {', '.join(PROTOCOLS)}")
+        for severity in self.severities:
+            if severity not in SEVERITIES:
+                raise DetguardError(f"--severities {severity}: expected some of 1,2,3,4,5")
+        for eps in self.eps:
+            if not 0 < eps <= 255:
+                raise DetguardError(f"--eps {eps}: expected whole levels of 1..255")
+        for attack in self.attacks:
+            attack_objective(attack, ())
+        if not (self.protocols and self.severities and self.eps and self.attacks):
+            raise DetguardError("--protocols, --severities, --eps, --attacks: each needs at least one value")
+
+    @property
+    def attack_sets(self) -> list[AttackSet]:
+        """The white-box attacks, by rising budget as given."""
+        return [AttackSet(self.attacks, eps, self.steps, self.restarts, self.seed) for eps in self.eps]
+
+    @property
+    def corruptions(self) -> list[Corrupted]:
+        """All kinds at all wanted severities."""
+        return [Corrupted(kind, severity, self.seed) for kind in KINDS for severity in self.severities]
+
+    @property
+    def blackbox(self) -> BlackBox:
+        """The Square attack at the leading budget."""
+        return BlackBox(self.eps[-1], self.queries, self.seed)
+
+    def views(self) -> list[View]:
+        """What is shown of all photos, transfer left out; the clean photos always, to compare with."""
+        views: list[View] = [Clean()]
+        views += self.corruptions if "corruptions" in self.protocols else []
+        views += self.attack_sets if {"attack", "transfer"} & set(self.protocols) else []
+        views += [self.blackbox] if "blackbox" in self.protocols else []
+        return views
+
+
+@dataclass
+class Evaluation:
+    """What came out, by model: numbers for metrics.json, and the metrics of each written view for plots and CSV."""
+
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    classes: list[tuple[str, str, str, dict[str, float | None]]] = field(default_factory=list)
+
+
+def work(subjects: list[Subject], wanted: Protocols) -> Iterator[tuple[Subject, list[View]]]:
+    """What is to be shown, in order: each detector's own views, then what the others' attacks do to it, then checks."""
+    for subject in subjects:
+        yield subject, wanted.views()
+    if "transfer" in wanted.protocols:
+        for subject in subjects:
+            yield subject, transfers(subject, subjects, wanted)
+    if "checks" in wanted.protocols:
+        for subject in subjects:
+            yield first_photos(subject), check_views(wanted.attack_sets[-1], wanted.queries)
+
+
+def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> list[View]:
+    """The other detectors' adversarial photos."""
+    return [Transferred(other, wanted.attack_sets[-1]) for other in subjects if other is not subject]
+
+
+def evaluate(
+    subjects: list[Subject], wanted: Protocols, run: Run, on_progress: Callable[[str, int], None] | None = None
+) -> Evaluation:
+    """Show everything, score it, and write metrics.json, per_class.csv and detections/ of the run.
+
+    on_progress: told what is being shown and how much of the total `cost` is done.
+    """
+    for subject, views in work(subjects, wanted):
+
+        def on_batch(view: View, photos: int, name: str = subject.name) -> None:
+            if on_progress:
+                on_progress(f"{name}: {view.name}", view.cost * photos)
+
+        fill(subject, views, on_batch)
+    evaluation = Evaluation()
+    for subject in subjects:
+        _score(subject, subjects, wanted, run, evaluation)
+    run.write("metrics.json", (json.dumps(evaluation.metrics, indent=1) + "\n").encode())
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("model", "view", "class", "AP", "AP50", "objects"))
+    for model, view, name, row in evaluation.classes:
+        writer.writerow((model, view, name, row["AP"], row["AP50"], row["objects"]))
+    run.write("per_class.csv", table.getvalue().encode())
+    return evaluation
+
+
+def total_cost(subjects: list[Subject], wanted: Protocols) -> int:
+    """What `evaluate` has to show, in forward passes."""
+    return sum(len(s.dataset.files) * sum(view.cost for view in views) for s, views in work(subjects, wanted))
+
+
+def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Run, evaluation: Evaluation) -> None:
+    curves = evaluation.curves.setdefault(subject.name, {})
+
+    def measure(view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> Metrics:
+        metrics = score(subject, view, part, sizes)
+        evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
+        if write:
+            name = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
+            run.write(name, json.dumps(results(subject, view, part)).encode())
+        return metrics
+
+    metrics = measure(Clean(), "clean", sizes=True)
+    clean, curves["clean"] = metrics.stats, metrics.precision
+    found: dict[str, Any] = {}
+    if "clean" in wanted.protocols:
+        counts = {"photos": len(subject.dataset.files), "classes": len(subject.category_ids)}
+        found["clean"] = clean | counts
+    if "corruptions" in wanted.protocols:
+        kinds: dict[str, dict[str, dict[str, float | None]]] = {}
+        lines = []
+        for view in wanted.corruptions:
+            metrics = measure(view, f"{view.kind} {view.severity}", write=view.severity == WRITTEN_SEVERITY)
+            kinds.setdefault(view.kind, {})[str(view.severity)] = metrics.stats
+            lines.append(metrics.precision)
+        curves["corruptions, mean"] = [sum(values) / len(lines) for values in zip(*lines, strict=True)]
+        found["corruptions"] = _corruption_summary(kinds, clean["AP"])
+    if "attack" in wanted.protocols:
+        budgets: dict[str, Any] = {}
+        for attack in wanted.attack_sets:
+            parts = {}
+            for part in attack.scored:
+                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, write=part == WORST)
+                parts[part] = metrics.stats
+                if part == WORST:
+                    curves[f"attack eps {attack.eps}, worst case"] = metrics.precision
+            budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
+            budgets[str(attack.eps)]["attacks"] = parts
+        leading = budgets[str(wanted.eps[-1])]
+        found["attack"] = {"AP": leading["AP"], "AP50": leading["AP50"], "eps": wanted.eps[-1], "steps": wanted.steps}
+        found["attack"] |= {"restarts": wanted.restarts, "seed": wanted.seed, "budgets": budgets}
+    if "transfer" in wanted.protocols:
+        rows = {
+            view.source.name: measure(view, f"transfer from {view.source.name}").stats
+            for view in transfers(subject, subjects, wanted)
+            if isinstance(view, Transferred)
+        }
+        found["transfer"] = {stat: lowest(r[stat] for r in rows.values()) for stat in ("AP", "AP50")}
+        found["transfer"] |= {"eps": wanted.eps[-1], "from": rows}
+    if "blackbox" in wanted.protocols:
+        metrics = measure(wanted.blackbox, "blackbox")
+        curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
+        found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
+    if "checks" in wanted.protocols:
+        found["checks"] = run_checks(subject, wanted.attack_sets[-1], wanted.queries)
+    evaluation.metrics[subject.name] = found
+
+
+def _corruption_summary(kinds: dict[str, dict[str, dict[str, float | None]]], clean: float | None) -> dict[str, Any]:
+    """Mean AP under corruption (mPC) and its share of the clean AP (rPC), as Michaelis et al. (2019) define them."""
+    means = {kind: {s: mean(row[s] for row in rows.values()) for s in ("AP", "AP50")} for kind, rows in kinds.items()}
+    overall = {stat: mean(row[stat] for row in means.values()) for stat in ("AP", "AP50")}
+    summary: dict[str, Any] = overall | {"mPC": overall["AP"]}
+    summary["rPC"] = overall["AP"] / clean if clean and overall["AP"] is not None else None
+    summary["kinds"] = {
+        kind: means[kind] | {"made by": KINDS[kind].made_by, "differs": KINDS[kind].differs, "severities": rows}
+        for kind, rows in kinds.items()
+    }
+    return summary
+
+
+def mean(values: Any) -> float | None:
+    """Mean of those that are not None."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def lowest(values: Any) -> float | None:
+    """Least of those that are not None."""
+    return min((v for v in values if v is not None), default=None)

@@ -1,0 +1,22 @@
+"""From what a view shows to COCO metrics."""
+
+from detguard.evaluation.coco import Metrics, Result, coco_metrics, coco_results
+from detguard.evaluation.views import Subject, View, results_of
+
+
+def results(subject: Subject, view: View, part: str = "") -> list[Result]:
+    """COCO results of all photos of the subject, as they are scored and written."""
+    return [
+        r for image, found in results_of(subject, view, part) for r in coco_results(image, found, subject.category_ids)
+    ]
+
+
+def score(subject: Subject, view: View, part: str = "", sizes: bool = False) -> Metrics:
+    """COCO metrics of one part of a view; see `coco_metrics` for `sizes`."""
+    return coco_metrics(
+        subject.dataset.annotations,
+        results(subject, view, part),
+        subject.category_ids.values(),
+        list(subject.dataset.files),
+        sizes,
+    )

@@ -1,0 +1,225 @@
+"""Ways of showing a data set to a detector, and what it finds then, photo by photo, kept in the cache.
+
+A view is a protocol's smallest piece: the photos as they are, one corruption, one set of attacks. Photos of one frame
+shape go through in fixed batches, each written to the cache whole, so that a killed run ends as an unbroken one.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.data.corruptions import corrupt
+from detguard.data.dataset import Dataset
+from detguard.detections import Detections
+from detguard.detectors.base import Detector
+from detguard.evaluation.cache import Cache, entry_key, pack, unpack
+from detguard.photos import Photo, photo_seed, read_photo
+
+# As COCO is scored: every candidate down to this confidence, each class on its own.
+LOWEST_CONFIDENCE = 0.001
+IOU = 0.7
+BATCH = 8
+
+
+@dataclass(eq=False)
+class Subject:
+    """One detector on one data set, with its name in tables; category_ids: the detector's class index -> category."""
+
+    name: str
+    detector: Detector
+    dataset: Dataset
+    category_ids: dict[int, int]
+    cache: Cache
+
+    @cached_property
+    def state(self) -> list[object]:
+        """All that its detections depend on but the photo."""
+        return [self.detector.state_hash(), self.detector.imgsz, getattr(self.detector, "end_to_end", False)]
+
+    @cached_property
+    def hashes(self) -> dict[int, str]:
+        """Image id -> hash of its file, without those that cannot be read."""
+        return {i: hashlib.sha256(f.read_bytes()).hexdigest() for i, f in self.dataset.files.items()}
+
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """Image id -> hash of its labelled objects."""
+        return {
+            image: hashlib.sha256(o.boxes.numpy().tobytes() + o.classes.numpy().tobytes()).hexdigest()
+            for image in self.dataset.files
+            for o in [self.objects(image)]
+        }
+
+    def objects(self, image: int) -> Detections:
+        """The labelled objects of a photo, in the detector's classes."""
+        return self.dataset.objects(image, self.category_ids)
+
+    def detect(self, photos: Sequence[Photo]) -> list[Detections]:
+        """What COCO scores."""
+        return self.detector.detect(photos, LOWEST_CONFIDENCE, IOU, multi_label=True)
+
+    def batches(self) -> list[list[int]]:
+        """Image ids in batches of one frame shape, the same in every run."""
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for image in self.dataset.files:
+            entry = self.dataset.annotations.imgs[image]
+            frame = self.detector.letterbox((entry["height"], entry["width"])).frame
+            shapes.setdefault(frame, []).append(image)
+        return [ids[i : i + BATCH] for _, ids in sorted(shapes.items()) for i in range(0, len(ids), BATCH)]
+
+
+@dataclass
+class Batch:
+    """Photos that go through the detector together; read when first needed."""
+
+    subject: Subject
+    images: list[int]
+
+    @cached_property
+    def photos(self) -> list[Photo]:
+        """The photos as their files say."""
+        return [read_photo(self.subject.dataset.files[image]) for image in self.images]
+
+    def drop_unreadable(self) -> set[int]:
+        """Take the photos that cannot be read out of the batch and its data set; returns which."""
+        photos = {}
+        for image in self.images:
+            file = self.subject.dataset.files[image]
+            try:
+                photos[image] = read_photo(file)
+            except DetguardError as error:
+                self.subject.dataset.drop(image, str(error))
+        unreadable = set(self.images) - photos.keys()
+        self.images, self.photos = list(photos), list(photos.values())
+        return unreadable
+
+    @cached_property
+    def objects(self) -> list[Detections]:
+        """The labelled objects of each."""
+        return [self.subject.objects(image) for image in self.images]
+
+
+class View(ABC):
+    """One way of showing photos. Its fields say all that its photos depend on but photo and detector."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Unique within a run; used for file names."""
+
+    @property
+    def cost(self) -> int:
+        """Forward passes per photo, a backward counted as two."""
+        return 1
+
+    @abstractmethod
+    def show(self, batch: Batch) -> list[Photo]:
+        """The photos of a batch as the detector is to see them."""
+
+    def spec(self) -> object:
+        """The view in full, as JSON holds it."""
+        return [type(self).__name__, asdict(self)]  # type: ignore[call-overload]
+
+    def depends_on(self, subject: Subject, image: int) -> object:
+        """What an entry of the cache depends on beside the photo, the detector and the fields of the view."""
+        return None
+
+    def entries(self, batch: Batch) -> list[dict[str, bytes]]:
+        """What the cache keeps of each photo of the batch, by part."""
+        return [{"": pack(found)} for found in batch.subject.detect(self.show(batch))]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that `entries` makes."""
+        return ("",)
+
+    def key(self, subject: Subject, image: int, part: str = "") -> str:
+        """The cache's key of one part of one photo."""
+        return entry_key(
+            view=self.spec(),
+            photo=subject.hashes[image],
+            detector=subject.state,
+            depends_on=self.depends_on(subject, image),
+            part=part,
+        )
+
+    def cached(self, subject: Subject, image: int) -> bool:
+        """Whether all parts of one photo are in the cache."""
+        return all(self.key(subject, image, part) in subject.cache for part in self.parts)
+
+    def load(self, subject: Subject, image: int, part: str = "") -> Detections:
+        """What was found on one photo, from the cache."""
+        data = subject.cache.get(self.key(subject, image, part))
+        if data is None:
+            raise DetguardError(f"{subject.cache.file}: entries of this run were taken away; run it again")
+        return unpack(data)
+
+
+@dataclass(frozen=True)
+class Clean(View):
+    """The photos as they are."""
+
+    @property
+    @override
+    def name(self) -> str:
+        return "clean"
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        return batch.photos
+
+
+@dataclass(frozen=True)
+class Corrupted(View):
+    """The photos under one of the common corruptions."""
+
+    kind: str
+    severity: int
+    seed: int
+
+    @property
+    @override
+    def name(self) -> str:
+        return f"{self.kind}-{self.severity}"
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        hashes = batch.subject.hashes
+        return [
+            corrupt(photo, self.kind, self.severity, photo_seed(f"{hashes[image]}/{self.name}", self.seed) % 2**32)
+            for image, photo in zip(batch.images, batch.photos, strict=True)
+        ]
+
+
+def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int], None] | None = None) -> None:
+    """Have in the cache what `views` show of every photo; what is there already is not done again.
+
+    A photo that cannot be read is taken out of the data set, with a warning there.
+    on_batch: told of each view and how many photos of it are done.
+    """
+    for images in subject.batches():
+        missing = {view: [i for i in images if not view.cached(subject, i)] for view in views}
+        batch = Batch(subject, images)
+        if any(missing.values()):
+            unreadable = batch.drop_unreadable()
+            missing = {view: [i for i in ids if i not in unreadable] for view, ids in missing.items()}
+        for view in views:
+            if missing[view]:
+                # The whole batch again, so that what is missing comes out as it would have without the rest cached.
+                entries = dict(zip(batch.images, view.entries(batch), strict=True))
+                subject.cache.put(
+                    (view.key(subject, i, part), blob) for i in missing[view] for part, blob in entries[i].items()
+                )
+            if on_batch:
+                on_batch(view, len(images))
+
+
+def results_of(subject: Subject, view: View, part: str = "") -> Iterator[tuple[int, Detections]]:
+    """Image id and detections of every photo, from the cache."""
+    for image in subject.dataset.files:
+        yield image, view.load(subject, image, part)

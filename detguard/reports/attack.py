@@ -1,0 +1,41 @@
+"""The page of an attack run."""
+
+from detguard.detectors.base import Detector
+from detguard.photos import PhotoError, read_photo
+from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
+from detguard.reports.tables import attack_summary, survival_rows
+from detguard.runs import Record, Run
+
+
+def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
+    """report.html of an attack run, from its records; photos that can no longer be read are left out."""
+    attacked = [r for r in records if r["status"] in ("fooled", "failed")]
+    head, rows = survival_rows(attacked)
+    note = "Photos that fool the detector at each confidence, judged from the saved files; - where nothing was found."
+    tables = [
+        Table("Result", ["", ""], attack_summary(records)),
+        Table(f"Success rate: {run.config['target']}", head, rows, note),
+    ]
+    items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record))]
+    attack = run.config["attack"]
+    subtitle = (
+        f"{detector.name} at {detector.imgsz} px, budget {attack['eps']} of 255 levels, confidence {attack['conf']}"
+    )
+    wanted = f"found as {run.config['to']}" if run.config["to"] else "not found any more"
+    title = f"Attack: {run.config['target']} {wanted}"
+    command = ["detguard", *run.config["arguments"]]
+    return render_page(title, subtitle, command, tables, {}, items, len(attacked) - len(items))
+
+
+def _item(run: Run, record: Record) -> Item | None:
+    try:
+        before, after = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
+    except PhotoError:
+        return None
+    gone = sum(o["outcome"] != "kept" for o in record["objects"])
+    note = (
+        f"{gone} of {len(record['objects'])} objects gone, {record['iterations']} iterations, "
+        f"{record['difference']} levels, {record['psnr']} dB"
+    )
+    found = record["detections"]
+    return gallery_item(record["key"], record["status"], note, before, found["before"], after, found["after"])

@@ -1,0 +1,166 @@
+"""What `evaluate` and `compare` show: tables of metrics, and the page of a run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from detguard.detections import Detections
+from detguard.evaluation.attacks import WORST
+from detguard.evaluation.coco import f1
+from detguard.evaluation.run import Evaluation, Protocols
+from detguard.evaluation.views import Batch, Clean, Subject, View
+from detguard.photos import read_photo
+from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
+from detguard.reports.plots import plots
+
+Metrics = dict[str, dict[str, Any]]
+# Boxes of the gallery are those that a user would see.
+SHOWN_CONFIDENCE = 0.25
+
+
+def number(value: float | None) -> str:
+    """Like ".444", as the field prints AP; "-" of nothing."""
+    return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+
+
+def _checks(found: dict[str, Any]) -> str:
+    failed = [name for name, check in found["checks"].items() if not check["passed"]]
+    return f"failed: {', '.join(failed)}" if failed else "passed"
+
+
+COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+    ("clean", "clean AP", lambda m: number(m["clean"]["AP"])),
+    ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
+    ("corruptions", "mPC", lambda m: number(m["corruptions"]["mPC"])),
+    ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
+    ("attack", "attack", lambda m: f"eps {m['attack']['eps']}, {m['attack']['steps']} steps"),
+    ("attack", "attacked AP", lambda m: number(m["attack"]["AP"])),
+    ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
+    ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
+    ("blackbox", "black box AP", lambda m: number(m["blackbox"]["AP"])),
+    ("checks", "checks", _checks),
+    ("clean", "photos", lambda m: str(m["clean"]["photos"])),
+    ("clean", "classes", lambda m: str(m["clean"]["classes"])),
+)
+
+
+def headline(metrics: Metrics, title: str) -> Table:
+    """One row per model, with what was measured of any of them."""
+    columns = [c for c in COLUMNS if any(c[0] in found for found in metrics.values())]
+    rows = [
+        [name, *(show(m) if protocol in m else "-" for protocol, _, show in columns)] for name, m in metrics.items()
+    ]
+    note = "AP is COCO's AP (.50:.95)."
+    if any("attack" in m for m in metrics.values()):
+        note += " Attacked: the least of the worst case per photo and of each attack alone; eps in levels of 255."
+    if any("corruptions" in m for m in metrics.values()):
+        note += " mPC: mean AP over the corruptions; rPC: its share of the clean AP."
+    return Table(title, ["model", *(name for _, name, _ in columns)], rows, note)
+
+
+def tables(metrics: Metrics) -> list[Table]:
+    """All tables of a run, the headline first."""
+    made = [headline(metrics, "Result")]
+    attacked = {name: m["attack"] for name, m in metrics.items() if "attack" in m}
+    if attacked:
+        budgets = [(name, eps, b) for name, a in attacked.items() for eps, b in a["budgets"].items()]
+        runs = list(dict.fromkeys(run for _, _, b in budgets for run in b["attacks"]))
+        rows = [
+            [f"{name}, eps {eps}", *(number(b["attacks"][run]["AP"]) if run in b["attacks"] else "-" for run in runs)]
+            for name, eps, b in budgets
+        ]
+        first = next(iter(attacked.values()))
+        note = (
+            f"AP. PGD with {first['steps']} steps, {first['restarts']} start(s), seed {first['seed']}, on 8-bit photos."
+        )
+        made.append(
+            Table("White-box attacks", ["model", *("worst case" if r == WORST else r for r in runs)], rows, note)
+        )
+    corrupted = {name: m["corruptions"]["kinds"] for name, m in metrics.items() if "corruptions" in m}
+    if corrupted:
+        first_kinds = next(iter(corrupted.values()))
+        rows = [
+            [
+                kind.replace("_", " "),
+                *(number(k[kind]["AP"]) for k in corrupted.values()),
+                row["made by"],
+                row["differs"],
+            ]
+            for kind, row in first_kinds.items()
+        ]
+        head = ["corruption", *corrupted, "made by", "differs from ImageNet-C"]
+        severities = ", ".join(next(iter(first_kinds.values()))["severities"])
+        made.append(Table("Corruptions", head, rows, f"AP, mean over severities {severities}."))
+    checked = {name: m["checks"] for name, m in metrics.items() if "checks" in m}
+    if checked:
+        rows = [
+            [
+                f"{name}: {check}",
+                "passed" if c["passed"] else "FAILED",
+                number(c["value"]),
+                number(c["limit"]),
+                c["what"] if c["passed"] else f"{c['what']}: {c['meaning']}. What to do: {c['remedy']}.",
+            ]
+            for name, checks in checked.items()
+            for check, c in checks.items()
+        ]
+        head = ["check", "", "value", "at most", "what"]
+        made.append(Table("Checks of the attack itself", head, rows, "On the first photos of the data."))
+    return made
+
+
+def evaluation_page(
+    subjects: Sequence[Subject], evaluation: Evaluation, wanted: Protocols, command: Sequence[str]
+) -> bytes:
+    """report.html of an evaluate run."""
+    data = subjects[0].dataset
+    each = max(1, MOST_PHOTOS // len(subjects))
+    view: View | None = None
+    if {"attack", "transfer"} & set(wanted.protocols):
+        view = wanted.attack_sets[-1]
+    elif "corruptions" in wanted.protocols:
+        view = wanted.corruptions[-1]
+    sides = ("before", "after") if view else ("labelled", "found")
+    items = [item for subject in subjects for item in _gallery(subject, view, each)]
+    shown = f"{data.name}, {len(data.files)} photos"
+    left_out = sum(max(0, len(s.dataset.files) - each) for s in subjects)
+    title = f"Evaluation of {', '.join(s.name for s in subjects)}"
+    made = plots(evaluation.metrics, evaluation.curves)
+    return render_page(title, shown, command, tables(evaluation.metrics), made, items, left_out, sides)
+
+
+def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
+    names = subject.detector.class_names
+    for image, file in list(subject.dataset.files.items())[:count]:
+        photo, objects = read_photo(file), subject.objects(image)
+        clean = Clean().load(subject, image).above(SHOWN_CONFIDENCE)
+        if view is None:
+            before, after, shown = objects, clean, photo
+        else:
+            before = clean
+            after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE)
+            shown = view.show(Batch(subject, [image]))[0]
+        scores = [f1(objects, found) for found in (clean, after)]
+        note = f"{view.name}: " if view else ""
+        note += f"{_count(objects)} labelled, F1 {scores[0]:.2f}" + (f" to {scores[1]:.2f}" if view else "")
+        yield gallery_item(
+            f"{subject.name}: {file.name}",
+            _outcome(*scores),
+            note,
+            photo,
+            before.records(names),
+            shown,
+            after.records(names),
+        )
+
+
+def _count(objects: Detections) -> str:
+    return f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
+
+
+def _outcome(before: float, after: float) -> str:
+    """What its F1 at IoU .50 and confidence .25 says of a photo."""
+    if before == 0:
+        return "wrong before"
+    if after == 0:
+        return "nothing right left"
+    return "worse" if after < 0.9 * before else "unharmed"

@@ -1,0 +1,122 @@
+"""Plots of evaluate runs, each as the text of one SVG."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Metrics = dict[str, dict[str, Any]]
+COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
+STYLE: Any = {
+    "svg.hashsalt": "detguard",  # the same plot is the same file
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    with mpl.rc_context(STYLE):
+        yield Figure((width, height), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
+    # Sized by the page: only its viewBox is kept.
+    return re.sub(r'<svg [^>]*?(height|width)="[^"]*"[^>]*?>', _unsized, text[text.index("<svg") :], count=1)
+
+
+def _unsized(tag: re.Match[str]) -> str:
+    return re.sub(r' (height|width)="[^"]*"', "", tag[0])
+
+
+def plots(metrics: Metrics, curves: dict[str, dict[str, list[float]]]) -> dict[str, str]:
+    """All plots that the metrics allow: title -> SVG."""
+    made: dict[str, str] = {}
+    if any("corruptions" in m for m in metrics.values()):
+        made["AP by corruption and severity"] = corruption_plot(metrics)
+    if any("attack" in m for m in metrics.values()):
+        made["AP by attack budget"] = budget_plot(metrics)
+    if any(len(c) > 1 for c in curves.values()):
+        made["Precision and recall at IoU .50, before and after"] = precision_plot(curves)
+    return made
+
+
+def corruption_plot(metrics: Metrics) -> str:
+    """One small panel per corruption: AP over severity, a line per model, its clean AP dashed."""
+    found = {model: m["corruptions"]["kinds"] for model, m in metrics.items() if "corruptions" in m}
+    kinds = list(next(iter(found.values())))
+    with _figure(10, 6.2) as figure:
+        axes = figure.subplots(3, 5, sharex=True, sharey=True).flat
+        for axis, kind in zip(axes, kinds, strict=False):
+            for colour, (model, rows) in zip(COLOURS * 9, found.items(), strict=False):
+                points = {int(s): r["AP"] for s, r in rows[kind]["severities"].items()}
+                axis.plot(list(points), list(points.values()), "o-", ms=3.5, lw=1.6, color=colour, label=model)
+                if (clean := metrics[model].get("clean", {}).get("AP")) is not None:
+                    axis.axhline(clean, color=colour, ls="--", lw=0.9)
+            axis.set_title(kind.replace("_", " "), fontsize=10)
+            axis.set_xticks(range(1, 6))
+            axis.set_xlim(0.7, 5.3)
+            axis.set_ylim(0)
+        figure.supxlabel("severity (dashed: clean)", fontsize=10)
+        figure.supylabel("AP", fontsize=10)
+        _legend(figure, axes[0])
+        return _svg(figure)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
+
+
+def budget_plot(metrics: Metrics) -> str:
+    """AP over the budget: the worst case of all attacks drawn strong, each attack alone thin."""
+    with _figure(6.4, 3.8) as figure:
+        axis = figure.subplots()
+        for colour, (model, found) in zip(COLOURS * 9, metrics.items(), strict=False):
+            if "attack" not in found:
+                continue
+            budgets = found["attack"]["budgets"]
+            clean = found.get("clean", {}).get("AP")
+            start = [] if clean is None else [(0, clean)]
+            for run in next(iter(budgets.values()))["attacks"]:
+                points = start + [(int(e), b["attacks"][run]["AP"]) for e, b in budgets.items()]
+                if run != "worst":
+                    axis.plot(*zip(*sorted(points), strict=True), "-", lw=0.8, alpha=0.5, color=colour)
+            points = start + [(int(e), b["AP"]) for e, b in budgets.items()]
+            axis.plot(*zip(*sorted(points), strict=True), "o-", lw=2.2, color=colour, label=f"{model}, worst case")
+        axis.plot([], [], "-", lw=0.8, color="grey", label="each attack alone")
+        axis.set_xlabel("budget (levels of 255)")
+        axis.set_ylabel("AP")
+        axis.set_xlim(0)
+        axis.set_ylim(0)
+        axis.legend(frameon=False)
+        return _svg(figure)
+
+
+def precision_plot(curves: dict[str, dict[str, list[float]]]) -> str:
+    """Precision over recall, one panel per model: the clean photos, and what was done to them."""
+    with _figure(min(5.2 * len(curves), 15), 4.2) as figure:
+        row = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, (model, lines) in zip(row, curves.items(), strict=True):
+            for colour, (label, curve) in zip(COLOURS * 9, lines.items(), strict=False):
+                if curve:
+                    width = 2.2 if label == "clean" else 1.5
+                    axis.plot([i / 100 for i in range(101)], curve, lw=width, color=colour, label=label)
+            axis.set_title(model, fontsize=10)
+            axis.set_xlabel("recall")
+            axis.set_xlim(0, 1)
+            axis.set_ylim(0, 1)
+            axis.legend(frameon=False, fontsize=9)
+        row[0].set_ylabel("precision, mean over classes")
+        return _svg(figure)

@@ -1,0 +1,208 @@
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from detguard.data.dataset import LOST, DataError, read_dataset
+
+WIDE = {"width": 100, "height": 80}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "images" / "val"
+    folder.mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((80, 100, 3), np.uint8)).save(folder / f"{name}.jpg")
+    return tmp_path
+
+
+def coco(folder, annotations=(), images=None, categories=None, name="instances_val.json"):
+    data = {
+        "images": images
+        or [{"id": i, "file_name": f"{n}.jpg", "width": 100, "height": 80} for i, n in ((7, "a"), (9, "b"))],
+        "categories": categories or [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}],
+        "annotations": [
+            {"id": n, "image_id": 7, "category_id": 1, "bbox": [10, 10, 20, 30], "area": 600, "iscrowd": 0} | a
+            for n, a in enumerate(annotations)
+        ],
+    }
+    (folder / name).write_text(json.dumps(data))
+    return folder / name
+
+
+def yolo(folder, labels, config=None):
+    (folder / "labels" / "val").mkdir(parents=True, exist_ok=True)
+    for name, text in labels.items():
+        (folder / "labels" / "val" / f"{name}.txt").write_text(text)
+    file = folder / "data.yaml"
+    file.write_text(yaml.safe_dump({"path": ".", "val": "images/val", "names": ["person", "dog"]} | (config or {})))
+    return file
+
+
+def test_both_formats_give_the_same_boxes_and_official_category_ids(photos):
+    a = read_dataset(coco(photos, [{}, {"category_id": 18, "bbox": [50, 40, 50, 40]}]))
+    b = read_dataset(yolo(photos, {"a": "0 0.2 0.3125 0.2 0.375\n1 0.75 0.75 0.5 0.5\n"}))
+    boxes = [
+        [(x["category_id"], np.round(x["bbox"], 4).tolist()) for x in d.annotations.dataset["annotations"]]
+        for d in (a, b)
+    ]
+    assert boxes[0] == boxes[1]
+    assert a.categories == b.categories == {1: "person", 18: "dog"}
+    assert list(a.files) == [7, 9]
+    assert a.warnings == b.warnings == {}
+
+
+def test_classes_that_are_not_cocos_are_numbered_from_one(photos):
+    dataset = read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}, {"names": ["helmet", "person"]}))
+    assert dataset.categories == {1: "helmet", 2: "person"}
+
+
+def test_shared_coco256_reads_the_same_both_ways(val_photos):
+    root = val_photos[0].parents[2]
+    a, b = read_dataset(root / "instances_val.json"), read_dataset(root / "data.yaml")
+    assert list(a.files.values()) == list(b.files.values())
+    assert list(a.files) == list(b.files)
+    assert len(a.annotations.anns) == len(b.annotations.anns) == 898
+
+
+def test_objects_are_given_in_the_detectors_classes_without_crowds(photos):
+    dataset = read_dataset(coco(photos, [{}, {"category_id": 18}, {"iscrowd": 1}]))
+    objects = dataset.objects(7, dataset.category_ids({0: "cat", 1: "dog", 2: "person"}))
+    assert objects.classes.tolist() == [2, 1]
+    assert objects.boxes.tolist()[0] == [10, 10, 30, 40]
+
+
+def test_a_class_subset_must_be_known_to_both(photos):
+    dataset = read_dataset(coco(photos))
+    assert dataset.category_ids({0: "person", 1: "dog"}, ["dog"]) == {1: 18}
+    with pytest.raises(DataError, match="horse"):
+        dataset.category_ids({0: "person", 1: "horse"}, ["horse"])
+    with pytest.raises(DataError, match="no class in common"):
+        dataset.category_ids({0: "zebra"})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "kind"),
+    [
+        ({"bbox": [10, 10, float("nan"), 5]}, "not a number"),
+        ({"bbox": [10, 10, -3, 5]}, "no size"),
+        ({"bbox": "wide"}, "not a number"),
+        ({"bbox": [200, 10, 20, 20]}, "outside their photo"),
+        ({"category_id": 44}, "unknown classes"),
+        ({"image_id": 1234}, "unknown photos"),
+    ],
+)
+def test_a_broken_coco_annotation_is_left_out_and_named(photos, annotation, kind):
+    dataset = read_dataset(coco(photos, [{}, annotation]))
+    assert len(dataset.annotations.anns) == 1
+    ((found, where),) = dataset.warnings.items()
+    assert kind in found
+    assert "instances_val.json: annotations[1]" in where[0]
+
+
+def test_a_box_that_sticks_out_is_cut(photos):
+    dataset = read_dataset(coco(photos, [{"bbox": [90, 60, 40, 40]}]))
+    assert dataset.annotations.anns[1]["bbox"] == [90, 60, 10, 20]
+    assert list(dataset.warnings) == ["boxes partly outside their photo, cut"]
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("0 .5 .5 .2", "class x y w h"),
+        ("person .5 .5 .2 .2", "class x y w h"),
+        ("7 .5 .5 .2 .2", "unknown classes"),
+        ("0 .5 .5 nan .2", "not a number"),
+        ("0 .5 .5 0 .2", "no size"),
+        ("0 1.9 .5 .2 .2", "outside their photo"),
+    ],
+)
+def test_a_broken_yolo_line_is_left_out_and_named(photos, line, kind):
+    dataset = read_dataset(yolo(photos, {"a": f"0 .5 .5 .2 .2\n{line}\n"}))
+    assert len(dataset.annotations.anns) == 1
+    ((found, where),) = dataset.warnings.items()
+    assert kind in found
+    assert "a.txt:2" in where[0]
+
+
+def test_the_outline_of_a_segment_counts_as_its_box(photos):
+    dataset = read_dataset(yolo(photos, {"a": "0 .1 .1 .5 .1 .5 .5 .1 .5"}))
+    assert np.allclose(dataset.annotations.anns[1]["bbox"], [10, 8, 40, 32])
+
+
+def test_missing_photos_are_counted_and_left_out(photos):
+    (photos / "images" / "val" / "b.jpg").unlink()
+    dataset = read_dataset(coco(photos, [{}, {"image_id": 9}]))
+    assert list(dataset.files) == [7]
+    assert len(dataset.annotations.anns) == 1
+    assert "images[1]" in dataset.warnings[LOST][0]
+
+
+def test_annotations_without_any_photo_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="no photo to evaluate on"):
+        read_dataset(coco(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd.jpg", "/etc/passwd", "a/../../x.jpg"])
+def test_photos_outside_the_data_folder_are_refused(photos, name):
+    with pytest.raises(DataError, match="leads out of the data folder"):
+        read_dataset(coco(photos, images=[{"id": 1, "file_name": name}]))
+
+
+@pytest.mark.parametrize("value", ["../elsewhere/images", "/etc", ["images/val", "../../x"]])
+def test_a_split_outside_the_data_folder_is_refused(photos, value):
+    with pytest.raises(DataError, match=r"leads out of the data folder|neither a folder"):
+        read_dataset(yolo(photos, {}, {"val": value}))
+
+
+def test_a_list_of_photos_may_not_lead_out_either(photos):
+    (photos / "val.txt").write_text("images/val/a.jpg\n../../secret.jpg\n")
+    with pytest.raises(DataError, match=r"val\.txt:2: .* leads out"):
+        read_dataset(yolo(photos, {}, {"val": "val.txt"}))
+
+
+def test_duplicate_image_ids_are_an_error(photos):
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]
+    with pytest.raises(DataError, match="same id 1"):
+        read_dataset(coco(photos, images=images))
+
+
+def test_duplicate_annotation_ids_are_numbered_anew(photos):
+    dataset = read_dataset(coco(photos, [{"id": 0}, {"id": 0, "bbox": [50, 50, 10, 10]}]))
+    assert sorted(dataset.annotations.anns) == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"images": []}', '{"images": [], "categories": []}'])
+def test_what_is_no_coco_json_is_an_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=r"x\.json"):
+        read_dataset(tmp_path / "x.json")
+
+
+def test_a_yaml_never_executes_or_downloads(photos):
+    marker = photos / "ran"
+    file = yolo(
+        photos, {}, {"path": "nowhere", "download": f"open({str(marker)!r}, 'w')", "ultralytics": "coco128.yaml"}
+    )
+    with pytest.raises(DataError, match="not here"):
+        read_dataset(file)
+    assert not marker.exists()
+
+
+def test_a_missing_split_names_those_that_there_are(photos):
+    with pytest.raises(DataError, match=r"no split 'test' \(it has: val\)"):
+        read_dataset(yolo(photos, {}), "test")
+
+
+def test_a_known_name_that_is_not_here_says_how_to_get_it():
+    with pytest.raises(DataError, match=r"val2017\.zip"):
+        read_dataset("coco")
+    with pytest.raises(DataError, match="known name"):
+        read_dataset("cocoo")
+
+
+def test_a_limit_takes_the_first_photos(photos):
+    assert list(read_dataset(coco(photos, [{}, {"image_id": 9}]), limit=1).files) == [7]

@@ -1,0 +1,170 @@
+"""`detguard evaluate` and `compare` as a user runs them."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5)
+ALL = ("--protocols", "clean,corruptions,attack,transfer,blackbox,checks")
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
+
+
+def detguard(*arguments, cwd):
+    environment = os.environ | {"COLUMNS": "250", "NO_COLOR": "1"}
+    return subprocess.run(command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_data):
+    """One run of all protocols on two detectors: the bundled one, twice."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    models = ("--model", "detguard-n", "--model", "detguard-n")
+    result = detguard("evaluate", *models, "--data", tiny_data, *ALL, *OPTIONS, "--out", "run", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result
+
+
+def test_metrics_hold_every_protocol_of_every_model(done):
+    folder, _ = done
+    metrics = json.loads((folder / "run/metrics.json").read_text())
+    assert list(metrics) == ["detguard-n", "detguard-n#2"]
+    for found in metrics.values():
+        assert list(found) == ["clean", "corruptions", "attack", "transfer", "blackbox", "checks"]
+        assert len(found["clean"]) == 12 + 2
+        assert len(found["corruptions"]["kinds"]) == 15
+        assert found["corruptions"]["rPC"] == pytest.approx(found["corruptions"]["mPC"] / found["clean"]["AP"])
+        assert list(found["attack"]["budgets"]) == ["4", "8"]
+        parts = found["attack"]["budgets"]["8"]["attacks"]
+        assert list(parts) == ["worst", "all-0", "vanish-0"]
+        assert found["attack"]["AP"] == min(p["AP"] for p in parts.values()) < found["clean"]["AP"]
+        assert all({"passed", "value", "meaning", "remedy"} <= check.keys() for check in found["checks"].values())
+    same = [{k: v for k, v in found.items() if k != "transfer"} for found in metrics.values()]
+    assert same[0] == same[1]
+
+
+def test_results_files_give_the_same_numbers_in_pycocotools(done, tiny_data):
+    folder, _ = done
+    metrics = json.loads((folder / "run/metrics.json").read_text())["detguard-n"]
+    files = {
+        "clean": metrics["clean"]["AP"],
+        "attack-eps-8-worst": metrics["attack"]["budgets"]["8"]["attacks"]["worst"]["AP"],
+        "fog-3": metrics["corruptions"]["kinds"]["fog"]["AP"],
+        "blackbox": metrics["blackbox"]["AP"],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(tiny_data))
+        for name, ap in files.items():
+            judge = COCOeval(truth, truth.loadRes(str(folder / f"run/detections/detguard-n/{name}.json")), "bbox")
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+            assert judge.stats[0] == ap, name
+
+
+def test_the_table_per_class_names_every_view(done):
+    folder, _ = done
+    rows = list(csv.DictReader((folder / "run/per_class.csv").read_text().splitlines()))
+    assert {"clean", "fog 3", "attack eps 8 worst", "blackbox"} <= {row["view"] for row in rows}
+    persons = [row for row in rows if row["class"] == "person" and row["view"] == "clean"]
+    assert float(persons[0]["AP"]) > 0.9
+    assert int(persons[0]["objects"]) >= 4
+
+
+def test_the_report_is_one_file_with_gallery_and_plots(done):
+    folder, result = done
+    page = (folder / "run/report.html").read_text()
+    assert page.count('class="card item"') == 8
+    assert page.count("<svg") == 3
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "report.html" in result.stdout
+    assert "Checks of the attack itself" in page
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bytes(done, tiny_data, tmp_path):
+    folder, _ = done
+    models = ("--model", "detguard-n", "--model", "detguard-n")
+    arguments = ("evaluate", *models, "--data", tiny_data, *ALL, *OPTIONS, "--out", "run")
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cache = tmp_path / "runs/evaluate/cache.sqlite"
+    deadline = time.monotonic() + 120
+    while not (cache.exists() and cache.stat().st_size > 100_000) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run/metrics.json").exists()
+    result = detguard("evaluate", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/metrics.json").read_bytes() == (folder / "run/metrics.json").read_bytes()
+    assert (tmp_path / "run/per_class.csv").read_bytes() == (folder / "run/per_class.csv").read_bytes()
+
+
+def test_compare_shows_runs_side_by_side(done):
+    folder, _ = done
+    shutil.copytree(folder / "run", folder / "again", dirs_exist_ok=True)
+    result = detguard("compare", "run", "again", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "run: detguard-n" in result.stdout
+    assert "again: detguard-n#2" in result.stdout
+
+
+def test_compare_names_a_run_that_is_not_done(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("command: evaluate\n")
+    result = detguard("compare", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "detguard evaluate --resume run" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--data"),
+        (("--data", "nowhere.json"), "nowhere.json: no such data"),
+        (("--data", "DATA", "--protocols", "clena"), "--protocols 'clena'"),
+        (("--data", "DATA", "--severities", "3,x"), "--severities '3,x'"),
+        (("--data", "DATA", "--severities", "6"), "--severities 6"),
+        (("--data", "DATA", "--attacks", "pgd"), "--attacks 'pgd'"),
+        (("--data", "DATA", "--eps", "300"), "--eps 300"),
+        (("--data", "DATA", "--classes", "unicorn"), "unicorn"),
+        (("--data", "DATA", "--protocols", "transfer"), "two detectors"),
+        (("--data", "DATA", "--resume", "run"), "--resume"),
+    ],
+)
+def test_wrong_use_is_one_line_that_names_the_option(tmp_path, tiny_data, arguments, message):
+    result = detguard("evaluate", *(tiny_data if a == "DATA" else a for a in arguments), cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs/evaluate").glob("0*"))
+
+
+def test_broken_data_is_counted_and_the_rest_is_done(tmp_path, tiny_data):
+    shutil.copytree(tiny_data.parent, tmp_path / "data")
+    file = tmp_path / "data/instances.json"
+    data = json.loads(file.read_text())
+    data["annotations"].append(data["annotations"][0] | {"bbox": [1, 2, 3]})
+    data["images"].append({"id": 99, "file_name": "gone.png", "width": 10, "height": 10})
+    file.write_text(json.dumps(data))
+    photo = tmp_path / "data/images/12.png"
+    photo.write_bytes(photo.read_bytes()[:5000])
+    result = detguard("evaluate", "--data", file, "--protocols", "clean", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "warning: 1 photos missing or unreadable" in result.stderr
+    assert "annotations[" in result.stderr
+    assert "12.png" in result.stderr
+    metrics = json.loads((tmp_path / "runs/evaluate/001/metrics.json").read_text())
+    assert metrics["detguard-n"]["clean"]["photos"] == 3

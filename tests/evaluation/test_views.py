@@ -1,0 +1,173 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from detguard.data.dataset import LOST, read_dataset
+from detguard.detections import Detections
+from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, worst_photo
+from detguard.evaluation.cache import Cache, entry_key, pack, unpack
+from detguard.evaluation.checks import zero_gradient_share
+from detguard.evaluation.coco import value_left
+from detguard.evaluation.score import score
+from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
+from detguard.photos import read_photo
+
+QUICK = AttackSet(("class", "vanish"), eps=8, steps=3)
+
+
+@pytest.fixture
+def subject(bundled, tiny_data, tmp_path):
+    dataset = read_dataset(tiny_data)
+    return Subject("bundled", bundled, dataset, dataset.category_ids(bundled.class_names), Cache(tmp_path / "c.sqlite"))
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """How often the detector was asked."""
+    calls = []
+    original = Subject.detect
+    monkeypatch.setattr(Subject, "detect", lambda self, photos: calls.append(len(photos)) or original(self, photos))
+    return calls
+
+
+def test_detections_survive_packing_to_the_bit():
+    detections = Detections(torch.rand(5, 4) * 600, torch.rand(5), torch.arange(5))
+    again = unpack(pack(detections))
+    assert all(torch.equal(getattr(detections, f), getattr(again, f)) for f in ("boxes", "scores", "classes"))
+
+
+def test_a_cache_keeps_all_of_a_batch_or_nothing(tmp_path):
+    cache = Cache(tmp_path / "c.sqlite")
+
+    def entries():
+        yield "a", b"1"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.put(entries())
+    assert "a" not in cache
+    cache.put([("a", b"1"), ("b", b"2")])
+    assert Cache(tmp_path / "c.sqlite").get("b") == b"2"
+
+
+def test_keys_differ_by_every_part():
+    assert entry_key(a=1, b=2) == entry_key(b=2, a=1)
+    assert len({entry_key(a=1), entry_key(a=2), entry_key(b=1)}) == 3
+
+
+def test_what_is_cached_is_not_shown_again(subject, shown):
+    views = [Clean(), Corrupted("fog", 3, 0)]
+    fill(subject, views)
+    assert sum(shown) == 2 * 4
+    fill(subject, views)
+    assert sum(shown) == 2 * 4
+    fill(replace(subject, detector=subject.detector), [*views, Corrupted("fog", 3, 1)])
+    assert sum(shown) == 3 * 4
+
+
+def test_the_cache_knows_photos_by_their_content(subject, shown, tmp_path):
+    fill(subject, [Clean()])
+    moved = {}
+    for image, file in subject.dataset.files.items():
+        moved[image] = tmp_path / f"other-{image}.png"
+        moved[image].write_bytes(file.read_bytes())
+    again = replace(subject, dataset=replace(subject.dataset, files=moved))
+    fill(again, [Clean()])
+    assert sum(shown) == 4
+    cv2_photo = read_photo(moved[11])
+    from detguard.photos import encode_png
+
+    moved[11].write_bytes(encode_png(255 - cv2_photo))
+    fill(replace(subject, dataset=replace(subject.dataset, files=moved)), [Clean()])
+    assert sum(shown) > 4
+
+
+def test_a_stopped_fill_goes_on_to_the_same_result(subject, tmp_path, monkeypatch):
+    views: list[View] = [Clean(), QUICK]
+    fill(subject, views)
+    whole = {part: score(subject, QUICK, part).stats for part in QUICK.scored}
+    other = replace(subject, cache=Cache(tmp_path / "other.sqlite"))
+    done = []
+
+    def stop(view, photos):
+        done.append(view)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(other, views, stop)
+    fill(other, views)
+    assert {part: score(other, QUICK, part).stats for part in QUICK.scored} == whole
+    for (image, a), (_, b) in zip(results_of(subject, QUICK, WORST), results_of(other, QUICK, WORST), strict=True):
+        assert torch.equal(a.scores, b.scores), image
+
+
+def test_attacked_photos_are_8_bit_within_the_budget_and_what_was_scored(subject):
+    fill(subject, [QUICK])
+    for image, found in results_of(subject, QUICK, WORST):
+        photo, adversarial = read_photo(subject.dataset.files[image]), worst_photo(subject, QUICK, image)
+        assert adversarial.dtype == np.uint8
+        assert 1 <= np.abs(adversarial.astype(int) - photo).max() <= 8
+        again = subject.detect([adversarial])[0]
+        # The batch rounds differently from the photo alone.
+        assert torch.allclose(again.scores[:5], found.scores[:5], atol=1e-3)
+
+
+def test_an_attack_takes_ap_away(subject):
+    fill(subject, [Clean(), QUICK])
+    clean = score(subject, Clean()).stats["AP"]
+    parts = {part: score(subject, QUICK, part).stats["AP"] for part in QUICK.scored}
+    assert clean > 0.9
+    assert max(parts.values()) < 0.5 * clean
+
+
+def test_the_worst_attack_is_the_one_that_leaves_least(subject):
+    fill(subject, [QUICK])
+    for image in subject.dataset.files:
+        objects = subject.objects(image)
+        left = {part: value_left(objects, QUICK.load(subject, image, part)) for part in QUICK.scored}
+        assert left[WORST] == min(left.values())
+
+
+def test_restarts_add_random_starts(subject):
+    photos = QUICK.attack(batch := Batch(subject, subject.batches()[0]), "class", 0)
+    other = QUICK.attack(batch, "class", 1)
+    assert not np.array_equal(photos[0], other[0])
+    assert replace(QUICK, restarts=2).runs == ("class-0", "class-1", "vanish-0", "vanish-1")
+
+
+def test_transfer_shows_the_other_detectors_adversarial_photos(subject, bundled_model, tmp_path):
+    from detguard.detectors.ultralytics import UltralyticsDetector
+
+    fill(subject, [QUICK])
+    other = replace(subject, name="larger", detector=UltralyticsDetector(bundled_model, "larger", 416))
+    view = Transferred(subject, QUICK)
+    batch = Batch(other, list(other.dataset.files))
+    for image, photo in zip(batch.images, view.show(batch), strict=True):
+        assert np.array_equal(photo, worst_photo(subject, QUICK, image))
+    fill(other, [Clean(), view])
+    assert score(other, view).stats["AP"] < score(other, Clean()).stats["AP"]
+
+
+def test_the_black_box_is_weaker_than_the_white_box(subject):
+    views = [QUICK, BlackBox(8, 10)]
+    fill(subject, views)
+    assert score(subject, views[1]).stats["AP"] > score(subject, QUICK, WORST).stats["AP"]
+
+
+def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):
+    files = dict(subject.dataset.files)
+    whole = files[12].read_bytes()
+    files[12] = tmp_path / "cut.png"
+    files[12].write_bytes(whole[: len(whole) // 2])
+    broken = replace(subject, dataset=replace(subject.dataset, files=files, warnings={}))
+    fill(broken, [Clean()])
+    assert list(broken.dataset.files) == [11, 13, 14]
+    assert "cut.png" in broken.dataset.warnings[LOST][0]
+    assert score(broken, Clean()).stats["AP"] > 0.9
+
+
+def test_an_undefended_detector_has_its_gradient_everywhere(subject):
+    assert zero_gradient_share(subject) < 0.01

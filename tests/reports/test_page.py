@@ -1,0 +1,137 @@
+"""The page in a real browser, opened from disk."""
+
+import re
+import shutil
+from html import unescape
+
+import numpy as np
+import pytest
+
+from detguard.reports.page import Table, gallery_item, render_page
+from detguard.reports.plots import plots
+
+CHROMIUM = shutil.which("chromium")
+METRICS = {
+    name: {
+        "clean": {"AP": ap, "AP50": ap + 0.1, "photos": 4, "classes": 2},
+        "corruptions": {
+            "mPC": ap / 2,
+            "rPC": 0.5,
+            "kinds": {
+                kind: {"AP": 0.2, "made by": "us", "differs": "", "severities": {s: {"AP": ap / int(s)} for s in "135"}}
+                for kind in ("fog", "snow")
+            },
+        },
+        "attack": {"budgets": {e: {"AP": 0.1, "attacks": {"worst": {"AP": 0.1}, "all-0": {"AP": 0.12}}} for e in "24"}},
+    }
+    for name, ap in (("first", 0.4), ("second", 0.5))
+}
+CURVES = {"first": {"clean": [1.0] * 101, "attack": [0.5] * 101}, "second": {"clean": [0.9] * 101}}
+HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    photo = np.full((240, 320, 3), 90, np.uint8)
+    boxes = [{"class": "person", "confidence": 0.9, "box": [20, 30, 120, 200]}]
+    odd = [{"class": HOSTILE, "confidence": 0.4, "box": [20, 2, 120, 200]}]
+    items = [
+        gallery_item(f"photo {i}", "failed" if i == 2 else "fooled", "a note", photo, boxes, photo, odd if i else [])
+        for i in range(3)
+    ]
+    tables = [Table("Result", ["model", "AP"], [["first", ".400"], [HOSTILE, ".500"]], "A note.")]
+    made = plots(METRICS, CURVES)
+    assert len(made) == 3
+    page = render_page(
+        f"Title {HOSTILE}", "subtitle", ["detguard", "attack", "a b.jpg"], tables, made, items, left_out=5
+    )
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_bytes(page)
+    return file
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, page_file):
+    """The page at 1280 px, and lists of the console's errors and of requests that leave the file."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    errors, requests = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(page_file.as_uri())
+    yield page, errors, requests
+    page.close()
+
+
+def test_it_loads_without_errors_or_requests(opened, page_file):
+    page, errors, requests = opened
+    assert errors == []
+    assert [r for r in requests if not r.startswith("data:")] == [page_file.as_uri()]
+    assert page.locator(".item").count() == 3
+    assert page.locator(".plot svg").count() == 3
+
+
+def test_text_from_data_is_text(opened):
+    page, _, _ = opened
+    assert page.evaluate("window.hacked") is None
+    assert "onerror" in page.locator("h1").inner_text()
+
+
+def test_the_slider_moves_the_edge_between_before_and_after(opened):
+    page, _, _ = opened
+    pair = page.locator(".pair").first
+    pair.scroll_into_view_if_needed()
+    box = pair.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.2, box["y"] + box["height"] / 2)
+    edge = page.locator(".edge").first.bounding_box()
+    assert abs(edge["x"] - (box["x"] + box["width"] * 0.2)) < 0.05 * box["width"]
+    page.keyboard.press("End")
+    assert pair.evaluate("e => getComputedStyle(e.querySelector('.after')).clipPath") == "inset(0px 0px 0px 100%)"
+
+
+def test_outcomes_filter_the_gallery(opened):
+    page, _, _ = opened
+    page.get_by_role("button", name="failed (1)").click()
+    assert page.locator(".item:visible").count() == 1
+    assert page.locator(".item:visible b").inner_text() == "photo 2"
+    page.get_by_role("button", name="all (3)").click()
+    assert page.locator(".item:visible").count() == 3
+
+
+def test_boxes_switch_off(opened):
+    page, _, _ = opened
+    assert page.locator(".box:visible").count() == 5
+    page.get_by_label("boxes", exact=True).uncheck()
+    assert page.locator(".box:visible").count() == 0
+
+
+def test_boxes_lie_where_the_detections_are(opened):
+    page, _, _ = opened
+    pair, box = page.locator(".pair").first.bounding_box(), page.locator(".before .box").first.bounding_box()
+    assert (box["x"] - pair["x"]) / pair["width"] == pytest.approx(20 / 320, abs=0.01)
+    assert box["height"] / pair["height"] == pytest.approx(170 / 240, abs=0.01)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_of_the_window(browser, page_file, width):
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto(page_file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def test_the_command_is_quoted_for_a_shell(page_file):
+    assert "detguard attack 'a b.jpg'" in unescape(re.search(r"<pre>(.*?)</pre>", page_file.read_text())[1])
