@@ -147,7 +147,7 @@ def run_attack(job: "Job") -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
     from detguard.attacks.run import attack_photos
     from detguard.reports.attack import attack_page
-    from detguard.reports.tables import attack_summary, survival_rows, terminal_list, terminal_table
+    from detguard.reports.tables import attack_summary, survival_table, terminal_list, terminal_table
     from detguard.runs import photo_keys
 
     # What failed to read or write before a stop is tried again; the rest stays as it is.
@@ -182,7 +182,7 @@ def run_attack(job: "Job") -> int:
             return 130
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.print(terminal_table(*survival_rows(attacked), f"{target}: success rate"))
+        out.print(terminal_table(survival_table(attacked, f"{target}: success rate")))
         job.run.write("report.html", attack_page(job.run, records, job.detector))
     out.print(terminal_list(attack_summary(records)))
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
@@ -261,7 +261,7 @@ def verify(
     """
     from detguard.attacks.run import plan_attack, verify_run
     from detguard.detectors.load import load_configured
-    from detguard.reports.tables import survival_rows, terminal_table
+    from detguard.reports.tables import survival_table, terminal_table
     from detguard.runs import Run
     from detguard.transforms.parse import parse_transforms
 
@@ -279,7 +279,7 @@ def verify(
         else:
             records.append(record)
     if records:
-        out.print(terminal_table(*survival_rows(records), f"{folder}: success rate"))
+        out.print(terminal_table(survival_table(records, f"{folder}: success rate")))
         difference = max(r["difference"] for r in records)
         out.print(f"largest difference: {difference} levels, budget {options.eps}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]

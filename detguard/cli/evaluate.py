@@ -203,7 +203,7 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
     command = ["detguard", *run.config["arguments"]]
     run.write("report.html", evaluation_page(subjects, evaluation, wanted, command))
     for table in tables(evaluation.metrics):
-        out.print(terminal_table(table.head, table.rows, table.title, table.note))
+        out.print(terminal_table(table))
     out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
     for line in dataset.warnings.get(LOST, [])[before:]:
         show_error(line)
@@ -234,4 +234,4 @@ def compare(
                 f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
             ) from error
     table = headline(metrics, "Comparison")
-    out.print(terminal_table(table.head, table.rows, table.title, table.note))
+    out.print(terminal_table(table))

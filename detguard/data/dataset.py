@@ -121,7 +121,9 @@ def read_dataset(
     coco.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    return Dataset(file.stem, files, coco, faults.found)
+    # Of the many files called data.yaml, their folders tell which.
+    name = file.resolve().parent.name if file.name == "data.yaml" else file.stem
+    return Dataset(name if file.suffix == ".json" else f"{name} {split}", files, coco, faults.found)
 
 
 def inside(root: Path, name: str, file: Path) -> Path:

@@ -109,7 +109,7 @@ class AttackSet(View):
             conf=VANISH_BELOW,
             eps=self.eps,
             # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
-            step=max(self.eps / 2, 1),
+            step=max(self.eps / 2, 1) if self.steps > 2 else self.eps,
             momentum=0.75,
             steps=self.steps,
             gradient="exact",

@@ -3,19 +3,15 @@
 from detguard.detectors.base import Detector
 from detguard.photos import PhotoError, read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
-from detguard.reports.tables import attack_summary, survival_rows
+from detguard.reports.tables import attack_summary, survival_table
 from detguard.runs import Record, Run
 
 
 def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     """report.html of an attack run, from its records; photos that can no longer be read are left out."""
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
-    head, rows = survival_rows(attacked)
-    note = "Photos that fool the detector at each confidence, judged from the saved files; - where nothing was found."
-    tables = [
-        Table("Result", ["", ""], attack_summary(records)),
-        Table(f"Success rate: {run.config['target']}", head, rows, note),
-    ]
+    rate = survival_table(attacked, f"Success rate: {run.config['target']}")
+    tables = [Table("Result", ["", ""], attack_summary(records)), rate]
     items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record))]
     attack = run.config["attack"]
     subtitle = (

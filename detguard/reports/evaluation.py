@@ -5,6 +5,7 @@ from typing import Any
 
 from detguard.detections import Detections
 from detguard.evaluation.attacks import WORST
+from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import Batch, Clean, Subject, View
@@ -88,8 +89,9 @@ def tables(metrics: Metrics) -> list[Table]:
             for kind, row in first_kinds.items()
         ]
         head = ["corruption", *corrupted, "made by", "differs from ImageNet-C"]
-        severities = ", ".join(next(iter(first_kinds.values()))["severities"])
-        made.append(Table("Corruptions", head, rows, f"AP, mean over severities {severities}."))
+        severities = list(next(iter(first_kinds.values()))["severities"])
+        note = f"AP at severity {severities[0]}" if len(severities) == 1 else f"AP, mean over severities {severities}"
+        made.append(Table("Corruptions", head, rows, note.replace("'", "") + "."))
     checked = {name: m["checks"] for name, m in metrics.items() if "checks" in m}
     if checked:
         rows = [
@@ -104,7 +106,7 @@ def tables(metrics: Metrics) -> list[Table]:
             for check, c in checks.items()
         ]
         head = ["check", "", "value", "at most", "what"]
-        made.append(Table("Checks of the attack itself", head, rows, "On the first photos of the data."))
+        made.append(Table("Checks of the attack itself", head, rows, f"On the first {PHOTOS} photos."))
     return made
 
 

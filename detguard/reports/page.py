@@ -1,6 +1,7 @@
 """The report of a run: one HTML file with everything in it, which opens from disk and asks the network for nothing."""
 
 import base64
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -54,6 +55,14 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers only and stand to the right."""
+        columns = zip(*self.rows, strict=True)
+        return [all(re.fullmatch(r"-?[\d.]*", cell) for cell in column) for column in columns] or [False] * len(
+            self.head
+        )
 
 
 def gallery_item(

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Metrics = dict[str, dict[str, Any]]
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
@@ -32,12 +33,13 @@ def _svg(figure: Figure) -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
-    # Sized by the page: only its viewBox is kept.
-    return re.sub(r'<svg [^>]*?(height|width)="[^"]*"[^>]*?>', _unsized, text[text.index("<svg") :], count=1)
+    # As wide as the page allows, up to 1.4 of its own size: what it says in points becomes the limit.
+    width = figure.get_figwidth() * 72 * 1.4
+    return re.sub(r"<svg [^>]*>", lambda tag: _sized(tag[0], width), text[text.index("<svg") :], count=1)
 
 
-def _unsized(tag: re.Match[str]) -> str:
-    return re.sub(r' (height|width)="[^"]*"', "", tag[0])
+def _sized(tag: str, width: float) -> str:
+    return re.sub(r' (height|width)="[^"]*"', "", tag).replace("<svg ", f'<svg style="max-width:{width:.0f}px" ')
 
 
 def plots(metrics: Metrics, curves: dict[str, dict[str, list[float]]]) -> dict[str, str]:
@@ -97,6 +99,7 @@ def budget_plot(metrics: Metrics) -> str:
             axis.plot(*zip(*sorted(points), strict=True), "o-", lw=2.2, color=colour, label=f"{model}, worst case")
         axis.plot([], [], "-", lw=0.8, color="grey", label="each attack alone")
         axis.set_xlabel("budget (levels of 255)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel("AP")
         axis.set_xlim(0)
         axis.set_ylim(0)

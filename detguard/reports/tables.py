@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import mean, median
 
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from detguard.attacks.run import THRESHOLDS
 from detguard.detections import Detections
+from detguard.reports.page import Table
 from detguard.runs import Record
 
 
@@ -22,8 +23,8 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.4g} % ({part}/{whole})" if whole else "-"
 
 
-def survival_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: success rate of each member at each threshold, over what was found clean at that threshold."""
+def survival_table(records: Sequence[Record], title: str) -> Table:
+    """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold."""
     head = ["judged from file", *(f"conf {t:g}" for t in THRESHOLDS)]
     names = list(dict.fromkeys(name for r in records for name in r["members"]))
     rows = [
@@ -44,7 +45,8 @@ def survival_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]
             values = [[m["success"][f"{t:g}"] for m in r["members"].values()] for r in records]
             together.append(rate([None if None in v else all(v) for v in values]))
         rows.append(["all members", *together])
-    return head, rows
+    note = "Photos that fool the detector at each confidence; - where nothing was found."
+    return Table(title, head, rows, note)
 
 
 def attack_summary(records: Sequence[Record]) -> list[list[str]]:
@@ -72,28 +74,28 @@ def attack_summary(records: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
-def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", note: str = "") -> Table:
-    """A table for the terminal, the first column to the left."""
-    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def terminal_table(table: Table) -> TerminalTable:
+    """A table for the terminal."""
+    shown = TerminalTable(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
+    for name, number in zip(table.head, table.numeric, strict=True):
+        shown.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
 
 
-def terminal_list(rows: Sequence[Sequence[str]]) -> Table:
+def terminal_list(rows: Sequence[Sequence[str]]) -> TerminalTable:
     """Rows of name and value for the terminal, without lines."""
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = TerminalTable(show_header=False, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> Table:
+def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> TerminalTable:
     """One row per detection: class, confidence, box in photo pixels."""
     rows = [
         [record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"])]
         for record in detections.records(class_names)
     ]
-    return terminal_table(("class", "confidence", "x1", "y1", "x2", "y2"), rows, file)
+    return terminal_table(Table(file, ("class", "confidence", "x1", "y1", "x2", "y2"), rows))
