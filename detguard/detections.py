@@ -35,16 +35,19 @@ class Candidates:
     boxes: float32 [B, N, 4] xyxy, frame pixels.
     end_to_end: the head needs no NMS (YOLOv10, YOLO26, RT-DETR): the best MAX_DETECTIONS scores are the detections.
     anchors: where the candidates come from, for families that have them.
+    gate: float32 [B, K], the gate's logits, of gated ensembles.
     """
 
     logits: Tensor
     boxes: Tensor
     end_to_end: bool = False
     anchors: Anchors | None = None
+    gate: Tensor | None = None
 
     def __getitem__(self, index: int | slice | Tensor) -> "Candidates":
         anchors = None if self.anchors is None else self.anchors[index]
-        return Candidates(self.logits[index], self.boxes[index], self.end_to_end, anchors)
+        gate = None if self.gate is None else self.gate[index]
+        return Candidates(self.logits[index], self.boxes[index], self.end_to_end, anchors, gate)
 
     def __len__(self) -> int:
         return len(self.logits)

@@ -27,6 +27,7 @@ class Detector(ABC):
     imgsz: int
     model: nn.Module
     device: torch.device
+    end_to_end: bool = False
 
     @abstractmethod
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:

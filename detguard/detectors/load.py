@@ -1,18 +1,21 @@
 """From a name or a file to a detector, without executing anything that the file says."""
 
+import copy
 import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from detguard import DetguardError
+from detguard.photos import write_file
 
 if TYPE_CHECKING:
-    from detguard.detectors.ultralytics import UltralyticsDetector
+    from detguard.detectors.base import Detector
+    from detguard.detectors.gated import GatedNetwork
 
 BUNDLED = "detguard-n"
 MAX_BYTES = 4 << 30
@@ -24,7 +27,7 @@ def load_detector(
     trust: bool = False,
     device: str = "cpu",
     end_to_end: bool = False,
-) -> "UltralyticsDetector":
+) -> "Detector":
     """A ready detector by bundled name, by file (.pt, .safetensors) or by Ultralytics' name ("yolo11n").
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
@@ -34,13 +37,18 @@ def load_detector(
     Raises:
         DetguardError: no such weights, or they are damaged, of another kind, or would execute code.
     """
+    from detguard.detectors.gated import GatedDetector, GatedNetwork
     from detguard.detectors.ultralytics import UltralyticsDetector
 
     model, size = load_model(name, trust)
+    if isinstance(model, GatedNetwork):
+        if end_to_end:
+            raise DetguardError(f"--end-to-end: {name} is a gated ensemble, whose heads all need NMS")
+        return GatedDetector(model, Path(name).stem, imgsz or size, device)
     return UltralyticsDetector(model, Path(name).stem, imgsz or size, device, end_to_end)
 
 
-def detector_config(detector: "UltralyticsDetector", model: str) -> dict[str, Any]:
+def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
     """What a run's config keeps of its detector; `model` is the name or file as the user gave it."""
     return {
         "model": model,
@@ -50,7 +58,7 @@ def detector_config(detector: "UltralyticsDetector", model: str) -> dict[str, An
     }
 
 
-def load_configured(config: dict[str, Any], trust: bool = False, device: str = "cpu") -> "UltralyticsDetector":
+def load_configured(config: dict[str, Any], trust: bool = False, device: str = "cpu") -> "Detector":
     """The detector of a run by its `detector_config`.
 
     Raises:
@@ -119,9 +127,14 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
     try:
         card = json.loads(card_file.read_text())
         architecture, classes, imgsz = str(card["architecture"]), list(card["classes"]), int(card["imgsz"])
+        gated = card.get("gated")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DetguardError(f"{card_file}: expected a json with architecture, classes and imgsz ({error})") from error
-    model = build_model(architecture, [str(c) for c in classes])
+    model: nn.Module = build_model(architecture, [str(c) for c in classes])
+    if gated is not None:
+        from detguard.detectors.gated import build_gated
+
+        model = build_gated(fused(model), gated)
     try:
         model.load_state_dict(load_file(file), strict=True)
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -150,6 +163,24 @@ def build_model(architecture: str, classes: list[str]) -> nn.Module:
     model.names = dict(enumerate(classes))
     model.task = "detect"  # type: ignore[assignment]
     return model
+
+
+def fused(model: nn.Module) -> Any:
+    """A copy of a model with its batch norms folded into the convolutions, as detectors run it."""
+    network: Any = copy.deepcopy(model).float().eval()
+    return network.fuse(verbose=False)
+
+
+def save_gated(network: "GatedNetwork", like: dict[str, Any], file: Path) -> None:
+    """Write a gated ensemble as safetensors and, beside it, the json that `load_detector` needs; no code in either.
+
+    like: architecture, classes and imgsz of the detector that it was made from, and what else the card is to say.
+    """
+    from detguard.detectors.gated import gated_card
+
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    write_file(file, save(tensors))
+    write_file(file.with_suffix(".json"), (json.dumps(like | {"gated": gated_card(network)}, indent=2) + "\n").encode())
 
 
 def _read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:

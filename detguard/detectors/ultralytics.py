@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class UltralyticsDetector(Detector):
         self.end_to_end = end_to_end
         frozen = frozen.fuse(verbose=False).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.model = frozen
+        self.layers, self.save = list(frozen.model), set(frozen.save)
         self.device = torch.device(device)
         self.head: Any = frozen.model[-1]
         if not isinstance(self.head, (Detect, RTDETRDecoder)) or getattr(frozen, "task", "detect") != "detect":
@@ -58,20 +60,14 @@ class UltralyticsDetector(Detector):
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:
-        _, raw = self.model(frames)
-        if isinstance(self.head, RTDETRDecoder):
+        *layers, head = self.layers
+        last, saved = run_layers(layers, frames, {}, self.save)
+        raw = head_outputs(head, last, saved)
+        if isinstance(head, RTDETRDecoder):
             boxes, logits = raw[0].squeeze(0), raw[1].squeeze(0)
             height, width = frames.shape[2:]
             return Candidates(logits, xywh2xyxy(boxes) * boxes.new_tensor([width, height] * 2), end_to_end=True)
-        if "one2one" in raw:
-            raw = raw["one2one" if self.head.end2end else "one2many"]
-        anchors, strides = make_anchors(raw["feats"], self.head.stride, 0.5)
-        distances = self.head.dfl(raw["boxes"]).transpose(1, 2)
-        boxes = dist2bbox(distances, anchors, xywh=False) * strides
-        bins = raw["boxes"].unflatten(1, (4, -1)).permute(0, 3, 1, 2) if self.head.reg_max > 1 else None
-        return Candidates(
-            raw["scores"].transpose(1, 2), boxes, self.head.end2end, Anchors(anchors * strides, strides, bins)
-        )
+        return decode(head, raw)
 
     @override
     def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
@@ -93,3 +89,42 @@ class UltralyticsDetector(Detector):
         bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()
         boxes = self._predictor(source=bgr_or_file)[0].boxes.cpu()
         return Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
+
+
+def run_layers(
+    layers: Iterable[Any], x: Tensor, saved: dict[int, Tensor], save: Container[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Run neighbouring layers of a model, all before the head, on `x`.
+
+    saved: outputs of earlier layers by number, added to where `save` says that later ones need them.
+    Returns the last output and `saved`.
+    """
+    for layer in layers:
+        x = layer(_inputs(layer, x, saved))
+        if layer.i in save:
+            saved[layer.i] = x
+    return x, saved
+
+
+def _inputs(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
+    if layer.f == -1:
+        return last
+    return saved[layer.f] if isinstance(layer.f, int) else [last if j == -1 else saved[j] for j in layer.f]
+
+
+def head_outputs(head: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
+    """The raw outputs of the head that users run, after `run_layers` has run all before it."""
+    inputs = _inputs(head, last, saved)
+    if isinstance(head, RTDETRDecoder):
+        return head(inputs)[1]
+    return head.forward_head(inputs, **(head.one2one if head.end2end else head.one2many))
+
+
+def decode(head: Any, raw: dict[str, Any], gate: Tensor | None = None) -> Candidates:
+    """Candidates from the raw outputs of an anchor-based head; `gate`: the logits of the gate behind them."""
+    anchors, strides = make_anchors(raw["feats"], head.stride, 0.5)
+    distances = head.dfl(raw["boxes"]).transpose(1, 2)
+    boxes = dist2bbox(distances, anchors, xywh=False) * strides
+    bins = raw["boxes"].unflatten(1, (4, -1)).permute(0, 3, 1, 2) if head.reg_max > 1 else None
+    places = Anchors(anchors * strides, strides, bins)
+    return Candidates(raw["scores"].transpose(1, 2), boxes, head.end2end, places, gate)

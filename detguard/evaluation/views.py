@@ -39,7 +39,7 @@ class Subject:
     @cached_property
     def state(self) -> list[object]:
         """All that its detections depend on but the photo."""
-        return [self.detector.state_hash(), self.detector.imgsz, getattr(self.detector, "end_to_end", False)]
+        return [self.detector.state_hash(), self.detector.imgsz, self.detector.end_to_end]
 
     @cached_property
     def hashes(self) -> dict[int, str]:

@@ -1,0 +1,201 @@
+"""The gated ensemble: one trunk, K experts (copies of the rest of a detector), and a gate that weighs them."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.detections import Candidates, Detections
+from detguard.detectors.base import Detector
+from detguard.detectors.ultralytics import decode, head_outputs, run_layers
+from detguard.photos import Letterbox, Photo, read_photo
+
+EXPERTS = ("normal", "hard", "adversarial")
+MOST_EXPERTS = 64
+
+
+class Gate(nn.Module):
+    """A small network from a feature map or the frame, [B, C, H, W], to one logit per expert, [B, K]."""
+
+    def __init__(self, channels: int, experts: int, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((channels, width), (width, 2 * width), (2 * width, 2 * width)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(4 * width, experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean and spread of the last map, then linear."""
+        x = self.layers(x).flatten(2)
+        return self.out(torch.cat([x.mean(2), (x.var(2) + 1e-5).sqrt()], 1))
+
+
+class GatedNetwork(nn.Module):
+    """Layers `[:split]` of a fused detection model once, the rest K times, and the gate.
+
+    names: what each expert is for. gate_on: what the gate sees, the "trunk" or the "frame".
+    top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
+    floor: the least weight of the last expert.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        split: int,
+        names: Sequence[str] = EXPERTS,
+        gate_on: str = "frame",
+        top_k: int | None = None,
+        floor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        layers = list(model.model)
+        if not 0 <= split < len(layers):
+            raise DetguardError(f"--split {split}: expected 0 (whole networks) to {len(layers) - 1} (heads only)")
+        if not 1 <= len(names) <= MOST_EXPERTS or not 0 <= floor < 1 or gate_on not in ("trunk", "frame"):
+            raise DetguardError(f"a gated ensemble has 1 to {MOST_EXPERTS} experts, a floor in 0..1 and one gate")
+        self.split, self.names, self.gate_on, self.floor = split, list(names), gate_on, floor
+        self.top_k = None if top_k is None or top_k >= len(names) else max(1, top_k)
+        self.save = set(model.save)
+        self.class_names = {int(k): str(v) for k, v in model.names.items()}
+        self.trunk = nn.ModuleList(copy.deepcopy(layers[:split]))
+        self.experts = nn.ModuleList(nn.ModuleList(copy.deepcopy(layers[split:])) for _ in names)
+        self.gate = Gate(self._gate_channels(), len(names))
+
+    def _gate_channels(self) -> int:
+        if self.gate_on == "frame" or not self.split:
+            return 3
+        with torch.no_grad():
+            like = next(self.trunk.parameters())
+            last, _ = run_layers(self.trunk, torch.zeros(1, 3, 64, 64).to(like), {}, self.save)
+        return int(last.shape[1])
+
+    def forward(self, frames: Tensor, route: int | None = None) -> tuple[dict[str, Any], Tensor]:
+        """The fused raw outputs of the head and the gate's logits [B, K]; `route`: one expert alone, gate unasked."""
+        last, saved = run_layers(self.trunk, frames, {}, self.save)
+        logits = self.gate(last if self.gate_on == "trunk" else frames)
+        if route is not None:
+            return self._run(route, last, saved), logits
+        log_weights = self.log_weights(logits)
+        outputs = []
+        for expert in range(len(self.experts)):
+            rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
+            outputs.append((rows, self._run(expert, last, saved, rows) if len(rows) else None))
+        return fuse(outputs, log_weights), logits
+
+    def _run(self, expert: int, last: Tensor, saved: dict[int, Tensor], rows: Tensor | None = None) -> dict[str, Any]:
+        if rows is not None and len(rows) < len(last):
+            last, saved = last[rows], {i: x[rows] for i, x in saved.items()}
+        *layers, head = self._expert(expert)
+        last, saved = run_layers(layers, last, dict(saved), self.save)
+        return head_outputs(head, last, saved)
+
+    def log_weights(self, logits: Tensor) -> Tensor:
+        """Logarithm of each expert's weight, [B, K], from the gate's logits; -inf beyond the top k."""
+        if self.top_k is not None:
+            beyond = logits < logits.topk(self.top_k, 1).values[:, -1:]
+            logits = logits.masked_fill(beyond, -torch.inf)
+        log_weights = logits.log_softmax(1)
+        if not self.floor:
+            return log_weights
+        floors = logits.new_full((1, logits.shape[1]), -torch.inf)
+        floors[:, -1] = torch.log(torch.tensor(self.floor))
+        return torch.logaddexp(log_weights + torch.log1p(torch.tensor(-self.floor)), floors)
+
+    @property
+    def head(self) -> Any:
+        """The head of the first expert; all are of one kind."""
+        return self._expert(0)[-1]
+
+    def _expert(self, number: int) -> list[Any]:
+        layers: Any = self.experts[number]
+        return list(layers)
+
+
+def fuse(outputs: Sequence[tuple[Tensor, dict[str, Any] | None]], log_weights: Tensor) -> dict[str, Any]:
+    """The experts' raw outputs as those of one head, before NMS.
+
+    outputs: of each expert the rows of the batch that it answered for, and its `scores` (logits [b, C, N]) and `boxes`
+    (logits of the distances' distributions, [b, 4 * R, N]). Class probabilities are averaged with the gate's weights
+    `w`; distributions with `w * p`, p the expert's best class probability there. Both come out as logits again.
+    """
+    first = next(raw for _, raw in outputs if raw is not None)
+
+    def stacked(key: str) -> Tensor:
+        whole = []
+        for rows, raw in outputs:
+            if raw is not None and len(rows) == len(log_weights):
+                whole.append(raw[key])
+                continue
+            zeros = first[key].new_zeros(len(log_weights), *first[key].shape[1:])
+            whole.append(zeros if raw is None else zeros.index_copy(0, rows, raw[key]))
+        return torch.stack(whole, 1)
+
+    scores, boxes = stacked("scores"), stacked("boxes").unflatten(2, (4, -1))
+    weights = log_weights[:, :, None, None].to(scores)
+    yes = (weights + logsigmoid(scores)).logsumexp(1)
+    no = (weights + logsigmoid(-scores)).logsumexp(1)
+    share = (weights[:, :, 0] + logsigmoid(scores.amax(2))).log_softmax(1)[:, :, None, None]
+    fused = (share + boxes.log_softmax(3)).logsumexp(1)
+    return {"scores": yes - no, "boxes": fused.flatten(1, 2), "feats": first["feats"]}
+
+
+class GatedDetector(Detector):
+    """A frozen gated ensemble; `route` forces one expert, so that attacks can try each way through it."""
+
+    def __init__(self, network: GatedNetwork, name: str, imgsz: int, device: str = "cpu") -> None:
+        self.name, self.class_names, self.imgsz = name, network.class_names, imgsz
+        self.model: Any = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        self.device = torch.device(device)
+        self.route: int | None = None
+
+    def through(self, route: int) -> "GatedDetector":
+        """The same network through one expert alone."""
+        forced = copy.copy(self)
+        forced.route, forced.name = route, f"{self.name}, {self.model.names[route]} expert"
+        return forced
+
+    @override
+    def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
+        return Letterbox.fit(photo_shape, self.imgsz, max(int(self.model.head.stride.max()), 32))
+
+    @override
+    def candidates(self, frames: Tensor) -> Candidates:
+        raw, gate = self.model(frames, self.route)
+        return decode(self.model.head, raw, gate)
+
+    @override
+    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+        photo = read_photo(source) if isinstance(source, Path) else source
+        return self.detect([photo], conf, iou)[0]
+
+
+def gated_card(network: GatedNetwork) -> dict[str, Any]:
+    """What the json beside the weights says of the ensemble; `build_gated` reads it."""
+    return {
+        "split": network.split,
+        "experts": network.names,
+        "gate_on": network.gate_on,
+        "top_k": network.top_k,
+        "floor": network.floor,
+    }
+
+
+def build_gated(model: Any, card: dict[str, Any]) -> GatedNetwork:
+    """The ensemble that a `gated_card` describes, on a fused model.
+
+    Raises:
+        DetguardError: the card is not such a one.
+    """
+    try:
+        names = [str(name) for name in card["experts"]]
+        top_k = None if card["top_k"] is None else int(card["top_k"])
+        return GatedNetwork(model, int(card["split"]), names, str(card["gate_on"]), top_k, float(card["floor"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

@@ -1,0 +1,163 @@
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard import DetguardError
+from detguard.attacks.group import AttackOptions, attack_group
+from detguard.detectors.gated import GatedDetector, GatedNetwork, fuse
+from detguard.detectors.load import fused, load_detector, load_model, save_gated
+from detguard.objectives import Vanish
+from detguard.photos import frames_tensor
+
+HEAD, NECK = 23, 11
+
+
+@pytest.fixture(scope="module")
+def frames(bundled, bus):
+    box = bundled.letterbox(bus.shape[:2])
+    frame = box(bus)
+    return frames_tensor([frame, frame[:, ::-1].copy(), 255 - frame])
+
+
+def network(bundled_model, split=NECK, seed=0, noise=0.02, **options):
+    """An ensemble whose experts differ a little."""
+    torch.manual_seed(seed)
+    made = GatedNetwork(fused(bundled_model), split, **options).eval().requires_grad_(False)
+    for name, parameter in made.experts.named_parameters():
+        if "dfl" not in name:
+            parameter += noise * parameter.std() * torch.randn_like(parameter)
+    return made
+
+
+def detector(bundled_model, bundled, **options):
+    return GatedDetector(network(bundled_model, **options), "gated", bundled.imgsz)
+
+
+@pytest.mark.parametrize("split", [0, NECK, HEAD])
+def test_equal_experts_are_the_detector_that_they_were_made_from(bundled_model, bundled, frames, split):
+    made = detector(bundled_model, bundled, split=split, noise=0)
+    with torch.no_grad():
+        ours, original = made.candidates(frames), bundled.candidates(frames)
+    assert torch.allclose(ours.logits, original.logits, atol=1e-3)
+    assert torch.allclose(ours.boxes, original.boxes, atol=0.02)
+    assert ours.gate.shape == (3, 3)
+
+
+def test_probabilities_are_averaged_with_the_gates_weights(bundled_model, bundled, frames):
+    made = detector(bundled_model, bundled)
+    with torch.no_grad():
+        together = made.candidates(frames)
+        alone = [made.through(i).candidates(frames).logits.sigmoid() for i in range(3)]
+    weights = together.gate.softmax(1)[:, :, None, None]
+    mean = sum(weights[:, i] * p for i, p in enumerate(alone))
+    assert torch.allclose(together.logits.sigmoid(), mean, atol=1e-5)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+
+
+def test_distances_lean_on_the_expert_that_is_sure():
+    sure, unsure = torch.full((1, 1, 1), 6.0), torch.full((1, 1, 1), -6.0)
+    near, far = torch.zeros(1, 16, 1), torch.zeros(1, 16, 1)
+    near[:, 1::4], far[:, 3::4] = 20, 20
+    rows = torch.tensor([0])
+    outputs = [
+        (rows, {"scores": sure, "boxes": near, "feats": []}),
+        (rows, {"scores": unsure, "boxes": far, "feats": []}),
+    ]
+    raw = fuse(outputs, torch.tensor([[0.5, 0.5]]).log())
+    distribution = raw["boxes"].unflatten(1, (4, -1)).softmax(2)[0, :, :, 0]
+    assert (distribution[:, 1] > 0.99).all()
+    assert raw["scores"].sigmoid().item() == pytest.approx(
+        (torch.tensor(6.0).sigmoid() + torch.tensor(-6.0).sigmoid()) / 2
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99), st.floats(0, 0.9))
+def test_weights_sum_to_one_and_all_but_the_top_k_are_zero(k, rows, seed, floor):
+    made = GatedNetwork.__new__(GatedNetwork)
+    torch.nn.Module.__init__(made)
+    made.top_k, made.floor = (k if k < 5 else None), 0.0
+    logits = torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed))
+    weights = made.log_weights(logits).exp()
+    assert torch.allclose(weights.sum(1), torch.ones(rows), atol=1e-5)
+    assert ((weights > 0).sum(1) == k).all()
+    made.floor = floor
+    floored = made.log_weights(logits).exp()
+    assert torch.allclose(floored.sum(1), torch.ones(rows), atol=1e-5)
+    assert (floored[:, -1] >= floor - 1e-6).all()
+
+
+def test_top_k_computes_only_the_chosen_experts_for_each_frame(bundled_model, bundled, frames, monkeypatch):
+    made = detector(bundled_model, bundled)
+    wanted = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [2.0, 0.0, 1.0]])
+    monkeypatch.setattr(made.model.gate, "forward", lambda x: wanted[: len(x)])
+    calls = []
+    for i, expert in enumerate(made.model.experts):
+        expert[-1].cv2[0].register_forward_hook(lambda m, x, y, i=i: calls.append((i, len(y))))
+    with torch.no_grad():
+        made.model.top_k = 1
+        routed = made.candidates(frames)
+        assert calls == [(0, 2), (1, 1)]
+        alone = [made.through(i).candidates(frames[j : j + 1]).logits[0] for j, i in enumerate((0, 1, 0))]
+    for logits, expected in zip(routed.logits, alone, strict=True):
+        assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_gradients_reach_the_photo_through_gate_and_experts(bundled_model, bundled, frames):
+    for top_k in (None, 1):
+        made = detector(bundled_model, bundled, top_k=top_k)
+        shown = frames.clone().requires_grad_()
+        candidates = made.candidates(shown)
+        for output in (candidates.logits.amax(2).sum(), candidates.boxes.sum(), candidates.gate[:, 0].sum()):
+            (gradient,) = torch.autograd.grad(output, shown, retain_graph=True)
+            assert torch.isfinite(gradient).all()
+            assert (gradient != 0).float().mean() > 0.9
+
+
+def test_the_whole_is_differentiable_in_its_weights(bundled_model, frames):
+    made = network(bundled_model, gate_on="trunk").requires_grad_(True)
+    raw, _ = made(frames)
+    (raw["scores"].sum() + raw["boxes"].square().sum()).backward()
+    learned = [(n, p) for n, p in made.named_parameters() if "dfl" not in n]  # dfl only decodes
+    without = [n for n, p in learned if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert without == []
+
+
+def test_it_saves_without_code_and_loads_as_a_detector(bundled_model, bundled, bus, tmp_path):
+    made = network(bundled_model, top_k=2, floor=0.1, names=("normal", "adversarial", "fog"))
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": bundled.imgsz}
+    save_gated(made, card, tmp_path / "hard.safetensors")
+    again = load_detector(tmp_path / "hard.safetensors")
+    assert isinstance(again, GatedDetector)
+    assert (again.model.names, again.model.top_k, again.model.floor) == (["normal", "adversarial", "fog"], 2, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.model.parameters(), strict=True))
+    original = GatedDetector(made, "gated", bundled.imgsz)
+    assert torch.equal(again.detect([bus])[0].scores, original.detect([bus])[0].scores)
+    assert torch.equal(again.predict(bus, 0.25).boxes, again.detect([bus])[0].boxes)
+
+
+@pytest.mark.parametrize("broken", [{"split": 99}, {"experts": []}, {"floor": 2}, {"gate_on": "x"}, {"split": None}])
+def test_a_broken_card_is_an_error(bundled_model, bundled, tmp_path, broken):
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 320}
+    save_gated(network(bundled_model), card, tmp_path / "hard.safetensors")
+    file = tmp_path / "hard.json"
+    data = json.loads(file.read_text())
+    data["gated"] |= broken
+    file.write_text(json.dumps(data))
+    with pytest.raises(DetguardError):
+        load_model(tmp_path / "hard.safetensors")
+
+
+def test_it_is_attacked_like_any_other(bundled_model, bundled, bus):
+    made = detector(bundled_model, bundled)
+    clean = made.detect([bus])[0]
+    assert len(clean.of([0])) >= 3
+    before = copy.deepcopy(made.state_hash())
+    (attempt,) = attack_group(made, [("bus", bus, clean)], Vanish((0,)), [], AttackOptions(eps=8, step=2, steps=30))
+    assert attempt.done
+    assert not len(made.predict(attempt.adversarial, 0.25).of([0]))
+    assert made.state_hash() == before
