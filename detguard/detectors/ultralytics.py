@@ -107,9 +107,10 @@ def run_layers(
 
 
 def _inputs(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
-    if layer.f == -1:
-        return last
-    return saved[layer.f] if isinstance(layer.f, int) else [last if j == -1 else saved[j] for j in layer.f]
+    def output(number: int) -> Tensor:
+        return last if number == -1 else saved[number if number >= 0 else layer.i + number]
+
+    return output(layer.f) if isinstance(layer.f, int) else [output(number) for number in layer.f]
 
 
 def head_outputs(head: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:

@@ -1,0 +1,1 @@
+"""Hardening: experts, their gate, and their training against attacks that know them."""

@@ -1,0 +1,51 @@
+"""What experts learn: to say of a changed photo what the undefended detector says of the clean one."""
+
+from torch import Tensor, xlogy
+from torch.nn.functional import logsigmoid
+
+from detguard.detections import Candidates
+
+# Of the distribution of distances against the classes, as in the training loss.
+BOX_GAIN = 2.0
+TINY = 1e-30
+
+
+def imitation_loss(student: Candidates, teacher: Candidates) -> Tensor:
+    """KL divergence of the student's outputs from the teacher's, per frame, [B].
+
+    Classes by Bernoulli KL at every candidate, distances by KL of their distributions; both over the sum of the
+    teacher's confidences, which also weighs the distances: where there is nothing, boxes do not matter.
+    """
+    wanted, found = teacher.logits.detach().float(), student.logits.float()
+    p = wanted.sigmoid()
+    weight = p.amax(2)
+    norm = weight.sum(1).clamp(min=1)
+    classes = p * (logsigmoid(wanted) - logsigmoid(found)) + (1 - p) * (logsigmoid(-wanted) - logsigmoid(-found))
+    loss = classes.flatten(1).sum(1)
+    if student.anchors is not None and student.anchors.bins is not None and teacher.anchors is not None:
+        assert teacher.anchors.bins is not None
+        log_p = teacher.anchors.bins.detach().float().log_softmax(3)
+        log_q = student.anchors.bins.float().log_softmax(3)
+        boxes = (log_p.exp() * (log_p - log_q)).sum(3).mean(2)
+        loss = loss + BOX_GAIN * (boxes * weight).sum(1)
+    return loss / norm
+
+
+def gate_loss(logits: Tensor, wanted: int) -> Tensor:
+    """Cross-entropy of the gate for the expert that frames belong to, per frame, [B]."""
+    return -logits.log_softmax(1)[:, wanted]
+
+
+def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:
+    """How far the gate prefers one expert to another, in logits, which do not saturate as weights do; [B]."""
+    return logits[:, towards] - logits[:, away]
+
+
+def js_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of two tensors of probabilities as Bernoulli variables, elementwise; 0..ln 2."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        m = ((a + b) / 2).clamp(min=TINY)  # the mean of the smallest floats is 0
+        return xlogy(a, a) - xlogy(a, m) + xlogy(b, b) - xlogy(b, m)
+
+    return (kl(p, q) + kl(1 - p, 1 - q)) / 2

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detguard.detections import Anchors, Candidates
+from detguard.hardening.losses import gate_loss, gate_margin, imitation_loss, js_divergence
+
+PROBABILITY = st.floats(0, 1, width=32)
+
+
+def candidates(seed, scale=2.0):
+    g = torch.Generator().manual_seed(seed)
+    anchors = Anchors(torch.zeros(6, 2), torch.ones(6, 1), torch.randn(2, 6, 4, 16, generator=g))
+    return Candidates(scale * torch.randn(2, 6, 3, generator=g), torch.zeros(2, 6, 4), anchors=anchors)
+
+
+def test_imitating_oneself_costs_nothing_and_anything_else_costs_something():
+    a, b = candidates(0), candidates(1)
+    assert torch.allclose(imitation_loss(a, a), torch.zeros(2), atol=1e-6)
+    assert (imitation_loss(b, a) > 0.1).all()
+
+
+def test_boxes_matter_only_where_the_teacher_sees_something():
+    a = candidates(0)
+    other = Anchors(a.anchors.points, a.anchors.strides, candidates(1).anchors.bins)
+    blind = Candidates(torch.full_like(a.logits, -20.0), a.boxes, anchors=a.anchors)
+    moved = Candidates(blind.logits, a.boxes, anchors=other)
+    assert imitation_loss(moved, blind).max() < 1e-6
+    assert imitation_loss(Candidates(a.logits, a.boxes, anchors=other), a).min() > 0.1
+
+
+def test_its_gradient_is_the_slope():
+    teacher, student = candidates(0), candidates(1)
+    logits = student.logits.double().requires_grad_()
+
+    def loss(x):
+        return imitation_loss(Candidates(x.float(), student.boxes, anchors=student.anchors), teacher).sum()
+
+    (gradient,) = torch.autograd.grad(loss(logits), logits)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        slope = (loss(logits + 0.01 * direction) - loss(logits - 0.01 * direction)) / 0.02
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=0.01)
+
+
+@given(PROBABILITY, PROBABILITY)
+def test_the_js_divergence_is_symmetric_and_bounded(p, q):
+    a, b = torch.tensor(p), torch.tensor(q)
+    value = float(js_divergence(a, b))
+    assert value == pytest.approx(float(js_divergence(b, a)), abs=1e-6)
+    assert -1e-6 <= value <= math.log(2) + 1e-6
+    assert float(js_divergence(a, a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_js_divergence_of_certain_opposites_is_ln_2():
+    assert float(js_divergence(torch.tensor(0.0), torch.tensor(1.0))) == pytest.approx(math.log(2))
+
+
+def test_the_gates_margin_does_not_fade_where_its_weights_do():
+    sure = torch.tensor([[60.0, 0.0, -60.0]], requires_grad=True)
+    (by_loss,) = torch.autograd.grad(gate_loss(sure, 0).sum(), sure, retain_graph=True)
+    (by_margin,) = torch.autograd.grad(gate_margin(sure, 0, -1).sum(), sure)
+    assert by_loss.abs().max() < 1e-6
+    assert by_margin.tolist() == [[1, 0, -1]]

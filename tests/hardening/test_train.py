@@ -1,0 +1,127 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard.data.batches import PhotoSet, batches, make_frames, read_photos
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused
+from detguard.detectors.ultralytics import decode
+from detguard.hardening.adversary import Adversary, perturb
+from detguard.hardening.losses import imitation_loss
+from detguard.hardening.train import Setting, Stage, learned_parameters, train_stage
+
+SETTING = Setting(batch=4, size=96, save_every=1e9)
+MIXED = (0.25, 0.25, 0.5)
+
+
+@pytest.fixture(scope="module")
+def source(bus_file):
+    return read_photos([([bus_file, bus_file.with_name("zidane.jpg")], 1.0)], SETTING.size)[0]
+
+
+@pytest.fixture
+def network(bundled_model):
+    return GatedNetwork(fused(bundled_model), split=11)
+
+
+def stage(**options):
+    return Stage(**{"name": "test", "number": 4, "route": None, "trunk": True, "share": MIXED} | options)
+
+
+def test_frames_are_the_same_for_the_same_seed_and_whatever_came_before(source):
+    ahead = list(batches(source, 3, 96, 5, 0, 4, hard=1))
+    (later,) = batches(source, 3, 96, 5, 3, 4, hard=1)
+    assert torch.equal(ahead[3].shown, later.shown)
+    assert not torch.equal(ahead[2].clean, ahead[3].clean)
+    assert torch.equal(later.clean[1:], later.shown[1:])
+    assert not torch.equal(later.clean[0], later.shown[0])
+
+
+def test_photos_are_drawn_by_their_share():
+    photos = [np.full((40, 40, 3), value, np.uint8) for value in (10, 250)]
+    rare = PhotoSet(photos, np.array([0.1, 0.9]))
+    frames = make_frames(rare, 60, 32, np.random.default_rng(0))
+    assert ((frames > 180) & (frames != 114)).mean() > 4 * (frames < 60).mean()
+
+
+def test_unreadable_photos_are_named_and_the_rest_is_used(bus_file, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    found, messages = read_photos([([tmp_path / "broken.jpg", bus_file], 0.3), ([bus_file], 0.7)], 96)
+    assert found.probability.tolist() == pytest.approx([0.3, 0.7])
+    assert max(found.photos[0].shape) == 144
+    assert "broken.jpg" in messages[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 32), st.integers(1, 4), st.booleans(), st.integers(0, 9))
+def test_perturbed_frames_stay_in_the_budget_and_in_range(eps, steps, random, seed):
+    frames = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    weights = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed + 1))
+    adversary = Adversary(eps, steps, random)
+    moved = perturb(frames, lambda x: (x * weights).flatten(1).sum(1), adversary, torch.Generator().manual_seed(seed))
+    assert (moved - frames).abs().max() <= eps / 255 + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    assert ((moved - frames) * weights).sum() >= -1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "learns"),
+    [
+        ({"route": 1, "trunk": False}, {"experts.1"}),
+        ({"route": 2, "trunk": True}, {"experts.2", "trunk"}),
+        ({"experts": (2,), "trunk": False}, {"experts.2", "gate"}),
+        ({}, {"experts.0", "experts.1", "experts.2", "trunk", "gate"}),
+    ],
+)
+def test_a_stage_changes_what_it_is_told_to_and_nothing_else(network, bundled, source, tmp_path, options, learns):
+    before = copy.deepcopy(network.state_dict())
+    train_stage(network, bundled, source, stage(number=2, **options), SETTING, tmp_path / "last.pt")
+    changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
+    parts = {".".join(k.split(".")[: 2 if k.startswith("experts") else 1]) for k in changed}
+    assert parts == learns
+
+
+def test_decoding_constants_never_learn(network):
+    learned = {id(p) for p in learned_parameters(network, stage())}
+    constants = [p for n, p in network.named_parameters() if "dfl" in n]
+    assert constants
+    assert not any(id(p) in learned for p in constants)
+
+
+def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, bundled, source, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return GatedNetwork(fused(bundled_model), split=11)
+
+    wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1)
+    whole = train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "b.pt", lambda number, losses: number == 1)
+    resumed = train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "b.pt").state_dict()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(bundled_model, bundled, source, tmp_path):
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(bundled_model), split=0, names=("adversarial",))
+    batch = next(batches(source, 4, 96, 99, 0, 1))
+    with torch.no_grad():
+        wanted = bundled.candidates(batch.clean)
+
+    def harm(x):
+        return imitation_loss(decode(network.head, network(x, 0)[0]), wanted)
+
+    def attacked():
+        moved = perturb(batch.clean, harm, Adversary(4, 5), torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return float(harm(moved).mean())
+
+    before = attacked()
+    only = stage(number=40, route=0, share=(0.25, 0, 0.75), rate=1e-3, adversary=Adversary(4, 2))
+    train_stage(network, bundled, source, only, SETTING, tmp_path / "last.pt")
+    assert attacked() < 0.8 * before
