@@ -110,10 +110,14 @@ class Mislabel(Objective):
 
 @dataclass(frozen=True)
 class Degrade(Objective):
-    """The worst training loss, or some `parts` of it (see `training_loss.GAINS`): no success test, only worse."""
+    """The worst training loss, or some `parts` of it (see `training_loss.GAINS`): no success test, only worse.
+
+    gate: weight of the logits by which the gate of an ensemble prefers its last expert to the best of the others.
+    """
 
     targets: tuple[int, ...]
     parts: tuple[str, ...] = tuple(GAINS)
+    gate: float = 0.0
 
     @override
     def aim(self, candidates: Candidates, objects: Detections) -> Assignment:
@@ -125,7 +129,11 @@ class Degrade(Objective):
     def loss(self, candidates: Candidates, aims: Sequence[Assignment], conf: float) -> Tensor:
         """The negative sum of the parts, with the assignment of the first pass."""
         losses = detection_loss(candidates, Assignment.stack(aims))
-        return -torch.stack([losses[part] for part in self.parts]).sum(0)
+        loss = -torch.stack([losses[part] for part in self.parts]).sum(0)
+        if not self.gate or candidates.gate is None:
+            return loss
+        # On logits: the weights themselves have no gradient left where the gate is sure.
+        return loss + self.gate * (candidates.gate[:, -1] - candidates.gate[:, :-1].amax(1))
 
     @override
     def success(self, clean: Detections, found: Detections) -> bool:

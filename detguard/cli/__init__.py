@@ -1,6 +1,6 @@
 """The command line, one file per group of commands."""
 
-from detguard.cli import attack, evaluate
+from detguard.cli import attack, evaluate, harden
 from detguard.cli.app import main
 
-__all__ = ["attack", "evaluate", "main"]
+__all__ = ["attack", "evaluate", "harden", "main"]

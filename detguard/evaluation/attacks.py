@@ -8,6 +8,8 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.attacks.square import square_attack
+from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.cache import pack
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.views import Batch, Subject, View
@@ -22,13 +24,32 @@ PHOTO = "photo"
 VANISH_BELOW = 0.02
 
 
+# Weights of the gate's logits beside the training loss, whose gradient may be far larger or smaller.
+GATE_TERMS = (1, 10, 100)
+
+
+def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
+    """The attacks `names`, and for a gated ensemble those that know of its gate.
+
+    gate:W: the whole loss, and W times the logits by which the gate prefers its last, adversarial, expert;
+    route:I: the whole loss of expert I alone, whatever the gate says.
+    """
+    if not isinstance(detector, GatedDetector) or len(detector.model.names) < 2:
+        return tuple(names)
+    routes = [f"route:{i}" for i in range(len(detector.model.names))]
+    return (*names, *(f"gate:{weight}" for weight in GATE_TERMS), *routes)
+
+
 def attack_objective(name: str, targets: Sequence[int]) -> Objective:
-    """The objective of one of ATTACKS on the classes `targets`.
+    """The objective of one of ATTACKS, or of those that `attacks_on` adds, on the classes `targets`.
 
     class, box, all: the training loss or its parts; vanish: the confidence of any of the classes.
     """
     if name == "vanish":
         return Vanish(tuple(targets))
+    kind, _, value = name.partition(":")
+    if kind in ("gate", "route") and value.isdigit():
+        return Degrade(tuple(targets), gate=float(value) if kind == "gate" else 0.0)
     parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS)}
     if name not in parts:
         raise DetguardError(f"--attacks '{name}': expected some of {', '.join(ATTACKS)}")
@@ -124,7 +145,10 @@ class AttackSet(View):
             for image, photo, objects in zip(batch.images, batch.photos, batch.objects, strict=True)
         ]
         done: dict[str, Photo] = {}
-        for attempt in attack_group(subject.detector, photos, objective, [], options):
+        detector = subject.detector
+        if name.startswith("route:") and isinstance(detector, GatedDetector):
+            detector = detector.through(int(name.removeprefix("route:")))
+        for attempt in attack_group(detector, photos, objective, [], options):
             done[attempt.key] = attempt.adversarial
         return [done[key] for key, _, _ in photos]
 

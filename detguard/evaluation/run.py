@@ -9,7 +9,8 @@ from typing import Any
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
-from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attack_objective
+from detguard.detectors.base import Detector
+from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attack_objective, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
 from detguard.evaluation.score import results, score
@@ -53,10 +54,10 @@ class Protocols:
         if not (self.protocols and self.severities and self.eps and self.attacks):
             raise DetguardError("--protocols, --severities, --eps, --attacks: each needs at least one value")
 
-    @property
-    def attack_sets(self) -> list[AttackSet]:
-        """The white-box attacks, by rising budget as given."""
-        return [AttackSet(self.attacks, eps, self.steps, self.restarts, self.seed) for eps in self.eps]
+    def attack_sets(self, detector: Detector) -> list[AttackSet]:
+        """The white-box attacks on a detector, by rising budget as given; on a gated one, those that know it too."""
+        names = attacks_on(detector, self.attacks)
+        return [AttackSet(names, eps, self.steps, self.restarts, self.seed) for eps in self.eps]
 
     @property
     def corruptions(self) -> list[Corrupted]:
@@ -68,11 +69,11 @@ class Protocols:
         """The Square attack at the leading budget."""
         return BlackBox(self.eps[-1], self.queries, self.seed)
 
-    def views(self) -> list[View]:
+    def views(self, detector: Detector) -> list[View]:
         """What is shown of all photos, transfer left out; the clean photos always, to compare with."""
         views: list[View] = [Clean()]
         views += self.corruptions if "corruptions" in self.protocols else []
-        views += self.attack_sets if {"attack", "transfer"} & set(self.protocols) else []
+        views += self.attack_sets(detector) if {"attack", "transfer"} & set(self.protocols) else []
         views += [self.blackbox] if "blackbox" in self.protocols else []
         return views
 
@@ -89,18 +90,18 @@ class Evaluation:
 def work(subjects: list[Subject], wanted: Protocols) -> Iterator[tuple[Subject, list[View]]]:
     """What is to be shown, in order: each detector's own views, then what the others' attacks do to it, then checks."""
     for subject in subjects:
-        yield subject, wanted.views()
+        yield subject, wanted.views(subject.detector)
     if "transfer" in wanted.protocols:
         for subject in subjects:
             yield subject, transfers(subject, subjects, wanted)
     if "checks" in wanted.protocols:
         for subject in subjects:
-            yield first_photos(subject), check_views(wanted.attack_sets[-1], wanted.queries)
+            yield first_photos(subject), check_views(wanted.attack_sets(subject.detector)[-1], wanted.queries)
 
 
 def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> list[View]:
     """The other detectors' adversarial photos."""
-    return [Transferred(other, wanted.attack_sets[-1]) for other in subjects if other is not subject]
+    return [Transferred(other, wanted.attack_sets(other.detector)[-1]) for other in subjects if other is not subject]
 
 
 def evaluate(
@@ -163,7 +164,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         found["corruptions"] = _corruption_summary(kinds, clean["AP"])
     if "attack" in wanted.protocols:
         budgets: dict[str, Any] = {}
-        for attack in wanted.attack_sets:
+        for attack in wanted.attack_sets(subject.detector):
             parts = {}
             for part in attack.scored:
                 metrics = measure(attack, f"attack eps {attack.eps} {part}", part, write=part == WORST)
@@ -188,7 +189,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
         found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
     if "checks" in wanted.protocols:
-        found["checks"] = run_checks(subject, wanted.attack_sets[-1], wanted.queries)
+        found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
     evaluation.metrics[subject.name] = found
 
 

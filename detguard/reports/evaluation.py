@@ -116,18 +116,21 @@ def evaluation_page(
     """report.html of an evaluate run."""
     data = subjects[0].dataset
     each = max(1, MOST_PHOTOS // len(subjects))
-    view: View | None = None
-    if {"attack", "transfer"} & set(wanted.protocols):
-        view = wanted.attack_sets[-1]
-    elif "corruptions" in wanted.protocols:
-        view = wanted.corruptions[-1]
-    sides = ("before", "after") if view else ("labelled", "found")
-    items = [item for subject in subjects for item in _gallery(subject, view, each)]
+    changed = bool({"attack", "transfer", "corruptions"} & set(wanted.protocols))
+    sides = ("before", "after") if changed else ("labelled", "found")
+    items = [item for subject in subjects for item in _gallery(subject, _shown_view(subject, wanted), each)]
     shown = f"{data.name}, {len(data.files)} photos"
     left_out = sum(max(0, len(s.dataset.files) - each) for s in subjects)
     title = f"Evaluation of {', '.join(s.name for s in subjects)}"
     made = plots(evaluation.metrics, evaluation.curves)
     return render_page(title, shown, command, tables(evaluation.metrics), made, items, left_out, sides)
+
+
+def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
+    """What the gallery shows beside the clean photos, if anything."""
+    if {"attack", "transfer"} & set(wanted.protocols):
+        return wanted.attack_sets(subject.detector)[-1]
+    return wanted.corruptions[-1] if "corruptions" in wanted.protocols else None
 
 
 def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:

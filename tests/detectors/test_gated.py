@@ -10,7 +10,8 @@ from detguard import DetguardError
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.detectors.gated import GatedDetector, GatedNetwork, fuse
 from detguard.detectors.load import fused, load_detector, load_model, save_gated
-from detguard.objectives import Vanish
+from detguard.evaluation.attacks import attacks_on
+from detguard.objectives import Degrade, Vanish
 from detguard.photos import frames_tensor
 
 HEAD, NECK = 23, 11
@@ -161,3 +162,29 @@ def test_it_is_attacked_like_any_other(bundled_model, bundled, bus):
     assert attempt.done
     assert not len(made.predict(attempt.adversarial, 0.25).of([0]))
     assert made.state_hash() == before
+
+
+def test_evaluation_adds_attacks_that_know_the_gate(bundled_model, bundled):
+    made = detector(bundled_model, bundled)
+    names = attacks_on(made, ("all",))
+    assert names == ("all", "gate:1", "gate:10", "gate:100", "route:0", "route:1", "route:2")
+    assert attacks_on(bundled, ("all",)) == ("all",)
+
+
+def test_the_gate_term_turns_the_gate_away_from_its_last_expert(bundled_model, bundled, bus, frames):
+    made = detector(bundled_model, bundled)
+    labels = made.detect([bus], 0.4)[0]
+
+    def margin(photo):
+        with torch.no_grad():
+            gate = made.candidates(frames_tensor([made.letterbox(photo.shape[:2])(photo)])).gate[0]
+        return float(gate[-1] - gate[:-1].max())
+
+    left = {}
+    for weight in (0.0, 1000.0):
+        options = AttackOptions(eps=4, step=2, steps=10, stop=False, gradient="exact")
+        objective = Degrade(tuple(bundled.class_names), gate=weight)
+        (attempt,) = attack_group(made, [("bus", bus, labels)], objective, [], options)
+        left[weight] = margin(attempt.adversarial)
+    assert left[1000.0] < left[0.0]
+    assert left[1000.0] < margin(bus)

@@ -1,0 +1,143 @@
+"""`detguard harden`: parse, call, show."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from detguard import DetguardError
+from detguard.cli.app import Model, OutFolder, Trust, app, err, out, progress_bar, show_error
+
+if TYPE_CHECKING:
+    from detguard.runs import Run
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard harden --model best.pt --data photos/ --photos 200000`: a gated ensemble of three experts
+
+`detguard harden --model best.pt --data photos/ --recipe pgd`: the baseline, one adversarially trained network
+
+`detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
+)
+def harden(
+    model: Model = "detguard-n",
+    data: Annotated[
+        list[str] | None, typer.Option(help="Folder or pattern of photos, or a data.yaml or COCO json; repeatable.")
+    ] = None,
+    recipe: Annotated[
+        Literal["gated", "pgd", "finetune"],
+        typer.Option(help="gated: experts and a gate; pgd: one network, attacked; finetune: one network, clean."),
+    ] = "gated",
+    mode: Annotated[
+        Literal["full", "freeze-first"],
+        typer.Option(help="What the joint stage trains: everything, or the adversarial expert and the gate."),
+    ] = "full",
+    split: Annotated[
+        str,
+        typer.Option(help="What experts do not share: head, neck (and head), backbone (all), or from layer N."),
+    ] = "neck",
+    photos: Annotated[int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")] = 100_000,
+    imgsz: Annotated[
+        int | None, typer.Option(min=64, max=1280, help="Size of a frame; default: the model's own.")
+    ] = None,
+    eps: Annotated[float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each attack; 1 is FGSM from a random start.")] = 2,
+    mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
+    batch: Annotated[int, typer.Option(min=2, help="Photos per batch.")] = 16,
+    rate: Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate.")] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")] = 0,
+    out_folder: OutFolder = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Train a detector that holds up under attacks: experts for normal, hard and adversarial photos, and their gate.
+
+    No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one.
+    Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
+    """
+    from detguard.runs import Run
+
+    if resume:
+        if data:
+            raise DetguardError("--resume: takes its model, data and options from the run; give no others")
+        sys.exit(run_hardening(Run.open(resume, "harden"), trust))
+    if not data:
+        raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
+    plan = {
+        "recipe": recipe, "mode": mode, "split": split, "photos": photos, "eps": eps, "steps": steps, "mix": mix,
+        "batch": batch, "rate": rate, "seed": seed,
+    }  # fmt: skip
+    files = [str(file) for source in data for file in photo_files(source)]
+    config = {"model": model, "imgsz": imgsz, "harden": plan, "arguments": sys.argv[1:], "photos": files}
+    sys.exit(run_hardening(Run.create("harden", out_folder, config), trust))
+
+
+def photo_files(source: str) -> list[Path]:
+    """The photos of a folder, a pattern or a data set's training split; folders `images/train` and the like too."""
+    from detguard.photos import find_photos
+
+    if Path(source).suffix in (".yaml", ".yml", ".json"):
+        from detguard.data.dataset import read_dataset
+
+        return list(read_dataset(source, "train").files.values())
+    return find_photos([source])
+
+
+def run_hardening(run: "Run", trust: bool) -> int:
+    """Train what the run has not finished, with live progress; returns the exit code."""
+    from detguard.data.batches import read_photos
+    from detguard.detectors.load import load_detector, load_model
+    from detguard.detectors.ultralytics import UltralyticsDetector
+    from detguard.hardening.run import Plan, harden
+    from detguard.hardening.train import Setting, bf16_helps
+
+    config = run.config
+    plan = Plan(**config["harden"])
+    with err.status("Loading the detector and the photos"):
+        network = load_model(config["model"], trust)[0]
+        teacher = load_detector(config["model"], config["imgsz"], trust)
+        if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
+            raise DetguardError(f"{config['model']}: only Ultralytics' YOLO families can be hardened as yet")
+        source, broken = read_photos([([Path(file) for file in config["photos"]], 1.0)], teacher.imgsz)
+    for message in broken:
+        show_error(message)
+    architecture = Path(str(getattr(network, "yaml", {}).get("yaml_file", ""))).name
+    card: dict[str, Any] = {
+        "architecture": architecture,
+        "classes": list(teacher.class_names.values()),
+        "imgsz": teacher.imgsz,
+        "licence": "AGPL-3.0-or-later",
+        "hardened": {"from": Path(config["model"]).stem, **config["harden"]},
+    }
+    setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps())
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stopped.append(n))
+    # In forward-backward passes, so that the time left is right in stages with and without attacks.
+    costs = {stage.name: 1 + round(stage.share[2] * stage.adversary.steps) for stage in plan.stages()}
+    starts, total = {}, 0
+    for stage in plan.stages():
+        starts[stage.name], total = total, total + costs[stage.name] * stage.number
+    with progress_bar() as progress:
+        task = progress.add_task("harden", total=total)
+
+        def on_batch(name: str, number: int, losses: dict[str, float]) -> bool:
+            done = starts[name] + costs[name] * (number + 1)
+            progress.update(task, completed=done, description=f"{name}: loss {losses['loss']:.2f}")
+            return bool(stopped)
+
+        try:
+            made = harden(network, card, teacher, source, plan, setting, run, on_batch)
+        except KeyboardInterrupt:
+            show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
+            return 130
+    out.print(
+        f"results: {made}; judge it: detguard evaluate --model {made} --data ...", highlight=False, soft_wrap=True
+    )
+    return 2 if broken else 0

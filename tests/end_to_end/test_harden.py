@@ -1,0 +1,86 @@
+"""`detguard harden` as a user runs it: all stages on two photos, a few batches each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from ultralytics.utils import ASSETS
+
+from detguard.detectors.gated import GatedDetector
+from detguard.detectors.load import load_detector
+
+OPTIONS = ("--data", ASSETS, "--imgsz", 96, "--batch", 4, "--photos", 80, "--steps", 1)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
+
+
+def detguard(*arguments, cwd):
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def hardened(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harden")
+    result = detguard("harden", *OPTIONS, "--out", "run", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "run"
+
+
+def test_it_makes_an_ensemble_that_loads_like_any_detector(hardened, bus_file):
+    detector = load_detector(hardened / "weights/joint.safetensors")
+    assert isinstance(detector, GatedDetector)
+    assert detector.model.names == ["normal", "hard", "adversarial"]
+    assert detector.imgsz == 96
+    detector.predict(bus_file, 0.25)
+    card = json.loads((hardened / "weights/joint.json").read_text())
+    assert card["hardened"]["from"] == "detguard-n"
+    assert card["hardened"]["photos"] == 80
+
+
+def test_each_stage_leaves_its_weights_and_metrics(hardened):
+    stages = ["adversarial", "normal", "hard", "joint"]
+    weights = {stage: load_file(hardened / f"weights/{stage}.safetensors") for stage in stages}
+    trunk = [key for key in weights["joint"] if key.startswith("trunk")]
+    assert all(torch.equal(weights["adversarial"][key], weights["hard"][key]) for key in trunk)
+    assert any(not torch.equal(weights["hard"][key], weights["joint"][key]) for key in trunk)
+
+
+def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
+    process = subprocess.Popen(
+        command("harden", *OPTIONS, "--out", "run"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/weights/adversarial.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert not (tmp_path / "run/weights/joint.safetensors").exists()
+    result = detguard("harden", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    ours, whole = (load_file(run / "weights/joint.safetensors") for run in (tmp_path / "run", hardened))
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--data"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--data", ASSETS, "--split", "tail"), "--split tail"),
+        (("--data", ASSETS, "--split", "99"), "--split 99"),
+    ],
+)
+def test_wrong_use_is_one_line_that_names_the_option(tmp_path, arguments, message):
+    result = detguard("harden", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
