@@ -120,15 +120,24 @@ class Degrade(Objective):
     gate: float = 0.0
 
     @override
-    def aim(self, candidates: Candidates, objects: Detections) -> Assignment:
+    def aim(self, candidates: Candidates, objects: Detections) -> Assignment | Detections:
+        """The assignment; for heads without anchors the objects, for their candidates change places as they will."""
+        objects = objects.of(self.targets)
+        return objects if candidates.anchors is None else self._assign(candidates, objects)
+
+    def _assign(self, candidates: Candidates, objects: Detections) -> Assignment:
         # Training wants a confidence of the overlap, not of 1: raising that loss can make a detection more certain.
-        assignment = assign(candidates, [objects.of(self.targets)])
+        assignment = assign(candidates, [objects])
         return replace(assignment, weights=torch.ones_like(assignment.weights))
 
     @override
-    def loss(self, candidates: Candidates, aims: Sequence[Assignment], conf: float) -> Tensor:
-        """The negative sum of the parts, with the assignment of the first pass."""
-        losses = detection_loss(candidates, Assignment.stack(aims))
+    def loss(self, candidates: Candidates, aims: Sequence[Assignment | Detections], conf: float) -> Tensor:
+        """The negative sum of the parts, with the assignment of the first pass where there are anchors."""
+        assigned = [
+            aim if isinstance(aim, Assignment) else self._assign(candidates[i : i + 1], aim)
+            for i, aim in enumerate(aims)
+        ]
+        losses = detection_loss(candidates, Assignment.stack(assigned))
         loss = -torch.stack([losses[part] for part in self.parts]).sum(0)
         if not self.gate or candidates.gate is None:
             return loss

@@ -46,6 +46,7 @@ MOST_SHOWN = 3
 `detguard evaluate --resume runs/evaluate/001`: go on with a run that was stopped"""
 )
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,8 +93,10 @@ def evaluate(
 
     run: Run | None = None
     if resume:
-        if model or data:
-            raise DetguardError("--resume: takes its models, data and options from the run; give no others")
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        if others := sorted(given - {"resume", "trust", "device"}):
+            raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
         run = Run.open(resume, "evaluate")
         config = run.config
         with err.status("Loading the detectors"):
@@ -168,7 +171,15 @@ def load_subjects(detectors: "Sequence[Detector]", source: dict[str, Any]) -> "l
         taken = [s.detector.name for s in subjects].count(detector.name)
         name = f"{detector.name}#{taken + 1}" if taken else detector.name
         ids = dataset.category_ids(detector.class_names, source["classes"])
+        if not {a["category_id"] for a in dataset.annotations.anns.values()} & set(ids.values()):
+            raise DetguardError(f"{source['source']}: none of its labelled objects is of a class that is evaluated")
         subjects.append(Subject(name, detector, dataset, ids, cache))
+    if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
+        counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
+        message = (
+            f"warning: the detectors know different classes of {dataset.name} ({counts}); --classes makes them equal"
+        )
+        err.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
     return subjects
 
 
@@ -228,7 +239,7 @@ def compare(
         file = Run.open(folder, "evaluate").folder / "metrics.json"
         try:
             found = json.loads(file.read_text())
-            metrics |= {f"{folder.name}: {name}": row for name, row in found.items()}
+            metrics |= {f"{folder}: {name}": row for name, row in found.items()}
         except (OSError, ValueError, AttributeError) as error:
             raise DetguardError(
                 f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"

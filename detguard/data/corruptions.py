@@ -182,7 +182,7 @@ KINDS: dict[str, Kind] = {
     "motion_blur": Kind(
         "blur",
         "albumentations",
-        "even weights along the line, not fading ones",
+        "even weights along a line of 7 to 25 px, not fading ones",
         _library(lambda i: A.MotionBlur(blur_limit=((7, 11, 15, 19, 25)[i],) * 2, allow_shifted=False, p=1)),
     ),
     "zoom_blur": Kind(

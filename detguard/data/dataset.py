@@ -117,6 +117,9 @@ def read_dataset(
     if not files:
         first = next((where[0] for where in faults.found.values()), "it lists none")
         raise DataError(f"{file}: no photo to evaluate on ({first})")
+    if not dataset["annotations"]:
+        first = next((where[0] for where in faults.found.values()), "it lists none")
+        raise DataError(f"{file}: no labelled object to evaluate on ({first})")
     coco = COCO()
     coco.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):
@@ -254,7 +257,7 @@ def _read_coco(file: Path, folder: Path, faults: _Faults, limit: int | None) -> 
         raise DataError(f"{file}: has no annotations (test sets of COCO have none); evaluate on a labelled split")
     categories = [dict(c) for c in _entries(data, "categories", ("id", "name"), file)]
     for kind, ids in (("categories", categories), ("images", data["images"])):
-        counts = Counter(e.get("id") for e in ids if isinstance(e, dict))
+        counts = Counter(e.get("id") for e in ids if isinstance(e, dict) and isinstance(e.get("id"), int))
         if twice := [i for i, n in counts.items() if n > 1]:
             raise DataError(f"{file}: {kind} with the same id {twice[0]}; ids must be unique")
     images: list[dict[str, Any]] = []
@@ -292,7 +295,8 @@ def _read_coco(file: Path, folder: Path, faults: _Faults, limit: int | None) -> 
             continue
         if (cut := _clip((x, y, w, h), *sizes[entry["image_id"]], where, faults)) is not None:
             crowd = int(bool(entry.get("iscrowd", 0)))
-            area = float(entry.get("area") or cut[2] * cut[3])
+            given_area = entry.get("area")
+            area = float(given_area) if isinstance(given_area, int | float) else cut[2] * cut[3]
             annotations.append(_annotation(len(annotations), entry["image_id"], entry["category_id"], cut, area, crowd))
     return {"images": images, "annotations": annotations, "categories": categories}, files
 
@@ -325,20 +329,27 @@ def _read_yolo(
     config: dict[str, Any], root: Path, split: str, file: Path, faults: _Faults, limit: int | None
 ) -> tuple[dict[str, Any], dict[int, Path]]:
     names = config["names"]
-    names = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
+    try:
+        names = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
+    except ValueError as error:
+        raise DataError(f"{file}: 'names' should map numbers to names, as in 0: person ({error})") from error
     ids = official_ids(names)
     photos = _photos_of_split(config[split], root, file)[:limit]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     files = {}
+    # COCO's own photos are named by their id.
+    numbers = [int(p.stem) for p in photos if p.stem.isdecimal()]
+    numbered = len(set(numbers)) == len(photos)
     for number, photo in enumerate(photos, 1):
-        # COCO's own photos are named by their id.
-        image_id = int(photo.stem) if all(p.stem.isdigit() for p in photos) else number
+        image_id = int(photo.stem) if numbered else number
         if (size := _upright_size(photo)) is None:
             faults.add(LOST, f"{file}: {photo}")
             continue
         images.append({"id": image_id, "file_name": photo.name, "width": size[0], "height": size[1]})
         files[image_id] = photo
+        if not _label_file(photo).exists():
+            faults.add("photos without a label file, taken as empty", f"{_label_file(photo)} is not there")
         for category, box in _read_labels(_label_file(photo), ids, size, faults):
             annotations.append(_annotation(len(annotations), image_id, category, box, box[2] * box[3]))
     categories = [{"id": ids[k], "name": v} for k, v in names.items()]

@@ -1,6 +1,9 @@
 """The gated ensemble: one trunk, K experts (copies of the rest of a detector), and a gate that weighs them."""
 
 import copy
+import hashlib
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +153,9 @@ class GatedDetector(Detector):
     """A frozen gated ensemble; `route` forces one expert, so that attacks can try each way through it."""
 
     def __init__(self, network: GatedNetwork, name: str, imgsz: int, device: str = "cpu") -> None:
-        self.name, self.class_names, self.imgsz = name, network.class_names, imgsz
+        self.name, self.class_names = name, network.class_names
+        self.stride = max(int(network.head.stride.max()), 32)
+        self.imgsz = math.ceil(imgsz / self.stride) * self.stride
         self.model: Any = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.route: int | None = None
@@ -162,8 +167,14 @@ class GatedDetector(Detector):
         return forced
 
     @override
+    def state_hash(self) -> str:
+        """As of any detector, with how the experts are put together: the card decides as much as the weights."""
+        card = json.dumps([gated_card(self.model), self.route], sort_keys=True)
+        return hashlib.sha256((super().state_hash() + card).encode()).hexdigest()
+
+    @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
-        return Letterbox.fit(photo_shape, self.imgsz, max(int(self.model.head.stride.max()), 32))
+        return Letterbox.fit(photo_shape, self.imgsz, self.stride)
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:

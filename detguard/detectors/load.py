@@ -37,9 +37,15 @@ def load_detector(
     Raises:
         DetguardError: no such weights, or they are damaged, of another kind, or would execute code.
     """
+    import torch
+
     from detguard.detectors.gated import GatedDetector, GatedNetwork
     from detguard.detectors.ultralytics import UltralyticsDetector
 
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DetguardError(f"--device {device}: cannot be used ({str(error).splitlines()[0]})") from error
     model, size = load_model(name, trust)
     if isinstance(model, GatedNetwork):
         if end_to_end:

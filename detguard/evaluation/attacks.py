@@ -107,13 +107,14 @@ class AttackSet(View):
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:
         subject = batch.subject
         entries: list[dict[str, bytes]] = [{} for _ in batch.images]
-        worst: list[tuple[float, str, Photo] | None] = [None for _ in batch.images]
+        scored = sorted(subject.category_ids)
+        worst: list[tuple[tuple[float, float], str, Photo] | None] = [None for _ in batch.images]
         for run in self.runs:
             attack, restart = run.rsplit("-", 1)
             photos = self.attack(batch, attack, int(restart))
             for i, found in enumerate(subject.detect(photos)):
                 entries[i][run] = pack(found)
-                left = value_left(batch.objects[i], found)
+                left = value_left(batch.objects[i], found.of(scored))
                 best = worst[i]
                 if best is None or left < best[0]:
                     worst[i] = left, run, photos[i]

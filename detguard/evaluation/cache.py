@@ -5,6 +5,8 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from detguard import DetguardError, __version__
 from detguard.detections import Detections
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
+# To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
+RESULTS = 2
+LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations")
 
 
 class Cache:
@@ -58,8 +63,13 @@ class Cache:
 
 
 def entry_key(**parts: Any) -> str:
-    """The key of an entry: a hash of all that it depends on, this version of detguard included."""
-    return hashlib.sha256(json.dumps([__version__, parts], sort_keys=True).encode()).hexdigest()
+    """The key of an entry: a hash of all that it depends on, the versions of the code included."""
+    return hashlib.sha256(json.dumps([_versions(), parts], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _versions() -> list[object]:
+    return [__version__, RESULTS, *(version(name) for name in LIBRARIES)]
 
 
 def pack(detections: Detections) -> bytes:

@@ -39,8 +39,8 @@ def check_views(attack: AttackSet, queries: int) -> list[View]:
 
 
 def first_photos(subject: Subject) -> Subject:
-    """The subject on the first PHOTOS photos of its data."""
-    files = dict(list(subject.dataset.files.items())[:PHOTOS])
+    """The subject on the first PHOTOS photos of its data that have objects to lose."""
+    files = dict([(i, f) for i, f in subject.dataset.files.items() if len(subject.objects(i))][:PHOTOS])
     return replace(subject, dataset=replace(subject.dataset, files=files))
 
 

@@ -115,16 +115,17 @@ def matches(objects: Detections, found: Detections, iou: float = 0.5) -> Tensor:
     return true
 
 
-def value_left(objects: Detections, found: Detections) -> float:
+def value_left(objects: Detections, found: Detections) -> tuple[float, float]:
     """What the detections of one photo are worth: of each object found, confidence x precision down to it, summed.
 
-    AP belongs to a data set; this tells which of two sets of detections of one photo takes more from it.
+    AP belongs to a data set; this tells which of two sets of detections of one photo takes more from it: the lesser.
+    The second number decides where the first is equal: less the summed confidence of false positives.
     """
     true = matches(objects, found)
     same = found.classes[:, None] == found.classes[None]
     ahead = torch.ones(len(found), len(found)).tril() * same
     precision = (ahead @ true.float()) / ahead.sum(1)
-    return float((found.scores * precision)[true].sum())
+    return float((found.scores * precision)[true].sum()), -float(found.scores[~true].sum())
 
 
 def f1(objects: Detections, found: Detections) -> float:

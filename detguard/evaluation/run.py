@@ -9,8 +9,9 @@ from typing import Any
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
+from detguard.data.dataset import LOST
 from detguard.detectors.base import Detector
-from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attack_objective, attacks_on
+from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
 from detguard.evaluation.score import results, score
@@ -50,7 +51,10 @@ class Protocols:
             if not 0 < eps <= 255:
                 raise DetguardError(f"--eps {eps}: expected whole levels of 1..255")
         for attack in self.attacks:
-            attack_objective(attack, ())
+            if attack not in ATTACKS:
+                raise DetguardError(f"--attacks '{attack}': expected some of {', '.join(ATTACKS)}")
+        for name in ("protocols", "severities", "eps", "attacks"):  # what is said twice is done once
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.protocols and self.severities and self.eps and self.attacks):
             raise DetguardError("--protocols, --severities, --eps, --attacks: each needs at least one value")
 
@@ -73,7 +77,10 @@ class Protocols:
         """What is shown of all photos, transfer left out; the clean photos always, to compare with."""
         views: list[View] = [Clean()]
         views += self.corruptions if "corruptions" in self.protocols else []
-        views += self.attack_sets(detector) if {"attack", "transfer"} & set(self.protocols) else []
+        if "attack" in self.protocols:
+            views += self.attack_sets(detector)
+        elif "transfer" in self.protocols:
+            views.append(self.attack_sets(detector)[-1])
         views += [self.blackbox] if "blackbox" in self.protocols else []
         return views
 
@@ -149,7 +156,16 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
 
     metrics = measure(Clean(), "clean", sizes=True)
     clean, curves["clean"] = metrics.stats, metrics.precision
-    found: dict[str, Any] = {}
+    dataset, detector = subject.dataset, subject.detector
+    found: dict[str, Any] = {
+        "setting": {
+            "data": dataset.name,
+            "imgsz": detector.imgsz,
+            "end_to_end": detector.end_to_end,
+            "sha256": detector.state_hash(),
+            "left_out": len(dataset.warnings.get(LOST, [])),
+        }
+    }
     if "clean" in wanted.protocols:
         counts = {"photos": len(subject.dataset.files), "classes": len(subject.category_ids)}
         found["clean"] = clean | counts

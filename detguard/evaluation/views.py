@@ -43,7 +43,7 @@ class Subject:
 
     @cached_property
     def hashes(self) -> dict[int, str]:
-        """Image id -> hash of its file, without those that cannot be read."""
+        """Image id -> hash of its file."""
         return {i: hashlib.sha256(f.read_bytes()).hexdigest() for i, f in self.dataset.files.items()}
 
     @cached_property
@@ -110,7 +110,7 @@ class View(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Unique within a run; used for file names."""
+        """What it is called while it is shown; unique within a run."""
 
     @property
     def cost(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from detguard import DetguardError
@@ -117,6 +118,7 @@ def harden(
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
     """
+    torch.manual_seed(plan.seed)  # of the gate's first weights
     single = plan.recipe != "gated"
     network = GatedNetwork(fused(model), 0 if single else split_layer(model, plan.split), plan.experts)
     made = Path()

@@ -39,6 +39,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
     ("blackbox", "black box AP", lambda m: number(m["blackbox"]["AP"])),
     ("checks", "checks", _checks),
+    ("setting", "px", lambda m: str(m["setting"]["imgsz"])),
+    ("setting", "data", lambda m: str(m["setting"]["data"])),
     ("clean", "photos", lambda m: str(m["clean"]["photos"])),
     ("clean", "classes", lambda m: str(m["clean"]["classes"])),
 )
@@ -134,22 +136,22 @@ def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
 
 
 def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
-    names = subject.detector.class_names
+    names, scored = subject.detector.class_names, list(subject.category_ids)
     for image, file in list(subject.dataset.files.items())[:count]:
         photo, objects = read_photo(file), subject.objects(image)
-        clean = Clean().load(subject, image).above(SHOWN_CONFIDENCE)
+        clean = Clean().load(subject, image).above(SHOWN_CONFIDENCE).of(scored)
         if view is None:
             before, after, shown = objects, clean, photo
         else:
             before = clean
-            after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE)
+            after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE).of(scored)
             shown = view.show(Batch(subject, [image]))[0]
         scores = [f1(objects, found) for found in (clean, after)]
         note = f"{view.name}: " if view else ""
         note += f"{_count(objects)} labelled, F1 {scores[0]:.2f}" + (f" to {scores[1]:.2f}" if view else "")
         yield gallery_item(
             f"{subject.name}: {file.name}",
-            _outcome(*scores),
+            _outcome(*scores) if view else _quality(scores[1]),
             note,
             photo,
             before.records(names),
@@ -160,6 +162,10 @@ def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
 
 def _count(objects: Detections) -> str:
     return f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
+
+
+def _quality(score: float) -> str:
+    return "all right" if score == 1 else "partly right" if score else "nothing right"
 
 
 def _outcome(before: float, after: float) -> str:

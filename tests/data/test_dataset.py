@@ -35,7 +35,7 @@ def coco(folder, annotations=(), images=None, categories=None, name="instances_v
 
 def yolo(folder, labels, config=None):
     (folder / "labels" / "val").mkdir(parents=True, exist_ok=True)
-    for name, text in labels.items():
+    for name, text in ({"a": "", "b": ""} | labels).items():
         (folder / "labels" / "val" / f"{name}.txt").write_text(text)
     file = folder / "data.yaml"
     file.write_text(yaml.safe_dump({"path": ".", "val": "images/val", "names": ["person", "dog"]} | (config or {})))
@@ -76,7 +76,7 @@ def test_objects_are_given_in_the_detectors_classes_without_crowds(photos):
 
 
 def test_a_class_subset_must_be_known_to_both(photos):
-    dataset = read_dataset(coco(photos))
+    dataset = read_dataset(coco(photos, [{}]))
     assert dataset.category_ids({0: "person", 1: "dog"}, ["dog"]) == {1: 18}
     with pytest.raises(DataError, match="horse"):
         dataset.category_ids({0: "person", 1: "horse"}, ["horse"])
@@ -202,6 +202,31 @@ def test_a_known_name_that_is_not_here_says_how_to_get_it():
         read_dataset("coco")
     with pytest.raises(DataError, match="known name"):
         read_dataset("cocoo")
+
+
+def test_photos_of_the_same_number_stay_apart(photos):
+    for folder in ("cam1", "cam2"):
+        (photos / "images" / "val" / folder).mkdir()
+        for suffix in ("images", "labels"):
+            (photos / suffix / "val" / folder).mkdir(parents=True, exist_ok=True)
+        (photos / "images" / "val" / "a.jpg").rename(photos / "images" / "val" / folder / "1.jpg")
+        (photos / "labels" / "val" / folder / "1.txt").write_text("0 .5 .5 .2 .2")
+        (photos / "images" / "val" / "b.jpg").replace(photos / "images" / "val" / "a.jpg") if folder == "cam1" else None
+    dataset = read_dataset(yolo(photos, {}))
+    assert len(dataset.files) == 2
+    assert all(len(dataset.annotations.imgToAnns[i]) == 1 for i in dataset.files)
+
+
+def test_data_without_any_label_is_an_error(photos):
+    with pytest.raises(DataError, match="no labelled object"):
+        read_dataset(yolo(photos, {}))
+
+
+def test_photos_without_a_label_file_are_counted(photos):
+    file = yolo(photos, {"a": "0 .5 .5 .2 .2"})
+    (photos / "labels" / "val" / "b.txt").unlink()
+    dataset = read_dataset(file)
+    assert list(dataset.warnings) == ["photos without a label file, taken as empty"]
 
 
 def test_a_limit_takes_the_first_photos(photos):

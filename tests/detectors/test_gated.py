@@ -164,6 +164,14 @@ def test_it_is_attacked_like_any_other(bundled_model, bundled, bus):
     assert made.state_hash() == before
 
 
+def test_how_experts_are_put_together_is_part_of_its_state(bundled_model, bundled):
+    made = detector(bundled_model, bundled)
+    before = made.state_hash()
+    assert made.through(0).state_hash() != before
+    made.model.floor = 0.2
+    assert made.state_hash() != before
+
+
 def test_evaluation_adds_attacks_that_know_the_gate(bundled_model, bundled):
     made = detector(bundled_model, bundled)
     names = attacks_on(made, ("all",))

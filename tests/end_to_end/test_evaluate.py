@@ -43,7 +43,8 @@ def test_metrics_hold_every_protocol_of_every_model(done):
     metrics = json.loads((folder / "run/metrics.json").read_text())
     assert list(metrics) == ["detguard-n", "detguard-n#2"]
     for found in metrics.values():
-        assert list(found) == ["clean", "corruptions", "attack", "transfer", "blackbox", "checks"]
+        assert list(found) == ["setting", "clean", "corruptions", "attack", "transfer", "blackbox", "checks"]
+        assert found["setting"]["imgsz"] == 320
         assert len(found["clean"]) == 12 + 2
         assert len(found["corruptions"]["kinds"]) == 15
         assert found["corruptions"]["rPC"] == pytest.approx(found["corruptions"]["mPC"] / found["clean"]["AP"])
@@ -141,10 +142,14 @@ def test_compare_names_a_run_that_is_not_done(tmp_path):
         (("--data", "DATA", "--eps", "300"), "--eps 300"),
         (("--data", "DATA", "--classes", "unicorn"), "unicorn"),
         (("--data", "DATA", "--protocols", "transfer"), "two detectors"),
-        (("--data", "DATA", "--resume", "run"), "--resume"),
+        (("--resume", "run", "--eps", "8"), "leave out eps"),
+        (("--data", "DATA", "--device", "gpu9"), "--device gpu9"),
+        (("--data", "DATA", "--classes", "sheep"), "none of its labelled objects"),
     ],
 )
 def test_wrong_use_is_one_line_that_names_the_option(tmp_path, tiny_data, arguments, message):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("command: evaluate\n")
     result = detguard("evaluate", *(tiny_data if a == "DATA" else a for a in arguments), cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr

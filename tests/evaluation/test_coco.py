@@ -119,7 +119,9 @@ def test_what_is_left_falls_with_confidence_and_with_false_positives_ahead():
     ahead = found((0, 0.95, 50, 50, 60, 60), (0, 0.9, 0, 0, 10, 10))
     behind = found((0, 0.9, 0, 0, 10, 10), (0, 0.5, 50, 50, 60, 60))
     other = found((1, 0.95, 50, 50, 60, 60), (0, 0.9, 0, 0, 10, 10))
-    assert value_left(objects, sure) == value_left(objects, behind) == value_left(objects, other) == pytest.approx(0.9)
-    assert value_left(objects, ahead) == pytest.approx(0.45)
-    assert value_left(objects, unsure) == pytest.approx(0.3)
-    assert value_left(objects, found()) == 0
+    for detections in (sure, behind, other):
+        assert value_left(objects, detections)[0] == pytest.approx(0.9)
+    assert value_left(objects, ahead)[0] == pytest.approx(0.45)
+    assert value_left(objects, unsure)[0] == pytest.approx(0.3)
+    assert value_left(objects, found()) == (0, 0)
+    assert value_left(objects, found((0, 0.7, 50, 50, 60, 60))) < value_left(objects, found())
