@@ -92,8 +92,12 @@ def tables(metrics: Metrics) -> list[Table]:
         ]
         head = ["corruption", *corrupted, "made by", "differs from ImageNet-C"]
         severities = list(next(iter(first_kinds.values()))["severities"])
-        note = f"AP at severity {severities[0]}" if len(severities) == 1 else f"AP, mean over severities {severities}"
-        made.append(Table("Corruptions", head, rows, note.replace("'", "") + "."))
+        note = (
+            f"AP, mean over severities {', '.join(severities)}."
+            if len(severities) > 1
+            else f"AP at severity {severities[0]}."
+        )
+        made.append(Table("Corruptions", head, rows, note))
     checked = {name: m["checks"] for name, m in metrics.items() if "checks" in m}
     if checked:
         rows = [
