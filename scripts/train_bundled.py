@@ -27,6 +27,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
+from detguard.data.batches import PhotoSet, make_frames
 from detguard.detectors.load import load_model
 from detguard.engine import keep_freed_memory
 
@@ -56,8 +57,8 @@ SOURCES = {
 }
 
 
-def read_photos(shared: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Decode every training photo, longest side at most 480, uint8 BGR, and its sampling probability."""
+def read_photos(shared: Path) -> PhotoSet:
+    """Decode every training photo, longest side at most 480, uint8 BGR, with its sampling probability."""
     photos, probability = [], []
     for folder, share in SOURCES.items():
         files = sorted((shared / "data" / folder).glob("*.jpg"))
@@ -69,42 +70,12 @@ def read_photos(shared: Path) -> tuple[list[np.ndarray], np.ndarray]:
             )
         probability += [share / len(files)] * len(files)
     p = np.array(probability)
-    return photos, p / p.sum()
+    return PhotoSet(photos, p / p.sum())
 
 
-def augment(photo: np.ndarray, canvas: np.ndarray, rng: np.random.Generator, wide: float) -> None:
-    """Draw a randomly flipped, stretched, scaled, shifted and toned `photo` onto `canvas` (uint8 [S, S, 3])."""
-    h, w = photo.shape[:2]
-    size = canvas.shape[0]
-    scale = size / max(h, w) * np.exp(rng.uniform(np.log(0.55), np.log(wide)))
-    stretch = np.exp(rng.uniform(-0.12, 0.12))
-    sx, sy = scale * stretch, scale / stretch
-    free_x, free_y = size - w * sx, size - h * sy
-    matrix = np.array([[sx, 0, rng.uniform(0, 1) * free_x], [0, sy, rng.uniform(0, 1) * free_y]])
-    if rng.random() < 0.5:
-        matrix[0] = [-sx, 0, matrix[0, 2] + w * sx]
-    if rng.random() < 0.7:
-        tone = np.linspace(0, 1, 256) ** np.exp(rng.uniform(-0.4, 0.4)) * rng.uniform(0.7, 1.25)
-        channels = tone[:, None] * rng.uniform(0.88, 1.12, 3)
-        photo = cv2.LUT(photo, (channels * 255).clip(0, 255).astype(np.uint8)[None])
-    interpolation = cv2.INTER_AREA if scale < 0.6 else cv2.INTER_LINEAR
-    cv2.warpAffine(photo, matrix, (size, size), dst=canvas, flags=interpolation, borderMode=cv2.BORDER_TRANSPARENT)
-
-
-def make_batch(photos: list[np.ndarray], probability: np.ndarray, size: int, seed: tuple[int, int]) -> Tensor:
+def make_batch(source: PhotoSet, size: int, seed: tuple[int, int]) -> Tensor:
     """One batch of frames, uint8 [B, 3, S, S] RGB, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    batch = np.full((size, SIZE, SIZE, 3), 114, np.uint8)
-    for canvas in batch:
-        if rng.random() < 0.3:  # mosaic: four photos, more and smaller objects
-            half = SIZE // 2
-            for y in (0, half):
-                for x in (0, half):
-                    tile = np.full((half, half, 3), 114, np.uint8)
-                    augment(photos[rng.choice(len(photos), p=probability)], tile, rng, 2.2)
-                    canvas[y : y + half, x : x + half] = tile
-        else:
-            augment(photos[rng.choice(len(photos), p=probability)], canvas, rng, 1.7)
+    batch = make_frames(source, size, SIZE, np.random.default_rng(seed))
     return torch.from_numpy(batch[..., ::-1].copy()).permute(0, 3, 1, 2)
 
 
@@ -205,14 +176,14 @@ def train(args: argparse.Namespace) -> None:
         student.load_state_dict(weights)
         ema.module.load_state_dict(weights)
         seen = json.loads(args.start.with_suffix(".json").read_text())["trained"]["photos seen"]
-    photos, probability = read_photos(args.shared)
-    print(f"{len(photos)} photos, {seen} of {args.photos} seen", flush=True)
+    source = read_photos(args.shared)
+    print(f"{len(source.photos)} photos, {seen} of {args.photos} seen", flush=True)
 
     batches: Queue[Tensor] = Queue(4)
 
     def feed() -> None:
         for start in range(seen, args.photos, args.batch):
-            batches.put(make_batch(photos, probability, args.batch, (args.seed, start)))
+            batches.put(make_batch(source, args.batch, (args.seed, start)))
 
     threading.Thread(target=feed, daemon=True).start()
 

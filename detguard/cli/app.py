@@ -38,6 +38,7 @@ Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...")]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
 ]
+Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")]
 
 
 def main() -> None:

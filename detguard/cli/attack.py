@@ -17,6 +17,7 @@ from detguard.cli.app import (
     ImageSize,
     Model,
     OutFolder,
+    Resume,
     Trust,
     app,
     err,
@@ -83,9 +84,7 @@ def attack(
     seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Photos attacked at once.")] = 1,
     out_folder: OutFolder = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")
-    ] = None,
+    resume: Resume = None,
     end_to_end: EndToEnd = False,
     device: Device = "cpu",
     trust: Trust = False,

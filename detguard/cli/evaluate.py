@@ -13,6 +13,7 @@ from detguard.cli.app import (
     EndToEnd,
     ImageSize,
     OutFolder,
+    Resume,
     Trust,
     app,
     err,
@@ -76,9 +77,7 @@ def evaluate(
     queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of corruptions, random starts and the black-box attack.")] = 0,
     out_folder: OutFolder = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")
-    ] = None,
+    resume: Resume = None,
     end_to_end: EndToEnd = False,
     device: Device = "cpu",
     trust: Trust = False,

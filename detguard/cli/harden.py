@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
-from detguard.cli.app import Model, OutFolder, Trust, app, err, out, progress_bar, show_error
+from detguard.cli.app import Model, OutFolder, Resume, Trust, app, err, out, progress_bar, show_error
 
 if TYPE_CHECKING:
     from detguard.runs import Run
@@ -51,9 +51,7 @@ def harden(
     rate: Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")] = 0,
     out_folder: OutFolder = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")
-    ] = None,
+    resume: Resume = None,
     trust: Trust = False,
 ) -> None:
     """Train a detector that holds up under attacks: experts for normal, hard and adversarial photos, and their gate.
