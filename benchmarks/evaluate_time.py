@@ -53,8 +53,8 @@ def main(
     torch.autograd.grad = timed("backward", torch.autograd.grad)
     detguard.evaluation.views.corrupt = timed("corruptions", detguard.evaluation.views.corrupt)
     detguard.evaluation.views.read_photo = timed("reading photos", detguard.evaluation.views.read_photo)
-    detguard.evaluation.run.score = timed("COCO metrics", detguard.evaluation.run.score)
-    detguard.evaluation.run.results = timed("writing results", detguard.evaluation.run.results)
+    detguard.evaluation.run.metrics_of = timed("COCO metrics", detguard.evaluation.run.metrics_of)
+    detguard.evaluation.run.results = timed("reading results", detguard.evaluation.run.results)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         dataset = read_dataset(data, limit=limit)

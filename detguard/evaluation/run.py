@@ -14,7 +14,7 @@ from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
-from detguard.evaluation.score import results, score
+from detguard.evaluation.score import metrics_of, results
 from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill
 from detguard.runs import Run
 
@@ -147,11 +147,12 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
     curves = evaluation.curves.setdefault(subject.name, {})
 
     def measure(view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> Metrics:
-        metrics = score(subject, view, part, sizes)
+        shown = results(subject, view, part)
+        if write:  # before they are scored, which adds fields of pycocotools' own
+            file = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
+            run.write(file, json.dumps(shown).encode())
+        metrics = metrics_of(subject, shown, sizes)
         evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
-        if write:
-            name = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
-            run.write(name, json.dumps(results(subject, view, part)).encode())
         return metrics
 
     metrics = measure(Clean(), "clean", sizes=True)

@@ -11,12 +11,12 @@ def results(subject: Subject, view: View, part: str = "") -> list[Result]:
     ]
 
 
+def metrics_of(subject: Subject, found: list[Result], sizes: bool = False) -> Metrics:
+    """COCO metrics of results of the subject's photos, to which pycocotools adds fields; see `coco_metrics`."""
+    images = list(subject.dataset.files)
+    return coco_metrics(subject.dataset.annotations, found, subject.category_ids.values(), images, sizes)
+
+
 def score(subject: Subject, view: View, part: str = "", sizes: bool = False) -> Metrics:
-    """COCO metrics of one part of a view; see `coco_metrics` for `sizes`."""
-    return coco_metrics(
-        subject.dataset.annotations,
-        results(subject, view, part),
-        subject.category_ids.values(),
-        list(subject.dataset.files),
-        sizes,
-    )
+    """COCO metrics of one part of a view."""
+    return metrics_of(subject, results(subject, view, part), sizes)
