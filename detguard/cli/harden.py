@@ -29,9 +29,16 @@ def harden(
         list[str] | None, typer.Option(help="Folder or pattern of photos, or a data.yaml or COCO json; repeatable.")
     ] = None,
     recipe: Annotated[
-        Literal["gated", "pgd", "finetune"],
-        typer.Option(help="gated: experts and a gate; pgd: one network, attacked; finetune: one network, clean."),
+        Literal["gated", "pgd", "mtd", "finetune"],
+        typer.Option(
+            help="gated: experts and a gate; baselines of one network: pgd, attacked; mtd, by the worse of an attack "
+            "on classes and one on boxes; finetune, not attacked."
+        ),
     ] = "gated",
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Detector to imitate; default: --model. Needed where --model is hardened already."),
+    ] = None,
     mode: Annotated[
         Literal["full", "freeze-first"],
         typer.Option(help="What the joint stage trains: everything, or the adversarial expert and the gate."),
@@ -44,8 +51,16 @@ def harden(
     imgsz: Annotated[
         int | None, typer.Option(min=64, max=1280, help="Size of a frame; default: the model's own.")
     ] = None,
+    crop: Annotated[
+        int | None,
+        typer.Option(min=64, max=1280, help="Side of the frames of all stages but the last; smaller is faster."),
+    ] = None,
+    attack: Annotated[
+        Literal["free", "pgd", "fgsm"],
+        typer.Option(help="free: every step of the attack trains too; pgd: the last alone; fgsm: one, from the photo."),
+    ] = "free",
     eps: Annotated[float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each attack; 1 is FGSM from a random start.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each attack.")] = 2,
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     batch: Annotated[int, typer.Option(min=2, help="Photos per batch.")] = 16,
     rate: Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate.")] = 5e-4,
@@ -68,11 +83,18 @@ def harden(
     if not data:
         raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
     plan = {
-        "recipe": recipe, "mode": mode, "split": split, "photos": photos, "eps": eps, "steps": steps, "mix": mix,
-        "batch": batch, "rate": rate, "seed": seed,
+        "recipe": recipe, "mode": mode, "split": split, "photos": photos, "crop": crop, "attack": attack, "eps": eps,
+        "steps": steps, "mix": mix, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     files = [str(file) for source in data for file in photo_files(source)]
-    config = {"model": model, "imgsz": imgsz, "harden": plan, "arguments": sys.argv[1:], "photos": files}
+    config = {
+        "model": model,
+        "teacher": teacher or model,
+        "imgsz": imgsz,
+        "harden": plan,
+        "arguments": sys.argv[1:],
+        "photos": files,
+    }
     sys.exit(run_hardening(Run.create("harden", out_folder, config), trust))
 
 
@@ -90,37 +112,39 @@ def photo_files(source: str) -> list[Path]:
 def run_hardening(run: "Run", trust: bool) -> int:
     """Train what the run has not finished, with live progress; returns the exit code."""
     from detguard.data.batches import read_photos
+    from detguard.detectors.gated import GatedNetwork
     from detguard.detectors.load import load_detector, load_model
     from detguard.detectors.ultralytics import UltralyticsDetector
-    from detguard.hardening.run import Plan, harden
+    from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting, bf16_helps
 
     config = run.config
     plan = Plan(**config["harden"])
     with err.status("Loading the detector and the photos"):
         network = load_model(config["model"], trust)[0]
-        teacher = load_detector(config["model"], config["imgsz"], trust)
+        teacher = load_detector(config["teacher"], config["imgsz"], trust)
         if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
-            raise DetguardError(f"{config['model']}: only Ultralytics' YOLO families can be hardened as yet")
+            raise DetguardError(f"{config['teacher']}: expected a detector of Ultralytics' YOLO families, not hardened")
         source, broken = read_photos([([Path(file) for file in config["photos"]], 1.0)], teacher.imgsz)
     for message in broken:
         show_error(message)
-    architecture = Path(str(getattr(network, "yaml", {}).get("yaml_file", ""))).name
+    architecture = Path(str(getattr(teacher.model, "yaml", {}).get("yaml_file", ""))).name
     card: dict[str, Any] = {
         "architecture": architecture,
         "classes": list(teacher.class_names.values()),
         "imgsz": teacher.imgsz,
         "licence": "AGPL-3.0-or-later",
-        "hardened": {"from": Path(config["model"]).stem, **config["harden"]},
+        "hardened": {"from": Path(config["model"]).stem, "teacher": teacher.name, **config["harden"]},
     }
     setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps())
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stopped.append(n))
     # In forward-backward passes, so that the time left is right in stages with and without attacks.
-    costs = {stage.name: 1 + round(stage.share[2] * stage.adversary.steps) for stage in plan.stages()}
-    starts, total = {}, 0
-    for stage in plan.stages():
+    stages = plan.stages(isinstance(network, GatedNetwork))
+    costs = {stage.name: passes(stage, teacher.imgsz) for stage in stages}
+    starts, total = {}, 0.0
+    for stage in stages:
         starts[stage.name], total = total, total + costs[stage.name] * stage.number
     with progress_bar() as progress:
         task = progress.add_task("harden", total=total)

@@ -62,11 +62,14 @@ def read_photos(folders: Sequence[tuple[Sequence[Path], float]], size: int) -> t
     return PhotoSet(photos, p / p.sum()), broken
 
 
-def augment(photo: Photo, canvas: Photo, rng: np.random.Generator, wide: float) -> None:
-    """Draw a randomly flipped, stretched, scaled, shifted and toned `photo` onto `canvas`, `uint8 [S, S, 3]`."""
+def augment(photo: Photo, canvas: Photo, rng: np.random.Generator, wide: float, zoom: float = 1.0) -> None:
+    """Draw a randomly flipped, stretched, scaled, shifted and toned `photo` onto `canvas`, `uint8 [S, S, 3]`.
+
+    wide: at most so many canvases wide, times `zoom`: of a larger photo, the canvas shows a part.
+    """
     h, w = photo.shape[:2]
     size = canvas.shape[0]
-    scale = size / max(h, w) * np.exp(rng.uniform(np.log(0.55), np.log(wide)))
+    scale = zoom * size / max(h, w) * np.exp(rng.uniform(np.log(0.55), np.log(wide)))
     stretch = np.exp(rng.uniform(-0.12, 0.12))
     sx, sy = scale * stretch, scale / stretch
     free_x, free_y = size - w * sx, size - h * sy
@@ -81,8 +84,13 @@ def augment(photo: Photo, canvas: Photo, rng: np.random.Generator, wide: float) 
     cv2.warpAffine(photo, matrix, (size, size), dst=canvas, flags=interpolation, borderMode=cv2.BORDER_TRANSPARENT)
 
 
-def make_frames(source: PhotoSet, count: int, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Random training frames, uint8 [count, size, size, 3] RGB; some are mosaics of four photos."""
+def make_frames(
+    source: PhotoSet, count: int, size: int, rng: np.random.Generator, zoom: float = 1.0
+) -> NDArray[np.uint8]:
+    """Random training frames, uint8 [count, size, size, 3] RGB; some are mosaics of four photos.
+
+    zoom: photos drawn so many times larger, so that small frames show parts of them at the scale of large frames.
+    """
     frames = np.full((count, size, size, 3), PADDING_LEVEL, np.uint8)
 
     def draw() -> Photo:
@@ -94,10 +102,10 @@ def make_frames(source: PhotoSet, count: int, size: int, rng: np.random.Generato
             for y in (0, half):
                 for x in (0, half):
                     tile = np.full((half, half, 3), PADDING_LEVEL, np.uint8)
-                    augment(draw(), tile, rng, 2.2)
+                    augment(draw(), tile, rng, 2.2, zoom)
                     canvas[y : y + half, x : x + half] = tile
         else:
-            augment(draw(), canvas, rng, 1.7)
+            augment(draw(), canvas, rng, 1.7, zoom)
     return frames
 
 
@@ -118,7 +126,7 @@ class Batch:
 
 
 def batches(
-    source: PhotoSet, count: int, size: int, seed: int, first: int, last: int, hard: int = 0
+    source: PhotoSet, count: int, size: int, seed: int, first: int, last: int, hard: int = 0, zoom: float = 1.0
 ) -> Iterator[Batch]:
     """Batches number `first` to `last`, made ahead in a thread; each the same whichever came before it."""
     queue: Queue[Batch | BaseException] = Queue(AHEAD)
@@ -127,7 +135,7 @@ def batches(
         try:
             for number in range(first, last):
                 rng = np.random.default_rng((seed, number))
-                clean = make_frames(source, count, size, rng)
+                clean = make_frames(source, count, size, rng, zoom)
                 shown = clean.copy()
                 make_hard(shown[:hard], rng)
                 queue.put(Batch(_tensor(clean), _tensor(shown), hard))

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -110,6 +111,16 @@ class GatedNetwork(nn.Module):
         floors = logits.new_full((1, logits.shape[1]), -torch.inf)
         floors[:, -1] = torch.log(torch.tensor(self.floor))
         return torch.logaddexp(log_weights + torch.log1p(torch.tensor(-self.floor)), floors)
+
+    def single(self) -> Any:
+        """The layers of a network of one expert, as the constructor takes those of a detection model.
+
+        Raises:
+            DetguardError: there are several experts.
+        """
+        if len(self.experts) > 1:
+            raise DetguardError(f"a gated ensemble of {len(self.experts)} experts; expected one network")
+        return SimpleNamespace(model=[*self.trunk, *self._expert(0)], save=self.save, names=self.class_names)
 
     @property
     def head(self) -> Any:

@@ -6,38 +6,69 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from detguard import DetguardError
+
+METHODS = ("pgd", "fgsm", "free")
+
 
 @dataclass(frozen=True)
 class Adversary:
-    """How training frames are attacked. eps: budget in levels of 255.
+    """How training frames are attacked. eps: budget in levels of 255; steps: gradients that an attack follows.
 
-    steps: 1 is FGSM; random: start from noise within the budget, without which FGSM teaches to hide the gradient.
+    method: "pgd" starts from noise within the budget (one step of it is the fast FGSM of Wong et al. 2020); "fgsm" is
+    one step from the clean frame; "free" updates the weights with every gradient of the attack (Shafahi et al. 2019).
+
+    Raises:
+        DetguardError: no such method, or FGSM of several steps.
     """
 
     eps: float = 4.0
     steps: int = 2
-    random: bool = True
+    method: str = "pgd"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise DetguardError(f"--attack {self.method}: expected one of {', '.join(METHODS)}")
+        if self.method == "fgsm" and self.steps != 1:
+            raise DetguardError(f"--steps {self.steps}: fgsm has one; several steps are pgd")
 
     @property
     def step(self) -> float:
-        """Levels per step: 1.25 eps for one random-start step (Wong et al. 2020), else two and a half crossings."""
-        if self.steps == 1:
-            return self.eps * (1.25 if self.random else 1)
-        return min(self.eps, 2.5 * self.eps / self.steps)
+        """Levels per step: eps by FGSM, 1.25 eps by one step from noise, else two and a half crossings of the ball."""
+        if self.method == "fgsm":
+            return self.eps
+        return min((1.25 if self.steps == 1 else 1) * self.eps, 2.5 * self.eps / self.steps)
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights per batch: one, or by "free" one at the clean frames and one after every step."""
+        return self.steps + 1 if self.method == "free" else 1
+
+    def start(self, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """Where an attack on frames, float32 [B, 3, H, W] in 0..1, begins."""
+        if self.method == "fgsm":
+            return frames
+        noise = torch.rand(frames.shape, generator=generator).to(frames)
+        return self.clip(frames + (2 * noise - 1) * (self.eps / 255), frames)
+
+    def clip(self, x: Tensor, frames: Tensor) -> Tensor:
+        """The nearest to `x` that is within the budget around `frames` and in 0..1."""
+        eps = self.eps / 255
+        inside = x.clamp((frames - eps).clamp(min=0), (frames + eps).clamp(max=1))
+        return inside.contiguous(memory_format=torch.channels_last)
+
+    def advance(self, x: Tensor, gradient: Tensor, frames: Tensor) -> Tensor:
+        """One step from `x` to where the loss is higher, within the budget around `frames`."""
+        return self.clip(x + (self.step / 255) * gradient.sign(), frames)
 
 
 def perturb(
     frames: Tensor, loss: Callable[[Tensor], Tensor], adversary: Adversary, generator: torch.Generator
 ) -> Tensor:
     """Frames, float32 [B, 3, H, W] in 0..1, moved within the budget to where `loss` ([B]) is higher."""
-    eps, step = adversary.eps / 255, adversary.step / 255
-    low, high = (frames - eps).clamp(min=0), (frames + eps).clamp(max=1)
-    x = frames
-    if adversary.random:
-        noise = torch.rand(frames.shape, generator=generator).to(frames)
-        x = (frames + (2 * noise - 1) * eps).clamp(low, high).contiguous(memory_format=torch.channels_last)
+    x = adversary.start(frames, generator)
     for _ in range(adversary.steps):
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(x).sum(), x)
-        x = (x.detach() + step * gradient.sign()).clamp(low, high)
+        x = adversary.advance(x.detach(), gradient, frames)
     return x.detach()

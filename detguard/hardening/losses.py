@@ -1,5 +1,6 @@
 """What experts learn: to say of a changed photo what the undefended detector says of the clean one."""
 
+import torch
 from torch import Tensor, xlogy
 from torch.nn.functional import logsigmoid
 
@@ -11,7 +12,12 @@ TINY = 1e-30
 
 
 def imitation_loss(student: Candidates, teacher: Candidates) -> Tensor:
-    """KL divergence of the student's outputs from the teacher's, per frame, [B].
+    """KL divergence of the student's outputs from the teacher's, per frame, [B]: the sum of `imitation_parts`."""
+    return torch.stack(list(imitation_parts(student, teacher).values())).sum(0)
+
+
+def imitation_parts(student: Candidates, teacher: Candidates) -> dict[str, Tensor]:
+    """KL divergence of the student's classes and boxes from the teacher's, each per frame, [B].
 
     Classes by Bernoulli KL at every candidate, distances by KL of their distributions; both over the sum of the
     teacher's confidences, which also weighs the distances: where there is nothing, boxes do not matter.
@@ -21,19 +27,19 @@ def imitation_loss(student: Candidates, teacher: Candidates) -> Tensor:
     weight = p.amax(2)
     norm = weight.sum(1).clamp(min=1)
     classes = p * (logsigmoid(wanted) - logsigmoid(found)) + (1 - p) * (logsigmoid(-wanted) - logsigmoid(-found))
-    loss = classes.flatten(1).sum(1)
+    parts = {"class": classes.flatten(1).sum(1) / norm}
     if student.anchors is not None and student.anchors.bins is not None and teacher.anchors is not None:
         assert teacher.anchors.bins is not None
         log_p = teacher.anchors.bins.detach().float().log_softmax(3)
         log_q = student.anchors.bins.float().log_softmax(3)
         boxes = (log_p.exp() * (log_p - log_q)).sum(3).mean(2)
-        loss = loss + BOX_GAIN * (boxes * weight).sum(1)
-    return loss / norm
+        parts["box"] = BOX_GAIN * (boxes * weight).sum(1) / norm
+    return parts
 
 
-def gate_loss(logits: Tensor, wanted: int) -> Tensor:
-    """Cross-entropy of the gate for the expert that frames belong to, per frame, [B]."""
-    return -logits.log_softmax(1)[:, wanted]
+def aimed_loss(student: Candidates, teacher: Candidates, aim: str) -> Tensor:
+    """The part of the imitation loss that an attack raises: "all", "class" or "box"; per frame, [B]."""
+    return imitation_loss(student, teacher) if aim == "all" else imitation_parts(student, teacher)[aim]
 
 
 def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:

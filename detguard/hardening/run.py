@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from detguard import DetguardError
 from detguard.data.batches import PhotoSet
@@ -15,13 +16,22 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.hardening.adversary import Adversary
-from detguard.hardening.train import Setting, Stage, copy_expert, train_stage
+from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL, Setting, Stage, copy_expert, train_stage
 from detguard.runs import Run
 
-RECIPES = ("gated", "pgd", "finetune")
+# Stages of each recipe with their share of the photos. The trunk learns with the adversarial expert: on a trunk that
+# was not made robust, no expert can be.
+RECIPES = {
+    "gated": {"adversarial": 0.5, "normal": 0.1, "hard": 0.1, "joint": 0.3},
+    "pgd": {"adversarial": 0.5, "whole": 0.5},
+    "mtd": {"adversarial": 0.5, "whole": 0.5},
+    "finetune": {"finetune": 1.0},
+}
 MODES = ("full", "freeze-first")
 # Logit margins that the joint stage's attacks add in turn: alone, an attack on the result is blind to a sure gate.
 MARGINS = (0.0, 0.3, 1.0, 3.0)
+# Share of the first stage over which the budget grows: a detector that breaks at once has nothing to learn from.
+RAMP = 0.2
 LOG_EVERY = 20
 
 
@@ -37,6 +47,8 @@ class Plan:
     mode: str = "full"
     split: str = "neck"
     photos: int = 100_000
+    crop: int | None = None
+    attack: str = "free"
     eps: float = 4.0
     steps: int = 2
     mix: float = 0.2
@@ -49,50 +61,67 @@ class Plan:
             raise DetguardError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
         if self.mode not in MODES:
             raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
+        if self.recipe == "mtd" and self.attack != "pgd":
+            raise DetguardError(f"--attack {self.attack}: --recipe mtd chooses between two attacks, which pgd makes")
 
     @property
     def experts(self) -> tuple[str, ...]:
         """The experts of the ensemble; the baselines have one."""
         return EXPERTS if self.recipe == "gated" else (self.recipe,)
 
-    def stages(self) -> list[Stage]:
-        """What is trained, in order. The trunk learns with the adversarial expert: on a trunk that was not made
-        robust, no expert can be."""
-        attack = Adversary(self.eps, self.steps)
+    def stages(self, robust: bool = False) -> list[Stage]:
+        """What is trained, in order; a model that is robust already needs no adversarial stage."""
+        shares = {n: share for n, share in RECIPES[self.recipe].items() if not (robust and n == "adversarial")}
+        return [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
 
-        def stage(name: str, share_of_photos: float, route: int | None, main: int | None, **options: Any) -> Stage:
-            shares = [1 / 3] * 3 if main is None else [self.mix / 2] * 3
-            if main is not None:
-                shares[main] = 1 - self.mix
-            number = max(1, round(self.photos * share_of_photos / self.batch))
-            share = (shares[0], shares[1], shares[2])
-            return Stage(
-                name, number, route, adversary=attack, share=share, **{"rate": self.rate, "trunk": False} | options
-            )
-
-        if self.recipe == "finetune":
-            return [stage("finetune", 1, 0, 0, trunk=True)]
-        if self.recipe == "pgd":
-            return [stage("pgd", 1, 0, 2, trunk=True)]
-        frozen = (2,) if self.mode == "freeze-first" else None
+    def stage(self, name: str, photos: float) -> Stage:
+        """One stage of a recipe, of so many photos."""
+        last = len(self.experts) - 1
+        aims = ("class", "box") if self.recipe == "mtd" else ("all",)
+        frozen = (last,) if self.mode == "freeze-first" else None
         joint = {"trunk": self.mode == "full", "experts": frozen, "margins": MARGINS, "gate": 0.1}
-        return [
-            stage("adversarial", 0.55, 2, 2, trunk=True),
-            stage("normal", 0.1, 0, 0),
-            stage("hard", 0.1, 1, 1),
-            stage("joint", 0.25, None, None, **joint),
-        ]
+        # Expert that learns, its kind of frames, options. The gate and the last weights are made on whole frames.
+        parts: dict[str, tuple[int | None, int | None, dict[str, Any]]] = {
+            "adversarial": (last, ADVERSARIAL, {"trunk": True, "size": self.crop, "ramp": RAMP, "aims": aims}),
+            "whole": (last, ADVERSARIAL, {"trunk": True, "aims": aims}),
+            "finetune": (0, NORMAL, {"trunk": True}),
+            "normal": (0, NORMAL, {"trunk": False, "size": self.crop}),
+            "hard": (1, HARD, {"trunk": False, "size": self.crop}),
+            "joint": (None, None, joint),
+        }
+        route, kind, options = parts[name]
+        share = [1 / 3] * 3 if kind is None else [self.mix / 2] * 3
+        if kind is not None:
+            share[kind] = 1 - self.mix
+        adversary = Adversary(self.eps, self.steps, self.attack)
+        if self.attack == "free" and kind in (NORMAL, HARD):  # few frames are attacked, the others learn once
+            adversary = replace(adversary, method="pgd")
+        elif self.attack == "free":  # its first update is on clean frames
+            share = [0.0, share[HARD], 1 - share[HARD]]
+        number = max(1, round(photos / self.batch))
+        return Stage(
+            name, number, route, share=(share[0], share[1], share[2]), adversary=adversary, rate=self.rate, **options
+        )
+
+
+def passes(stage: Stage, size: int) -> float:
+    """About how many forward and backward passes of a frame of `size` pixels a photo of this stage costs."""
+    steps = stage.adversary.steps * len(stage.aims)
+    of_stage = stage.adversary.updates if stage.adversary.method == "free" else 1 + stage.share[ADVERSARIAL] * steps
+    return of_stage * ((stage.size or size) / size) ** 2
 
 
 def split_layer(model: Any, split: str) -> int:
     """The number of the first layer that experts have for themselves.
 
-    split: "head" (heads alone), "neck" (neck and head), "backbone" (whole networks), or a number of a layer.
+    split: "head" (heads alone), "neck" (neck and head: from the first upsampling on), "backbone" (whole networks), or
+    the number of a layer.
 
     Raises:
         DetguardError: none of these.
     """
-    named = {"head": len(model.model) - 1, "neck": len(model.yaml["backbone"]), "backbone": 0}
+    upsampled = next((i for i, layer in enumerate(model.model) if isinstance(layer, nn.Upsample)), len(model.model) - 1)
+    named = {"head": len(model.model) - 1, "neck": upsampled, "backbone": 0}
     if split in named:
         return named[split]
     if not split.isdigit():
@@ -112,20 +141,21 @@ def harden(
 ) -> Path:
     """Train all stages that the run has not finished; returns the file of the ensemble.
 
-    model: the unfused detector to start from; card: what its json says (architecture, classes, imgsz);
-    on_batch: told stage, batch and losses; returns True to save and stop.
+    model: the unfused detector to start from, or a single hardened network; card: what the json beside the weights is
+    to say (architecture, classes, imgsz); on_batch: told stage, batch and losses; returns True to save and stop.
 
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
     """
     torch.manual_seed(plan.seed)  # of the gate's first weights
-    single = plan.recipe != "gated"
-    network = GatedNetwork(fused(model), 0 if single else split_layer(model, plan.split), plan.experts)
+    robust = isinstance(model, GatedNetwork)
+    base = model.single() if isinstance(model, GatedNetwork) else fused(model)
+    network = GatedNetwork(base, split_layer(base, plan.split) if plan.recipe == "gated" else 0, plan.experts)
     made = Path()
-    for stage in plan.stages():
+    for stage in plan.stages(robust):
         made = run.folder / "weights" / f"{stage.name}.safetensors"
         if stage.name in ("normal", "hard"):  # they start from what the robust trunk was trained with
-            copy_expert(network, 2, stage.route or 0)
+            copy_expert(network, len(plan.experts) - 1, stage.route or 0)
         if made.exists():
             network.load_state_dict(load_file(made))
             continue

@@ -4,12 +4,14 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
 from detguard.data.batches import Batch, PhotoSet, batches
@@ -18,7 +20,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.losses import gate_loss, gate_margin, imitation_loss
+from detguard.hardening.losses import aimed_loss, gate_margin, imitation_loss
 
 NORMAL, HARD, ADVERSARIAL = range(3)
 EMA_DECAY = 0.998
@@ -30,8 +32,11 @@ class Stage:
     """What learns from what. A stage is `number` batches long; its name is that of its metrics and checkpoint.
 
     route: the expert that learns, alone, or None for all through the gate; trunk: whether the trunk learns too;
-    share: of normal, hard and adversarial frames in a batch; margins: weights of the gate's logits in the attack,
-    taken in turn: an attack on the result alone is blind where the gate is sure.
+    share: of normal, hard and adversarial frames in a batch; size: side of its frames, if not that of the setting:
+    smaller frames show parts of photos at the same scale. aims: parts of the loss that attacks raise, of which the
+    most harmful counts per frame ("class" and "box": multi-task training, Zhang & Wang 2019). ramp: share of the
+    stage over which the budget grows. margins: weights of the gate's logits in the attack, taken in turn: an attack
+    on the result alone is blind where the gate is sure. gate: weight of the gate's cross-entropy.
     """
 
     name: str
@@ -42,8 +47,16 @@ class Stage:
     adversary: Adversary = field(default_factory=Adversary)
     experts: tuple[int, ...] | None = None
     rate: float = 5e-4
+    size: int | None = None
+    aims: tuple[str, ...] = ("all",)
+    ramp: float = 0.0
     margins: tuple[float, ...] = (0.0,)
     gate: float = 0.0
+
+    def adversary_at(self, number: int) -> Adversary:
+        """The adversary of a batch, whose budget may still be growing."""
+        share = min(1.0, (number + 1) / max(1.0, self.ramp * self.number))
+        return replace(self.adversary, eps=self.adversary.eps * share)
 
 
 @dataclass(frozen=True)
@@ -97,21 +110,22 @@ def train_stage(
     optimizer = torch.optim.AdamW(learned, lr=stage.rate, weight_decay=0.01)
     first = _restore(checkpoint, network, average, optimizer)
     saved = time.monotonic()
-    counts = [round(share * setting.batch) for share in stage.share]
-    hard = counts[HARD]
-    adversarial = setting.batch - counts[NORMAL] - hard
-    made = batches(source, setting.batch, setting.size, setting.seed, first, stage.number, hard)
-    for number, batch in enumerate(made, first):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate * rate_share(number, stage.number)
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            losses = _losses(network, teacher, batch, adversarial, stage, setting, number)
+    hard = round(stage.share[HARD] * setting.batch)
+    size = stage.size or setting.size
+    made = batches(source, setting.batch, size, setting.seed, first, stage.number, hard, setting.size / size)
+
+    def update(loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(learned, CLIP)
         optimizer.step()
         average.update_parameters(network)
-        stop = on_batch(number, {k: float(v.detach()) for k, v in losses.items()}) if on_batch else False
+
+    for number, batch in enumerate(made, first):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate * rate_share(number, stage.number)
+        losses = _learn(network, teacher, batch, stage, setting, number, update)
+        stop = on_batch(number, losses) if on_batch else False
         if stop or time.monotonic() - saved > setting.save_every:
             _save(checkpoint, network, average, optimizer, number + 1)
             saved = time.monotonic()
@@ -129,57 +143,101 @@ def _follow(average: Any, now: Any, updates: Any) -> None:
 
 
 def rate_share(number: int, last: int) -> float:
-    """Share of the learning rate at a batch: up over the first hundred, then down a cosine to 2 %."""
-    return min(1.0, (number + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * number / last)) / 2)
+    """Share of the learning rate at a batch: up over the first hundred (or tenth), then down a cosine to 2 %."""
+    return min(1.0, (number + 1) / min(100, max(1, last // 10))) * (
+        0.02 + 0.98 * (1 + math.cos(math.pi * number / last)) / 2
+    )
 
 
-def _losses(
+def _learn(
     network: GatedNetwork,
     teacher: Detector,
     batch: Batch,
-    adversarial: int,
     stage: Stage,
     setting: Setting,
     number: int,
-) -> dict[str, Tensor]:
-    """Mean losses of one batch: hard frames first, adversarial ones last, normal ones between."""
-    with torch.no_grad():
-        wanted = teacher.candidates(batch.clean)
-    shown = batch.shown
-    kinds = torch.tensor([NORMAL] * len(shown))
+    update: Callable[[Tensor], None],
+) -> dict[str, float]:
+    """Attack and learn from one batch: hard frames first, adversarial ones last, normal ones between."""
+    shown, adversary = batch.shown, stage.adversary_at(number)
+    attacked = len(shown) - batch.hard - round(stage.share[NORMAL] * len(shown))
+    rows = slice(len(shown) - attacked, len(shown))
+    free = attacked > 0 and adversary.method == "free"
+    kinds = torch.full([len(shown)], NORMAL)
     kinds[: batch.hard] = HARD
-    if adversarial:
-        rows = slice(len(shown) - adversarial, len(shown))
+    margin = stage.margins[number % len(stage.margins)]
+    generator = torch.Generator().manual_seed((setting.seed << 32) + number)
+
+    def candidates(frames: Tensor) -> Candidates:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            raw, gate = network(frames, stage.route)
+            return decode(network.head, raw, gate)
+
+    def on_gate(gate: Tensor | None) -> Tensor:
+        if gate is None or stage.route is not None:
+            return torch.zeros(1)
+        return margin * gate_margin(gate, NORMAL, -1)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+        wanted = teacher.candidates(batch.clean)
+    if attacked and not free:
+
+        def harm(x: Tensor, aim: str) -> Tensor:
+            found = candidates(x)
+            return aimed_loss(found, wanted[rows], aim) + on_gate(found.gate)
+
+        attacks = [perturb(shown[rows], partial(harm, aim=aim), adversary, generator) for aim in stage.aims]
+        shown = _with_rows(shown, rows, worst(attacks, lambda x: imitation_loss(candidates(x), wanted[rows])))
         kinds[rows] = ADVERSARIAL
-        target = wanted[rows]
-        margin = stage.margins[number % len(stage.margins)]
-
-        def harm(x: Tensor) -> Tensor:
-            candidates = _candidates(network, x, stage.route)
-            loss = imitation_loss(candidates, target)
-            if margin and stage.route is None and candidates.gate is not None:
-                loss = loss + margin * gate_margin(candidates.gate, NORMAL, -1)
-            return loss
-
-        generator = torch.Generator().manual_seed((setting.seed << 32) + number)
-        attacked = perturb(shown[rows], harm, stage.adversary, generator)
-        shown = torch.cat([shown[: rows.start], attacked]).contiguous(memory_format=torch.channels_last)
-    found = _candidates(network, shown, stage.route)
-    per_frame = imitation_loss(found, wanted)
-    losses = {"loss": per_frame.mean()}
-    for kind, name in ((NORMAL, "normal"), (HARD, "hard"), (ADVERSARIAL, "adversarial")):
-        if (kinds == kind).any():
-            losses[name] = per_frame[kinds == kind].mean()
-    if stage.gate and found.gate is not None:
-        belongs = kinds.clamp(max=found.gate.shape[1] - 1)
-        gate = torch.stack([gate_loss(found.gate[i : i + 1], int(k))[0] for i, k in enumerate(belongs)]).mean()
-        losses |= {"gate": gate, "loss": losses["loss"] + stage.gate * gate}
+    losses: dict[str, float] = {}
+    for turn in range(adversary.updates if free else 1):
+        if free:
+            shown = shown.detach().requires_grad_()
+        found = candidates(shown)
+        parts = _losses(found, wanted, kinds, stage.gate)
+        losses |= {name: float(value.detach()) for name, value in parts.items()}
+        more = on_gate(found.gate)
+        pull = torch.autograd.grad(more.sum(), shown, retain_graph=True)[0] if free and more.requires_grad else None
+        update(parts["loss"])
+        if free and turn < adversary.steps and shown.grad is not None:
+            clean = batch.shown[rows]
+            x = shown.detach()[rows] if turn else adversary.start(clean, generator)
+            gradient = shown.grad * len(shown) + (0 if pull is None else pull)
+            shown = _with_rows(shown.detach(), rows, adversary.advance(x, gradient[rows], clean))
+            kinds[rows] = ADVERSARIAL
     return losses
 
 
-def _candidates(network: GatedNetwork, frames: Tensor, route: int | None) -> Candidates:
-    raw, gate = network(frames, route)
-    return decode(network.head, raw, gate)
+def _with_rows(frames: Tensor, rows: slice, changed: Tensor) -> Tensor:
+    return torch.cat([frames[: rows.start], changed]).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def worst(attacks: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of each frame the attack, of several, that raises the loss most."""
+    if len(attacks) == 1:
+        return attacks[0]
+    best = torch.stack([loss(x) for x in attacks]).argmax(0)
+    return torch.stack(attacks)[best, torch.arange(len(best))]
+
+
+def _losses(found: Candidates, wanted: Candidates, kinds: Tensor, gate_weight: float) -> dict[str, Tensor]:
+    """The loss of a batch and, to be told, its mean on each kind of frames and the gate's weights there."""
+    per_frame = imitation_loss(found, wanted)
+    losses = {"loss": per_frame.mean()}
+    names = {NORMAL: "normal", HARD: "hard", ADVERSARIAL: "adversarial"}
+    for kind, name in names.items():
+        if (kinds == kind).any():
+            losses[name] = per_frame[kinds == kind].mean()
+    if gate_weight and found.gate is not None:
+        belongs = kinds.clamp(max=found.gate.shape[1] - 1)
+        gate = cross_entropy(found.gate, belongs)
+        losses |= {"gate": gate, "loss": losses["loss"] + gate_weight * gate}
+        for kind, name in names.items():
+            if (kinds == kind).any():
+                weights = found.gate[kinds == kind].softmax(1).mean(0)
+                losses |= {f"gate {name} {i}": weight for i, weight in enumerate(weights)}
+    return losses
 
 
 def _save(file: Path, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:

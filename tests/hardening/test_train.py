@@ -12,7 +12,7 @@ from detguard.detectors.load import fused
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import imitation_loss
-from detguard.hardening.train import Setting, Stage, learned_parameters, train_stage
+from detguard.hardening.train import Setting, Stage, learned_parameters, train_stage, worst
 
 SETTING = Setting(batch=4, size=96, save_every=1e9)
 MIXED = (0.25, 0.25, 0.5)
@@ -56,17 +56,72 @@ def test_unreadable_photos_are_named_and_the_rest_is_used(bus_file, tmp_path):
     assert "broken.jpg" in messages[0]
 
 
+def test_small_frames_show_photos_at_the_scale_of_large_ones():
+    stripes = np.zeros((96, 96, 3), np.uint8)
+    stripes[:, np.arange(96) // 8 % 2 == 0] = 250
+    source = PhotoSet([stripes], np.array([1.0]))
+
+    def stripe(size, zoom):
+        frames = make_frames(source, 60, size, np.random.default_rng(0), zoom)
+        return np.median(
+            np.concatenate([np.diff(np.flatnonzero(np.diff(row > 125))) for row in frames[:, size // 3, :, 0]])
+        )
+
+    assert stripe(96, 2.0) == pytest.approx(stripe(192, 1.0), rel=0.15)
+    assert stripe(96, 1.0) == pytest.approx(stripe(192, 1.0) / 2, rel=0.15)
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.floats(0, 32), st.integers(1, 4), st.booleans(), st.integers(0, 9))
-def test_perturbed_frames_stay_in_the_budget_and_in_range(eps, steps, random, seed):
+@given(st.floats(0, 32), st.sampled_from([("pgd", 1), ("pgd", 4), ("fgsm", 1), ("free", 2)]), st.integers(0, 9))
+def test_perturbed_frames_stay_in_the_budget_and_in_range(eps, method, seed):
     frames = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     weights = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed + 1))
-    adversary = Adversary(eps, steps, random)
+    adversary = Adversary(eps, method[1], method[0])
     moved = perturb(frames, lambda x: (x * weights).flatten(1).sum(1), adversary, torch.Generator().manual_seed(seed))
     assert (moved - frames).abs().max() <= eps / 255 + 1e-6
     assert moved.min() >= 0
     assert moved.max() <= 1
     assert ((moved - frames) * weights).sum() >= -1e-4
+
+
+def test_fgsm_is_one_full_step_from_the_frame_itself():
+    frames, weights = torch.full((1, 3, 4, 4), 0.5), torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    adversary = Adversary(8, 1, "fgsm")
+    moved = perturb(frames, lambda x: (x * weights).flatten(1).sum(1), adversary, torch.Generator())
+    assert torch.allclose(moved, frames + 8 / 255 * weights.sign())
+
+
+def test_the_worst_attack_is_chosen_frame_by_frame():
+    attacks = [torch.tensor([1.0, 5.0, 0.0]).view(3, 1, 1, 1), torch.tensor([2.0, 4.0, 1.0]).view(3, 1, 1, 1)]
+    assert worst(attacks, lambda x: x.flatten(1).sum(1)).flatten().tolist() == [2, 5, 1]
+
+
+def test_the_budget_grows_over_the_ramp():
+    growing = stage(number=10, ramp=0.5, adversary=Adversary(4))
+    assert [growing.adversary_at(number).eps for number in (0, 4, 9)] == [pytest.approx(0.8), 4, 4]
+
+
+def test_free_training_learns_from_every_step_of_the_attack(network, bundled, source, tmp_path):
+    told = []
+
+    def updates(method):
+        one = stage(number=1, share=(0.0, 0.25, 0.75), adversary=Adversary(4, 2, method))
+        train_stage(
+            network,
+            bundled,
+            source,
+            one,
+            SETTING,
+            tmp_path / f"{method}.pt",
+            lambda _, losses: told.append(losses) or True,
+        )
+
+    for method in ("pgd", "free"):
+        with pytest.raises(KeyboardInterrupt):
+            updates(method)
+    states = [torch.load(tmp_path / f"{method}.pt")["optimizer"]["state"][0]["step"] for method in ("pgd", "free")]
+    assert states == [1, 3]
+    assert told[1]["adversarial"] > told[1]["normal"]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +148,13 @@ def test_decoding_constants_never_learn(network):
     assert not any(id(p) in learned for p in constants)
 
 
-def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, bundled, source, tmp_path):
+@pytest.mark.parametrize("method", ["pgd", "free"])
+def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, bundled, source, tmp_path, method):
     def made():
         torch.manual_seed(0)
         return GatedNetwork(fused(bundled_model), split=11)
 
-    wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1)
+    wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1, adversary=Adversary(4, 2, method))
     whole = train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
     with pytest.raises(KeyboardInterrupt):
         train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "b.pt", lambda number, losses: number == 1)
@@ -106,7 +162,18 @@ def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, bundled, s
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(bundled_model, bundled, source, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adversary": Adversary(4, 2)},
+        {"adversary": Adversary(4, 2), "aims": ("class", "box")},
+        {"adversary": Adversary(4, 2, "free"), "number": 14},
+    ],
+    ids=["pgd", "mtd", "free"],
+)
+def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
+    bundled_model, bundled, source, tmp_path, options
+):
     torch.manual_seed(0)
     network = GatedNetwork(fused(bundled_model), split=0, names=("adversarial",))
     batch = next(batches(source, 4, 96, 99, 0, 1))
@@ -122,6 +189,6 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(bundled_m
             return float(harm(moved).mean())
 
     before = attacked()
-    only = stage(number=40, route=0, share=(0.25, 0, 0.75), rate=1e-3, adversary=Adversary(4, 2))
+    only = stage(**{"number": 40, "route": 0, "share": (0.25, 0, 0.75), "rate": 1e-3} | options)
     train_stage(network, bundled, source, only, SETTING, tmp_path / "last.pt")
     assert attacked() < 0.8 * before
