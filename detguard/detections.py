@@ -1,7 +1,7 @@
 """Candidates (before NMS, differentiable), detections (after it), and the one NMS between them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Candidates:
     boxes: float32 [B, N, 4] xyxy, frame pixels.
     end_to_end: the head needs no NMS (YOLOv10, YOLO26, RT-DETR): the best MAX_DETECTIONS scores are the detections.
     anchors: where the candidates come from, for families that have them.
-    gate: float32 [B, K], the gate's logits, of gated ensembles.
+    gate, experts: float32 [B, K], of gated ensembles: the gate's logits, and the weights that it gives the experts.
     """
 
     logits: Tensor
@@ -43,11 +43,14 @@ class Candidates:
     end_to_end: bool = False
     anchors: Anchors | None = None
     gate: Tensor | None = None
+    experts: Tensor | None = None
 
     def __getitem__(self, index: int | slice | Tensor) -> "Candidates":
-        anchors = None if self.anchors is None else self.anchors[index]
-        gate = None if self.gate is None else self.gate[index]
-        return Candidates(self.logits[index], self.boxes[index], self.end_to_end, anchors, gate)
+        def part(of: Any) -> Any:
+            return None if of is None else of[index]
+
+        parts = part(self.anchors), part(self.gate), part(self.experts)
+        return Candidates(self.logits[index], self.boxes[index], self.end_to_end, *parts)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -57,15 +60,17 @@ class Candidates:
 class Detections:
     """What a user sees on one photo, best first.
 
-    boxes: float32 [N, 4] xyxy, photo pixels; scores: float32 [N], 0..1; classes: int64 [N].
+    boxes: float32 [N, 4] xyxy, photo pixels; scores: float32 [N], 0..1; classes: int64 [N];
+    experts: float32 [K], how much each expert of a gated ensemble had to say on this photo.
     """
 
     boxes: Tensor
     scores: Tensor
     classes: Tensor
+    experts: Tensor | None = None
 
     def __getitem__(self, index: Any) -> "Detections":
-        return Detections(self.boxes[index], self.scores[index], self.classes[index])
+        return Detections(self.boxes[index], self.scores[index], self.classes[index], self.experts)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -97,12 +102,16 @@ def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool 
     `multi_label`, for every class over the threshold. An end-to-end head skips NMS and may give one box two classes.
     """
     with torch.no_grad():
-        return [
+        found = [
             _best(logits.detach(), boxes.detach(), conf)
             if candidates.end_to_end
             else _suppress_one(logits.detach(), boxes.detach(), conf, iou, multi_label)
             for logits, boxes in zip(candidates.logits, candidates.boxes, strict=True)
         ]
+    if candidates.experts is None:
+        return found
+    weights = candidates.experts.detach().float().cpu()
+    return [replace(one, experts=weight) for one, weight in zip(found, weights, strict=True)]
 
 
 def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, multi_label: bool) -> Detections:

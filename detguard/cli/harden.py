@@ -117,6 +117,7 @@ def run_hardening(run: "Run", trust: bool) -> int:
     from detguard.detectors.ultralytics import UltralyticsDetector
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting, bf16_helps
+    from detguard.reports.hardening import hardening_page
 
     config = run.config
     plan = Plan(**config["harden"])
@@ -159,7 +160,10 @@ def run_hardening(run: "Run", trust: bool) -> int:
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
             return 130
+    run.write("report.html", hardening_page(run))
     out.print(
-        f"results: {made}; judge it: detguard evaluate --model {made} --data ...", highlight=False, soft_wrap=True
+        f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ...",
+        highlight=False,
+        soft_wrap=True,
     )
     return 2 if broken else 0

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -83,4 +84,4 @@ class Detector(ABC):
 
 def to_photo(detections: Detections, letterbox: Letterbox) -> Detections:
     """Detections in frame pixels -> photo pixels."""
-    return Detections(letterbox.boxes_to_photo(detections.boxes), detections.scores, detections.classes)
+    return replace(detections, boxes=letterbox.boxes_to_photo(detections.boxes))

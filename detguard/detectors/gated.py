@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,10 +188,22 @@ class GatedDetector(Detector):
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
         return Letterbox.fit(photo_shape, self.imgsz, self.stride)
 
+    def dense(self) -> "GatedDetector":
+        """The same network with all experts computed, whatever its top k: a loss without its steps."""
+        network = copy.copy(self.model)
+        network.top_k = None
+        whole = copy.copy(self)
+        whole.model, whole.name = network, f"{self.name}, all experts"
+        return whole
+
     @override
     def candidates(self, frames: Tensor) -> Candidates:
         raw, gate = self.model(frames, self.route)
-        return decode(self.model.head, raw, gate)
+        if self.route is None:
+            experts = self.model.log_weights(gate).exp()
+        else:
+            experts = torch.zeros_like(gate).index_fill(1, torch.tensor(self.route, device=gate.device), 1)
+        return replace(decode(self.model.head, raw, gate), experts=experts)
 
     @override
     def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:

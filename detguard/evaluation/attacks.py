@@ -32,12 +32,14 @@ def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
     """The attacks `names`, and for a gated ensemble those that know of its gate.
 
     gate:W: the whole loss, and W times the logits by which the gate prefers its last, adversarial, expert;
-    route:I: the whole loss of expert I alone, whatever the gate says.
+    route:I: the whole loss of expert I alone, whatever the gate says; dense: that of all experts, where top-k leaves
+    some out.
     """
     if not isinstance(detector, GatedDetector) or len(detector.model.names) < 2:
         return tuple(names)
     routes = [f"route:{i}" for i in range(len(detector.model.names))]
-    return (*names, *(f"gate:{weight}" for weight in GATE_TERMS), *routes)
+    dense = ["dense"] if detector.model.top_k else []
+    return (*names, *(f"gate:{weight}" for weight in GATE_TERMS), *routes, *dense)
 
 
 def attack_objective(name: str, targets: Sequence[int]) -> Objective:
@@ -50,7 +52,7 @@ def attack_objective(name: str, targets: Sequence[int]) -> Objective:
     kind, _, value = name.partition(":")
     if kind in ("gate", "route") and value.isdigit():
         return Degrade(tuple(targets), gate=float(value) if kind == "gate" else 0.0)
-    parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS)}
+    parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS), "dense": tuple(GAINS)}
     if name not in parts:
         raise DetguardError(f"--attacks '{name}': expected some of {', '.join(ATTACKS)}")
     return Degrade(tuple(targets), parts[name])
@@ -147,8 +149,10 @@ class AttackSet(View):
         ]
         done: dict[str, Photo] = {}
         detector = subject.detector
-        if name.startswith("route:") and isinstance(detector, GatedDetector):
+        if isinstance(detector, GatedDetector) and name.startswith("route:"):
             detector = detector.through(int(name.removeprefix("route:")))
+        elif isinstance(detector, GatedDetector) and name == "dense":
+            detector = detector.dense()
         for attempt in attack_group(detector, photos, objective, [], options):
             done[attempt.key] = attempt.adversarial
         return [done[key] for key, _, _ in photos]

@@ -18,7 +18,7 @@ from detguard.detections import Detections
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 2
+RESULTS = 3
 LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations")
 
 
@@ -75,10 +75,13 @@ def _versions() -> list[object]:
 def pack(detections: Detections) -> bytes:
     """Detections as bytes."""
     classes = detections.classes.to(torch.int32)
-    return zlib.compress(save({"boxes": detections.boxes, "scores": detections.scores, "classes": classes}))
+    tensors = {"boxes": detections.boxes, "scores": detections.scores, "classes": classes}
+    if detections.experts is not None:
+        tensors["experts"] = detections.experts
+    return zlib.compress(save(tensors))
 
 
 def unpack(data: bytes) -> Detections:
     """The reverse of `pack`."""
     tensors = load(zlib.decompress(data))
-    return Detections(tensors["boxes"], tensors["scores"], tensors["classes"].long())
+    return Detections(tensors["boxes"], tensors["scores"], tensors["classes"].long(), tensors.get("experts"))

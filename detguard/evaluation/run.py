@@ -11,10 +11,11 @@ from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.data.dataset import LOST
 from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
-from detguard.evaluation.score import metrics_of, results
+from detguard.evaluation.score import expert_shares, metrics_of, results
 from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill
 from detguard.runs import Run
 
@@ -145,6 +146,8 @@ def total_cost(subjects: list[Subject], wanted: Protocols) -> int:
 
 def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Run, evaluation: Evaluation) -> None:
     curves = evaluation.curves.setdefault(subject.name, {})
+    dataset, detector = subject.dataset, subject.detector
+    gate: dict[str, list[float]] = {}
 
     def measure(view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> Metrics:
         shown = results(subject, view, part)
@@ -152,12 +155,13 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
             file = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
             run.write(file, json.dumps(shown).encode())
         metrics = metrics_of(subject, shown, sizes)
+        if isinstance(detector, GatedDetector) and len(detector.model.names) > 1:
+            gate[label] = expert_shares(subject, view, part)
         evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
         return metrics
 
     metrics = measure(Clean(), "clean", sizes=True)
     clean, curves["clean"] = metrics.stats, metrics.precision
-    dataset, detector = subject.dataset, subject.detector
     found: dict[str, Any] = {
         "setting": {
             "data": dataset.name,
@@ -207,6 +211,8 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
     if "checks" in wanted.protocols:
         found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
+    if isinstance(detector, GatedDetector) and gate:
+        found["gate"] = {"experts": detector.model.names, "shares": gate}
     evaluation.metrics[subject.name] = found
 
 

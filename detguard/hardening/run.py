@@ -159,18 +159,30 @@ def harden(
         if made.exists():
             network.load_state_dict(load_file(made))
             continue
-        began, sums = time.monotonic(), dict[str, float]()
+        log = _Log(run, stage, setting.batch)
 
-        def told(number: int, losses: dict[str, float], stage: Stage = stage) -> bool:
-            nonlocal began, sums
-            sums = {name: sums.get(name, 0.0) + value / LOG_EVERY for name, value in losses.items()}
-            if (number + 1) % LOG_EVERY == 0:
-                rate = LOG_EVERY * setting.batch / (time.monotonic() - began)
-                record = {name: round(value, 4) for name, value in sums.items()}
-                run.append({"stage": stage.name, "batch": number + 1, "photos_per_second": round(rate, 1)} | record)
-                began, sums = time.monotonic(), {}
+        def told(number: int, losses: dict[str, float], stage: Stage = stage, log: _Log = log) -> bool:
+            log.add(number, losses)
             return on_batch(stage.name, number, losses) if on_batch else False
 
         train_stage(network, teacher, source, stage, setting, run.folder / "state" / f"{stage.name}.pt", told)
         save_gated(network, card, made)
     return made
+
+
+class _Log:
+    """Means of a stage's losses over some batches at a time, as records of the run."""
+
+    def __init__(self, run: Run, stage: Stage, batch: int) -> None:
+        self.run, self.stage, self.batch = run, stage, batch
+        self.began, self.seen = time.monotonic(), list[dict[str, float]]()
+
+    def add(self, number: int, losses: dict[str, float]) -> None:
+        """Take the losses of one batch; write a record when there are enough."""
+        self.seen.append(losses)
+        if len(self.seen) < LOG_EVERY and number + 1 < self.stage.number:
+            return
+        rate = len(self.seen) * self.batch / (time.monotonic() - self.began)
+        record = {name: round(sum(s[name] for s in self.seen) / len(self.seen), 4) for name in losses}
+        self.run.append({"stage": self.stage.name, "batch": number + 1, "photos_per_second": round(rate, 1)} | record)
+        self.began, self.seen = time.monotonic(), []

@@ -1,9 +1,11 @@
 """What `evaluate` and `compare` show: tables of metrics, and the page of a run."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detguard.detections import Detections
+from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.attacks import WORST
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
@@ -11,7 +13,7 @@ from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import Batch, Clean, Subject, View
 from detguard.photos import read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
-from detguard.reports.plots import plots
+from detguard.reports.plots import gate_plot, plots
 
 Metrics = dict[str, dict[str, Any]]
 # Boxes of the gallery are those that a user would see.
@@ -98,6 +100,12 @@ def tables(metrics: Metrics) -> list[Table]:
             else f"AP at severity {severities[0]}."
         )
         made.append(Table("Corruptions", head, rows, note))
+    for name, m in metrics.items():
+        if "gate" in m:
+            shares = gate_by_kind(m["gate"]["shares"])
+            rows = [[kind, *(f"{w:.2f}" for w in weights)] for kind, weights in shares.items()]
+            note = "Mean weight of each expert by the gate. Equal rows mean that the gate tells nothing apart."
+            made.append(Table(f"Which expert spoke: {name}", ["photos", *m["gate"]["experts"]], rows, note))
     checked = {name: m["checks"] for name, m in metrics.items() if "checks" in m}
     if checked:
         rows = [
@@ -116,6 +124,16 @@ def tables(metrics: Metrics) -> list[Table]:
     return made
 
 
+def gate_by_kind(shares: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The gate's weights by kind of photos: severities of one corruption together, of attacks the worst case."""
+    kinds: dict[str, list[list[float]]] = {}
+    for label, weights in shares.items():
+        if label.startswith("attack") and not label.endswith(WORST):
+            continue
+        kinds.setdefault(re.sub(r" \d$", "", label).replace("_", " "), []).append(weights)
+    return {kind: [sum(w) / len(w) for w in zip(*rows, strict=True)] for kind, rows in kinds.items()}
+
+
 def evaluation_page(
     subjects: Sequence[Subject], evaluation: Evaluation, wanted: Protocols, command: Sequence[str]
 ) -> bytes:
@@ -129,6 +147,11 @@ def evaluation_page(
     left_out = sum(max(0, len(s.dataset.files) - each) for s in subjects)
     title = f"Evaluation of {', '.join(s.name for s in subjects)}"
     made = plots(evaluation.metrics, evaluation.curves)
+    for name, found in evaluation.metrics.items():
+        if "gate" in found:
+            made[f"Which expert spoke: {name}"] = gate_plot(
+                found["gate"]["experts"], gate_by_kind(found["gate"]["shares"])
+            )
     return render_page(title, shown, command, tables(evaluation.metrics), made, items, left_out, sides)
 
 
@@ -153,6 +176,9 @@ def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
         scores = [f1(objects, found) for found in (clean, after)]
         note = f"{view.name}: " if view else ""
         note += f"{_count(objects)} labelled, F1 {scores[0]:.2f}" + (f" to {scores[1]:.2f}" if view else "")
+        if isinstance(subject.detector, GatedDetector):
+            spoke = [_speaker(found, subject.detector.model.names) for found in (clean, after)]
+            note += f"; spoke: {spoke[0]}" + (f", then {spoke[1]}" if view else "")
         yield gallery_item(
             f"{subject.name}: {file.name}",
             _outcome(*scores) if view else _quality(scores[1]),
@@ -162,6 +188,14 @@ def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
             shown,
             after.records(names),
         )
+
+
+def _speaker(found: Detections, names: Sequence[str]) -> str:
+    """The expert with the largest weight on a photo, like "normal .93"."""
+    if found.experts is None:
+        return "-"
+    best = int(found.experts.argmax())
+    return f"{names[best]} {number(float(found.experts[best]))}"
 
 
 def _count(objects: Detections) -> str:

@@ -107,6 +107,42 @@ def budget_plot(metrics: Metrics) -> str:
         return _svg(figure)
 
 
+def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
+    """One bar per kind of photos, divided by the gate's mean weights."""
+    with _figure(7.5, 0.9 + 0.26 * len(shares)) as figure:
+        axis = figure.subplots()
+        kinds, left = list(shares), [0.0] * len(shares)
+        for number, (colour, name) in enumerate(zip(COLOURS * 11, experts, strict=False)):
+            widths = [shares[kind][number] for kind in kinds]
+            axis.barh(kinds, widths, left=left, color=colour, label=name, height=0.75)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("mean weight")
+        axis.grid(visible=False)
+        _legend(figure, axis)
+        return _svg(figure)
+
+
+def training_plot(records: list[dict[str, Any]]) -> str:
+    """Losses of all stages of a hardening over its batches, one panel per stage, a line per kind of photos."""
+    stages = list(dict.fromkeys(record["stage"] for record in records))
+    with _figure(max(5.0, min(3.4 * len(stages), 14)), 3.6) as figure:
+        row = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+        for axis, stage in zip(row, stages, strict=True):
+            of_stage = [record for record in records if record["stage"] == stage]
+            for colour, kind in zip(COLOURS, ("normal", "hard", "adversarial"), strict=False):
+                points = [(record["batch"], record[kind]) for record in of_stage if kind in record]
+                if points:
+                    axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=kind)
+            axis.set_title(stage, fontsize=10)
+            axis.set_xlabel("batch")
+            axis.set_ylim(0)
+        row[0].set_ylabel("divergence from the undefended detector")
+        row[0].legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
 def precision_plot(curves: dict[str, dict[str, list[float]]]) -> str:
     """Precision over recall, one panel per model: the clean photos, and what was done to them."""
     with _figure(min(5.2 * len(curves), 15), 4.2) as figure:

@@ -70,10 +70,33 @@ def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
 
 
+def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
+    page = (hardened / "report.html").read_text()
+    for text in ("Hardening of detguard-n: gated", "adversarial", "joint", "Losses", "Which expert spoke in training"):
+        assert text in page
+
+
+def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path):
+    first = detguard("harden", *OPTIONS, "--recipe", "pgd", "--crop", 64, "--out", "single", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    single = "single/weights/whole.safetensors"
+    result = detguard("harden", *OPTIONS, "--model", single, "--teacher", "detguard-n", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["hard", "joint", "normal"]
+    trunk = {k: v for k, v in load_file(tmp_path / "run/weights/hard.safetensors").items() if k.startswith("trunk")}
+    start = load_file(tmp_path / single)
+    assert all(torch.equal(v, start[k.replace("trunk", "experts.0")]) for k, v in trunk.items())
+    refused = detguard("harden", *OPTIONS, "--model", single, "--out", "other", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "whole.safetensors" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "--data"),
+        (("--data", ASSETS, "--recipe", "mtd"), "--attack free"),
+        (("--data", ASSETS, "--attack", "fgsm"), "--steps 2"),
         (("--data", "nowhere"), "nowhere"),
         (("--data", ASSETS, "--split", "tail"), "--split tail"),
         (("--data", ASSETS, "--split", "99"), "--split 99"),
