@@ -74,6 +74,7 @@ def harden(
     No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
+    from detguard.hardening.run import Plan
     from detguard.runs import Run
 
     if resume:
@@ -82,10 +83,11 @@ def harden(
         sys.exit(run_hardening(Run.open(resume, "harden"), trust))
     if not data:
         raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
-    plan = {
+    plan: dict[str, Any] = {
         "recipe": recipe, "mode": mode, "split": split, "photos": photos, "crop": crop, "attack": attack, "eps": eps,
         "steps": steps, "mix": mix, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
+    Plan(**plan)  # a wrong option leaves no run behind
     files = [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,

@@ -104,6 +104,7 @@ def train_stage(
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; the checkpoint holds all that was learned.
     """
+    network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
     learned = learned_parameters(network, stage)
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
     average = AveragedModel(network, multi_avg_fn=_follow)

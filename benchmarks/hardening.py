@@ -1,0 +1,118 @@
+"""Hardened designs side by side: the same start, the same number of photos seen, judged by the same attacks.
+
+    python benchmarks/hardening.py --model ../shared/weights/yolo11n-coco.pt --photos 60000
+
+First one network is trained adversarially; then each design goes on from there for as many photos again. Every part is
+a `detguard` command with a run of its own below --out: a killed benchmark goes on where it was.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from detguard.reports.evaluation import number
+
+# Name -> options of `detguard harden`. The first two are no ensembles.
+DESIGNS: dict[str, list[str]] = {
+    "single": ["--recipe", "pgd"],
+    "gated": [],
+    "gated, heads": ["--split", "head"],
+    "gated, whole networks": ["--split", "backbone"],
+    "gated, freeze-first": ["--mode", "freeze-first"],
+}
+SHARED = Path("../shared/data")
+TRAINING = (SHARED / "street1569/images", SHARED / "voc3608/images", SHARED / "coco256/images/train")
+
+
+def detguard(command: str, run: Path, *options: object) -> None:
+    """Run a `detguard` command into `run`, go on with it, or do nothing when it is done."""
+    if (run / "report.html").exists():
+        return
+    arguments = ["--resume", run] if (run / "config.yaml").exists() else [*options, "--out", run]
+    code = subprocess.run([sys.executable, "-m", "detguard.cli", command, *map(str, arguments)], check=False).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def row_of(run: Path, person: str = "person") -> dict[str, Any]:
+    """What the table shows of an evaluate run: AP50 of all classes and of one, clean and by budget, and mPC."""
+    (found,) = json.loads((run / "metrics.json").read_text()).values()
+    with (run / "per_class.csv").open() as file:
+        views = {r["view"]: float(r["AP50"]) for r in csv.DictReader(file) if r["class"] == person and r["AP50"]}
+    row: dict[str, Any] = {"clean": (found["clean"]["AP50"], views["clean"])}
+    for eps, budget in found.get("attack", {}).get("budgets", {}).items():
+        attacked = [value for view, value in views.items() if view.startswith(f"attack eps {eps} ")]
+        row[f"eps {eps}"] = (budget["AP50"], min(attacked))
+        row[f"AP {eps}"] = budget["AP"]
+    row["mPC"] = found["corruptions"]["mPC"] if "corruptions" in found else None
+    row["AP"] = found["clean"]["AP"]
+    return row
+
+
+def main(
+    model: Annotated[str, typer.Option(help="The undefended detector.")] = "detguard-n",
+    designs: Annotated[str, typer.Option(help="Some of the designs, separated by semicolons.")] = ";".join(DESIGNS),
+    photos: Annotated[int, typer.Option(help="Photos of the adversarial start, and again of each design.")] = 60_000,
+    crop: int = 192,
+    batch: int = 16,
+    rate: float = 4e-4,
+    mix: float = 0.3,
+    imgsz: int = 320,
+    data: str = str(SHARED / "coco256/data.yaml"),
+    limit: Annotated[int | None, typer.Option(help="Judge on the first so many photos only.")] = None,
+    eps: str = "2,4",
+    steps: int = 20,
+    restarts: int = 2,
+    severities: str = "1,2,3,4,5",
+    out: Path = Path("runs/benchmarks/hardening"),
+) -> None:
+    training = [option for folder in TRAINING for option in ("--data", folder)]
+    common = [*training, "--imgsz", imgsz, "--crop", crop, "--batch", batch, "--mix", mix]
+    start = out / "start/weights/adversarial.safetensors"
+    # The second half of a run of the single network is that design's, so both are one run.
+    detguard(
+        "harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--rate", rate, "--photos", 2 * photos
+    )
+    weights = {"undefended": model, "single": str(out / "start/weights/whole.safetensors")}
+    for name in (name for name in designs.split(";") if name != "single"):
+        folder = out / name.replace(", ", "-").replace(" ", "-")
+        options = [*common, "--model", start, "--teacher", model, "--rate", rate, "--photos", photos]
+        detguard("harden", folder, *options, *DESIGNS[name])
+        weights[name] = str(folder / "weights/joint.safetensors")
+    judged = ["--data", data, "--imgsz", imgsz, "--eps", eps, "--steps", steps, "--restarts", restarts]
+    judged += ["--severities", severities] + (["--limit", limit] if limit else [])
+    rows = {}
+    for name, file in weights.items():
+        run = out / f"judged-{name.replace(', ', '-').replace(' ', '-')}"
+        detguard("evaluate", run, *judged, "--model", file)
+        rows[name] = row_of(run)
+    budgets = eps.split(",")
+    table = Table(
+        title=f"{Path(model).stem}, {imgsz} px, {photos} + {photos} photos seen; worst case of all attacks, "
+        f"PGD-{steps}, {restarts} starts, seed 0; {data}"
+    )
+    heads = ["design", "clean AP50 (person)", *(f"eps {e} AP50 (person)" for e in budgets)]
+    for column in (*heads, "kept", "mPC", "clean AP", f"AP at {budgets[-1]}"):
+        table.add_column(column, justify="left" if column == "design" else "right")
+    for name, row in rows.items():
+        pairs = [
+            f"{number(all_)} ({number(person)})" for all_, person in (row[k] for k in ("clean", *heads_of(budgets)))
+        ]
+        kept = f"{100 * row[f'eps {budgets[-1]}'][0] / row['clean'][0]:.0f} %"
+        table.add_row(name, *pairs, kept, number(row["mPC"]), number(row["AP"]), number(row[f"AP {budgets[-1]}"]))
+    Console(width=170).print(table)
+
+
+def heads_of(budgets: list[str]) -> list[str]:
+    return [f"eps {budget}" for budget in budgets]
+
+
+if __name__ == "__main__":
+    typer.run(main)
