@@ -177,6 +177,25 @@ def test_evaluation_adds_attacks_that_know_the_gate(bundled_model, bundled):
     names = attacks_on(made, ("all",))
     assert names == ("all", "gate:1", "gate:10", "gate:100", "route:0", "route:1", "route:2")
     assert attacks_on(bundled, ("all",)) == ("all",)
+    assert attacks_on(detector(bundled_model, bundled, top_k=1), ("all",))[-1] == "dense"
+
+
+def test_detections_say_how_much_each_expert_had_to_say(bundled_model, bundled, bus):
+    made = detector(bundled_model, bundled)
+    (found,) = made.detect([bus])
+    with torch.no_grad():
+        gate = made.candidates(frames_tensor([made.letterbox(bus.shape[:2])(bus)])).gate
+    assert torch.allclose(found.experts, gate.softmax(1)[0])
+    assert made.through(1).detect([bus])[0].experts.tolist() == [0, 1, 0]
+    assert bundled.detect([bus])[0].experts is None
+
+
+def test_all_experts_of_a_top_k_ensemble_can_be_asked(bundled_model, bundled, frames):
+    chosen, everyone = (detector(bundled_model, bundled, top_k=k) for k in (1, None))
+    with torch.no_grad():
+        dense = chosen.dense().candidates(frames).logits
+        assert torch.equal(dense, everyone.candidates(frames).logits)
+        assert not torch.equal(dense, chosen.candidates(frames).logits)
 
 
 def test_the_gate_term_turns_the_gate_away_from_its_last_expert(bundled_model, bundled, bus, frames):

@@ -12,8 +12,12 @@ import sys
 import time
 
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused, save_gated
 
 OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5)
 ALL = ("--protocols", "clean,corruptions,attack,transfer,blackbox,checks")
@@ -111,6 +115,24 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(done, tiny_data, tmp_pat
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run/metrics.json").read_bytes() == (folder / "run/metrics.json").read_bytes()
     assert (tmp_path / "run/per_class.csv").read_bytes() == (folder / "run/per_class.csv").read_bytes()
+
+
+def test_of_an_ensemble_it_tells_which_expert_spoke(tmp_path, tiny_data, bundled_model):
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(bundled_model), 11)
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled_model.names.values()), "imgsz": 320}
+    save_gated(network, card, tmp_path / "three.safetensors")
+    options = ("--protocols", "clean,attack", "--attacks", "all", "--steps", 1, "--limit", 2, "--out", "run")
+    result = detguard("evaluate", "--model", "three.safetensors", "--data", tiny_data, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "run/metrics.json").read_text())["three"]
+    assert {"worst", "all-0", "gate:10-0", "route:2-0"} <= found["attack"]["budgets"]["4"]["attacks"].keys()
+    assert found["gate"]["experts"] == ["normal", "hard", "adversarial"]
+    assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in found["gate"]["shares"].values())
+    assert {"clean", "attack eps 4 worst"} <= found["gate"]["shares"].keys()
+    page = (tmp_path / "run/report.html").read_text()
+    assert page.count("Which expert spoke: three") == 2
+    assert "; spoke: " in page
 
 
 def test_compare_shows_runs_side_by_side(done):
