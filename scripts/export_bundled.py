@@ -1,36 +1,38 @@
-"""Write weights/detguard-n.safetensors and its json from a run of train_bundled.py, measured on coco256 val.
+"""Write bundled weights and their json, measured on coco256 val, from a run that trained or hardened them.
 
-python scripts/export_bundled.py --shared ../shared --run runs/train/detguard-n --weights weights
+python scripts/export_bundled.py trained --run runs/train/detguard-n
+python scripts/export_bundled.py hardened --run runs/harden/001 --judged runs/evaluate/001
 """
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import track
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from train_bundled import ARCHITECTURE, CLASSES, SIZE
 
+from detguard.data.dataset import read_dataset
 from detguard.detectors.load import load_detector
-from detguard.evaluation.coco import category_ids, coco_metrics, coco_results, read_annotations
-from detguard.photos import read_photo
+from detguard.evaluation.cache import Cache
+from detguard.evaluation.score import score
+from detguard.evaluation.views import Clean, Subject, fill
+
+app = typer.Typer()
+Shared = Annotated[Path, typer.Option(help="Where the data is.")]
+Weights = Annotated[Path, typer.Option(help="Where the weights go.")]
 
 
-def main(
-    shared: Annotated[Path, typer.Option()] = Path("../shared"),
-    run: Annotated[Path, typer.Option()] = Path("runs/train/detguard-n"),
-    weights: Annotated[Path, typer.Option()] = Path("weights"),
+@app.command()
+def trained(
+    run: Path = Path("runs/train/detguard-n"), shared: Shared = Path("../shared"), weights: Weights = Path("weights")
 ) -> None:
+    """weights/detguard-n from a run of train_bundled.py."""
     state = torch.load(run / "last.pt", weights_only=True)
     prefix = "module."
     tensors = {key.removeprefix(prefix): value for key, value in state["ema"].items() if key.startswith(prefix)}
-    # Half precision on disk is half the wheel; counters of batch norm are whole numbers and stay.
-    halves = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in tensors.items()}
-    file = weights / "detguard-n.safetensors"
-    weights.mkdir(exist_ok=True)
-    save_file(halves, file)
     card = {
         "architecture": ARCHITECTURE,
         "classes": CLASSES,
@@ -38,20 +40,45 @@ def main(
         "licence": "AGPL-3.0-or-later",
         "trained": {"by": "scripts/train_bundled.py", "photos seen": state["seen"], "from": "random weights"},
     }
+    publish(tensors, card, weights / "detguard-n.safetensors", shared)
+
+
+@app.command()
+def hardened(
+    run: Path,
+    judged: Annotated[Path, typer.Option(help="A run of detguard evaluate on it: what attacks left.")],
+    shared: Shared = Path("../shared"),
+    weights: Weights = Path("weights"),
+) -> None:
+    """weights/detguard-n-hard from a run of `detguard harden`."""
+    made = run / "weights/joint.safetensors"
+    card = json.loads(made.with_suffix(".json").read_text())
+    (found,) = json.loads((judged / "metrics.json").read_text()).values()
+    attack = {key: found["attack"][key] for key in ("AP", "AP50", "eps", "steps", "restarts", "seed")}
+    publish(load_file(made), card, weights / "detguard-n-hard.safetensors", shared, {"attack": attack})
+
+
+def publish(
+    tensors: dict[str, Tensor], card: dict[str, Any], file: Path, shared: Path, measured: dict[str, Any] | None = None
+) -> None:
+    """Write weights in half precision, and the card with their figures on clean photos beside them."""
+    # Counters of batch norm are whole numbers and stay.
+    halves = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in tensors.items()}
+    file.parent.mkdir(exist_ok=True)
+    save_file(halves, file)
     write = file.with_suffix(".json").write_text
     write(json.dumps(card, indent=2) + "\n")
-    detector = load_detector(file)
-    annotations = read_annotations(shared / "data/coco256/instances_val.json")
-    ids = category_ids(annotations, detector.class_names)
-    results = []
-    for image in track(annotations.dataset["images"], "coco256 val"):
-        photo = read_photo(shared / "data/coco256/images/val" / image["file_name"])
-        results += coco_results(image["id"], detector.detect([photo], conf=0.001)[0], ids)
-    table = coco_metrics(annotations, results, ids.values())
-    write(json.dumps(card | {"measured": {"data": "coco256 val, 128 photos, 320 px", **table}}, indent=2) + "\n")
+    detector, dataset = load_detector(file), read_dataset(shared / "data/coco256/data.yaml")
+    subject = Subject(file.stem, detector, dataset, dataset.category_ids(detector.class_names), Cache())
+    fill(subject, [Clean()])
+    metrics = score(subject, Clean())
+    rows = {"all": metrics.stats} | metrics.per_class
+    table = {name: {stat: round(row[stat] or 0.0, 4) for stat in ("AP", "AP50")} for name, row in rows.items()}
+    data = {"data": f"coco256 val, {len(dataset.files)} photos, {detector.imgsz} px"}
+    write(json.dumps(card | {"measured": data | table | (measured or {})}, indent=2) + "\n")
     for name, row in table.items():
         print(f"{name:12s} AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -34,6 +34,9 @@ Confidence = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Unpickle a .pt without the allow-list: it may run any code.")]
 EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
+TopK = Annotated[
+    int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
+]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...")]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")

@@ -18,6 +18,7 @@ from detguard.cli.app import (
     Model,
     OutFolder,
     Resume,
+    TopK,
     Trust,
     app,
     err,
@@ -86,6 +87,7 @@ def attack(
     out_folder: OutFolder = None,
     resume: Resume = None,
     end_to_end: EndToEnd = False,
+    top_k: TopK = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -110,7 +112,7 @@ def attack(
             raise DetguardError("PHOTO: give at least one photo, folder or pattern (or --resume RUN)")
         files = [str(file) for file in find_photos(photos)]
         with err.status("Loading the detector"):
-            detector = load_detector(model, imgsz, trust, device, end_to_end)
+            detector = load_detector(model, imgsz, trust, device, end_to_end, top_k)
         options = {
             "conf": conf, "iou": 0.7, "eps": eps, "step": step, "steps": steps, "aggregate": aggregate,
             "weights": parse_weights(weights), "gradient": gradient, "momentum": momentum,
@@ -205,6 +207,7 @@ def detect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")] = False,
     out_folder: OutFolder = None,
     end_to_end: EndToEnd = False,
+    top_k: TopK = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -217,7 +220,7 @@ def detect(
 
     files = photo_keys(find_photos(photos))
     with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, trust, device, end_to_end)
+        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k)
     config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
     run = Run.create("detect", out_folder, config)
     code = 0

@@ -14,6 +14,7 @@ from detguard.cli.app import (
     ImageSize,
     OutFolder,
     Resume,
+    TopK,
     Trust,
     app,
     err,
@@ -79,6 +80,7 @@ def evaluate(
     out_folder: OutFolder = None,
     resume: Resume = None,
     end_to_end: EndToEnd = False,
+    top_k: TopK = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -119,7 +121,7 @@ def evaluate(
         }  # fmt: skip
         plan(config["evaluate"], len(models))
         with err.status("Loading the detectors"):
-            detectors = [load_detector(name, imgsz, trust, device, end_to_end) for name in models]
+            detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k) for name in models]
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
     subjects = load_subjects(detectors, config["data"])

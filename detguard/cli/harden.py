@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
-from detguard.cli.app import Model, OutFolder, Resume, Trust, app, err, out, progress_bar, show_error
+from detguard.cli.app import Model, OutFolder, Resume, TopK, Trust, app, err, out, progress_bar, show_error
 
 if TYPE_CHECKING:
     from detguard.runs import Run
@@ -62,6 +62,8 @@ def harden(
     eps: Annotated[float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each attack.")] = 2,
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
+    top_k: TopK = None,
+    floor: Annotated[float, typer.Option(min=0, max=0.9, help="Least weight of the adversarial expert.")] = 0,
     batch: Annotated[int, typer.Option(min=2, help="Photos per batch.")] = 16,
     rate: Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")] = 0,
@@ -85,7 +87,7 @@ def harden(
         raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
     plan: dict[str, Any] = {
         "recipe": recipe, "mode": mode, "split": split, "photos": photos, "crop": crop, "attack": attack, "eps": eps,
-        "steps": steps, "mix": mix, "batch": batch, "rate": rate, "seed": seed,
+        "steps": steps, "mix": mix, "top_k": top_k, "floor": floor, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
     files = [str(file) for source in data for file in photo_files(source)]

@@ -27,11 +27,13 @@ def load_detector(
     trust: bool = False,
     device: str = "cpu",
     end_to_end: bool = False,
+    top_k: int | None = None,
 ) -> "Detector":
     """A ready detector by bundled name, by file (.pt, .safetensors) or by Ultralytics' name ("yolo11n").
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
     end_to_end: the head without NMS of YOLOv10 and YOLO26.
+    top_k: experts that a gated ensemble asks per photo; by default as many as it was made for.
     trust: unpickle a .pt without the allow-list, which lets it run any code.
 
     Raises:
@@ -50,16 +52,23 @@ def load_detector(
     if isinstance(model, GatedNetwork):
         if end_to_end:
             raise DetguardError(f"--end-to-end: {name} is a gated ensemble, whose heads all need NMS")
+        if top_k:
+            model.top_k = top_k if top_k < len(model.names) else None
         return GatedDetector(model, Path(name).stem, imgsz or size, device)
+    if top_k:
+        raise DetguardError(f"--top-k: {name} is no gated ensemble, it has no experts to choose from")
     return UltralyticsDetector(model, Path(name).stem, imgsz or size, device, end_to_end)
 
 
 def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
     """What a run's config keeps of its detector; `model` is the name or file as the user gave it."""
+    network: Any = detector.model
+    experts = len(network.names) if hasattr(network, "top_k") else None
     return {
         "model": model,
         "imgsz": detector.imgsz,
         "end_to_end": detector.end_to_end,
+        "top_k": experts and (network.top_k or experts),
         "sha256": detector.state_hash(),
     }
 
@@ -70,7 +79,8 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = "
     Raises:
         DetguardError: as `load_detector`, or the weights are no longer the same.
     """
-    detector = load_detector(config["model"], config["imgsz"], trust, device, config["end_to_end"])
+    options = config["end_to_end"], config.get("top_k")
+    detector = load_detector(config["model"], config["imgsz"], trust, device, *options)
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(
             f"{config['model']}: no longer the weights that the run used; restore them or start a new run"

@@ -52,6 +52,8 @@ class Plan:
     eps: float = 4.0
     steps: int = 2
     mix: float = 0.2
+    top_k: int | None = None
+    floor: float = 0.0
     batch: int = 16
     rate: float = 5e-4
     seed: int = 0
@@ -61,6 +63,8 @@ class Plan:
             raise DetguardError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
         if self.mode not in MODES:
             raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
+        if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
+            raise DetguardError(f"--top-k {self.top_k}: expected 1 to {len(self.experts)}, the number of experts")
         if self.recipe == "mtd" and self.attack != "pgd":
             raise DetguardError(f"--attack {self.attack}: --recipe mtd chooses between two attacks, which pgd makes")
 
@@ -150,7 +154,8 @@ def harden(
     torch.manual_seed(plan.seed)  # of the gate's first weights
     robust = isinstance(model, GatedNetwork)
     base = model.single() if isinstance(model, GatedNetwork) else fused(model)
-    network = GatedNetwork(base, split_layer(base, plan.split) if plan.recipe == "gated" else 0, plan.experts)
+    split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
+    network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, floor=plan.floor)
     made = Path()
     for stage in plan.stages(robust):
         made = run.folder / "weights" / f"{stage.name}.safetensors"

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from ultralytics.utils import ASSETS
 
+from detguard import DetguardError
 from detguard.detectors.gated import GatedDetector
-from detguard.detectors.load import load_detector
+from detguard.detectors.load import detector_config, load_configured, load_detector
+from detguard.photos import read_photo
 
 OPTIONS = ("--data", ASSETS, "--imgsz", 96, "--batch", 4, "--photos", 80, "--steps", 1)
 
@@ -44,6 +46,17 @@ def test_it_makes_an_ensemble_that_loads_like_any_detector(hardened, bus_file):
     card = json.loads((hardened / "weights/joint.json").read_text())
     assert card["hardened"]["from"] == "detguard-n"
     assert card["hardened"]["photos"] == 80
+
+
+def test_top_k_of_an_ensemble_can_be_chosen_where_it_is_used(hardened, bus_file):
+    file = hardened / "weights/joint.safetensors"
+    one = load_detector(file, top_k=1)
+    assert sorted(one.detect([read_photo(bus_file)])[0].experts.tolist()) == [0, 0, 1]
+    config = detector_config(one, str(file))
+    assert config["top_k"] == 1
+    assert load_configured(config).state_hash() == one.state_hash() != load_detector(file).state_hash()
+    with pytest.raises(DetguardError, match="--top-k"):
+        load_detector("detguard-n", top_k=1)
 
 
 def test_each_stage_leaves_its_weights_and_metrics(hardened):
@@ -98,6 +111,7 @@ def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path
         (("--data", ASSETS, "--recipe", "mtd"), "--attack free"),
         (("--data", ASSETS, "--attack", "fgsm"), "--steps 2"),
         (("--data", "nowhere"), "nowhere"),
+        (("--data", ASSETS, "--top-k", "9"), "--top-k 9"),
         (("--data", ASSETS, "--split", "tail"), "--split tail"),
         (("--data", ASSETS, "--split", "99"), "--split 99"),
     ],

@@ -35,7 +35,9 @@ def shown(monkeypatch):
 def test_detections_survive_packing_to_the_bit():
     detections = Detections(torch.rand(5, 4) * 600, torch.rand(5), torch.arange(5), torch.rand(3))
     again = unpack(pack(detections))
-    assert all(torch.equal(getattr(detections, f), getattr(again, f)) for f in ("boxes", "scores", "classes", "experts"))
+    assert all(
+        torch.equal(getattr(detections, f), getattr(again, f)) for f in ("boxes", "scores", "classes", "experts")
+    )
 
 
 def test_a_cache_keeps_all_of_a_batch_or_nothing(tmp_path):
