@@ -18,14 +18,14 @@ from rich.table import Table
 
 from detguard.data.batches import read_photos
 from detguard.detectors.gated import GatedNetwork
-from detguard.detectors.load import fused, load_detector, load_model
+from detguard.detectors.load import fused, load_model
 from detguard.engine import keep_freed_memory
 from detguard.hardening.run import Plan, split_layer
 from detguard.hardening.train import ADVERSARIAL, Setting, Stage, bf16_helps, learned_parameters, train_stage
 from detguard.photos import find_photos
 
 
-def bare(network: GatedNetwork, teacher: torch.nn.Module, stage: Stage, setting: Setting, batches: int) -> float:
+def bare(network: GatedNetwork, teacher: GatedNetwork, stage: Stage, setting: Setting, batches: int) -> float:
     """Seconds per photo of the passes of a stage alone."""
     learned = learned_parameters(network, stage)
     size = stage.size or setting.size
@@ -43,7 +43,7 @@ def bare(network: GatedNetwork, teacher: torch.nn.Module, stage: Stage, setting:
         if number == 0:
             began = time.perf_counter()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            teacher(frames)
+            teacher(frames, 0)
         for _ in range(0 if free else stage.adversary.steps * (attacked > 0)):
             passes(frames[:attacked], [frames])
         for _ in range(stage.adversary.updates):
@@ -62,7 +62,8 @@ def main(
 ) -> None:
     keep_freed_memory()
     source, _ = read_photos([(find_photos([str(photos)]), 1.0)], imgsz)
-    teacher, undefended = load_detector(model, imgsz), fused(load_model(model)[0])
+    undefended = fused(load_model(model)[0])
+    teacher = GatedNetwork(undefended, 0, ("undefended",)).requires_grad_(False)
     plan, setting = (
         Plan(photos=100 * batch, crop=crop, attack=attack, batch=batch),
         Setting(batch, imgsz, 0, bf16_helps()),
@@ -82,7 +83,7 @@ def main(
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
             train_stage(network, teacher, source, stage, setting, Path(folder) / "last.pt", told)
         ours = (ticks[-1] - ticks[1]) / batches / batch
-        alone = bare(network, teacher.model, stage, setting, batches)
+        alone = bare(network, teacher, stage, setting, batches)
         table.add_row(stage.name, f"{1 / ours:.1f}", f"{1 / alone:.1f}", f"{100 * alone / ours:.0f} %")
     Console(width=120).print(table)
 

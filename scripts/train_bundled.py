@@ -30,6 +30,7 @@ from ultralytics.utils.tal import dist2bbox, make_anchors
 from detguard.data.batches import PhotoSet, make_frames
 from detguard.detectors.load import load_model
 from detguard.engine import keep_freed_memory
+from detguard.hardening.train import bf16_helps
 
 CLASSES = [
     "person",
@@ -210,7 +211,7 @@ def train(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         frames = batches.get().to(memory_format=torch.channels_last).float() / 255
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_helps()):
             with torch.no_grad():
                 known, wanted = walk(teacher, frames)
             found, raw = walk(student, frames, known if blockwise else None)

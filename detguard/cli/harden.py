@@ -65,7 +65,9 @@ def harden(
     top_k: TopK = None,
     floor: Annotated[float, typer.Option(min=0, max=0.9, help="Least weight of the adversarial expert.")] = 0,
     batch: Annotated[int, typer.Option(min=2, help="Photos per batch.")] = 16,
-    rate: Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate.")] = 5e-4,
+    rate: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="Highest learning rate, as a share of the weights.")
+    ] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")] = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,

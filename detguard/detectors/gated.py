@@ -82,7 +82,10 @@ class GatedNetwork(nn.Module):
         return int(last.shape[1])
 
     def forward(self, frames: Tensor, route: int | None = None) -> tuple[dict[str, Any], Tensor]:
-        """The fused raw outputs of the head and the gate's logits [B, K]; `route`: one expert alone, gate unasked."""
+        """The fused raw outputs of the head and the gate's logits [B, K]; `route`: one expert alone, gate unasked.
+
+        raw["maps"]: the feature maps that later layers use, by layer; of the trunk alone where experts are fused.
+        """
         last, saved = run_layers(self.trunk, frames, {}, self.save)
         logits = self.gate(last if self.gate_on == "trunk" else frames)
         if route is not None:
@@ -92,14 +95,14 @@ class GatedNetwork(nn.Module):
         for expert in range(len(self.experts)):
             rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
             outputs.append((rows, self._run(expert, last, saved, rows) if len(rows) else None))
-        return fuse(outputs, log_weights), logits
+        return fuse(outputs, log_weights) | {"maps": saved}, logits
 
     def _run(self, expert: int, last: Tensor, saved: dict[int, Tensor], rows: Tensor | None = None) -> dict[str, Any]:
         if rows is not None and len(rows) < len(last):
             last, saved = last[rows], {i: x[rows] for i, x in saved.items()}
         *layers, head = self._expert(expert)
         last, saved = run_layers(layers, last, dict(saved), self.save)
-        return head_outputs(head, last, saved)
+        return {**head_outputs(head, last, saved), "maps": saved}
 
     def log_weights(self, logits: Tensor) -> Tensor:
         """Logarithm of each expert's weight, [B, K], from the gate's logits; -inf beyond the top k."""

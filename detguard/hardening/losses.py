@@ -37,6 +37,22 @@ def imitation_parts(student: Candidates, teacher: Candidates) -> dict[str, Tenso
     return parts
 
 
+def feature_loss(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
+    """Squared error of the feature maps that both have, [B, C, H, W] by layer, from the teacher's; per frame, [B].
+
+    Each channel in units of its variance over the batch; a tenth of the layer's is added, so that channels that hardly
+    ever speak do not outweigh the rest. Of large maps a grid of at most 20 x 20 positions counts.
+    """
+    errors = []
+    for layer in sorted(student.keys() & teacher.keys()):
+        found, wanted = student[layer], teacher[layer].detach()
+        step = max(1, wanted.shape[-1] // 20)
+        found, wanted = (x[..., ::step, ::step].float() for x in (found, wanted))
+        variance = wanted.var((0, 2, 3), keepdim=True)
+        errors.append(((found - wanted).square() / (variance + 0.1 * variance.mean() + 1e-6)).mean((1, 2, 3)))
+    return torch.stack(errors).mean(0)
+
+
 def aimed_loss(student: Candidates, teacher: Candidates, aim: str) -> Tensor:
     """The part of the imitation loss that an attack raises: "all", "class" or "box"; per frame, [B]."""
     return imitation_loss(student, teacher) if aim == "all" else imitation_parts(student, teacher)[aim]

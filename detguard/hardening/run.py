@@ -32,6 +32,8 @@ MODES = ("full", "freeze-first")
 MARGINS = (0.0, 0.3, 1.0, 3.0)
 # Share of the first stage over which the budget grows: a detector that breaks at once has nothing to learn from.
 RAMP = 0.2
+# Weight of the error of feature maps where a whole network learns.
+FEATURES = 5.0
 LOG_EVERY = 20
 
 
@@ -55,7 +57,7 @@ class Plan:
     top_k: int | None = None
     floor: float = 0.0
     batch: int = 16
-    rate: float = 5e-4
+    rate: float = 3e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,12 +84,13 @@ class Plan:
         """One stage of a recipe, of so many photos."""
         last = len(self.experts) - 1
         aims = ("class", "box") if self.recipe == "mtd" else ("all",)
+        whole = {"trunk": True, "aims": aims, "features": FEATURES}
         frozen = (last,) if self.mode == "freeze-first" else None
         joint = {"trunk": self.mode == "full", "experts": frozen, "margins": MARGINS, "gate": 0.1}
         # Expert that learns, its kind of frames, options. The gate and the last weights are made on whole frames.
         parts: dict[str, tuple[int | None, int | None, dict[str, Any]]] = {
-            "adversarial": (last, ADVERSARIAL, {"trunk": True, "size": self.crop, "ramp": RAMP, "aims": aims}),
-            "whole": (last, ADVERSARIAL, {"trunk": True, "aims": aims}),
+            "adversarial": (last, ADVERSARIAL, whole | {"size": self.crop, "ramp": RAMP}),
+            "whole": (last, ADVERSARIAL, whole),
             "finetune": (0, NORMAL, {"trunk": True}),
             "normal": (0, NORMAL, {"trunk": False, "size": self.crop}),
             "hard": (1, HARD, {"trunk": False, "size": self.crop}),
@@ -156,6 +159,7 @@ def harden(
     base = model.single() if isinstance(model, GatedNetwork) else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, floor=plan.floor)
+    undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False)
     made = Path()
     for stage in plan.stages(robust):
         made = run.folder / "weights" / f"{stage.name}.safetensors"
@@ -170,7 +174,7 @@ def harden(
             log.add(number, losses)
             return on_batch(stage.name, number, losses) if on_batch else False
 
-        train_stage(network, teacher, source, stage, setting, run.folder / "state" / f"{stage.name}.pt", told)
+        train_stage(network, undefended, source, stage, setting, run.folder / "state" / f"{stage.name}.pt", told)
         save_gated(network, card, made)
     return made
 

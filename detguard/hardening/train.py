@@ -16,27 +16,29 @@ from torch.optim.swa_utils import AveragedModel
 
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.detections import Candidates
-from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.losses import aimed_loss, gate_margin, imitation_loss
+from detguard.hardening.losses import aimed_loss, feature_loss, gate_margin, imitation_loss
 
 NORMAL, HARD, ADVERSARIAL = range(3)
 EMA_DECAY = 0.998
 CLIP = 10.0
+SMALLEST = 1e-2
 
 
 @dataclass(frozen=True)
 class Stage:
     """What learns from what. A stage is `number` batches long; its name is that of its metrics and checkpoint.
 
+    rate: highest learning rate, as a share of each layer's weights (root mean square) per update;
     route: the expert that learns, alone, or None for all through the gate; trunk: whether the trunk learns too;
     share: of normal, hard and adversarial frames in a batch; size: side of its frames, if not that of the setting:
     smaller frames show parts of photos at the same scale. aims: parts of the loss that attacks raise, of which the
     most harmful counts per frame ("class" and "box": multi-task training, Zhang & Wang 2019). ramp: share of the
     stage over which the budget grows. margins: weights of the gate's logits in the attack, taken in turn: an attack
-    on the result alone is blind where the gate is sure. gate: weight of the gate's cross-entropy.
+    on the result alone is blind where the gate is sure. gate, features: weights of the gate's cross-entropy and of the
+    error of feature maps.
     """
 
     name: str
@@ -46,12 +48,13 @@ class Stage:
     share: tuple[float, float, float]
     adversary: Adversary = field(default_factory=Adversary)
     experts: tuple[int, ...] | None = None
-    rate: float = 5e-4
+    rate: float = 3e-3
     size: int | None = None
     aims: tuple[str, ...] = ("all",)
     ramp: float = 0.0
     margins: tuple[float, ...] = (0.0,)
     gate: float = 0.0
+    features: float = 0.0
 
     def adversary_at(self, number: int) -> Adversary:
         """The adversary of a batch, whose budget may still be growing."""
@@ -90,7 +93,7 @@ def learned_parameters(network: GatedNetwork, stage: Stage) -> list[nn.Parameter
 
 def train_stage(
     network: GatedNetwork,
-    teacher: Detector,
+    teacher: GatedNetwork,
     source: PhotoSet,
     stage: Stage,
     setting: Setting,
@@ -99,16 +102,20 @@ def train_stage(
 ) -> GatedNetwork:
     """Train `network` in place, from `checkpoint` where it stopped; returns the average of its last weights.
 
+    teacher: the undefended detector as a network of one expert.
     on_batch: told the number of each batch and its losses; returns True to save and stop, KeyboardInterrupt follows.
 
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; the checkpoint holds all that was learned.
     """
-    network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
+    for model in (network, teacher):
+        model.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
     learned = learned_parameters(network, stage)
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
     average = AveragedModel(network, multi_avg_fn=_follow)
-    optimizer = torch.optim.AdamW(learned, lr=stage.rate, weight_decay=0.01)
+    # Batch norms folded in, weights of one layer may be a hundred times those of another: steps are in proportion.
+    sizes = [max(float(p.detach().square().mean().sqrt()), SMALLEST) for p in learned]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in learned], weight_decay=0.01)
     first = _restore(checkpoint, network, average, optimizer)
     saved = time.monotonic()
     hard = round(stage.share[HARD] * setting.batch)
@@ -123,8 +130,8 @@ def train_stage(
         average.update_parameters(network)
 
     for number, batch in enumerate(made, first):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate * rate_share(number, stage.number)
+        for group, weight in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = stage.rate * weight * rate_share(number, stage.number)
         losses = _learn(network, teacher, batch, stage, setting, number, update)
         stop = on_batch(number, losses) if on_batch else False
         if stop or time.monotonic() - saved > setting.save_every:
@@ -152,7 +159,7 @@ def rate_share(number: int, last: int) -> float:
 
 def _learn(
     network: GatedNetwork,
-    teacher: Detector,
+    teacher: GatedNetwork,
     batch: Batch,
     stage: Stage,
     setting: Setting,
@@ -169,18 +176,21 @@ def _learn(
     margin = stage.margins[number % len(stage.margins)]
     generator = torch.Generator().manual_seed((setting.seed << 32) + number)
 
-    def candidates(frames: Tensor) -> Candidates:
+    def run(model: GatedNetwork, frames: Tensor, route: int | None) -> tuple[Candidates, dict[int, Tensor]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            raw, gate = network(frames, stage.route)
-            return decode(network.head, raw, gate)
+            raw, gate = model(frames, route)
+            return decode(model.head, raw, gate), raw["maps"]
+
+    def candidates(frames: Tensor) -> Candidates:
+        return run(network, frames, stage.route)[0]
 
     def on_gate(gate: Tensor | None) -> Tensor:
         if gate is None or stage.route is not None:
             return torch.zeros(1)
         return margin * gate_margin(gate, NORMAL, -1)
 
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-        wanted = teacher.candidates(batch.clean)
+    with torch.no_grad():
+        wanted, wanted_maps = run(teacher, batch.clean, 0)
     if attacked and not free:
 
         def harm(x: Tensor, aim: str) -> Tensor:
@@ -194,8 +204,11 @@ def _learn(
     for turn in range(adversary.updates if free else 1):
         if free:
             shown = shown.detach().requires_grad_()
-        found = candidates(shown)
+        found, maps = run(network, shown, stage.route)
         parts = _losses(found, wanted, kinds, stage.gate)
+        if stage.features:
+            parts["features"] = feature_loss(maps, wanted_maps).mean()
+            parts["loss"] = parts["loss"] + stage.features * parts["features"]
         losses |= {name: float(value.detach()) for name, value in parts.items()}
         more = on_gate(found.gate)
         pull = torch.autograd.grad(more.sum(), shown, retain_graph=True)[0] if free and more.requires_grad else None

@@ -24,6 +24,11 @@ def source(bus_file):
 
 
 @pytest.fixture
+def undefended(bundled):
+    return GatedNetwork(bundled.model, 0, ("undefended",)).requires_grad_(False)
+
+
+@pytest.fixture
 def network(bundled_model):
     return GatedNetwork(fused(bundled_model), split=11)
 
@@ -101,14 +106,14 @@ def test_the_budget_grows_over_the_ramp():
     assert [growing.adversary_at(number).eps for number in (0, 4, 9)] == [pytest.approx(0.8), 4, 4]
 
 
-def test_free_training_learns_from_every_step_of_the_attack(network, bundled, source, tmp_path):
+def test_free_training_learns_from_every_step_of_the_attack(network, undefended, source, tmp_path):
     told = []
 
     def updates(method):
         one = stage(number=1, share=(0.0, 0.25, 0.75), adversary=Adversary(4, 2, method))
         train_stage(
             network,
-            bundled,
+            undefended,
             source,
             one,
             SETTING,
@@ -133,9 +138,9 @@ def test_free_training_learns_from_every_step_of_the_attack(network, bundled, so
         ({}, {"experts.0", "experts.1", "experts.2", "trunk", "gate"}),
     ],
 )
-def test_a_stage_changes_what_it_is_told_to_and_nothing_else(network, bundled, source, tmp_path, options, learns):
+def test_a_stage_changes_what_it_is_told_to_and_nothing_else(network, undefended, source, tmp_path, options, learns):
     before = copy.deepcopy(network.state_dict())
-    train_stage(network, bundled, source, stage(number=2, **options), SETTING, tmp_path / "last.pt")
+    train_stage(network, undefended, source, stage(number=2, **options), SETTING, tmp_path / "last.pt")
     changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
     parts = {".".join(k.split(".")[: 2 if k.startswith("experts") else 1]) for k in changed}
     assert parts == learns
@@ -149,16 +154,16 @@ def test_decoding_constants_never_learn(network):
 
 
 @pytest.mark.parametrize("method", ["pgd", "free"])
-def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, bundled, source, tmp_path, method):
+def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, undefended, source, tmp_path, method):
     def made():
         torch.manual_seed(0)
         return GatedNetwork(fused(bundled_model), split=11)
 
     wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1, adversary=Adversary(4, 2, method))
-    whole = train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
+    whole = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
     with pytest.raises(KeyboardInterrupt):
-        train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "b.pt", lambda number, losses: number == 1)
-    resumed = train_stage(made(), bundled, source, wanted, SETTING, tmp_path / "b.pt").state_dict()
+        train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "b.pt", lambda number, losses: number == 1)
+    resumed = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "b.pt").state_dict()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
@@ -172,7 +177,7 @@ def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, bundled, s
     ids=["pgd", "mtd", "free"],
 )
 def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
-    bundled_model, bundled, source, tmp_path, options
+    bundled_model, bundled, undefended, source, tmp_path, options
 ):
     torch.manual_seed(0)
     network = GatedNetwork(fused(bundled_model), split=0, names=("adversarial",))
@@ -190,5 +195,5 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
 
     before = attacked()
     only = stage(**{"number": 40, "route": 0, "share": (0.25, 0, 0.75), "rate": 1e-3} | options)
-    train_stage(network, bundled, source, only, SETTING, tmp_path / "last.pt")
+    train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
     assert attacked() < 0.8 * before
