@@ -26,6 +26,8 @@ from detguard.photos import SUFFIXES
 
 MAX_BYTES = 2 << 30
 EXIF_ORIENTATION = 274
+# What COCO's own annotations call the time of a photo.
+TIME = "date_captured"
 # The kind of warning that means that the figures are of fewer photos than the data set has.
 LOST = "photos missing or unreadable, left out"
 
@@ -272,7 +274,8 @@ def _read_coco(file: Path, folder: Path, faults: _Faults, limit: int | None) -> 
         given = (image.get("width", size[0]), image.get("height", size[1]))
         if given != size:
             faults.add("photos of another size than annotated", f"{file}: images[{i}]: {path} is {size}, not {given}")
-        images.append({"id": int(image["id"]), "file_name": path.name, "width": size[0], "height": size[1]})
+        known_of = {"id": int(image["id"]), "file_name": path.name, "width": size[0], "height": size[1]}
+        images.append(known_of | ({TIME: image[TIME]} if TIME in image else {}))
         files[int(image["id"])] = path
     sizes: dict[int, tuple[int, int]] = {image["id"]: (image["width"], image["height"]) for image in images}
     listed = {image.get("id") for image in data["images"]}

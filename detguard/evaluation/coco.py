@@ -97,6 +97,29 @@ def coco_metrics(
     )
 
 
+def metrics_of_photos(objects: Sequence[Detections], found: Sequence[Detections]) -> Metrics:
+    """COCO's AP and AP50 of some photos, by the labelled objects and the detections of each; classes by index."""
+    labelled = [
+        {"id": 0, "image_id": image, "iscrowd": 0, "category_id": r["category_id"], "bbox": r["bbox"]}
+        for image, o in enumerate(objects)
+        for r in coco_results(image, o, {int(c): int(c) for c in o.classes})
+    ]
+    for number, entry in enumerate(labelled, 1):
+        entry |= {"id": number, "area": entry["bbox"][2] * entry["bbox"][3]}
+    categories = sorted({entry["category_id"] for entry in labelled})
+    annotations = COCO()
+    annotations.dataset = {
+        "images": [{"id": image} for image in range(len(objects))],
+        "annotations": labelled,
+        "categories": [{"id": category, "name": str(category)} for category in categories],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotations.createIndex()
+    same = {category: category for category in categories}
+    results = [r for image, d in enumerate(found) for r in coco_results(image, d, same)]
+    return coco_metrics(annotations, results, categories, sizes=False)
+
+
 def _mean(values: np.ndarray) -> float | None:
     values = values[values > -1]
     return float(values.mean()) if values.size else None

@@ -22,7 +22,7 @@ from detguard.runs import Run
 # Stages of each recipe with their share of the photos. The trunk learns with the adversarial expert: on a trunk that
 # was not made robust, no expert can be.
 RECIPES = {
-    "gated": {"adversarial": 0.5, "normal": 0.1, "hard": 0.1, "joint": 0.3},
+    "gated": {"adversarial": 0.6, "normal": 0.1, "hard": 0.1, "joint": 0.2},
     "pgd": {"adversarial": 0.5, "whole": 0.5},
     "mtd": {"adversarial": 0.5, "whole": 0.5},
     "finetune": {"finetune": 1.0},

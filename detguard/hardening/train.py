@@ -114,7 +114,9 @@ def train_stage(
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
     average = AveragedModel(network, multi_avg_fn=_follow)
     # Batch norms folded in, weights of one layer may be a hundred times those of another: steps are in proportion.
-    sizes = [max(float(p.detach().square().mean().sqrt()), SMALLEST) for p in learned]
+    # The gate has to learn from nothing.
+    of_gate = {id(p) for p in network.gate.parameters()}
+    sizes = [1.0 if id(p) in of_gate else max(float(p.detach().square().mean().sqrt()), SMALLEST) for p in learned]
     optimizer = torch.optim.AdamW([{"params": [p]} for p in learned], weight_decay=0.01)
     first = _restore(checkpoint, network, average, optimizer)
     saved = time.monotonic()

@@ -137,9 +137,34 @@ def training_plot(records: list[dict[str, Any]]) -> str:
                     axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=kind)
             axis.set_title(stage, fontsize=10)
             axis.set_xlabel("batch")
-            axis.set_ylim(0)
+        row[0].set_ylim(bottom=0)
         row[0].set_ylabel("divergence from the undefended detector")
         row[0].legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+def timeline_plot(rows: list[dict[str, Any]], alarms: list[tuple[int, int]]) -> str:
+    """Accuracy and hints by window over a stream; each alarm a line where it came, shaded from where the drop began."""
+    with _figure(9, 3.8) as figure:
+        axis = figure.subplots()
+        at = [(row["first"] + row["last"]) / 2 for row in rows]
+        lines = [
+            ("f1", "F1", 2.2, "-"),
+            ("AP50", "AP50", 1.6, "-"),
+            ("confidence", "confidence (hint)", 1.1, "--"),
+            ("entropy", "gate entropy (hint)", 1.1, ":"),
+        ]
+        for colour, (key, label, width, style) in zip(COLOURS, lines, strict=False):
+            points = [(x, row[key]) for x, row in zip(at, rows, strict=True) if row[key] is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, lw=width, color=colour, label=label)
+        for began, number in alarms:
+            axis.axvspan(began, number, color="#be185d", alpha=0.12, lw=0)
+            axis.axvline(number, color="#be185d", lw=1.4)
+        axis.plot([], [], color="#be185d", lw=1.4, label="alarm")
+        axis.set_xlabel("photo")
+        axis.set_ylim(0)
+        _legend(figure, axis)
         return _svg(figure)
 
 

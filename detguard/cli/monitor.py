@@ -1,0 +1,138 @@
+"""`detguard monitor`: parse, call, show."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from detguard import DetguardError
+from detguard.cli.app import (
+    Device,
+    ImageSize,
+    Model,
+    OutFolder,
+    Resume,
+    TopK,
+    Trust,
+    app,
+    err,
+    out,
+    progress_bar,
+    show_error,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detguard.data.stream import Labelled
+    from detguard.detectors.base import Detector
+    from detguard.runs import Run
+
+DROPPED = "dropped.txt"
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard monitor --model best.pt --stream day/instances.json`: by the time of each photo, or the order of the file
+
+`camera | detguard monitor --model best.pt --stream -`: labelled photos as JSON lines, as they come
+
+`detguard monitor --resume runs/monitor/001`: go on with a stream that was stopped"""
+)
+def monitor(
+    model: Model = "detguard-n",
+    stream: Annotated[
+        str | None,
+        typer.Option(help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}]}."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "val",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
+    ] = None,
+    detector: Annotated[
+        Literal["adwin", "page-hinkley", "kswin"], typer.Option(help="What tells a drop from chance.")
+    ] = "adwin",
+    window: Annotated[int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")] = 32,
+    imgsz: ImageSize = None,
+    top_k: TopK = None,
+    out_folder: OutFolder = None,
+    resume: Resume = None,
+    device: Device = "cpu",
+    trust: Trust = False,
+) -> None:
+    """Watch accuracy over a stream of labelled photos, and tell when it drops: photos of a new kind have come.
+
+    Writes the photos of every drop to dropped.txt, and a page with the timeline.
+    Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
+    """
+    from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.runs import Run
+
+    if resume:
+        if stream:
+            raise DetguardError("--resume: takes its stream and options from the run; give no others")
+        run = Run.open(resume, "monitor")
+        with err.status("Loading the detector"):
+            watched = load_configured(run.config["detector"], trust, device)
+        sys.exit(watch(run, watched))
+    if not stream:
+        raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
+    with err.status("Loading the detector"):
+        watched = load_detector(model, imgsz, trust, device, top_k=top_k)
+    config: dict[str, Any] = {
+        "detector": detector_config(watched, model),
+        "stream": {"source": stream, "split": split, "images": str(images) if images else None},
+        "monitor": {"detector": detector, "window": window},
+        "arguments": sys.argv[1:],
+    }
+    list_photos = open_stream(config["stream"], watched) if stream != "-" else None  # wrong data leave no run behind
+    sys.exit(watch(Run.create("monitor", out_folder, config), watched, list_photos))
+
+
+def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Labelled]":
+    """The labelled photos of a data set, in order."""
+    from detguard.data.dataset import read_dataset
+    from detguard.data.stream import in_order
+
+    dataset = read_dataset(source["source"], source["split"], Path(source["images"]) if source["images"] else None)
+    return list(in_order(dataset, dataset.category_ids(detector.class_names)))
+
+
+def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" = None) -> int:
+    """Watch what the run has not seen yet, photo by photo; returns the exit code."""
+    from detguard.data.stream import from_lines
+    from detguard.hardening.monitor import observe
+    from detguard.reports.monitoring import monitor_page, timeline_table, windows
+    from detguard.reports.tables import terminal_table
+
+    source, options = run.config["stream"], run.config["monitor"]
+    live = source["source"] == "-"
+    if photos is None and not live:
+        photos = open_stream(source, detector)
+    shown = from_lines(sys.stdin, detector.class_names) if photos is None else photos
+    with progress_bar() as progress:
+        task = progress.add_task("monitor", total=None if photos is None else len(photos))
+        try:
+            for record in observe(run, detector, shown, options["detector"], options["window"], again=not live):
+                progress.update(task, completed=record["number"])
+                if "error" in record:
+                    show_error(record["error"])
+                elif record["began"] is not None:
+                    message = f"photo {record['number']}: accuracy has dropped since photo {record['began']}"
+                    out.print(message, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            show_error(f"stopped; go on with: detguard monitor --resume {run.folder}")
+            return 130
+    records = run.records()
+    drops = [r for r in records if r.get("began") is not None]
+    dropped = dict.fromkeys(
+        r["photo"] for drop in drops for r in records if drop["began"] <= r["number"] <= drop["number"]
+    )
+    run.write(DROPPED, "".join(f"{photo}\n" for photo in dropped).encode())
+    run.write("report.html", monitor_page(run, records))
+    out.print(terminal_table(timeline_table(windows(records, options["window"]))))
+    told = f"{len(drops)} drop(s), {len(dropped)} photos in {run.folder / DROPPED}" if drops else "no drop"
+    out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return 2 if any("error" in r for r in records) else int(bool(drops))

@@ -1,0 +1,158 @@
+"""Watching a detector's accuracy over a stream of labelled photos: a drop means that they are of a new kind."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from statistics import fmean as mean
+from statistics import variance
+from typing import Any
+
+import torch
+from river.drift import ADWIN, KSWIN, PageHinkley
+
+from detguard import DetguardError
+from detguard.data.stream import Labelled
+from detguard.detections import Detections
+from detguard.detectors.base import Detector
+from detguard.evaluation.coco import f1, metrics_of_photos
+from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE
+from detguard.photos import PhotoError, read_photo
+from detguard.runs import Record, Run
+
+# Boxes that a user would see count for F1.
+CONFIDENCE = 0.25
+# Of the levels before and after, so much must be lost: a change too small to matter is no alarm.
+SMALLEST_DROP = 0.1
+SIGMAS = 3.0
+
+
+def adwin(window: int) -> Any:
+    """Adaptive windowing (Bifet & Gavalda 2007): cuts off the past where two parts of it differ."""
+    # A generous delta: what it suspects must also pass `Monitor`'s test of significance.
+    return ADWIN(delta=0.3, clock=1, grace_period=window // 2, min_window_length=max(4, window // 8))
+
+
+def page_hinkley(window: int) -> Any:
+    """Page-Hinkley (1954): the summed shortfall from the mean, in F1, over a threshold."""
+    return PageHinkley(min_instances=window // 2, delta=0.05, threshold=window / 4, mode="down")
+
+
+def kswin(window: int) -> Any:
+    """Kolmogorov-Smirnov windowing (Raab et al. 2020): the last photos against a sample of those before."""
+    return KSWIN(alpha=0.01, window_size=4 * window, stat_size=window // 2, seed=0)
+
+
+DRIFT: dict[str, Callable[[int], Any]] = {"adwin": adwin, "page-hinkley": page_hinkley, "kswin": kswin}
+
+
+@dataclass
+class Monitor:
+    """Told the quality of one photo after the other, in order; says where it has clearly dropped.
+
+    kind: one of DRIFT; window: photos that a judgement needs. After a change, up or down, it starts anew from there.
+
+    Raises:
+        DetguardError: no such kind.
+    """
+
+    kind: str = "adwin"
+    window: int = 32
+    values: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.kind not in DRIFT:
+            raise DetguardError(f"--detector {self.kind}: expected one of {', '.join(DRIFT)}")
+        self._drift = DRIFT[self.kind](self.window)
+
+    def add(self, value: float) -> int | None:
+        """Take the quality of the next photo; where it dropped, how many photos ago it began, else None."""
+        self.values.append(value)
+        self._drift.update(value)
+        if not self._drift.drift_detected:
+            return None
+        began = self._changed()
+        if began < len(self.values) and mean(self.values[:-began]) < mean(self.values[-began:]):
+            self.values = self.values[-began:]  # a rise; what the detector saw may be a drop since then
+            began = self._changed()
+        before, after = self.values[:-began], self.values[-began:]
+        dropped = bool(before) and mean(before) - mean(after) >= max(SMALLEST_DROP, SIGMAS * _error(before, after))
+        self.values = after if dropped else self.values
+        self._drift = DRIFT[self.kind](self.window)
+        for known in self.values:  # the past that the next change is seen against
+            self._drift.update(known)
+        return began if dropped else None
+
+    def _changed(self) -> int:
+        """How many of the last photos are best told from those before: the cut that leaves least variance in both."""
+        values, total = self.values, sum(self.values)
+        best, cut, tail = 0.0, len(values), 0.0
+        for count in range(1, len(values)):
+            tail += values[-count]
+            difference = (total - tail) / (len(values) - count) - tail / count
+            if (between := count * (len(values) - count) * difference**2) > best:
+                best, cut = between, count
+        return cut
+
+
+def _error(before: list[float], after: list[float]) -> float:
+    """Standard error of the difference of two means."""
+    return math.sqrt(sum(variance(part) / len(part) if len(part) > 1 else math.inf for part in (before, after)))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one photo of a stream tells. f1: at IoU .50 and confidence .25, against its labels.
+
+    Without labels, as hints: confidence, the mean over the detections that a user would see; entropy of the gate's
+    weights, nats, of an ensemble.
+    """
+
+    f1: float
+    confidence: float
+    entropy: float | None
+
+
+def quality(objects: Detections, found: Detections) -> Quality:
+    """The quality of what was found on a photo; `found`: down to a low confidence."""
+    seen = found.above(CONFIDENCE)
+    confidence = float(seen.scores.mean()) if len(seen) else 0.0
+    entropy = None if found.experts is None else float(torch.special.entr(found.experts).sum())
+    return Quality(f1(objects, seen), confidence, entropy)
+
+
+def observe(
+    run: Run, detector: Detector, photos: Iterable[Labelled], kind: str, window: int, again: bool = True
+) -> Iterator[Record]:
+    """Watch a detector on photos in order, and append a record of each to the run: number, photo, `Quality`, and
+    `began`, where accuracy has dropped, the number of the photo since which it has; AP50 at the end of each window.
+
+    again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo is a record
+    with its error.
+    """
+    if again:  # from the start of a window, for its AP
+        run.keep(run.records()[: len(run.records()) // window * window])
+    seen = run.records()
+    monitor, numbers = Monitor(kind, window), list[int]()
+    for record in seen:
+        if "f1" in record:
+            monitor.add(record["f1"])
+            numbers.append(record["number"])
+    shown: list[tuple[Detections, Detections]] = []
+    for number, labelled in enumerate(islice(photos, len(seen) if again else 0, None), len(seen) + 1):
+        record = {"number": number, "photo": str(labelled.file)}
+        try:
+            (found,) = detector.detect([read_photo(labelled.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)
+        except PhotoError as error:
+            record["error"] = str(error)
+        else:
+            numbers.append(number)
+            shown.append((labelled.objects, found))
+            values = quality(labelled.objects, found)
+            began = monitor.add(values.f1)
+            record |= {**asdict(values), "began": None if began is None else numbers[-began]}
+        if number % window == 0 and shown:
+            record["AP50"] = metrics_of_photos(*zip(*shown, strict=True)).stats["AP50"]
+            shown.clear()
+        run.append(record)
+        yield record

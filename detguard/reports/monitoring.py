@@ -1,0 +1,57 @@
+"""The page of a monitor run: how accuracy went over the stream, and where it dropped."""
+
+from typing import Any
+
+from detguard.reports.evaluation import number
+from detguard.reports.page import Table, render_page
+from detguard.reports.plots import timeline_plot
+from detguard.runs import Record, Run
+
+
+def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
+    """Means of the photos of a stream by window: first and last photo, f1, AP50, hints, and the alarms in it."""
+    made = []
+    for start in range(0, len(records), size):
+        part = [r for r in records[start : start + size] if "f1" in r]
+        if not part:
+            continue
+        row: dict[str, Any] = {"first": part[0]["number"], "last": part[-1]["number"]}
+        for key in ("f1", "confidence", "entropy"):
+            known = [r[key] for r in part if r[key] is not None]
+            row[key] = sum(known) / len(known) if known else None
+        row["AP50"] = next((r["AP50"] for r in records[start : start + size] if "AP50" in r), None)
+        row["alarms"] = [r["number"] for r in part if r["began"] is not None]
+        made.append(row)
+    return made
+
+
+def timeline_table(rows: list[dict[str, Any]]) -> Table:
+    """One row per window."""
+    hints = any(row["entropy"] is not None for row in rows)
+    head = ["photos", "F1", "AP50", "confidence (hint)", *(["gate entropy (hint)"] if hints else []), "alarm at"]
+    cells = [
+        [
+            f"{row['first']} to {row['last']}",
+            number(row["f1"]),
+            number(row["AP50"]),
+            number(row["confidence"]),
+            *([number(row["entropy"])] if hints else []),
+            ", ".join(map(str, row["alarms"])) or "-",
+        ]
+        for row in rows
+    ]
+    note = "F1 at IoU .50 and confidence .25, against the labels. Hints need no labels and raise no alarm."
+    return Table("Windows", head, cells, note)
+
+
+def monitor_page(run: Run, records: list[Record]) -> bytes:
+    """report.html of a monitor run."""
+    options = run.config["monitor"]
+    rows = windows(records, options["window"])
+    alarms = [r for r in records if r.get("began") is not None]
+    subtitle = f"{len(records)} photos, {len(alarms)} alarm(s); {options['detector']}, windows of {options['window']}"
+    plots = (
+        {"Accuracy over the stream": timeline_plot(rows, [(r["began"], r["number"]) for r in alarms])} if rows else {}
+    )
+    title = f"Monitor: {run.config['detector']['model']}"
+    return render_page(title, subtitle, ["detguard", *run.config["arguments"]], [timeline_table(rows)], plots, [])

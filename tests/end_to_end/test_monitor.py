@@ -1,0 +1,96 @@
+"""`detguard monitor` as a user runs it: a stream that turns dark, as JSON lines and as a COCO json."""
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+OPTIONS = ("--imgsz", 160, "--window", 8)
+
+
+def detguard(*arguments, cwd, stdin=None):
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory, bundled, bus_file):
+    """Folder and JSON lines of 24 photos of one bus, then 24 that are all but black, with the same labels."""
+    folder = tmp_path_factory.mktemp("stream")
+    photo = cv2.resize(cv2.imread(str(bus_file)), None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+    found = bundled.detect([photo[..., ::-1].copy()], 0.4)[0].records(bundled.class_names)
+    lines = []
+    for number in range(48):
+        shown = photo if number < 24 else (photo * 0.02).astype(np.uint8)
+        cv2.imwrite(str(folder / f"{number:02d}.png"), shown)
+        lines.append({"photo": f"{number:02d}.png", "objects": found})
+    (folder / "stream.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_drop_is_told_with_its_photos(stream):
+    result = detguard(
+        "monitor", "--stream", "-", *OPTIONS, "--out", "run", cwd=stream, stdin=(stream / "stream.jsonl").read_text()
+    )
+    assert result.returncode == 1, result.stderr
+    assert "accuracy has dropped since photo 25" in result.stdout
+    dropped = (stream / "run/dropped.txt").read_text().split()
+    assert dropped[0] == "24.png"
+    assert len(dropped) <= 16
+    records = [json.loads(line) for line in (stream / "run/results.jsonl").read_text().splitlines()]
+    assert [r["number"] for r in records] == list(range(1, 49))
+    assert records[7]["AP50"] > 0.5 > records[-1]["AP50"]
+    page = (stream / "run/report.html").read_text()
+    assert "Accuracy over the stream" in page
+    assert "1 to 8" in page
+
+
+def test_a_stopped_run_goes_on_to_the_same_records(tiny_data, tmp_path):
+    command = ("monitor", "--stream", tiny_data, "--imgsz", 160, "--out", "run")
+    whole = detguard(*command, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    file = tmp_path / "run/results.jsonl"
+    records = file.read_text()
+    assert len(records.splitlines()) == 4
+    file.write_text("".join(records.splitlines(keepends=True)[:2]))
+    resumed = detguard("monitor", "--resume", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert file.read_text() == records
+
+
+def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
+    lines = (stream / "stream.jsonl").read_text().splitlines(keepends=True)[:3]
+    (stream / "broken.png").write_bytes(b"no photo")
+    lines.insert(1, json.dumps({"photo": "broken.png", "objects": []}) + "\n")
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "broken", cwd=stream, stdin="".join(lines))
+    assert result.returncode == 2
+    assert "broken.png" in result.stderr
+    assert len((stream / "broken/results.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--stream"),
+        (("--stream", "nowhere.json"), "nowhere.json"),
+        (("--resume", "nowhere"), "nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line_that_names_the_option(tmp_path, arguments, message):
+    result = detguard("monitor", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_line_is_one_line_that_names_it(tmp_path):
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "run", cwd=tmp_path, stdin="{}\n")
+    assert result.returncode == 2
+    assert "line 1" in result.stderr

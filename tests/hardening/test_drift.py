@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard import DetguardError
+from detguard.detections import Detections
+from detguard.evaluation.coco import metrics_of_photos
+from detguard.hardening.monitor import DRIFT, Monitor, quality
+
+
+def stream(seed, *parts):
+    """F1 of photos: (mean, how many) after one another, as scattered as F1 is."""
+    rng = np.random.default_rng(seed)
+    return [float(v) for mean, count in parts for v in rng.beta(3 * mean, 3 * (1 - mean), count)]
+
+
+def alarms(kind, values, window=32):
+    watching = Monitor(kind, window)
+    found = [(number, watching.add(value)) for number, value in enumerate(values, 1)]
+    return [(number, number - began + 1) for number, began in found if began is not None]
+
+
+@pytest.mark.parametrize("kind", DRIFT)
+def test_a_drop_is_told_within_two_windows_and_where_it_began(kind):
+    told = alarms(kind, stream(0, (0.7, 128), (0.25, 96)))
+    assert len(told) == 1
+    assert 128 < told[0][0] <= 128 + 64
+    assert abs(told[0][1] - 129) <= 12
+
+
+@pytest.mark.parametrize("kind", DRIFT)
+def test_a_rise_is_no_alarm_and_a_second_drop_is_one(kind):
+    told = alarms(kind, stream(1, (0.3, 96), (0.75, 128), (0.2, 96)))
+    assert len(told) == 1
+    assert told[0][0] > 96 + 128
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_steady_stream_raises_no_alarm(seed):
+    assert alarms("adwin", stream(seed, (0.6, 256))) == []
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(DetguardError, match="--detector magic"):
+        Monitor("magic")
+
+
+def test_the_quality_of_a_photo_needs_labels_and_its_hints_do_not():
+    box = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
+    objects = Detections(box, torch.ones(2), torch.tensor([0, 1]))
+    found = Detections(box, torch.tensor([0.8, 0.1]), torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
+    told = quality(objects, found)
+    assert told.f1 == pytest.approx(2 / 3)
+    assert told.confidence == pytest.approx(0.8)
+    assert told.entropy == pytest.approx(np.log(2))
+    assert quality(objects, found[[1]]).confidence == 0
+
+
+def test_ap_of_some_photos_is_one_where_all_is_found_and_zero_where_nothing_is():
+    box = torch.tensor([[0.0, 0, 100, 100], [120, 120, 140, 160]])
+    objects = Detections(box, torch.ones(2), torch.tensor([0, 3]))
+    none = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    assert metrics_of_photos([objects, none], [objects, none]).stats["AP50"] == pytest.approx(1)
+    assert metrics_of_photos([objects], [none]).stats["AP50"] == 0
+    assert metrics_of_photos([none], [none]).stats["AP50"] is None
+    assert metrics_of_photos([objects, objects], [objects, objects[[0]]]).stats["AP50"] == pytest.approx(0.75, abs=0.01)
