@@ -23,6 +23,8 @@ from detguard.photos import Letterbox, Photo, read_photo
 
 EXPERTS = ("normal", "hard", "adversarial")
 MOST_EXPERTS = 64
+# How far below the least bias of the gate's old outputs that of a new one begins: e^-10 of its weight.
+UNASKED = 10.0
 
 
 class Gate(nn.Module):
@@ -47,7 +49,7 @@ class GatedNetwork(nn.Module):
 
     names: what each expert is for. gate_on: what the gate sees, the "trunk" or the "frame".
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
-    floor: the least weight of the last expert.
+    floor: the least weight of the adversarial expert, or of the last where none is called so.
     """
 
     def __init__(
@@ -113,8 +115,28 @@ class GatedNetwork(nn.Module):
         if not self.floor:
             return log_weights
         floors = logits.new_full((1, logits.shape[1]), -torch.inf)
-        floors[:, -1] = torch.log(torch.tensor(self.floor))
+        floors[:, self.robust] = torch.log(torch.tensor(self.floor))
         return torch.logaddexp(log_weights + torch.log1p(torch.tensor(-self.floor)), floors)
+
+    def grow(self, names: Sequence[str], source: int) -> None:
+        """Add experts, each a copy of expert `source`, and outputs of the gate that at first give them next to nothing.
+
+        The old outputs of the gate stay as they are, bit by bit.
+
+        Raises:
+            DetguardError: there would be more than MOST_EXPERTS.
+        """
+        if len(self.names) + len(names) > MOST_EXPERTS:
+            raise DetguardError(f"{len(self.names)} experts and {len(names)} more: at most {MOST_EXPERTS}")
+        old = self.gate.out
+        self.gate.out = nn.Linear(old.in_features, old.out_features + len(names)).to(old.weight)
+        with torch.no_grad():
+            self.gate.out.weight.zero_()
+            self.gate.out.bias.fill_(float(old.bias.min()) - UNASKED)
+            self.gate.out.weight[: old.out_features] = old.weight
+            self.gate.out.bias[: old.out_features] = old.bias
+        self.experts.extend(copy.deepcopy(self.experts[source]) for _ in names)
+        self.names += names
 
     def single(self) -> Any:
         """The layers of a network of one expert, as the constructor takes those of a detection model.
@@ -125,6 +147,11 @@ class GatedNetwork(nn.Module):
         if len(self.experts) > 1:
             raise DetguardError(f"a gated ensemble of {len(self.experts)} experts; expected one network")
         return SimpleNamespace(model=[*self.trunk, *self._expert(0)], save=self.save, names=self.class_names)
+
+    @property
+    def robust(self) -> int:
+        """The number of the adversarial expert, or of the last where none is called so."""
+        return self.names.index(EXPERTS[-1]) if EXPERTS[-1] in self.names else len(self.names) - 1
 
     @property
     def head(self) -> Any:

@@ -63,6 +63,24 @@ def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:
     return logits[:, towards] - logits[:, away]
 
 
+def retention_loss(now: Candidates, before: Candidates) -> Tensor:
+    """How far an expert has moved from what it said before, per frame, [B]: the L2 of one expert.
+
+    Jensen-Shannon divergence of the classes at every candidate and of the distances' distributions, weighted by where
+    either is confident, over the sum of those weights (DESIGN, section 2).
+    """
+    p, q = (c.logits.float().sigmoid() for c in (now, before))
+    weight = torch.maximum(p.amax(2), q.amax(2)).detach()
+    loss = (js_divergence(p, q).sum(2) * weight).sum(1)
+    if now.anchors is not None and now.anchors.bins is not None and before.anchors is not None:
+        assert before.anchors.bins is not None
+        a, b = (c.float().softmax(3) for c in (now.anchors.bins, before.anchors.bins))
+        m = ((a + b) / 2).clamp(min=TINY)
+        boxes = (xlogy(a, a) - xlogy(a, m) + xlogy(b, b) - xlogy(b, m)).sum(3).mean(2) / 2
+        loss = loss + BOX_GAIN * (boxes * weight).sum(1)
+    return loss / weight.sum(1).clamp(min=1)
+
+
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of two tensors of probabilities as Bernoulli variables, elementwise; 0..ln 2."""
 

@@ -82,6 +82,7 @@ def test_weights_sum_to_one_and_all_but_the_top_k_are_zero(k, rows, seed, floor)
     made = GatedNetwork.__new__(GatedNetwork)
     torch.nn.Module.__init__(made)
     made.top_k, made.floor = (k if k < 5 else None), 0.0
+    made.names = list("abcde")
     logits = torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed))
     weights = made.log_weights(logits).exp()
     assert torch.allclose(weights.sum(1), torch.ones(rows), atol=1e-5)
@@ -215,3 +216,33 @@ def test_the_gate_term_turns_the_gate_away_from_its_last_expert(bundled_model, b
         left[weight] = margin(attempt.adversarial)
     assert left[1000.0] < left[0.0]
     assert left[1000.0] < margin(bus)
+
+
+def test_a_grown_ensemble_says_the_same_until_it_learns(bundled_model, bundled, frames, tmp_path):
+    made = detector(bundled_model, bundled)
+    with torch.no_grad():
+        before = made.candidates(frames)
+        made.model.grow(["fog", "night"], 1)
+        after = made.candidates(frames)
+    assert torch.equal(after.gate[:, :3], before.gate)
+    assert (after.experts[:, 3:] < 1e-3).all()
+    assert torch.allclose(after.logits.sigmoid(), before.logits.sigmoid(), atol=1e-3)
+    assert made.model.names == ["normal", "hard", "adversarial", "fog", "night"]
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 320}
+    save_gated(made.model, card, tmp_path / "grown.safetensors")
+    assert load_detector(tmp_path / "grown.safetensors").state_hash() == made.state_hash()
+
+
+def test_the_floor_stays_under_the_adversarial_expert_when_others_come(bundled_model, bundled, frames):
+    made = detector(bundled_model, bundled, floor=0.3)
+    made.model.grow(["fog"], 0)
+    with torch.no_grad():
+        experts = made.candidates(frames).experts
+    assert (experts[:, 2] >= 0.3).all()
+    assert (experts[:, 3] < 0.3).all()
+
+
+def test_there_is_an_end_to_growing(bundled_model):
+    made = network(bundled_model, split=HEAD)
+    with pytest.raises(DetguardError, match="at most 64"):
+        made.grow(["more"] * 62, 0)

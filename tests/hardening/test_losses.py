@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from detguard.detections import Anchors, Candidates
-from detguard.hardening.losses import feature_loss, gate_margin, imitation_loss, js_divergence
+from detguard.hardening.losses import feature_loss, gate_margin, imitation_loss, js_divergence, retention_loss
 
 PROBABILITY = st.floats(0, 1, width=32)
 
@@ -77,3 +77,34 @@ def test_feature_maps_are_compared_by_layer_each_channel_in_its_own_units():
     error = feature_loss(moved, teacher)
     assert error[0] == pytest.approx(0.5, rel=0.2)
     assert error[1:].tolist() == [0, 0]
+
+
+def test_an_expert_that_says_the_same_has_lost_nothing_and_one_that_does_not_has():
+    before, other = candidates(0), candidates(1)
+    assert retention_loss(before, before).abs().max() < 1e-6
+    assert (retention_loss(other, before) > 0.01).all()
+    assert torch.allclose(retention_loss(other, before), retention_loss(before, other))
+
+
+def test_what_neither_is_sure_of_may_change():
+    before = candidates(0)
+    unsure = Candidates(before.logits - 12, before.boxes, anchors=before.anchors)
+    turned = Candidates(unsure.logits.flip(1), before.boxes, anchors=candidates(1).anchors)
+    assert retention_loss(turned, unsure).max() < 0.05 * retention_loss(candidates(1), before).min()
+
+
+def test_the_retention_loss_has_the_gradient_of_its_value():
+    now = candidates(1)
+    # Where the weight is that of before, it does not move with what is said now.
+    before = Candidates(now.logits.amax(2, keepdim=True) + candidates(0).logits.abs(), now.boxes, anchors=now.anchors)
+
+    def value(x):
+        return retention_loss(Candidates(x.float(), now.boxes, anchors=now.anchors), before).sum()
+
+    x = now.logits.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(x), x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    step = 1e-3
+    with torch.no_grad():
+        slope = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=0.02)

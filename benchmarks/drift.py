@@ -1,0 +1,79 @@
+"""Delay and false alarms of the drift detectors on real streams: clean photos, fog and low contrast, attacked ones.
+
+    python benchmarks/drift.py --model ../shared/weights/yolo11n-coco.pt
+
+What is found on each photo is kept by `evaluate`'s cache; the streams are those photos in many random orders.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from detguard.data.dataset import read_dataset
+from detguard.detectors.load import load_detector
+from detguard.engine import keep_freed_memory
+from detguard.evaluation.attacks import WORST, AttackSet
+from detguard.evaluation.cache import Cache
+from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill
+from detguard.hardening.monitor import DRIFT, Monitor, quality
+
+
+def alarms(kind: str, window: int, values: list[float]) -> Iterator[int]:
+    """The numbers of the photos at which a drop is told."""
+    monitor = Monitor(kind, window)
+    return (number for number, value in enumerate(values, 1) if monitor.add(value) is not None)
+
+
+def main(
+    model: Annotated[str, typer.Option()] = "detguard-n",
+    data: str = "../shared/data/coco256/data.yaml",
+    imgsz: int = 320,
+    window: int = 32,
+    streams: int = 20,
+    limit: int | None = None,
+) -> None:
+    keep_freed_memory()
+    detector, dataset = load_detector(model, imgsz), read_dataset(data, limit=limit)
+    subject = Subject(detector.name, detector, dataset, dataset.category_ids(detector.class_names), Cache())
+    views: dict[str, tuple[View, str]] = {
+        "clean": (Clean(), ""),
+        "fog": (Corrupted("fog", 5, 0), ""),
+        "low contrast": (Corrupted("contrast", 4, 0), ""),
+        "PGD": (AttackSet(("all",), 4, 10), WORST),
+    }
+    for view, _ in track(views.values(), "showing", transient=True):
+        fill(subject, [view])
+    found = {
+        name: [quality(subject.objects(i), view.load(subject, i, part)).f1 for i in dataset.files]
+        for name, (view, part) in views.items()
+    }
+    parts = [found["clean"], found["fog"] + found["low contrast"], found["PGD"]]
+    means = ", ".join(f"{name} {np.mean(values):.2f}" for name, values in found.items())
+    table = Table(title=f"{detector.name}, {imgsz} px, window {window}; mean F1: {means}; {streams} orders, seed 0")
+    heads = ("false alarms, clean twice over", "first change: delay", "missed", "second change: delay", "missed")
+    for column in ("detector", *heads):
+        table.add_column(column, justify="left" if column == "detector" else "right")
+    for kind in DRIFT:
+        rng = np.random.default_rng(0)
+        false = 0
+        delays: tuple[list[int], list[int]] = ([], [])
+        for _ in range(streams):
+            false += len(list(alarms(kind, window, [*rng.permutation(parts[0]), *rng.permutation(parts[0])])))
+            drawn = [list(rng.permutation(part))[: len(parts[0])] for part in parts]
+            told = list(alarms(kind, window, [*drawn[0], *drawn[1], *drawn[2]]))
+            for change, part in enumerate(delays, 1):
+                start = change * len(parts[0])
+                part += [number - start for number in told if start < number <= start + len(parts[0])][:1]
+        cells = [f"{np.mean(d):.0f} (most {max(d)})" if d else "-" for d in delays]
+        missed = [f"{streams - len(d)} of {streams}" for d in delays]
+        table.add_row(kind, f"{false} in {streams}", cells[0], missed[0], cells[1], missed[1])
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
