@@ -1,16 +1,13 @@
-# make demo: hide the people in a street photo from the bundled detector, then try the same on the hardened one.
-# make test: run the tests.
+# make demo: hide the people in a street photo from the bundled detector. make test: run the tests.
 # Both make .venv and install into it when needed.
 
 PYTHON ?= python3
 READY := .venv/.ready
-BUS = .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg
 
 .PHONY: demo test clean
 
 demo: $(READY)
-	.venv/bin/detguard attack $(BUS) --target person --eps 4
-	.venv/bin/detguard attack $(BUS) --target person --eps 4 --model detguard-n-hard || test $$? -eq 1
+	.venv/bin/detguard attack .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg --target person --eps 4
 
 test: $(READY)
 	.venv/bin/python -m pytest

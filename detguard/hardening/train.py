@@ -187,7 +187,7 @@ def _learn(
         return run(network, frames, stage.route)[0]
 
     def on_gate(gate: Tensor | None) -> Tensor:
-        if gate is None or stage.route is not None:
+        if not margin or gate is None or stage.route is not None:
             return torch.zeros(1)
         return margin * gate_margin(gate, NORMAL, -1)
 
