@@ -19,9 +19,8 @@ from rich.table import Table
 
 from detguard.reports.evaluation import number
 
-# Name -> options of `detguard harden`. The first two are no ensembles.
+# Ensembles: name -> options of `detguard harden`.
 DESIGNS: dict[str, list[str]] = {
-    "single": ["--recipe", "pgd"],
     "gated": [],
     "gated, heads": ["--split", "head"],
     "gated, whole networks": ["--split", "backbone"],
@@ -50,7 +49,7 @@ def row_of(run: Path, person: str = "person") -> dict[str, Any]:
     for eps, budget in found.get("attack", {}).get("budgets", {}).items():
         attacked = [value for view, value in views.items() if view.startswith(f"attack eps {eps} ")]
         row[f"eps {eps}"] = (budget["AP50"], min(attacked))
-        row[f"AP {eps}"] = budget["AP"]
+        row[f"AP at eps {eps}"] = budget["AP"]
     row["mPC"] = found["corruptions"]["mPC"] if "corruptions" in found else None
     row["AP"] = found["clean"]["AP"]
     return row
@@ -58,11 +57,10 @@ def row_of(run: Path, person: str = "person") -> dict[str, Any]:
 
 def main(
     model: Annotated[str, typer.Option(help="The undefended detector.")] = "detguard-n",
-    designs: Annotated[str, typer.Option(help="Some of the designs, separated by semicolons.")] = ";".join(DESIGNS),
+    designs: Annotated[str, typer.Option(help="Some of the ensembles, separated by semicolons.")] = ";".join(DESIGNS),
     photos: Annotated[int, typer.Option(help="Photos of the adversarial start, and again of each design.")] = 60_000,
     crop: int = 192,
     batch: int = 16,
-    rate: float = 4e-4,
     mix: float = 0.3,
     imgsz: int = 320,
     data: str = str(SHARED / "coco256/data.yaml"),
@@ -77,41 +75,37 @@ def main(
     common = [*training, "--imgsz", imgsz, "--crop", crop, "--batch", batch, "--mix", mix]
     start = out / "start/weights/adversarial.safetensors"
     # The second half of a run of the single network is that design's, so both are one run.
-    detguard(
-        "harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--rate", rate, "--photos", 2 * photos
-    )
+    detguard("harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--photos", 2 * photos)
     weights = {"undefended": model, "single": str(out / "start/weights/whole.safetensors")}
-    for name in (name for name in designs.split(";") if name != "single"):
-        folder = out / name.replace(", ", "-").replace(" ", "-")
-        options = [*common, "--model", start, "--teacher", model, "--rate", rate, "--photos", photos]
+    for name in designs.split(";"):
+        folder = out / slug(name)
+        options = [*common, "--model", start, "--teacher", model, "--photos", photos]
         detguard("harden", folder, *options, *DESIGNS[name])
         weights[name] = str(folder / "weights/joint.safetensors")
     judged = ["--data", data, "--imgsz", imgsz, "--eps", eps, "--steps", steps, "--restarts", restarts]
     judged += ["--severities", severities] + (["--limit", limit] if limit else [])
     rows = {}
     for name, file in weights.items():
-        run = out / f"judged-{name.replace(', ', '-').replace(' ', '-')}"
+        run = out / f"judged-{slug(name)}"
         detguard("evaluate", run, *judged, "--model", file)
         rows[name] = row_of(run)
-    budgets = eps.split(",")
+    budgets = [f"eps {budget}" for budget in eps.split(",")]
     table = Table(
         title=f"{Path(model).stem}, {imgsz} px, {photos} + {photos} photos seen; worst case of all attacks, "
         f"PGD-{steps}, {restarts} starts, seed 0; {data}"
     )
-    heads = ["design", "clean AP50 (person)", *(f"eps {e} AP50 (person)" for e in budgets)]
+    heads = ["design", "clean AP50 (person)", *(f"{budget} AP50 (person)" for budget in budgets)]
     for column in (*heads, "kept", "mPC", "clean AP", f"AP at {budgets[-1]}"):
         table.add_column(column, justify="left" if column == "design" else "right")
     for name, row in rows.items():
-        pairs = [
-            f"{number(all_)} ({number(person)})" for all_, person in (row[k] for k in ("clean", *heads_of(budgets)))
-        ]
-        kept = f"{100 * row[f'eps {budgets[-1]}'][0] / row['clean'][0]:.0f} %"
-        table.add_row(name, *pairs, kept, number(row["mPC"]), number(row["AP"]), number(row[f"AP {budgets[-1]}"]))
+        pairs = [f"{number(all_)} ({number(person)})" for all_, person in (row[k] for k in ("clean", *budgets))]
+        kept = f"{100 * row[budgets[-1]][0] / row['clean'][0]:.0f} %"
+        table.add_row(name, *pairs, kept, number(row["mPC"]), number(row["AP"]), number(row[f"AP at {budgets[-1]}"]))
     Console(width=170).print(table)
 
 
-def heads_of(budgets: list[str]) -> list[str]:
-    return [f"eps {budget}" for budget in budgets]
+def slug(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 if __name__ == "__main__":

@@ -122,13 +122,19 @@ def read_dataset(
     if not dataset["annotations"]:
         first = next((where[0] for where in faults.found.values()), "it lists none")
         raise DataError(f"{file}: no labelled object to evaluate on ({first})")
+    coco = indexed(dataset)
+    # Of the many files called data.yaml, their folders tell which.
+    name = file.resolve().parent.name if file.name == "data.yaml" else file.stem
+    return Dataset(name if file.suffix == ".json" else f"{name} {split}", files, coco, faults.found)
+
+
+def indexed(dataset: dict[str, Any]) -> COCO:
+    """Annotations in COCO's form as pycocotools looks them up; it prints while it does."""
     coco = COCO()
     coco.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    # Of the many files called data.yaml, their folders tell which.
-    name = file.resolve().parent.name if file.name == "data.yaml" else file.stem
-    return Dataset(name if file.suffix == ".json" else f"{name} {split}", files, coco, faults.found)
+    return coco
 
 
 def inside(root: Path, name: str, file: Path) -> Path:

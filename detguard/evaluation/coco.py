@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from detguard.data.dataset import indexed
 from detguard.detections import Detections
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -107,14 +108,9 @@ def metrics_of_photos(objects: Sequence[Detections], found: Sequence[Detections]
     for number, entry in enumerate(labelled, 1):
         entry |= {"id": number, "area": entry["bbox"][2] * entry["bbox"][3]}
     categories = sorted({entry["category_id"] for entry in labelled})
-    annotations = COCO()
-    annotations.dataset = {
-        "images": [{"id": image} for image in range(len(objects))],
-        "annotations": labelled,
-        "categories": [{"id": category, "name": str(category)} for category in categories],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        annotations.createIndex()
+    images = [{"id": image} for image in range(len(objects))]
+    names = [{"id": category, "name": str(category)} for category in categories]
+    annotations = indexed({"images": images, "annotations": labelled, "categories": names})
     same = {category: category for category in categories}
     results = [r for image, d in enumerate(found) for r in coco_results(image, d, same)]
     return coco_metrics(annotations, results, categories, sizes=False)

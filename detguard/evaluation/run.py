@@ -16,7 +16,7 @@ from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Tra
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
 from detguard.evaluation.score import expert_shares, metrics_of, results
-from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill
+from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, results_of
 from detguard.runs import Run
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
@@ -150,13 +150,14 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
     gate: dict[str, list[float]] = {}
 
     def measure(view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> Metrics:
-        shown = results(subject, view, part)
+        seen = list(results_of(subject, view, part))
+        shown = results(subject, seen)
         if write:  # before they are scored, which adds fields of pycocotools' own
             file = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
             run.write(file, json.dumps(shown).encode())
         metrics = metrics_of(subject, shown, sizes)
         if isinstance(detector, GatedDetector) and len(detector.model.names) > 1:
-            gate[label] = expert_shares(subject, view, part)
+            gate[label] = expert_shares(seen)
         evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
         return metrics
 

@@ -1,16 +1,17 @@
 """From what a view shows to COCO metrics."""
 
+from collections.abc import Iterable
+
 import torch
 
+from detguard.detections import Detections
 from detguard.evaluation.coco import Metrics, Result, coco_metrics, coco_results
 from detguard.evaluation.views import Subject, View, results_of
 
 
-def results(subject: Subject, view: View, part: str = "") -> list[Result]:
-    """COCO results of all photos of the subject, as they are scored and written."""
-    return [
-        r for image, found in results_of(subject, view, part) for r in coco_results(image, found, subject.category_ids)
-    ]
+def results(subject: Subject, found: Iterable[tuple[int, Detections]]) -> list[Result]:
+    """COCO results of photos of the subject, by image id, as they are scored and written."""
+    return [r for image, detections in found for r in coco_results(image, detections, subject.category_ids)]
 
 
 def metrics_of(subject: Subject, found: list[Result], sizes: bool = False) -> Metrics:
@@ -21,10 +22,10 @@ def metrics_of(subject: Subject, found: list[Result], sizes: bool = False) -> Me
 
 def score(subject: Subject, view: View, part: str = "", sizes: bool = False) -> Metrics:
     """COCO metrics of one part of a view."""
-    return metrics_of(subject, results(subject, view, part), sizes)
+    return metrics_of(subject, results(subject, results_of(subject, view, part)), sizes)
 
 
-def expert_shares(subject: Subject, view: View, part: str = "") -> list[float]:
-    """The mean weight that the gate of an ensemble gave each expert over the photos of a view."""
-    weights = [found.experts for _, found in results_of(subject, view, part) if found.experts is not None]
+def expert_shares(found: Iterable[tuple[int, Detections]]) -> list[float]:
+    """The mean weight that the gate of an ensemble gave each expert over photos."""
+    weights = [detections.experts for _, detections in found if detections.experts is not None]
     return [round(float(w), 4) for w in torch.stack(weights).mean(0)] if weights else []

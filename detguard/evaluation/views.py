@@ -22,6 +22,8 @@ from detguard.photos import Photo, photo_seed, read_photo
 
 # As COCO is scored: every candidate down to this confidence, each class on its own.
 LOWEST_CONFIDENCE = 0.001
+# Boxes that a user would see.
+SHOWN_CONFIDENCE = 0.25
 IOU = 0.7
 BATCH = 8
 

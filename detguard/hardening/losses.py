@@ -74,18 +74,18 @@ def retention_loss(now: Candidates, before: Candidates) -> Tensor:
     loss = (js_divergence(p, q).sum(2) * weight).sum(1)
     if now.anchors is not None and now.anchors.bins is not None and before.anchors is not None:
         assert before.anchors.bins is not None
-        a, b = (c.float().softmax(3) for c in (now.anchors.bins, before.anchors.bins))
-        m = ((a + b) / 2).clamp(min=TINY)
-        boxes = (xlogy(a, a) - xlogy(a, m) + xlogy(b, b) - xlogy(b, m)).sum(3).mean(2) / 2
+        a, b = (bins.float().softmax(3) for bins in (now.anchors.bins, before.anchors.bins))
+        boxes = _js_term(a, b).sum(3).mean(2)
         loss = loss + BOX_GAIN * (boxes * weight).sum(1)
     return loss / weight.sum(1).clamp(min=1)
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of two tensors of probabilities as Bernoulli variables, elementwise; 0..ln 2."""
+    return _js_term(p, q) + _js_term(1 - p, 1 - q)
 
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        m = ((a + b) / 2).clamp(min=TINY)  # the mean of the smallest floats is 0
-        return xlogy(a, a) - xlogy(a, m) + xlogy(b, b) - xlogy(b, m)
 
-    return (kl(p, q) + kl(1 - p, 1 - q)) / 2
+def _js_term(p: Tensor, q: Tensor) -> Tensor:
+    """What one outcome of probabilities `p` and `q` adds to their Jensen-Shannon divergence, elementwise."""
+    m = ((p + q) / 2).clamp(min=TINY)  # the mean of the smallest floats is 0
+    return (xlogy(p, p) - xlogy(p, m) + xlogy(q, q) - xlogy(q, m)) / 2

@@ -16,12 +16,10 @@ from detguard.data.stream import Labelled
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.coco import f1, metrics_of_photos
-from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE
+from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.photos import PhotoError, read_photo
 from detguard.runs import Record, Run
 
-# Boxes that a user would see count for F1.
-CONFIDENCE = 0.25
 # Of the levels before and after, so much must be lost: a change too small to matter is no alarm.
 SMALLEST_DROP = 0.1
 SIGMAS = 3.0
@@ -115,7 +113,7 @@ class Quality:
 
 def quality(objects: Detections, found: Detections) -> Quality:
     """The quality of what was found on a photo; `found`: down to a low confidence."""
-    seen = found.above(CONFIDENCE)
+    seen = found.above(SHOWN_CONFIDENCE)
     confidence = float(seen.scores.mean()) if len(seen) else 0.0
     entropy = None if found.experts is None else float(torch.special.entr(found.experts).sum())
     return Quality(f1(objects, seen), confidence, entropy)
@@ -130,9 +128,10 @@ def observe(
     again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo is a record
     with its error.
     """
-    if again:  # from the start of a window, for its AP
-        run.keep(run.records()[: len(run.records()) // window * window])
     seen = run.records()
+    if again:  # from the start of a window, for its AP
+        seen = seen[: len(seen) // window * window]
+        run.keep(seen)
     monitor, numbers = Monitor(kind, window), list[int]()
     for record in seen:
         if "f1" in record:

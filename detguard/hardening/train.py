@@ -16,12 +16,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.detections import Candidates
-from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import aimed_loss, feature_loss, gate_margin, imitation_loss
 
-NORMAL, HARD, ADVERSARIAL = range(3)
+# Kinds of frames, each that of the expert of the same number.
+NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
 EMA_DECAY = 0.998
 CLIP = 10.0
 SMALLEST = 1e-2
@@ -241,18 +242,16 @@ def _losses(found: Candidates, wanted: Candidates, kinds: Tensor, gate_weight: f
     """The loss of a batch and, to be told, its mean on each kind of frames and the gate's weights there."""
     per_frame = imitation_loss(found, wanted)
     losses = {"loss": per_frame.mean()}
-    names = {NORMAL: "normal", HARD: "hard", ADVERSARIAL: "adversarial"}
-    for kind, name in names.items():
-        if (kinds == kind).any():
-            losses[name] = per_frame[kinds == kind].mean()
+    shown = [(kind, name) for kind, name in enumerate(EXPERTS) if (kinds == kind).any()]
+    for kind, name in shown:
+        losses[name] = per_frame[kinds == kind].mean()
     if gate_weight and found.gate is not None:
         belongs = kinds.clamp(max=found.gate.shape[1] - 1)
         gate = cross_entropy(found.gate, belongs)
         losses |= {"gate": gate, "loss": losses["loss"] + gate_weight * gate}
-        for kind, name in names.items():
-            if (kinds == kind).any():
-                weights = found.gate[kinds == kind].softmax(1).mean(0)
-                losses |= {f"gate {name} {i}": weight for i, weight in enumerate(weights)}
+        for kind, name in shown:
+            weights = found.gate[kinds == kind].softmax(1).mean(0)
+            losses |= {f"gate {name} {i}": weight for i, weight in enumerate(weights)}
     return losses
 
 

@@ -10,14 +10,12 @@ from detguard.evaluation.attacks import WORST
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
 from detguard.evaluation.run import Evaluation, Protocols
-from detguard.evaluation.views import Batch, Clean, Subject, View
+from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
 from detguard.reports.plots import gate_plot, plots
 
 Metrics = dict[str, dict[str, Any]]
-# Boxes of the gallery are those that a user would see.
-SHOWN_CONFIDENCE = 0.25
 
 
 def number(value: float | None) -> str:

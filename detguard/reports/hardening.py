@@ -1,16 +1,15 @@
 """The page of a harden run: how each stage learned, and which expert the gate came to ask."""
 
-from typing import Any
-
+from detguard.detectors.gated import EXPERTS
+from detguard.evaluation.run import mean
 from detguard.hardening.run import Plan
 from detguard.reports.evaluation import number
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import gate_plot, training_plot
-from detguard.runs import Record, Run
+from detguard.runs import Run
 
 # The last records of a stage that its figures are the mean of.
 LAST = 5
-KINDS = ("normal", "hard", "adversarial")
 
 
 def hardening_page(run: Run) -> bytes:
@@ -18,22 +17,26 @@ def hardening_page(run: Run) -> bytes:
     records = list({(record["stage"], record["batch"]): record for record in run.records()}.values())
     stages = list(dict.fromkeys(record["stage"] for record in records))
     last = {stage: [r for r in records if r["stage"] == stage][-LAST:] for stage in stages}
+
+    def at_end(stage: str, figure: str) -> float | None:
+        return mean(record.get(figure) for record in last.get(stage, []))
+
     rows = [
-        [stage, str(last[stage][-1]["batch"]), f"{mean(last[stage], 'photos_per_second'):.1f}"]
-        + [number(mean(last[stage], kind)) for kind in KINDS]
+        [stage, str(last[stage][-1]["batch"]), f"{at_end(stage, 'photos_per_second'):.1f}"]
+        + [number(at_end(stage, kind)) for kind in EXPERTS]
         for stage in stages
     ]
     note = (
         "Divergence from what the undefended detector says of the clean photo, on training photos, at the end of each "
         "stage. How good the detector is, detguard evaluate tells."
     )
-    tables = [Table("Stages", ["stage", "batches", "photos/s", *KINDS], rows, note)]
+    tables = [Table("Stages", ["stage", "batches", "photos/s", *EXPERTS], rows, note)]
     made = {"Losses": training_plot(records)} if records else {}
     experts = Plan(**run.config["harden"]).experts
     shares = {
-        kind: [mean(last["joint"], f"gate {kind} {i}") or 0.0 for i in range(len(experts))]
-        for kind in KINDS
-        if "joint" in last and mean(last["joint"], f"gate {kind} 0") is not None
+        kind: [at_end("joint", f"gate {kind} {i}") or 0.0 for i in range(len(experts))]
+        for kind in EXPERTS
+        if at_end("joint", f"gate {kind} 0") is not None
     }
     if shares:
         made["Which expert spoke in training"] = gate_plot(list(experts), shares)
@@ -44,9 +47,3 @@ def hardening_page(run: Run) -> bytes:
     )
     title = f"Hardening of {run.config['model']}: {plan['recipe']}"
     return render_page(title, subtitle, ["detguard", *run.config["arguments"]], tables, made, [], 0)
-
-
-def mean(records: list[Record], key: str) -> Any:
-    """Mean of a figure over the records that have it; None of nothing."""
-    known = [record[key] for record in records if key in record]
-    return sum(known) / len(known) if known else None

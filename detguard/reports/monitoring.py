@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from detguard.evaluation.run import mean
 from detguard.reports.evaluation import number
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import timeline_plot
@@ -17,8 +18,7 @@ def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"first": part[0]["number"], "last": part[-1]["number"]}
         for key in ("f1", "confidence", "entropy"):
-            known = [r[key] for r in part if r[key] is not None]
-            row[key] = sum(known) / len(known) if known else None
+            row[key] = mean(r[key] for r in part)
         row["AP50"] = next((r["AP50"] for r in records[start : start + size] if "AP50" in r), None)
         row["alarms"] = [r["number"] for r in part if r["began"] is not None]
         made.append(row)

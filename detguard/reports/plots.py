@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from detguard.detectors.gated import EXPERTS
+
 Metrics = dict[str, dict[str, Any]]
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
 STYLE: Any = {
@@ -131,7 +133,7 @@ def training_plot(records: list[dict[str, Any]]) -> str:
         row = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
         for axis, stage in zip(row, stages, strict=True):
             of_stage = [record for record in records if record["stage"] == stage]
-            for colour, kind in zip(COLOURS, ("normal", "hard", "adversarial"), strict=False):
+            for colour, kind in zip(COLOURS, EXPERTS, strict=False):
                 points = [(record["batch"], record[kind]) for record in of_stage if kind in record]
                 if points:
                     axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=kind)
