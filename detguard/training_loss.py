@@ -68,10 +68,11 @@ def assign(candidates: Candidates, objects: Sequence[Detections]) -> Assignment:
     return Assignment(frames, found, classes, weights, target_boxes[frames, found])
 
 
-def detection_loss(candidates: Candidates, assignment: Assignment) -> dict[str, Tensor]:
+def detection_loss(candidates: Candidates, assignment: Assignment, known: Tensor | None = None) -> dict[str, Tensor]:
     """The parts of the training loss, each [B], times its gain and over the frame's sum of weights: see GAINS.
 
-    "distance" is zero for heads without a distribution of distances.
+    "distance" is zero for heads without a distribution of distances. known: float [B, C], 1 for classes of which all
+    objects of a frame are labelled; what is said of the others, 0, does not count. By default all are.
     """
     logits, (frames, found) = candidates.logits.float(), (assignment.frames, assignment.candidates)
     weights = assignment.weights
@@ -85,7 +86,7 @@ def detection_loss(candidates: Candidates, assignment: Assignment) -> dict[str, 
     boxes = candidates.boxes.float()[frames, found]
     overlap = bbox_iou(boxes, assignment.boxes, xywh=False, CIoU=True).squeeze(-1)
     losses = {
-        "class": softplus(logits).flatten(1).sum(1) - wanted,
+        "class": (softplus(logits) if known is None else softplus(logits) * known[:, None]).flatten(1).sum(1) - wanted,
         "box": per_frame((1 - overlap) * weights),
         "distance": per_frame(_distance_loss(candidates, assignment) * weights),
     }

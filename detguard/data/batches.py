@@ -1,7 +1,7 @@
 """Training batches: photos randomly cropped, flipped, stretched, toned and tiled, the same for the same seed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -14,58 +14,96 @@ from torch import Tensor
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES, corrupt
-from detguard.photos import PADDING_LEVEL, Photo, read_photo
+from detguard.data.stream import Labelled
+from detguard.detections import Detections
+from detguard.photos import PADDING_LEVEL, Letterbox, Photo, read_photo
 
 # Photos are kept decoded; larger ones would be shrunk to a frame anyway.
 KEPT_SIDE = 1.5
+# An object of which less is left in a frame is not labelled there.
+VISIBLE = 0.3
 MOSAIC_SHARE = 0.3
 AHEAD = 4
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """Decoded photos and how likely each is drawn; probabilities sum to 1."""
+    """Decoded photos and how likely each is drawn; probabilities sum to 1.
+
+    labels: of each photo, boxes in its pixels as it is kept here; empty where photos have none. plain: photos are shown
+    as a detector sees them, only mirrored at random: an attack, for one, does not outlast being resized.
+    """
 
     photos: list[Photo]
     probability: NDArray[np.float64]
+    labels: Sequence[Labelled] = ()
+    plain: bool = False
 
 
-def read_photos(folders: Sequence[tuple[Sequence[Path], float]], size: int) -> tuple[PhotoSet, list[str]]:
-    """Decode files, given as lists with the share of a batch that each list has, for frames of `size` pixels.
+def read_photos(
+    folders: Sequence[tuple[Sequence[Path] | Sequence[Labelled], float]], size: int, plain: bool = False
+) -> tuple[PhotoSet, list[str]]:
+    """Decode photos, given as lists with the share of a batch that each list has, for frames of `size` pixels.
 
-    Returns the set and a message for each photo that cannot be read.
+    Returns the set, with labels if the photos have them, and a message for each photo that cannot be read.
 
     Raises:
         DetguardError: no photo can be read.
     """
     photos: list[Photo] = []
+    labels: list[Labelled] = []
     probability: list[float] = []
     broken: list[str] = []
-    for files, share in folders:
+    for shown, share in folders:
         before = len(photos)
-        for file in files:
+        for entry in shown:
             try:
-                photo = read_photo(file)
+                photo = read_photo(entry.file if isinstance(entry, Labelled) else entry)
             except DetguardError as error:
                 broken.append(str(error))
                 continue
-            scale = KEPT_SIDE * size / max(photo.shape[:2])
-            if scale < 1:
-                shrunk = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-                photo = shrunk.astype(np.uint8, copy=False)
-            photos.append(photo)
+            kept = _shrunk(photo, size, plain)
+            if isinstance(entry, Labelled):
+                scale = torch.tensor([kept.shape[1] / photo.shape[1], kept.shape[0] / photo.shape[0]] * 2)
+                labels.append(replace(entry, objects=replace(entry.objects, boxes=entry.objects.boxes * scale)))
+            photos.append(kept)
         count = len(photos) - before
         probability += [share / count] * count if count else []
     if not photos:
         raise DetguardError(broken[0] if broken else "no photos to train on")
     p = np.array(probability)
-    return PhotoSet(photos, p / p.sum()), broken
+    return PhotoSet(photos, p / p.sum(), labels, plain), broken
 
 
-def augment(photo: Photo, canvas: Photo, rng: np.random.Generator, wide: float, zoom: float = 1.0) -> None:
+def _shrunk(photo: Photo, size: int, plain: bool) -> Photo:
+    if plain:
+        height, width = (letterbox := Letterbox.fit(photo.shape[:2], size)).resized
+        top, left = letterbox.offset
+        return letterbox(photo)[top : top + height, left : left + width]
+    scale = KEPT_SIDE * size / max(photo.shape[:2])
+    if scale >= 1:
+        return photo
+    return cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Where a photo lies in a frame. photo: its number; matrix: float64 [2, 3], from its pixels to those of the frame;
+    part: xyxy, frame pixels, of what it was drawn on.
+    """
+
+    photo: int
+    matrix: NDArray[np.float64]
+    part: tuple[int, int, int, int]
+
+
+def augment(
+    photo: Photo, canvas: Photo, rng: np.random.Generator, wide: float, zoom: float = 1.0
+) -> NDArray[np.float64]:
     """Draw a randomly flipped, stretched, scaled, shifted and toned `photo` onto `canvas`, `uint8 [S, S, 3]`.
 
-    wide: at most so many canvases wide, times `zoom`: of a larger photo, the canvas shows a part.
+    wide: at most so many canvases wide, times `zoom`: of a larger photo, the canvas shows a part. Returns the matrix
+    from pixels of the photo to those of the canvas, [2, 3].
     """
     h, w = photo.shape[:2]
     size = canvas.shape[0]
@@ -82,31 +120,77 @@ def augment(photo: Photo, canvas: Photo, rng: np.random.Generator, wide: float, 
         photo = cv2.LUT(photo, (channels * 255).clip(0, 255).astype(np.uint8)[None]).astype(np.uint8, copy=False)
     interpolation = cv2.INTER_AREA if scale < 0.6 else cv2.INTER_LINEAR
     cv2.warpAffine(photo, matrix, (size, size), dst=canvas, flags=interpolation, borderMode=cv2.BORDER_TRANSPARENT)
+    return matrix
+
+
+def show(photo: Photo, canvas: Photo, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw a `photo` no larger than `canvas` in its middle, mirrored at random; returns the matrix like `augment`."""
+    h, w = photo.shape[:2]
+    top, left = (canvas.shape[0] - h) // 2, (canvas.shape[1] - w) // 2
+    mirrored = rng.random() < 0.5
+    canvas[top : top + h, left : left + w] = photo[:, ::-1] if mirrored else photo
+    return np.array([[-1 if mirrored else 1, 0, left + w * mirrored], [0, 1, top]], np.float64)
+
+
+def draw_frames(
+    source: PhotoSet, count: int, size: int, rng: np.random.Generator, zoom: float = 1.0
+) -> tuple[NDArray[np.uint8], list[list[Drawn]]]:
+    """Random training frames, uint8 [count, size, size, 3] RGB, and the photos in each; some are mosaics of four.
+
+    zoom: photos drawn so many times larger, so that small frames show parts of them at the scale of large frames.
+    """
+    frames = np.full((count, size, size, 3), PADDING_LEVEL, np.uint8)
+    drawn: list[list[Drawn]] = [[] for _ in frames]
+
+    def draw(canvas: Photo, into: list[Drawn], x: int, y: int, wide: float) -> None:
+        number = int(rng.choice(len(source.photos), p=source.probability))
+        photo, side = source.photos[number], canvas.shape[0]
+        matrix = show(photo, canvas, rng) if source.plain else augment(photo, canvas, rng, wide, zoom)
+        into.append(Drawn(number, matrix + np.array([[0, 0, x], [0, 0, y]]), (x, y, x + side, y + side)))
+
+    for canvas, into in zip(frames, drawn, strict=True):
+        if not source.plain and rng.random() < MOSAIC_SHARE:  # more and smaller objects
+            half = size // 2
+            for y in (0, half):
+                for x in (0, half):
+                    tile = np.full((half, half, 3), PADDING_LEVEL, np.uint8)
+                    draw(tile, into, x, y, 2.2)
+                    canvas[y : y + half, x : x + half] = tile
+        else:
+            draw(canvas, into, 0, 0, 1.7)
+    return frames, drawn
 
 
 def make_frames(
     source: PhotoSet, count: int, size: int, rng: np.random.Generator, zoom: float = 1.0
 ) -> NDArray[np.uint8]:
-    """Random training frames, uint8 [count, size, size, 3] RGB; some are mosaics of four photos.
+    """The frames of `draw_frames`."""
+    return draw_frames(source, count, size, rng, zoom)[0]
 
-    zoom: photos drawn so many times larger, so that small frames show parts of them at the scale of large frames.
+
+def labels_of(drawn: Sequence[Drawn], labels: Sequence[Labelled]) -> Labelled:
+    """The labels of a frame: those of its photos where they lie now; objects of which too little is left are not there.
+
+    Only classes that all its photos are labelled for are known.
     """
-    frames = np.full((count, size, size, 3), PADDING_LEVEL, np.uint8)
+    parts: list[Detections] = []
+    for one in drawn:
+        objects = labels[one.photo].objects
+        x1, y1, x2, y2 = objects.boxes.double().unbind(1)
+        (sx, _, dx), (_, sy, dy) = one.matrix
+        corners = torch.stack([x1 * sx + dx, y1 * sy + dy, x2 * sx + dx, y2 * sy + dy], 1).unflatten(1, (2, 2))
+        whole = torch.cat([corners.amin(1), corners.amax(1)], 1)
+        low, high = torch.tensor(one.part[:2] * 2), torch.tensor(one.part[2:] * 2)
+        left = whole.maximum(low).minimum(high)
+        visible = _area(left) > VISIBLE * _area(whole)
+        parts.append(replace(objects, boxes=left.float())[visible])
+    known = [set(k) for one in drawn if (k := labels[one.photo].known) is not None]
+    objects = Detections(*(torch.cat([getattr(p, name) for p in parts]) for name in ("boxes", "scores", "classes")))
+    return Labelled(labels[drawn[0].photo].file, objects, tuple(sorted(set.intersection(*known))) if known else None)
 
-    def draw() -> Photo:
-        return source.photos[rng.choice(len(source.photos), p=source.probability)]
 
-    for canvas in frames:
-        if rng.random() < MOSAIC_SHARE:  # more and smaller objects
-            half = size // 2
-            for y in (0, half):
-                for x in (0, half):
-                    tile = np.full((half, half, 3), PADDING_LEVEL, np.uint8)
-                    augment(draw(), tile, rng, 2.2, zoom)
-                    canvas[y : y + half, x : x + half] = tile
-        else:
-            augment(draw(), canvas, rng, 1.7, zoom)
-    return frames
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
 def make_hard(frames: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequence[str] = tuple(KINDS)) -> None:
@@ -118,27 +202,43 @@ def make_hard(frames: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequen
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames, float32 [B, 3, S, S], 0..1, clean; and as they are shown, the first `hard` of them corrupted."""
+    """Frames, float32 [B, 3, S, S], 0..1, clean; and as they are shown, the first `hard` of them corrupted.
+
+    labels: of each frame, boxes in its pixels, where the photos have some.
+    """
 
     clean: Tensor
     shown: Tensor
     hard: int
+    labels: Sequence[Labelled] = ()
 
 
 def batches(
-    source: PhotoSet, count: int, size: int, seed: int, first: int, last: int, hard: int = 0, zoom: float = 1.0
+    source: PhotoSet,
+    count: int,
+    size: int,
+    seed: int,
+    first: int,
+    last: int,
+    hard: int = 0,
+    zoom: float = 1.0,
+    kinds: Sequence[str] = tuple(KINDS),
 ) -> Iterator[Batch]:
-    """Batches number `first` to `last`, made ahead in a thread; each the same whichever came before it."""
+    """Batches number `first` to `last`, made ahead in a thread; each the same whichever came before it.
+
+    kinds: of the corruptions of hard frames.
+    """
     queue: Queue[Batch | BaseException] = Queue(AHEAD)
 
     def feed() -> None:
         try:
             for number in range(first, last):
                 rng = np.random.default_rng((seed, number))
-                clean = make_frames(source, count, size, rng, zoom)
+                clean, drawn = draw_frames(source, count, size, rng, zoom)
                 shown = clean.copy()
-                make_hard(shown[:hard], rng)
-                queue.put(Batch(_tensor(clean), _tensor(shown), hard))
+                make_hard(shown[:hard], rng, kinds)
+                labels = [labels_of(photos, source.labels) for photos in drawn] if source.labels else ()
+                queue.put(Batch(_tensor(clean), _tensor(shown), hard, labels))
         except BaseException as error:  # handed over to whoever waits for the batch
             queue.put(error)
 

@@ -13,10 +13,14 @@ from detguard.detections import Detections
 
 @dataclass(frozen=True)
 class Labelled:
-    """One photo of a stream; objects: its labels as detections of score 1, in the detector's class indices."""
+    """One photo; objects: its labels as detections of score 1, in the detector's class indices.
+
+    known: the classes that are labelled wherever they are seen; None: all that the detector knows.
+    """
 
     file: Path
     objects: Detections
+    known: tuple[int, ...] | None = None
 
 
 def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelled]:
@@ -26,7 +30,7 @@ def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelle
     if all(isinstance(time, str) and time for time in times):
         images = [image for _, image in sorted(zip(times, images, strict=True))]
     for image in images:
-        yield Labelled(dataset.files[image], dataset.objects(image, category_ids))
+        yield Labelled(dataset.files[image], dataset.objects(image, category_ids), tuple(category_ids))
 
 
 def from_lines(lines: Iterable[str], class_names: dict[int, str]) -> Iterator[Labelled]:

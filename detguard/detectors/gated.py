@@ -87,6 +87,7 @@ class GatedNetwork(nn.Module):
         """The fused raw outputs of the head and the gate's logits [B, K]; `route`: one expert alone, gate unasked.
 
         raw["maps"]: the feature maps that later layers use, by layer; of the trunk alone where experts are fused.
+        raw["experts"], where they are fused: of each expert the rows that it answered for, and its raw outputs.
         """
         last, saved = run_layers(self.trunk, frames, {}, self.save)
         logits = self.gate(last if self.gate_on == "trunk" else frames)
@@ -97,7 +98,7 @@ class GatedNetwork(nn.Module):
         for expert in range(len(self.experts)):
             rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
             outputs.append((rows, self._run(expert, last, saved, rows) if len(rows) else None))
-        return fuse(outputs, log_weights) | {"maps": saved}, logits
+        return fuse(outputs, log_weights) | {"maps": saved, "experts": outputs}, logits
 
     def _run(self, expert: int, last: Tensor, saved: dict[int, Tensor], rows: Tensor | None = None) -> dict[str, Any]:
         if rows is not None and len(rows) < len(last):

@@ -22,7 +22,7 @@ from detguard.runs import Run
 # Stages of each recipe with their share of the photos. The trunk learns with the adversarial expert: on a trunk that
 # was not made robust, no expert can be.
 RECIPES = {
-    "gated": {"adversarial": 0.6, "normal": 0.1, "hard": 0.1, "joint": 0.2},
+    "gated": {"adversarial": 0.7, "normal": 0.1, "hard": 0.1, "joint": 0.1},
     "pgd": {"adversarial": 0.5, "whole": 0.5},
     "mtd": {"adversarial": 0.5, "whole": 0.5},
     "finetune": {"finetune": 1.0},
@@ -34,6 +34,8 @@ MARGINS = (0.0, 0.3, 1.0, 3.0)
 RAMP = 0.2
 # Weight of the error of feature maps where a whole network learns.
 FEATURES = 5.0
+# Weight of the gate's cross-entropy, and the rate of the joint stage among the others: its experts know their kinds.
+GATE, JOINT_RATE = 0.3, 0.3
 LOG_EVERY = 20
 
 
@@ -86,8 +88,8 @@ class Plan:
         aims = ("class", "box") if self.recipe == "mtd" else ("all",)
         whole = {"trunk": True, "aims": aims, "features": FEATURES}
         frozen = (last,) if self.mode == "freeze-first" else None
-        joint = {"trunk": self.mode == "full", "experts": frozen, "margins": MARGINS, "gate": 0.1}
-        # Expert that learns, its kind of frames, options. The gate and the last weights are made on whole frames.
+        joint = {"trunk": self.mode == "full", "experts": frozen, "margins": MARGINS, "size": self.crop}
+        # Expert that learns, its kind of frames, options. A baseline's last weights are made on whole frames.
         parts: dict[str, tuple[int | None, int | None, dict[str, Any]]] = {
             "adversarial": (last, ADVERSARIAL, whole | {"size": self.crop, "ramp": RAMP}),
             "whole": (last, ADVERSARIAL, whole),
@@ -105,10 +107,10 @@ class Plan:
             adversary = replace(adversary, method="pgd")
         elif self.attack == "free":  # its first update is on clean frames
             share = [0.0, share[HARD], 1 - share[HARD]]
+        options |= {"gate": GATE if self.recipe == "gated" else 0.0, "rate": self.rate}
+        options["rate"] *= JOINT_RATE if name == "joint" else 1
         number = max(1, round(photos / self.batch))
-        return Stage(
-            name, number, route, share=(share[0], share[1], share[2]), adversary=adversary, rate=self.rate, **options
-        )
+        return Stage(name, number, route, share=(share[0], share[1], share[2]), adversary=adversary, **options)
 
 
 def passes(stage: Stage, size: int) -> float:
@@ -168,9 +170,9 @@ def harden(
         if made.exists():
             network.load_state_dict(load_file(made))
             continue
-        log = _Log(run, stage, setting.batch)
+        log = BatchLog(run, stage.name, stage.number, setting.batch)
 
-        def told(number: int, losses: dict[str, float], stage: Stage = stage, log: _Log = log) -> bool:
+        def told(number: int, losses: dict[str, float], stage: Stage = stage, log: BatchLog = log) -> bool:
             log.add(number, losses)
             return on_batch(stage.name, number, losses) if on_batch else False
 
@@ -179,19 +181,19 @@ def harden(
     return made
 
 
-class _Log:
+class BatchLog:
     """Means of a stage's losses over some batches at a time, as records of the run."""
 
-    def __init__(self, run: Run, stage: Stage, batch: int) -> None:
-        self.run, self.stage, self.batch = run, stage, batch
+    def __init__(self, run: Run, stage: str, last: int, batch: int) -> None:
+        self.run, self.stage, self.last, self.batch = run, stage, last, batch
         self.began, self.seen = time.monotonic(), list[dict[str, float]]()
 
     def add(self, number: int, losses: dict[str, float]) -> None:
         """Take the losses of one batch; write a record when there are enough."""
         self.seen.append(losses)
-        if len(self.seen) < LOG_EVERY and number + 1 < self.stage.number:
+        if len(self.seen) < LOG_EVERY and number + 1 < self.last:
             return
         rate = len(self.seen) * self.batch / (time.monotonic() - self.began)
         record = {name: round(sum(s[name] for s in self.seen) / len(self.seen), 4) for name in losses}
-        self.run.append({"stage": self.stage.name, "batch": number + 1, "photos_per_second": round(rate, 1)} | record)
+        self.run.append({"stage": self.stage, "batch": number + 1, "photos_per_second": round(rate, 1)} | record)
         self.began, self.seen = time.monotonic(), []

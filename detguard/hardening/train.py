@@ -3,11 +3,11 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
 from detguard.data.batches import Batch, PhotoSet, batches
+from detguard.data.corruptions import KINDS
 from detguard.detections import Candidates
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.ultralytics import decode
@@ -27,6 +28,9 @@ EMA_DECAY = 0.998
 CLIP = 10.0
 SMALLEST = 1e-2
 
+Shown = TypeVar("Shown")
+Update = Callable[[Tensor], None]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -38,8 +42,8 @@ class Stage:
     smaller frames show parts of photos at the same scale. aims: parts of the loss that attacks raise, of which the
     most harmful counts per frame ("class" and "box": multi-task training, Zhang & Wang 2019). ramp: share of the
     stage over which the budget grows. margins: weights of the gate's logits in the attack, taken in turn: an attack
-    on the result alone is blind where the gate is sure. gate, features: weights of the gate's cross-entropy and of the
-    error of feature maps.
+    on the result alone is blind where the gate is sure. gate, features: weights of the gate's cross-entropy, which it
+    learns by whichever expert is trained, and of the error of feature maps.
     """
 
     name: str
@@ -65,13 +69,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all stages have in common. bf16: forward and backward in bfloat16, where the machine has it."""
+    """What all stages have in common. bf16: forward and backward in bfloat16, where the machine has it.
+
+    corruptions: kinds that hard frames show.
+    """
 
     batch: int = 16
     size: int = 320
     seed: int = 0
     bf16: bool = False
     save_every: float = 180.0
+    corruptions: tuple[str, ...] = tuple(KINDS)
+
+    def run(
+        self, network: GatedNetwork, frames: Tensor, route: int | None = None
+    ) -> tuple[Candidates, dict[int, Tensor]]:
+        """Candidates of a network, through one expert or all, and the feature maps on the way."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            raw, gate = network(frames, route)
+            return decode(network.head, raw, gate), raw["maps"]
 
 
 def bf16_helps() -> bool:
@@ -84,7 +100,7 @@ def learned_parameters(network: GatedNetwork, stage: Stage) -> list[nn.Parameter
     experts = stage.experts if stage.route is None else (stage.route,)
     chosen = range(len(network.experts)) if experts is None else experts
     parts = [network.experts[i] for i in chosen] + ([network.trunk] if stage.trunk else [])
-    parts += [network.gate] if stage.route is None else []
+    parts += [network.gate] if stage.route is None or stage.gate else []
     network.requires_grad_(False)
     learned = [p for part in parts for name, p in part.named_parameters() if "dfl" not in name]
     for parameter in learned:
@@ -109,21 +125,48 @@ def train_stage(
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; the checkpoint holds all that was learned.
     """
-    for model in (network, teacher):
-        model.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
+    teacher.to(memory_format=torch.channels_last)
+    hard = round(stage.share[HARD] * setting.batch)
+    size = stage.size or setting.size
+
+    def made(first: int) -> Iterator[Batch]:
+        zoom, kinds = setting.size / size, setting.corruptions
+        return batches(source, setting.batch, size, setting.seed, first, stage.number, hard, zoom, kinds)
+
+    def learn(batch: Batch, number: int, update: Update) -> dict[str, float]:
+        return _learn(network, teacher, batch, stage, setting, number, update)
+
     learned = learned_parameters(network, stage)
+    return train(network, learned, made, learn, stage.number, stage.rate, checkpoint, setting.save_every, on_batch)
+
+
+def train(
+    network: GatedNetwork,
+    learned: list[nn.Parameter],
+    made: Callable[[int], Iterator[Shown]],
+    learn: Callable[[Shown, int, Update], dict[str, float]],
+    last: int,
+    rate: float,
+    checkpoint: Path,
+    save_every: float,
+    on_batch: Callable[[int, dict[str, float]], bool] | None = None,
+) -> GatedNetwork:
+    """Train the `learned` parameters in place on `last` batches, from `checkpoint` on; returns their moving average.
+
+    made: batches from a number on; learn: told a batch, its number and how to update the weights by a loss; returns
+    what is to be told of it. See `train_stage` for the rest.
+    """
+    network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
     average = AveragedModel(network, multi_avg_fn=_follow)
     # Batch norms folded in, weights of one layer may be a hundred times those of another: steps are in proportion.
-    # The gate has to learn from nothing.
+    # The gate has to learn from nothing, and rows of it may have to stay as they are.
     of_gate = {id(p) for p in network.gate.parameters()}
     sizes = [1.0 if id(p) in of_gate else max(float(p.detach().square().mean().sqrt()), SMALLEST) for p in learned]
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in learned], weight_decay=0.01)
+    groups = [{"params": [p], "weight_decay": 0.0 if id(p) in of_gate else 0.01} for p in learned]
+    optimizer = torch.optim.AdamW(groups)
     first = _restore(checkpoint, network, average, optimizer)
     saved = time.monotonic()
-    hard = round(stage.share[HARD] * setting.batch)
-    size = stage.size or setting.size
-    made = batches(source, setting.batch, size, setting.seed, first, stage.number, hard, setting.size / size)
 
     def update(loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -132,12 +175,12 @@ def train_stage(
         optimizer.step()
         average.update_parameters(network)
 
-    for number, batch in enumerate(made, first):
-        for group, weight in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"] = stage.rate * weight * rate_share(number, stage.number)
-        losses = _learn(network, teacher, batch, stage, setting, number, update)
+    for number, batch in enumerate(made(first), first):
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = rate * size * rate_share(number, last)
+        losses = learn(batch, number, update)
         stop = on_batch(number, losses) if on_batch else False
-        if stop or time.monotonic() - saved > setting.save_every:
+        if stop or time.monotonic() - saved > save_every:
             _save(checkpoint, network, average, optimizer, number + 1)
             saved = time.monotonic()
         if stop:
@@ -167,7 +210,7 @@ def _learn(
     stage: Stage,
     setting: Setting,
     number: int,
-    update: Callable[[Tensor], None],
+    update: Update,
 ) -> dict[str, float]:
     """Attack and learn from one batch: hard frames first, adversarial ones last, normal ones between."""
     shown, adversary = batch.shown, stage.adversary_at(number)
@@ -179,13 +222,8 @@ def _learn(
     margin = stage.margins[number % len(stage.margins)]
     generator = torch.Generator().manual_seed((setting.seed << 32) + number)
 
-    def run(model: GatedNetwork, frames: Tensor, route: int | None) -> tuple[Candidates, dict[int, Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            raw, gate = model(frames, route)
-            return decode(model.head, raw, gate), raw["maps"]
-
     def candidates(frames: Tensor) -> Candidates:
-        return run(network, frames, stage.route)[0]
+        return setting.run(network, frames, stage.route)[0]
 
     def on_gate(gate: Tensor | None) -> Tensor:
         if not margin or gate is None or stage.route is not None:
@@ -193,7 +231,7 @@ def _learn(
         return margin * gate_margin(gate, NORMAL, -1)
 
     with torch.no_grad():
-        wanted, wanted_maps = run(teacher, batch.clean, 0)
+        wanted, wanted_maps = setting.run(teacher, batch.clean, 0)
     if attacked and not free:
 
         def harm(x: Tensor, aim: str) -> Tensor:
@@ -201,13 +239,13 @@ def _learn(
             return aimed_loss(found, wanted[rows], aim) + on_gate(found.gate)
 
         attacks = [perturb(shown[rows], partial(harm, aim=aim), adversary, generator) for aim in stage.aims]
-        shown = _with_rows(shown, rows, worst(attacks, lambda x: imitation_loss(candidates(x), wanted[rows])))
+        shown = with_rows(shown, rows, worst(attacks, lambda x: imitation_loss(candidates(x), wanted[rows])))
         kinds[rows] = ADVERSARIAL
     losses: dict[str, float] = {}
     for turn in range(adversary.updates if free else 1):
         if free:
             shown = shown.detach().requires_grad_()
-        found, maps = run(network, shown, stage.route)
+        found, maps = setting.run(network, shown, stage.route)
         parts = _losses(found, wanted, kinds, stage.gate)
         if stage.features:
             parts["features"] = feature_loss(maps, wanted_maps).mean()
@@ -220,12 +258,13 @@ def _learn(
             clean = batch.shown[rows]
             x = shown.detach()[rows] if turn else adversary.start(clean, generator)
             gradient = shown.grad * len(shown) + (0 if pull is None else pull)
-            shown = _with_rows(shown.detach(), rows, adversary.advance(x, gradient[rows], clean))
+            shown = with_rows(shown.detach(), rows, adversary.advance(x, gradient[rows], clean))
             kinds[rows] = ADVERSARIAL
     return losses
 
 
-def _with_rows(frames: Tensor, rows: slice, changed: Tensor) -> Tensor:
+def with_rows(frames: Tensor, rows: slice, changed: Tensor) -> Tensor:
+    """Frames of which the last, `rows`, are changed."""
     return torch.cat([frames[: rows.start], changed]).contiguous(memory_format=torch.channels_last)
 
 

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,21 +126,25 @@ def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
         return _svg(figure)
 
 
-def training_plot(records: list[dict[str, Any]]) -> str:
-    """Losses of all stages of a hardening over its batches, one panel per stage, a line per kind of photos."""
+def training_plot(
+    records: list[dict[str, Any]],
+    kinds: Sequence[str] = EXPERTS,
+    loss: str = "divergence from the undefended detector",
+) -> str:
+    """Losses of all stages of a training over its batches, one panel per stage, a line per kind of photos."""
     stages = list(dict.fromkeys(record["stage"] for record in records))
     with _figure(max(5.0, min(3.4 * len(stages), 14)), 3.6) as figure:
         row = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
         for axis, stage in zip(row, stages, strict=True):
             of_stage = [record for record in records if record["stage"] == stage]
-            for colour, kind in zip(COLOURS, EXPERTS, strict=False):
+            for colour, kind in zip(COLOURS, kinds, strict=False):
                 points = [(record["batch"], record[kind]) for record in of_stage if kind in record]
                 if points:
                     axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=kind)
             axis.set_title(stage, fontsize=10)
             axis.set_xlabel("batch")
         row[0].set_ylim(bottom=0)
-        row[0].set_ylabel("divergence from the undefended detector")
+        row[0].set_ylabel(loss)
         row[0].legend(frameon=False, fontsize=9)
         return _svg(figure)
 

@@ -1,0 +1,277 @@
+"""Adapting a gated ensemble to photos of a new kind: new experts, a gate that knows when to ask them, old ones kept."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from detguard import DetguardError
+from detguard.data.batches import Batch, PhotoSet, batches
+from detguard.data.stream import Labelled
+from detguard.detections import Candidates, Detections, suppress
+from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import save_gated
+from detguard.detectors.ultralytics import decode
+from detguard.evaluation.coco import f1, metrics_of_photos
+from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.hardening.adversary import Adversary, perturb
+from detguard.hardening.losses import imitation_loss, retention_loss
+from detguard.hardening.run import BatchLog
+from detguard.hardening.train import Setting, Update, train, with_rows
+from detguard.photos import read_photo
+from detguard.runs import Run
+from detguard.training_loss import assign, detection_loss
+
+MODES = ("full", "frozen")
+STAGE = "adapt"
+# From so few new photos a whole network learns the photos, not their kind.
+FEW = 500
+# Of a batch, new photos; the others are old ones: as they are, corrupted and attacked in equal parts.
+NEW_SHARE = 0.5
+# Of the labelled photos one in so many, at most so many, is not trained on but judged by.
+JUDGED_ONE_IN, MOST_JUDGED = 5, 64
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How to adapt; the options of `detguard adapt`. keep: weight of what old experts said before, the lambda of L2.
+
+    Raises:
+        DetguardError: an option is not one of those known.
+    """
+
+    experts: int = 1
+    mode: str = "full"
+    init: str = "best"
+    keep: float = 1.0
+    photos: int = 5_000
+    batch: int = 16
+    rate: float = 1e-3
+    seed: int = 0
+    adversary: Adversary = field(default_factory=Adversary)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
+        if self.mode == "frozen" and not self.experts:
+            raise DetguardError("--experts 0: in --mode frozen only new experts learn; add some, or use --mode full")
+
+    @property
+    def number(self) -> int:
+        """Batches in all."""
+        return max(1, round(self.photos / self.batch))
+
+
+def choose_mode(new: int) -> tuple[str, str]:
+    """The mode for so many new photos, and why."""
+    if new < FEW:
+        return "frozen", f"{new} new photos are too few (under {FEW}) to let old experts learn from them"
+    return "full", f"{new} new photos are enough ({FEW} or more) to let old experts learn from them too"
+
+
+def grow(network: GatedNetwork, plan: Adaptation, most: int, new: PhotoSet, setting: Setting) -> None:
+    """Add the experts of a plan, where there may be at most `most` in all.
+
+    Raises:
+        DetguardError: there would be more.
+    """
+    if len(network.names) + plan.experts > most:
+        raise DetguardError(
+            f"--max-experts {most}: the ensemble has {len(network.names)} and would get {plan.experts} more; allow "
+            "more (with --top-k each photo still asks few), or adapt those that it has: --experts 0 --mode full"
+        )
+    if not plan.experts:
+        return
+    first = sum(name.startswith("adapted") for name in network.names) + 1
+    network.grow([f"adapted {number}" for number in range(first, first + plan.experts)], best(network, new, setting))
+    if plan.init == "fresh":
+        for module in network.experts[-plan.experts :].modules():
+            if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
+                module.reset_parameters()
+
+
+@torch.no_grad()
+def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
+    """The expert that does most for new photos: highest mean of the gate's weight times e^-loss."""
+    (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1)
+    logits = network(batch.shown)[1]
+    harm = [_label_loss(setting.run(network, batch.shown, i)[0], batch.labels) for i in range(len(network.names))]
+    return int((logits.softmax(1) * (-torch.stack(harm, 1)).exp()).mean(0).argmax())
+
+
+def learned_parameters(network: GatedNetwork, plan: Adaptation) -> list[nn.Parameter]:
+    """The parameters that learn; all others are frozen. Of the gate's outputs, `keep_rows` freezes the old."""
+    network.requires_grad_(False)
+    parts: list[nn.Module] = [network]
+    if plan.mode == "frozen":
+        parts = [*network.experts[-plan.experts :], network.gate.out]
+    learned = [p for part in parts for name, p in part.named_parameters() if "dfl" not in name]
+    for parameter in learned:
+        parameter.requires_grad_(True)
+    return learned
+
+
+def keep_rows(layer: nn.Linear, rows: int) -> list[Any]:
+    """Have the first rows of a layer get no gradient; returns the hooks that do it."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(gradient[:rows]), gradient[rows:]])
+
+    return [parameter.register_hook(hook) for parameter in (layer.weight, layer.bias)]
+
+
+def adapt(
+    network: GatedNetwork,
+    card: dict[str, Any],
+    new: PhotoSet,
+    old: PhotoSet | None,
+    plan: Adaptation,
+    most: int,
+    setting: Setting,
+    run: Run,
+    on_batch: Callable[[int, dict[str, float]], bool] | None = None,
+) -> Path:
+    """Grow a network and train it, where the run has not finished that; returns the file of its weights.
+
+    new: labelled photos of the new kind; old: of those that it knows. card: what the json beside the weights is to say.
+
+    Raises:
+        KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
+    """
+    torch.manual_seed(plan.seed)  # of experts that start afresh
+    before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    before.top_k = None
+    grow(network, plan, most, new, setting)
+    made = run.folder / "weights" / "adapted.safetensors"
+    if made.exists():
+        network.load_state_dict(load_file(made))
+        return made
+    top_k, network.top_k = network.top_k, None  # who is not asked does not learn
+    learned = learned_parameters(network, plan)
+    hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
+    count = plan.batch if old is None else round(NEW_SHARE * plan.batch)
+    third = (plan.batch - count) // 3
+    log = BatchLog(run, STAGE, plan.number, plan.batch)
+
+    def shown(first: int) -> Iterator[tuple[Batch, Batch | None]]:
+        of_new = batches(new, count, setting.size, setting.seed, first, plan.number)
+        if old is None:
+            yield from ((batch, None) for batch in of_new)
+            return
+        size, seed, kinds = setting.size, setting.seed + 1, setting.corruptions
+        of_old = batches(old, plan.batch - count, size, seed, first, plan.number, third, kinds=kinds)
+        yield from zip(of_new, of_old, strict=True)
+
+    def learn(pair: tuple[Batch, Batch | None], number: int, update: Update) -> dict[str, float]:
+        generator = torch.Generator().manual_seed((setting.seed << 32) + number)
+        losses = _losses(network, before, *pair, third, plan, setting, generator)
+        update(losses["loss"])
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def told(number: int, losses: dict[str, float]) -> bool:
+        log.add(number, losses)
+        return on_batch(number, losses) if on_batch else False
+
+    try:
+        checkpoint = run.folder / "state" / f"{STAGE}.pt"
+        train(network, learned, shown, learn, plan.number, plan.rate, checkpoint, setting.save_every, told)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        network.top_k = top_k
+    save_gated(network, card, made)
+    return made
+
+
+def _losses(
+    network: GatedNetwork,
+    before: GatedNetwork,
+    new: Batch,
+    old: Batch | None,
+    attacked: int,
+    plan: Adaptation,
+    setting: Setting,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """L1, of labels and of who should be asked, and L2 of a batch; the last `attacked` old frames are attacked."""
+    frames, labels = new.shown, list(new.labels)
+    if old is not None:
+        with torch.no_grad():
+            wanted = setting.run(before, old.clean)[0]
+        labels += list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, IOU)]
+        shown = old.shown
+        if attacked:
+            rows = slice(len(shown) - attacked, len(shown))
+
+            def harm(x: Tensor) -> Tensor:
+                return imitation_loss(setting.run(network, x)[0], wanted[rows])
+
+            shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, generator))
+        frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
+    known = len(before.names)
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+        raw, logits = network(frames)
+        found = decode(network.head, raw, logits)
+    of_labels = _label_loss(found, labels)
+    losses = {"loss": of_labels.mean(), "new": of_labels[: len(new.shown)].mean()}
+    if old is not None:
+        losses["old"] = of_labels[len(new.shown) :].mean()
+    if plan.experts:
+        log_weights = logits.log_softmax(1)
+        groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])
+        asked = torch.cat([groups[1, : len(new.shown)], groups[0, len(new.shown) :]])
+        losses["gate"] = -asked.mean()
+        losses["loss"] = losses["loss"] + losses["gate"]
+    if plan.mode == "full" and plan.keep:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            was = before(frames)[0]["experts"]
+        now = raw["experts"][:known]
+        pairs = [(decode(network.head, a), decode(network.head, b)) for (_, a), (_, b) in zip(now, was, strict=True)]
+        losses["moved"] = torch.stack([retention_loss(a, b).mean() for a, b in pairs]).sum()
+        losses["loss"] = losses["loss"] + plan.keep * losses["moved"]
+    return losses
+
+
+def _label_loss(found: Candidates, labels: Sequence[Labelled]) -> Tensor:
+    """The training loss of each frame, [B]; classes that a photo is not labelled for do not count."""
+    known = torch.ones(len(labels), found.logits.shape[2])
+    for row, label in zip(known, labels, strict=True):
+        if label.known is not None:
+            row.zero_()[list(label.known)] = 1
+    parts = detection_loss(found, assign(found, [label.objects for label in labels]), known)
+    return torch.stack(list(parts.values())).sum(0)
+
+
+def hold_out(labelled: Sequence[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+    """Photos to train on and photos to judge by."""
+    judged = [label for number, label in enumerate(labelled) if number % JUDGED_ONE_IN == 0][:MOST_JUDGED]
+    files = {label.file for label in judged}
+    return [label for label in labelled if label.file not in files], judged
+
+
+def judge(detector: Detector, labelled: Sequence[Labelled]) -> dict[str, float | None]:
+    """Mean F1 (IoU .50, confidence .25), AP and AP50 of a detector on labelled photos."""
+    found = [detector.detect([read_photo(one.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)[0] for one in labelled]
+    scores = [
+        f1(one.objects, _of(seen.above(SHOWN_CONFIDENCE), one)) for one, seen in zip(labelled, found, strict=True)
+    ]
+    stats = metrics_of_photos([one.objects for one in labelled], found).stats
+    return {"F1": sum(scores) / max(len(scores), 1), "AP": stats["AP"], "AP50": stats["AP50"]}
+
+
+def _of(found: Detections, label: Labelled) -> Detections:
+    return found if label.known is None else found.of(label.known)
+
+
+def adversary_of(card: dict[str, Any]) -> Adversary:
+    """The attack that old photos are shown under: as strong as the one that the ensemble was hardened by."""
+    try:
+        return replace(Adversary(), eps=float(card.get("hardened", {}).get("eps", Adversary.eps)))
+    except (TypeError, ValueError, AttributeError):
+        return Adversary()
