@@ -13,6 +13,13 @@ from detguard.cli.app import Model, OutFolder, Resume, TopK, Trust, app, err, ou
 if TYPE_CHECKING:
     from detguard.runs import Run
 
+Corruptions = Annotated[
+    str | None, typer.Option(help="Kinds of corruptions of hard photos, as in fog,snow; default: all 15.")
+]
+Batch = Annotated[int, typer.Option(min=2, help="Photos per batch.")]
+Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate, as a share of the weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")]
+
 
 @app.command(
     epilog="""Examples:
@@ -64,11 +71,10 @@ def harden(
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     top_k: TopK = None,
     floor: Annotated[float, typer.Option(min=0, max=0.9, help="Least weight of the adversarial expert.")] = 0,
-    batch: Annotated[int, typer.Option(min=2, help="Photos per batch.")] = 16,
-    rate: Annotated[
-        float, typer.Option(min=1e-6, max=1, help="Highest learning rate, as a share of the weights.")
-    ] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")] = 0,
+    corruptions: Corruptions = None,
+    batch: Batch = 16,
+    rate: Rate = 3e-3,
+    seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
     trust: Trust = False,
@@ -98,10 +104,25 @@ def harden(
         "teacher": teacher or model,
         "imgsz": imgsz,
         "harden": plan,
+        "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
         "photos": files,
     }
     sys.exit(run_hardening(Run.create("harden", out_folder, config), trust))
+
+
+def chosen_kinds(text: str | None) -> tuple[str, ...]:
+    """The kinds of corruptions that an option names, by default all.
+
+    Raises:
+        DetguardError: one of them is not known.
+    """
+    from detguard.data.corruptions import KINDS
+
+    kinds = tuple(KINDS) if text is None else tuple(name.strip() for name in text.split(","))
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise DetguardError(f"--corruptions {unknown[0]}: expected some of {', '.join(KINDS)}")
+    return kinds
 
 
 def photo_files(source: str) -> list[Path]:
@@ -143,7 +164,7 @@ def run_hardening(run: "Run", trust: bool) -> int:
         "licence": "AGPL-3.0-or-later",
         "hardened": {"from": Path(config["model"]).stem, "teacher": teacher.name, **config["harden"]},
     }
-    setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps())
+    setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stopped.append(n))

@@ -1,5 +1,6 @@
 """`detguard monitor`: parse, call, show."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
+from detguard.cli.adapt import Replay, start_adaptation
 from detguard.cli.app import (
     Device,
     ImageSize,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from detguard.detectors.base import Detector
     from detguard.runs import Run
 
-DROPPED = "dropped.txt"
+DROPPED = "dropped.jsonl"
 
 
 @app.command(
@@ -58,15 +60,20 @@ def monitor(
     imgsz: ImageSize = None,
     top_k: TopK = None,
     out_folder: OutFolder = None,
+    on_drift: Annotated[
+        Literal["tell", "adapt"], typer.Option(help="adapt: then teach an ensemble what made its accuracy drop.")
+    ] = "tell",
+    replay: Replay = None,
     resume: Resume = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
     """Watch accuracy over a stream of labelled photos, and tell when it drops: photos of a new kind have come.
 
-    Writes the photos of every drop to dropped.txt, and a page with the timeline.
+    Writes the photos of every drop to dropped.jsonl, which detguard adapt takes, and a page with the timeline.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
     """
+    from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.runs import Run
 
@@ -76,19 +83,23 @@ def monitor(
         run = Run.open(resume, "monitor")
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)
-        sys.exit(watch(run, watched))
+        sys.exit(watch(run, watched, trust=trust))
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
         watched = load_detector(model, imgsz, trust, device, top_k=top_k)
+    if on_drift == "adapt" and not isinstance(watched, GatedDetector):
+        raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     config: dict[str, Any] = {
         "detector": detector_config(watched, model),
         "stream": {"source": stream, "split": split, "images": str(images) if images else None},
         "monitor": {"detector": detector, "window": window},
+        "on_drift": on_drift,
+        "replay": replay or [],
         "arguments": sys.argv[1:],
     }
     list_photos = open_stream(config["stream"], watched) if stream != "-" else None  # wrong data leave no run behind
-    sys.exit(watch(Run.create("monitor", out_folder, config), watched, list_photos))
+    sys.exit(watch(Run.create("monitor", out_folder, config), watched, list_photos, trust))
 
 
 def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Labelled]":
@@ -100,7 +111,7 @@ def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Label
     return list(in_order(dataset, dataset.category_ids(detector.class_names)))
 
 
-def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" = None) -> int:
+def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" = None, trust: bool = False) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
     from detguard.data.stream import from_lines
     from detguard.hardening.monitor import observe
@@ -127,12 +138,15 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
             return 130
     records = run.records()
     drops = [r for r in records if r.get("began") is not None]
-    dropped = dict.fromkeys(
-        r["photo"] for drop in drops for r in records if drop["began"] <= r["number"] <= drop["number"]
-    )
-    run.write(DROPPED, "".join(f"{photo}\n" for photo in dropped).encode())
+    dropped = {r["photo"]: r for drop in drops for r in records if drop["began"] <= r["number"] <= drop["number"]}
+    lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in dropped.values()]
+    run.write(DROPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
     run.write("report.html", monitor_page(run, records))
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     told = f"{len(drops)} drop(s), {len(dropped)} photos in {run.folder / DROPPED}" if drops else "no drop"
     out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    if drops and run.config["on_drift"] == "adapt":
+        plan = {"mode": "auto"}
+        model, new = run.config["detector"]["model"], [str(run.folder / DROPPED)]
+        start_adaptation(model, new, run.config["replay"], plan, out_folder=run.folder / "adapted", trust=trust)
     return 2 if any("error" in r for r in records) else int(bool(drops))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,10 +34,19 @@ def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelle
         yield Labelled(dataset.files[image], dataset.objects(image, category_ids), tuple(category_ids))
 
 
-def from_lines(lines: Iterable[str], class_names: dict[int, str]) -> Iterator[Labelled]:
+def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
+    """A photo with its objects as `from_lines` takes it."""
+    line: dict[str, Any] = {"photo": str(photo.file), "objects": photo.objects.records(class_names)}
+    if photo.known is not None and len(photo.known) < len(class_names):
+        line["classes"] = [class_names[index] for index in photo.known]
+    return line
+
+
+def from_lines(lines: Iterable[str], class_names: dict[int, str], source: str = "--stream") -> Iterator[Labelled]:
     """Photos from JSON lines: {"photo": "a.jpg", "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}.
 
-    Boxes in pixels of the photo; objects of classes that the detector does not know are left out.
+    Boxes in pixels of the photo; objects of classes that the detector does not know are left out. "classes" may list
+    those that are labelled, if not all are. source: where the lines are from, for errors.
 
     Raises:
         DataError: a line is not such an object; names it by its number.
@@ -49,14 +59,15 @@ def from_lines(lines: Iterable[str], class_names: dict[int, str]) -> Iterator[La
             record = json.loads(line)
             found = [(index[o["class"]], _box(o["box"])) for o in record["objects"] if o["class"] in index]
             file = Path(record["photo"])
+            known = tuple(index[c] for c in record["classes"] if c in index) if "classes" in record else None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f'--stream line {number}: expected {{"photo": "a.jpg", "objects": [{{"class": "person", '
+                f'{source} line {number}: expected {{"photo": "a.jpg", "objects": [{{"class": "person", '
                 f'"box": [x1, y1, x2, y2]}}]}} ({type(error).__name__}: {error})'
             ) from error
         boxes = torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4)
         classes = torch.tensor([c for c, _ in found], dtype=torch.int64)
-        yield Labelled(file, Detections(boxes, torch.ones(len(found)), classes))
+        yield Labelled(file, Detections(boxes, torch.ones(len(found)), classes), known)
 
 
 def _box(values: Sequence[float]) -> list[float]:

@@ -39,9 +39,13 @@ class Gate(nn.Module):
         self.out = nn.Linear(4 * width, experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mean and spread of the last map, then linear."""
+        """The logits."""
+        return self.out(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Mean and spread of the last map, [B, 4 * width], of which the logits are a linear map."""
         x = self.layers(x).flatten(2)
-        return self.out(torch.cat([x.mean(2), (x.var(2) + 1e-5).sqrt()], 1))
+        return torch.cat([x.mean(2), (x.var(2) + 1e-5).sqrt()], 1)
 
 
 class GatedNetwork(nn.Module):
@@ -90,7 +94,7 @@ class GatedNetwork(nn.Module):
         raw["experts"], where they are fused: of each expert the rows that it answered for, and its raw outputs.
         """
         last, saved = run_layers(self.trunk, frames, {}, self.save)
-        logits = self.gate(last if self.gate_on == "trunk" else frames)
+        logits = self.gate(self.seen_by_gate(frames, last))
         if route is not None:
             return self._run(route, last, saved), logits
         log_weights = self.log_weights(logits)
@@ -99,6 +103,10 @@ class GatedNetwork(nn.Module):
             rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
             outputs.append((rows, self._run(expert, last, saved, rows) if len(rows) else None))
         return fuse(outputs, log_weights) | {"maps": saved, "experts": outputs}, logits
+
+    def seen_by_gate(self, frames: Tensor, last: Tensor) -> Tensor:
+        """What the gate looks at, of the frames and the trunk's last map."""
+        return last if self.gate_on == "trunk" else frames
 
     def _run(self, expert: int, last: Tensor, saved: dict[int, Tensor], rows: Tensor | None = None) -> dict[str, Any]:
         if rows is not None and len(rows) < len(last):

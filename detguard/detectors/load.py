@@ -138,14 +138,29 @@ def find_weights(name: str | Path) -> Path:
     return found
 
 
-def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
-    card_file = file.with_suffix(".json")
+def read_card(name: str | Path) -> dict[str, Any]:
+    """What the json beside a detector's .safetensors says.
+
+    Raises:
+        DetguardError: no such weights, or no such json.
+    """
+    file = find_weights(name).with_suffix(".json")
     try:
-        card = json.loads(card_file.read_text())
+        card = json.loads(file.read_text())
+        if not isinstance(card, dict) or not {"architecture", "classes", "imgsz"} <= card.keys():
+            raise ValueError("one of them is missing")
+    except (OSError, ValueError) as error:
+        raise DetguardError(f"{file}: expected a json with architecture, classes and imgsz ({error})") from error
+    return card
+
+
+def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
+    card = read_card(file)
+    try:
         architecture, classes, imgsz = str(card["architecture"]), list(card["classes"]), int(card["imgsz"])
         gated = card.get("gated")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DetguardError(f"{card_file}: expected a json with architecture, classes and imgsz ({error})") from error
+    except (ValueError, TypeError) as error:
+        raise DetguardError(f"{file.with_suffix('.json')}: its imgsz or classes cannot be read ({error})") from error
     model: nn.Module = build_model(architecture, [str(c) for c in classes])
     if gated is not None:
         from detguard.detectors.gated import build_gated

@@ -1,14 +1,16 @@
 """Adapting a gated ensemble to photos of a new kind: new experts, a gate that knows when to ask them, old ones kept."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from detguard import DetguardError
 from detguard.data.batches import Batch, PhotoSet, batches
@@ -17,7 +19,7 @@ from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
-from detguard.detectors.ultralytics import decode
+from detguard.detectors.ultralytics import decode, run_layers
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
@@ -34,13 +36,16 @@ STAGE = "adapt"
 FEW = 500
 # Of a batch, new photos; the others are old ones: as they are, corrupted and attacked in equal parts.
 NEW_SHARE = 0.5
+# Batches that the gate's new outputs are first fitted to, the weight of their squares, and how far apart they begin.
+FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-4, 0.1
 # Of the labelled photos one in so many, at most so many, is not trained on but judged by.
 JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How to adapt; the options of `detguard adapt`. keep: weight of what old experts said before, the lambda of L2.
+    """How to adapt; the options of `detguard adapt`. keep: weight of what old experts said before, the lambda of L2;
+    eps: budget of the attacks that old photos are shown under, levels of 255.
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -54,7 +59,7 @@ class Adaptation:
     batch: int = 16
     rate: float = 1e-3
     seed: int = 0
-    adversary: Adversary = field(default_factory=Adversary)
+    eps: float = Adversary.eps
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -66,6 +71,11 @@ class Adaptation:
     def number(self) -> int:
         """Batches in all."""
         return max(1, round(self.photos / self.batch))
+
+    @property
+    def adversary(self) -> Adversary:
+        """What attacks old photos in training."""
+        return Adversary(self.eps)
 
 
 def choose_mode(new: int) -> tuple[str, str]:
@@ -91,8 +101,8 @@ def grow(network: GatedNetwork, plan: Adaptation, most: int, new: PhotoSet, sett
     first = sum(name.startswith("adapted") for name in network.names) + 1
     network.grow([f"adapted {number}" for number in range(first, first + plan.experts)], best(network, new, setting))
     if plan.init == "fresh":
-        for module in network.experts[-plan.experts :].modules():
-            if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
+        for name, module in network.experts[-plan.experts :].named_modules():
+            if isinstance(module, nn.Conv2d) and "dfl" not in name:
                 module.reset_parameters()
 
 
@@ -103,6 +113,37 @@ def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
     logits = network(batch.shown)[1]
     harm = [_label_loss(setting.run(network, batch.shown, i)[0], batch.labels) for i in range(len(network.names))]
     return int((logits.softmax(1) * (-torch.stack(harm, 1)).exp()).mean(0).argmax())
+
+
+def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Batch | None]]) -> None:
+    """Fit the gate's new outputs, all but its first `known`, to tell new frames from old ones: logistic regression.
+
+    They begin so far down that training would take long to find them. Several differ a little, or all their experts
+    would learn the same.
+    """
+    features, is_new = [], []
+    with torch.no_grad():
+        for new, old in pairs:
+            frames = new.shown if old is None else torch.cat([new.shown, old.shown])
+            last, _ = run_layers(network.trunk, frames, {}, network.save)
+            features.append(network.gate.features(network.seen_by_gate(frames, last)))
+            is_new.append(torch.arange(len(frames)) < len(new.shown))
+    x, y, out = torch.cat(features), torch.cat(is_new).float(), network.gate.out
+    old_logits = out(x)[:, :known].detach().logsumexp(1)
+    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = binary_cross_entropy_with_logits(x @ weight + bias - old_logits, y) + FIT_DECAY * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    count = len(out.bias) - known
+    with torch.no_grad():
+        out.weight[known:] = weight + FIT_SPREAD * (count > 1) * torch.randn(count, len(weight)) * weight.std()
+        out.bias[known:] = bias - math.log(count)
 
 
 def learned_parameters(network: GatedNetwork, plan: Adaptation) -> list[nn.Parameter]:
@@ -153,20 +194,24 @@ def adapt(
         network.load_state_dict(load_file(made))
         return made
     top_k, network.top_k = network.top_k, None  # who is not asked does not learn
-    learned = learned_parameters(network, plan)
-    hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
     count = plan.batch if old is None else round(NEW_SHARE * plan.batch)
     third = (plan.batch - count) // 3
-    log = BatchLog(run, STAGE, plan.number, plan.batch)
 
-    def shown(first: int) -> Iterator[tuple[Batch, Batch | None]]:
-        of_new = batches(new, count, setting.size, setting.seed, first, plan.number)
+    def shown(first: int, last: int = plan.number) -> Iterator[tuple[Batch, Batch | None]]:
+        of_new = batches(new, count, setting.size, setting.seed, first, last)
         if old is None:
             yield from ((batch, None) for batch in of_new)
             return
         size, seed, kinds = setting.size, setting.seed + 1, setting.corruptions
-        of_old = batches(old, plan.batch - count, size, seed, first, plan.number, third, kinds=kinds)
+        of_old = batches(old, plan.batch - count, size, seed, first, last, third, kinds=kinds)
         yield from zip(of_new, of_old, strict=True)
+
+    checkpoint = run.folder / "state" / f"{STAGE}.pt"
+    if plan.experts and not checkpoint.exists():
+        fit_gate(network, len(before.names), shown(0, FIT_BATCHES))
+    learned = learned_parameters(network, plan)
+    hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
+    log = BatchLog(run, STAGE, plan.number, plan.batch)
 
     def learn(pair: tuple[Batch, Batch | None], number: int, update: Update) -> dict[str, float]:
         generator = torch.Generator().manual_seed((setting.seed << 32) + number)
@@ -179,7 +224,6 @@ def adapt(
         return on_batch(number, losses) if on_batch else False
 
     try:
-        checkpoint = run.folder / "state" / f"{STAGE}.pt"
         train(network, learned, shown, learn, plan.number, plan.rate, checkpoint, setting.save_every, told)
     finally:
         for hook in hooks:
@@ -267,11 +311,3 @@ def judge(detector: Detector, labelled: Sequence[Labelled]) -> dict[str, float |
 
 def _of(found: Detections, label: Labelled) -> Detections:
     return found if label.known is None else found.of(label.known)
-
-
-def adversary_of(card: dict[str, Any]) -> Adversary:
-    """The attack that old photos are shown under: as strong as the one that the ensemble was hardened by."""
-    try:
-        return replace(Adversary(), eps=float(card.get("hardened", {}).get("eps", Adversary.eps)))
-    except (TypeError, ValueError, AttributeError):
-        return Adversary()

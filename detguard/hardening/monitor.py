@@ -12,7 +12,7 @@ import torch
 from river.drift import ADWIN, KSWIN, PageHinkley
 
 from detguard import DetguardError
-from detguard.data.stream import Labelled
+from detguard.data.stream import Labelled, as_line
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.coco import f1, metrics_of_photos
@@ -122,7 +122,7 @@ def quality(objects: Detections, found: Detections) -> Quality:
 def observe(
     run: Run, detector: Detector, photos: Iterable[Labelled], kind: str, window: int, again: bool = True
 ) -> Iterator[Record]:
-    """Watch a detector on photos in order, and append a record of each to the run: number, photo, `Quality`, and
+    """Watch a detector on photos in order, and append a record of each to the run: number, `as_line`, `Quality`, and
     `began`, where accuracy has dropped, the number of the photo since which it has; AP50 at the end of each window.
 
     again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo is a record
@@ -139,7 +139,7 @@ def observe(
             numbers.append(record["number"])
     shown: list[tuple[Detections, Detections]] = []
     for number, labelled in enumerate(islice(photos, len(seen) if again else 0, None), len(seen) + 1):
-        record = {"number": number, "photo": str(labelled.file)}
+        record = {"number": number, **as_line(labelled, detector.class_names)}
         try:
             (found,) = detector.detect([read_photo(labelled.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)
         except PhotoError as error:

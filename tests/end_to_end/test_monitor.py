@@ -41,9 +41,11 @@ def test_a_drop_is_told_with_its_photos(stream):
     )
     assert result.returncode == 1, result.stderr
     assert "accuracy has dropped since photo 25" in result.stdout
-    dropped = (stream / "run/dropped.txt").read_text().split()
-    assert dropped[0] == "24.png"
+    dropped = [json.loads(line) for line in (stream / "run/dropped.jsonl").read_text().splitlines()]
+    given = [json.loads(line) for line in (stream / "stream.jsonl").read_text().splitlines()]
+    assert [entry["photo"] for entry in dropped] == [entry["photo"] for entry in given[24 : 24 + len(dropped)]]
     assert len(dropped) <= 16
+    assert [o["box"] for o in dropped[0]["objects"]] == [o["box"] for o in given[24]["objects"]]
     records = [json.loads(line) for line in (stream / "run/results.jsonl").read_text().splitlines()]
     assert [r["number"] for r in records] == list(range(1, 49))
     assert records[7]["AP50"] > 0.5 > records[-1]["AP50"]

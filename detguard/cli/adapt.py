@@ -1,0 +1,210 @@
+"""`detguard adapt`: parse, call, show."""
+
+import copy
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from detguard import DetguardError
+from detguard.cli.app import OutFolder, Resume, Trust, app, err, out, progress_bar, show_error
+from detguard.cli.harden import Batch, Corruptions, Rate, Seed, chosen_kinds, photo_files
+
+if TYPE_CHECKING:
+    from detguard.data.stream import Labelled
+    from detguard.runs import Run
+
+# Photos seen by default: so many for each new one, and at most.
+VIEWS, MOST_VIEWS = 50, 5_000
+Replay = Annotated[
+    list[str] | None,
+    typer.Option(help="Photos of kinds that it knows: as --new, or a folder, labelled by what it finds; repeatable."),
+]
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard adapt --model hard.safetensors --new runs/monitor/001/dropped.jsonl --replay day/data.yaml`
+
+`detguard adapt --model hard.safetensors --new fog/data.yaml --replay photos/ --experts 2 --mode full --lambda 10`
+
+`detguard adapt --resume runs/adapt/001`: go on with a run that was stopped"""
+)
+def adapt(
+    model: Annotated[str | None, typer.Option(help="A gated ensemble, as detguard harden makes it.")] = None,
+    new: Annotated[
+        list[str] | None,
+        typer.Option(help="Labelled photos of a new kind: a data.yaml, a COCO json or JSON lines; repeatable."),
+    ] = None,
+    replay: Replay = None,
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "train",
+    experts: Annotated[int, typer.Option(min=0, help="New experts.")] = 1,
+    mode: Annotated[
+        Literal["auto", "full", "frozen"],
+        typer.Option(
+            help="full: all learns; frozen: new experts and their gate rows; auto: by how many photos are new."
+        ),
+    ] = "auto",
+    init: Annotated[
+        Literal["best", "fresh"], typer.Option(help="New experts start as the best old one, or from random weights.")
+    ] = "best",
+    keep: Annotated[
+        float, typer.Option("--lambda", min=0, help="Weight of staying what old experts were, in --mode full.")
+    ] = 1.0,
+    max_experts: Annotated[int, typer.Option(min=1, max=64, help="Refuse to grow beyond so many experts.")] = 12,
+    photos: Annotated[
+        int | None,
+        typer.Option(min=1, help="Photos to see, new and old, with repeats; default: 50 per new photo, 5,000 at most."),
+    ] = None,
+    corruptions: Corruptions = None,
+    batch: Batch = 16,
+    rate: Rate = 1e-3,
+    seed: Seed = 0,
+    out_folder: OutFolder = None,
+    resume: Resume = None,
+    trust: Trust = False,
+) -> None:
+    """Teach a gated ensemble a new kind of photos by new experts, without forgetting the kinds that it knows.
+
+    One in five labelled photos (at most 64) is kept for the figures before and after. Ctrl-C saves and stops.
+    """
+    from detguard.runs import Run
+
+    if resume:
+        if model or new or replay:
+            raise DetguardError("--resume: takes its model, data and options from the run; give no others")
+        sys.exit(run_adaptation(Run.open(resume, "adapt"), trust))
+    if not model:
+        raise DetguardError("--model: give the gated ensemble that detguard harden made (or --resume RUN)")
+    if not new:
+        raise DetguardError("--new: give labelled photos of the new kind: a data.yaml, a COCO json or a .jsonl file")
+    plan = {
+        "experts": experts, "mode": mode, "init": init, "keep": keep, "batch": batch, "rate": rate, "seed": seed,
+    } | ({"photos": photos} if photos else {})  # fmt: skip
+    sys.exit(start_adaptation(model, new, replay or [], plan, split, max_experts, corruptions, out_folder, trust))
+
+
+def start_adaptation(
+    model: str,
+    new: list[str],
+    replay: list[str],
+    plan: dict[str, Any],
+    split: str = "train",
+    max_experts: int = 12,
+    corruptions: str | None = None,
+    out_folder: Path | None = None,
+    trust: bool = False,
+) -> int:
+    """Make a run of what the options say, and do it; returns the exit code."""
+    from detguard.detectors.gated import GatedNetwork
+    from detguard.detectors.load import load_model, read_card
+    from detguard.hardening.adapt import Adaptation, choose_mode
+    from detguard.runs import Run
+
+    with err.status("Loading the ensemble and the labels"):
+        network, _ = load_model(model, trust)
+        if not isinstance(network, GatedNetwork):
+            raise DetguardError(f"{model}: expected a gated ensemble; make one of it with detguard harden")
+        count = sum(len(read_labelled(source, split, network.class_names)) for source in new)
+    plan = {"photos": min(VIEWS * count, MOST_VIEWS)} | plan
+    why = "as --mode says"
+    if plan["mode"] == "auto":
+        mode, why = choose_mode(count)
+        plan = plan | {"mode": mode}
+        out.print(f"--mode auto: {mode}, {why}", highlight=False, soft_wrap=True)
+    eps = read_card(model).get("hardened", {}).get("eps", Adaptation.eps)
+    adaptation = Adaptation(**plan, eps=eps)  # a wrong option leaves no run behind
+    config = {
+        "model": model,
+        "data": {"new": new, "replay": replay, "split": split},
+        "adapt": asdict(adaptation),
+        "why": why,
+        "max_experts": max_experts,
+        "corruptions": list(chosen_kinds(corruptions)),
+        "arguments": sys.argv[1:],
+    }
+    return run_adaptation(Run.create("adapt", out_folder, config), trust)
+
+
+def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
+    """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices."""
+    from detguard.data.dataset import read_dataset
+    from detguard.data.stream import from_lines, in_order
+
+    if Path(source).suffix == ".jsonl":
+        try:
+            return list(from_lines(Path(source).read_text().splitlines(), class_names, source))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DetguardError(f"{source}: cannot be read ({error})") from error
+    dataset = read_dataset(source, split)
+    return list(in_order(dataset, dataset.category_ids(class_names)))
+
+
+def run_adaptation(run: "Run", trust: bool) -> int:
+    """Grow and train what the run has not finished, with live progress; returns the exit code."""
+    from detguard.data.batches import read_photos
+    from detguard.detectors.gated import GatedDetector, GatedNetwork
+    from detguard.detectors.load import load_model, read_card
+    from detguard.hardening import adapt as adapting
+    from detguard.hardening.train import Setting, bf16_helps
+    from detguard.reports.adaptation import adaptation_page, judged_table
+    from detguard.reports.tables import terminal_table
+
+    config, data = run.config, run.config["data"]
+    with err.status("Loading the ensemble and the photos"):
+        network, imgsz = load_model(config["model"], trust)
+        if not isinstance(network, GatedNetwork):
+            raise DetguardError(f"{config['model']}: expected a gated ensemble; make one of it with detguard harden")
+        card = read_card(config["model"])
+        names = network.class_names
+        labelled = {"new": [one for source in data["new"] for one in read_labelled(source, data["split"], names)]}
+        found = [s for s in data["replay"] if Path(s).suffix]
+        labelled["old"] = [one for source in found for one in read_labelled(source, data["split"], names)]
+        seen = {kind: adapting.hold_out(photos) for kind, photos in labelled.items()}
+        new, broken = read_photos([(seen["new"][0], 1.0)], imgsz, plain=True)
+        folders = [file for source in data["replay"] if source not in found for file in photo_files(source)]
+        old = None
+        if folders and found:
+            raise DetguardError("--replay: give labelled photos or folders, not both; labels of folders are its own")
+        if folders or found:
+            old, more = read_photos([(folders, 1.0)] if folders else [(seen["old"][0], 1.0)], imgsz)
+            broken += more
+    for message in broken:
+        show_error(message)
+    plan = adapting.Adaptation(**config["adapt"])
+    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stopped.append(n))
+    judged = {kind: photos for kind, (_, photos) in seen.items() if photos}
+
+    def figures() -> dict[str, dict[str, float | None]]:
+        detector = GatedDetector(copy.deepcopy(network), "", imgsz)
+        with err.status("Judging"):
+            return {kind: adapting.judge(detector, photos) for kind, photos in judged.items()}
+
+    before = figures()
+    card |= {"adapted": [*card.get("adapted", []), config["adapt"] | {"from": Path(config["model"]).stem}]}
+    with progress_bar() as progress:
+        task = progress.add_task("adapt", total=plan.number)
+
+        def on_batch(number: int, losses: dict[str, float]) -> bool:
+            progress.update(task, completed=number + 1, description=f"adapt: loss {losses['loss']:.2f}")
+            return bool(stopped)
+
+        try:
+            most = config["max_experts"]
+            made = adapting.adapt(network, card, new, old, plan, most, setting, run, on_batch)
+        except KeyboardInterrupt:
+            show_error(f"stopped; go on with: detguard adapt --resume {run.folder}")
+            return 130
+    after = figures()
+    run.write("report.html", adaptation_page(run, before, after))
+    out.print(terminal_table(judged_table(before, after)))
+    text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."
+    out.print(text, highlight=False, soft_wrap=True)
+    return 2 if broken else 0

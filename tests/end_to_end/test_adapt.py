@@ -1,0 +1,150 @@
+"""`detguard adapt` as a user runs it: an ensemble learns photos that are all but black."""
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused, load_detector, save_gated
+
+OPTIONS = ("--new", "dark.jsonl", "--replay", "day.jsonl", "--batch", 8, "--rate", 3e-3)
+
+
+def detguard(*arguments, cwd, stdin=None):
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, bundled, bundled_model, bus_file):
+    """Folder with an ensemble, 10 photos of a bus by day and the same ones dark, and their labels as JSON lines."""
+    folder = tmp_path_factory.mktemp("adapt")
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(bundled_model), 11)
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 128}
+    save_gated(network, card | {"hardened": {"eps": 2.0}}, folder / "ensemble.safetensors")
+    photo = cv2.imread(str(bus_file))
+    lines = {"day": [], "dark": []}
+    (folder / "photos").mkdir()
+    for number in range(10):
+        scale = 0.15 + 0.01 * number
+        shown = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        found = bundled.detect([shown[..., ::-1].copy()], 0.3)[0].records(bundled.class_names)
+        for kind, light in (("day", 1.0), ("dark", 0.06)):
+            name = f"photos/{kind}{number}.png"
+            cv2.imwrite(str(folder / name), (shown * light).astype(np.uint8))
+            lines[kind].append(json.dumps({"photo": name, "objects": found}) + "\n")
+    for kind, entries in lines.items():
+        (folder / f"{kind}.jsonl").write_text("".join(entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(place):
+    result = detguard("adapt", "--model", "ensemble.safetensors", *OPTIONS, "--photos", 160, "--out", "run", cwd=place)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def figures(text, kind):
+    rows = [line.replace("│", " ").split() for line in text.splitlines() if f"│ {kind} photos" in line]
+    return {row[2]: (float(row[3]), float(row[4])) for row in rows}
+
+
+def test_it_learns_the_new_kind_and_keeps_the_old(adapted, place):
+    assert "frozen, 10 new photos are too few" in adapted.stdout
+    before, after = figures(adapted.stdout, "new")["F1"]
+    assert after > before + 0.2
+    before, after = figures(adapted.stdout, "old")["AP50"]
+    assert after > before - 0.1
+
+
+def test_the_adapted_ensemble_loads_like_any_detector_and_says_where_it_is_from(adapted, place, bus_file):
+    detector = load_detector(place / "run/weights/adapted.safetensors")
+    assert detector.model.names == ["normal", "hard", "adversarial", "adapted 1"]
+    detector.predict(bus_file, 0.25)
+    card = json.loads((place / "run/weights/adapted.json").read_text())
+    assert card["adapted"][0]["from"] == "ensemble"
+    assert card["adapted"][0]["eps"] == 2.0
+    page = (place / "run/report.html").read_text()
+    for text in ("Adapting ensemble.safetensors", "Before and after", "Losses", "new photos"):
+        assert text in page
+
+
+def test_old_experts_and_their_gate_rows_are_bit_identical(adapted, place):
+    old, new = (load_file(place / file) for file in ("ensemble.safetensors", "run/weights/adapted.safetensors"))
+    for name, value in old.items():
+        assert torch.equal(new[name][: len(value)] if name.startswith("gate.out") else new[name], value), name
+
+
+def test_an_adapted_ensemble_can_be_adapted_again_and_refuses_beyond_its_limit(adapted, place):
+    model = "run/weights/adapted.safetensors"
+    again = detguard("adapt", "--model", model, *OPTIONS, "--photos", 8, "--out", "again", cwd=place)
+    assert again.returncode == 0, again.stderr
+    card = json.loads((place / "again/weights/adapted.json").read_text())
+    assert card["gated"]["experts"][3:] == ["adapted 1", "adapted 2"]
+    assert len(card["adapted"]) == 2
+    refused = detguard("adapt", "--model", model, *OPTIONS, "--max-experts", 4, "--out", "more", cwd=place)
+    assert refused.returncode == 2
+    assert "--max-experts 4" in refused.stderr
+
+
+def test_resumed_after_it_was_done_it_tells_the_same(adapted, place):
+    again = detguard("adapt", "--resume", "run", cwd=place)
+    assert again.returncode == 0, again.stderr
+    assert figures(again.stdout, "new") == figures(adapted.stdout, "new")
+
+
+def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):
+    result = detguard(
+        "adapt", "--model", "ensemble.safetensors", "--new", "dark.jsonl", "--replay", "photos", "--mode", "full",
+        "--batch", 6, "--photos", 12, "--corruptions", "fog,snow", "--out", "folder", cwd=place,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "old photos" not in result.stdout
+
+
+def test_a_drop_can_be_adapted_to_at_once(place):
+    lines = (place / "day.jsonl").read_text() * 3 + (place / "dark.jsonl").read_text() * 3
+    watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--window", 8, "--out", "watched")
+    result = detguard(*watched, "--on-drift", "adapt", "--replay", "day.jsonl", cwd=place, stdin=lines)
+    assert result.returncode == 1, result.stderr
+    assert "adapted.safetensors" in result.stdout
+    assert load_detector(place / "watched/adapted/weights/adapted.safetensors").model.names[-1] == "adapted 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--model"),
+        (("--model", "ensemble.safetensors"), "--new"),
+        (("--model", "detguard-n", "--new", "dark.jsonl"), "detguard harden"),
+        (("--model", "ensemble.safetensors", "--new", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--model", "ensemble.safetensors", "--new", "wrong.jsonl"), "wrong.jsonl line 1"),
+        (("--model", "ensemble.safetensors", "--new", "dark.jsonl", "--corruptions", "rain"), "rain"),
+        (("--model", "ensemble.safetensors", *OPTIONS, "--mode", "frozen", "--experts", 0), "--experts 0"),
+        (("--resume", "nowhere"), "nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line_that_names_the_option(place, arguments, message):
+    (place / "wrong.jsonl").write_text("{}\n")
+    result = detguard("adapt", *arguments, cwd=place)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_only_an_ensemble_can_adapt_on_drift(place):
+    result = detguard("monitor", "--stream", "-", "--on-drift", "adapt", cwd=place, stdin="")
+    assert result.returncode == 2
+    assert "--on-drift adapt" in result.stderr

@@ -1,0 +1,157 @@
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from detguard import DetguardError
+from detguard.data.batches import PhotoSet, batches
+from detguard.data.stream import Labelled
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused
+from detguard.hardening.adapt import FEW, Adaptation, adapt, best, choose_mode, hold_out
+from detguard.hardening.losses import retention_loss
+from detguard.hardening.train import Setting
+from detguard.runs import Run
+
+SETTING = Setting(batch=6, size=128, save_every=1e9)
+PLAN = Adaptation(photos=24, batch=6, mode="frozen")
+
+
+@pytest.fixture(scope="module")
+def old(bus, bundled):
+    photo = np.ascontiguousarray(bus[::4, ::4])
+    (found,) = bundled.detect([photo], 0.3)
+    return PhotoSet([photo], np.array([1.0]), [Labelled(None, found)])
+
+
+@pytest.fixture(scope="module")
+def new(old):
+    """The same photo, all but black."""
+    return replace(old, photos=[(photo * 0.06).astype(np.uint8) for photo in old.photos])
+
+
+@pytest.fixture
+def network(bundled_model):
+    torch.manual_seed(0)
+    return GatedNetwork(fused(bundled_model), split=11)
+
+
+@pytest.fixture
+def train(network, new, old, tmp_path):
+    def run(plan=PLAN, replayed=old, most=12, on_batch=None, folder="run", of=network):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return adapt(of, {}, new, replayed, plan, most, SETTING, Run(tmp_path / folder, {}), on_batch)
+
+    return run
+
+
+def test_frozen_changes_new_experts_and_the_gates_new_rows_and_not_one_bit_else(network, train):
+    before = copy.deepcopy(network.state_dict())
+    train()
+    after = network.state_dict()
+    grown = {"gate.out.weight", "gate.out.bias"}
+    for name, value in before.items():
+        assert torch.equal(after[name][: len(value)] if name in grown else after[name], value), name
+    assert len(after["gate.out.bias"]) == 4
+    start = {name.replace("experts.0", "experts.3"): value for name, value in before.items()}
+    assert any(not torch.equal(after[name], start[name]) for name in after if name.startswith("experts.3"))
+
+
+def test_full_lets_all_learn(network, train):
+    before = copy.deepcopy(network.state_dict())
+    train(replace(PLAN, mode="full"))
+    changed = {
+        name for name, value in before.items() if not torch.equal(network.state_dict()[name][: len(value)], value)
+    }
+    assert {name.split(".")[0] for name in changed} == {"trunk", "experts", "gate"}
+
+
+def test_lambda_keeps_old_experts_what_they_were(network, train, old, new):
+    frames = torch.cat([next(batches(source, 4, 128, 9, 0, 1)).shown for source in (old, new)])
+
+    def moved(keep, folder):
+        grown = copy.deepcopy(network)
+        train(replace(PLAN, mode="full", keep=keep, photos=36), folder=folder, of=grown)
+        with torch.no_grad():
+            return sum(
+                float(retention_loss(SETTING.run(grown, frames, i)[0], SETTING.run(network, frames, i)[0]).mean())
+                for i in range(3)
+            )
+
+    assert moved(30.0, "kept") < 0.7 * moved(0.0, "free")
+
+
+def test_the_gate_asks_the_new_expert_about_new_photos_and_old_ones_about_the_rest(network, train, old, new):
+    train()
+    with torch.no_grad():
+        shares = [network(next(batches(s, 6, 128, 5, 0, 1)).shown)[1].softmax(1)[:, 3].mean() for s in (new, old)]
+    assert shares[0] > 0.5 > 0.4 > shares[1]
+
+
+def test_stopped_and_resumed_it_gives_the_same_weights(network, train, tmp_path):
+    first, second = copy.deepcopy(network), copy.deepcopy(network)
+    train(folder="whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(folder="stopped", of=first, on_batch=lambda number, _: number == 1)
+    train(folder="stopped", of=second)
+    ours, whole = second.state_dict(), network.state_dict()
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_without_replay_and_without_new_experts_it_is_plain_fine_tuning(network, train):
+    before = copy.deepcopy(network.state_dict())
+    train(replace(PLAN, mode="full", experts=0, keep=0.0), replayed=None)
+    assert network.names == ["normal", "hard", "adversarial"]
+    assert any(not torch.equal(network.state_dict()[name], value) for name, value in before.items())
+
+
+def test_it_can_be_done_again_up_to_the_limit(network, train):
+    train(replace(PLAN, photos=6))
+    train(replace(PLAN, photos=6, experts=2), folder="again")
+    assert network.names[3:] == ["adapted 1", "adapted 2", "adapted 3"]
+    with pytest.raises(DetguardError, match="--max-experts 6"):
+        train(replace(PLAN, photos=6), most=6, folder="more")
+
+
+def test_fresh_experts_are_not_copies(network, train):
+    train(replace(PLAN, photos=6, init="fresh", rate=1e-6))
+    pairs = zip(network.experts[3].parameters(), network.experts[0].parameters(), strict=True)
+    assert sum(not torch.allclose(a, b, atol=1e-3) for a, b in pairs) > 20
+
+
+def test_new_experts_begin_as_the_one_that_does_most_for_the_new_photos(network, new):
+    with torch.no_grad():
+        for parameter in network.experts[1].parameters():
+            parameter.mul_(0.3)
+        network.gate.out.bias.copy_(torch.tensor([0.0, 9.0, 3.0]))
+    assert best(network, new, SETTING) == 2  # the gate would ask another, which is broken
+    with torch.no_grad():
+        network.gate.out.bias.copy_(torch.tensor([3.0, 9.0, 0.0]))
+    assert best(network, new, SETTING) == 0
+
+
+def test_top_k_is_what_it_was_afterwards(network, train):
+    network.top_k = 1
+    train(replace(PLAN, photos=6))
+    assert network.top_k == 1
+
+
+def test_the_mode_goes_by_the_number_of_new_photos():
+    assert choose_mode(FEW - 1)[0] == "frozen"
+    assert choose_mode(FEW)[0] == "full"
+    assert str(FEW) in choose_mode(3)[1]
+
+
+def test_photos_to_judge_by_are_not_trained_on():
+    photos = [Labelled(name, None) for name in "abcdefghijk"]
+    trained, judged = hold_out(photos)
+    assert [one.file for one in judged] == ["a", "f", "k"]
+    assert not {one.file for one in trained} & {one.file for one in judged}
+
+
+@pytest.mark.parametrize("options", [{"mode": "frozen", "experts": 0}, {"mode": "half"}])
+def test_wrong_plans_are_refused(options):
+    with pytest.raises(DetguardError, match="--"):
+        Adaptation(**options)
