@@ -60,7 +60,11 @@ def harden(
     ] = None,
     crop: Annotated[
         int | None,
-        typer.Option(min=64, max=1280, help="Side of the frames of all stages but the last; smaller is faster."),
+        typer.Option(
+            min=64,
+            max=1280,
+            help="Side of the frames in training, parts of photos at the same scale; smaller is faster.",
+        ),
     ] = None,
     attack: Annotated[
         Literal["free", "pgd", "fgsm"],
