@@ -112,12 +112,13 @@ class Mislabel(Objective):
 class Degrade(Objective):
     """The worst training loss, or some `parts` of it (see `training_loss.GAINS`): no success test, only worse.
 
-    gate: weight of the logits by which the gate of an ensemble prefers its last expert to the best of the others.
+    gate: weight of the logits by which the gate of an ensemble prefers expert `robust` to the best of the others.
     """
 
     targets: tuple[int, ...]
     parts: tuple[str, ...] = tuple(GAINS)
     gate: float = 0.0
+    robust: int = -1
 
     @override
     def aim(self, candidates: Candidates, objects: Detections) -> Assignment | Detections:
@@ -142,7 +143,9 @@ class Degrade(Objective):
         if not self.gate or candidates.gate is None:
             return loss
         # On logits: the weights themselves have no gradient left where the gate is sure.
-        return loss + self.gate * (candidates.gate[:, -1] - candidates.gate[:, :-1].amax(1))
+        others = candidates.gate.clone()
+        others[:, self.robust] = -torch.inf
+        return loss + self.gate * (candidates.gate[:, self.robust] - others.amax(1))
 
     @override
     def success(self, clean: Detections, found: Detections) -> bool:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -101,3 +103,17 @@ def test_its_gradient_is_the_slope(scene):
     with torch.no_grad():
         slope = (loss(logits + step * direction) - loss(logits - step * direction)) / (2 * step)
     assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=2e-2)
+
+
+def test_classes_that_are_not_labelled_do_not_count(scene):
+    candidates, objects = scene
+    known = torch.ones(1, candidates.logits.shape[2])
+    known[0, 5] = 0
+    logits = candidates.logits.clone()
+    logits[..., 5] += 20  # sure of what nobody labelled
+    sure = replace(candidates, logits=logits)
+    kept = objects[objects.classes != 5]
+    masked = (detection_loss(c, assign(candidates, [kept]), known)["class"] for c in (candidates, sure))
+    whole = [detection_loss(c, assign(candidates, [kept]))["class"] for c in (candidates, sure)]
+    assert len({float(value) for value in masked}) == 1
+    assert whole[1] > whole[0] + 1

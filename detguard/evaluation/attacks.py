@@ -31,7 +31,7 @@ GATE_TERMS = (1, 10, 100)
 def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
     """The attacks `names`, and for a gated ensemble those that know of its gate.
 
-    gate:W: the whole loss, and W times the logits by which the gate prefers its last, adversarial, expert;
+    gate:W: the whole loss, and W times the logits by which the gate prefers its adversarial expert;
     route:I: the whole loss of expert I alone, whatever the gate says; dense: that of all experts, where top-k leaves
     some out.
     """
@@ -42,8 +42,8 @@ def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
     return (*names, *(f"gate:{weight}" for weight in GATE_TERMS), *routes, *dense)
 
 
-def attack_objective(name: str, targets: Sequence[int]) -> Objective:
-    """The objective of one of ATTACKS, or of those that `attacks_on` adds, on the classes `targets`.
+def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> Objective:
+    """The objective of one of ATTACKS, or of those that `attacks_on` a detector adds, on the classes `targets`.
 
     class, box, all: the training loss or its parts; vanish: the confidence of any of the classes.
     """
@@ -51,7 +51,8 @@ def attack_objective(name: str, targets: Sequence[int]) -> Objective:
         return Vanish(tuple(targets))
     kind, _, value = name.partition(":")
     if kind in ("gate", "route") and value.isdigit():
-        return Degrade(tuple(targets), gate=float(value) if kind == "gate" else 0.0)
+        robust = detector.model.robust if isinstance(detector, GatedDetector) else -1
+        return Degrade(tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=robust)
     parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS), "dense": tuple(GAINS)}
     if name not in parts:
         raise DetguardError(f"--attacks '{name}': expected some of {', '.join(ATTACKS)}")
@@ -142,7 +143,7 @@ class AttackSet(View):
             batch=len(batch.images),
             stop=False,
         )
-        objective = attack_objective(name, sorted(subject.category_ids))
+        objective = attack_objective(name, sorted(subject.category_ids), subject.detector)
         photos = [
             (subject.hashes[image], photo, objects)
             for image, photo, objects in zip(batch.images, batch.photos, batch.objects, strict=True)
@@ -216,6 +217,6 @@ class BlackBox(View):
     @override
     def show(self, batch: Batch) -> list[Photo]:
         subject = batch.subject
-        objective = attack_objective("all", sorted(subject.category_ids))
+        objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
         seeds = [photo_seed(subject.hashes[image], self.seed) for image in batch.images]
         return square_attack(subject.detector, batch.photos, batch.objects, objective, self.eps, self.queries, seeds)

@@ -95,7 +95,7 @@ def attack_ap(subject: Subject, attack: AttackSet) -> float:
 
 def zero_gradient_share(subject: Subject) -> float:
     """Mean share of values where the gradient of the training loss at the frame, padding left out, is exactly zero."""
-    objective = attack_objective("all", sorted(subject.category_ids))
+    objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
     zeros = total = 0
     for images in subject.batches():
         batch = Batch(subject, images)

@@ -228,7 +228,7 @@ def _learn(
     def on_gate(gate: Tensor | None) -> Tensor:
         if not margin or gate is None or stage.route is not None:
             return torch.zeros(1)
-        return margin * gate_margin(gate, NORMAL, -1)
+        return margin * gate_margin(gate, NORMAL, network.robust)
 
     with torch.no_grad():
         wanted, wanted_maps = setting.run(teacher, batch.clean, 0)

@@ -1,9 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from detguard.data.dataset import DataError, read_dataset
-from detguard.data.stream import from_lines, in_order
+from detguard.data.stream import Labelled, as_line, from_lines, in_order
+from detguard.detections import Detections
 
 NAMES = {0: "person", 1: "bus"}
 
@@ -48,3 +51,18 @@ def test_lines_are_photos_with_their_objects():
 def test_a_wrong_line_is_named_by_its_number(line):
     with pytest.raises(DataError, match="line 2"):
         list(from_lines(['{"photo": "a.jpg", "objects": []}', line], NAMES))
+
+
+def test_a_line_of_a_photo_is_read_back_as_it_was():
+    objects = Detections(torch.tensor([[1.0, 2, 30, 40]]), torch.ones(1), torch.tensor([1]))
+    for known in (None, (1,)):
+        photo = Labelled(Path("a.jpg"), objects, known)
+        (back,) = from_lines([json.dumps(as_line(photo, NAMES))], NAMES)
+        assert (back.file, back.known) == (photo.file, known)
+        assert torch.equal(back.objects.boxes, objects.boxes)
+        assert torch.equal(back.objects.classes, objects.classes)
+
+
+def test_lines_of_a_file_are_named_by_it():
+    with pytest.raises(DataError, match=r"new\.jsonl line 1"):
+        list(from_lines(["{"], NAMES, "new.jsonl"))

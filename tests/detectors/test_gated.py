@@ -10,8 +10,8 @@ from detguard import DetguardError
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.detectors.gated import GatedDetector, GatedNetwork, fuse
 from detguard.detectors.load import fused, load_detector, load_model, save_gated
-from detguard.evaluation.attacks import attacks_on
-from detguard.objectives import Degrade, Vanish
+from detguard.evaluation.attacks import attack_objective, attacks_on
+from detguard.objectives import Vanish
 from detguard.photos import frames_tensor
 
 HEAD, NECK = 23, 11
@@ -199,23 +199,25 @@ def test_all_experts_of_a_top_k_ensemble_can_be_asked(bundled_model, bundled, fr
         assert not torch.equal(dense, chosen.candidates(frames).logits)
 
 
-def test_the_gate_term_turns_the_gate_away_from_its_last_expert(bundled_model, bundled, bus, frames):
+@pytest.mark.parametrize("grown", [(), ("fog",)])
+def test_the_gate_term_turns_the_gate_away_from_its_adversarial_expert(bundled_model, bundled, bus, frames, grown):
     made = detector(bundled_model, bundled)
+    made.model.grow(grown, 0)
     labels = made.detect([bus], 0.4)[0]
 
     def margin(photo):
         with torch.no_grad():
             gate = made.candidates(frames_tensor([made.letterbox(photo.shape[:2])(photo)])).gate[0]
-        return float(gate[-1] - gate[:-1].max())
+        return float(gate[2] - gate[[0, 1, *range(3, len(gate))]].max())
 
     left = {}
-    for weight in (0.0, 1000.0):
+    for weight in (0, 1000):
         options = AttackOptions(eps=4, step=2, steps=10, stop=False, gradient="exact")
-        objective = Degrade(tuple(bundled.class_names), gate=weight)
+        objective = attack_objective(f"gate:{weight}", tuple(bundled.class_names), made)
         (attempt,) = attack_group(made, [("bus", bus, labels)], objective, [], options)
         left[weight] = margin(attempt.adversarial)
-    assert left[1000.0] < left[0.0]
-    assert left[1000.0] < margin(bus)
+    assert left[1000] < left[0]
+    assert left[1000] < margin(bus)
 
 
 def test_a_grown_ensemble_says_the_same_until_it_learns(bundled_model, bundled, frames, tmp_path):

@@ -114,6 +114,7 @@ def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path
         (("--data", ASSETS, "--top-k", "9"), "--top-k 9"),
         (("--data", ASSETS, "--split", "tail"), "--split tail"),
         (("--data", ASSETS, "--split", "99"), "--split 99"),
+        (("--data", ASSETS, "--corruptions", "rain"), "--corruptions rain"),
     ],
 )
 def test_wrong_use_is_one_line_that_names_the_option(tmp_path, arguments, message):
