@@ -164,7 +164,7 @@ def train(
     of_gate = {id(p) for p in network.gate.parameters()}
     sizes = [1.0 if id(p) in of_gate else max(float(p.detach().square().mean().sqrt()), SMALLEST) for p in learned]
     groups = [{"params": [p], "weight_decay": 0.0 if id(p) in of_gate else 0.01} for p in learned]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     first = _restore(checkpoint, network, average, optimizer)
     saved = time.monotonic()
 

@@ -143,6 +143,7 @@ def training_plot(
                     axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=kind)
             axis.set_title(stage, fontsize=10)
             axis.set_xlabel("batch")
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         row[0].set_ylim(bottom=0)
         row[0].set_ylabel(loss)
         row[0].legend(frameon=False, fontsize=9)
