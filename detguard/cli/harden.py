@@ -88,7 +88,9 @@ def harden(
     No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
-    from detguard.hardening.run import Plan
+    from detguard.detectors.gated import GatedNetwork
+    from detguard.detectors.load import load_model
+    from detguard.hardening.run import Plan, split_layer
     from detguard.runs import Run
 
     if resume:
@@ -102,6 +104,9 @@ def harden(
         "steps": steps, "mix": mix, "top_k": top_k, "floor": floor, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
+    with err.status("Loading the detector"):
+        network: Any = load_model(model, trust)[0]
+        split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
     files = [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,

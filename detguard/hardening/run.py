@@ -129,12 +129,13 @@ def split_layer(model: Any, split: str) -> int:
     Raises:
         DetguardError: none of these.
     """
-    upsampled = next((i for i, layer in enumerate(model.model) if isinstance(layer, nn.Upsample)), len(model.model) - 1)
-    named = {"head": len(model.model) - 1, "neck": upsampled, "backbone": 0}
+    last = len(model.model) - 1
+    upsampled = next((i for i, layer in enumerate(model.model) if isinstance(layer, nn.Upsample)), last)
+    named = {"head": last, "neck": upsampled, "backbone": 0}
     if split in named:
         return named[split]
-    if not split.isdigit():
-        raise DetguardError(f"--split {split}: expected head, neck, backbone or the number of a layer")
+    if not split.isdigit() or int(split) > last:
+        raise DetguardError(f"--split {split}: expected head, neck, backbone or the number of a layer, 0 to {last}")
     return int(split)
 
 
@@ -158,7 +159,7 @@ def harden(
     """
     torch.manual_seed(plan.seed)  # of the gate's first weights
     robust = isinstance(model, GatedNetwork)
-    base = model.single() if isinstance(model, GatedNetwork) else fused(model)
+    base = model.single() if robust else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, floor=plan.floor)
     undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False)

@@ -122,3 +122,4 @@ def test_wrong_use_is_one_line_that_names_the_option(tmp_path, arguments, messag
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
