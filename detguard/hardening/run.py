@@ -71,6 +71,7 @@ class Plan:
             raise DetguardError(f"--top-k {self.top_k}: expected 1 to {len(self.experts)}, the number of experts")
         if self.recipe == "mtd" and self.attack != "pgd":
             raise DetguardError(f"--attack {self.attack}: --recipe mtd chooses between two attacks, which pgd makes")
+        Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
     @property
     def experts(self) -> tuple[str, ...]:
