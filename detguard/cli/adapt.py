@@ -1,6 +1,7 @@
 """`detguard adapt`: parse, call, show."""
 
 import copy
+import glob
 import signal
 import sys
 from dataclasses import asdict
@@ -11,10 +12,12 @@ import typer
 
 from detguard import DetguardError
 from detguard.cli.app import OutFolder, Resume, Trust, app, err, out, progress_bar, show_error
+from detguard.cli.evaluate import show_warnings
 from detguard.cli.harden import Batch, Corruptions, Rate, Seed, chosen_kinds, photo_files
 
 if TYPE_CHECKING:
     from detguard.data.stream import Labelled
+    from detguard.detectors.gated import GatedNetwork
     from detguard.runs import Run
 
 # Photos seen by default: so many for each new one, and at most.
@@ -100,34 +103,73 @@ def start_adaptation(
     trust: bool = False,
 ) -> int:
     """Make a run of what the options say, and do it; returns the exit code."""
-    from detguard.detectors.gated import GatedNetwork
-    from detguard.detectors.load import load_model, read_card
-    from detguard.hardening.adapt import Adaptation, choose_mode
+    from detguard.detectors.load import read_card
+    from detguard.hardening.adapt import Adaptation, check_growth, choose_mode
     from detguard.runs import Run
 
     with err.status("Loading the ensemble and the labels"):
-        network, _ = load_model(model, trust)
-        if not isinstance(network, GatedNetwork):
-            raise DetguardError(f"{model}: expected a gated ensemble; make one of it with detguard harden")
-        count = sum(len(read_labelled(source, split, network.class_names)) for source in new)
-    plan = {"photos": min(VIEWS * count, MOST_VIEWS)} | plan
+        network = load_ensemble(model, trust)[0]
+        count = len(read_sources(new, replay, split, network.class_names)[0])
     why = "as --mode says"
     if plan["mode"] == "auto":
         mode, why = choose_mode(count)
         plan = plan | {"mode": mode}
         out.print(f"--mode auto: {mode}, {why}", highlight=False, soft_wrap=True)
+    if not replay:
+        message = "warning: without --replay nothing tells the gate when not to ask the new experts"
+        err.print(message, style="yellow", highlight=False, soft_wrap=True)
     eps = read_card(model).get("hardened", {}).get("eps", Adaptation.eps)
-    adaptation = Adaptation(**plan, eps=eps)  # a wrong option leaves no run behind
+    # Wrong options leave no run behind.
+    adaptation = Adaptation(**({"photos": min(VIEWS * count, MOST_VIEWS)} | plan), eps=eps)
+    check_growth(network, adaptation, max_experts)
     config = {
         "model": model,
         "data": {"new": new, "replay": replay, "split": split},
         "adapt": asdict(adaptation),
         "why": why,
-        "max_experts": max_experts,
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
     }
     return run_adaptation(Run.create("adapt", out_folder, config), trust)
+
+
+def load_ensemble(model: str, trust: bool) -> "tuple[GatedNetwork, int]":
+    """A gated ensemble and the frame size that it was made for."""
+    from detguard.detectors.gated import GatedNetwork
+    from detguard.detectors.load import load_model
+
+    network, imgsz = load_model(model, trust)
+    if not isinstance(network, GatedNetwork):
+        raise DetguardError(f"{model}: expected a gated ensemble; make one of it with detguard harden")
+    return network, imgsz
+
+
+def read_sources(
+    new: list[str], replay: list[str], split: str, class_names: dict[int, str]
+) -> "tuple[list[Labelled], list[Labelled], list[Path]]":
+    """New photos, and old ones with labels or without; a photo that is new is not replayed."""
+
+    def labelled(sources: list[str]) -> "list[Labelled]":
+        return [one for source in sources for one in read_labelled(source, split, class_names)]
+
+    shown = labelled(new)
+    if not shown:
+        raise DetguardError(f"--new {', '.join(new)}: no photos there")
+    folders = [source for source in replay if is_folder(source)]
+    if folders and len(folders) < len(replay):
+        raise DetguardError("--replay: give labelled photos or folders, not both")
+    taken = {one.file.resolve() for one in shown}
+    old = [one for one in labelled([] if folders else replay) if one.file.resolve() not in taken]
+    files = [file for source in folders for file in photo_files(source) if file.resolve() not in taken]
+    if replay and not (old or files):
+        raise DetguardError(f"--replay {', '.join(replay)}: no photos there but those that are new")
+    return shown, old, files
+
+
+def is_folder(source: str) -> bool:
+    """Whether a source is a folder or pattern of photos, without labels."""
+    path = Path(source)
+    return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
 
 
 def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
@@ -141,51 +183,58 @@ def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list
         except (OSError, UnicodeDecodeError) as error:
             raise DetguardError(f"{source}: cannot be read ({error})") from error
     dataset = read_dataset(source, split)
+    show_warnings(dataset)
     return list(in_order(dataset, dataset.category_ids(class_names)))
 
 
 def run_adaptation(run: "Run", trust: bool) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
     from detguard.data.batches import read_photos
-    from detguard.detectors.gated import GatedDetector, GatedNetwork
-    from detguard.detectors.load import load_model, read_card
+    from detguard.detectors.gated import GatedDetector
+    from detguard.detectors.load import read_card
     from detguard.hardening import adapt as adapting
-    from detguard.hardening.train import Setting, bf16_helps
+    from detguard.hardening.train import Setting
+    from detguard.photos import PhotoError, read_photo
     from detguard.reports.adaptation import adaptation_page, judged_table
     from detguard.reports.tables import terminal_table
 
-    config, data = run.config, run.config["data"]
+    config, broken = run.config, list[str]()
+
+    def readable(one: "Labelled") -> bool:
+        try:
+            read_photo(one.file)
+        except PhotoError as error:
+            broken.append(str(error))
+            return False
+        return True
+
     with err.status("Loading the ensemble and the photos"):
-        network, imgsz = load_model(config["model"], trust)
-        if not isinstance(network, GatedNetwork):
-            raise DetguardError(f"{config['model']}: expected a gated ensemble; make one of it with detguard harden")
+        network, imgsz = load_ensemble(config["model"], trust)
         card = read_card(config["model"])
-        names = network.class_names
-        labelled = {"new": [one for source in data["new"] for one in read_labelled(source, data["split"], names)]}
-        found = [s for s in data["replay"] if Path(s).suffix]
-        labelled["old"] = [one for source in found for one in read_labelled(source, data["split"], names)]
-        seen = {kind: adapting.hold_out(photos) for kind, photos in labelled.items()}
-        new, broken = read_photos([(seen["new"][0], 1.0)], imgsz, plain=True)
-        folders = [file for source in data["replay"] if source not in found for file in photo_files(source)]
+        shown, labelled, files = read_sources(**config["data"], class_names=network.class_names)
+        (shown, new_judged), (labelled, old_judged) = map(adapting.hold_out, (shown, labelled))
+        new, unread = read_photos([(shown, 1.0)], imgsz, plain=True)
+        broken += unread
         old = None
-        if folders and found:
-            raise DetguardError("--replay: give labelled photos or folders, not both; labels of folders are its own")
-        if folders or found:
-            old, more = read_photos([(folders, 1.0)] if folders else [(seen["old"][0], 1.0)], imgsz)
-            broken += more
+        if labelled or files:  # plain as well, or the gate would learn what augmentation looks like
+            old, unread = read_photos([(labelled or files, 1.0)], imgsz, plain=True)
+            broken += unread
+        judged = {
+            "new": [one for one in new_judged if readable(one)],
+            "old": [one for one in old_judged if readable(one)],
+        }
     for message in broken:
         show_error(message)
     plan = adapting.Adaptation(**config["adapt"])
-    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
+    setting = Setting(plan.batch, imgsz, plan.seed, corruptions=tuple(config["corruptions"]))
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stopped.append(n))
-    judged = {kind: photos for kind, (_, photos) in seen.items() if photos}
 
     def figures() -> dict[str, dict[str, float | None]]:
         detector = GatedDetector(copy.deepcopy(network), "", imgsz)
         with err.status("Judging"):
-            return {kind: adapting.judge(detector, photos) for kind, photos in judged.items()}
+            return {kind: adapting.judge(detector, photos) for kind, photos in judged.items() if photos}
 
     before = figures()
     card |= {"adapted": [*card.get("adapted", []), config["adapt"] | {"from": Path(config["model"]).stem}]}
@@ -197,8 +246,7 @@ def run_adaptation(run: "Run", trust: bool) -> int:
             return bool(stopped)
 
         try:
-            most = config["max_experts"]
-            made = adapting.adapt(network, card, new, old, plan, most, setting, run, on_batch)
+            made = adapting.adapt(network, card, new, old, plan, setting, run, on_batch)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard adapt --resume {run.folder}")
             return 130

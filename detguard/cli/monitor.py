@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
-from detguard.cli.adapt import Replay, start_adaptation
+from detguard.cli.adapt import Replay, is_folder, read_labelled, run_adaptation, start_adaptation
 from detguard.cli.app import (
     Device,
     ImageSize,
@@ -90,6 +90,9 @@ def monitor(
         watched = load_detector(model, imgsz, trust, device, top_k=top_k)
     if on_drift == "adapt" and not isinstance(watched, GatedDetector):
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
+    for source in replay or []:  # wrong data are told now, not when the stream has ended
+        if not is_folder(source):
+            read_labelled(source, "train", watched.class_names)
     config: dict[str, Any] = {
         "detector": detector_config(watched, model),
         "stream": {"source": stream, "split": split, "images": str(images) if images else None},
@@ -117,6 +120,7 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
     from detguard.hardening.monitor import observe
     from detguard.reports.monitoring import monitor_page, timeline_table, windows
     from detguard.reports.tables import terminal_table
+    from detguard.runs import Run
 
     source, options = run.config["stream"], run.config["monitor"]
     live = source["source"] == "-"
@@ -138,15 +142,21 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
             return 130
     records = run.records()
     drops = [r for r in records if r.get("began") is not None]
-    dropped = {r["photo"]: r for drop in drops for r in records if drop["began"] <= r["number"] <= drop["number"]}
+    seen = [r for r in records if "f1" in r]
+    dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
     lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in dropped.values()]
     run.write(DROPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
     run.write("report.html", monitor_page(run, records))
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     told = f"{len(drops)} drop(s), {len(dropped)} photos in {run.folder / DROPPED}" if drops else "no drop"
     out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
-    if drops and run.config["on_drift"] == "adapt":
-        plan = {"mode": "auto"}
-        model, new = run.config["detector"]["model"], [str(run.folder / DROPPED)]
-        start_adaptation(model, new, run.config["replay"], plan, out_folder=run.folder / "adapted", trust=trust)
-    return 2 if any("error" in r for r in records) else int(bool(drops))
+    code = 2 if any("error" in r for r in records) else int(bool(drops))
+    if not drops or run.config["on_drift"] != "adapt":
+        return code
+    folder, new = run.folder / "adapted", [str(run.folder / DROPPED)]
+    if (folder / "config.yaml").exists():
+        failed = run_adaptation(Run.open(folder, "adapt"), trust)
+    else:
+        model, plan = run.config["detector"]["model"], {"mode": "auto"}
+        failed = start_adaptation(model, new, run.config["replay"], plan, out_folder=folder, trust=trust)
+    return failed or code

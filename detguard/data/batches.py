@@ -31,7 +31,8 @@ class PhotoSet:
     """Decoded photos and how likely each is drawn; probabilities sum to 1.
 
     labels: of each photo, boxes in its pixels as it is kept here; empty where photos have none. plain: photos are shown
-    as a detector sees them, only mirrored at random: an attack, for one, does not outlast being resized.
+    at the size at which a detector sees them, padded to squares and mirrored at random: an attack, for one, does not
+    outlast being resized.
     """
 
     photos: list[Photo]
@@ -88,8 +89,8 @@ def _shrunk(photo: Photo, size: int, plain: bool) -> Photo:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Where a photo lies in a frame. photo: its number; matrix: float64 [2, 3], from its pixels to those of the frame;
-    part: xyxy, frame pixels, of what it was drawn on.
+    """Where a photo lies in a frame. photo: its number; matrix: float64 [2, 3], from the middles of its pixels to those
+    of the frame, as OpenCV counts; part: xyxy, frame pixels, of what it was drawn on.
     """
 
     photo: int
@@ -129,7 +130,7 @@ def show(photo: Photo, canvas: Photo, rng: np.random.Generator) -> NDArray[np.fl
     top, left = (canvas.shape[0] - h) // 2, (canvas.shape[1] - w) // 2
     mirrored = rng.random() < 0.5
     canvas[top : top + h, left : left + w] = photo[:, ::-1] if mirrored else photo
-    return np.array([[-1 if mirrored else 1, 0, left + w * mirrored], [0, 1, top]], np.float64)
+    return np.array([[-1 if mirrored else 1, 0, left + (w - 1) * mirrored], [0, 1, top]], np.float64)
 
 
 def draw_frames(
@@ -178,6 +179,7 @@ def labels_of(drawn: Sequence[Drawn], labels: Sequence[Labelled]) -> Labelled:
         objects = labels[one.photo].objects
         x1, y1, x2, y2 = objects.boxes.double().unbind(1)
         (sx, _, dx), (_, sy, dy) = one.matrix
+        dx, dy = dx + (1 - sx) / 2, dy + (1 - sy) / 2  # of edges, which lie half a pixel before the middles
         corners = torch.stack([x1 * sx + dx, y1 * sy + dy, x2 * sx + dx, y2 * sy + dy], 1).unflatten(1, (2, 2))
         whole = torch.cat([corners.amin(1), corners.amax(1)], 1)
         low, high = torch.tensor(one.part[:2] * 2), torch.tensor(one.part[2:] * 2)
@@ -186,7 +188,8 @@ def labels_of(drawn: Sequence[Drawn], labels: Sequence[Labelled]) -> Labelled:
         parts.append(replace(objects, boxes=left.float())[visible])
     known = [set(k) for one in drawn if (k := labels[one.photo].known) is not None]
     objects = Detections(*(torch.cat([getattr(p, name) for p in parts]) for name in ("boxes", "scores", "classes")))
-    return Labelled(labels[drawn[0].photo].file, objects, tuple(sorted(set.intersection(*known))) if known else None)
+    frame = Labelled(labels[drawn[0].photo].file, objects, tuple(sorted(set.intersection(*known))) if known else None)
+    return replace(frame, objects=frame.counted(objects))
 
 
 def _area(boxes: Tensor) -> Tensor:

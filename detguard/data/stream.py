@@ -23,6 +23,10 @@ class Labelled:
     objects: Detections
     known: tuple[int, ...] | None = None
 
+    def counted(self, found: Detections) -> Detections:
+        """Those of detections that the labels can tell to be true or false."""
+        return found if self.known is None else found.of(self.known)
+
 
 def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelled]:
     """The photos of a data set by the time that its json gives all of them, or else in its own order."""

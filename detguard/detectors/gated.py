@@ -165,7 +165,11 @@ class GatedNetwork(nn.Module):
     @property
     def head(self) -> Any:
         """The head of the first expert; all are of one kind."""
-        return self._expert(0)[-1]
+        return self.head_of(0)
+
+    def head_of(self, number: int) -> Any:
+        """The head of one expert."""
+        return self._expert(number)[-1]
 
     def _expert(self, number: int) -> list[Any]:
         layers: Any = self.experts[number]

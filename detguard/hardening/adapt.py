@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from detguard import DetguardError
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.stream import Labelled
-from detguard.detections import Candidates, Detections, suppress
+from detguard.detections import Candidates, suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
@@ -34,7 +34,7 @@ MODES = ("full", "frozen")
 STAGE = "adapt"
 # From so few new photos a whole network learns the photos, not their kind.
 FEW = 500
-# Of a batch, new photos; the others are old ones: as they are, corrupted and attacked in equal parts.
+# Of a batch, new photos; of the others, old ones, a third (rounded down) is corrupted and a third attacked.
 NEW_SHARE = 0.5
 # Batches that the gate's new outputs are first fitted to, the weight of their squares, and how far apart they begin.
 FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-4, 0.1
@@ -85,8 +85,8 @@ def choose_mode(new: int) -> tuple[str, str]:
     return "full", f"{new} new photos are enough ({FEW} or more) to let old experts learn from them too"
 
 
-def grow(network: GatedNetwork, plan: Adaptation, most: int, new: PhotoSet, setting: Setting) -> None:
-    """Add the experts of a plan, where there may be at most `most` in all.
+def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
+    """See that there would be at most `most` experts.
 
     Raises:
         DetguardError: there would be more.
@@ -96,6 +96,10 @@ def grow(network: GatedNetwork, plan: Adaptation, most: int, new: PhotoSet, sett
             f"--max-experts {most}: the ensemble has {len(network.names)} and would get {plan.experts} more; allow "
             "more (with --top-k each photo still asks few), or adapt those that it has: --experts 0 --mode full"
         )
+
+
+def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Setting) -> None:
+    """Add the experts of a plan."""
     if not plan.experts:
         return
     first = sum(name.startswith("adapted") for name in network.names) + 1
@@ -104,6 +108,8 @@ def grow(network: GatedNetwork, plan: Adaptation, most: int, new: PhotoSet, sett
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
                 module.reset_parameters()
+        for expert in range(len(network.names) - plan.experts, len(network.names)):
+            network.head_of(expert).bias_init()  # few objects, or the background alone would make the loss enormous
 
 
 @torch.no_grad()
@@ -173,7 +179,6 @@ def adapt(
     new: PhotoSet,
     old: PhotoSet | None,
     plan: Adaptation,
-    most: int,
     setting: Setting,
     run: Run,
     on_batch: Callable[[int, dict[str, float]], bool] | None = None,
@@ -188,7 +193,7 @@ def adapt(
     torch.manual_seed(plan.seed)  # of experts that start afresh
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     before.top_k = None
-    grow(network, plan, most, new, setting)
+    grow(network, plan, new, setting)
     made = run.folder / "weights" / "adapted.safetensors"
     if made.exists():
         network.load_state_dict(load_file(made))
@@ -259,9 +264,8 @@ def _losses(
             shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, generator))
         frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
     known = len(before.names)
-    with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-        raw, logits = network(frames)
-        found = decode(network.head, raw, logits)
+    raw, logits = network(frames)
+    found = decode(network.head, raw, logits)
     of_labels = _label_loss(found, labels)
     losses = {"loss": of_labels.mean(), "new": of_labels[: len(new.shown)].mean()}
     if old is not None:
@@ -273,7 +277,7 @@ def _losses(
         losses["gate"] = -asked.mean()
         losses["loss"] = losses["loss"] + losses["gate"]
     if plan.mode == "full" and plan.keep:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+        with torch.no_grad():
             was = before(frames)[0]["experts"]
         now = raw["experts"][:known]
         pairs = [(decode(network.head, a), decode(network.head, b)) for (_, a), (_, b) in zip(now, was, strict=True)]
@@ -293,21 +297,20 @@ def _label_loss(found: Candidates, labels: Sequence[Labelled]) -> Tensor:
 
 
 def hold_out(labelled: Sequence[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
-    """Photos to train on and photos to judge by."""
-    judged = [label for number, label in enumerate(labelled) if number % JUDGED_ONE_IN == 0][:MOST_JUDGED]
+    """Photos to train on and photos to judge by, evenly spread; of very few photos, all to train on."""
+    if len(labelled) < JUDGED_ONE_IN:
+        return list(labelled), []
+    judged = labelled[:: max(JUDGED_ONE_IN, math.ceil(len(labelled) / MOST_JUDGED))]
     files = {label.file for label in judged}
-    return [label for label in labelled if label.file not in files], judged
+    return [label for label in labelled if label.file not in files], list(judged)
 
 
 def judge(detector: Detector, labelled: Sequence[Labelled]) -> dict[str, float | None]:
     """Mean F1 (IoU .50, confidence .25), AP and AP50 of a detector on labelled photos."""
-    found = [detector.detect([read_photo(one.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)[0] for one in labelled]
-    scores = [
-        f1(one.objects, _of(seen.above(SHOWN_CONFIDENCE), one)) for one, seen in zip(labelled, found, strict=True)
+    found = [
+        one.counted(detector.detect([read_photo(one.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)[0])
+        for one in labelled
     ]
+    scores = [f1(one.objects, seen.above(SHOWN_CONFIDENCE)) for one, seen in zip(labelled, found, strict=True)]
     stats = metrics_of_photos([one.objects for one in labelled], found).stats
     return {"F1": sum(scores) / max(len(scores), 1), "AP": stats["AP"], "AP50": stats["AP50"]}
-
-
-def _of(found: Detections, label: Labelled) -> Detections:
-    return found if label.known is None else found.of(label.known)

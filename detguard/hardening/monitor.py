@@ -145,6 +145,7 @@ def observe(
         except PhotoError as error:
             record["error"] = str(error)
         else:
+            found = labelled.counted(found)
             numbers.append(number)
             shown.append((labelled.objects, found))
             values = quality(labelled.objects, found)

@@ -92,6 +92,14 @@ def test_only_classes_that_all_photos_of_a_frame_are_labelled_for_are_known():
     assert labels_of([one], [labelled([])]).known is None
 
 
+def test_objects_of_classes_that_a_frame_is_not_labelled_for_are_left_out():
+    source = marked()
+    one = draw_frames(source, 1, 96, np.random.default_rng(1))[1][0][0]
+    whole = type(one)(0, np.eye(2, 3), (0, 0, 96, 96))
+    both = labelled([[1, 1, 9, 9], [20, 20, 40, 40]], classes=[0, 7], known=(7,))
+    assert labels_of([whole], [both]).objects.classes.tolist() == [7]
+
+
 def test_batches_carry_labels_where_photos_have_some():
     with_labels = next(batches(marked(), 3, 96, 0, 0, 1))
     assert len(with_labels.labels) == 3

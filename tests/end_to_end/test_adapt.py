@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
@@ -112,6 +113,21 @@ def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "old photos" not in result.stdout
+    assert len(yaml.safe_load((place / "folder/config.yaml").read_text())["data"]["replay"]) == 1
+
+
+def test_unreadable_photos_are_named_and_the_rest_is_learned(place):
+    lines = (place / "dark.jsonl").read_text()
+    (place / "photos/broken.png").write_bytes(b"no photo")
+    broken = json.dumps({"photo": "photos/broken.png", "objects": []}) + "\n"
+    (place / "some.jsonl").write_text(broken + lines + broken)
+    options = ("--new", "some.jsonl", "--photos", 8, "--batch", 4, "--out", "some")
+    result = detguard("adapt", "--model", "ensemble.safetensors", *options, cwd=place)
+    (place / "photos/broken.png").unlink()
+    assert result.returncode == 2
+    assert "broken.png" in result.stderr
+    assert "without --replay" in result.stderr
+    assert load_detector(place / "some/weights/adapted.safetensors")
 
 
 def test_a_drop_can_be_adapted_to_at_once(place):
@@ -133,15 +149,20 @@ def test_a_drop_can_be_adapted_to_at_once(place):
         (("--model", "ensemble.safetensors", "--new", "wrong.jsonl"), "wrong.jsonl line 1"),
         (("--model", "ensemble.safetensors", "--new", "dark.jsonl", "--corruptions", "rain"), "rain"),
         (("--model", "ensemble.safetensors", *OPTIONS, "--mode", "frozen", "--experts", 0), "--experts 0"),
+        (("--model", "ensemble.safetensors", "--new", "empty.jsonl"), "empty.jsonl"),
+        (("--model", "ensemble.safetensors", *OPTIONS, "--replay", "photos"), "--replay"),
+        (("--model", "ensemble.safetensors", "--new", "dark.jsonl", "--replay", "dark.jsonl"), "--replay dark.jsonl"),
         (("--resume", "nowhere"), "nowhere"),
     ],
 )
 def test_wrong_use_is_one_line_that_names_the_option(place, arguments, message):
     (place / "wrong.jsonl").write_text("{}\n")
+    (place / "empty.jsonl").write_text("")
     result = detguard("adapt", *arguments, cwd=place)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (place / "runs").exists()
 
 
 def test_only_an_ensemble_can_adapt_on_drift(place):

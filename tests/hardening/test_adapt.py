@@ -10,9 +10,10 @@ from detguard.data.batches import PhotoSet, batches
 from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
-from detguard.hardening.adapt import FEW, Adaptation, adapt, best, choose_mode, hold_out
+from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, hold_out, judge
 from detguard.hardening.losses import retention_loss
 from detguard.hardening.train import Setting
+from detguard.photos import read_photo
 from detguard.runs import Run
 
 SETTING = Setting(batch=6, size=128, save_every=1e9)
@@ -40,9 +41,9 @@ def network(bundled_model):
 
 @pytest.fixture
 def train(network, new, old, tmp_path):
-    def run(plan=PLAN, replayed=old, most=12, on_batch=None, folder="run", of=network):
+    def run(plan=PLAN, replayed=old, on_batch=None, folder="run", of=network):
         (tmp_path / folder).mkdir(exist_ok=True)
-        return adapt(of, {}, new, replayed, plan, most, SETTING, Run(tmp_path / folder, {}), on_batch)
+        return adapt(of, {}, new, replayed, plan, SETTING, Run(tmp_path / folder, {}), on_batch)
 
     return run
 
@@ -111,8 +112,9 @@ def test_it_can_be_done_again_up_to_the_limit(network, train):
     train(replace(PLAN, photos=6))
     train(replace(PLAN, photos=6, experts=2), folder="again")
     assert network.names[3:] == ["adapted 1", "adapted 2", "adapted 3"]
+    check_growth(network, PLAN, 7)
     with pytest.raises(DetguardError, match="--max-experts 6"):
-        train(replace(PLAN, photos=6), most=6, folder="more")
+        check_growth(network, PLAN, 6)
 
 
 def test_fresh_experts_are_not_copies(network, train):
@@ -145,10 +147,21 @@ def test_the_mode_goes_by_the_number_of_new_photos():
 
 
 def test_photos_to_judge_by_are_not_trained_on():
-    photos = [Labelled(name, None) for name in "abcdefghijk"]
-    trained, judged = hold_out(photos)
-    assert [one.file for one in judged] == ["a", "f", "k"]
-    assert not {one.file for one in trained} & {one.file for one in judged}
+    photos = [Labelled(name, None) for name in range(1000)]
+    for count, most in ((1, 0), (4, 0), (11, 3), (1000, 64)):
+        trained, judged = hold_out(photos[:count])
+        assert most - 2 <= len(judged) <= most
+        assert {one.file for one in trained} | {one.file for one in judged} == set(range(count))
+        assert not {one.file for one in trained} & {one.file for one in judged}
+        assert not judged or judged[-1].file > 0.9 * (count - 1)
+
+
+def test_what_labels_cannot_tell_is_not_judged(bundled, bus_file):
+    (found,) = bundled.detect([read_photo(bus_file)], 0.25)
+    people = found.of([0])
+    by_all, by_people = (judge(bundled, [Labelled(bus_file, people, known)])["F1"] for known in (None, (0,)))
+    assert by_people == 1
+    assert by_all < 1
 
 
 @pytest.mark.parametrize("options", [{"mode": "frozen", "experts": 0}, {"mode": "half"}])
