@@ -1,4 +1,5 @@
-# make demo: hide the people in a street photo from the bundled detector. make test: run the tests.
+# make demo: hide the people in a street photo from the bundled detector, then try the same on the hardened one.
+# make test: run the tests.
 # Both make .venv and install into it when needed.
 
 PYTHON ?= python3
@@ -6,8 +7,12 @@ READY := .venv/.ready
 
 .PHONY: demo test clean
 
+BUS := .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg
+
+# An attack that fails is exit code 1; of the hardened detector, it is what the demo shows.
 demo: $(READY)
-	.venv/bin/detguard attack .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg --target person --eps 4
+	.venv/bin/detguard attack $(BUS) --target person --eps 2
+	.venv/bin/detguard attack $(BUS) --target person --eps 2 --steps 50 --model detguard-n-hard || test $$? -eq 1
 
 test: $(READY)
 	.venv/bin/python -m pytest
