@@ -39,16 +39,26 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
     ("blackbox", "black box AP", lambda m: number(m["blackbox"]["AP"])),
     ("checks", "checks", _checks),
-    ("setting", "px", lambda m: str(m["setting"]["imgsz"])),
+)
+# What figures are of; in the title of a table whose models have it in common.
+SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("setting", "data", lambda m: str(m["setting"]["data"])),
-    ("clean", "photos", lambda m: str(m["clean"]["photos"])),
-    ("clean", "classes", lambda m: str(m["clean"]["classes"])),
+    ("clean", "photos", lambda m: f"{m['clean']['photos']} photos"),
+    ("clean", "classes", lambda m: f"{m['clean']['classes']} classes"),
+    ("setting", "frame", lambda m: f"{m['setting']['imgsz']} px"),
 )
 
 
 def headline(metrics: Metrics, title: str) -> Table:
-    """One row per model, with what was measured of any of them."""
+    """One row per model, with what was measured of any of them; what all have in common is told above."""
+
+    def values(protocol: str, show: Callable[[dict[str, Any]], str]) -> set[str]:
+        return {show(m) if protocol in m else "-" for m in metrics.values()}
+
+    common = [values(protocol, show) for protocol, _, show in SETTINGS]
+    title = ", ".join([title, *(value for found in common if len(found) == 1 for value in found if value != "-")])
     columns = [c for c in COLUMNS if any(c[0] in found for found in metrics.values())]
+    columns += [c for c, found in zip(SETTINGS, common, strict=True) if len(found) > 1]
     rows = [
         [name, *(show(m) if protocol in m else "-" for protocol, _, show in columns)] for name, m in metrics.items()
     ]
@@ -68,16 +78,16 @@ def tables(metrics: Metrics) -> list[Table]:
         budgets = [(name, eps, b) for name, a in attacked.items() for eps, b in a["budgets"].items()]
         runs = list(dict.fromkeys(run for _, _, b in budgets for run in b["attacks"]))
         rows = [
-            [f"{name}, eps {eps}", *(number(b["attacks"][run]["AP"]) if run in b["attacks"] else "-" for run in runs)]
-            for name, eps, b in budgets
+            ["worst case" if run == WORST else run]
+            + [number(b["attacks"][run]["AP"]) if run in b["attacks"] else "-" for _, _, b in budgets]
+            for run in runs
         ]
         first = next(iter(attacked.values()))
         note = (
             f"AP. PGD with {first['steps']} steps, {first['restarts']} start(s), seed {first['seed']}, on 8-bit photos."
         )
-        made.append(
-            Table("White-box attacks", ["model", *("worst case" if r == WORST else r for r in runs)], rows, note)
-        )
+        heads = [f"{name}, eps {eps}" for name, eps, _ in budgets]
+        made.append(Table("White-box attacks", ["attack", *heads], rows, note))
     corrupted = {name: m["corruptions"]["kinds"] for name, m in metrics.items() if "corruptions" in m}
     if corrupted:
         first_kinds = next(iter(corrupted.values()))
