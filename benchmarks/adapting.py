@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 import yaml
-from hardening import detguard
+from hardening import detguard, slug
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -168,7 +168,7 @@ def main(
             labelled_folder(folder, fresh, shown_as(kind, fresh, clean, detector, eps), names)
         before = judged(model, dataset, kind, eps, cache)
         for name in variants.split(";"):
-            run = out / f"{kind}-{name.replace(', ', '-').replace(' ', '-')}"
+            run = out / f"{kind}-{slug(name)}"
             options = [*VARIANTS[name], "--photos", photos, "--rate", rate]
             options += [] if name == "unprotected" else ["--replay", replay]
             detguard("adapt", run, "--model", model, "--new", folder / "data.yaml", *options)

@@ -2,7 +2,6 @@
 
 import copy
 import glob
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
-from detguard.cli.app import OutFolder, Resume, Trust, app, err, out, progress_bar, show_error
+from detguard.cli.app import (
+    OutFolder,
+    Resume,
+    Trust,
+    app,
+    err,
+    out,
+    progress_bar,
+    show_error,
+    show_warning,
+    stop_signals,
+)
 from detguard.cli.evaluate import show_warnings
 from detguard.cli.harden import Batch, Corruptions, Rate, Seed, chosen_kinds, photo_files
 
@@ -19,6 +29,9 @@ if TYPE_CHECKING:
     from detguard.data.stream import Labelled
     from detguard.detectors.gated import GatedNetwork
     from detguard.runs import Run
+
+    # New photos, and old ones with labels or without.
+    Sources = tuple[list[Labelled], list[Labelled], list[Path]]
 
 # Photos seen by default: so many for each new one, and at most.
 VIEWS, MOST_VIEWS = 50, 5_000
@@ -80,7 +93,7 @@ def adapt(
     if resume:
         if model or new or replay:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
-        sys.exit(run_adaptation(Run.open(resume, "adapt"), trust))
+        sys.exit(resume_adaptation(Run.open(resume, "adapt"), trust))
     if not model:
         raise DetguardError("--model: give the gated ensemble that detguard harden made (or --resume RUN)")
     if not new:
@@ -108,16 +121,16 @@ def start_adaptation(
     from detguard.runs import Run
 
     with err.status("Loading the ensemble and the labels"):
-        network = load_ensemble(model, trust)[0]
-        count = len(read_sources(new, replay, split, network.class_names)[0])
+        network, imgsz = load_ensemble(model, trust)
+        sources = read_sources(new, replay, split, network.class_names)
+    count = len(sources[0])
     why = "as --mode says"
     if plan["mode"] == "auto":
         mode, why = choose_mode(count)
         plan = plan | {"mode": mode}
         out.print(f"--mode auto: {mode}, {why}", highlight=False, soft_wrap=True)
     if not replay:
-        message = "warning: without --replay nothing tells the gate when not to ask the new experts"
-        err.print(message, style="yellow", highlight=False, soft_wrap=True)
+        show_warning("without --replay nothing tells the gate when not to ask the new experts")
     eps = read_card(model).get("hardened", {}).get("eps", Adaptation.eps)
     # Wrong options leave no run behind.
     adaptation = Adaptation(**({"photos": min(VIEWS * count, MOST_VIEWS)} | plan), eps=eps)
@@ -130,7 +143,15 @@ def start_adaptation(
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
     }
-    return run_adaptation(Run.create("adapt", out_folder, config), trust)
+    return run_adaptation(Run.create("adapt", out_folder, config), network, imgsz, sources)
+
+
+def resume_adaptation(run: "Run", trust: bool) -> int:
+    """Go on with a run; returns the exit code."""
+    with err.status("Loading the ensemble and the labels"):
+        network, imgsz = load_ensemble(run.config["model"], trust)
+        sources = read_sources(**run.config["data"], class_names=network.class_names)
+    return run_adaptation(run, network, imgsz, sources)
 
 
 def load_ensemble(model: str, trust: bool) -> "tuple[GatedNetwork, int]":
@@ -144,9 +165,7 @@ def load_ensemble(model: str, trust: bool) -> "tuple[GatedNetwork, int]":
     return network, imgsz
 
 
-def read_sources(
-    new: list[str], replay: list[str], split: str, class_names: dict[int, str]
-) -> "tuple[list[Labelled], list[Labelled], list[Path]]":
+def read_sources(new: list[str], replay: list[str], split: str, class_names: dict[int, str]) -> "Sources":
     """New photos, and old ones with labels or without; a photo that is new is not replayed."""
 
     def labelled(sources: list[str]) -> "list[Labelled]":
@@ -187,7 +206,7 @@ def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list
     return list(in_order(dataset, dataset.category_ids(class_names)))
 
 
-def run_adaptation(run: "Run", trust: bool) -> int:
+def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, sources: "Sources") -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
     from detguard.data.batches import read_photos
     from detguard.detectors.gated import GatedDetector
@@ -208,10 +227,8 @@ def run_adaptation(run: "Run", trust: bool) -> int:
             return False
         return True
 
-    with err.status("Loading the ensemble and the photos"):
-        network, imgsz = load_ensemble(config["model"], trust)
-        card = read_card(config["model"])
-        shown, labelled, files = read_sources(**config["data"], class_names=network.class_names)
+    card, (shown, labelled, files) = read_card(config["model"]), sources
+    with err.status("Loading the photos"):
         (shown, new_judged), (labelled, old_judged) = map(adapting.hold_out, (shown, labelled))
         new, unread = read_photos([(shown, 1.0)], imgsz, plain=True)
         broken += unread
@@ -227,9 +244,7 @@ def run_adaptation(run: "Run", trust: bool) -> int:
         show_error(message)
     plan = adapting.Adaptation(**config["adapt"])
     setting = Setting(plan.batch, imgsz, plan.seed, corruptions=tuple(config["corruptions"]))
-    stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stopped.append(n))
+    stopped = stop_signals()
 
     def figures() -> dict[str, dict[str, float | None]]:
         detector = GatedDetector(copy.deepcopy(network), "", imgsz)

@@ -1,6 +1,7 @@
 """The program: its options, its errors, its consoles."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,19 @@ def main() -> None:
 def show_error(message: str) -> None:
     """One line on stderr."""
     err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_warning(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def stop_signals() -> list[int]:
+    """Have SIGINT and SIGTERM noted in the list that is returned, instead of ending the program."""
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stopped.append(n))
+    return stopped
 
 
 @app.callback(invoke_without_command=True)

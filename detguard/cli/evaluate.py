@@ -21,6 +21,7 @@ from detguard.cli.app import (
     out,
     progress_bar,
     show_error,
+    show_warning,
 )
 
 if TYPE_CHECKING:
@@ -177,17 +178,14 @@ def load_subjects(detectors: "Sequence[Detector]", source: dict[str, Any]) -> "l
         subjects.append(Subject(name, detector, dataset, ids, cache))
     if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
         counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
-        message = (
-            f"warning: the detectors know different classes of {dataset.name} ({counts}); --classes makes them equal"
-        )
-        err.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        show_warning(f"the detectors know different classes of {dataset.name} ({counts}); --classes makes them equal")
     return subjects
 
 
 def show_warnings(dataset: "Dataset") -> None:
     """What was wrong with the data: counted by kind, the first few in full."""
     for kind, where in dataset.warnings.items():
-        err.print(f"warning: {len(where)} {kind}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        show_warning(f"{len(where)} {kind}")
         for line in where[:MOST_SHOWN]:
             err.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
         if len(where) > MOST_SHOWN:

@@ -1,6 +1,5 @@
 """`detguard harden`: parse, call, show."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
-from detguard.cli.app import Model, OutFolder, Resume, TopK, Trust, app, err, out, progress_bar, show_error
+from detguard.cli.app import (
+    Model,
+    OutFolder,
+    Resume,
+    TopK,
+    Trust,
+    app,
+    err,
+    out,
+    progress_bar,
+    show_error,
+    stop_signals,
+)
+from detguard.cli.evaluate import names
 
 if TYPE_CHECKING:
     from detguard.runs import Run
@@ -96,7 +108,10 @@ def harden(
     if resume:
         if data:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
-        sys.exit(run_hardening(Run.open(resume, "harden"), trust))
+        run = Run.open(resume, "harden")
+        with err.status("Loading the detector"):
+            network = load_model(run.config["model"], trust)[0]
+        sys.exit(run_hardening(run, network, trust))
     if not data:
         raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
     plan: dict[str, Any] = {
@@ -105,7 +120,7 @@ def harden(
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
     with err.status("Loading the detector"):
-        network: Any = load_model(model, trust)[0]
+        network = load_model(model, trust)[0]
         split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
     files = [str(file) for source in data for file in photo_files(source)]
     config = {
@@ -117,7 +132,7 @@ def harden(
         "arguments": sys.argv[1:],
         "photos": files,
     }
-    sys.exit(run_hardening(Run.create("harden", out_folder, config), trust))
+    sys.exit(run_hardening(Run.create("harden", out_folder, config), network, trust))
 
 
 def chosen_kinds(text: str | None) -> tuple[str, ...]:
@@ -128,9 +143,9 @@ def chosen_kinds(text: str | None) -> tuple[str, ...]:
     """
     from detguard.data.corruptions import KINDS
 
-    kinds = tuple(KINDS) if text is None else tuple(name.strip() for name in text.split(","))
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise DetguardError(f"--corruptions {unknown[0]}: expected some of {', '.join(KINDS)}")
+    kinds = tuple(KINDS) if text is None else tuple(names(text))
+    if not kinds or not set(kinds) <= KINDS.keys():
+        raise DetguardError(f"--corruptions {text}: expected some of {', '.join(KINDS)}")
     return kinds
 
 
@@ -145,11 +160,11 @@ def photo_files(source: str) -> list[Path]:
     return find_photos([source])
 
 
-def run_hardening(run: "Run", trust: bool) -> int:
-    """Train what the run has not finished, with live progress; returns the exit code."""
+def run_hardening(run: "Run", network: Any, trust: bool) -> int:
+    """Train what the run has not finished, from the `network` that its config names; returns the exit code."""
     from detguard.data.batches import read_photos
     from detguard.detectors.gated import GatedNetwork
-    from detguard.detectors.load import load_detector, load_model
+    from detguard.detectors.load import load_detector
     from detguard.detectors.ultralytics import UltralyticsDetector
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting, bf16_helps
@@ -158,7 +173,6 @@ def run_hardening(run: "Run", trust: bool) -> int:
     config = run.config
     plan = Plan(**config["harden"])
     with err.status("Loading the detector and the photos"):
-        network = load_model(config["model"], trust)[0]
         teacher = load_detector(config["teacher"], config["imgsz"], trust)
         if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
             raise DetguardError(f"{config['teacher']}: expected a detector of Ultralytics' YOLO families, not hardened")
@@ -174,9 +188,7 @@ def run_hardening(run: "Run", trust: bool) -> int:
         "hardened": {"from": Path(config["model"]).stem, "teacher": teacher.name, **config["harden"]},
     }
     setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
-    stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stopped.append(n))
+    stopped = stop_signals()
     # In forward-backward passes, so that the time left is right in stages with and without attacks.
     stages = plan.stages(isinstance(network, GatedNetwork))
     costs = {stage.name: passes(stage, teacher.imgsz) for stage in stages}

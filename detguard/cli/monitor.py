@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
-from detguard.cli.adapt import Replay, is_folder, read_labelled, run_adaptation, start_adaptation
+from detguard.cli.adapt import Replay, is_folder, read_labelled, resume_adaptation, start_adaptation
 from detguard.cli.app import (
     Device,
     ImageSize,
@@ -155,7 +155,7 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
         return code
     folder, new = run.folder / "adapted", [str(run.folder / DROPPED)]
     if (folder / "config.yaml").exists():
-        failed = run_adaptation(Run.open(folder, "adapt"), trust)
+        failed = resume_adaptation(Run.open(folder, "adapt"), trust)
     else:
         model, plan = run.config["detector"]["model"], {"mode": "auto"}
         failed = start_adaptation(model, new, run.config["replay"], plan, out_folder=folder, trust=trust)

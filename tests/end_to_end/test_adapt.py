@@ -1,29 +1,19 @@
 """`detguard adapt` as a user runs it: an ensemble learns photos that are all but black."""
 
 import json
-import os
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
+from program import detguard
 from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_detector, save_gated
 
 OPTIONS = ("--new", "dark.jsonl", "--replay", "day.jsonl", "--batch", 8, "--rate", 3e-3)
-
-
-def detguard(*arguments, cwd, stdin=None):
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=600, check=False
-    )
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import program
 import pytest
 from PIL import Image
 from ultralytics.utils import ASSETS
@@ -20,12 +21,7 @@ from detguard.photos import read_photo
 
 BUS = ASSETS / "bus.jpg"
 ZIDANE = ASSETS / "zidane.jpg"
-
-
-def detguard(*arguments, cwd, **options):
-    command = [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
+detguard = partial(program.detguard, timeout=300)
 
 
 def records(run: Path):
@@ -205,7 +201,7 @@ def test_a_run_killed_half_way_resumes_to_the_same_records(tmp_path):
     options = ["--random-start", "--seed", 5]
     unbroken = detguard("attack", tmp_path, *options, "--out", "whole", cwd=tmp_path)
     assert unbroken.returncode in (0, 1), unbroken.stderr
-    command = [sys.executable, "-m", "detguard.cli", "attack", tmp_path, *map(str, options), "--out", "broken"]
+    command = program.command("attack", tmp_path, *options, "--out", "broken")
     victim = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     results = tmp_path / "broken" / "results.jsonl"
     deadline = time.monotonic() + 120

@@ -4,15 +4,16 @@ import contextlib
 import csv
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 
+import program
 import pytest
 import torch
+from program import command
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -21,15 +22,7 @@ from detguard.detectors.load import fused, save_gated
 
 OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5)
 ALL = ("--protocols", "clean,corruptions,attack,transfer,blackbox,checks")
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
-
-
-def detguard(*arguments, cwd):
-    environment = os.environ | {"COLUMNS": "250", "NO_COLOR": "1"}
-    return subprocess.run(command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+detguard = partial(program.detguard, columns=250)
 
 
 @pytest.fixture(scope="module")

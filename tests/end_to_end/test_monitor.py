@@ -1,23 +1,13 @@
 """`detguard monitor` as a user runs it: a stream that turns dark, as JSON lines and as a COCO json."""
 
 import json
-import os
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
+from program import detguard
 
 OPTIONS = ("--imgsz", 160, "--window", 8)
-
-
-def detguard(*arguments, cwd, stdin=None):
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=600, check=False
-    )
 
 
 @pytest.fixture(scope="module")
