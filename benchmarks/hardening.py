@@ -1,9 +1,9 @@
-"""Hardened designs side by side: the same start, the same number of photos seen, judged by the same attacks.
+"""Hardened designs side by side: one robust network, ensembles made of it, judged by the same attacks.
 
-    python benchmarks/hardening.py --model ../shared/weights/yolo11n-coco.pt --photos 60000
+    python benchmarks/hardening.py --model ../shared/weights/yolo11n-coco.pt
 
-First one network is trained adversarially; then each design goes on from there for as many photos again. Every part is
-a `detguard` command with a run of its own below --out: a killed benchmark goes on where it was.
+First one network is trained adversarially; then each design goes on from there, with --more photos. Every part is a
+`detguard` command with a run of its own below --out: a killed benchmark goes on where it was.
 """
 
 import csv
@@ -21,10 +21,10 @@ from detguard.reports.evaluation import number
 
 # Ensembles: name -> options of `detguard harden`.
 DESIGNS: dict[str, list[str]] = {
-    "gated": [],
-    "gated, heads": ["--split", "head"],
-    "gated, whole networks": ["--split", "backbone"],
-    "gated, freeze-first": ["--mode", "freeze-first"],
+    "whole networks": ["--split", "backbone", "--mode", "freeze-first"],
+    "whole networks, no floor": ["--split", "backbone", "--mode", "freeze-first", "--floor", "0"],
+    "necks": ["--split", "neck"],
+    "heads": ["--split", "head"],
 }
 SHARED = Path("../shared/data")
 TRAINING = (SHARED / "street1569/images", SHARED / "voc3608/images", SHARED / "coco256/images/train")
@@ -58,10 +58,11 @@ def row_of(run: Path, person: str = "person") -> dict[str, Any]:
 def main(
     model: Annotated[str, typer.Option(help="The undefended detector.")] = "detguard-n",
     designs: Annotated[str, typer.Option(help="Some of the ensembles, separated by semicolons.")] = ";".join(DESIGNS),
-    photos: Annotated[int, typer.Option(help="Photos of the adversarial start, and again of each design.")] = 60_000,
+    photos: Annotated[int, typer.Option(help="Photos that the single network sees, with repeats.")] = 104_500,
+    more: Annotated[int, typer.Option(help="Photos that each ensemble sees on top.")] = 12_000,
     crop: int = 192,
-    batch: int = 16,
-    mix: float = 0.3,
+    batch: int = 32,
+    mix: float = 0.2,
     imgsz: int = 320,
     data: str = str(SHARED / "coco256/data.yaml"),
     limit: Annotated[int | None, typer.Option(help="Judge on the first so many photos only.")] = None,
@@ -74,12 +75,11 @@ def main(
     training = [option for folder in TRAINING for option in ("--data", folder)]
     common = [*training, "--imgsz", imgsz, "--crop", crop, "--batch", batch, "--mix", mix]
     start = out / "start/weights/adversarial.safetensors"
-    # The second half of a run of the single network is that design's, so both are one run.
-    detguard("harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--photos", 2 * photos)
-    weights = {"undefended": model, "single": str(out / "start/weights/whole.safetensors")}
+    detguard("harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--photos", photos)
+    weights = {"undefended": model, "single network": str(start)}
     for name in designs.split(";"):
         folder = out / slug(name)
-        options = [*common, "--model", start, "--teacher", model, "--photos", photos]
+        options = [*common, "--model", start, "--teacher", model, "--photos", more]
         detguard("harden", folder, *options, *DESIGNS[name])
         weights[name] = str(folder / "weights/joint.safetensors")
     judged = ["--data", data, "--imgsz", imgsz, "--eps", eps, "--steps", steps, "--restarts", restarts]
@@ -91,8 +91,8 @@ def main(
         rows[name] = row_of(run)
     budgets = [f"eps {budget}" for budget in eps.split(",")]
     table = Table(
-        title=f"{Path(model).stem}, {imgsz} px, {photos} + {photos} photos seen; worst case of all attacks, "
-        f"PGD-{steps}, {restarts} starts, seed 0; {data}"
+        title=f"{Path(model).stem}, {imgsz} px, {photos} photos seen, ensembles {more} more; worst case of all "
+        f"attacks, PGD-{steps}, {restarts} starts, seed 0; {data}"
     )
     heads = ["design", "clean AP50 (person)", *(f"{budget} AP50 (person)" for budget in budgets)]
     for column in (*heads, "kept", "mPC", "clean AP", f"AP at {budgets[-1]}"):

@@ -19,9 +19,9 @@ from rich.table import Table
 from detguard.data.batches import read_photos
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_model
-from detguard.engine import keep_freed_memory
+from detguard.engine import bf16_helps, keep_freed_memory
 from detguard.hardening.run import Plan, split_layer
-from detguard.hardening.train import ADVERSARIAL, Setting, Stage, bf16_helps, learned_parameters, train_stage
+from detguard.hardening.train import ADVERSARIAL, Setting, Stage, learned_parameters, train_stage
 from detguard.photos import find_photos
 
 

@@ -1,4 +1,4 @@
-"""The process that detguard runs in: its memory."""
+"""The process that detguard runs in: its memory and its arithmetic."""
 
 import ctypes
 import sys
@@ -18,3 +18,10 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def bf16_helps() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    import torch  # late: every command, --help too, starts with this module
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -29,8 +29,7 @@ from ultralytics.utils.tal import dist2bbox, make_anchors
 
 from detguard.data.batches import PhotoSet, make_frames
 from detguard.detectors.load import load_model
-from detguard.engine import keep_freed_memory
-from detguard.hardening.train import bf16_helps
+from detguard.engine import bf16_helps, keep_freed_memory
 
 CLASSES = [
     "person",

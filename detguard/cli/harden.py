@@ -166,8 +166,9 @@ def run_hardening(run: "Run", network: Any, trust: bool) -> int:
     from detguard.detectors.gated import GatedNetwork
     from detguard.detectors.load import load_detector
     from detguard.detectors.ultralytics import UltralyticsDetector
+    from detguard.engine import bf16_helps
     from detguard.hardening.run import Plan, harden, passes
-    from detguard.hardening.train import Setting, bf16_helps
+    from detguard.hardening.train import Setting
     from detguard.reports.hardening import hardening_page
 
     config = run.config

@@ -234,6 +234,7 @@ def batches(
     queue: Queue[Batch | BaseException] = Queue(AHEAD)
 
     def feed() -> None:
+        cv2.setNumThreads(1)  # its threads would only take turns with torch's
         try:
             for number in range(first, last):
                 rng = np.random.default_rng((seed, number))

@@ -18,7 +18,7 @@ from detguard.detections import Detections
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 3
+RESULTS = 4
 LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations")
 
 

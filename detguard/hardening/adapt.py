@@ -25,7 +25,7 @@ from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import imitation_loss, retention_loss
 from detguard.hardening.run import BatchLog
-from detguard.hardening.train import Setting, Update, train, with_rows
+from detguard.hardening.train import Setting, Update, only_learn, train, with_rows
 from detguard.photos import read_photo
 from detguard.runs import Run
 from detguard.training_loss import assign, detection_loss
@@ -116,9 +116,11 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
 def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
     """The expert that does most for new photos: highest mean of the gate's weight times e^-loss."""
     (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1)
-    logits = network(batch.shown)[1]
-    harm = [_label_loss(setting.run(network, batch.shown, i)[0], batch.labels) for i in range(len(network.names))]
-    return int((logits.softmax(1) * (-torch.stack(harm, 1)).exp()).mean(0).argmax())
+    found = [setting.run(network, batch.shown, i)[0] for i in range(len(network.names))]
+    harm = torch.stack([_label_loss(of_one, batch.labels) for of_one in found], 1)
+    gate = found[0].gate  # the same by every route
+    assert gate is not None
+    return int((gate.softmax(1) * (-harm).exp()).mean(0).argmax())
 
 
 def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Batch | None]]) -> None:
@@ -154,14 +156,8 @@ def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Bat
 
 def learned_parameters(network: GatedNetwork, plan: Adaptation) -> list[nn.Parameter]:
     """The parameters that learn; all others are frozen. Of the gate's outputs, `keep_rows` freezes the old."""
-    network.requires_grad_(False)
-    parts: list[nn.Module] = [network]
-    if plan.mode == "frozen":
-        parts = [*network.experts[-plan.experts :], network.gate.out]
-    learned = [p for part in parts for name, p in part.named_parameters() if "dfl" not in name]
-    for parameter in learned:
-        parameter.requires_grad_(True)
-    return learned
+    frozen = plan.mode == "frozen"
+    return only_learn(network, [*network.experts[-plan.experts :], network.gate.out] if frozen else [network])
 
 
 def keep_rows(layer: nn.Linear, rows: int) -> list[Any]:

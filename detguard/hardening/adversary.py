@@ -48,18 +48,17 @@ class Adversary:
         """Where an attack on frames, float32 [B, 3, H, W] in 0..1, begins."""
         if self.method == "fgsm":
             return frames
-        noise = torch.rand(frames.shape, generator=generator).to(frames)
-        return self.clip(frames + (2 * noise - 1) * (self.eps / 255), frames)
+        eps = self.eps / 255
+        return torch.empty_like(frames).uniform_(-eps, eps, generator=generator).add_(frames).clamp_(0, 1)
 
     def clip(self, x: Tensor, frames: Tensor) -> Tensor:
         """The nearest to `x` that is within the budget around `frames` and in 0..1."""
         eps = self.eps / 255
-        inside = x.clamp((frames - eps).clamp(min=0), (frames + eps).clamp(max=1))
-        return inside.contiguous(memory_format=torch.channels_last)
+        return torch.maximum(x, frames - eps).minimum(frames + eps).clamp_(0, 1)
 
     def advance(self, x: Tensor, gradient: Tensor, frames: Tensor) -> Tensor:
         """One step from `x` to where the loss is higher, within the budget around `frames`."""
-        return self.clip(x + (self.step / 255) * gradient.sign(), frames)
+        return self.clip(gradient.sign().mul_(self.step / 255).add_(x), frames)
 
 
 def perturb(

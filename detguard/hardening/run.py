@@ -1,5 +1,6 @@
 """One `detguard harden`: the stages of a recipe, each resumable, from a detector to a gated ensemble on disk."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,12 +20,12 @@ from detguard.hardening.adversary import Adversary
 from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL, Setting, Stage, copy_expert, train_stage
 from detguard.runs import Run
 
-# Stages of each recipe with their share of the photos. The trunk learns with the adversarial expert: on a trunk that
+# Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
 # was not made robust, no expert can be.
 RECIPES = {
-    "gated": {"adversarial": 0.7, "normal": 0.1, "hard": 0.1, "joint": 0.1},
-    "pgd": {"adversarial": 0.5, "whole": 0.5},
-    "mtd": {"adversarial": 0.5, "whole": 0.5},
+    "gated": {"adversarial": 0.8, "normal": 0.05, "hard": 0.1, "joint": 0.05},
+    "pgd": {"adversarial": 1.0},
+    "mtd": {"adversarial": 1.0},
     "finetune": {"finetune": 1.0},
 }
 MODES = ("full", "freeze-first")
@@ -35,7 +36,7 @@ RAMP = 0.2
 # Weight of the error of feature maps where a whole network learns.
 FEATURES = 5.0
 # Weight of the gate's cross-entropy, and the rate of the joint stage among the others: its experts know their kinds.
-GATE, JOINT_RATE = 0.3, 0.3
+GATE, JOINT_RATE = 0.3, 0.1
 LOG_EVERY = 20
 
 
@@ -78,9 +79,16 @@ class Plan:
         """The experts of the ensemble; the baselines have one."""
         return EXPERTS if self.recipe == "gated" else (self.recipe,)
 
+    @property
+    def apart(self) -> bool:
+        """Whether experts are whole networks: normal and hard ones then start from the undefended detector."""
+        return self.recipe == "gated" and self.split in ("backbone", "0")
+
     def stages(self, robust: bool = False) -> list[Stage]:
-        """What is trained, in order; a model that is robust already needs no adversarial stage."""
-        shares = {n: share for n, share in RECIPES[self.recipe].items() if not (robust and n == "adversarial")}
+        """What is trained, in order: nothing that the model is already, robust, or by itself for normal photos."""
+        done = {"adversarial"} if robust else set()
+        done |= {"normal"} if self.apart else set()
+        shares = {n: share for n, share in RECIPES[self.recipe].items() if n not in done}
         return [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
 
     def stage(self, name: str, photos: float) -> Stage:
@@ -90,19 +98,20 @@ class Plan:
         whole = {"trunk": True, "aims": aims, "features": FEATURES}
         frozen = (last,) if self.mode == "freeze-first" else None
         joint = {"trunk": self.mode == "full", "experts": frozen, "margins": MARGINS, "size": self.crop}
-        # Expert that learns, its kind of frames, options. A baseline's last weights are made on whole frames.
+        # Expert that learns, its kind of frames, options.
         parts: dict[str, tuple[int | None, int | None, dict[str, Any]]] = {
             "adversarial": (last, ADVERSARIAL, whole | {"size": self.crop, "ramp": RAMP}),
-            "whole": (last, ADVERSARIAL, whole),
-            "finetune": (0, NORMAL, {"trunk": True}),
+            "finetune": (0, NORMAL, {"trunk": True, "size": self.crop}),
             "normal": (0, NORMAL, {"trunk": False, "size": self.crop}),
-            "hard": (1, HARD, {"trunk": False, "size": self.crop}),
+            "hard": (1, HARD, {"trunk": False, "size": self.crop, "features": FEATURES if self.apart else 0.0}),
             "joint": (None, None, joint),
         }
         route, kind, options = parts[name]
         share = [1 / 3] * 3 if kind is None else [self.mix / 2] * 3
         if kind is not None:
             share[kind] = 1 - self.mix
+        if self.apart and kind == HARD:  # on its own it cannot resist, and trying would outweigh all else
+            share = [self.mix, 1 - self.mix, 0.0]
         adversary = Adversary(self.eps, self.steps, self.attack)
         if self.attack == "free" and kind in (NORMAL, HARD):  # few frames are attacked, the others learn once
             adversary = replace(adversary, method="pgd")
@@ -164,10 +173,13 @@ def harden(
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, floor=plan.floor)
     undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False)
+    if plan.apart:
+        for expert in range(len(plan.experts) - 1):
+            network.experts[expert] = copy.deepcopy(undefended.experts[0])
     made = Path()
     for stage in plan.stages(robust):
         made = run.folder / "weights" / f"{stage.name}.safetensors"
-        if stage.name in ("normal", "hard"):  # they start from what the robust trunk was trained with
+        if stage.name in ("normal", "hard") and not plan.apart:  # they start from what the trunk was trained with
             copy_expert(network, len(plan.experts) - 1, stage.route or 0)
         if made.exists():
             network.load_state_dict(load_file(made))

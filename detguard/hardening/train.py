@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,11 @@ from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import aimed_loss, feature_loss, gate_margin, imitation_loss
+from detguard.hardening.optimizer import Optimizer
 
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
 EMA_DECAY = 0.998
-CLIP = 10.0
-SMALLEST = 1e-2
 
 Shown = TypeVar("Shown")
 Update = Callable[[Tensor], None]
@@ -90,17 +89,17 @@ class Setting:
             return decode(network.head, raw, gate), raw["maps"]
 
 
-def bf16_helps() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def learned_parameters(network: GatedNetwork, stage: Stage) -> list[nn.Parameter]:
-    """The parameters that a stage trains; all others are frozen. The heads' decoding constants never learn."""
+    """The parameters that a stage trains; all others are frozen."""
     experts = stage.experts if stage.route is None else (stage.route,)
     chosen = range(len(network.experts)) if experts is None else experts
     parts = [network.experts[i] for i in chosen] + ([network.trunk] if stage.trunk else [])
     parts += [network.gate] if stage.route is None or stage.gate else []
+    return only_learn(network, parts)
+
+
+def only_learn(network: GatedNetwork, parts: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Freeze a network but for some parts; returns their parameters. The heads' decoding constants never learn."""
     network.requires_grad_(False)
     learned = [p for part in parts for name, p in part.named_parameters() if "dfl" not in name]
     for parameter in learned:
@@ -159,25 +158,16 @@ def train(
     network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
     average = AveragedModel(network, multi_avg_fn=_follow)
-    # Batch norms folded in, weights of one layer may be a hundred times those of another: steps are in proportion.
-    # The gate has to learn from nothing, and rows of it may have to stay as they are.
-    of_gate = {id(p) for p in network.gate.parameters()}
-    sizes = [1.0 if id(p) in of_gate else max(float(p.detach().square().mean().sqrt()), SMALLEST) for p in learned]
-    groups = [{"params": [p], "weight_decay": 0.0 if id(p) in of_gate else 0.01} for p in learned]
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = Optimizer(learned, list(network.gate.parameters()))
     first = _restore(checkpoint, network, average, optimizer)
     saved = time.monotonic()
 
-    def update(loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned, CLIP)
-        optimizer.step()
-        average.update_parameters(network)
-
     for number, batch in enumerate(made(first), first):
-        for group, size in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"] = rate * size * rate_share(number, last)
+
+        def update(loss: Tensor, step: float = rate * rate_share(number, last)) -> None:
+            optimizer.update(loss, step)
+            average.update_parameters(network)
+
         losses = learn(batch, number, update)
         stop = on_batch(number, losses) if on_batch else False
         if stop or time.monotonic() - saved > save_every:
@@ -294,14 +284,14 @@ def _losses(found: Candidates, wanted: Candidates, kinds: Tensor, gate_weight: f
     return losses
 
 
-def _save(file: Path, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+def _save(file: Path, network: nn.Module, average: nn.Module, optimizer: Optimizer, number: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state | {"number": number}, file.with_suffix(".partial"))
     file.with_suffix(".partial").replace(file)
 
 
-def _restore(file: Path, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _restore(file: Path, network: nn.Module, average: nn.Module, optimizer: Optimizer) -> int:
     if not file.exists():
         return 0
     state: dict[str, Any] = torch.load(file, weights_only=True)

@@ -1,32 +1,22 @@
 """`detguard harden` as a user runs it: all stages on two photos, a few batches each."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from program import command, detguard
 from safetensors.torch import load_file
 from ultralytics.utils import ASSETS
 
 from detguard import DetguardError
-from detguard.detectors.gated import GatedDetector
+from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector
 from detguard.photos import read_photo
 
 OPTIONS = ("--data", ASSETS, "--imgsz", 96, "--batch", 4, "--photos", 80, "--steps", 1)
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
-
-
-def detguard(*arguments, cwd):
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +82,7 @@ def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
 def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path):
     first = detguard("harden", *OPTIONS, "--recipe", "pgd", "--crop", 64, "--out", "single", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    single = "single/weights/whole.safetensors"
+    single = "single/weights/adversarial.safetensors"
     result = detguard("harden", *OPTIONS, "--model", single, "--teacher", "detguard-n", "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["hard", "joint", "normal"]
@@ -101,7 +91,19 @@ def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path
     assert all(torch.equal(v, start[k.replace("trunk", "experts.0")]) for k, v in trunk.items())
     refused = detguard("harden", *OPTIONS, "--model", single, "--out", "other", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "whole.safetensors" in refused.stderr
+    assert "adversarial.safetensors" in refused.stderr
+
+
+def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
+    result = detguard("harden", *OPTIONS, "--split", "backbone", "--mode", "freeze-first", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["adversarial", "hard", "joint"]
+    weights = load_file(tmp_path / "run/weights/joint.safetensors")
+    given = GatedNetwork(bundled.model, 0, ("undefended",)).experts[0].state_dict()
+    experts = [{k: weights[f"experts.{i}.{k}"] for k in given} for i in range(3)]
+    assert all(torch.equal(experts[0][k], given[k]) for k in given)
+    for expert in experts[1:]:
+        assert any(not torch.equal(expert[k], given[k]) for k in given)
 
 
 @pytest.mark.parametrize(

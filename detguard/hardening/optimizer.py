@@ -1,0 +1,85 @@
+"""How weights learn: Muon for those of layers, AdamW for biases and the gate, in steps in proportion to weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detguard.engine import bf16_helps
+
+MOMENTUM, DECAY, CLIP = 0.95, 0.01, 10.0
+# Coefficients and number of the Newton-Schulz steps that make a matrix nearly orthogonal (Jordan et al. 2024).
+QUINTIC, QUINTIC_STEPS = (3.4445, -4.7750, 2.0315), 5
+SMALLEST = 1e-2
+
+
+class Optimizer:
+    """Updates `learned` parameters by steps of `rate` times the root mean square of each as it was at first.
+
+    Batch norms folded in, weights of one layer may be a hundred times those of another, so steps are in proportion.
+    Those of matrices are orthogonal (Muon, Jordan et al. 2024): a network that was never attacked has to change in many
+    directions, and comes as far in a third of the updates. `fixed` parameters have steps of `rate` itself: a gate
+    learns from nothing, and rows of it may have to stay as they are.
+    """
+
+    def __init__(self, learned: Sequence[nn.Parameter], fixed: Sequence[nn.Parameter]) -> None:
+        of_fixed = {id(p) for p in fixed}
+        self.learned = list(learned)
+        self.matrices = [p for p in learned if id(p) not in of_fixed and p.ndim > 1 and p.shape[1] > 1]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        chosen = {id(p) for p in self.matrices}
+        rest = [p for p in learned if id(p) not in chosen]
+        self.sizes = {id(p): 1.0 if id(p) in of_fixed else _size(p) for p in learned}
+        groups: list[dict[str, Any]] = [
+            {"params": [p], "weight_decay": 0.0 if id(p) in of_fixed else DECAY} for p in rest
+        ]
+        self.adam = torch.optim.AdamW(groups, fused=True) if rest else None
+
+    def update(self, loss: Tensor, rate: float) -> None:
+        """One step against the gradient of a loss."""
+        for parameter in self.learned:
+            parameter.grad = None
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.learned, CLIP)
+        with torch.no_grad():
+            for parameter, momentum in zip(self.matrices, self.momenta, strict=True):
+                if parameter.grad is not None:
+                    momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+                    step = orthogonal(parameter.grad.lerp(momentum, MOMENTUM).flatten(1)).view(parameter.shape)
+                    length = rate * self.sizes[id(parameter)]
+                    parameter.mul_(1 - DECAY * length).sub_(step, alpha=length)
+        if self.adam:
+            for group in self.adam.param_groups:
+                group["lr"] = rate * self.sizes[id(group["params"][0])]
+            self.adam.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `load_state_dict` needs to go on, sizes of steps included."""
+        sizes = [self.sizes[id(p)] for p in self.learned]
+        return {"momenta": self.momenta, "sizes": sizes, "adam": self.adam.state_dict() if self.adam else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict` of the same parameters."""
+        for momentum, saved in zip(self.momenta, state["momenta"], strict=True):
+            momentum.copy_(saved)
+        self.sizes = {id(p): size for p, size in zip(self.learned, state["sizes"], strict=True)}
+        if self.adam:
+            self.adam.load_state_dict(state["adam"])
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearly orthogonal matrix nearest to one, float32 [R, C], scaled to a root mean square of about 1."""
+    x = matrix.bfloat16() if bf16_helps() else matrix
+    x = x.mT if x.shape[0] > x.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = QUINTIC
+    for _ in range(QUINTIC_STEPS):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
+    return x.float() * max(matrix.shape) ** 0.5
+
+
+def _size(parameter: Tensor) -> float:
+    return max(float(parameter.detach().square().mean().sqrt()), SMALLEST)
