@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from detguard.data.stream import Labelled
     from detguard.detectors.base import Detector
-    from detguard.runs import Run
+    from detguard.runs import Record, Run
 
 DROPPED = "dropped.jsonl"
 
@@ -137,18 +137,15 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
                 elif record["began"] is not None:
                     message = f"photo {record['number']}: accuracy has dropped since photo {record['began']}"
                     out.print(message, highlight=False, soft_wrap=True)
+                    write_dropped(run, run.records())  # a live stream may never end
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard monitor --resume {run.folder}")
             return 130
     records = run.records()
-    drops = [r for r in records if r.get("began") is not None]
-    seen = [r for r in records if "f1" in r]
-    dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
-    lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in dropped.values()]
-    run.write(DROPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records))
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
-    told = f"{len(drops)} drop(s), {len(dropped)} photos in {run.folder / DROPPED}" if drops else "no drop"
+    told = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else "no drop"
     out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
     code = 2 if any("error" in r for r in records) else int(bool(drops))
     if not drops or run.config["on_drift"] != "adapt":
@@ -160,3 +157,13 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
         model, plan = run.config["detector"]["model"], {"mode": "auto"}
         failed = start_adaptation(model, new, run.config["replay"], plan, out_folder=folder, trust=trust)
     return failed or code
+
+
+def write_dropped(run: "Run", records: "list[Record]") -> tuple[int, int]:
+    """Write the photos of every drop to dropped.jsonl; returns how many drops there are and how many photos."""
+    drops = [r for r in records if r.get("began") is not None]
+    seen = [r for r in records if "f1" in r]
+    dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
+    lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in dropped.values()]
+    run.write(DROPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return len(drops), len(dropped)

@@ -57,6 +57,13 @@ def test_a_stopped_run_goes_on_to_the_same_records(tiny_data, tmp_path):
     assert file.read_text() == records
 
 
+def test_photos_of_a_drop_are_there_before_the_stream_ends(stream):
+    lines = (stream / "stream.jsonl").read_text() + "{}\n"  # a line that ends the run
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "cut", cwd=stream, stdin=lines)
+    assert result.returncode == 2
+    assert (stream / "cut/dropped.jsonl").read_text().count("photo") > 4
+
+
 def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
     lines = (stream / "stream.jsonl").read_text().splitlines(keepends=True)[:3]
     (stream / "broken.png").write_bytes(b"no photo")
