@@ -21,10 +21,10 @@ from detguard.reports.evaluation import number
 
 # Ensembles: name -> options of `detguard harden`.
 DESIGNS: dict[str, list[str]] = {
-    "whole networks": ["--split", "backbone", "--mode", "freeze-first"],
-    "whole networks, no floor": ["--split", "backbone", "--mode", "freeze-first", "--floor", "0"],
-    "necks": ["--split", "neck"],
-    "heads": ["--split", "head"],
+    "whole networks": [],
+    "whole networks, no floor": ["--floor", "0"],
+    "necks": ["--split", "neck", "--mode", "full"],
+    "heads": ["--split", "head", "--mode", "full"],
 }
 SHARED = Path("../shared/data")
 TRAINING = (SHARED / "street1569/images", SHARED / "voc3608/images", SHARED / "coco256/images/train")

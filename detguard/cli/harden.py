@@ -61,11 +61,14 @@ def harden(
     mode: Annotated[
         Literal["full", "freeze-first"],
         typer.Option(help="What the joint stage trains: everything, or the adversarial expert and the gate."),
-    ] = "full",
+    ] = "freeze-first",
     split: Annotated[
         str,
-        typer.Option(help="What experts do not share: head, neck (and head), backbone (all), or from layer N."),
-    ] = "neck",
+        typer.Option(
+            help="What experts do not share: backbone (whole networks, of which all but the adversarial start "
+            "undefended), neck (and head), head, or from layer N."
+        ),
+    ] = "backbone",
     photos: Annotated[int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")] = 100_000,
     imgsz: Annotated[
         int | None, typer.Option(min=64, max=1280, help="Size of a frame; default: the model's own.")
@@ -86,9 +89,12 @@ def harden(
     steps: Annotated[int, typer.Option(min=1, help="Steps of each attack.")] = 2,
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     top_k: TopK = None,
-    floor: Annotated[float, typer.Option(min=0, max=0.9, help="Least weight of the adversarial expert.")] = 0,
+    floor: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.95, help="Least weight of the adversarial expert; default: .8, 0 on a shared trunk."),
+    ] = None,
     corruptions: Corruptions = None,
-    batch: Batch = 16,
+    batch: Batch = 32,
     rate: Rate = 3e-3,
     seed: Seed = 0,
     out_folder: OutFolder = None,

@@ -37,6 +37,8 @@ RAMP = 0.2
 FEATURES = 5.0
 # Weight of the gate's cross-entropy, and the rate of the joint stage among the others: its experts know their kinds.
 GATE, JOINT_RATE = 0.3, 0.1
+# Experts that do not resist say anything under attack: it must weigh less than what the robust one is sure of.
+FLOOR = 0.8
 LOG_EVERY = 20
 
 
@@ -44,13 +46,15 @@ LOG_EVERY = 20
 class Plan:
     """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats.
 
+    floor: least weight of the adversarial expert; by default FLOOR where the others are undefended, else 0.
+
     Raises:
         DetguardError: an option is not one of those known.
     """
 
     recipe: str = "gated"
-    mode: str = "full"
-    split: str = "neck"
+    mode: str = "freeze-first"
+    split: str = "backbone"
     photos: int = 100_000
     crop: int | None = None
     attack: str = "free"
@@ -58,8 +62,8 @@ class Plan:
     steps: int = 2
     mix: float = 0.2
     top_k: int | None = None
-    floor: float = 0.0
-    batch: int = 16
+    floor: float | None = None
+    batch: int = 32
     rate: float = 3e-3
     seed: int = 0
 
@@ -171,7 +175,8 @@ def harden(
     robust = isinstance(model, GatedNetwork)
     base = model.single() if robust else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
-    network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, floor=plan.floor)
+    floor = plan.floor if plan.floor is not None else FLOOR if plan.apart else 0.0
+    network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, floor=floor)
     undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False)
     if plan.apart:
         for expert in range(len(plan.experts) - 1):

@@ -14,15 +14,17 @@ from ultralytics.utils import ASSETS
 from detguard import DetguardError
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector
+from detguard.hardening.run import FLOOR
 from detguard.photos import read_photo
 
 OPTIONS = ("--data", ASSETS, "--imgsz", 96, "--batch", 4, "--photos", 80, "--steps", 1)
+SHARED = (*OPTIONS, "--split", "neck", "--mode", "full")
 
 
 @pytest.fixture(scope="module")
 def hardened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harden")
-    result = detguard("harden", *OPTIONS, "--out", "run", cwd=folder)
+    result = detguard("harden", *SHARED, "--out", "run", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "run"
 
@@ -59,7 +61,7 @@ def test_each_stage_leaves_its_weights_and_metrics(hardened):
 
 def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
     process = subprocess.Popen(
-        command("harden", *OPTIONS, "--out", "run"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command("harden", *SHARED, "--out", "run"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/weights/adversarial.json").exists() and time.monotonic() < deadline:
@@ -83,7 +85,7 @@ def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path
     first = detguard("harden", *OPTIONS, "--recipe", "pgd", "--crop", 64, "--out", "single", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     single = "single/weights/adversarial.safetensors"
-    result = detguard("harden", *OPTIONS, "--model", single, "--teacher", "detguard-n", "--out", "run", cwd=tmp_path)
+    result = detguard("harden", *SHARED, "--model", single, "--teacher", "detguard-n", "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["hard", "joint", "normal"]
     trunk = {k: v for k, v in load_file(tmp_path / "run/weights/hard.safetensors").items() if k.startswith("trunk")}
@@ -95,10 +97,11 @@ def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path
 
 
 def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
-    result = detguard("harden", *OPTIONS, "--split", "backbone", "--mode", "freeze-first", "--out", "run", cwd=tmp_path)
+    result = detguard("harden", *OPTIONS, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["adversarial", "hard", "joint"]
     weights = load_file(tmp_path / "run/weights/joint.safetensors")
+    assert json.loads((tmp_path / "run/weights/joint.json").read_text())["gated"]["floor"] == FLOOR
     given = GatedNetwork(bundled.model, 0, ("undefended",)).experts[0].state_dict()
     experts = [{k: weights[f"experts.{i}.{k}"] for k in given} for i in range(3)]
     assert all(torch.equal(experts[0][k], given[k]) for k in given)
