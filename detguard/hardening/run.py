@@ -35,8 +35,8 @@ MARGINS = (0.0, 0.3, 1.0, 3.0)
 RAMP = 0.2
 # Weight of the error of feature maps where a whole network learns.
 FEATURES = 5.0
-# Weight of the gate's cross-entropy, and the rate of the joint stage among the others: its experts know their kinds.
-GATE, JOINT_RATE = 0.3, 0.1
+# Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
+GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
 # Experts that do not resist say anything under attack: it must weigh less than what the robust one is sure of.
 FLOOR = 0.8
 LOG_EVERY = 20
@@ -122,7 +122,7 @@ class Plan:
         elif self.attack == "free":  # its first update is on clean frames
             share = [0.0, share[HARD], 1 - share[HARD]]
         options |= {"gate": GATE if self.recipe == "gated" else 0.0, "rate": self.rate}
-        options["rate"] *= JOINT_RATE if name == "joint" else 1
+        options["rate"] *= JOINT_RATE if name == "joint" else HARD_RATE if self.apart and kind == HARD else 1
         number = max(1, round(photos / self.batch))
         return Stage(name, number, route, share=(share[0], share[1], share[2]), adversary=adversary, **options)
 
