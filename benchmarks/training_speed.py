@@ -64,7 +64,7 @@ def main(
     source, _ = read_photos([(find_photos([str(photos)]), 1.0)], imgsz)
     undefended = fused(load_model(model)[0])
     teacher = GatedNetwork(undefended, 0, ("undefended",)).requires_grad_(False)
-    plan = Plan(photos=100 * batch, crop=crop, attack=attack, batch=batch)
+    plan = Plan(photos=400 * batch, crop=crop, attack=attack, batch=batch)
     setting = Setting(batch, imgsz, 0, bf16_helps())
     table = Table(title=f"{Path(model).stem}, {imgsz} px (crops {crop}), batch {batch}, {batches} batches, {attack}")
     for column in ("stage", "photos/s", "bare photos/s", "share in the model"):
