@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES, corrupt
@@ -23,7 +23,6 @@ KEPT_SIDE = 1.5
 # An object of which less is left in a frame is not labelled there.
 VISIBLE = 0.3
 MOSAIC_SHARE = 0.3
-AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -216,6 +215,28 @@ class Batch:
     labels: Sequence[Labelled] = ()
 
 
+@dataclass(frozen=True)
+class _Maker(Dataset[tuple[Tensor, Tensor, Sequence[Labelled]]]):
+    """Batches by number, as `batches` says; frames still in levels, of which a quarter of the bytes change process."""
+
+    source: PhotoSet
+    count: int
+    size: int
+    seed: int
+    hard: int
+    zoom: float
+    kinds: Sequence[str]
+
+    @override
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Sequence[Labelled]]:
+        rng = np.random.default_rng((self.seed, number))
+        clean, drawn = draw_frames(self.source, self.count, self.size, rng, self.zoom)
+        shown = clean.copy()
+        make_hard(shown[: self.hard], rng, self.kinds)
+        labels = [labels_of(photos, self.source.labels) for photos in drawn] if self.source.labels else ()
+        return torch.from_numpy(clean), torch.from_numpy(shown), labels
+
+
 def batches(
     source: PhotoSet,
     count: int,
@@ -227,32 +248,22 @@ def batches(
     zoom: float = 1.0,
     kinds: Sequence[str] = tuple(KINDS),
 ) -> Iterator[Batch]:
-    """Batches number `first` to `last`, made ahead in a thread; each the same whichever came before it.
+    """Batches number `first` to `last`, each the same whichever came before it.
 
-    kinds: of the corruptions of hard frames.
+    kinds: of the corruptions of hard frames. A process makes them ahead: a thread would hold the interpreter that
+    training waits for, which took a quarter of its steps.
     """
-    queue: Queue[Batch | BaseException] = Queue(AHEAD)
-
-    def feed() -> None:
-        cv2.setNumThreads(1)  # its threads would only take turns with torch's
-        try:
-            for number in range(first, last):
-                rng = np.random.default_rng((seed, number))
-                clean, drawn = draw_frames(source, count, size, rng, zoom)
-                shown = clean.copy()
-                make_hard(shown[:hard], rng, kinds)
-                labels = [labels_of(photos, source.labels) for photos in drawn] if source.labels else ()
-                queue.put(Batch(_tensor(clean), _tensor(shown), hard, labels))
-        except BaseException as error:  # handed over to whoever waits for the batch
-            queue.put(error)
-
-    Thread(target=feed, daemon=True).start()
-    for _ in range(first, last):
-        batch = queue.get()
-        if isinstance(batch, BaseException):
-            raise batch
-        yield batch
+    cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
+    made = DataLoader(
+        _Maker(source, count, size, seed, hard, zoom, kinds),
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=1,
+        generator=torch.Generator(),  # or it would draw from the one that all share
+    )
+    for clean, shown, labels in made:
+        yield Batch(_frames(clean), _frames(shown), hard, labels)
 
 
-def _tensor(frames: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).float() / 255
+def _frames(levels: Tensor) -> Tensor:
+    return levels.permute(0, 3, 1, 2).float().div_(255)
