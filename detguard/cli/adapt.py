@@ -211,6 +211,7 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, sources: "So
     from detguard.data.batches import read_photos
     from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import read_card
+    from detguard.engine import bf16_helps
     from detguard.hardening import adapt as adapting
     from detguard.hardening.train import Setting
     from detguard.photos import PhotoError, read_photo
@@ -243,7 +244,7 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, sources: "So
     for message in broken:
         show_error(message)
     plan = adapting.Adaptation(**config["adapt"])
-    setting = Setting(plan.batch, imgsz, plan.seed, corruptions=tuple(config["corruptions"]))
+    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
     stopped = stop_signals()
 
     def figures() -> dict[str, dict[str, float | None]]:

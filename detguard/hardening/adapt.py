@@ -260,7 +260,8 @@ def _losses(
             shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, generator))
         frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
     known = len(before.names)
-    raw, logits = network(frames)
+    with setting.precision():
+        raw, logits = network(frames)
     found = decode(network.head, raw, logits)
     of_labels = _label_loss(found, labels)
     losses = {"loss": of_labels.mean(), "new": of_labels[: len(new.shown)].mean()}
@@ -273,10 +274,11 @@ def _losses(
         losses["gate"] = -asked.mean()
         losses["loss"] = losses["loss"] + losses["gate"]
     if plan.mode == "full" and plan.keep:
-        with torch.no_grad():
-            was = before(frames)[0]["experts"]
-        now = raw["experts"][:known]
-        pairs = [(decode(network.head, a), decode(network.head, b)) for (_, a), (_, b) in zip(now, was, strict=True)]
+        with setting.precision():
+            with torch.no_grad():
+                was = before(frames)[0]["experts"]
+            now = zip(raw["experts"][:known], was, strict=True)
+            pairs = [(decode(network.head, a), decode(network.head, b)) for (_, a), (_, b) in now]
         losses["moved"] = torch.stack([retention_loss(a, b).mean() for a, b in pairs]).sum()
         losses["loss"] = losses["loss"] + plan.keep * losses["moved"]
     return losses

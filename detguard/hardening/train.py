@@ -80,11 +80,15 @@ class Setting:
     save_every: float = 180.0
     corruptions: tuple[str, ...] = tuple(KINDS)
 
+    def precision(self) -> torch.autocast:
+        """The context of forward passes."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
     def run(
         self, network: GatedNetwork, frames: Tensor, route: int | None = None
     ) -> tuple[Candidates, dict[int, Tensor]]:
         """Candidates of a network, through one expert or all, and the feature maps on the way."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with self.precision():
             raw, gate = network(frames, route)
             return decode(network.head, raw, gate), raw["maps"]
 
@@ -276,7 +280,9 @@ def _losses(found: Candidates, wanted: Candidates, kinds: Tensor, gate_weight: f
         losses[name] = per_frame[kinds == kind].mean()
     if gate_weight and found.gate is not None:
         belongs = kinds.clamp(max=found.gate.shape[1] - 1)
-        gate = cross_entropy(found.gate, belongs)
+        of_frame = cross_entropy(found.gate, belongs, reduction="none")
+        # Each kind counts alike, or the gate would learn how many of each a batch has.
+        gate = torch.stack([of_frame[kinds == kind].mean() for kind, _ in shown]).mean()
         losses |= {"gate": gate, "loss": losses["loss"] + gate_weight * gate}
         for kind, name in shown:
             weights = found.gate[kinds == kind].softmax(1).mean(0)
