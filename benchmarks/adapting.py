@@ -156,13 +156,13 @@ def main(
     clean = out / "clean/data.yaml"
     if not clean.exists():
         labelled_folder(clean.parent, fresh, {n: read_photo(f) for n, f in fresh.items()}, names)
-    table = Table(
-        title=f"{detector.name}, {new} new photos, {photos} seen; {len(dataset.files)} photos of {dataset.name}, AP "
-        f"before > after; corruptions at severity 3, vanish: eps {eps}, 10 steps, seed 0"
-    )
-    for column in ("new kind", "variant", "new kind AP", "clean AP", f"old AP ({', '.join(OLD_KINDS)})"):
-        table.add_column(column, justify="left" if column in ("new kind", "variant") else "right")
     for kind in kinds.split(","):
+        table = Table(
+            title=f"{detector.name}, {new} new photos, {photos} seen; {len(dataset.files)} photos of {dataset.name}, AP "
+            f"before > after; corruptions at severity 3, vanish: eps {eps}, 10 steps, seed 0"
+        )
+        for column in ("new kind", "variant", "new kind AP", "clean AP", f"old AP ({', '.join(OLD_KINDS)})"):
+            table.add_column(column, justify="left" if column in ("new kind", "variant") else "right")
         folder = out / kind
         if not (folder / "data.yaml").exists():
             labelled_folder(folder, fresh, shown_as(kind, fresh, clean, detector, eps), names)
@@ -174,7 +174,7 @@ def main(
             detguard("adapt", run, "--model", model, "--new", folder / "data.yaml", *options)
             after = judged(str(run / "weights/adapted.safetensors"), dataset, kind, eps, cache)
             table.add_row(kind, name, *(f"{number(a)} > {number(b)}" for a, b in zip(before, after, strict=True)))
-    Console(width=170).print(table)
+        Console(width=170).print(table)
     Console(width=170).print(costs(model, dataset, (3, 6, 12), (1, 2), 40))
 
 

@@ -23,7 +23,7 @@ from detguard.cli.app import (
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
-from detguard.cli.harden import Batch, Corruptions, Rate, Seed, chosen_kinds, photo_files
+from detguard.cli.harden import Batch, Rate, Seed, chosen_kinds, photo_files
 
 if TYPE_CHECKING:
     from detguard.data.stream import Labelled
@@ -76,7 +76,9 @@ def adapt(
         int | None,
         typer.Option(min=1, help="Photos to see, new and old, with repeats; default: 50 per new photo, 5,000 at most."),
     ] = None,
-    corruptions: Corruptions = None,
+    corruptions: Annotated[
+        str | None, typer.Option(help="Kinds of corruptions of old photos; default: those that it was hardened with.")
+    ] = None,
     batch: Batch = 16,
     rate: Rate = 1e-3,
     seed: Seed = 0,
@@ -131,7 +133,8 @@ def start_adaptation(
         out.print(f"--mode auto: {mode}, {why}", highlight=False, soft_wrap=True)
     if not replay:
         show_warning("without --replay nothing tells the gate when not to ask the new experts")
-    eps = read_card(model).get("hardened", {}).get("eps", Adaptation.eps)
+    hardened = read_card(model).get("hardened", {})
+    eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")
     # Wrong options leave no run behind.
     adaptation = Adaptation(**({"photos": min(VIEWS * count, MOST_VIEWS)} | plan), eps=eps)
     check_growth(network, adaptation, max_experts)
@@ -140,7 +143,7 @@ def start_adaptation(
         "data": {"new": new, "replay": replay, "split": split},
         "adapt": asdict(adaptation),
         "why": why,
-        "corruptions": list(chosen_kinds(corruptions)),
+        "corruptions": list(chosen_kinds(corruptions or (",".join(known) if known else None))),
         "arguments": sys.argv[1:],
     }
     return run_adaptation(Run.create("adapt", out_folder, config), network, imgsz, sources)

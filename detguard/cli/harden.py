@@ -192,7 +192,12 @@ def run_hardening(run: "Run", network: Any, trust: bool) -> int:
         "classes": list(teacher.class_names.values()),
         "imgsz": teacher.imgsz,
         "licence": "AGPL-3.0-or-later",
-        "hardened": {"from": Path(config["model"]).stem, "teacher": teacher.name, **config["harden"]},
+        "hardened": {
+            "from": Path(config["model"]).stem,
+            "teacher": teacher.name,
+            "corruptions": config["corruptions"],
+            **config["harden"],
+        },
     }
     setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
     stopped = stop_signals()

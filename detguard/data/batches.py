@@ -216,8 +216,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Maker(Dataset[tuple[Tensor, Tensor, Sequence[Labelled]]]):
-    """Batches by number, as `batches` says; frames still in levels, of which a quarter of the bytes change process."""
+class _Maker(Dataset[tuple[Tensor, Tensor, list[list[Drawn]]]]):
+    """Batches by number, as `batches` says: frames clean and as shown, uint8 [B, S, S, 3], and the photos in each."""
 
     source: PhotoSet
     count: int
@@ -228,13 +228,12 @@ class _Maker(Dataset[tuple[Tensor, Tensor, Sequence[Labelled]]]):
     kinds: Sequence[str]
 
     @override
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Sequence[Labelled]]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[list[Drawn]]]:
         rng = np.random.default_rng((self.seed, number))
         clean, drawn = draw_frames(self.source, self.count, self.size, rng, self.zoom)
         shown = clean.copy()
         make_hard(shown[: self.hard], rng, self.kinds)
-        labels = [labels_of(photos, self.source.labels) for photos in drawn] if self.source.labels else ()
-        return torch.from_numpy(clean), torch.from_numpy(shown), labels
+        return torch.from_numpy(clean), torch.from_numpy(shown), drawn
 
 
 def batches(
@@ -261,7 +260,8 @@ def batches(
         num_workers=1,
         generator=torch.Generator(),  # or it would draw from the one that all share
     )
-    for clean, shown, labels in made:
+    for clean, shown, drawn in made:
+        labels = [labels_of(photos, source.labels) for photos in drawn] if source.labels else ()
         yield Batch(_frames(clean), _frames(shown), hard, labels)
 
 
