@@ -158,7 +158,7 @@ def main(
         labelled_folder(clean.parent, fresh, {n: read_photo(f) for n, f in fresh.items()}, names)
     for kind in kinds.split(","):
         table = Table(
-            title=f"{detector.name}, {new} new photos, {photos} seen; {len(dataset.files)} photos of {dataset.name}, AP "
+            title=f"{detector.name}, {new} new photos, {photos} seen; {len(dataset.files)} of {dataset.name}, AP "
             f"before > after; corruptions at severity 3, vanish: eps {eps}, 10 steps, seed 0"
         )
         for column in ("new kind", "variant", "new kind AP", "clean AP", f"old AP ({', '.join(OLD_KINDS)})"):

@@ -23,7 +23,9 @@ def place(tmp_path_factory, bundled, bundled_model, bus_file):
     torch.manual_seed(0)
     network = GatedNetwork(fused(bundled_model), 11)
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 128}
-    save_gated(network, card | {"hardened": {"eps": 2.0}}, folder / "ensemble.safetensors")
+    save_gated(
+        network, card | {"hardened": {"eps": 2.0, "corruptions": ["fog", "frost"]}}, folder / "ensemble.safetensors"
+    )
     photo = cv2.imread(str(bus_file))
     lines = {"day": [], "dark": []}
     (folder / "photos").mkdir()
@@ -67,6 +69,7 @@ def test_the_adapted_ensemble_loads_like_any_detector_and_says_where_it_is_from(
     card = json.loads((place / "run/weights/adapted.json").read_text())
     assert card["adapted"][0]["from"] == "ensemble"
     assert card["adapted"][0]["eps"] == 2.0
+    assert yaml.safe_load((place / "run/config.yaml").read_text())["corruptions"] == ["fog", "frost"]
     page = (place / "run/report.html").read_text()
     for text in ("Adapting ensemble.safetensors", "Before and after", "Losses", "new photos"):
         assert text in page

@@ -12,7 +12,7 @@ from detguard.detectors.load import fused
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import imitation_loss
-from detguard.hardening.train import Setting, Stage, learned_parameters, train_stage, worst
+from detguard.hardening.train import HARD, NORMAL, Setting, Stage, _losses, learned_parameters, train_stage, worst
 
 SETTING = Setting(batch=4, size=96, save_every=1e9)
 MIXED = (0.25, 0.25, 0.5)
@@ -197,3 +197,14 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
     only = stage(**{"number": 40, "route": 0, "share": (0.25, 0, 0.75), "rate": 3e-3} | options)
     train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
     assert attacked() < 0.8 * before
+
+
+def test_the_gate_learns_each_kind_alike_however_many_a_batch_has(network, source):
+    frames = next(batches(source, 2, 96, 0, 0, 1)).shown
+    with torch.no_grad():
+        found, _ = SETTING.run(network, frames)
+    few, many = torch.tensor([0, 1]), torch.tensor([0, 1, 1, 1])
+    of_few, of_many = (
+        _losses(found[rows], found[rows], torch.where(rows == 0, NORMAL, HARD), 1.0)["gate"] for rows in (few, many)
+    )
+    assert float(of_few) == pytest.approx(float(of_many), abs=1e-5)
