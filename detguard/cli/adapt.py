@@ -2,6 +2,7 @@
 
 import copy
 import glob
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Photos seen by default: so many for each new one, and at most.
 VIEWS, MOST_VIEWS = 50, 5_000
+# Of a run, its new photos and the old ones that are labelled.
+KEPT = ("new.jsonl", "replay.jsonl")
 Replay = Annotated[
     list[str] | None,
     typer.Option(help="Photos of kinds that it knows: as --new, or a folder, labelled by what it finds; repeatable."),
@@ -118,7 +121,8 @@ def start_adaptation(
     trust: bool = False,
 ) -> int:
     """Make a run of what the options say, and do it; returns the exit code."""
-    from detguard.detectors.load import read_card
+    from detguard.data.stream import as_line
+    from detguard.detectors.load import detector_config, load_detector, read_card
     from detguard.hardening.adapt import Adaptation, check_growth, choose_mode
     from detguard.runs import Run
 
@@ -133,28 +137,39 @@ def start_adaptation(
         out.print(f"--mode auto: {mode}, {why}", highlight=False, soft_wrap=True)
     if not replay:
         show_warning("without --replay nothing tells the gate when not to ask the new experts")
-    hardened = read_card(model).get("hardened", {})
+    if network.floor:
+        show_warning(f"the adversarial expert keeps {network.floor:g} of the weight; new experts share the rest")
+    hardened = read_card(model).get("hardened")
+    hardened = hardened if isinstance(hardened, dict) else {}
     eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")
+    corruptions = corruptions or (",".join(map(str, known)) if isinstance(known, list) else None)
     # Wrong options leave no run behind.
     adaptation = Adaptation(**({"photos": min(VIEWS * count, MOST_VIEWS)} | plan), eps=eps)
     check_growth(network, adaptation, max_experts)
     config = {
         "model": model,
+        "detector": detector_config(load_detector(model, imgsz, trust), model),
         "data": {"new": new, "replay": replay, "split": split},
         "adapt": asdict(adaptation),
         "why": why,
-        "corruptions": list(chosen_kinds(corruptions or (",".join(known) if known else None))),
+        "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
     }
-    return run_adaptation(Run.create("adapt", out_folder, config), network, imgsz, sources)
+    run = Run.create("adapt", out_folder, config | {"replayed": [str(file) for file in sources[2]]})
+    for name, photos in zip(KEPT, sources[:2], strict=True):
+        lines = (json.dumps(as_line(one, network.class_names)) + "\n" for one in photos)
+        run.write(name, "".join(lines).encode())
+    return run_adaptation(run, network, imgsz)
 
 
 def resume_adaptation(run: "Run", trust: bool) -> int:
     """Go on with a run; returns the exit code."""
-    with err.status("Loading the ensemble and the labels"):
+    from detguard.detectors.load import load_configured
+
+    with err.status("Loading the ensemble"):
+        load_configured(run.config["detector"], trust)
         network, imgsz = load_ensemble(run.config["model"], trust)
-        sources = read_sources(**run.config["data"], class_names=network.class_names)
-    return run_adaptation(run, network, imgsz, sources)
+    return run_adaptation(run, network, imgsz)
 
 
 def load_ensemble(model: str, trust: bool) -> "tuple[GatedNetwork, int]":
@@ -209,7 +224,7 @@ def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list
     return list(in_order(dataset, dataset.category_ids(class_names)))
 
 
-def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, sources: "Sources") -> int:
+def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
     from detguard.data.batches import read_photos
     from detguard.detectors.gated import GatedDetector
@@ -222,6 +237,9 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, sources: "So
     from detguard.reports.tables import terminal_table
 
     config, broken = run.config, list[str]()
+    # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
+    shown, labelled = (read_labelled(str(run.folder / name), "", network.class_names) for name in KEPT)
+    files = [Path(file) for file in config["replayed"]]
 
     def readable(one: "Labelled") -> bool:
         try:
@@ -231,7 +249,7 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, sources: "So
             return False
         return True
 
-    card, (shown, labelled, files) = read_card(config["model"]), sources
+    card = read_card(config["model"])
     with err.status("Loading the photos"):
         (shown, new_judged), (labelled, old_judged) = map(adapting.hold_out, (shown, labelled))
         new, unread = read_photos([(shown, 1.0)], imgsz, plain=True)

@@ -82,11 +82,14 @@ def harden(
         ),
     ] = None,
     attack: Annotated[
-        Literal["free", "pgd", "fgsm"],
-        typer.Option(help="free: every step of the attack trains too; pgd: the last alone; fgsm: one, from the photo."),
-    ] = "free",
+        Literal["free", "pgd", "fgsm"] | None,
+        typer.Option(
+            help="free: every step of the attack trains too; pgd: the last alone; fgsm: one, from the photo; default: "
+            "free, by mtd pgd."
+        ),
+    ] = None,
     eps: Annotated[float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each attack.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     top_k: TopK = None,
     floor: Annotated[
@@ -107,8 +110,8 @@ def harden(
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
     from detguard.detectors.gated import GatedNetwork
-    from detguard.detectors.load import load_model
-    from detguard.hardening.run import Plan, split_layer
+    from detguard.detectors.load import detector_config, load_configured, load_detector, load_model
+    from detguard.hardening.run import Plan, check_teacher, split_layer
     from detguard.runs import Run
 
     if resume:
@@ -116,10 +119,14 @@ def harden(
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
         run = Run.open(resume, "harden")
         with err.status("Loading the detector"):
+            _, imitated = (load_configured(one, trust) for one in run.config["detectors"])
             network = load_model(run.config["model"], trust)[0]
-        sys.exit(run_hardening(run, network, trust))
+        sys.exit(run_hardening(run, network, imitated))
     if not data:
         raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
+    # What a recipe or an attack cannot be without.
+    attack = attack or ("pgd" if recipe == "mtd" else "free")
+    steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
         "recipe": recipe, "mode": mode, "split": split, "photos": photos, "crop": crop, "attack": attack, "eps": eps,
         "steps": steps, "mix": mix, "top_k": top_k, "floor": floor, "batch": batch, "rate": rate, "seed": seed,
@@ -128,17 +135,18 @@ def harden(
     with err.status("Loading the detector"):
         network = load_model(model, trust)[0]
         split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
+        given, imitated = (load_detector(name, imgsz, trust) for name in (model, teacher or model))
+        check_teacher(network, imitated)
     files = [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,
-        "teacher": teacher or model,
-        "imgsz": imgsz,
+        "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
         "harden": plan,
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
         "photos": files,
     }
-    sys.exit(run_hardening(Run.create("harden", out_folder, config), network, trust))
+    sys.exit(run_hardening(Run.create("harden", out_folder, config), network, imitated))
 
 
 def chosen_kinds(text: str | None) -> tuple[str, ...]:
@@ -166,12 +174,10 @@ def photo_files(source: str) -> list[Path]:
     return find_photos([source])
 
 
-def run_hardening(run: "Run", network: Any, trust: bool) -> int:
-    """Train what the run has not finished, from the `network` that its config names; returns the exit code."""
+def run_hardening(run: "Run", network: Any, teacher: Any) -> int:
+    """Train what the run has not finished, with the network and teacher of its config; returns the exit code."""
     from detguard.data.batches import read_photos
     from detguard.detectors.gated import GatedNetwork
-    from detguard.detectors.load import load_detector
-    from detguard.detectors.ultralytics import UltralyticsDetector
     from detguard.engine import bf16_helps
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting
@@ -179,10 +185,7 @@ def run_hardening(run: "Run", network: Any, trust: bool) -> int:
 
     config = run.config
     plan = Plan(**config["harden"])
-    with err.status("Loading the detector and the photos"):
-        teacher = load_detector(config["teacher"], config["imgsz"], trust)
-        if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
-            raise DetguardError(f"{config['teacher']}: expected a detector of Ultralytics' YOLO families, not hardened")
+    with err.status("Loading the photos"):
         source, broken = read_photos([([Path(file) for file in config["photos"]], 1.0)], teacher.imgsz)
     for message in broken:
         show_error(message)

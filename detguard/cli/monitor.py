@@ -2,6 +2,7 @@
 
 import json
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -126,7 +127,8 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
     live = source["source"] == "-"
     if photos is None and not live:
         photos = open_stream(source, detector)
-    shown = from_lines(sys.stdin, detector.class_names) if photos is None else photos
+    lines = TextIOWrapper(sys.stdin.buffer, "utf-8", errors="replace")  # or a byte that is none would end the stream
+    shown = from_lines(lines, detector.class_names) if photos is None else photos
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:

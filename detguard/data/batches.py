@@ -1,8 +1,11 @@
 """Training batches: photos randomly cropped, flipped, stretched, toned and tiled, the same for the same seed."""
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -215,9 +218,13 @@ class Batch:
     labels: Sequence[Labelled] = ()
 
 
+# Frames, clean, and the hard ones as they are shown, uint8 [B, S, S, 3]; and the photos in each.
+Made = tuple[NDArray[np.uint8], NDArray[np.uint8], list[list[Drawn]]]
+
+
 @dataclass(frozen=True)
-class _Maker(Dataset[tuple[Tensor, Tensor, list[list[Drawn]]]]):
-    """Batches by number, as `batches` says: frames clean and as shown, uint8 [B, S, S, 3], and the photos in each."""
+class _Maker(Dataset["Made"]):
+    """Batches by number, as `batches` says."""
 
     source: PhotoSet
     count: int
@@ -228,12 +235,12 @@ class _Maker(Dataset[tuple[Tensor, Tensor, list[list[Drawn]]]]):
     kinds: Sequence[str]
 
     @override
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[list[Drawn]]]:
+    def __getitem__(self, number: int) -> "Made":
         rng = np.random.default_rng((self.seed, number))
         clean, drawn = draw_frames(self.source, self.count, self.size, rng, self.zoom)
         shown = clean.copy()
         make_hard(shown[: self.hard], rng, self.kinds)
-        return torch.from_numpy(clean), torch.from_numpy(shown), drawn
+        return clean, shown[: self.hard], drawn
 
 
 def batches(
@@ -258,12 +265,29 @@ def batches(
         batch_size=None,
         sampler=range(first, last),
         num_workers=1,
+        collate_fn=_as_made,
+        worker_init_fn=_leave_group,
+        multiprocessing_context="fork" if sys.platform == "linux" else None,  # others would copy all photos
         generator=torch.Generator(),  # or it would draw from the one that all share
     )
-    for clean, shown, drawn in made:
+    for levels, corrupted, drawn in made:
+        clean = _frames(levels)
+        shown = clean.clone()
+        shown[:hard] = _frames(corrupted)
         labels = [labels_of(photos, source.labels) for photos in drawn] if source.labels else ()
-        yield Batch(_frames(clean), _frames(shown), hard, labels)
+        yield Batch(clean, shown, hard, labels)
 
 
-def _frames(levels: Tensor) -> Tensor:
-    return levels.permute(0, 3, 1, 2).float().div_(255)
+def _as_made(made: Any) -> Any:
+    """Arrays as they are: tensors would go through shared memory, of which containers have little."""
+    return made
+
+
+def _leave_group(_: int) -> None:
+    """Have Ctrl-C and the like, which all processes of a group get, reach the parent alone: it saves, then ends us."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+def _frames(levels: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(levels).permute(0, 3, 1, 2).float().div_(255)

@@ -63,6 +63,8 @@ def from_lines(lines: Iterable[str], class_names: dict[int, str], source: str = 
             record = json.loads(line)
             found = [(index[o["class"]], _box(o["box"])) for o in record["objects"] if o["class"] in index]
             file = Path(record["photo"])
+            if "\0" in record["photo"]:
+                raise ValueError("a name with a null byte")
             known = tuple(index[c] for c in record["classes"] if c in index) if "classes" in record else None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(

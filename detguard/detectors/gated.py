@@ -53,7 +53,7 @@ class GatedNetwork(nn.Module):
 
     names: what each expert is for. gate_on: what the gate sees, the "trunk" or the "frame".
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
-    floor: the least weight of the adversarial expert, or of the last where none is called so.
+    floor: the least weight of the adversarial expert, or of the first where none is called so.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class GatedNetwork(nn.Module):
 
     @property
     def robust(self) -> int:
-        """The number of the adversarial expert, or of the last where none is called so."""
-        return self.names.index(EXPERTS[-1]) if EXPERTS[-1] in self.names else len(self.names) - 1
+        """The number of the adversarial expert, or of the first where none is called so."""
+        return self.names.index(EXPERTS[-1]) if EXPERTS[-1] in self.names else 0
 
     @property
     def head(self) -> Any:

@@ -94,7 +94,7 @@ def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
     if len(network.names) + plan.experts > most:
         raise DetguardError(
             f"--max-experts {most}: the ensemble has {len(network.names)} and would get {plan.experts} more; allow "
-            "more (with --top-k each photo still asks few), or adapt those that it has: --experts 0 --mode full"
+            "more (an ensemble made with --top-k still asks few), or adapt those that it has: --experts 0 --mode full"
         )
 
 

@@ -16,6 +16,7 @@ from detguard.data.batches import PhotoSet
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.load import fused, save_gated
+from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL, Setting, Stage, copy_expert, train_stage
 from detguard.runs import Run
@@ -40,6 +41,7 @@ GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
 # Experts that do not resist say anything under attack: it must weigh less than what the robust one is sure of.
 FLOOR = 0.8
 LOG_EVERY = 20
+STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Plan:
             raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
         if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
             raise DetguardError(f"--top-k {self.top_k}: expected 1 to {len(self.experts)}, the number of experts")
+        if self.crop is not None and self.crop % STRIDE:
+            raise DetguardError(f"--crop {self.crop}: expected a multiple of {STRIDE}, the stride of detectors")
         if self.recipe == "mtd" and self.attack != "pgd":
             raise DetguardError(f"--attack {self.attack}: --recipe mtd chooses between two attacks, which pgd makes")
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
@@ -114,6 +118,8 @@ class Plan:
         share = [1 / 3] * 3 if kind is None else [self.mix / 2] * 3
         if kind is not None:
             share[kind] = 1 - self.mix
+        if name == "finetune":  # not attacked
+            share = [1 - self.mix, self.mix, 0.0]
         if self.apart and kind == HARD:  # on its own it cannot resist, and trying would outweigh all else
             share = [self.mix, 1 - self.mix, 0.0]
         adversary = Adversary(self.eps, self.steps, self.attack)
@@ -151,6 +157,23 @@ def split_layer(model: Any, split: str) -> int:
     if not split.isdigit() or int(split) > last:
         raise DetguardError(f"--split {split}: expected head, neck, backbone or the number of a layer, 0 to {last}")
     return int(split)
+
+
+def check_teacher(model: Any, teacher: Detector) -> None:
+    """See that a detector can be imitated by the network to start from, unfused or a single hardened one.
+
+    Raises:
+        DetguardError: it is not of a family that can be hardened, or another network, or it knows other classes.
+    """
+    if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
+        raise DetguardError(
+            f"{teacher.name}: expected a detector of Ultralytics' YOLO families, not hardened (--teacher)"
+        )
+    base = model.single() if isinstance(model, GatedNetwork) else fused(model)
+    networks: list[Any] = [base, teacher.model]
+    ours, theirs = ([p.shape for layer in network.model for p in layer.parameters()] for network in networks)
+    if ours != theirs or list(base.names.values()) != list(teacher.class_names.values()):
+        raise DetguardError(f"--teacher {teacher.name}: expected the same architecture and classes as --model has")
 
 
 def harden(

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
+from detguard import DetguardError
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.corruptions import KINDS
 from detguard.detections import Candidates
@@ -22,6 +25,7 @@ from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import aimed_loss, feature_loss, gate_margin, imitation_loss
 from detguard.hardening.optimizer import Optimizer
+from detguard.photos import write_file
 
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
@@ -291,20 +295,23 @@ def _losses(found: Candidates, wanted: Candidates, kinds: Tensor, gate_weight: f
 
 
 def _save(file: Path, network: nn.Module, average: nn.Module, optimizer: Optimizer, number: int) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     state = {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"number": number}, file.with_suffix(".partial"))
-    file.with_suffix(".partial").replace(file)
+    data = BytesIO()
+    torch.save(state | {"number": number}, data)
+    write_file(file, data.getvalue())
 
 
 def _restore(file: Path, network: nn.Module, average: nn.Module, optimizer: Optimizer) -> int:
     if not file.exists():
         return 0
-    state: dict[str, Any] = torch.load(file, weights_only=True)
-    network.load_state_dict(state["network"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["number"])
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["number"])
+    except (EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise DetguardError(f"{file}: damaged; delete it to begin the stage again ({type(error).__name__})") from error
 
 
 def copy_expert(network: GatedNetwork, source: int, target: int) -> None:

@@ -46,6 +46,7 @@ def test_lines_are_photos_with_their_objects():
         '{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5, 1, 9]}]}',
         '{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5]}]}',
         '{"photo": 3, "objects": []}',
+        '{"photo": "a\\u0000.jpg", "objects": []}',
     ],
 )
 def test_a_wrong_line_is_named_by_its_number(line):

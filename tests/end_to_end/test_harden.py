@@ -1,6 +1,7 @@
 """`detguard harden` as a user runs it: all stages on two photos, a few batches each."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -61,12 +62,16 @@ def test_each_stage_leaves_its_weights_and_metrics(hardened):
 
 def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
     process = subprocess.Popen(
-        command("harden", *SHARED, "--out", "run"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command("harden", *SHARED, "--out", "run"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/weights/adversarial.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a queue of jobs does it: to its helpers, too
     assert process.wait() == 130
     assert not (tmp_path / "run/weights/joint.safetensors").exists()
     result = detguard("harden", "--resume", "run", cwd=tmp_path)
@@ -113,8 +118,10 @@ def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
     ("arguments", "message"),
     [
         ((), "--data"),
-        (("--data", ASSETS, "--recipe", "mtd"), "--attack free"),
-        (("--data", ASSETS, "--attack", "fgsm"), "--steps 2"),
+        (("--data", ASSETS, "--recipe", "mtd", "--attack", "free"), "--attack free"),
+        (("--data", ASSETS, "--attack", "fgsm", "--steps", "2"), "--steps 2"),
+        (("--data", ASSETS, "--crop", "100"), "--crop 100"),
+        (("--data", ASSETS, "--teacher", "detguard-n-hard"), "detguard-n-hard"),
         (("--data", "nowhere"), "nowhere"),
         (("--data", ASSETS, "--top-k", "9"), "--top-k 9"),
         (("--data", ASSETS, "--split", "tail"), "--split tail"),

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from detguard import DetguardError
 from detguard.data.batches import PhotoSet, batches, make_frames, read_photos
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
@@ -197,6 +198,12 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
     only = stage(**{"number": 40, "route": 0, "share": (0.25, 0, 0.75), "rate": 3e-3} | options)
     train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
     assert attacked() < 0.8 * before
+
+
+def test_a_damaged_checkpoint_is_named(network, undefended, source, tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(DetguardError, match=r"last\.pt: damaged"):
+        train_stage(network, undefended, source, stage(), SETTING, tmp_path / "last.pt")
 
 
 def test_the_gate_learns_each_kind_alike_however_many_a_batch_has(network, source):

@@ -1,0 +1,28 @@
+import pytest
+
+from detguard import DetguardError
+from detguard.detectors.gated import GatedNetwork
+from detguard.hardening.run import Plan, check_teacher
+from detguard.hardening.train import ADVERSARIAL
+
+
+def test_plain_fine_tuning_sees_no_attacks():
+    (stage,) = Plan(recipe="finetune", attack="pgd").stages()
+    assert stage.share[ADVERSARIAL] == 0
+
+
+def test_frames_that_no_detector_takes_are_refused():
+    with pytest.raises(DetguardError, match="--crop 100"):
+        Plan(crop=100)
+
+
+def test_only_a_detector_of_the_same_classes_and_layers_is_imitated(bundled_model, bundled):
+    check_teacher(bundled_model, bundled)
+    other_classes = GatedNetwork(bundled.model, 0, ("pgd",))
+    other_classes.class_names = {**other_classes.class_names, 0: "wombat"}
+    with pytest.raises(DetguardError, match="classes"):
+        check_teacher(other_classes, bundled)
+    wider = GatedNetwork(bundled.model, 0, ("pgd",))
+    wider.experts[0].append(wider.gate.out)
+    with pytest.raises(DetguardError, match="architecture"):
+        check_teacher(wider, bundled)
