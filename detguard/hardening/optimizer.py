@@ -19,18 +19,18 @@ class Optimizer:
 
     Batch norms folded in, weights of one layer may be a hundred times those of another, so steps are in proportion.
     Those of matrices are orthogonal (Muon, Jordan et al. 2024): a network that was never attacked has to change in many
-    directions, and comes as far in a third of the updates. `fixed` parameters have steps of `rate` itself: a gate
-    learns from nothing, and rows of it may have to stay as they are.
+    directions, and comes as far in a third of the updates. `fixed` parameters have steps of `fixed_size` times `rate`:
+    a gate learns from nothing, and rows of it may have to stay as they are.
     """
 
-    def __init__(self, learned: Sequence[nn.Parameter], fixed: Sequence[nn.Parameter]) -> None:
+    def __init__(self, learned: Sequence[nn.Parameter], fixed: Sequence[nn.Parameter], fixed_size: float = 1.0) -> None:
         of_fixed = {id(p) for p in fixed}
         self.learned = list(learned)
         self.matrices = [p for p in learned if id(p) not in of_fixed and p.ndim > 1 and p.shape[1] > 1]
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
         chosen = {id(p) for p in self.matrices}
         rest = [p for p in learned if id(p) not in chosen]
-        self.sizes = {id(p): 1.0 if id(p) in of_fixed else _size(p) for p in learned}
+        self.sizes = {id(p): fixed_size if id(p) in of_fixed else _size(p) for p in learned}
         groups: list[dict[str, Any]] = [
             {"params": [p], "weight_decay": 0.0 if id(p) in of_fixed else DECAY} for p in rest
         ]

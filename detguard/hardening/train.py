@@ -30,6 +30,8 @@ from detguard.photos import write_file
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
 EMA_DECAY = 0.998
+# Of the gate, which learns from nothing, also where experts only go on.
+GATE_RATE = 3e-3
 
 Shown = TypeVar("Shown")
 Update = Callable[[Tensor], None]
@@ -144,7 +146,9 @@ def train_stage(
         return _learn(network, teacher, batch, stage, setting, number, update)
 
     learned = learned_parameters(network, stage)
-    return train(network, learned, made, learn, stage.number, stage.rate, checkpoint, setting.save_every, on_batch)
+    return train(
+        network, learned, made, learn, stage.number, stage.rate, checkpoint, setting.save_every, on_batch, GATE_RATE
+    )
 
 
 def train(
@@ -157,16 +161,17 @@ def train(
     checkpoint: Path,
     save_every: float,
     on_batch: Callable[[int, dict[str, float]], bool] | None = None,
+    gate_rate: float | None = None,
 ) -> GatedNetwork:
     """Train the `learned` parameters in place on `last` batches, from `checkpoint` on; returns their moving average.
 
     made: batches from a number on; learn: told a batch, its number and how to update the weights by a loss; returns
-    what is to be told of it. See `train_stage` for the rest.
+    what is to be told of it; gate_rate: the gate's own highest rate. See `train_stage` for the rest.
     """
     network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
     average = AveragedModel(network, multi_avg_fn=_follow)
-    optimizer = Optimizer(learned, list(network.gate.parameters()))
+    optimizer = Optimizer(learned, list(network.gate.parameters()), (gate_rate or rate) / rate)
     first = _restore(checkpoint, network, average, optimizer)
     saved = time.monotonic()
 
