@@ -136,7 +136,7 @@ def harden(
         network = load_model(model, trust)[0]
         split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
         given, imitated = (load_detector(name, imgsz, trust) for name in (model, teacher or model))
-        check_teacher(network, imitated)
+        check_teacher(network, imitated, teacher or model)
     files = [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,

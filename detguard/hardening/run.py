@@ -159,21 +159,21 @@ def split_layer(model: Any, split: str) -> int:
     return int(split)
 
 
-def check_teacher(model: Any, teacher: Detector) -> None:
+def check_teacher(model: Any, teacher: Detector, name: str) -> None:
     """See that a detector can be imitated by the network to start from, unfused or a single hardened one.
+
+    name: of the detector, as the user gave it.
 
     Raises:
         DetguardError: it is not of a family that can be hardened, or another network, or it knows other classes.
     """
     if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
-        raise DetguardError(
-            f"{teacher.name}: expected a detector of Ultralytics' YOLO families, not hardened (--teacher)"
-        )
+        raise DetguardError(f"{name}: expected a detector of Ultralytics' YOLO families, not hardened (--teacher)")
     base = model.single() if isinstance(model, GatedNetwork) else fused(model)
     networks: list[Any] = [base, teacher.model]
     ours, theirs = ([p.shape for layer in network.model for p in layer.parameters()] for network in networks)
     if ours != theirs or list(base.names.values()) != list(teacher.class_names.values()):
-        raise DetguardError(f"--teacher {teacher.name}: expected the same architecture and classes as --model has")
+        raise DetguardError(f"--teacher {name}: expected the same architecture and classes as --model has")
 
 
 def harden(

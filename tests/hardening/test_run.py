@@ -17,12 +17,12 @@ def test_frames_that_no_detector_takes_are_refused():
 
 
 def test_only_a_detector_of_the_same_classes_and_layers_is_imitated(bundled_model, bundled):
-    check_teacher(bundled_model, bundled)
+    check_teacher(bundled_model, bundled, "a.pt")
     other_classes = GatedNetwork(bundled.model, 0, ("pgd",))
     other_classes.class_names = {**other_classes.class_names, 0: "wombat"}
     with pytest.raises(DetguardError, match="classes"):
-        check_teacher(other_classes, bundled)
+        check_teacher(other_classes, bundled, "a.pt")
     wider = GatedNetwork(bundled.model, 0, ("pgd",))
     wider.experts[0].append(wider.gate.out)
     with pytest.raises(DetguardError, match="architecture"):
-        check_teacher(wider, bundled)
+        check_teacher(wider, bundled, "a.pt")
