@@ -199,20 +199,22 @@ def fuse(outputs: Sequence[tuple[Tensor, dict[str, Any] | None]], log_weights: T
     (logits of the distances' distributions, [b, 4 * R, N]). Class probabilities are averaged with the gate's weights
     `w`; distributions with `w * p`, p the expert's best class probability there. Both come out as logits again.
     """
-    first = next(raw for _, raw in outputs if raw is not None)
+    asked = [i for i, (_, raw) in enumerate(outputs) if raw is not None]  # or cost would grow with the others
+    given = [(rows, raw) for rows, raw in outputs if raw is not None]
+    first = given[0][1]
 
     def stacked(key: str) -> Tensor:
         whole = []
-        for rows, raw in outputs:
-            if raw is not None and len(rows) == len(log_weights):
+        for rows, raw in given:
+            if len(rows) == len(log_weights):
                 whole.append(raw[key])
                 continue
             zeros = first[key].new_zeros(len(log_weights), *first[key].shape[1:])
-            whole.append(zeros if raw is None else zeros.index_copy(0, rows, raw[key]))
+            whole.append(zeros.index_copy(0, rows, raw[key]))
         return torch.stack(whole, 1)
 
     scores, boxes = stacked("scores").float(), stacked("boxes").float().unflatten(2, (4, -1))
-    weights = log_weights.float().exp()[:, :, None, None]
+    weights = log_weights[:, asked].float().exp()[:, :, None, None]
     # Probabilities of yes and of no, each by a sigmoid of its own: exact at both ends, and far faster than logarithms.
     yes, no = ((weights * x.sigmoid()).sum(1).clamp(min=TINY) for x in (scores, -scores))
     share = weights[:, :, 0] * scores.amax(2).sigmoid()
