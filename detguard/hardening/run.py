@@ -118,10 +118,10 @@ class Plan:
         share = [1 / 3] * 3 if kind is None else [self.mix / 2] * 3
         if kind is not None:
             share[kind] = 1 - self.mix
-        if name == "finetune":  # not attacked
-            share = [1 - self.mix, self.mix, 0.0]
-        if self.apart and kind == HARD:  # on its own it cannot resist, and trying would outweigh all else
-            share = [self.mix, 1 - self.mix, 0.0]
+        # A hard expert on its own cannot resist, and trying would outweigh all else.
+        if kind is not None and (name == "finetune" or (self.apart and kind == HARD)):
+            share = [self.mix, self.mix, 0.0]
+            share[kind] = 1 - self.mix
         adversary = Adversary(self.eps, self.steps, self.attack)
         if self.attack == "free" and kind in (NORMAL, HARD):  # few frames are attacked, the others learn once
             adversary = replace(adversary, method="pgd")

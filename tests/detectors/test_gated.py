@@ -228,9 +228,8 @@ def test_a_grown_ensemble_says_the_same_until_it_learns(bundled_model, bundled, 
         made.model.grow(["fog", "night"], 1)
         after = made.candidates(frames)
     assert torch.equal(made.model.gate.out.weight[:3], rows)
-    assert torch.allclose(
-        after.gate[:, :3], before.gate, atol=1e-5
-    )  # matrices of other shapes are summed in other orders
+    # Matrices of other shapes are summed in other orders.
+    assert torch.allclose(after.gate[:, :3], before.gate, atol=1e-5)
     assert (after.experts[:, 3:] < 1e-3).all()
     assert torch.allclose(after.logits.sigmoid(), before.logits.sigmoid(), atol=1e-3)
     assert made.model.names == ["normal", "hard", "adversarial", "fog", "night"]
