@@ -2,8 +2,9 @@
 
     python benchmarks/adapting.py --model runs/harden/001/weights/joint.safetensors --kinds snow
 
-The model should come from `detguard harden --corruptions` with all kinds but those. New photos: some of the
-street photos, shown as the new kind ("vanish": attacked by the objective that hides objects, with the model before).
+The model should come from `detguard harden --corruptions` with all kinds but those. New photos: some of the street and
+VOC photos, labelled by --labeller and shown as the new kind ("vanish": attacked by the objective that hides objects,
+with the model before).
 Judged on photos that nothing was trained on, by COCO's AP; attacked ones are attacked anew for each model. Then, with
 more and more experts, what a photo costs when only k of them are asked.
 """
@@ -22,6 +23,7 @@ from hardening import detguard, slug
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torchvision.ops import box_convert
 
 from detguard.data.corruptions import SEVERITIES, corrupt
 from detguard.data.dataset import Dataset, read_dataset
@@ -39,35 +41,46 @@ from detguard.reports.evaluation import number
 SHARED = Path("../shared/data")
 VANISH = "vanish"
 OLD_KINDS = ("fog", "gaussian_noise", "defocus_blur", "brightness")
-# Name -> options of `detguard adapt`; replay is added to all but the last, which nothing protects.
-VARIANTS: dict[str, list[object]] = {
-    "frozen": ["--mode", "frozen"],
-    "full, lambda 0": ["--mode", "full", "--lambda", 0],
-    "full, lambda 1": ["--mode", "full", "--lambda", 1],
-    "full, lambda 10": ["--mode", "full", "--lambda", 10],
-    "unprotected": ["--mode", "full", "--lambda", 0, "--experts", 0],
-}
+# Name -> options of `detguard adapt`; replay is added but to those without, which only lambda protects, if it is not 0.
+ALONE = "no replay, no expert"
+VARIANTS: dict[str, list[object]] = {"frozen": ["--mode", "frozen"]}
+VARIANTS |= {f"full, lambda {keep}": ["--mode", "full", "--lambda", keep] for keep in (0, 1, 10)}
+VARIANTS |= {f"{ALONE}, lambda {keep}": [*VARIANTS[f"full, lambda {keep}"], "--experts", 0] for keep in (0, 1, 10)}
+# What the street photos' own labels were made by: at this size and confidence.
+LABEL_SIZE, LABEL_CONFIDENCE = 640, 0.3
 
 
 def subject_of(detector: Detector, dataset: Dataset, cache: Cache) -> Subject:
     return Subject(detector.name, detector, dataset, dataset.category_ids(detector.class_names), cache)
 
 
-def labelled_folder(folder: Path, photos: dict[str, Path], shown: dict[str, Photo], names: dict[int, str]) -> Path:
-    """A data.yaml of photos, shown as they are to be learned, with the labels of the files that they come from."""
+def labels_by(labeller: Detector, photos: dict[str, Path]) -> dict[str, str]:
+    """What a detector finds on photos, as YOLO labels."""
+    labels = {}
+    for name, file in track(photos.items(), "labelling", transient=True):
+        photo = read_photo(file)
+        found = labeller.detect([photo], LABEL_CONFIDENCE)[0]
+        size = torch.tensor([photo.shape[1], photo.shape[0]] * 2)
+        boxes = box_convert(found.boxes, "xyxy", "cxcywh") / size
+        rows = [(int(c), *box.tolist()) for c, box in zip(found.classes, boxes, strict=True)]
+        labels[name] = "".join(" ".join(f"{value:g}" for value in row) + "\n" for row in rows)
+    return labels
+
+
+def labelled_folder(folder: Path, labels: dict[str, str], shown: dict[str, Photo], names: dict[int, str]) -> Path:
+    """A data.yaml of photos, shown as they are to be learned, with the labels of what they were."""
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    for name, file in photos.items():
-        cv2.imwrite(str(folder / "images" / f"{name}.png"), shown[name][..., ::-1])
-        labels = (file.parent.parent / "labels" / f"{file.stem}.txt").read_text()
-        (folder / "labels" / f"{name}.txt").write_text(labels)
+    for name, photo in shown.items():
+        cv2.imwrite(str(folder / "images" / f"{name}.png"), photo[..., ::-1])
+        (folder / "labels" / f"{name}.txt").write_text(labels[name])
     (folder / "data.yaml").write_text(yaml.safe_dump({"path": ".", "train": "images", "names": names}))
     return folder / "data.yaml"
 
 
 def drawn(count: int, seed: int) -> dict[str, Path]:
-    """Photos of the street set, whose labels hold all classes."""
-    files = sorted((SHARED / "street1569/images").glob("*.jpg"))
+    """Photos of the street and VOC sets."""
+    files = sorted(file for name in ("street1569", "voc3608") for file in (SHARED / name / "images").glob("*.jpg"))
     return {file.stem: file for file in np.random.default_rng(seed).permutation(np.array(files))[:count]}
 
 
@@ -136,6 +149,7 @@ def main(
     model: Annotated[str, typer.Option(help="A gated ensemble that was hardened without the kinds.")],
     kinds: str = "snow,glass_blur,vanish",
     variants: Annotated[str, typer.Option(help="Some of the variants, separated by semicolons.")] = ";".join(VARIANTS),
+    labeller: Annotated[str, typer.Option(help="What labels the new photos.")] = "../shared/weights/yolo11n-coco.pt",
     new: Annotated[int, typer.Option(help="Photos of the new kind.")] = 600,
     photos: Annotated[int, typer.Option(help="Photos seen in adapting.")] = 5_000,
     rate: float = 1e-3,
@@ -150,12 +164,11 @@ def main(
     fresh, replayed = drawn(2 * new, 0), {}
     for name in list(fresh)[new:]:
         replayed[name] = fresh.pop(name)
-    replay = out / "replay/data.yaml"
-    if not replay.exists():
-        labelled_folder(replay.parent, replayed, {n: read_photo(f) for n, f in replayed.items()}, names)
-    clean = out / "clean/data.yaml"
-    if not clean.exists():
-        labelled_folder(clean.parent, fresh, {n: read_photo(f) for n, f in fresh.items()}, names)
+    labels = labels_by(load_detector(labeller, LABEL_SIZE), fresh | replayed)
+    replay, clean = out / "replay/data.yaml", out / "clean/data.yaml"
+    for file, photos_of in ((replay, replayed), (clean, fresh)):
+        if not file.exists():
+            labelled_folder(file.parent, labels, {n: read_photo(f) for n, f in photos_of.items()}, names)
     for kind in kinds.split(","):
         table = Table(
             title=f"{detector.name}, {new} new photos, {photos} seen; {len(dataset.files)} of {dataset.name}, AP "
@@ -165,12 +178,12 @@ def main(
             table.add_column(column, justify="left" if column in ("new kind", "variant") else "right")
         folder = out / kind
         if not (folder / "data.yaml").exists():
-            labelled_folder(folder, fresh, shown_as(kind, fresh, clean, detector, eps), names)
+            labelled_folder(folder, labels, shown_as(kind, fresh, clean, detector, eps), names)
         before = judged(model, dataset, kind, eps, cache)
         for name in variants.split(";"):
             run = out / f"{kind}-{slug(name)}"
             options = [*VARIANTS[name], "--photos", photos, "--rate", rate]
-            options += [] if name == "unprotected" else ["--replay", replay]
+            options += [] if name.startswith(ALONE) else ["--replay", replay]
             detguard("adapt", run, "--model", model, "--new", folder / "data.yaml", *options)
             after = judged(str(run / "weights/adapted.safetensors"), dataset, kind, eps, cache)
             table.add_row(kind, name, *(f"{number(a)} > {number(b)}" for a, b in zip(before, after, strict=True)))

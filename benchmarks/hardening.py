@@ -2,8 +2,9 @@
 
     python benchmarks/hardening.py --model ../shared/weights/yolo11n-coco.pt
 
-First one network is trained adversarially; then each design goes on from there, with --more photos. Every part is a
-`detguard` command with a run of its own below --out: a killed benchmark goes on where it was.
+First one network is trained adversarially; then each design goes on from there, with --more photos. Mixtures of that
+network's weights and the undefended ones are single networks of other trades, for comparison at equal robustness. Every
+part is a `detguard` command with a run of its own below --out: a killed benchmark goes on where it was.
 """
 
 import csv
@@ -13,10 +14,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from detguard.data.corruptions import KINDS
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused, load_model, read_card, save_gated
 from detguard.reports.evaluation import number
 
 # Ensembles: name -> options of `detguard harden`.
@@ -27,7 +32,9 @@ DESIGNS: dict[str, list[str]] = {
     "heads": ["--split", "head", "--mode", "full"],
 }
 SHARED = Path("../shared/data")
-TRAINING = (SHARED / "street1569/images", SHARED / "voc3608/images", SHARED / "coco256/images/train")
+# The few photos with all of COCO's classes are shown more often.
+TRAINING = [SHARED / "street1569/images", SHARED / "voc3608/images", SHARED / "rooms2000/images"]
+TRAINING += 6 * [SHARED / "coco256/images/train"]
 
 
 def detguard(command: str, run: Path, *options: object) -> None:
@@ -38,6 +45,18 @@ def detguard(command: str, run: Path, *options: object) -> None:
     code = subprocess.run([sys.executable, "-m", "detguard.cli", command, *map(str, arguments)], check=False).returncode
     if code:
         raise SystemExit(code)
+
+
+def mixed(start: Path, model: str, share: float, made: Path) -> Path:
+    """Weights between those of the undefended detector, share 0, and those of the robust network, 1."""
+    network, _ = load_model(start)
+    assert isinstance(network, GatedNetwork)
+    undefended = GatedNetwork(fused(load_model(model)[0]), 0, network.names).experts
+    with torch.no_grad():
+        for ours, theirs in zip(network.experts.parameters(), undefended.parameters(), strict=True):
+            ours.lerp_(theirs, 1 - share)
+    save_gated(network, read_card(start), made)
+    return made
 
 
 def row_of(run: Path, person: str = "person") -> dict[str, Any]:
@@ -58,12 +77,14 @@ def row_of(run: Path, person: str = "person") -> dict[str, Any]:
 def main(
     model: Annotated[str, typer.Option(help="The undefended detector.")] = "detguard-n",
     designs: Annotated[str, typer.Option(help="Some of the ensembles, separated by semicolons.")] = ";".join(DESIGNS),
+    mixtures: Annotated[str, typer.Option(help="Shares of the robust network in mixtures.")] = "0.9,0.8",
     photos: Annotated[int, typer.Option(help="Photos that the single network sees, with repeats.")] = 104_500,
-    more: Annotated[int, typer.Option(help="Photos that each ensemble sees on top.")] = 12_000,
+    more: Annotated[int, typer.Option(help="Photos that each ensemble sees on top.")] = 50_000,
     crop: int = 192,
     batch: int = 32,
     mix: float = 0.2,
     imgsz: int = 320,
+    corruptions: Annotated[str, typer.Option(help="Kinds that are trained on.")] = ",".join(KINDS),
     data: str = str(SHARED / "coco256/data.yaml"),
     limit: Annotated[int | None, typer.Option(help="Judge on the first so many photos only.")] = None,
     eps: str = "2,4",
@@ -73,11 +94,14 @@ def main(
     out: Path = Path("runs/benchmarks/hardening"),
 ) -> None:
     training = [option for folder in TRAINING for option in ("--data", folder)]
-    common = [*training, "--imgsz", imgsz, "--crop", crop, "--batch", batch, "--mix", mix]
+    common = [*training, "--imgsz", imgsz, "--crop", crop, "--batch", batch, "--mix", mix, "--corruptions", corruptions]
     start = out / "start/weights/adversarial.safetensors"
     detguard("harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--photos", photos)
     weights = {"undefended": model, "single network": str(start)}
-    for name in designs.split(";"):
+    for share in filter(None, mixtures.split(",")):
+        made = out / f"mixture-{share}.safetensors"
+        weights[f"single network, {share} of it"] = str(mixed(start, model, float(share), made))
+    for name in filter(None, designs.split(";")):
         folder = out / slug(name)
         options = [*common, "--model", start, "--teacher", model, "--photos", more]
         detguard("harden", folder, *options, *DESIGNS[name])

@@ -24,7 +24,7 @@ from detguard.runs import Run
 # Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
 # was not made robust, no expert can be.
 RECIPES = {
-    "gated": {"adversarial": 0.8, "normal": 0.05, "hard": 0.1, "joint": 0.05},
+    "gated": {"adversarial": 0.7, "normal": 0.05, "hard": 0.2, "joint": 0.05},
     "pgd": {"adversarial": 1.0},
     "mtd": {"adversarial": 1.0},
     "finetune": {"finetune": 1.0},

@@ -93,10 +93,34 @@ def test_an_adapted_ensemble_can_be_adapted_again_and_refuses_beyond_its_limit(a
     assert "--max-experts 4" in refused.stderr
 
 
-def test_resumed_after_it_was_done_it_tells_the_same(adapted, place):
+def test_resumed_it_tells_the_same_from_the_photos_that_the_run_keeps(adapted, place):
+    elsewhere = [(place / name).rename(place / f"{name}.away") for name in ("dark.jsonl", "day.jsonl")]
     again = detguard("adapt", "--resume", "run", cwd=place)
+    for file in elsewhere:
+        file.rename(file.with_suffix(""))
     assert again.returncode == 0, again.stderr
     assert figures(again.stdout, "new") == figures(adapted.stdout, "new")
+
+
+def test_a_run_whose_ensemble_has_changed_does_not_go_on(adapted, place):
+    config = (place / "run/config.yaml").read_text()
+    (place / "changed").mkdir()
+    used = yaml.safe_load(config)["detector"]["sha256"]
+    (place / "changed/config.yaml").write_text(config.replace(used, "0" * 64))
+    result = detguard("adapt", "--resume", "changed", cwd=place)
+    assert result.returncode == 2
+    assert "ensemble.safetensors: no longer the weights" in result.stderr
+
+
+def test_it_warns_that_a_floor_bounds_new_experts(place):
+    card = json.loads((place / "ensemble.json").read_text())
+    card["gated"]["floor"] = 0.6
+    (place / "floored.json").write_text(json.dumps(card))
+    (place / "floored.safetensors").write_bytes((place / "ensemble.safetensors").read_bytes())
+    # Refused after the warning: nothing has to be trained.
+    result = detguard("adapt", "--model", "floored.safetensors", *OPTIONS, "--max-experts", 3, cwd=place)
+    assert result.returncode == 2
+    assert "keeps 0.6 of the weight" in result.stderr
 
 
 def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):

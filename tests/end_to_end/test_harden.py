@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from program import command, detguard
 from safetensors.torch import load_file
 from ultralytics.utils import ASSETS
@@ -78,6 +79,15 @@ def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
     assert result.returncode == 0, result.stderr
     ours, whole = (load_file(run / "weights/joint.safetensors") for run in (tmp_path / "run", hardened))
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+def test_a_run_whose_detector_has_changed_does_not_go_on(hardened, tmp_path):
+    config = (hardened / "config.yaml").read_text()
+    used = yaml.safe_load(config)["detectors"][0]["sha256"]
+    (tmp_path / "config.yaml").write_text(config.replace(used, "0" * 64))
+    result = detguard("harden", "--resume", tmp_path, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "detguard-n: no longer the weights" in result.stderr
 
 
 def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):

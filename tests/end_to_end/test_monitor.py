@@ -1,11 +1,12 @@
 """`detguard monitor` as a user runs it: a stream that turns dark, as JSON lines and as a COCO json."""
 
 import json
+import subprocess
 
 import cv2
 import numpy as np
 import pytest
-from program import detguard
+from program import command, detguard
 
 OPTIONS = ("--imgsz", 160, "--window", 8)
 
@@ -72,6 +73,16 @@ def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
     assert result.returncode == 2
     assert "broken.png" in result.stderr
     assert len((stream / "broken/results.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_byte_that_is_no_utf8_spoils_only_its_own_line(stream):
+    first, second = (stream / "stream.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    lines = first + b'{"photo": "caf\xe9.png", "objects": []}\n' + second
+    run = command("monitor", "--stream", "-", *OPTIONS, "--out", "bytes")
+    result = subprocess.run(run, cwd=stream, input=lines, capture_output=True, timeout=600, check=False)
+    assert result.returncode == 2
+    assert b"caf" in result.stderr
+    assert len((stream / "bytes/results.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
