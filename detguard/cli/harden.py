@@ -94,7 +94,7 @@ def harden(
     top_k: TopK = None,
     floor: Annotated[
         float | None,
-        typer.Option(min=0, max=0.95, help="Least weight of the adversarial expert; default: .8, 0 on a shared trunk."),
+        typer.Option(min=0, max=0.95, help="Least weight of the adversarial expert; default: .5, 0 on a shared trunk."),
     ] = None,
     corruptions: Corruptions = None,
     batch: Batch = 32,

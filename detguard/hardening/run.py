@@ -39,7 +39,7 @@ FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
 GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
 # Experts that do not resist say anything under attack: it must weigh less than what the robust one is sure of.
-FLOOR = 0.8
+FLOOR = 0.5
 LOG_EVERY = 20
 STRIDE = 32
 

@@ -1,5 +1,7 @@
 """The page of an adapt run: what the ensemble knew of new and old photos before and after, and how it learned."""
 
+from pathlib import Path
+
 from detguard.reports.evaluation import number
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import training_plot
@@ -30,5 +32,5 @@ def adaptation_page(run: Run, before: Judged, after: Judged) -> bytes:
         f"{plan['photos']} photos seen, seed {plan['seed']}"
     )
     command = ["detguard", *run.config["arguments"]]
-    title = f"Adapting {run.config['model']}"
+    title = f"Adapting {Path(run.config['model']).stem}"
     return render_page(title, subtitle, command, [judged_table(before, after)], plots, [])

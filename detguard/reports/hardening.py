@@ -1,5 +1,7 @@
 """The page of a harden run: how each stage learned, and which expert the gate came to ask."""
 
+from pathlib import Path
+
 from detguard.detectors.gated import EXPERTS
 from detguard.evaluation.run import mean
 from detguard.hardening.run import Plan
@@ -45,5 +47,5 @@ def hardening_page(run: Run) -> bytes:
         f"{plan['photos']} photos, {plan['attack']} of {plan['steps']} steps, budget {plan['eps']} of 255 levels, "
         f"seed {plan['seed']}"
     )
-    title = f"Hardening of {run.config['model']}: {plan['recipe']}"
+    title = f"Hardening of {Path(run.config['model']).stem}: {plan['recipe']}"
     return render_page(title, subtitle, ["detguard", *run.config["arguments"]], tables, made, [], 0)
