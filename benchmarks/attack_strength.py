@@ -31,9 +31,10 @@ def main(
     large: int = 16,
     queries: int = 200,
     attacks: str = ",".join(ATTACKS),
+    limit: Annotated[int | None, typer.Option(help="The first so many photos only.")] = None,
 ) -> None:
     keep_freed_memory()
-    detector, dataset = load_detector(model, imgsz), read_dataset(data)
+    detector, dataset = load_detector(model, imgsz), read_dataset(data, limit=limit)
     subject = Subject(detector.name, detector, dataset, dataset.category_ids(detector.class_names), Cache())
     names = tuple(attacks.split(","))
     sets = [AttackSet(names, eps, int(n)) for n in steps.split(",")] + [AttackSet(names, large, 20)]
