@@ -34,6 +34,7 @@ class Candidates:
     logits: float32 [B, N, C], class confidence before the sigmoid.
     boxes: float32 [B, N, 4] xyxy, frame pixels.
     end_to_end: the head needs no NMS (YOLOv10, YOLO26, RT-DETR): the best MAX_DETECTIONS scores are the detections.
+    multi_label: users see one of every class over the threshold, not of the best class only (torchvision).
     anchors: where the candidates come from, for families that have them.
     gate, experts: float32 [B, K], of gated ensembles: the gate's logits, and the weights that it gives the experts.
     """
@@ -44,13 +45,12 @@ class Candidates:
     anchors: Anchors | None = None
     gate: Tensor | None = None
     experts: Tensor | None = None
+    multi_label: bool = False
 
     def __getitem__(self, index: int | slice | Tensor) -> "Candidates":
-        def part(of: Any) -> Any:
-            return None if of is None else of[index]
-
-        parts = part(self.anchors), part(self.gate), part(self.experts)
-        return Candidates(self.logits[index], self.boxes[index], self.end_to_end, *parts)
+        parts = {"anchors": self.anchors, "gate": self.gate, "experts": self.experts}
+        given: dict[str, Any] = {name: part[index] for name, part in parts.items() if part is not None}
+        return replace(self, logits=self.logits[index], boxes=self.boxes[index], **given)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -98,9 +98,10 @@ class Detections:
 def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool = False) -> list[Detections]:
     """The detections of each frame in the batch, in *frame* pixels: threshold, then per-class NMS.
 
-    As Ultralytics' predict path, a candidate counts for its best class only, or as its validation, with
-    `multi_label`, for every class over the threshold. An end-to-end head skips NMS and may give one box two classes.
+    As Ultralytics' predict path, a candidate counts for its best class only, or with `multi_label`, as its validation
+    and torchvision, for every class over the threshold. An end-to-end head skips NMS and may give one box two classes.
     """
+    multi_label = multi_label or candidates.multi_label
     with torch.no_grad():
         found = [
             _best(logits.detach(), boxes.detach(), conf)

@@ -25,7 +25,10 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[
-    str, typer.Option(help="Bundled name, .pt or .safetensors file, or an Ultralytics name such as yolo11n.")
+    str,
+    typer.Option(
+        help="Bundled name, .pt or .safetensors file, or a name of Ultralytics or torchvision such as yolo11n."
+    ),
 ]
 ImageSize = Annotated[
     int | None, typer.Option(min=32, max=4096, help="Longest side of a frame, px; default: the model's own.")

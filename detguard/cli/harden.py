@@ -134,9 +134,9 @@ def harden(
     Plan(**plan)  # a wrong option leaves no run behind
     with err.status("Loading the detector"):
         network = load_model(model, trust)[0]
-        split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
         given, imitated = (load_detector(name, imgsz, trust) for name in (model, teacher or model))
         check_teacher(network, imitated, teacher or model)
+        split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
     files = [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "detguard-n"
 MAX_BYTES = 4 << 30
+MOST_CLASSES = 10_000
 
 
 def load_detector(
@@ -29,7 +30,7 @@ def load_detector(
     end_to_end: bool = False,
     top_k: int | None = None,
 ) -> "Detector":
-    """A ready detector by bundled name, by file (.pt, .safetensors) or by Ultralytics' name ("yolo11n").
+    """A ready detector by bundled name, by file (.pt, .safetensors), by Ultralytics' name ("yolo11n") or torchvision's.
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
     end_to_end: the head without NMS of YOLOv10 and YOLO26.
@@ -42,6 +43,7 @@ def load_detector(
     import torch
 
     from detguard.detectors.gated import GatedDetector, GatedNetwork
+    from detguard.detectors.torchvision import TorchvisionDetector
     from detguard.detectors.ultralytics import UltralyticsDetector
 
     try:
@@ -57,6 +59,10 @@ def load_detector(
         return GatedDetector(model, Path(name).stem, imgsz or size, device)
     if top_k:
         raise DetguardError(f"--top-k: {name} is no gated ensemble, it has no experts to choose from")
+    if hasattr(model, "outputs"):
+        if end_to_end:
+            raise DetguardError(f"--end-to-end: {name} has no head that works without NMS")
+        return TorchvisionDetector(model, Path(name).stem, imgsz or size, device)
     return UltralyticsDetector(model, Path(name).stem, imgsz or size, device, end_to_end)
 
 
@@ -90,6 +96,11 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = "
 
 def load_model(name: str | Path = BUNDLED, trust: bool = False) -> tuple[nn.Module, int]:
     """The unfused, trainable network of a detector and the frame size it was made for; see `load_detector`."""
+    from detguard.detectors.torchvision import ARCHITECTURES, frame_size, official_torchvision
+
+    if name in ARCHITECTURES:
+        model = official_torchvision(str(name))
+        return model, frame_size(model)
     file = find_weights(name)
     if file.stat().st_size > MAX_BYTES:
         raise DetguardError(f"{file}: over {MAX_BYTES >> 30} GiB, too large for weights of a detector")
@@ -118,10 +129,15 @@ def find_weights(name: str | Path) -> Path:
     from ultralytics.utils import SETTINGS
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
 
+    from detguard.detectors.torchvision import ARCHITECTURES
+
     official = file.name if file.suffix else f"{file.name}.pt"
     if file.name != str(name) or official not in GITHUB_ASSETS_NAMES:
         known = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
-        raise DetguardError(f"{name}: no such file, bundled detector ({known}) or Ultralytics name (yolo11n, ...)")
+        raise DetguardError(
+            f"{name}: no such file, bundled detector ({known}), Ultralytics name (yolo11n, ...) or torchvision name "
+            f"({', '.join(ARCHITECTURES)})"
+        )
     if (cached := Path(SETTINGS["weights_dir"]) / official).is_file():
         return cached
     try:
@@ -175,19 +191,28 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
 
 
 def build_model(architecture: str, classes: list[str]) -> nn.Module:
-    """A network with random weights by one of Ultralytics' own yaml names ("yolo11n.yaml"); no other file is read.
+    """A network with random weights by the name of one of Ultralytics' own yaml files or of torchvision's builders.
+
+    No other file is read. classes: those of the network's outputs, of torchvision's with "__background__" first.
 
     Raises:
-        DetguardError: Ultralytics ships no such architecture.
+        DetguardError: neither ships such an architecture.
     """
+    from detguard.detectors.torchvision import ARCHITECTURES, build_torchvision
+
+    if architecture in ARCHITECTURES and 1 < len(classes) <= MOST_CLASSES:
+        return build_torchvision(architecture, classes)
     from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, guess_model_scale
     from ultralytics.utils import ROOT, YAML
 
     shipped = {p.name: p for p in (ROOT / "cfg" / "models").rglob("*.yaml")}
     scale = guess_model_scale(architecture)
     generic = architecture if architecture in shipped else re.sub(rf"(\d+){scale}", r"\1", architecture, count=1)
-    if generic not in shipped or not 0 < len(classes) <= 10_000:
-        raise DetguardError(f"{architecture}: not an architecture that Ultralytics ships (like yolo11n.yaml)")
+    if generic not in shipped or not 0 < len(classes) <= MOST_CLASSES:
+        raise DetguardError(
+            f"{architecture}: not an architecture that Ultralytics ships (like yolo11n.yaml), nor one of torchvision's "
+            f"({', '.join(ARCHITECTURES)})"
+        )
     family = RTDETRDetectionModel if "rtdetr" in architecture else DetectionModel
     recipe = YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture}
     model = family(recipe, nc=len(classes), verbose=False)

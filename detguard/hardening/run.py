@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from ultralytics.nn.tasks import DetectionModel
 
 from detguard import DetguardError
 from detguard.data.batches import PhotoSet
@@ -167,6 +168,8 @@ def check_teacher(model: Any, teacher: Detector, name: str) -> None:
     Raises:
         DetguardError: it is not of a family that can be hardened, or another network, or it knows other classes.
     """
+    if not isinstance(model, (GatedNetwork, DetectionModel)):
+        raise DetguardError(f"--model: only Ultralytics' YOLO families can be hardened, not a {type(model).__name__}")
     if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
         raise DetguardError(f"{name}: expected a detector of Ultralytics' YOLO families, not hardened (--teacher)")
     base = model.single() if isinstance(model, GatedNetwork) else fused(model)

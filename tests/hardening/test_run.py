@@ -2,6 +2,7 @@ import pytest
 
 from detguard import DetguardError
 from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import build_model
 from detguard.hardening.run import Plan, check_teacher
 from detguard.hardening.train import ADVERSARIAL
 
@@ -26,3 +27,9 @@ def test_only_a_detector_of_the_same_classes_and_layers_is_imitated(bundled_mode
     wider.experts[0].append(wider.gate.out)
     with pytest.raises(DetguardError, match="architecture"):
         check_teacher(wider, bundled, "a.pt")
+
+
+def test_networks_of_torchvision_are_not_hardened_yet(bundled):
+    network = build_model("ssdlite320_mobilenet_v3_large", ["__background__", "person"])
+    with pytest.raises(DetguardError, match="only Ultralytics"):
+        check_teacher(network, bundled, "a.pt")

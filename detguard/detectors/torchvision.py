@@ -1,0 +1,147 @@
+"""Torchvision's one-stage detectors: RetinaNet, FCOS and SSD."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from torchvision.models import get_model, get_model_weights
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.ssd import SSD
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
+from detguard.detectors.base import Detector, to_photo
+from detguard.photos import Letterbox, Photo, frames_tensor, read_photo
+
+ARCHITECTURES = (
+    "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+)  # fmt: skip
+# Outputs of torchvision's networks that stand for no class.
+NO_CLASS = ("__background__", "N/A")
+
+
+def build_torchvision(architecture: str, outputs: list[str]) -> nn.Module:
+    """A network with random weights by one of `ARCHITECTURES`.
+
+    outputs: names of its class outputs in order, with "__background__" first as torchvision has them.
+    """
+    model: Any = get_model(architecture, weights=None, weights_backbone=None, num_classes=len(outputs))
+    model.outputs = outputs
+    return model
+
+
+def official_torchvision(architecture: str) -> nn.Module:
+    """The COCO-trained network that torchvision downloads by the name of its architecture, or has downloaded before.
+
+    Raises:
+        DetguardError: it is not here and cannot be downloaded, or the file is not what torchvision published.
+    """
+    weights = get_model_weights(architecture).DEFAULT
+    try:
+        # Torchvision's own loader, below, would unpickle anything that it finds in the cache.
+        weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        model: Any = get_model(architecture, weights=weights, progress=False)
+    except Exception as error:  # whatever the network layers and the unpickler raise, the user's remedy is the same
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DetguardError(
+            f"{architecture}: cannot be downloaded or read ({reason}); go online, or put torchvision's file at {file}"
+        ) from error
+    model.outputs = weights.meta["categories"]
+    return model
+
+
+class TorchvisionDetector(Detector):
+    """A frozen RetinaNet, FCOS or SSD with the resize and the normalization that it comes with.
+
+    A frame is the photo itself: the network resizes it, so that the network that users run is what is attacked.
+
+    Raises:
+        DetguardError: the network has one frame size, and `imgsz` is another.
+    """
+
+    def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu") -> None:
+        self.name = name
+        self.model: Any = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.device = torch.device(device)
+        classes = [(number, text) for number, text in enumerate(model.outputs) if text not in NO_CLASS]
+        self.class_names = dict(enumerate(text for _, text in classes))
+        self.outputs = torch.tensor([number for number, _ in classes], device=self.device)
+        resize = self.model.transform
+        if resize.fixed_size and imgsz != (size := max(resize.fixed_size)):
+            raise DetguardError(f"--imgsz {imgsz}: {name} has frames of {size} px only")
+        if imgsz != frame_size(model):
+            resize.min_size, resize.max_size = (imgsz,), imgsz
+        self.imgsz = imgsz
+
+    @override
+    def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
+        return Letterbox(photo_shape, photo_shape, photo_shape, (0, 0))
+
+    @override
+    def candidates(self, frames: Tensor) -> Candidates:
+        images, _ = self.model.transform(list(frames))
+        features = list(self.model.backbone(images.tensors).values())
+        raw = self.model.head(features)
+        places = self.model.anchor_generator(images, features)[0]
+        decode = getattr(self.model.box_coder, "decode_single", self.model.box_coder.decode)
+        boxes = decode(raw["bbox_regression"].flatten(0, 1), places.repeat(len(frames), 1)).view(len(frames), -1, 4)
+        # From the network's pixels to the frame's; what reaches over its sides is cut off, as users see it.
+        (height, width), (tall, wide) = frames.shape[2:], images.image_sizes[0]
+        gain = boxes.new_tensor([width / wide, height / tall] * 2)
+        boxes = (boxes * gain).clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        per_cell = self.model.anchor_generator.num_anchors_per_location()
+        padded_height = images.tensors.shape[2] * float(gain[1])
+        strides = [
+            places.new_full((level[0, 0].numel() * count, 1), padded_height / level.shape[2])
+            for level, count in zip(features, per_cell, strict=True)
+        ]
+        points = (places[:, :2] + places[:, 2:]) / 2 * gain[:2]
+        logits = self._logits(raw)[..., self.outputs]
+        return Candidates(logits, boxes, anchors=Anchors(points, torch.cat(strides)), multi_label=True)
+
+    def _logits(self, raw: dict[str, Tensor]) -> Tensor:
+        """Logits of the confidences that users see, [B, N, outputs], from the head's own."""
+        logits = raw["cls_logits"]
+        if isinstance(self.model, SSD):
+            return softmax_logits(logits)
+        if isinstance(self.model, FCOS):
+            # The confidence is the geometric mean of class probability and centerness.
+            log_score = (logsigmoid(logits) + logsigmoid(raw["bbox_ctrness"])) / 2
+            return log_score - torch.log(-torch.expm1(log_score))
+        return logits
+
+    @override
+    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+        photo = read_photo(source) if isinstance(source, Path) else source
+        self.model.score_thresh, self.model.nms_thresh = conf, iou
+        self.model.detections_per_img = MAX_DETECTIONS
+        with torch.no_grad():
+            (found,) = self.model(list(frames_tensor([photo], self.device)))
+        known = torch.isin(found["labels"], self.outputs)
+        classes = torch.searchsorted(self.outputs, found["labels"][known])
+        detections = Detections(found["boxes"][known].cpu(), found["scores"][known].cpu(), classes.cpu())
+        return to_photo(detections, self.letterbox((photo.shape[0], photo.shape[1])))
+
+
+def frame_size(model: Any) -> int:
+    """The longest side, px, to which a network of torchvision enlarges or shrinks a photo."""
+    return int(max(model.transform.fixed_size or [model.transform.max_size]))
+
+
+def softmax_logits(logits: Tensor) -> Tensor:
+    """Logits, [..., C], of which the sigmoid is the softmax of `logits`: each less the log-sum-exp of the others.
+
+    Exact and with a gradient where the softmax rounds to 1, which the logarithm of one minus it has not.
+    """
+    log_total = logits.logsumexp(-1, keepdim=True)
+    best = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.argmax(-1, keepdim=True), True)
+    others = logits.masked_fill(best, -torch.inf).logsumexp(-1, keepdim=True)
+    # All but the best have a probability of at most a half: 1 less it is exact enough.
+    log_p = logits - log_total
+    rest = log_total + torch.log1p(-log_p.exp().masked_fill(best, 0))
+    return logits - torch.where(best, others, rest)
