@@ -92,7 +92,7 @@ def test_a_run_whose_detector_has_changed_does_not_go_on(hardened, tmp_path):
 
 def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
     page = (hardened / "report.html").read_text()
-    for text in ("Hardening of detguard-n: gated", "adversarial", "joint", "Losses", "Which expert spoke in training"):
+    for text in ("Hardening of detguard-n: gated", "adversarial", "joint", "Losses", "Which expert the gate asks for"):
         assert text in page
 
 
