@@ -45,7 +45,7 @@ def trained(
 
 @app.command()
 def hardened(
-    run: Path,
+    run: Annotated[Path, typer.Option(help="A run of detguard harden.")],
     judged: Annotated[Path, typer.Option(help="A run of detguard evaluate on it: what attacks left.")],
     shared: Shared = Path("../shared"),
     weights: Weights = Path("weights"),
@@ -54,7 +54,8 @@ def hardened(
     made = run / "weights/joint.safetensors"
     card = json.loads(made.with_suffix(".json").read_text())
     (found,) = json.loads((judged / "metrics.json").read_text()).values()
-    attack = {key: found["attack"][key] for key in ("AP", "AP50", "eps", "steps", "restarts", "seed")}
+    attack = {key: round(found["attack"][key], 4) for key in ("AP", "AP50", "eps", "steps", "restarts", "seed")}
+    attack["photos"] = found["clean"]["photos"]
     publish(load_file(made), card, weights / "detguard-n-hard.safetensors", shared, {"attack": attack})
 
 
