@@ -128,7 +128,7 @@ def tables(metrics: Metrics) -> list[Table]:
             for check, c in checks.items()
         ]
         head = ["check", "", "value", "at most", "what"]
-        made.append(Table("Checks of the attack itself", head, rows, f"On the first {PHOTOS} photos, where there are so many."))
+        made.append(Table("Checks of the attack itself", head, rows, f"On at most the first {PHOTOS} photos."))
     return made
 
 
