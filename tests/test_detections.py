@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,3 +42,13 @@ def test_detections_above_and_of_select_by_confidence_and_class():
     assert (found.above(0.5).scores > 0.5).all()
     assert len(found.above(0.5)) == int((found.scores > 0.5).sum())
     assert set(found.of([2, 4]).classes.tolist()) == {2, 4}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_family_that_shows_every_class_over_the_threshold_shows_both_classes_of_one_box(whole):
+    boxes = torch.tensor([[[0.0, 0, 10, 10]]])
+    candidates = Candidates(torch.tensor([[[2.0, 1.0, -5.0]]]), boxes, multi_label=True)
+    (found,) = suppress(candidates if whole else candidates[:1], 0.25, 0.7)
+    assert found.classes.tolist() == [0, 1]
+    (best,) = suppress(replace(candidates, multi_label=False), 0.25, 0.7)
+    assert best.classes.tolist() == [0]

@@ -73,6 +73,10 @@ def test_every_candidate_has_its_point_and_stride(untrained, photo):
     assert photo.shape[0] - anchors.strides.min() <= finest.max()
 
 
+def test_a_box_may_be_shown_as_several_classes(untrained, photo):
+    assert untrained.candidates(frames_tensor([photo])).multi_label
+
+
 def test_softmax_logits_are_those_of_the_softmax_and_do_not_saturate():
     logits = torch.tensor([[30.0, -30.0, 0.0], [0.2, -1.0, 0.7]], dtype=torch.float64, requires_grad=True)
     assert torch.allclose(softmax_logits(logits).sigmoid(), logits.softmax(1))
