@@ -5,7 +5,6 @@ A photo is `uint8 [H, W, 3]` RGB at the resolution of its file. Gradients are `[
 
 import glob
 import hashlib
-import os
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from detguard import DetguardError
+from detguard.files import MAX_PHOTO, FileError, read_file
 
 Photo = NDArray[np.uint8]
 
@@ -75,9 +75,9 @@ def read_photo(file: str | Path) -> Photo:
     if file.is_dir():
         raise PhotoError(f"{file}: a folder that holds no photos or cannot be listed")
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise PhotoError(f"{file}: cannot be read ({error.strerror or error})") from error
+        data = read_file(file, MAX_PHOTO)
+    except FileError as error:
+        raise PhotoError(str(error)) from error
     if not data:
         raise PhotoError(f"{file}: the file is empty")
     try:
@@ -124,25 +124,6 @@ def decode_photo(data: bytes, file: str | Path = "photo") -> Photo:
 def encode_png(photo: Photo) -> bytes:
     """The bytes of a lossless PNG of `photo`, `uint8 [H, W, 3]` RGB."""
     return cv2.imencode(".png", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Put `data` into `file`, whole or not at all: written beside it, flushed to the disk, then renamed.
-
-    Raises:
-        PhotoError: the disk is full or the folder cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PhotoError(f"{file}: cannot be written ({error.strerror or error})") from error
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from detguard import DetguardError, __version__
-from detguard.photos import write_file
+from detguard.files import FileError, read_yaml, write_file
 
 Record = dict[str, Any]
 
@@ -66,8 +66,8 @@ class Run:
         """
         file = folder / "config.yaml"
         try:
-            config = yaml.safe_load(file.read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            config = read_yaml(file)
+        except FileError as error:
             raise RunError(f"{folder}: no {command} run here ({file.name} cannot be read)") from error
         if not isinstance(config, dict) or config.get("command") != command:
             raise RunError(f"{folder}: not a run of 'detguard {command}'")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from detguard import DetguardError
-from detguard.photos import write_file
+from detguard.files import write_file
 
 if TYPE_CHECKING:
     from detguard.detectors.base import Detector

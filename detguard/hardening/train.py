@@ -22,10 +22,10 @@ from detguard.data.corruptions import KINDS
 from detguard.detections import Candidates
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.ultralytics import decode
+from detguard.files import write_file
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import aimed_loss, feature_loss, gate_margin, imitation_loss
 from detguard.hardening.optimizer import Optimizer
-from detguard.photos import write_file
 
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))

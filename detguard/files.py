@@ -1,0 +1,181 @@
+"""Files and text as if a stranger wrote them: regular, of bounded size, parsed by parsers that build plain data only.
+
+Everything that detguard reads from disk, photos and weights included, comes through `read_file`.
+"""
+
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detguard import DetguardError
+
+# Bytes that a file of each kind may have: far over what any real one needs, far under what a machine has.
+MAX_TEXT = 64 << 20
+MAX_PHOTO = 512 << 20
+MAX_ANNOTATIONS = 2 << 30
+MAX_LINE = 16 << 20
+# What `write_file` calls a file that is not whole yet; a kill may leave one behind.
+PARTIAL = ".partial"
+# A tree may be so deep, and so much larger for the aliases in it, as nobody writes by hand.
+MAX_DEPTH = 64
+MAX_ALIASED = 4
+
+
+class FileError(DetguardError):
+    """A file that cannot be read or written; the message starts with its path."""
+
+
+def read_file(file: str | Path, most: int = MAX_TEXT) -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    Raises:
+        FileError: missing, unreadable, larger, or no regular file: a pipe would be waited for, a device never ends.
+    """
+    try:
+        # Without O_NONBLOCK, to open a pipe is to wait for who writes to it.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(file, flags), "rb") as stream:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise FileError(f"{file}: not a regular file")
+            data = stream.read(most + 1)
+    except OSError as error:
+        raise FileError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a null byte or a lone surrogate in the name
+        raise FileError(f"{file}: cannot be read ({error})") from error
+    if len(data) > most:
+        raise FileError(f"{file}: over the limit of {most >> 20 or most / 2**20:g} MiB")
+    return data
+
+
+def is_file(file: str | Path) -> bool:
+    """Whether there is a regular file of that name; of names that no file can have, there is none."""
+    try:
+        return Path(file).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Put `data` into `file`, whole or not at all: written beside it, flushed to the disk, then renamed.
+
+    Raises:
+        FileError: the disk is full or the folder cannot be written.
+    """
+    # Not of the file's own name: one of 255 bytes leaves no room for more.
+    partial = file.with_name(f".{os.getpid()}{PARTIAL}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
+        raise FileError(f"{file}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_json(file: str | Path, most: int = MAX_TEXT) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        FileError: as `read_file`, or it is not JSON.
+    """
+    try:
+        return parse_json(read_file(file, most))
+    except ValueError as error:
+        raise FileError(f"{file}: not JSON ({error})") from error
+
+
+def parse_json(data: bytes | str) -> Any:
+    """What a JSON text says, in UTF-8.
+
+    Raises:
+        ValueError: it is not JSON, or nested as deep as nobody writes.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_yaml(file: str | Path, most: int = MAX_TEXT) -> Any:
+    """What a YAML file says, in plain lists, dicts, texts, numbers, booleans and nulls.
+
+    Numbers, booleans and nulls are those that PyYAML writes; all else is text, so that a class named `no` or `12:30` is
+    called that.
+
+    Raises:
+        FileError: as `read_file`, or it is not YAML, names types, is nested deep or grows by its aliases.
+    """
+    data = read_file(file, most)
+    try:
+        return _parse_yaml(data.decode("utf-8-sig"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FileError(f"{file}: not a readable yaml ({' '.join(str(error).split())})") from error
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader without dates, base-60 numbers, merges and what else YAML 1.1 sees in plain text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+def _scalar(tag: str, pattern: str, first: str, made: Callable[[str], Any]) -> None:
+    tag = f"tag:yaml.org,2002:{tag}"
+    _Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), ["", *first])
+    _Loader.add_constructor(tag, lambda loader, node: made(node.value))
+
+
+_scalar("null", "~|null|Null|NULL|", "~nN", lambda text: None)
+_scalar("bool", "true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true")
+_scalar("int", "[-+]?(0|[1-9][0-9]{0,24})", "-+0123456789", int)
+_scalar("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?", "-+.0123456789", float)
+
+
+def _parse_yaml(text: str) -> Any:
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):  # events are not nested: too deep a tree is seen before it is built
+        if (tag := getattr(event, "tag", None)) not in (None, "!"):
+            raise ValueError(f"names a type, {tag}")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        sizes: dict[int, int] = {}
+        if _whole_size(root, sizes) > MAX_ALIASED * len(sizes) + 1000:
+            raise ValueError("its aliases make it many times larger")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _whole_size(node: Any, sizes: dict[int, int]) -> int:
+    """How many nodes a tree has where each alias is a copy; sizes: those of the subtrees, by identity."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1 << 62  # what contains itself has no end
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = (child if isinstance(child, tuple) else (child,) for child in children)
+        sizes[id(node)] = 1 + sum(_whole_size(child, sizes) for pair in pairs for child in pair)
+    return sizes[id(node)]
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey, not show, as escapes: controls, new lines, direction, surrogates."""
+    return "".join(c if unicodedata.category(c) not in _OBEYED else ascii(c)[1:-1] for c in text)
+
+
+_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
