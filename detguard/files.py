@@ -79,6 +79,14 @@ def is_file(file: str | Path) -> bool:
         return False
 
 
+def is_folder(folder: str | Path) -> bool:
+    """Whether there is a folder of that name, as `is_file`."""
+    try:
+        return Path(folder).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def write_file(file: Path, data: bytes) -> None:
     """Put `data` into `file`, whole or not at all: written beside it, flushed to the disk, then renamed.
 

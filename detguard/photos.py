@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from detguard import DetguardError
-from detguard.files import MAX_PHOTO, FileError, is_file, open_file, read_file
+from detguard.files import MAX_PHOTO, FileError, is_file, is_folder, open_file, read_file
 
 Photo = NDArray[np.uint8]
 
@@ -40,7 +40,7 @@ MIN_SIDE = 8
 # Decoders may go so often over the pixels of the largest photo, and oftener over those of a smaller one: a JPEG of 2 kB
 # can have thousands of scans. Pillow decodes run lengths in Python, which takes as long as so many.
 MAX_PASSES = 12
-RUN_LENGTH_PASSES = 60
+RUN_LENGTH_PASSES = 120
 # What a file of each kind begins with. Not `Image.open`: it starts Ghostscript for an EPS of any name, and Ultralytics
 # replaces it by one that installs a package for what is no image.
 READERS: dict[bytes, Callable[[BinaryIO], ImageFile]] = {
@@ -52,6 +52,7 @@ READERS: dict[bytes, Callable[[BinaryIO], ImageFile]] = {
     rb"II[*+]\0|MM\0[*+]": TiffImageFile,
 }
 EXIF_ORIENTATION = 274
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment of a JPEG, with a length
 PADDING_LEVEL = 114
 
 
@@ -104,10 +105,8 @@ def read_photo(file: str | Path) -> Photo:
     try:
         data = read_file(file, MAX_PHOTO)
     except FileError as error:
-        folder = Path(file).is_dir()
-        raise PhotoError(
-            f"{file}: a folder that holds no photos or cannot be listed" if folder else str(error)
-        ) from error
+        reason = f"{file}: a folder that holds no photos or cannot be listed" if is_folder(file) else str(error)
+        raise PhotoError(reason) from error
     size = _check(data, file)
     photo = decode_photo(data, file)
     if sorted(photo.shape[:2]) != sorted(size):
@@ -160,7 +159,7 @@ def _passes(image: ImageFile, data: bytes) -> int:
     if image.format != "JPEG":
         return 1
     scans, at = 0, 2
-    while marker := re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])").search(data, at):
+    while marker := MARKER.search(data, at):
         if marker[1] == b"\xd9":  # the end; what comes after it is not decoded
             break
         scans += marker[1] == b"\xda"

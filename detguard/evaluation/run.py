@@ -169,7 +169,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
             "imgsz": detector.imgsz,
             "end_to_end": detector.end_to_end,
             "sha256": detector.state_hash(),
-            "left_out": len(dataset.warnings.get(LOST, [])),
+            "left_out": dataset.warnings[LOST].total,
         }
     }
     if "clean" in wanted.protocols:

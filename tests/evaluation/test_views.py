@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from detguard.data.dataset import LOST, read_dataset
+from detguard.data.dataset import LOST, Faults, read_dataset
 from detguard.detections import Detections
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, worst_photo
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
@@ -164,7 +164,7 @@ def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):
     whole = files[12].read_bytes()
     files[12] = tmp_path / "cut.png"
     files[12].write_bytes(whole[: len(whole) // 2])
-    broken = replace(subject, dataset=replace(subject.dataset, files=files, warnings={}))
+    broken = replace(subject, dataset=replace(subject.dataset, files=files, warnings=Faults()))
     fill(broken, [Clean()])
     assert list(broken.dataset.files) == [11, 13, 14]
     assert "cut.png" in broken.dataset.warnings[LOST][0]
