@@ -168,7 +168,7 @@ def load_subjects(detectors: "Sequence[Detector]", source: dict[str, Any]) -> "l
         dataset = read_dataset(source["source"], source["split"], images, source["limit"])
     show_warnings(dataset)
     subjects: list[Subject] = []
-    cache = Cache()
+    cache = Cache(told=show_warning)
     for detector in detectors:
         taken = [s.detector.name for s in subjects].count(detector.name)
         name = f"{detector.name}#{taken + 1}" if taken else detector.name
