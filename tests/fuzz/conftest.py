@@ -1,7 +1,8 @@
 """The one frame of all fuzzers: what it gives a reader may raise DetguardError, and do nothing worse.
 
-A fuzzer is a test that takes `fuzz` and calls it once, with a strategy of inputs and the reader of one. Together they take DETGUARD_FUZZ_SECONDS, 30 by default with the
-same inputs in every run; where the variable is set, the inputs are others each time, unless DETGUARD_FUZZ_SEED is too.
+A fuzzer is a test that takes `fuzz` and calls it once, with a strategy of inputs and the reader of one. Together they
+take DETGUARD_FUZZ_SECONDS, 30 by default with the same inputs in every run; where the variable is set, the inputs are
+others each time, unless DETGUARD_FUZZ_SEED is too.
 """
 
 import os
