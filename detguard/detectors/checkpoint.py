@@ -22,10 +22,13 @@ from detguard import DetguardError
 from detguard.files import MAX_DEPTH, read_file
 
 MAX_BYTES = 4 << 30
+# Classes that a detector may know, and sides of a frame, px.
+MOST_CLASSES = 10_000
+SIZES = range(32, 4097)
 # Of a pickle and of a zip's table of contents: the largest networks need a tenth of that.
 MAX_PICKLE = 32 << 20
 MAX_DIRECTORY = 4 << 20
-MAX_READS = 4_000_000
+MAX_INSTRUCTIONS = 2_000_000
 MAX_DIMENSIONS = 8
 # Tensors may share their bytes, but all of them together may not take many times what the file has.
 MOST_SHARED = 4
@@ -99,17 +102,16 @@ class Stored:
 
 
 class _Limited(BytesIO):
-    """Bytes that are given out in a limited number of pieces of limited size."""
+    """Bytes that are given out in pieces of at most `most`."""
 
     def __init__(self, data: bytes, most: int) -> None:
         super().__init__(data)
-        self.reads, self.most, self.length = MAX_READS, most, len(data)
+        self.most, self.length = most, len(data)
 
     def read(self, size: int | None = -1) -> bytes:
-        self.reads -= 1
         asked = self.length if size is None or size < 0 else size
-        if self.reads < 0 or (asked > self.most and min(asked, self.length - self.tell()) > self.most):
-            raise Damaged("it has more in it than a detector needs")
+        if asked > self.most and min(asked, self.length - self.tell()) > self.most:
+            raise Damaged("its table of contents is larger than a detector needs")
         return super().read(size)
 
 
@@ -120,7 +122,22 @@ class _Reader(_Unpickler):
     """Python's own unpickler with the instructions that make data; those that call and build make records."""
 
     def __init__(self, data: bytes) -> None:
-        super().__init__(_Limited(data, MAX_PICKLE))
+        super().__init__(BytesIO(data))
+
+    def load(self) -> Any:
+        # As the base class has it but for its frames, which would be read without being counted.
+        self.read, self.readline = self._file_read, self._file_readline
+        self.metastack, self.stack, self.proto = [], [], 0
+        self.append = self.stack.append
+        try:
+            for _ in range(MAX_INSTRUCTIONS):
+                code = self.read(1)
+                if not code or code[0] not in self.dispatch:
+                    raise Damaged("its pickle is cut short, or has instructions that no checkpoint needs")
+                self.dispatch[code[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+        raise Damaged("it has more objects than a detector needs")
 
     def find_class(self, module: str, name: str) -> Named:
         module = "builtins" if module == "__builtin__" else module
@@ -138,7 +155,7 @@ class _Reader(_Unpickler):
         raise Damaged("holds tensors of an unknown kind")
 
     def load_frame(self) -> None:
-        self.read(8)  # its length; what it frames follows as if there were none, and is counted
+        self.read(8)  # its length; what it frames follows as if there were none
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -277,7 +294,7 @@ class Archive:
     def refused(self, error: Exception) -> CheckpointError:
         """The error of this file for what is wrong with it."""
         if isinstance(error, Unknown):
-            return CheckpointError(f"{self.file}: {error}; add --trust if you know where it comes from")
+            return CheckpointError(f"{self.file}: refused, {error}; add --trust if you know where it comes from")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return CheckpointError(f"{self.file}: damaged, or not an Ultralytics checkpoint ({reason})")
 

@@ -284,8 +284,8 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
     }
 
 
-def build_gated(model: Any, card: dict[str, Any]) -> GatedNetwork:
-    """The ensemble that a `gated_card` describes, on a fused model.
+def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
+    """The ensemble that a `gated_card` describes, on a fused model, of at most `most` weights.
 
     Raises:
         DetguardError: the card is not such a one.
@@ -293,6 +293,9 @@ def build_gated(model: Any, card: dict[str, Any]) -> GatedNetwork:
     try:
         names = [str(name) for name in card["experts"]]
         top_k = None if card["top_k"] is None else int(card["top_k"])
-        return GatedNetwork(model, int(card["split"]), names, str(card["gate_on"]), top_k, float(card["floor"]))
-    except (KeyError, TypeError, ValueError) as error:
+        split = int(card["split"])
+        if len(names) * sum(p.numel() for layer in model.model[split:] for p in layer.parameters()) > most:
+            raise ValueError("it has more experts than the weights beside it")
+        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, float(card["floor"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

@@ -1,11 +1,10 @@
 """From the records of an Ultralytics checkpoint to the network that they describe, built by us from its checked recipe.
 
-Nothing of the file becomes a part of the network but numbers: the recipe, Ultralytics' `yaml`, is checked to be a list of
-known layers with literal arguments; what is built of it is compared, module by module, with what the file says that it
-holds; then its tensors are loaded by name.
+Nothing of the file becomes a part of the network but numbers: the recipe, Ultralytics' `yaml`, is checked to be a list
+of known layers with literal arguments; what is built of it is given the file's tensors by name, and compared, module by
+module, with what the file says that it holds.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils._device import DeviceContext
+from ultralytics.nn.modules.head import Detect, RTDETRDecoder
 from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, parse_model
 from ultralytics.utils.torch_utils import initialize_weights
 
-from detguard import DetguardError
-from detguard.detectors.checkpoint import Archive, Damaged, Record, Stored, Unknown
+from detguard.detectors.checkpoint import MOST_CLASSES, SIZES, Archive, Damaged, Record, Stored, Unknown
+from detguard.detectors.ultralytics import inputs_of, run_layers
 
 FAMILIES = {
     "ultralytics.nn.tasks.DetectionModel": DetectionModel,
@@ -39,12 +40,10 @@ ACTIVATION = re.compile(
     r"\((inplace=True|0?\.\d{1,4})?\)"
 )
 TEXTS = ("nc", "None", "True", "False", "nearest", "bilinear")
-MOST_CLASSES = 10_000
 MOST_LAYERS, MOST_MODULES, MOST_REPEATS = 500, 20_000, 100
-MAX_WIDTH, MAX_KERNEL, MAX_NAME = 1 << 14, 64, 200
-# Of the output of a layer at a frame of 256 px: sixteen times what the widest of Ultralytics' networks has.
-STRIDE_FRAME, MOST_OUTPUTS = 256, 1 << 26
-SIZES = range(32, 4097)
+MAX_WIDTH, MAX_WINDOW, MAX_GROWTH, MAX_NAME = 1 << 14, 64, 8, 200
+# A frame to find strides by, and the most numbers that a layer may make of it: many times what real ones do.
+SMALL_FRAME, MOST_OUTPUTS = 128, 1 << 22
 
 # What a module keeps that does not decide what it computes, or that detguard sets by itself.
 IGNORED = {
@@ -72,11 +71,12 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
         size = frame_size(state.get("args"))
         saved = _child(record, "model")
         model = build(FAMILIES[record.kind], recipe, sum(1 for _ in _tree(saved)))
-        for path, part, module in _pairs(saved, model.model):
+        pairs = list(_pairs(saved, model.model))
+        fill(model, {f"model.{path}": archive.tensor(stored) for path, stored in _tensors(saved)}, "its yaml")
+        find_strides(model)
+        for path, part, module in pairs:
             _compare(path, part, module, archive)
         model.names, model.task = names, "detect"
-        tensors = {f"model.{path}": archive.tensor(stored) for path, stored in _tensors(saved)}
-        fill(model, tensors)
     except Damaged as error:
         raise archive.refused(error) from error
     return model, size
@@ -96,10 +96,10 @@ def check_recipe(recipe: Any) -> dict[str, Any]:
     """
     if not isinstance(recipe, dict):
         raise Damaged("has no yaml of its network")
-    layers = [recipe.get(part) for part in ("backbone", "head")]
-    if not all(isinstance(part, list) for part in layers) or not 0 < len(layers[0] + layers[1]) <= MOST_LAYERS:
+    parts = {name: recipe.get(name) for name in ("backbone", "head")}
+    if not all(isinstance(part, list) and 0 < len(part) <= MOST_LAYERS for part in parts.values()):
         raise Damaged("the yaml of its network lists no layers")
-    checked: dict[str, Any] = {part: [_check_layer(one) for one in recipe[part]] for part in ("backbone", "head")}
+    checked: dict[str, Any] = {name: [_check_layer(one) for one in part or ()] for name, part in parts.items()}
     checked["nc"] = _number(recipe, "nc", 80, 1, MOST_CLASSES, int)
     checked["reg_max"] = _number(recipe, "reg_max", 16, 1, 64, int)
     for name in ("depth_multiple", "width_multiple"):
@@ -181,10 +181,19 @@ def frame_size(args: Any) -> int:
     """
     given = args.state if isinstance(args, Record) else args
     size = given.get("imgsz", 640) if isinstance(given, dict) else 640
-    sides = list(size) if isinstance(size, list | tuple) and size else [size]
+    sides: list[Any] = list(size) if isinstance(size, list | tuple) and size else [size]
     if not all(isinstance(side, int) and side in SIZES for side in sides):
         raise Damaged(f"has an odd frame size; expected {SIZES.start} to {SIZES.stop - 1} px")
     return int(max(sides))
+
+
+class _Shapes(DeviceContext):
+    """Where modules are made on a device without giving their parameters first values."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
@@ -206,13 +215,9 @@ def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
         if left < 0:
             raise Damaged("the yaml of its network describes a larger one")
 
-    def bound(layer: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.numel() > MOST_OUTPUTS:
-            raise Damaged("the yaml of its network describes one with enormous outputs")
-
     counting = register_module_module_registration_hook(count)
     try:
-        with torch.device("meta"):
+        with _Shapes("meta"):
             model.model, model.save = parse_model({**recipe, "backbone": [*recipe["backbone"]]}, ch=3, verbose=False)
             initialize_weights(model)
     except Damaged:
@@ -221,28 +226,45 @@ def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
         raise Damaged(f"no network can be made of its yaml ({_line(error)})") from error
     finally:
         counting.remove()
-    if any(max(_sides(m.kernel_size)) > MAX_KERNEL for m in model.modules() if isinstance(m, nn.MaxPool2d)):
-        raise Damaged("the yaml of its network describes one with enormous windows")
     model.yaml, model.inplace = recipe | {"channels": 3}, True
+    return model
+
+
+def find_strides(model: Any) -> None:
+    """Run a small frame through all layers but the head, to find its strides and that no layer makes too much of it.
+
+    Raises:
+        Damaged: layers do not fit each other, or one is enormous.
+    """
+    for module in model.modules():
+        window = getattr(module, "kernel_size", 1) if isinstance(module, nn.MaxPool2d) else 1
+        grown = getattr(module, "scale_factor", None) or 1 if isinstance(module, nn.Upsample) else 1
+        grown = module.stride if isinstance(module, nn.ConvTranspose2d) else grown
+        if max(_sides(window)) > MAX_WINDOW or max(_sides(grown)) > MAX_GROWTH:
+            raise Damaged("the yaml of its network describes one with enormous windows")
+
+    def bound(layer: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.numel() > MOST_OUTPUTS:
+            raise Damaged("the yaml of its network describes one with enormous outputs")
+
+    model.eval()
+    *layers, head = model.model
     hooks = [module.register_forward_hook(bound) for module in model.modules()]
     try:
         with torch.no_grad():
-            found = model.train().forward(torch.zeros(1, 3, STRIDE_FRAME, STRIDE_FRAME, device="meta"))
+            last, saved = run_layers(layers, torch.zeros(1, 3, SMALL_FRAME, SMALL_FRAME), {}, set(model.save))
+            maps = inputs_of(head, last, saved)
+            strides = torch.tensor([SMALL_FRAME / one.shape[-2] for one in maps])
     except Damaged:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever layers raise that do not fit each other
         raise Damaged(f"the layers of its yaml do not fit each other ({_line(error)})") from error
     finally:
         for hook in hooks:
             hook.remove()
-    head = model.model[-1]
-    if family is RTDETRDetectionModel:
-        model.stride = torch.tensor([32.0])
-    else:
-        maps = found.get("one2many", found)["feats"]
-        head.stride = model.stride = torch.tensor([STRIDE_FRAME / one.shape[-2] for one in maps])
-        head.inplace = True
-    return model
+    model.stride = torch.tensor([32.0]) if isinstance(head, RTDETRDecoder) else strides
+    if isinstance(head, Detect):
+        head.stride = strides
 
 
 def _line(error: Exception) -> str:
@@ -332,19 +354,19 @@ def _tensors(record: Record) -> Iterator[tuple[str, Stored]]:
                     yield f"{path}.{name}".lstrip("."), value
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a network its numbers by name, as float32; each is checked to be one.
+def fill(model: nn.Module, tensors: dict[str, Tensor], architecture: str) -> None:
+    """Give a network, of an `architecture` by name, its numbers by theirs, as float32; each is checked to be one.
 
     Raises:
         Damaged: some are missing or of another shape, or not finite numbers.
     """
-    for name, expected in model.state_dict().items():
-        given = tensors.get(name)
-        if given is None or given.shape != expected.shape:
-            raise Damaged(f"not the weights of its architecture ({name} is missing or of another shape)")
-        if given.is_floating_point() != expected.is_floating_point() or not torch.isfinite(given).all():
-            raise Damaged(f"its weights are not finite numbers ({name})")
-    if more := tensors.keys() - model.state_dict().keys():
-        raise Damaged(f"not the weights of its architecture ({min(more)[:MAX_NAME]} is too many)")
-    as_ours = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
+            raise Damaged(f"damaged, or not the weights of {architecture} ({name[:MAX_NAME]} is not the same in both)")
+        if tensors[name].is_floating_point() != expected[name].is_floating_point():
+            raise Damaged(f"its weights are of another type ({name})")
+    as_ours = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    if not torch.stack([value.sum() for value in as_ours.values() if value.is_floating_point()]).isfinite().all():
+        raise Damaged("its weights are not finite numbers")
     model.load_state_dict(as_ours, strict=True, assign=True)
