@@ -127,16 +127,16 @@ class _Reader(_Unpickler):
     def load(self) -> Any:
         # As the base class has it but for its frames, which would be read without being counted.
         self.read, self.readline = self._file_read, self._file_readline
-        self.metastack, self.stack, self.proto = [], [], 0
+        self.metastack: list[list[Any]] = []
+        self.stack: list[Any] = []
         self.append = self.stack.append
-        try:
-            for _ in range(MAX_INSTRUCTIONS):
-                code = self.read(1)
-                if not code or code[0] not in self.dispatch:
-                    raise Damaged("its pickle is cut short, or has instructions that no checkpoint needs")
-                self.dispatch[code[0]](self)
-        except pickle._Stop as stop:
-            return stop.value
+        for _ in range(MAX_INSTRUCTIONS):
+            code = self.read(1)
+            if code == pickle.STOP:
+                return self.stack.pop()
+            if not code or code[0] not in self.dispatch:
+                raise Damaged("its pickle is cut short, or has instructions that no checkpoint needs")
+            self.dispatch[code[0]](self)
         raise Damaged("it has more objects than a detector needs")
 
     def find_class(self, module: str, name: str) -> Named:
@@ -216,7 +216,7 @@ class _Reader(_Unpickler):
     dispatch = {
         code[0]: _Unpickler.dispatch[code[0]]
         for code in (
-            pickle.PROTO, pickle.STOP, pickle.NONE, pickle.NEWFALSE, pickle.NEWTRUE, pickle.INT, pickle.BININT,
+            pickle.PROTO, pickle.NONE, pickle.NEWFALSE, pickle.NEWTRUE, pickle.INT, pickle.BININT,
             pickle.BININT1, pickle.BININT2, pickle.LONG, pickle.LONG1, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING,
             pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE,
             pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1,

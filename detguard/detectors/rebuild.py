@@ -39,7 +39,7 @@ ACTIVATION = re.compile(
     r"(torch\.)?nn\.(CELU|ELU|GELU|Hardswish|Identity|LeakyReLU|Mish|PReLU|ReLU|ReLU6|SELU|SiLU|Softplus)"
     r"\((inplace=True|0?\.\d{1,4})?\)"
 )
-TEXTS = ("nc", "None", "True", "False", "nearest", "bilinear")
+TEXTS = {"nc": "nc", "nearest": "nearest", "bilinear": "bilinear", "None": None, "True": True, "False": False}
 MOST_LAYERS, MOST_MODULES, MOST_REPEATS = 500, 20_000, 100
 MAX_WIDTH, MAX_WINDOW, MAX_GROWTH, MAX_NAME = 1 << 14, 64, 8, 200
 # A frame to find strides by, and the most numbers that a layer may make of it: many times what real ones do.
@@ -153,7 +153,7 @@ def _literal(value: Any, depth: int = 0) -> Any:
         case int() | float() if abs(value) <= MAX_WIDTH:  # not so of NaN
             return value
         case str() if value in TEXTS:
-            return value
+            return TEXTS[value]
         case list() | tuple() if depth < 2 and len(value) <= 16:
             return [_literal(one, depth + 1) for one in value]
     raise Damaged("the yaml of its network has an odd argument of a layer")
