@@ -196,7 +196,7 @@ def read_card(name: str | Path) -> dict[str, Any]:
             raise Damaged("one of them is missing")
         if not isinstance(card["architecture"], str) or not isinstance(card["classes"], list):
             raise Damaged("they are no text and list")
-        class_names(card["classes"], len(card["classes"]))
+        class_names(card["classes"], max(1, len(card["classes"])))
         frame_size({"imgsz": card["imgsz"]})
     except Damaged as error:
         raise DetguardError(f"{file}: expected a json with architecture, classes and imgsz ({error})") from error
@@ -208,8 +208,8 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
 
     card, described = read_card(file), file.with_suffix(".json")
     gated = card.get("gated")
-    model: nn.Module = build_model(card["architecture"], card["classes"])
     try:
+        model: nn.Module = build_model(card["architecture"], card["classes"])
         if gated is not None:
             from detguard.detectors.gated import build_gated
 
