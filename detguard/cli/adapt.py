@@ -212,13 +212,10 @@ def is_folder(source: str) -> bool:
 def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
     """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices."""
     from detguard.data.dataset import read_dataset
-    from detguard.data.stream import from_lines, in_order
+    from detguard.data.stream import in_order, read_lines
 
     if Path(source).suffix == ".jsonl":
-        try:
-            return list(from_lines(Path(source).read_text().splitlines(), class_names, source))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DetguardError(f"{source}: cannot be read ({error})") from error
+        return read_lines(source, class_names)
     dataset = read_dataset(source, split)
     show_warnings(dataset)
     return list(in_order(dataset, dataset.category_ids(class_names)))

@@ -18,7 +18,10 @@ from ultralytics.utils.tal import dist2bbox, make_anchors
 from detguard import DetguardError
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
 from detguard.detectors.base import Detector
-from detguard.photos import Letterbox, Photo
+from detguard.photos import Letterbox, Photo, read_photo
+
+# Of files with other names, Ultralytics may read a pattern, a list of files or streams, a film, or further pages.
+PLAIN = (".png", ".jpg", ".jpeg")
 
 
 class UltralyticsDetector(Detector):
@@ -86,6 +89,8 @@ class UltralyticsDetector(Detector):
             self._predictor.setup_model(model=self.model, verbose=False)
             torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
         self._predictor.args.conf, self._predictor.args.iou = conf, iou
+        if isinstance(source, Path) and (source.suffix not in PLAIN or "*" in str(source.absolute())):
+            source = read_photo(source)
         bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()
         boxes = self._predictor(source=bgr_or_file)[0].boxes.cpu()
         return Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
