@@ -235,8 +235,9 @@ def save_gated(network: "GatedNetwork", like: dict[str, Any], file: Path) -> Non
     from detguard.detectors.gated import gated_card
 
     tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-    write_file(file, save(tensors))
+    # First the json: weights without it could not be loaded by anyone who finds them after a kill.
     write_file(file.with_suffix(".json"), (json.dumps(like | {"gated": gated_card(network)}, indent=2) + "\n").encode())
+    write_file(file, save(tensors))
 
 
 def _read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
