@@ -98,7 +98,7 @@ def adapt(
     if resume:
         if model or new or replay:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
-        sys.exit(resume_adaptation(Run.open(resume, "adapt"), trust))
+        sys.exit(resume_adaptation(Run.resume(resume, "adapt"), trust))
     if not model:
         raise DetguardError("--model: give the gated ensemble that detguard harden made (or --resume RUN)")
     if not new:
@@ -155,10 +155,11 @@ def start_adaptation(
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
     }
-    run = Run.create("adapt", out_folder, config | {"replayed": [str(file) for file in sources[2]]})
-    for name, photos in zip(KEPT, sources[:2], strict=True):
-        lines = (json.dumps(as_line(one, network.class_names)) + "\n" for one in photos)
-        run.write(name, "".join(lines).encode())
+    kept = {
+        name: "".join(json.dumps(as_line(one, network.class_names)) + "\n" for one in photos).encode()
+        for name, photos in zip(KEPT, sources[:2], strict=True)
+    }
+    run = Run.create("adapt", out_folder, config | {"replayed": [str(file) for file in sources[2]]}, kept)
     return run_adaptation(run, network, imgsz)
 
 
@@ -262,7 +263,8 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
     for message in broken:
         show_error(message)
     plan = adapting.Adaptation(**config["adapt"])
-    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
+    kinds = chosen_kinds(",".join(config["corruptions"]))
+    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=kinds)
     stopped = stop_signals()
 
     def figures() -> dict[str, dict[str, float | None]]:

@@ -103,7 +103,7 @@ def attack(
     if resume:
         if photos:
             raise DetguardError("--resume: takes its photos and options from the run; give no others")
-        run = Run.open(resume, "attack")
+        run = Run.resume(resume, "attack")
         with err.status("Loading the detector"):
             detector = load_configured(run.config["detector"], trust, device)
         plan = plan_attack(run.config, detector)
@@ -273,7 +273,7 @@ def verify(
         detector = load_configured(run.config["detector"], trust, device)
     objective, _, options = plan_attack(run.config, detector)
     records, code = [], 0
-    total = sum(r.get("status") in ("fooled", "failed") for r in run.records())
+    total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
     for record in track(verify_run(run, detector, objective, extra), "verify", total, console=err, transient=True):
         if "error" in record:
             show_error(f"{folder}: {record['key']}: {record['error']}")

@@ -99,7 +99,7 @@ def evaluate(
         given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         if others := sorted(given - {"resume", "trust", "device"}):
             raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
-        run = Run.open(resume, "evaluate")
+        run = Run.resume(resume, "evaluate")
         config = run.config
         with err.status("Loading the detectors"):
             detectors = [load_configured(c, trust, device) for c in config["detectors"]]

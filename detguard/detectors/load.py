@@ -269,7 +269,7 @@ def save_gated(network: "GatedNetwork", like: dict[str, Any], file: Path) -> Non
     from detguard.detectors.gated import gated_card
 
     tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-    # Last what says that it is done: weights without their json could never be loaded.
+    # First the json: weights without it could not be loaded by anyone who finds them after a kill.
     write_file(file.with_suffix(".json"), (json.dumps(like | {"gated": gated_card(network)}, indent=2) + "\n").encode())
     write_file(file, save(tensors))
 
