@@ -56,6 +56,8 @@ def from_lines(lines: Iterable[str], class_names: dict[int, str], source: str = 
         DataError: a line is not such an object; names it by its number.
     """
     index = {name: number for number, name in class_names.items()}
+    if len(index) < len(class_names):
+        raise DataError(f"{source}: the detector has several classes of one name, which labels cannot tell apart")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -74,11 +74,16 @@ class Detector(ABC):
         """The index of a class by its name, in any letter case.
 
         Raises:
-            DetguardError: no such class; names the nearest.
+            DetguardError: no such class, naming the nearest, or several.
         """
-        known = {v.lower(): k for k, v in self.class_names.items()}
-        if name.lower() in known:
-            return known[name.lower()]
+        name = name.strip()
+        known: dict[str, list[int]] = {}
+        for index, called in self.class_names.items():
+            known.setdefault(called.strip().lower(), []).append(index)
+        if found := known.get(name.lower()):
+            if len(found) > 1:
+                raise DetguardError(f"class '{name}': {self.name} has {len(found)} classes of that name; give others")
+            return found[0]
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"it knows: {', '.join(self.class_names.values())}"
         raise DetguardError(f"class '{name}': {self.name} has no such class; {hint}")
