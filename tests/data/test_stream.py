@@ -67,3 +67,8 @@ def test_a_line_of_a_photo_is_read_back_as_it_was():
 def test_lines_of_a_file_are_named_by_it():
     with pytest.raises(DataError, match=r"new\.jsonl line 1"):
         list(from_lines(["{"], NAMES, "new.jsonl"))
+
+
+def test_classes_of_one_name_cannot_be_told_apart_by_labels():
+    with pytest.raises(DataError, match="several classes of one name"):
+        list(from_lines(['{"photo": "a.jpg", "objects": []}'], {0: "dog", 1: "cat", 2: "dog"}))
