@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -242,9 +241,8 @@ class GatedDetector(Detector):
 
     @override
     def state_hash(self) -> str:
-        """As of any detector, with how the experts are put together: the card decides as much as the weights."""
-        card = json.dumps([gated_card(self.model), self.route], sort_keys=True)
-        return hashlib.sha256((super().state_hash() + card).encode()).hexdigest()
+        """As of any detector, with the expert that is forced; how experts are put together is the network's own."""
+        return hashlib.sha256(f"{super().state_hash()} {self.route}".encode()).hexdigest()
 
     @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
