@@ -58,12 +58,13 @@ def attack(
     base = AttackOptions(**{"steps": 60, **options})
     config = {
         "detector": detector_config(detector, str(model)), "target": target, "to": to, "strict": False,
-        "transforms": transforms, "photos": files, "attack": {**base.__dict__},
+        "transforms": transforms, "photos": files, "arguments": [],
+        "attack": {name: value for name, value in base.__dict__.items() if name != "stop"},
     }  # fmt: skip
     config["attack"]["weights"] = list(base.weights) if base.weights else None
     plan = plan_attack(config, detector)
     folder = Path("runs/benchmarks") / name
-    run = Run.open(folder, "attack") if (folder / "config.yaml").exists() else Run.create("attack", folder, config)
+    run = Run.resume(folder, "attack") if (folder / "config.yaml").exists() else Run.create("attack", folder, config)
     if {k: v for k, v in run.config.items() if k not in ("command", "versions")} != config:
         shutil.rmtree(folder)
         run = Run.create("attack", folder, config)

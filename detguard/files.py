@@ -199,6 +199,8 @@ def _whole_size(node: Any, sizes: dict[int, int]) -> int:
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey, not show, as escapes: controls, new lines, direction, surrogates."""
+    if text.isprintable():  # most is, and long texts are told so quickly
+        return text
     return "".join(c if unicodedata.category(c) not in _OBEYED else ascii(c)[1:-1] for c in text)
 
 

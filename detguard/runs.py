@@ -1,28 +1,42 @@
-"""Run folders: created once, records appended when their files are safely on disk, resumed after a kill."""
+"""Run folders: claimed by one process, created once, appended when files are safely on disk, resumed after a kill."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from detguard import DetguardError, __version__
-from detguard.files import FileError, read_yaml, write_file
+from detguard.files import MAX_ANNOTATIONS, PARTIAL, FileError, parse_json, read_file, read_yaml, write_file
+from detguard.schema import CONFIGS, RECORDS, misfit
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes on one run are not told from one
+    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 
+LOCK = ".lock"
+# Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
+LONGEST_KEY = 200
+
 
 def photo_keys(files: Sequence[Path]) -> dict[str, Path]:
-    """A name for each photo's results: its stem, with a number where stems repeat."""
+    """A name for each photo's results: its stem, cut where it is too long, with a number where stems repeat."""
     keys: dict[str, Path] = {}
     for file in files:
-        key, number = file.stem, 1
+        name = file.stem.encode(errors="surrogatepass")
+        stem = file.stem if len(name) <= LONGEST_KEY else name[:LONGEST_KEY].decode(errors="ignore")
+        key, number = stem, 1
         while key in keys:
             number += 1
-            key = f"{file.stem}-{number}"
+            key = f"{stem}-{number}"
         keys[key] = file
     return keys
 
@@ -39,30 +53,39 @@ class Run:
         self.config = config
 
     @classmethod
-    def create(cls, command: str, out: Path | None, config: dict[str, Any]) -> "Run":
-        """A new folder, `out` or the next free `runs/<command>/<number>`, with its config.yaml.
+    def create(
+        cls, command: str, out: Path | None, config: dict[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> "Run":
+        """A new folder, `out` or the next free `runs/<command>/<number>`, with `files`, then its config.yaml.
 
         Raises:
-            RunError: `out` already holds a run, or cannot be written.
+            RunError: `out` already holds a run, another process is making one there, or it cannot be written.
         """
-        if out is None:
-            parent = Path("runs") / command
-            taken = [int(p.name) for p in parent.glob("*") if p.name.isdigit()] if parent.is_dir() else []
-            out = parent / f"{max(taken, default=0) + 1:03d}"
-        elif (out / "config.yaml").exists():
-            raise RunError(f"{out}: already holds a run; choose another --out or continue it with --resume {out}")
+        try:
+            folder = _next_free(Path("runs") / command) if out is None else out
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"{error.filename}: cannot be made a folder ({error.strerror}); choose another --out"
+            ) from error
         versions = {name: version(name) for name in ("torch", "ultralytics", "opencv-python")}
         config = {"command": command, **config, "versions": {"detguard": __version__, **versions}}
-        run = cls(out, config)
-        run.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+        run = cls(folder, config)
+        run.claim()
+        if (folder / "config.yaml").exists():
+            raise RunError(f"{folder}: already holds a run; choose another --out or continue it with --resume {folder}")
+        for name, data in (files or {}).items():
+            run.write(name, data)
+        # Last: a run without it has not begun, and can be made again.
+        run.write("config.yaml", yaml.safe_dump(_unicode(config), sort_keys=False, allow_unicode=True).encode())
         return run
 
     @classmethod
     def open(cls, folder: Path, command: str) -> "Run":
-        """An existing run of `command`.
+        """An existing run of `command`, to look at.
 
         Raises:
-            RunError: no run there, damaged, or of another command.
+            RunError: no run there, damaged, of another command, or its config is none that detguard wrote.
         """
         file = folder / "config.yaml"
         try:
@@ -71,58 +94,161 @@ class Run:
             raise RunError(f"{folder}: no {command} run here ({file.name} cannot be read)") from error
         if not isinstance(config, dict) or config.get("command") != command:
             raise RunError(f"{folder}: not a run of 'detguard {command}'")
+        if wrong := misfit(config, CONFIGS[command]):
+            raise RunError(f"{file}: not one that detguard wrote ({wrong})")
         return cls(folder, config)
+
+    @classmethod
+    def resume(cls, folder: Path, command: str) -> "Run":
+        """An existing run of `command`, to go on with: this process alone, without what was left half written.
+
+        Raises:
+            RunError: as `open` and `claim`.
+        """
+        run = cls.open(folder, command)
+        run.claim()
+        for inside, _, names in os.walk(folder):
+            for name in names:
+                if name.startswith(".") and name.endswith(PARTIAL):
+                    with suppress(OSError):
+                        (Path(inside) / name).unlink()
+        return run
+
+    def claim(self) -> None:
+        """Have this process alone write to the run, until it ends.
+
+        Raises:
+            RunError: another process does, or the folder cannot be written.
+        """
+        file = self.folder / LOCK
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            self._lock = FileIO(os.open(file, flags, 0o666), "r+")
+        except OSError as error:
+            raise RunError(f"{file}: cannot be written ({error.strerror})") from error
+        if fcntl is None:
+            return
+        try:
+            # A lock that ends with the process, and that no process forked from it shares: none is ever stale.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = self._lock.read(20).decode(errors="replace").strip()
+            owner = f"process {owner}" if owner.isdecimal() else "another process"
+            raise RunError(f"{self.folder}: {owner} is at work on this run; wait until it is done") from error
+        with suppress(OSError):  # a full disk; only the error above tells of it
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()}\n".encode())
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file of the run, whole or not at all."""
-        write_file(self.folder / name, data)
+        write_file(self.path(name), data)
 
     def path(self, name: str) -> Path:
-        """The path of a file that a record names.
+        """The path of a file of the run, such as a record names.
 
         Raises:
-            RunError: the name leads out of the run's folder.
+            RunError: the name leads out of the run's folder, or the folder is gone.
         """
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
-            raise RunError(f"{self.folder / 'results.jsonl'}: '{name}' leads out of the run's folder")
+        try:
+            path, folder = (self.folder / name).resolve(), self.folder.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, of null bytes
+            raise RunError(f"{self.folder}: '{name}' is no file of the run ({error})") from error
+        if not path.is_relative_to(folder):
+            raise RunError(f"{self.folder}: '{name}' leads out of the run's folder")
+        if self.gone:
+            raise RunError(f"{self.folder}: is gone; put it back and go on with --resume")
         return path
 
+    @property
+    def gone(self) -> bool:
+        """Whether the folder was taken away."""
+        return not self.folder.is_dir()
+
     def append(self, record: Record) -> None:
-        """Add a record to results.jsonl and flush it to the disk.
+        """Add a record to results.jsonl, in a line of its own, and flush it to the disk.
 
         Raises:
-            RunError: the disk is full or the file cannot be written.
+            RunError: the disk is full or the file cannot be written; then nothing is added.
         """
         file = self.folder / "results.jsonl"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         try:
-            with file.open("ab") as stream:
-                stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-                stream.flush()
-                os.fsync(stream.fileno())
+            with FileIO(os.open(file, flags, 0o666), "a+") as stream:
+                end = _end_of_lines(stream)
+                stream.truncate(end)  # half a line, cut short by a kill
+                try:
+                    line = _line(record)
+                    while line:
+                        line = line[stream.write(line) :]
+                    os.fsync(stream.fileno())
+                except OSError:
+                    stream.truncate(end)
+                    raise
         except OSError as error:
             raise RunError(f"{file}: cannot be written ({error.strerror or error})") from error
 
-    def records(self) -> list[Record]:
+    def records(self, checked: bool = True) -> list[Record]:
         """All whole records; a last line that a kill cut short is left out.
 
+        checked: they have all fields that a record of the command has, of the right kind.
+
         Raises:
-            RunError: a line before the last is not JSON.
+            RunError: a line before the last is not JSON or no such record.
         """
         file = self.folder / "results.jsonl"
-        lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
+        if not os.path.lexists(file):
+            return []
         records = []
-        for number, line in enumerate(lines[:-1], 1):
+        for number, line in enumerate(read_file(file, MAX_ANNOTATIONS).split(b"\n")[:-1], 1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
-                raise RunError(f"{file}:{number}: not JSON ({error})") from error
+                raise RunError(f"{file}:{number}: not JSON ({error}); take the line out") from error
             if not isinstance(record, dict):
-                raise RunError(f"{file}:{number}: expected an object")
+                raise RunError(f"{file}:{number}: expected an object; take the line out")
+            if checked and (wrong := misfit(record, RECORDS[self.config["command"]])):
+                raise RunError(f"{file}:{number}: not a line that detguard wrote ({wrong}); take it out")
             records.append(record)
         return records
 
     def keep(self, records: list[Record]) -> None:
         """Replace results.jsonl by `records`: the start of a resumed run."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self.write("results.jsonl", lines.encode())
+        self.write("results.jsonl", b"".join(map(_line, records)))
+
+
+def _next_free(parent: Path) -> Path:
+    """Make the folder after the last of those in `parent`, which are called by numbers; no other process gets it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(p.name) for p in parent.iterdir() if p.name.isdecimal() and len(p.name) < 10]
+    number = max(taken, default=0)
+    while True:
+        number += 1
+        with suppress(FileExistsError):
+            (folder := parent / f"{number:03d}").mkdir()
+            return folder
+
+
+def _line(record: Record) -> bytes:
+    # Halves of surrogate pairs, in file names that are not UTF-8, as the escapes that JSON has for them.
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def _end_of_lines(stream: FileIO) -> int:
+    """Where the last whole line of a file ends."""
+    end = stream.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - (1 << 16))
+        stream.seek(start)
+        if (newline := stream.read(end - start).rfind(b"\n")) >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _unicode(value: Any) -> Any:
+    """Plain values with text that any UTF-8 file can hold: what is not, in file names, is shown as escapes."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_unicode(key): _unicode(one) for key, one in value.items()}
+    return [_unicode(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -1,32 +1,109 @@
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from detguard import DetguardError
 from detguard.runs import Run, RunError, photo_keys
+
+CONFIG = {
+    "model": "a.pt",
+    "detectors": [{"model": "a.pt", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}] * 2,
+    "harden": {
+        "recipe": "gated", "mode": "full", "split": "neck", "photos": 100, "crop": None, "attack": "free", "eps": 4.0,
+        "steps": 2, "mix": 0.2, "top_k": None, "floor": None, "batch": 32, "rate": 0.003, "seed": 3,
+    },
+    "corruptions": ["fog"],
+    "photos": ["a.jpg"],
+    "arguments": [],
+}  # fmt: skip
+
+
+def record(number, **losses):
+    return {"stage": "é", "batch": number, "photos_per_second": 1.5, "loss": 2.0} | losses
 
 
 @pytest.fixture
 def run(tmp_path):
-    return Run.create("attack", tmp_path / "run", {"seed": 3})
+    return Run.create("harden", tmp_path / "run", CONFIG)
+
+
+def results(run):
+    return run.folder / "results.jsonl"
 
 
 def test_records_are_read_back_in_order(run):
-    for key in ("a", "é"):
-        run.append({"key": key})
-    assert [r["key"] for r in run.records()] == ["a", "é"]
+    for number in (1, 2):
+        run.append(record(number))
+    assert run.records() == [record(1), record(2)]
 
 
-def test_a_last_line_that_a_kill_cut_short_is_left_out(run):
-    run.append({"key": "a"})
-    with (run.folder / "results.jsonl").open("ab") as stream:
-        stream.write(b'{"key": "b"')
-    assert run.records() == [{"key": "a"}]
+def test_a_last_line_that_a_kill_cut_short_is_left_out_and_nothing_is_glued_onto_it(run):
+    run.append(record(1))
+    with results(run).open("ab") as stream:
+        stream.write(b'{"stage": "b"')
+    assert run.records() == [record(1)]
+    run.append(record(2))
+    assert run.records() == [record(1), record(2)]
 
 
-def test_a_damaged_line_is_an_error_with_its_number(run):
-    (run.folder / "results.jsonl").write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
-    with pytest.raises(RunError, match=r"results\.jsonl:2"):
+def test_a_first_line_cut_short_is_left_out_too(run):
+    results(run).write_bytes(b'{"key": "' + b"x" * 200_000)
+    run.append(record(1))
+    assert run.records() == [record(1)]
+
+
+def test_an_append_that_fails_leaves_no_half_line(run):
+    run.append(record(1))
+    whole = results(run).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"results\.jsonl: cannot be written"):
+            run.append(record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert results(run).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("nonsense", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"batch": ' + "9" * 5000 + "}", "not JSON"),
+        ("[]", "expected an object"),
+        ("{}", "stage: missing"),
+        ('{"stage": "a", "batch": "1", "photos_per_second": 1}', "batch: expected a whole number, 1 or more"),
+        ('{"stage": "a", "batch": 1, "photos_per_second": 1, "loss": null}', "loss: expected a number"),
+    ],
+)
+def test_a_damaged_line_is_an_error_with_its_number(run, line, reason):
+    run.append(record(1))
+    with results(run).open("a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(RunError, match=rf"results\.jsonl:2: .*{reason}"):
         run.records()
+
+
+def test_results_that_are_no_file_are_named(run):
+    os.mkfifo(results(run))
+    with pytest.raises(DetguardError, match="not a regular file"):
+        run.records()
+
+
+def test_records_are_not_written_through_a_link(run, tmp_path):
+    (tmp_path / "mine").write_text("mine\n")
+    results(run).symlink_to(tmp_path / "mine")
+    with pytest.raises(RunError, match="cannot be written"):
+        run.append(record(1))
+    assert (tmp_path / "mine").read_text() == "mine\n"
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.png", "/etc/passwd", "adversarial/../../x"])
@@ -35,17 +112,130 @@ def test_names_in_records_cannot_lead_out_of_the_run(run, name):
         run.path(name)
 
 
+def test_files_are_not_written_through_a_linked_folder(run, tmp_path):
+    (run.folder / "weights").symlink_to(tmp_path)
+    with pytest.raises(RunError, match="leads out"):
+        run.write("weights/a.json", b"{}")
+
+
+def test_a_folder_that_was_taken_away_is_not_made_anew(run, tmp_path):
+    run.folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="is gone"):
+        run.write("report.html", b"")
+    assert not run.folder.exists()
+
+
 def test_a_run_opens_as_what_it_is(run):
-    assert Run.open(run.folder, "attack").config["seed"] == 3
-    with pytest.raises(RunError, match="not a run of 'detguard verify'"):
-        Run.open(run.folder, "verify")
+    assert Run.open(run.folder, "harden").config["harden"]["seed"] == 3
+    with pytest.raises(RunError, match="not a run of 'detguard attack'"):
+        Run.open(run.folder, "attack")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (("photos",), None, "photos: expected a list"),
+        (("photos", 0), 5, r"photos\[0\]: expected text"),
+        (("detectors",), [], "detectors: expected a list of 2"),
+        (("detectors", 1), "yolo", r"detectors\[1\]: expected names with values"),
+        (("detectors", 0, "imgsz"), 10**9, r"detectors\[0\].imgsz: expected a whole number, 1 to 10000"),
+        (("harden",), {}, "harden.recipe: missing"),
+        (("harden", "eps"), "inf", "harden.eps: expected a number"),
+        (("harden", "batch"), True, "harden.batch: expected a whole number"),
+        (("harden", "loss"), 1, "harden.loss: not known"),
+        (("harden", 7), 1, "harden.7: not known"),
+    ],
+)
+def test_a_config_of_other_values_is_refused_where_they_are(run, path, value, reason):
+    file = run.folder / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    *outer, last = path
+    inside = config
+    for step in outer:
+        inside = inside[step]
+    inside[last] = value
+    file.write_text(yaml.dump(config, Dumper=Plain))
+    with pytest.raises(RunError, match=rf"config\.yaml: not one that detguard wrote \({reason}"):
+        Run.open(run.folder, "harden")
+
+
+class Plain(yaml.SafeDumper):
+    """Without aliases."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=4))
+def test_any_names_are_read_back_from_a_config(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("names")
+    Run.create("harden", folder, CONFIG | {"photos": names})
+    assert Run.open(folder, "harden").config["photos"] == names
+
+
+def test_names_that_are_not_utf8_are_shown_in_a_config_and_kept_in_records(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    run = Run.create("detect", tmp_path, {"photos": [name]})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["photos"] == ["caf\\udce9.png"]
+    run.append({"key": "caf", "photo": name, "detections": []})
+    assert run.records()[0]["photo"] == name
+
+
+def test_a_run_that_a_process_is_at_work_on_is_refused_to_others(run):
+    code = f"from pathlib import Path; from detguard.runs import Run; Run.resume(Path({str(run.folder)!r}), 'harden')"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"process {os.getpid()} is at work on this run" in refused.stderr
+    Run.open(run.folder, "harden")  # to look at
+
+
+def test_the_lock_of_a_process_that_is_no_more_is_taken_over(tmp_path):
+    make = "from detguard.runs import Run; import os, sys; from pathlib import Path; " + (
+        f"Run.create('harden', Path({str(tmp_path / 'run')!r}), {CONFIG!r}); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", make], check=False)
+    Run.resume(tmp_path / "run", "harden")
+
+
+def test_what_a_kill_left_half_written_is_swept_when_the_run_goes_on(run):
+    (run.folder / "weights").mkdir()
+    left = [run.folder / ".12.partial", run.folder / "weights/.13.partial"]
+    for file in left:
+        file.write_bytes(b"half")
+    Run.resume(run.folder, "harden")
+    assert not any(file.exists() for file in left)
+
+
+def test_a_run_killed_before_it_had_a_config_is_made_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").write_text("1\n")
+    (tmp_path / "run/new.jsonl").write_text("half")
+    run = Run.create("harden", tmp_path / "run", CONFIG, {"new.jsonl": b"whole"})
+    assert (run.folder / "new.jsonl").read_text() == "whole"
+
+
+def test_the_config_comes_after_all_that_a_resumed_run_needs(tmp_path):
+    (tmp_path / "replay.jsonl").mkdir()
+    with pytest.raises(DetguardError, match="cannot be written"):
+        Run.create("harden", tmp_path, CONFIG, {"new.jsonl": b"", "replay.jsonl": b""})
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file: cannot be made a folder"):
+        Run.create("harden", tmp_path / "file", CONFIG)
+    with pytest.raises(RunError, match="file/run: cannot be made a folder"):
+        Run.create("harden", tmp_path / "file/run", CONFIG)
+    with pytest.raises(RunError, match="no harden run here"):
+        Run.resume(tmp_path / "file", "harden")
 
 
 def test_a_config_cannot_run_code(run, tmp_path):
     proof = tmp_path / "ran"
     (run.folder / "config.yaml").write_text(f"!!python/object/apply:os.system ['touch {proof}']")
     with pytest.raises(RunError):
-        Run.open(run.folder, "attack")
+        Run.open(run.folder, "harden")
     assert not proof.exists()
 
 
@@ -55,8 +245,23 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     assert [f.as_posix() for f in folders] == ["runs/detect/001", "runs/detect/002"]
 
 
+def test_a_number_belongs_to_who_makes_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from detguard.runs import Run; print(Run.create('detect', None, {}).folder)"
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert sorted(process.communicate()[0].strip() for process in running) == [f"runs/detect/00{n}" for n in "1234"]
+
+
 def test_photos_of_one_stem_get_keys_of_their_own():
     files = [Path("a/x.jpg"), Path("b/x.jpg"), Path("x.png"), Path("x-2.jpg")]
     keys = photo_keys(files)
     assert len(keys) == 4
     assert list(keys.values()) == files
+
+
+def test_names_too_long_for_results_are_cut(tmp_path):
+    files = [Path("é" * 123 + suffix) for suffix in (".jpg", ".png")]
+    keys = photo_keys(files)
+    assert list(keys.values()) == files
+    for key in keys:
+        (tmp_path / f"{key}.png").write_bytes(b"")

@@ -19,7 +19,8 @@ from detguard.detectors.base import Detector
 from detguard.objectives import Mislabel, Objective, Vanish, outcomes
 from detguard.photos import Photo, encode_png, read_photo
 from detguard.reports.overlay import before_after
-from detguard.runs import Record, Run
+from detguard.runs import Record, Run, RunError
+from detguard.schema import ATTACKED, misfit
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
 
@@ -44,7 +45,9 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     Raises:
         DetguardError: unknown class or transform, or weights that do not match the group.
     """
-    targets = tuple(dict.fromkeys(detector.class_index(name.strip()) for name in config["target"].split(",")))
+    targets = tuple(dict.fromkeys(detector.class_index(name) for name in config["target"].split(",") if name.strip()))
+    if not targets:
+        raise DetguardError("--target: name at least one class, as in person,bus")
     objective: Objective
     if config["to"] is None:
         objective = Vanish(targets, config["strict"])
@@ -56,6 +59,8 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
             raise DetguardError(f"--to {config['to']}: is a target itself; name another class")
     transforms = parse_transforms(config["transforms"])
     weights = config["attack"]["weights"]
+    if weights and not sum(weights) > 0:
+        raise DetguardError("--weights: expected one over 0")
     options = AttackOptions(**config["attack"] | {"weights": tuple(weights) if weights else None})
     options.check(1 + len(transforms))
     return objective, transforms, options
@@ -109,6 +114,8 @@ def _append(run: Run, record: Record) -> Record:
     try:
         run.append(record)
     except DetguardError as error:
+        if run.gone:  # and nothing more can be done
+            raise
         return record | {"status": "error", "error": str(error)}
     return record
 
@@ -199,10 +206,12 @@ def verify_run(run: Run, detector: Detector, objective: Objective, transforms: S
     """
     conf, iou = float(run.config["attack"]["conf"]), float(run.config["attack"]["iou"])
     lowest = lowest_threshold(conf)
-    for record in run.records():
+    for record in run.records(checked=False):
         if record.get("status") not in ("fooled", "failed"):
             continue
         try:
+            if wrong := misfit(record, ATTACKED):
+                raise RunError(f"not a record that detguard wrote ({wrong})")
             paths = {name: run.path(path) for name, path in record["files"].items()}
             # Reading says clearly what is wrong with a damaged file, which the predict path does not.
             saved = {name: read_photo(path) for name, path in paths.items()}[PHOTO]
@@ -211,7 +220,7 @@ def verify_run(run: Run, detector: Detector, objective: Objective, transforms: S
             found = {name: detector.predict(path, lowest, iou) for name, path in paths.items()}
             found |= {str(t): detector.predict(t(saved), lowest, iou) for t in transforms if str(t) not in found}
             difference = largest_difference(saved, original)
-        except (DetguardError, KeyError, ValueError) as error:
+        except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue
         members = {name: judge(objective, clean, d, conf) for name, d in found.items()}

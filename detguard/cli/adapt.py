@@ -14,6 +14,7 @@ from detguard import DetguardError
 from detguard.cli.app import (
     OutFolder,
     Resume,
+    Seed,
     Trust,
     app,
     err,
@@ -24,7 +25,7 @@ from detguard.cli.app import (
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
-from detguard.cli.harden import Batch, Rate, Seed, chosen_kinds, photo_files
+from detguard.cli.harden import Batch, Rate, chosen_kinds, photo_files
 
 if TYPE_CHECKING:
     from detguard.data.stream import Labelled
@@ -72,7 +73,7 @@ def adapt(
         Literal["best", "fresh"], typer.Option(help="New experts start as the best old one, or from random weights.")
     ] = "best",
     keep: Annotated[
-        float, typer.Option("--lambda", min=0, help="Weight of staying what old experts were, in --mode full.")
+        float, typer.Option("--lambda", min=0, max=1e6, help="Weight of staying what old experts were, in --mode full.")
     ] = 1.0,
     max_experts: Annotated[int, typer.Option(min=1, max=64, help="Refuse to grow beyond so many experts.")] = 12,
     photos: Annotated[
@@ -98,7 +99,7 @@ def adapt(
     if resume:
         if model or new or replay:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
-        sys.exit(resume_adaptation(Run.open(resume, "adapt"), trust))
+        sys.exit(resume_adaptation(Run.resume(resume, "adapt"), trust))
     if not model:
         raise DetguardError("--model: give the gated ensemble that detguard harden made (or --resume RUN)")
     if not new:
@@ -155,10 +156,11 @@ def start_adaptation(
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
     }
-    run = Run.create("adapt", out_folder, config | {"replayed": [str(file) for file in sources[2]]})
-    for name, photos in zip(KEPT, sources[:2], strict=True):
-        lines = (json.dumps(as_line(one, network.class_names)) + "\n" for one in photos)
-        run.write(name, "".join(lines).encode())
+    kept = {
+        name: "".join(json.dumps(as_line(one, network.class_names)) + "\n" for one in photos).encode()
+        for name, photos in zip(KEPT, sources[:2], strict=True)
+    }
+    run = Run.create("adapt", out_folder, config | {"replayed": [str(file) for file in sources[2]]}, kept)
     return run_adaptation(run, network, imgsz)
 
 
@@ -262,7 +264,8 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
     for message in broken:
         show_error(message)
     plan = adapting.Adaptation(**config["adapt"])
-    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
+    kinds = chosen_kinds(",".join(config["corruptions"]))
+    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=kinds)
     stopped = stop_signals()
 
     def figures() -> dict[str, dict[str, float | None]]:

@@ -14,6 +14,7 @@ from detguard.cli.app import (
     ImageSize,
     OutFolder,
     Resume,
+    Seed,
     TopK,
     Trust,
     app,
@@ -77,7 +78,7 @@ def evaluate(
         str, typer.Option(help="White-box attacks: on the loss (class, box, all) and on confidence (vanish).")
     ] = "class,box,all,vanish",
     queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of corruptions, random starts and the black-box attack.")] = 0,
+    seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
     end_to_end: EndToEnd = False,
@@ -99,7 +100,7 @@ def evaluate(
         given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         if others := sorted(given - {"resume", "trust", "device"}):
             raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
-        run = Run.open(resume, "evaluate")
+        run = Run.resume(resume, "evaluate")
         config = run.config
         with err.status("Loading the detectors"):
             detectors = [load_configured(c, trust, device) for c in config["detectors"]]

@@ -11,6 +11,7 @@ from detguard.cli.app import (
     Model,
     OutFolder,
     Resume,
+    Seed,
     TopK,
     Trust,
     app,
@@ -30,7 +31,6 @@ Corruptions = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=2, help="Photos per batch.")]
 Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate, as a share of the weights.")]
-Seed = Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")]
 
 
 @app.command(
@@ -117,7 +117,7 @@ def harden(
     if resume:
         if data:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
-        run = Run.open(resume, "harden")
+        run = Run.resume(resume, "harden")
         with err.status("Loading the detector"):
             _, imitated = (load_configured(one, trust) for one in run.config["detectors"])
             network = load_model(run.config["model"], trust)[0]
@@ -202,7 +202,8 @@ def run_hardening(run: "Run", network: Any, teacher: Any) -> int:
             **config["harden"],
         },
     }
-    setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps(), corruptions=tuple(config["corruptions"]))
+    kinds = chosen_kinds(",".join(config["corruptions"]))
+    setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps(), corruptions=kinds)
     stopped = stop_signals()
     # In forward-backward passes, so that the time left is right in stages with and without attacks.
     stages = plan.stages(isinstance(network, GatedNetwork))

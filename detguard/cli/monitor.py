@@ -80,7 +80,7 @@ def monitor(
     if resume:
         if stream:
             raise DetguardError("--resume: takes its stream and options from the run; give no others")
-        run = Run.open(resume, "monitor")
+        run = Run.resume(resume, "monitor")
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)
         sys.exit(watch(run, watched, trust=trust))
@@ -152,7 +152,7 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
         return code
     folder, new = run.folder / "adapted", [str(run.folder / DROPPED)]
     if (folder / "config.yaml").exists():
-        failed = resume_adaptation(Run.open(folder, "adapt"), trust)
+        failed = resume_adaptation(Run.resume(folder, "adapt"), trust)
     else:
         model, plan = run.config["detector"]["model"], {"mode": "auto"}
         failed = start_adaptation(model, new, run.config["replay"], plan, out_folder=folder, trust=trust)

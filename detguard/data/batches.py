@@ -1,21 +1,17 @@
 """Training batches: photos randomly cropped, flipped, stretched, toned and tiled, the same for the same seed."""
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from typing_extensions import override
 
 from detguard import DetguardError
+from detguard.data.ahead import ahead
 from detguard.data.corruptions import KINDS, SEVERITIES, corrupt
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
@@ -136,11 +132,17 @@ def show(photo: Photo, canvas: Photo, rng: np.random.Generator) -> NDArray[np.fl
 
 
 def draw_frames(
-    source: PhotoSet, count: int, size: int, rng: np.random.Generator, zoom: float = 1.0
+    source: PhotoSet,
+    count: int,
+    size: int,
+    rng: np.random.Generator,
+    zoom: float = 1.0,
+    on_frame: Callable[[], None] = lambda: None,
 ) -> tuple[NDArray[np.uint8], list[list[Drawn]]]:
     """Random training frames, uint8 [count, size, size, 3] RGB, and the photos in each; some are mosaics of four.
 
-    zoom: photos drawn so many times larger, so that small frames show parts of them at the scale of large frames.
+    zoom: photos drawn so many times larger, so that small frames show parts of them at the scale of large frames;
+    on_frame: called after each.
     """
     frames = np.full((count, size, size, 3), PADDING_LEVEL, np.uint8)
     drawn: list[list[Drawn]] = [[] for _ in frames]
@@ -161,6 +163,7 @@ def draw_frames(
                     canvas[y : y + half, x : x + half] = tile
         else:
             draw(canvas, into, 0, 0, 1.7)
+        on_frame()
     return frames, drawn
 
 
@@ -198,11 +201,17 @@ def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-def make_hard(frames: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequence[str] = tuple(KINDS)) -> None:
-    """Corrupt each of `frames` in place by a random one of `kinds` at a random severity."""
+def make_hard(
+    frames: NDArray[np.uint8],
+    rng: np.random.Generator,
+    kinds: Sequence[str] = tuple(KINDS),
+    on_frame: Callable[[], None] = lambda: None,
+) -> None:
+    """Corrupt each of `frames` in place by a random one of `kinds` at a random severity; call `on_frame` after each."""
     for frame in frames:
         kind, severity = str(rng.choice(list(kinds))), int(rng.choice(SEVERITIES))
         frame[:] = corrupt(frame, kind, severity, int(rng.integers(2**31)))
+        on_frame()
 
 
 @dataclass(frozen=True)
@@ -223,7 +232,7 @@ Made = tuple[NDArray[np.uint8], NDArray[np.uint8], list[list[Drawn]]]
 
 
 @dataclass(frozen=True)
-class _Maker(Dataset["Made"]):
+class _Maker:
     """Batches by number, as `batches` says."""
 
     source: PhotoSet
@@ -234,12 +243,11 @@ class _Maker(Dataset["Made"]):
     zoom: float
     kinds: Sequence[str]
 
-    @override
-    def __getitem__(self, number: int) -> "Made":
+    def make(self, number: int, on_frame: Callable[[], None]) -> Made:
         rng = np.random.default_rng((self.seed, number))
-        clean, drawn = draw_frames(self.source, self.count, self.size, rng, self.zoom)
+        clean, drawn = draw_frames(self.source, self.count, self.size, rng, self.zoom, on_frame)
         shown = clean.copy()
-        make_hard(shown[: self.hard], rng, self.kinds)
+        make_hard(shown[: self.hard], rng, self.kinds, on_frame)
         return clean, shown[: self.hard], drawn
 
 
@@ -258,35 +266,18 @@ def batches(
 
     kinds: of the corruptions of hard frames. A process makes them ahead: a thread would hold the interpreter that
     training waits for, which took a quarter of its steps.
+
+    Raises:
+        AheadError: that process cannot be kept alive.
     """
     cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
-    made = DataLoader(
-        _Maker(source, count, size, seed, hard, zoom, kinds),
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=1,
-        collate_fn=_as_made,
-        worker_init_fn=_leave_group,
-        multiprocessing_context="fork" if sys.platform == "linux" else None,  # others would copy all photos
-        generator=torch.Generator(),  # or it would draw from the one that all share
-    )
-    for levels, corrupted, drawn in made:
+    maker = _Maker(source, count, size, seed, hard, zoom, kinds)
+    for levels, corrupted, drawn in ahead(maker.make, first, last):
         clean = _frames(levels)
         shown = clean.clone()
         shown[:hard] = _frames(corrupted)
         labels = [labels_of(photos, source.labels) for photos in drawn] if source.labels else ()
         yield Batch(clean, shown, hard, labels)
-
-
-def _as_made(made: Any) -> Any:
-    """Arrays as they are: tensors would go through shared memory, of which containers have little."""
-    return made
-
-
-def _leave_group(_: int) -> None:
-    """Have Ctrl-C and the like, which all processes of a group get, reach the parent alone: it saves, then ends us."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
 
 
 def _frames(levels: NDArray[np.uint8]) -> Tensor:

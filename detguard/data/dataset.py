@@ -92,7 +92,7 @@ class Dataset:
         """A detector's class index -> category id, by name; with `only`, of those classes alone.
 
         Raises:
-            DataError: no class in common, or one of `only` is not known to both.
+            DataError: no class in common, several of one name, or one of `only` is not known to both.
         """
         known = {name: category for category, name in self.categories.items()}
         shared = {index: known[name] for index, name in class_names.items() if name in known}
@@ -101,6 +101,8 @@ class Dataset:
             if missing := [name for name in only if name not in names]:
                 raise DataError(f"--classes: the detector and {self.name} do not both know {', '.join(missing)}")
             shared = {index: category for index, category in shared.items() if class_names[index] in only}
+        if len(set(shared.values())) < len(shared):
+            raise DataError(f"{self.name}: the detector has several classes of one name; leave them out by --classes")
         if not shared:
             raise DataError(f"{self.name}: has no class in common with the detector; name its classes as it does")
         return shared

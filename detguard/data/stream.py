@@ -69,6 +69,8 @@ def from_lines(
     its number. source: where the lines are from, for errors.
     """
     index = {name: number for number, name in class_names.items()}
+    if len(index) < len(class_names):
+        raise DataError(f"{source}: the detector has several classes of one name, which labels cannot tell apart")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -105,13 +105,15 @@ def run_layers(
     Returns the last output and `saved`.
     """
     for layer in layers:
-        x = layer(_inputs(layer, x, saved))
+        x = layer(inputs_of(layer, x, saved))
         if layer.i in save:
             saved[layer.i] = x
     return x, saved
 
 
-def _inputs(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
+def inputs_of(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
+    """What a layer or the head is given, after `run_layers` has run all before it: a tensor or a list of such."""
+
     def output(number: int) -> Tensor:
         return last if number == -1 else saved[number if number >= 0 else layer.i + number]
 
@@ -120,7 +122,7 @@ def _inputs(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
 
 def head_outputs(head: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
     """The raw outputs of the head that users run, after `run_layers` has run all before it."""
-    inputs = _inputs(head, last, saved)
+    inputs = inputs_of(head, last, saved)
     if isinstance(head, RTDETRDecoder):
         return head(inputs)[1]
     return head.forward_head(inputs, **(head.one2one if head.end2end else head.one2many))

@@ -42,7 +42,8 @@ class Subject:
     @cached_property
     def state(self) -> list[object]:
         """All that its detections depend on but the photo."""
-        return [self.detector.state_hash(), self.detector.imgsz, self.detector.end_to_end]
+        detector = self.detector
+        return [detector.state_hash(), detector.imgsz, detector.end_to_end, detector.device.type]
 
     @cached_property
     def hashes(self) -> dict[int, str]:

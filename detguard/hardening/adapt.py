@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -23,9 +22,9 @@ from detguard.detectors.ultralytics import decode, run_layers
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
+from detguard.hardening.loop import BatchLog, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, retention_loss
-from detguard.hardening.run import BatchLog
-from detguard.hardening.train import Setting, Update, only_learn, train, with_rows
+from detguard.hardening.train import Setting, only_learn, with_rows
 from detguard.photos import read_photo
 from detguard.runs import Run
 from detguard.training_loss import assign, detection_loss
@@ -190,9 +189,8 @@ def adapt(
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     before.top_k = None
     grow(network, plan, new, setting)
-    made = run.folder / "weights" / "adapted.safetensors"
-    if made.exists():
-        network.load_state_dict(load_file(made))
+    made = run.path("weights/adapted.safetensors")
+    if load_made(network, made):
         return made
     top_k, network.top_k = network.top_k, None  # who is not asked does not learn
     count = plan.batch if old is None else round(NEW_SHARE * plan.batch)
@@ -207,7 +205,7 @@ def adapt(
         of_old = batches(old, plan.batch - count, size, seed, first, last, third, kinds=kinds)
         yield from zip(of_new, of_old, strict=True)
 
-    checkpoint = run.folder / "state" / f"{STAGE}.pt"
+    checkpoint = run.path(f"state/{STAGE}.pt")
     if plan.experts and not checkpoint.exists():
         fit_gate(network, len(before.names), shown(0, FIT_BATCHES))
     learned = learned_parameters(network, plan)
@@ -220,12 +218,9 @@ def adapt(
         update(losses["loss"])
         return {name: float(value.detach()) for name, value in losses.items()}
 
-    def told(number: int, losses: dict[str, float]) -> bool:
-        log.add(number, losses)
-        return on_batch(number, losses) if on_batch else False
-
+    pace = Pace(plan.number, plan.rate, plan.rate, setting.save_every)
     try:
-        train(network, learned, shown, learn, plan.number, plan.rate, checkpoint, setting.save_every, told)
+        train(network, learned, shown, learn, pace, checkpoint, on_batch, log)
     finally:
         for hook in hooks:
             hook.remove()

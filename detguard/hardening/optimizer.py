@@ -59,13 +59,48 @@ class Optimizer:
         sizes = [self.sizes[id(p)] for p in self.learned]
         return {"momenta": self.momenta, "sizes": sizes, "adam": self.adam.state_dict() if self.adam else None}
 
+    def fits(self, state: Any) -> bool:
+        """Whether a value is a `state_dict` of the same parameters."""
+        if not isinstance(state, dict) or state.keys() != {"momenta", "sizes", "adam"}:
+            return False
+        sizes = [self.sizes[id(p)] for p in self.learned]
+        if not (same_form(state["momenta"], self.momenta) and same_form(state["sizes"], sizes)):
+            return False
+        if self.adam is None:
+            return state["adam"] is None
+        adam = state["adam"].get("state") if isinstance(state["adam"], dict) else None
+        rest = [group["params"][0] for group in self.adam.param_groups]
+        return isinstance(adam, dict) and all(
+            type(i) is int
+            and 0 <= i < len(rest)
+            and same_form(one, {"step": torch.zeros(()), "exp_avg": rest[i], "exp_avg_sq": rest[i]})
+            for i, one in adam.items()
+        )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict` of the same parameters."""
+        """Go on from a `state_dict` that `fits`."""
         for momentum, saved in zip(self.momenta, state["momenta"], strict=True):
             momentum.copy_(saved)
         self.sizes = {id(p): size for p, size in zip(self.learned, state["sizes"], strict=True)}
-        if self.adam:
-            self.adam.load_state_dict(state["adam"])
+        if self.adam:  # its options are ours
+            self.adam.load_state_dict(self.adam.state_dict() | {"state": state["adam"]["state"]})
+
+
+def same_form(value: Any, like: Any) -> bool:
+    """Whether a value is built like another: the same containers, keys and types, and tensors of the same shape."""
+    if isinstance(like, Tensor):
+        if not isinstance(value, Tensor):
+            return False
+        return all(getattr(value, name) == getattr(like, name) for name in ("shape", "dtype", "layout", "device"))
+    if isinstance(like, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == like.keys()
+            and all(same_form(value[key], one) for key, one in like.items())
+        )
+    if isinstance(like, list):
+        return isinstance(value, list) and len(value) == len(like) and all(map(same_form, value, like))
+    return type(value) is type(like)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """One `detguard harden`: the stages of a recipe, each resumable, from a detector to a gated ensemble on disk."""
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
@@ -19,6 +18,7 @@ from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.adversary import Adversary
+from detguard.hardening.loop import BatchLog, load_made
 from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL, Setting, Stage, copy_expert, train_stage
 from detguard.runs import Run
 
@@ -41,7 +41,6 @@ FEATURES = 5.0
 GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
 # Experts that do not resist say anything under attack: it must weigh less than what the robust one is sure of.
 FLOOR = 0.5
-LOG_EVERY = 20
 STRIDE = 32
 
 
@@ -209,36 +208,14 @@ def harden(
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
     made = Path()
     for stage in plan.stages(robust):
-        made = run.folder / "weights" / f"{stage.name}.safetensors"
+        made = run.path(f"weights/{stage.name}.safetensors")
         if stage.name in ("normal", "hard") and not plan.apart:  # they start from what the trunk was trained with
             copy_expert(network, len(plan.experts) - 1, stage.route or 0)
-        if made.exists():
-            network.load_state_dict(load_file(made))
+        if load_made(network, made):
             continue
+        checkpoint = run.path(f"state/{stage.name}.pt")
+        told = partial(on_batch, stage.name) if on_batch else None
         log = BatchLog(run, stage.name, stage.number, setting.batch)
-
-        def told(number: int, losses: dict[str, float], stage: Stage = stage, log: BatchLog = log) -> bool:
-            log.add(number, losses)
-            return on_batch(stage.name, number, losses) if on_batch else False
-
-        train_stage(network, undefended, source, stage, setting, run.folder / "state" / f"{stage.name}.pt", told)
+        train_stage(network, undefended, source, stage, setting, checkpoint, told, log)
         save_gated(network, card, made)
     return made
-
-
-class BatchLog:
-    """Means of a stage's losses over some batches at a time, as records of the run."""
-
-    def __init__(self, run: Run, stage: str, last: int, batch: int) -> None:
-        self.run, self.stage, self.last, self.batch = run, stage, last, batch
-        self.began, self.seen = time.monotonic(), list[dict[str, float]]()
-
-    def add(self, number: int, losses: dict[str, float]) -> None:
-        """Take the losses of one batch; write a record when there are enough."""
-        self.seen.append(losses)
-        if len(self.seen) < LOG_EVERY and number + 1 < self.last:
-            return
-        rate = len(self.seen) * self.batch / (time.monotonic() - self.began)
-        record = {name: round(sum(s[name] for s in self.seen) / len(self.seen), 4) for name in losses}
-        self.run.append({"stage": self.stage, "batch": number + 1, "photos_per_second": round(rate, 1)} | record)
-        self.began, self.seen = time.monotonic(), []

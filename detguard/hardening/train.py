@@ -1,40 +1,28 @@
 """One stage of hardening: some parts of a gated ensemble learn from normal, hard and adversarial frames."""
 
 import copy
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel
 
-from detguard import DetguardError
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.corruptions import KINDS
 from detguard.detections import Candidates
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.ultralytics import decode
-from detguard.files import write_file
 from detguard.hardening.adversary import Adversary, perturb
+from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, train
 from detguard.hardening.losses import aimed_loss, feature_loss, gate_margin, imitation_loss
-from detguard.hardening.optimizer import Optimizer
 
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
-EMA_DECAY = 0.998
 # Of the gate, which learns from nothing, also where experts only go on.
 GATE_RATE = 3e-3
-
-Shown = TypeVar("Shown")
-Update = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -124,15 +112,12 @@ def train_stage(
     stage: Stage,
     setting: Setting,
     checkpoint: Path,
-    on_batch: Callable[[int, dict[str, float]], bool] | None = None,
+    on_batch: OnBatch | None = None,
+    log: BatchLog | None = None,
 ) -> GatedNetwork:
     """Train `network` in place, from `checkpoint` where it stopped; returns the average of its last weights.
 
-    teacher: the undefended detector as a network of one expert.
-    on_batch: told the number of each batch and its losses; returns True to save and stop, KeyboardInterrupt follows.
-
-    Raises:
-        KeyboardInterrupt: `on_batch` asked for it; the checkpoint holds all that was learned.
+    teacher: the undefended detector as a network of one expert. The rest is as in `train`.
     """
     teacher.to(memory_format=torch.channels_last)
     hard = round(stage.share[HARD] * setting.batch)
@@ -146,64 +131,8 @@ def train_stage(
         return _learn(network, teacher, batch, stage, setting, number, update)
 
     learned = learned_parameters(network, stage)
-    return train(
-        network, learned, made, learn, stage.number, stage.rate, checkpoint, setting.save_every, on_batch, GATE_RATE
-    )
-
-
-def train(
-    network: GatedNetwork,
-    learned: list[nn.Parameter],
-    made: Callable[[int], Iterator[Shown]],
-    learn: Callable[[Shown, int, Update], dict[str, float]],
-    last: int,
-    rate: float,
-    checkpoint: Path,
-    save_every: float,
-    on_batch: Callable[[int, dict[str, float]], bool] | None = None,
-    gate_rate: float | None = None,
-) -> GatedNetwork:
-    """Train the `learned` parameters in place on `last` batches, from `checkpoint` on; returns their moving average.
-
-    made: batches from a number on; learn: told a batch, its number and how to update the weights by a loss; returns
-    what is to be told of it; gate_rate: the gate's own highest rate. See `train_stage` for the rest.
-    """
-    network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
-    network.eval()  # batch norms are folded in; nothing else behaves differently in training
-    average = AveragedModel(network, multi_avg_fn=_follow)
-    optimizer = Optimizer(learned, list(network.gate.parameters()), (gate_rate or rate) / rate)
-    first = _restore(checkpoint, network, average, optimizer)
-    saved = time.monotonic()
-
-    for number, batch in enumerate(made(first), first):
-
-        def update(loss: Tensor, step: float = rate * rate_share(number, last)) -> None:
-            optimizer.update(loss, step)
-            average.update_parameters(network)
-
-        losses = learn(batch, number, update)
-        stop = on_batch(number, losses) if on_batch else False
-        if stop or time.monotonic() - saved > save_every:
-            _save(checkpoint, network, average, optimizer, number + 1)
-            saved = time.monotonic()
-        if stop:
-            raise KeyboardInterrupt
-    network.load_state_dict(average.module.state_dict())
-    return network
-
-
-@torch.no_grad()
-def _follow(average: Any, now: Any, updates: Any) -> None:
-    """Exponential moving average of weights; it forgets fast at first, or short stages would keep where they began."""
-    decay = min(EMA_DECAY, (1 + int(updates)) / (10 + int(updates)))
-    torch._foreach_lerp_(list(average), list(now), 1 - decay)
-
-
-def rate_share(number: int, last: int) -> float:
-    """Share of the learning rate at a batch: up over the first hundred (or tenth), then down a cosine to 2 %."""
-    return min(1.0, (number + 1) / min(100, max(1, last // 10))) * (
-        0.02 + 0.98 * (1 + math.cos(math.pi * number / last)) / 2
-    )
+    pace = Pace(stage.number, stage.rate, GATE_RATE, setting.save_every)
+    return train(network, learned, made, learn, pace, checkpoint, on_batch, log)
 
 
 def _learn(
@@ -297,26 +226,6 @@ def _losses(found: Candidates, wanted: Candidates, kinds: Tensor, gate_weight: f
             weights = found.gate[kinds == kind].softmax(1).mean(0)
             losses |= {f"gate {name} {i}": weight for i, weight in enumerate(weights)}
     return losses
-
-
-def _save(file: Path, network: nn.Module, average: nn.Module, optimizer: Optimizer, number: int) -> None:
-    state = {"network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-    data = BytesIO()
-    torch.save(state | {"number": number}, data)
-    write_file(file, data.getvalue())
-
-
-def _restore(file: Path, network: nn.Module, average: nn.Module, optimizer: Optimizer) -> int:
-    if not file.exists():
-        return 0
-    try:
-        state: dict[str, Any] = torch.load(file, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["number"])
-    except (EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
-        raise DetguardError(f"{file}: damaged; delete it to begin the stage again ({type(error).__name__})") from error
 
 
 def copy_expert(network: GatedNetwork, source: int, target: int) -> None:

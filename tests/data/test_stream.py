@@ -97,3 +97,8 @@ def test_a_wrong_line_of_a_file_is_one_error_that_names_both(tmp_path):
     (tmp_path / "new.jsonl").write_bytes(PLAIN + b"{\n")
     with pytest.raises(DataError, match=r"new\.jsonl line 2"):
         read_lines(tmp_path / "new.jsonl", NAMES)
+
+
+def test_classes_of_one_name_cannot_be_told_apart_by_labels():
+    with pytest.raises(DataError, match="several classes of one name"):
+        list(from_lines([PLAIN], {0: "dog", 1: "cat", 2: "dog"}))

@@ -1,3 +1,4 @@
+import copy
 import sqlite3
 from dataclasses import replace
 
@@ -165,3 +166,10 @@ def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):
 
 def test_an_undefended_detector_has_its_gradient_everywhere(subject):
     assert zero_gradient_share(subject) < 0.01
+
+
+def test_what_was_found_on_another_kind_of_device_is_not_used(subject):
+    elsewhere = copy.copy(subject.detector)
+    elsewhere.device = torch.device("cuda")
+    assert replace(subject, detector=elsewhere).state != subject.state
+    assert elsewhere.state_hash() == subject.detector.state_hash()  # by which a run goes on there

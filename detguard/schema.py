@@ -1,0 +1,238 @@
+"""What the files of a run hold, by command. A stranger may have written them: they are checked before they are used."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+MOST = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Plain values of one kind; what: as an error calls them."""
+
+    what: str
+    has: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """A shape, or null."""
+
+    shape: Any
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of `least` to `most` values of one shape."""
+
+    shape: Any
+    least: int = 0
+    most: int = MOST
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of several shapes; of the first, an error tells what is wrong."""
+
+    shapes: tuple[Any, ...]
+
+
+# A dict is a shape, too: of a mapping of these keys and no others. One that ends in ? may be missing; * stands for any.
+def misfit(value: Any, shape: Any, where: str = "") -> str | None:
+    """What is wrong with a value that should be of a shape, and where in it; None: nothing."""
+    if isinstance(shape, Maybe):
+        return None if value is None else misfit(value, shape.shape, where)
+    if isinstance(shape, Either):
+        found = [misfit(value, one, where) for one in shape.shapes]
+        return None if None in found else found[0]
+    if isinstance(shape, Kind):
+        return None if shape.has(value) else f"{where}: expected {shape.what}"
+    if isinstance(shape, Items):
+        if not isinstance(value, list) or not shape.least <= len(value) <= shape.most:
+            count = f" of {shape.most}" if shape.most < MOST else " of one or more" if shape.least else ""
+            return f"{where}: expected a list{count}"
+        each = (misfit(one, shape.shape, f"{where}[{number}]") for number, one in enumerate(value))
+        return next(filter(None, each), None)
+    if not isinstance(value, dict):
+        return f"{where or 'all of it'}: expected names with values"
+    inner = f"{where}." if where else ""
+    named = {key.removesuffix("?"): of for key, of in shape.items() if key != "*"}
+    if missing := [key for key in shape if key != "*" and not key.endswith("?") and key not in value]:
+        return f"{inner}{missing[0]}: missing"
+    for key, one in value.items():
+        if not isinstance(key, str) or (key not in named and "*" not in shape):
+            return f"{inner}{key}: not known"
+        if wrong := misfit(one, named.get(key, shape.get("*")), f"{inner}{key}"):
+            return wrong
+    return None
+
+
+def whole(least: int = -MOST, most: int = MOST) -> Kind:
+    """Whole numbers in a range."""
+    span = f"{least} or more" if most == MOST else f"{least} to {most}"
+    return Kind(f"a whole number, {span}", lambda x: type(x) is int and least <= x <= most)
+
+
+def real(least: float = -1e15, most: float = 1e15) -> Kind:
+    """Numbers in a range."""
+    return Kind(
+        f"a number, {least:g} to {most:g}", lambda x: type(x) in (int, float) and isfinite(x) and least <= x <= most
+    )
+
+
+def one_of(*values: str) -> Kind:
+    """Texts of a list."""
+    return Kind(f"one of {', '.join(values)}", lambda x: isinstance(x, str) and x in values)
+
+
+text = Kind("text", lambda x: isinstance(x, str))
+flag = Kind("true or false", lambda x: isinstance(x, bool))
+# A loss that grew beyond all bounds is one, too.
+measured = Kind("a number", lambda x: type(x) is float or (type(x) is int and abs(x) <= MOST))
+texts = Items(text)
+size = whole(1, 10_000)
+
+DETECTOR = {"model": text, "imgsz": size, "end_to_end": flag, "top_k?": Maybe(whole(1)), "sha256": text}
+COMMON = {"command": text, "arguments": texts, "versions": {"*": text}}
+# config.yaml, by command.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "attack": {
+        "detector": DETECTOR,
+        "target": text,
+        "to": Maybe(text),
+        "strict": flag,
+        "transforms": text,
+        "attack": {
+            "conf": real(0.001, 0.999),
+            "iou": real(0, 1),
+            "eps": whole(0, 255),
+            "step": real(0.01, 255),
+            "steps": whole(1),
+            "aggregate": one_of("mean", "weighted", "max"),
+            "weights": Maybe(Items(real(0))),
+            "gradient": one_of("straight-through", "exact"),
+            "momentum": real(0, 1),
+            "random_start": flag,
+            "margin": real(0, 0.99),
+            "seed": whole(),
+            "batch": whole(1),
+        },
+        "photos": texts,
+    },
+    "evaluate": {
+        "detectors": Items(DETECTOR, 1),
+        "data": {
+            "source": text,
+            "split": text,
+            "images": Maybe(text),
+            "classes": Maybe(texts),
+            "limit": Maybe(whole(1)),
+        },
+        "evaluate": {
+            "protocols": texts,
+            "severities": Items(whole(1, 5)),
+            "eps": Items(whole(1, 255)),
+            "steps": whole(1),
+            "restarts": whole(1),
+            "attacks": texts,
+            "queries": whole(1),
+            "seed": whole(),
+        },
+    },
+    "harden": {
+        "model": text,
+        "detectors": Items(DETECTOR, 2, 2),
+        "harden": {
+            "recipe": text,
+            "mode": text,
+            "split": text,
+            "photos": whole(1),
+            "crop": Maybe(whole(32, 10_000)),
+            "attack": text,
+            "eps": real(0, 255),
+            "steps": whole(1),
+            "mix": real(0, 1),
+            "top_k": Maybe(whole(1)),
+            "floor": Maybe(real(0, 0.99)),
+            "batch": whole(1),
+            "rate": real(0, 1),
+            "seed": whole(),
+        },
+        "corruptions": texts,
+        "photos": texts,
+    },
+    "adapt": {
+        "model": text,
+        "detector": DETECTOR,
+        "data": {"new": texts, "replay": texts, "split": text},
+        "adapt": {
+            "experts": whole(0, 64),
+            "mode": text,
+            "init": one_of("best", "fresh"),
+            "keep": real(0),
+            "photos": whole(1),
+            "batch": whole(1),
+            "rate": real(0, 1),
+            "seed": whole(),
+            "eps": real(0, 255),
+        },
+        "why": text,
+        "corruptions": texts,
+        "replayed": texts,
+    },
+    "monitor": {
+        "detector": DETECTOR,
+        "stream": {"source": text, "split": text, "images": Maybe(text)},
+        "monitor": {"detector": text, "window": whole(8, 10**6)},
+        "on_drift": one_of("tell", "adapt"),
+        "replay": texts,
+    },
+}
+CONFIGS = {command: COMMON | shape for command, shape in CONFIGS.items()}
+
+DETECTION = {"class": text, "confidence": real(), "box": Items(real(), 4, 4)}
+_LEVELS = ("0.05", "0.1", "0.25", "0.5")
+JUDGED = {
+    "fooled": flag,
+    "confidence": real(),
+    "success": dict.fromkeys(_LEVELS, Maybe(flag)),
+    "objects_gone": dict.fromkeys(_LEVELS, Items(whole(0), 2, 2)),
+}
+ATTACKED = {
+    "key": text,
+    "photo": text,
+    "status": one_of("fooled", "failed"),
+    "iterations": whole(0),
+    "difference": whole(0, 255),
+    "psnr": real(),
+    "ssim": real(),
+    "objects": Items(DETECTION | {"outcome": one_of("vanished", "relabelled", "kept")}),
+    "detections": {"before": Items(DETECTION), "after": Items(DETECTION)},
+    "members": {"photo": JUDGED, "*": JUDGED},
+    "files": {"photo": text, "*": text},
+    "seconds": real(0),
+}
+PASSED_OVER = {
+    "key": text,
+    "photo": text,
+    "status": one_of("no-target", "error"),
+    "error?": text,
+    "seconds?": real(0),
+}
+SHOWN = {"number": whole(1), "photo": text, "objects": Items(DETECTION), "classes?": texts, "AP50?": Maybe(real())}
+TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
+# A line of results.jsonl, by command.
+RECORDS: dict[str, Any] = {
+    "attack": Either((ATTACKED, PASSED_OVER)),
+    "detect": {"key": text, "photo": text, "detections": Items(DETECTION)},
+    "harden": TRAINED,
+    "adapt": TRAINED,
+    "monitor": Either(
+        (
+            SHOWN | {"f1": real(), "confidence": real(), "entropy": Maybe(measured), "began": Maybe(whole(1))},
+            SHOWN | {"error": text},
+        )
+    ),
+}
