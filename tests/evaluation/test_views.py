@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from detguard import DetguardError
 from detguard.data.dataset import LOST, Faults, read_dataset
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, worst_photo
 from detguard.evaluation.cache import Cache
@@ -60,6 +61,13 @@ def test_a_photo_that_is_gone_is_dropped_and_the_others_go_on(subject, tmp_path)
     fill(subject, [Clean()])
     assert list(subject.dataset.files) == [11, 13, 14]
     assert "gone.png" in subject.dataset.warnings[LOST][0]
+
+
+def test_when_no_photo_can_be_read_it_is_one_line(subject, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    subject.dataset = replace(subject.dataset, files=dict.fromkeys((11, 12), tmp_path / "cut.png"))
+    with pytest.raises(DetguardError, match=r"no photo can be read \(.*cut\.png"):
+        fill(subject, [Clean()])
 
 
 def test_the_cache_knows_photos_by_their_content(subject, shown, tmp_path):
