@@ -162,7 +162,7 @@ def test_scans_of_a_thumbnail_or_behind_the_end_are_not_counted(tmp_path):
     scans = b"\xff\xda\0\2" * 15_000
     plain = progressive(0, (2000, 1000))
     (tmp_path / "a.jpg").write_bytes(plain[:2] + b"\xff\xe5" + (len(scans) + 2).to_bytes(2, "big") + scans + plain[2:])
-    (tmp_path / "b.jpg").write_bytes(plain + scans)
+    (tmp_path / "b.jpg").write_bytes(plain + bytes(2) + scans)
     assert read_photo(tmp_path / "a.jpg").shape == read_photo(tmp_path / "b.jpg").shape
 
 

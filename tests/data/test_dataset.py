@@ -126,6 +126,7 @@ def test_a_box_that_sticks_out_is_cut(photos):
         ("person .5 .5 .2 .2", "class x y w h"),
         ("7 .5 .5 .2 .2", "unknown classes"),
         ("0 .5 .5 nan .2", "not a number"),
+        ("0 .1 .1 nan .1 .5 .5 .1 .5", "not a number"),
         ("0 .5 .5 0 .2", "no size"),
         ("0 1.9 .5 .2 .2", "outside their photo"),
     ],
@@ -276,7 +277,12 @@ def test_odd_annotations_of_a_yaml_are_one_line(photos, annotations):
         read_dataset(yolo(photos, {}, {"annotations": annotations}))
 
 
-@pytest.mark.parametrize("path", [7, "/", "x" * 5000, "a\0b", ["."], "gone"])
+def test_the_whole_file_system_is_no_folder_of_data(photos):
+    with pytest.raises(DataError, match="path: / is no folder of data"):
+        read_dataset(yolo(photos, {}, {"path": "/"}))
+
+
+@pytest.mark.parametrize("path", [7, "x" * 5000, "a\0b", ["."], "gone"])
 def test_an_odd_path_of_a_yaml_is_one_line(photos, path):
     with pytest.raises(DataError, match=r"data\.yaml"):
         read_dataset(yolo(photos, {}, {"path": path}))

@@ -57,6 +57,7 @@ PLAIN = b'{"photo": "a.jpg", "objects": []}\n'
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5, 1, 9]}]}',
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5]}]}',
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [0, 0, 1, Infinity]}]}',
+        b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [-1e20, 0, 1, 1]}]}',
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [0, 0, 1, ' + b"9" * 400 + b"]}]}",
         b'{"photo": 3, "objects": []}',
         b'{"photo": "a\\u0000.jpg", "objects": []}',

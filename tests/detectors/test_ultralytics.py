@@ -104,7 +104,7 @@ def test_predicting_leaves_state_and_threads_as_they_were(yolo11n, bus):
 
 @pytest.mark.parametrize("name", ["a*.png", "list.txt", "film.mp4", "pages.tif", "cameras.streams", "scan.pdf"])
 def test_a_file_of_any_name_is_read_as_the_photo_that_it_is(bundled, bus, tmp_path, name):
-    (tmp_path / "aa.png").write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))  # what the pattern finds first
+    (tmp_path / "a!.png").write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))  # what the pattern finds first
     (tmp_path / name).write_bytes(encode_png(bus[:400:4, ::4].copy()))
     ours, theirs = bundled.predict(tmp_path / name, 0.01), bundled.predict(bus[:400:4, ::4].copy(), 0.01)
     assert len(theirs) > 0

@@ -12,9 +12,11 @@ from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred,
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import value_left
+from detguard.evaluation.run import Protocols, evaluate
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
 from detguard.photos import read_photo
+from detguard.runs import Run
 
 QUICK = AttackSet(("class", "vanish"), eps=8, steps=3)
 
@@ -181,3 +183,15 @@ def test_what_was_found_on_another_kind_of_device_is_not_used(subject):
     elsewhere.device = torch.device("cuda")
     assert replace(subject, detector=elsewhere).state != subject.state
     assert elsewhere.state_hash() == subject.detector.state_hash()  # by which a run goes on there
+
+
+def test_a_cache_damaged_during_an_evaluation_is_filled_again(subject, tmp_path):
+    damaged = []
+
+    def damage(what, done):
+        if not damaged:
+            damaged.append(subject.cache.file.write_bytes(b"no database" * 5000))
+
+    with pytest.warns(UserWarning, match="set aside as"):
+        found = evaluate([subject], Protocols(("clean",)), Run(tmp_path, {"command": "evaluate"}), damage)
+    assert found.metrics["bundled"]["clean"]["AP"] > 0.9
