@@ -54,6 +54,13 @@ def device_name(name: str) -> str:
     return name
 
 
+def warned(trust: bool) -> bool:
+    """The option --trust, with one line of what it means."""
+    if trust:
+        show_warning("--trust: a .pt is unpickled and may run any code on this machine; for files of your own only")
+    return trust
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -66,7 +73,7 @@ ImageSize = Annotated[
 Confidence = Annotated[
     float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Unpickle a .pt without the allow-list: it may run any code.")]
+Trust = Annotated[bool, typer.Option("--trust", callback=warned, help="Unpickle a .pt: it may run any code.")]
 EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
 TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
