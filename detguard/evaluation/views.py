@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.data.corruptions import corrupt
-from detguard.data.dataset import LOST, Dataset
+from detguard.data.dataset import Dataset
+from detguard.data.entries import LOST
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from detguard.data.dataset import LOST, DataError, read_dataset
+from detguard.data.dataset import read_dataset
+from detguard.data.entries import LOST, DataError
 
 WIDE = {"width": 100, "height": 80}
 

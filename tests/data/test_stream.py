@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detguard.data.dataset import DataError, read_dataset
+from detguard.data.dataset import read_dataset
+from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, as_line, from_lines, in_order, lines_of, read_lines
 from detguard.detections import Detections
 

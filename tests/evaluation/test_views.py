@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from detguard import DetguardError
-from detguard.data.dataset import LOST, Faults, read_dataset
+from detguard.data.dataset import read_dataset
+from detguard.data.entries import LOST, Faults
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, worst_photo
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.checks import zero_gradient_share

@@ -3,7 +3,7 @@ import json
 
 from mutations import mutated, odd_tree
 
-from detguard.data.dataset import DataError
+from detguard.data.entries import DataError
 from detguard.data.stream import as_line, from_lines, lines_of
 
 NAMES = {0: "person", 1: "bus"}
