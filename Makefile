@@ -1,11 +1,12 @@
 # make demo: hide the people in a street photo from the bundled detector, then try the same on the hardened one.
 # make test: run the tests.
-# Both make .venv and install into it when needed.
+# make fuzz: ten minutes of odd files for every reader, other ones each time.
+# All make .venv and install into it when needed.
 
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test fuzz clean
 
 BUS := .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg
 
@@ -16,6 +17,9 @@ demo: $(READY)
 
 test: $(READY)
 	.venv/bin/python -m pytest
+
+fuzz: $(READY)
+	DETGUARD_FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz --tb=line --show-capture=no
 
 $(READY): pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -4,9 +4,8 @@ import os
 
 __version__ = "0.1.0"
 
-# Ultralytics reads these once, at its first import. Weights are data: they are unpickled through its allow-list
-# only, nothing is installed on their behalf, and --trust (see detectors/load.py) is the one way around.
-os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")
+# Ultralytics reads these once, at its first import. Nothing is installed on behalf of a file; that weights are read as
+# data does not depend on them (see detectors/checkpoint.py).
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 os.environ.setdefault("YOLO_VERBOSE", "false")
 # albumentations asks the network for a newer version of itself at import.

@@ -8,10 +8,10 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -33,23 +33,39 @@ class FileError(DetguardError):
     """A file that cannot be read or written; the message starts with its path."""
 
 
-def read_file(file: str | Path, most: int = MAX_TEXT) -> bytes:
-    """The bytes of a regular file of at most `most` bytes.
+@contextmanager
+def open_file(file: str | Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading.
 
     Raises:
-        FileError: missing, unreadable, larger, or no regular file: a pipe would be waited for, a device never ends.
+        FileError: missing, unreadable, or no regular file: a pipe would be waited for, a device never ends.
     """
     try:
         # Without O_NONBLOCK, to open a pipe is to wait for who writes to it.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with open(os.open(file, flags), "rb") as stream:  # noqa: PTH123
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise FileError(f"{file}: not a regular file")
-            data = stream.read(most + 1)
+        descriptor = os.open(file, flags)
     except OSError as error:
         raise FileError(f"{file}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a null byte or a lone surrogate in the name
         raise FileError(f"{file}: cannot be read ({error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{file}: not a regular file")
+    with open(descriptor, "rb") as stream:  # noqa: PTH123
+        yield stream
+
+
+def read_file(file: str | Path, most: int = MAX_TEXT) -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    Raises:
+        FileError: as `open_file`, or larger.
+    """
+    with open_file(file) as stream:
+        try:
+            data = stream.read(most + 1)
+        except OSError as error:
+            raise FileError(f"{file}: cannot be read ({error.strerror or error})") from error
     if len(data) > most:
         raise FileError(f"{file}: over the limit of {most >> 20 or most / 2**20:g} MiB")
     return data
@@ -59,6 +75,14 @@ def is_file(file: str | Path) -> bool:
     """Whether there is a regular file of that name; of names that no file can have, there is none."""
     try:
         return Path(file).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(folder: str | Path) -> bool:
+    """Whether there is a folder of that name, as `is_file`."""
+    try:
+        return Path(folder).is_dir()
     except (OSError, ValueError):
         return False
 
@@ -175,6 +199,8 @@ def _whole_size(node: Any, sizes: dict[int, int]) -> int:
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey, not show, as escapes: controls, new lines, direction, surrogates."""
+    if text.isprintable():  # most is, and long texts are told so quickly
+        return text
     return "".join(c if unicodedata.category(c) not in _OBEYED else ascii(c)[1:-1] for c in text)
 
 

@@ -5,28 +5,54 @@ A photo is `uint8 [H, W, 3]` RGB at the resolution of its file. Gradients are `[
 
 import glob
 import hashlib
-import struct
+import io
+import os
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from detguard import DetguardError
-from detguard.files import MAX_PHOTO, FileError, read_file
+from detguard.files import MAX_PHOTO, FileError, is_file, is_folder, open_file, read_file
 
 Photo = NDArray[np.uint8]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
+# Decoders may go so often over the pixels of the largest photo, and oftener over those of a smaller one: a JPEG of 2 kB
+# can have thousands of scans. Pillow decodes run lengths in Python, which takes as long as so many.
+MAX_PASSES = 12
+RUN_LENGTH_PASSES = 120
+# What a file of each kind begins with. Not `Image.open`: it starts Ghostscript for an EPS of any name, and Ultralytics
+# replaces it by one that installs a package for what is no image.
+READERS: dict[bytes, Callable[[BinaryIO], ImageFile]] = {
+    rb"\xff\xd8\xff": JpegImageFile,
+    rb"\x89PNG\r\n\x1a\n": PngImageFile,
+    rb"GIF8[79]a": GifImageFile,
+    rb"BM": BmpImageFile,
+    rb"RIFF....WEBP": WebPImageFile,
+    rb"II[*+]\0|MM\0[*+]": TiffImageFile,
+}
+EXIF_ORIENTATION = 274
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment of a JPEG, with a length
 PADDING_LEVEL = 114
 
 
@@ -45,20 +71,25 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        matches = [Path(source)]
-        if not matches[0].exists() and glob.has_magic(str(source)):
-            matches = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))] or matches  # noqa: PTH207
-        for match in matches:
+        for match in _matching(str(source)) or [Path(source)]:
             found |= dict.fromkeys(_photos_in(match) or [match])
-    if not any(path.is_file() for path in found):
+    if not any(map(is_file, found)):
         raise PhotoError(f"{', '.join(map(str, found))}: no photos here (looked for {' '.join(SUFFIXES)})")
     return list(found)
+
+
+def _matching(pattern: str) -> list[Path]:
+    try:
+        known = os.path.lexists(pattern) or not glob.has_magic(pattern)
+        return [] if known else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    except (OSError, ValueError, RecursionError):  # a name or a depth that no path has
+        return []
 
 
 def _photos_in(folder: Path) -> list[Path]:
     try:
         return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -69,41 +100,88 @@ def read_photo(file: str | Path) -> Photo:
     half a file without a word and believes any size in a header.
 
     Raises:
-        PhotoError: missing, unreadable, not an image, truncated, animated, too large or too small.
+        PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow.
     """
-    file = Path(file)
-    if file.is_dir():
-        raise PhotoError(f"{file}: a folder that holds no photos or cannot be listed")
     try:
         data = read_file(file, MAX_PHOTO)
     except FileError as error:
-        raise PhotoError(str(error)) from error
+        reason = f"{file}: a folder that holds no photos or cannot be listed" if is_folder(file) else str(error)
+        raise PhotoError(reason) from error
+    size = _check(data, file)
+    photo = decode_photo(data, file)
+    if sorted(photo.shape[:2]) != sorted(size):
+        raise PhotoError(f"{file}: damaged, its size is {size[0]} x {size[1]} px and another one; save it anew")
+    return photo
+
+
+def _check(data: bytes, file: str | Path) -> tuple[int, int]:
+    """Width and height of a whole image that is cheap to decode, as its file has it."""
     if not data:
         raise PhotoError(f"{file}: the file is empty")
+    with _opened(io.BytesIO(data), file) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise PhotoError(f"{file}: {width} x {height} px is over the limit of {MAX_PIXELS // 10**6} megapixels")
+        if min(width, height) < MIN_SIDE:
+            raise PhotoError(f"{file}: {width} x {height} px is too small, at least {MIN_SIDE} x {MIN_SIDE} needed")
+        if _passes(image, data) * width * height > MAX_PASSES * MAX_PIXELS:
+            raise PhotoError(f"{file}: {width} x {height} px coded so take too long to decode; save it as PNG")
+        if getattr(image, "is_animated", False) and image.format != "TIFF":
+            raise PhotoError(f"{file}: animated; save the frame you want as a PNG")
+        image.load()
+    return width, height
+
+
+@contextmanager
+def _opened(stream: BinaryIO, file: str | Path) -> Iterator[ImageFile]:
+    """Pillow's view of an image, of which the header is read; what it raises is a PhotoError."""
+    begin = stream.read(16)
+    reader = next((reader for magic, reader in READERS.items() if re.match(magic, begin, re.DOTALL)), None)
+    if reader is None:
+        raise PhotoError(f"{file}: not an image ({', '.join(s[1:] for s in SUFFIXES)} can be read)")
+    stream.seek(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit, below, says it better than Pillow's warning
-            with Image.open(file) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise PhotoError(
-                        f"{file}: {width} x {height} px is over the limit of {MAX_PIXELS // 10**6} megapixels"
-                    )
-                if min(width, height) < MIN_SIDE:
-                    raise PhotoError(
-                        f"{file}: {width} x {height} px is too small, at least {MIN_SIDE} x {MIN_SIDE} needed"
-                    )
-                if (frames := getattr(image, "n_frames", 1)) > 1 and image.format in ("GIF", "WEBP", "PNG"):
-                    raise PhotoError(f"{file}: animated, {frames} frames; save the frame you want as a PNG")
-                image.load()
-    except Image.DecompressionBombError as error:
-        raise PhotoError(f"{file}: over the limit of {MAX_PIXELS // 10**6} megapixels") from error
-    except (UnidentifiedImageError, ImportError) as error:
-        # ImportError: Ultralytics replaces Image.open by one that wants a HEIF reader for what Pillow cannot read.
-        raise PhotoError(f"{file}: not an image ({', '.join(s[1:] for s in SUFFIXES)} can be read)") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        raise PhotoError(f"{file}: the image is damaged or cut short ({error})") from error
-    return decode_photo(data, file)
+            warnings.simplefilter("ignore")  # our own limits say it better than Pillow's warnings
+            with reader(stream) as image:
+                yield image
+    except DetguardError:
+        raise
+    except Exception as error:  # of a damaged image, a decoder can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PhotoError(f"{file}: the image is damaged or cut short ({reason})") from error
+
+
+def _passes(image: ImageFile, data: bytes) -> int:
+    """How often, about, a decoder goes over all pixels of an image."""
+    if image.format == "BMP" and image.info.get("compression", 0) != 0:
+        return RUN_LENGTH_PASSES
+    if image.format != "JPEG":
+        return 1
+    scans, at = 0, 2
+    while marker := MARKER.search(data, at):
+        if marker[1] == b"\xd9":  # the end; what comes after it is not decoded
+            break
+        scans += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    return scans
+
+
+def photo_size(file: str | Path) -> tuple[int, int]:
+    """Width and height of a photo as `read_photo` gives it, from its header alone.
+
+    Raises:
+        PhotoError: there is no readable image.
+    """
+    try:
+        with open_file(file) as stream, _opened(stream, file) as image:
+            width, height = image.size
+            # Asked for the EXIF of a PNG that has it behind its pixels, Pillow would decode the whole photo.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
+    except FileError as error:
+        raise PhotoError(str(error)) from error
 
 
 def decode_photo(data: bytes, file: str | Path = "photo") -> Photo:
@@ -114,8 +192,9 @@ def decode_photo(data: bytes, file: str | Path = "photo") -> Photo:
     """
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error as error:
-        raise PhotoError(f"{file}: cannot be decoded ({error.err})") from error
+    except Exception as error:  # of a damaged image, a decoder can raise anything
+        reason = " ".join(str(getattr(error, "err", error)).split())
+        raise PhotoError(f"{file}: cannot be decoded ({reason})") from error
     if image is None:
         raise PhotoError(f"{file}: this kind of image cannot be decoded; save it as PNG or JPEG")
     return image.astype(np.uint8, copy=False)

@@ -10,6 +10,7 @@ Killed and started again with the same --run it goes on from its last checkpoint
 """
 
 import argparse
+import hashlib
 import json
 import signal
 import threading
@@ -57,11 +58,24 @@ SOURCES = {
 }
 
 
+# Of voc3608, so many photos, those whose names have the smallest SHA-256, are for evaluation only.
+VOC_HELD_OUT = 400
+
+
+def training_files(shared: Path, folder: str) -> list[Path]:
+    """The photos of a folder that may be trained on."""
+    files = sorted((shared / "data" / folder).glob("*.jpg"))
+    if not folder.startswith("voc3608"):
+        return files
+    by_hash = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest())
+    return sorted(by_hash[VOC_HELD_OUT:])
+
+
 def read_photos(shared: Path) -> PhotoSet:
     """Decode every training photo, longest side at most 480, uint8 BGR, with its sampling probability."""
     photos, probability = [], []
     for folder, share in SOURCES.items():
-        files = sorted((shared / "data" / folder).glob("*.jpg"))
+        files = training_files(shared, folder)
         for file in files:
             photo = cv2.imread(str(file))
             scale = 480 / max(photo.shape[:2])

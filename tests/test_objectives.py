@@ -124,3 +124,14 @@ def test_vanish_gradient_is_numerically_right():
     x = logits.double().requires_grad_()
     objective = Vanish((PERSON,))
     assert torch.autograd.gradcheck(lambda v: objective.loss(Candidates(v, boxes.double()), [], 0.25), x)
+
+
+def test_only_strict_lowers_what_else_is_found_on_the_object_and_there_alone():
+    logits = torch.full((1, 2, 3), -9.0)
+    logits[0, :, BUS] = 2.0
+    boxes = torch.tensor([[[20.0, 20.0, 60.0, 60.0], [200.0, 20.0, 240.0, 60.0]]])
+    _, gradient = loss_and_gradient(Vanish((PERSON,), strict=True), logits, boxes, OBJECTS[:1])
+    assert gradient[0, 0, BUS] > 0
+    assert gradient[0, 1, BUS] == 0
+    _, gradient = loss_and_gradient(Vanish((PERSON,)), logits, boxes, OBJECTS[:1])
+    assert gradient.count_nonzero() == 0

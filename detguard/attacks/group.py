@@ -5,6 +5,7 @@ else step against the aggregated gradient of their losses, within an L-inf budge
 saved is what the detector is shown at every step.
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,11 +51,13 @@ class AttackOptions:
     stop: bool = True
 
     def check(self, members: int) -> None:
-        """Raise DetguardError if the weights do not match the `members` of the group."""
+        """Raise DetguardError if the weights do not match the `members` of the group or cannot be weighed with."""
         if (self.weights is not None) != (self.aggregate == "weighted"):
             raise DetguardError("--weights: goes with --aggregate weighted, and that with --weights")
         if self.weights is not None and len(self.weights) != members:
             raise DetguardError(f"--weights: expected {members} numbers, one for the photo and each transform")
+        if self.weights is not None and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):  # nor NaN
+            raise DetguardError("--weights: expected numbers of 0 or more, not all 0, as in 1,1,2")
 
 
 @dataclass

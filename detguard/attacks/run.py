@@ -45,7 +45,9 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     Raises:
         DetguardError: unknown class or transform, or weights that do not match the group.
     """
-    targets = tuple(dict.fromkeys(detector.class_index(name.strip()) for name in config["target"].split(",")))
+    targets = tuple(dict.fromkeys(detector.class_index(name) for name in config["target"].split(",") if name.strip()))
+    if not targets:
+        raise DetguardError("--target: name at least one class, as in person,bus")
     objective: Objective
     if config["to"] is None:
         objective = Vanish(targets, config["strict"])

@@ -14,6 +14,7 @@ from detguard import DetguardError
 from detguard.cli.app import (
     OutFolder,
     Resume,
+    Seed,
     Trust,
     app,
     err,
@@ -24,7 +25,7 @@ from detguard.cli.app import (
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
-from detguard.cli.harden import Batch, Rate, Seed, chosen_kinds, photo_files
+from detguard.cli.harden import Batch, Rate, chosen_kinds, photo_files
 
 if TYPE_CHECKING:
     from detguard.data.stream import Labelled
@@ -72,7 +73,7 @@ def adapt(
         Literal["best", "fresh"], typer.Option(help="New experts start as the best old one, or from random weights.")
     ] = "best",
     keep: Annotated[
-        float, typer.Option("--lambda", min=0, help="Weight of staying what old experts were, in --mode full.")
+        float, typer.Option("--lambda", min=0, max=1e6, help="Weight of staying what old experts were, in --mode full.")
     ] = 1.0,
     max_experts: Annotated[int, typer.Option(min=1, max=64, help="Refuse to grow beyond so many experts.")] = 12,
     photos: Annotated[
@@ -213,13 +214,10 @@ def is_folder(source: str) -> bool:
 def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
     """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices."""
     from detguard.data.dataset import read_dataset
-    from detguard.data.stream import from_lines, in_order
+    from detguard.data.stream import in_order, read_lines
 
     if Path(source).suffix == ".jsonl":
-        try:
-            return list(from_lines(Path(source).read_text().splitlines(), class_names, source))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DetguardError(f"{source}: cannot be read ({error})") from error
+        return read_lines(source, class_names)
     dataset = read_dataset(source, split)
     show_warnings(dataset)
     return list(in_order(dataset, dataset.category_ids(class_names)))

@@ -1,17 +1,39 @@
 """The program: its options, its errors, its consoles."""
 
 import logging
+import re
 import signal
 import sys
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TimeRemainingColumn
+from rich.text import Text
+from typing_extensions import override
 
 from detguard import DetguardError, __version__
 from detguard.engine import keep_freed_memory
+from detguard.files import printable
+
+
+class Terminal(Console):
+    """A console that shows text as it is: no markup, no emoji codes, and nothing that a terminal would obey."""
+
+    @override
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
+
+
+class Description(ProgressColumn):
+    """What is being done, as text of the console that it is shown on."""
+
+    @override
+    def render(self, task: Task) -> str:
+        return task.description
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,8 +43,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Attack object detectors, harden them, and prove both in COCO numbers.",
 )
-out = Console()
-err = Console(stderr=True)
+out = Terminal()
+err = Terminal(stderr=True)
+
+
+def device_name(name: str) -> str:
+    """A torch device that detectors run on; torch knows others, which they do not."""
+    if not re.fullmatch(r"cpu|(cuda|xpu)(:\d{1,2})?|mps", name):
+        raise DetguardError(f"--device {name}: expected cpu, cuda, cuda:0, xpu or mps")
+    return name
+
+
+def warned(trust: bool) -> bool:
+    """The option --trust, with one line of what it means."""
+    if trust:
+        show_warning("--trust: a .pt is unpickled and may run any code on this machine; for files of your own only")
+    return trust
+
 
 Model = Annotated[
     str,
@@ -36,12 +73,13 @@ ImageSize = Annotated[
 Confidence = Annotated[
     float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Unpickle a .pt without the allow-list: it may run any code.")]
+Trust = Annotated[bool, typer.Option("--trust", callback=warned, help="Unpickle a .pt: it may run any code.")]
 EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
 TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
 ]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...", callback=device_name)]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all that is random.")]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
 ]
@@ -52,8 +90,14 @@ def main() -> None:
     """Run the command line; errors that the user can mend become one line and exit code 2."""
     keep_freed_memory()
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every letter
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        if str(error):  # without arguments there is only the help
+            show_error(error.format_message())
+        sys.exit(2)
     except DetguardError as error:
         show_error(str(error))
         sys.exit(2)
@@ -61,12 +105,12 @@ def main() -> None:
 
 def show_error(message: str) -> None:
     """One line on stderr."""
-    err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
 
 
 def show_warning(message: str) -> None:
     """One line on stderr."""
-    err.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def stop_signals() -> list[int]:
@@ -87,7 +131,6 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
     """A live line on stderr that leaves nothing behind: what is done, a bar, `columns`, and the time left."""
-    description = TextColumn("{task.description}")
     return Progress(
-        SpinnerColumn(), description, BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
+        SpinnerColumn(), Description(), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
     )

@@ -14,6 +14,7 @@ from detguard.cli.app import (
     ImageSize,
     OutFolder,
     Resume,
+    Seed,
     TopK,
     Trust,
     app,
@@ -77,7 +78,7 @@ def evaluate(
         str, typer.Option(help="White-box attacks: on the loss (class, box, all) and on confidence (vanish).")
     ] = "class,box,all,vanish",
     queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of corruptions, random starts and the black-box attack.")] = 0,
+    seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
     end_to_end: EndToEnd = False,
@@ -168,7 +169,7 @@ def load_subjects(detectors: "Sequence[Detector]", source: dict[str, Any]) -> "l
         dataset = read_dataset(source["source"], source["split"], images, source["limit"])
     show_warnings(dataset)
     subjects: list[Subject] = []
-    cache = Cache()
+    cache = Cache(told=show_warning)
     for detector in detectors:
         taken = [s.detector.name for s in subjects].count(detector.name)
         name = f"{detector.name}#{taken + 1}" if taken else detector.name
@@ -185,11 +186,11 @@ def load_subjects(detectors: "Sequence[Detector]", source: dict[str, Any]) -> "l
 def show_warnings(dataset: "Dataset") -> None:
     """What was wrong with the data: counted by kind, the first few in full."""
     for kind, where in dataset.warnings.items():
-        show_warning(f"{len(where)} {kind}")
+        show_warning(f"{where.total} {kind}")
         for line in where[:MOST_SHOWN]:
             err.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-        if len(where) > MOST_SHOWN:
-            err.print(f"  and {len(where) - MOST_SHOWN} more", highlight=False)
+        if where.total > MOST_SHOWN:
+            err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
 
 
 def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -> int:
@@ -200,7 +201,7 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
     from detguard.reports.tables import terminal_table
 
     dataset = subjects[0].dataset
-    before = len(dataset.warnings.get(LOST, []))
+    before = len(dataset.warnings[LOST])
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=total_cost(subjects, wanted))
         try:
@@ -215,9 +216,9 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
     for table in tables(evaluation.metrics):
         out.print(terminal_table(table))
     out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
-    for line in dataset.warnings.get(LOST, [])[before:]:
+    for line in dataset.warnings[LOST][before:]:
         show_error(line)
-    return 2 if LOST in dataset.warnings else 0
+    return 2 if dataset.warnings[LOST] else 0
 
 
 @app.command(

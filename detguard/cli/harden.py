@@ -11,6 +11,7 @@ from detguard.cli.app import (
     Model,
     OutFolder,
     Resume,
+    Seed,
     TopK,
     Trust,
     app,
@@ -30,7 +31,6 @@ Corruptions = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=2, help="Photos per batch.")]
 Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate, as a share of the weights.")]
-Seed = Annotated[int, typer.Option(help="Seed of the photos, corruptions and attacks.")]
 
 
 @app.command(

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -117,7 +116,7 @@ def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Label
 
 def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" = None, trust: bool = False) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
-    from detguard.data.stream import from_lines
+    from detguard.data.stream import from_lines, lines_of
     from detguard.hardening.monitor import observe
     from detguard.reports.monitoring import monitor_page, timeline_table, windows
     from detguard.reports.tables import terminal_table
@@ -127,8 +126,7 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
     live = source["source"] == "-"
     if photos is None and not live:
         photos = open_stream(source, detector)
-    lines = TextIOWrapper(sys.stdin.buffer, "utf-8", errors="replace")  # or a byte that is none would end the stream
-    shown = from_lines(lines, detector.class_names) if photos is None else photos
+    shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names) if photos is None else photos
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:

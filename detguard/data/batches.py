@@ -79,7 +79,7 @@ def _shrunk(photo: Photo, size: int, plain: bool) -> Photo:
         height, width = (letterbox := Letterbox.fit(photo.shape[:2], size)).resized
         top, left = letterbox.offset
         return letterbox(photo)[top : top + height, left : left + width]
-    scale = KEPT_SIDE * size / max(photo.shape[:2])
+    scale = max(KEPT_SIDE * size / max(photo.shape[:2]), 1 / min(photo.shape[:2]))  # or nothing of it would be left
     if scale >= 1:
         return photo
     return cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)

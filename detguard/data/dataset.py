@@ -6,34 +6,63 @@ with single annotations is counted and left out, with file and line; what would 
 
 import contextlib
 import io
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from PIL import Image
 from pycocotools.coco import COCO
 
 from detguard import DetguardError
 from detguard.detections import Detections
-from detguard.photos import SUFFIXES
+from detguard.files import MAX_ANNOTATIONS, FileError, is_file, is_folder, read_file, read_json, read_yaml
+from detguard.photos import MAX_PIXELS, SUFFIXES, PhotoError, photo_size
 
-MAX_BYTES = 2 << 30
-EXIF_ORIENTATION = 274
 # What COCO's own annotations call the time of a photo.
 TIME = "date_captured"
+# Bytes of the labels of one photo.
+MAX_LABELS = 8 << 20
+# Of faults of one kind, so many places are kept.
+MOST_PLACES = 1000
 # The kind of warning that means that the figures are of fewer photos than the data set has.
 LOST = "photos missing or unreadable, left out"
 
 
 class DataError(DetguardError):
     """A data set that cannot be used; the message names the file and, where there is one, the line or entry."""
+
+
+class Places(list[str]):
+    """Where a fault was found: the first MOST_PLACES, of so many in `total`."""
+
+    total = 0
+
+    def add(self, where: str) -> None:
+        """Count one more."""
+        self.total += 1
+        if self.total <= MOST_PLACES:
+            self.append(where)
+
+
+class Faults(dict[str, Places]):
+    """Faults that do not stop the reading, by kind."""
+
+    def __missing__(self, kind: str) -> Places:
+        return Places()
+
+    def add(self, kind: str, where: str) -> None:
+        """Count one more of a kind."""
+        self.setdefault(kind, Places()).add(where)
+
+    @property
+    def first(self) -> str:
+        """Where the first was found."""
+        return next((places[0] for places in self.values()), "it lists none")
 
 
 @dataclass
@@ -47,7 +76,7 @@ class Dataset:
     name: str
     files: dict[int, Path]
     annotations: COCO
-    warnings: dict[str, list[str]] = field(default_factory=dict)
+    warnings: Faults = field(default_factory=Faults)
 
     @property
     def categories(self) -> dict[int, str]:
@@ -57,13 +86,13 @@ class Dataset:
     def drop(self, image: int, reason: str) -> None:
         """Take a photo out, with a warning."""
         del self.files[image]
-        self.warnings.setdefault(LOST, []).append(reason)
+        self.warnings.add(LOST, reason)
 
     def category_ids(self, class_names: dict[int, str], only: Sequence[str] | None = None) -> dict[int, int]:
         """A detector's class index -> category id, by name; with `only`, of those classes alone.
 
         Raises:
-            DataError: no class in common, or one of `only` is not known to both.
+            DataError: no class in common, several of one name, or one of `only` is not known to both.
         """
         known = {name: category for category, name in self.categories.items()}
         shared = {index: known[name] for index, name in class_names.items() if name in known}
@@ -72,6 +101,8 @@ class Dataset:
             if missing := [name for name in only if name not in names]:
                 raise DataError(f"--classes: the detector and {self.name} do not both know {', '.join(missing)}")
             shared = {index: category for index, category in shared.items() if class_names[index] in only}
+        if len(set(shared.values())) < len(shared):
+            raise DataError(f"{self.name}: the detector has several classes of one name; leave them out by --classes")
         if not shared:
             raise DataError(f"{self.name}: has no class in common with the detector; name its classes as it does")
         return shared
@@ -100,7 +131,7 @@ def read_dataset(
         DataError: no such data, damaged, or its paths lead out of its folder.
     """
     file = _find(source)
-    faults = _Faults()
+    faults = Faults()
     if file.suffix == ".json":
         folder = images or _folder_of(file)
         dataset, files = _read_coco(file, folder, faults, limit)
@@ -111,21 +142,22 @@ def read_dataset(
             parts = ", ".join(k for k in ("train", "val", "test") if config.get(k)) or "none"
             raise DataError(f"{file}: has no split '{split}' (it has: {parts}); choose one with --split")
         annotations = config.get("annotations") or {}
-        if split in annotations:
-            folder = inside(root, str(config[split]), file)
-            dataset, files = _read_coco(inside(root, str(annotations[split]), file), folder, faults, limit)
+        if isinstance(annotations, dict) and split in annotations:
+            folder, listed = (inside(root, _name(entry, file), file) for entry in (config[split], annotations[split]))
+            dataset, files = _read_coco(listed, folder, faults, limit)
         else:
             dataset, files = _read_yolo(config, root, split, file, faults, limit)
     if not files:
-        first = next((where[0] for where in faults.found.values()), "it lists none")
-        raise DataError(f"{file}: no photo to evaluate on ({first})")
+        raise DataError(f"{file}: no photo to evaluate on ({faults.first})")
     if not dataset["annotations"]:
-        first = next((where[0] for where in faults.found.values()), "it lists none")
-        raise DataError(f"{file}: no labelled object to evaluate on ({first})")
+        raise DataError(f"{file}: no labelled object to evaluate on ({faults.first})")
+    counts = Counter(category["name"] for category in dataset["categories"])
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise DataError(f"{file}: several classes are called '{twice[0]}'; give each a name of its own")
     coco = indexed(dataset)
     # Of the many files called data.yaml, their folders tell which.
     name = file.resolve().parent.name if file.name == "data.yaml" else file.stem
-    return Dataset(name if file.suffix == ".json" else f"{name} {split}", files, coco, faults.found)
+    return Dataset(name if file.suffix == ".json" else f"{name} {split}", files, coco, faults)
 
 
 def indexed(dataset: dict[str, Any]) -> COCO:
@@ -149,16 +181,6 @@ def inside(root: Path, name: str, file: Path) -> Path:
     return path
 
 
-class _Faults:
-    """Faults that do not stop the reading, by kind."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, list[str]] = {}
-
-    def add(self, kind: str, where: str) -> None:
-        self.found.setdefault(kind, []).append(where)
-
-
 def datasets_folder() -> Path:
     """Where the descriptions of public data sets are: inside the installed package, or at the top of the source."""
     within = Path(__file__).parent.parent / "datasets"
@@ -167,25 +189,23 @@ def datasets_folder() -> Path:
 
 def _find(source: str | Path) -> Path:
     file = Path(source)
-    if file.is_dir() and (file / "data.yaml").is_file():
+    if is_file(file / "data.yaml"):
         file = file / "data.yaml"
-    if not file.is_file() and (datasets_folder() / f"{source}.yaml").is_file():
+    if not is_file(file) and is_file(datasets_folder() / f"{source}.yaml"):
         file = datasets_folder() / f"{source}.yaml"
-    if not file.is_file():
+    if not is_file(file):
         known = ", ".join(sorted(p.stem for p in datasets_folder().glob("*.yaml")))
         raise DataError(f"{source}: no such data; give a data.yaml, a COCO instances json or a known name ({known})")
     if file.suffix not in (".json", ".yaml", ".yml"):
         raise DataError(f"{file}: expected a data.yaml or a COCO instances json")
-    if file.stat().st_size > MAX_BYTES:
-        raise DataError(f"{file}: over {MAX_BYTES >> 30} GiB, too large for annotations")
     return file
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file}: not a readable yaml ({' '.join(str(error).split())})") from error
+        config = read_yaml(file)
+    except FileError as error:
+        raise DataError(str(error)) from error
     if not isinstance(config, dict) or not isinstance(config.get("names"), dict | list):
         raise DataError(f"{file}: expected a data.yaml with 'names' and the splits 'train', 'val' or 'test'")
     return config
@@ -199,7 +219,9 @@ def _root(config: dict[str, Any], file: Path) -> Path:
     bases = (file.parent, Path("datasets"), Path(SETTINGS["datasets_dir"]))
     roots = [Path(os.path.normpath(base / given)) for base in bases]
     for root in roots:
-        if root.is_dir():
+        if root == root.parent:
+            raise DataError(f"{file}: path: {root} is no folder of data")
+        if is_folder(root):
             return root
     reason = ""
     if file.parent == datasets_folder() and "ultralytics" in config:
@@ -219,24 +241,20 @@ def _folder_of(file: Path) -> Path:
     part = file.stem.removeprefix("instances_")
     for base in (file.parent, file.parent.parent):
         for folder in (base / "images" / part, base / part, base / "images"):
-            if folder.is_dir():
+            if is_folder(folder):
                 return folder
     return file.parent
 
 
 def _upright_size(file: Path) -> tuple[int, int] | None:
-    """(width, height) of a photo as it is shown, from its header; None where there is no readable image."""
+    """Width and height of a photo as it is shown, from its header; None where there is no readable image."""
     try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if image.format == "PNG" and "exif" not in image.info:
-                return width, height  # asked for it, Pillow would decode the whole photo to look behind it
-            return (height, width) if image.getexif().get(EXIF_ORIENTATION, 1) >= 5 else (width, height)
-    except Exception:  # a broken header can raise anything; reading it later says more
-        return None
+        return photo_size(file)
+    except PhotoError:
+        return None  # reading it later says more
 
 
-def _clip(box: Sequence[float], width: int, height: int, where: str, faults: _Faults) -> list[float] | None:
+def _clip(box: Sequence[float], width: int, height: int, where: str, faults: Faults) -> list[float] | None:
     """Box [x, y, w, h] in pixels, cut to the photo; None and a counted fault where nothing is left of it."""
     if not all(math.isfinite(v) for v in box) or box[2] <= 0 or box[3] <= 0:
         faults.add("boxes of no size or not a number, left out", where)
@@ -252,39 +270,40 @@ def _clip(box: Sequence[float], width: int, height: int, where: str, faults: _Fa
     return [x1, y1, x2 - x1, y2 - y1]
 
 
-def _read_coco(file: Path, folder: Path, faults: _Faults, limit: int | None) -> tuple[dict[str, Any], dict[int, Path]]:
+def _read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tuple[dict[str, Any], dict[int, Path]]:
     try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error})") from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+        data = read_json(file, MAX_ANNOTATIONS)
+    except FileError as error:
+        raise DataError(str(error)) from error
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "categories")):
         raise DataError(f"{file}: expected a COCO instances json with images, annotations and categories")
     if not isinstance(data.get("annotations"), list):
         raise DataError(f"{file}: has no annotations (test sets of COCO have none); evaluate on a labelled split")
     categories = [dict(c) for c in _entries(data, "categories", ("id", "name"), file)]
-    for kind, ids in (("categories", categories), ("images", data["images"])):
-        counts = Counter(e.get("id") for e in ids if isinstance(e, dict) and isinstance(e.get("id"), int))
+    pictures = _entries(data, "images", ("id", "file_name"), file)
+    for kind, entries in (("categories", categories), ("images", pictures)):
+        counts = Counter(entry["id"] for entry in entries)
         if twice := [i for i, n in counts.items() if n > 1]:
             raise DataError(f"{file}: {kind} with the same id {twice[0]}; ids must be unique")
     images: list[dict[str, Any]] = []
     files: dict[int, Path] = {}
-    for i, image in enumerate(_entries(data, "images", ("id", "file_name"), file)):
+    for i, image in enumerate(pictures):
         if limit is not None and len(files) >= limit:
             break
-        path = inside(folder, str(image["file_name"]), file)
+        path = inside(folder, image["file_name"], file)
         if (size := _upright_size(path)) is None:
             faults.add(LOST, f"{file}: images[{i}]: {path}")
             continue
         given = (image.get("width", size[0]), image.get("height", size[1]))
         if given != size:
-            faults.add("photos of another size than annotated", f"{file}: images[{i}]: {path} is {size}, not {given}")
-        known_of = {"id": int(image["id"]), "file_name": path.name, "width": size[0], "height": size[1]}
-        images.append(known_of | ({TIME: image[TIME]} if TIME in image else {}))
-        files[int(image["id"])] = path
+            faults.add(
+                "photos of another size than annotated", f"{file}: images[{i}]: {path} is {size}, not {given!r:.50}"
+            )
+        known_of = {"id": image["id"], "file_name": path.name, "width": size[0], "height": size[1]}
+        images.append(known_of | ({TIME: image[TIME]} if isinstance(image.get(TIME), str) else {}))
+        files[image["id"]] = path
     sizes: dict[int, tuple[int, int]] = {image["id"]: (image["width"], image["height"]) for image in images}
-    listed = {image.get("id") for image in data["images"]}
+    listed = {image["id"] for image in pictures}
     known = {c["id"] for c in categories}
     annotations: list[dict[str, Any]] = []
     for i, entry in enumerate(_entries(data, "annotations", ("image_id", "category_id", "bbox"), file)):
@@ -299,14 +318,17 @@ def _read_coco(file: Path, folder: Path, faults: _Faults, limit: int | None) -> 
         try:
             box = [float(v) for v in entry["bbox"]]
             x, y, w, h = box
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             faults.add("boxes of no size or not a number, left out", where)
             continue
         if (cut := _clip((x, y, w, h), *sizes[entry["image_id"]], where, faults)) is not None:
-            crowd = int(bool(entry.get("iscrowd", 0)))
-            given_area = entry.get("area")
-            area = float(given_area) if isinstance(given_area, int | float) else cut[2] * cut[3]
-            annotations.append(_annotation(len(annotations), entry["image_id"], entry["category_id"], cut, area, crowd))
+            crowd = int(entry.get("iscrowd") in (1, "1"))
+            area = entry.get("area")
+            if not isinstance(area, int | float) or not 0 <= area <= MAX_PIXELS:
+                area = cut[2] * cut[3]
+            annotations.append(
+                _annotation(len(annotations), entry["image_id"], entry["category_id"], cut, float(area), crowd)
+            )
     return {"images": images, "annotations": annotations, "categories": categories}, files
 
 
@@ -328,27 +350,25 @@ def _entries(data: dict[str, Any], kind: str, needed: Iterable[str], file: Path)
     for i, entry in enumerate(data[kind]):
         if not isinstance(entry, dict) or any(key not in entry for key in needed):
             raise DataError(f"{file}: {kind}[{i}]: expected an object with {', '.join(needed)}")
-        for key in ("id", "image_id", "category_id"):
-            if key in needed and not isinstance(entry[key], int):
-                raise DataError(f"{file}: {kind}[{i}]: {key} {entry[key]!r} is not a whole number")
+        for key in needed:
+            if key.endswith("id") and (type(entry[key]) is not int or abs(entry[key]) >= 2**63):
+                raise DataError(f"{file}: {kind}[{i}]: {key} {entry[key]!r:.50} is not a whole number of 64 bits")
+            if key.endswith("name") and not isinstance(entry[key], str):
+                raise DataError(f"{file}: {kind}[{i}]: {key} {entry[key]!r:.50} is not text")
     return data[kind]
 
 
 def _read_yolo(
-    config: dict[str, Any], root: Path, split: str, file: Path, faults: _Faults, limit: int | None
+    config: dict[str, Any], root: Path, split: str, file: Path, faults: Faults, limit: int | None
 ) -> tuple[dict[str, Any], dict[int, Path]]:
-    names = config["names"]
-    try:
-        names = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
-    except ValueError as error:
-        raise DataError(f"{file}: 'names' should map numbers to names, as in 0: person ({error})") from error
+    names = _class_names(config["names"], file)
     ids = official_ids(names)
     photos = _photos_of_split(config[split], root, file)[:limit]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     files = {}
     # COCO's own photos are named by their id.
-    numbers = [int(p.stem) for p in photos if p.stem.isdecimal()]
+    numbers = [int(p.stem) for p in photos if p.stem.isdecimal() and len(p.stem) < 19]
     numbered = len(set(numbers)) == len(photos)
     for number, photo in enumerate(photos, 1):
         image_id = int(photo.stem) if numbered else number
@@ -357,38 +377,69 @@ def _read_yolo(
             continue
         images.append({"id": image_id, "file_name": photo.name, "width": size[0], "height": size[1]})
         files[image_id] = photo
-        if not _label_file(photo).exists():
-            faults.add("photos without a label file, taken as empty", f"{_label_file(photo)} is not there")
         for category, box in _read_labels(_label_file(photo), ids, size, faults):
             annotations.append(_annotation(len(annotations), image_id, category, box, box[2] * box[3]))
     categories = [{"id": ids[k], "name": v} for k, v in names.items()]
     return {"images": images, "annotations": annotations, "categories": categories}, files
 
 
+def _class_names(given: dict[Any, Any] | list[Any], file: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for key, name in given.items() if isinstance(given, dict) else enumerate(given):
+        number = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+        if type(number) is not int or not 0 <= number < 2**31 or type(name) not in (str, int, float):
+            example = f"{key!r:.20}: {name!r:.50}"
+            raise DataError(f"{file}: 'names' should map numbers to names, as in 0: person, not {example}")
+        names[number] = str(name)
+    return names
+
+
 def official_ids(names: dict[int, str]) -> dict[int, int]:
     """Class index -> category id: COCO's official ids (1..90) where all names are COCO's, else index + 1."""
-    from ultralytics.data.converter import coco80_to_coco91_class
-    from ultralytics.utils import ROOT, YAML
-
-    coco = YAML.load(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
-    official = {name: coco80_to_coco91_class()[index] for index, name in coco.items()}
+    official = _coco_ids()
     if set(names.values()) <= official.keys():
         return {index: official[name] for index, name in names.items()}
     return {index: index + 1 for index in names}
 
 
+@cache
+def _coco_ids() -> dict[str, int]:
+    from ultralytics.data.converter import coco80_to_coco91_class
+    from ultralytics.utils import ROOT
+
+    names = read_yaml(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
+    return {name: coco80_to_coco91_class()[index] for index, name in names.items()}
+
+
+def _name(entry: Any, file: Path) -> str:
+    """A path, as a yaml gives it.
+
+    Raises:
+        DataError: it is no text.
+    """
+    if not isinstance(entry, str):
+        raise DataError(f"{file}: {entry!r:.50} is no name of a file or folder")
+    return entry
+
+
 def _photos_of_split(entry: Any, root: Path, file: Path) -> list[Path]:
     """The photos of a split: a folder, a .txt that lists photos, or a list of such."""
     photos: list[Path] = []
-    for name in map(str, entry if isinstance(entry, list) else [entry]):
+    for one in entry if isinstance(entry, list) else [entry]:
+        name = _name(one, file)
         # Exports of Roboflow say ../train/images where they mean train/images.
-        name = name if (root / name).exists() else name.removeprefix("../")
+        name = name if is_folder(root / name) or is_file(root / name) else name.removeprefix("../")
         path = inside(root, name, file)
-        if path.is_dir():
+        if is_folder(path):
             photos += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        elif path.is_file() and path.suffix == ".txt":
-            lines = enumerate(path.read_text().splitlines(), 1)
-            photos += [inside(root, line.strip(), Path(f"{path}:{n}")) for n, line in lines if line.strip()]
+        elif is_file(path) and path.suffix == ".txt":
+            try:
+                lines = read_file(path).decode().splitlines()
+            except (FileError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}: not a readable list of photos ({error})") from error
+            photos += [
+                inside(root, line.strip(), Path(f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip()
+            ]
         else:
             raise DataError(f"{file}: '{name}' is neither a folder of photos nor a .txt that lists them")
     return photos
@@ -405,15 +456,16 @@ def _label_file(photo: Path) -> Path:
 
 
 def _read_labels(
-    file: Path, ids: dict[int, int], size: tuple[int, int], faults: _Faults
+    file: Path, ids: dict[int, int], size: tuple[int, int], faults: Faults
 ) -> Iterable[tuple[int, list[float]]]:
     """(category id, box [x, y, w, h] in pixels) of each good line of a YOLO label file; none is an empty photo."""
-    if not file.exists():
-        return
     try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        faults.add("label files that cannot be read, left out", f"{file}: {error}")
+        lines = read_file(file, MAX_LABELS).decode().splitlines()
+    except (FileError, UnicodeDecodeError) as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            faults.add("photos without a label file, taken as empty", f"{file} is not there")
+        else:
+            faults.add("label files that cannot be read, left out", f"{file}: {error}")
         return
     width, height = size
     for number, line in enumerate(lines, 1):
@@ -428,8 +480,11 @@ def _read_labels(
         if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
             faults.add("lines that are not 'class x y w h', left out", where)
             continue
-        if not math.isfinite(values[0]) or int(values[0]) not in ids:
-            faults.add("annotations of unknown classes, left out", f"{where}: class {line.split()[0]}")
+        if values[0] not in ids:
+            faults.add("annotations of unknown classes, left out", f"{where}: class {line.split()[0]:.50}")
+            continue
+        if not all(map(math.isfinite, values)):
+            faults.add("boxes of no size or not a number, left out", where)
             continue
         if len(values) == 5:
             _, x, y, w, h = values

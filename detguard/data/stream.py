@@ -1,15 +1,20 @@
 """Labelled photos in the order in which they came."""
 
-import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from detguard.data.dataset import TIME, DataError, Dataset
 from detguard.detections import Detections
+from detguard.files import MAX_ANNOTATIONS, MAX_LINE, parse_json, read_file
+
+# Objects that one photo may have, and pixels from its corner that a box may lie.
+MOST_OBJECTS = 10_000
+MOST_PIXELS = 1e9
 
 
 @dataclass(frozen=True)
@@ -46,38 +51,72 @@ def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
     return line
 
 
-def from_lines(lines: Iterable[str], class_names: dict[int, str], source: str = "--stream") -> Iterator[Labelled]:
+def lines_of(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream that may never end; of one that is over MAX_LINE, its beginning."""
+    while line := stream.readline(MAX_LINE + 1):
+        yield line
+        while len(line) > MAX_LINE and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE + 1)
+
+
+def from_lines(
+    lines: Iterable[bytes], class_names: dict[int, str], source: str = "--stream"
+) -> Iterator[Labelled | DataError]:
     """Photos from JSON lines: {"photo": "a.jpg", "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}.
 
     Boxes in pixels of the photo; objects of classes that the detector does not know are left out. "classes" may list
-    those that are labelled, if not all are. source: where the lines are from, for errors.
-
-    Raises:
-        DataError: a line is not such an object; names it by its number.
+    those that are labelled, if not all are. A line that is not such an object is given as the error that names it by
+    its number. source: where the lines are from, for errors.
     """
     index = {name: number for number, name in class_names.items()}
+    if len(index) < len(class_names):
+        raise DataError(f"{source}: the detector has several classes of one name, which labels cannot tell apart")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            found = [(index[o["class"]], _box(o["box"])) for o in record["objects"] if o["class"] in index]
-            file = Path(record["photo"])
-            if "\0" in record["photo"]:
-                raise ValueError("a name with a null byte")
-            known = tuple(index[c] for c in record["classes"] if c in index) if "classes" in record else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
+            yield _labelled(line, index)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            yield DataError(
                 f'{source} line {number}: expected {{"photo": "a.jpg", "objects": [{{"class": "person", '
-                f'"box": [x1, y1, x2, y2]}}]}} ({type(error).__name__}: {error})'
-            ) from error
-        boxes = torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4)
-        classes = torch.tensor([c for c, _ in found], dtype=torch.int64)
-        yield Labelled(file, Detections(boxes, torch.ones(len(found)), classes), known)
+                f'"box": [x1, y1, x2, y2]}}]}} ({type(error).__name__}: {error!s:.100})'
+            )
+
+
+def read_lines(file: str | Path, class_names: dict[int, str]) -> list[Labelled]:
+    """The photos of a file of JSON lines, as `from_lines`.
+
+    Raises:
+        DetguardError: it cannot be read, or a line is wrong.
+    """
+    photos: list[Labelled] = []
+    for one in from_lines(read_file(file, MAX_ANNOTATIONS).split(b"\n"), class_names, str(file)):
+        if isinstance(one, DataError):
+            raise one
+        photos.append(one)
+    return photos
+
+
+def _labelled(line: bytes, index: dict[str, int]) -> Labelled:
+    if len(line) > MAX_LINE:
+        raise ValueError(f"over {MAX_LINE >> 20} MiB")
+    record = parse_json(line.decode("utf-8-sig"))
+    name, objects, classes = record["photo"], record["objects"], record.get("classes")
+    if b"\0" in os.fsencode(name):  # which no file can be called, as is what cannot be encoded
+        raise ValueError("a name with a null byte")
+    if not isinstance(objects, list) or len(objects) > MOST_OBJECTS:
+        raise ValueError(f"objects: no list, or over {MOST_OBJECTS}")
+    if not isinstance(classes, list | None):
+        raise ValueError("classes: no list")
+    found = [(index[o["class"]], _box(o["box"])) for o in objects if o["class"] in index]
+    boxes = torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4)
+    detections = Detections(boxes, torch.ones(len(found)), torch.tensor([c for c, _ in found], dtype=torch.int64))
+    known = None if classes is None else tuple(index[c] for c in classes if c in index)
+    return Labelled(Path(name), detections, known)
 
 
 def _box(values: Sequence[float]) -> list[float]:
     x1, y1, x2, y2 = map(float, values)
-    if not (x1 <= x2 and y1 <= y2):
-        raise ValueError(f"box {values}")
+    if not (-MOST_PIXELS <= x1 <= x2 <= MOST_PIXELS and -MOST_PIXELS <= y1 <= y2 <= MOST_PIXELS):
+        raise ValueError(f"box {values!s:.50}")
     return [x1, y1, x2, y2]

@@ -2,11 +2,13 @@
 
 import difflib
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +63,8 @@ class Detector(ABC):
         return found
 
     def state_hash(self) -> str:
-        """SHA-256 over all parameters and buffers, by name."""
-        digest = hashlib.sha256()
+        """SHA-256 over what each layer is and computes, and over all parameters and buffers, by name."""
+        digest = hashlib.sha256(json.dumps(architecture(self.model)).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -72,14 +74,48 @@ class Detector(ABC):
         """The index of a class by its name, in any letter case.
 
         Raises:
-            DetguardError: no such class; names the nearest.
+            DetguardError: no such class, naming the nearest, or several.
         """
-        known = {v.lower(): k for k, v in self.class_names.items()}
-        if name.lower() in known:
-            return known[name.lower()]
+        name = name.strip()
+        known: dict[str, list[int]] = {}
+        for index, called in self.class_names.items():
+            known.setdefault(called.strip().lower(), []).append(index)
+        if found := known.get(name.lower()):
+            if len(found) > 1:
+                raise DetguardError(f"class '{name}': {self.name} has {len(found)} classes of that name; give others")
+            return found[0]
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"it knows: {', '.join(self.class_names.values())}"
         raise DetguardError(f"class '{name}': {self.name} has no such class; {hint}")
+
+
+def architecture(network: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """Of every layer in order: its name, its type, and its plain attributes, which decide what it computes."""
+    # Duplicates too: networks of one file share their activations or not, as they were read.
+    return [
+        (name, f"{type(layer).__module__}.{type(layer).__qualname__}", _settings(layer))
+        for name, layer in network.named_modules(remove_duplicate=False)
+    ]
+
+
+# Attributes that do not decide what a layer computes in eval mode, or that change from frame to frame.
+PASSING = {
+    "training", "inplace", "dropout", "momentum", "export", "format", "dynamic", "shape", "shapes", "max_det",
+    "score_thresh", "nms_thresh", "detections_per_img", "type", "np", "nc", "task", "pt_path",
+}  # fmt: skip
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    found = {key: value for key, value in vars(layer).items() if key[0] != "_" and key not in PASSING}
+    if isinstance(found.get("stride"), Tensor):  # of a head, by which it places its boxes
+        found["stride"] = found["stride"].tolist()
+    return {key: value for key, value in sorted(found.items()) if value is not None and _plain(value)}
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def to_photo(detections: Detections, letterbox: Letterbox) -> Detections:

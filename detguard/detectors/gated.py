@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -242,9 +241,8 @@ class GatedDetector(Detector):
 
     @override
     def state_hash(self) -> str:
-        """As of any detector, with how the experts are put together: the card decides as much as the weights."""
-        card = json.dumps([gated_card(self.model), self.route], sort_keys=True)
-        return hashlib.sha256((super().state_hash() + card).encode()).hexdigest()
+        """As of any detector, with the expert that is forced; how experts are put together is the network's own."""
+        return hashlib.sha256(f"{super().state_hash()} {self.route}".encode()).hexdigest()
 
     @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
@@ -284,8 +282,8 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
     }
 
 
-def build_gated(model: Any, card: dict[str, Any]) -> GatedNetwork:
-    """The ensemble that a `gated_card` describes, on a fused model.
+def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
+    """The ensemble that a `gated_card` describes, on a fused model, of at most `most` weights.
 
     Raises:
         DetguardError: the card is not such a one.
@@ -293,6 +291,9 @@ def build_gated(model: Any, card: dict[str, Any]) -> GatedNetwork:
     try:
         names = [str(name) for name in card["experts"]]
         top_k = None if card["top_k"] is None else int(card["top_k"])
-        return GatedNetwork(model, int(card["split"]), names, str(card["gate_on"]), top_k, float(card["floor"]))
-    except (KeyError, TypeError, ValueError) as error:
+        split = int(card["split"])
+        if len(names) * sum(p.numel() for layer in model.model[split:] for p in layer.parameters()) > most:
+            raise ValueError("it has more experts than the weights beside it")
+        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, float(card["floor"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

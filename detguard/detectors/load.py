@@ -6,20 +6,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
 from detguard import DetguardError
-from detguard.files import write_file
+from detguard.detectors.checkpoint import MAX_BYTES, MOST_CLASSES, SIZES, Archive, Damaged
+from detguard.files import is_file, read_json, write_file
 
 if TYPE_CHECKING:
     from detguard.detectors.base import Detector
     from detguard.detectors.gated import GatedNetwork
 
 BUNDLED = "detguard-n"
-MAX_BYTES = 4 << 30
-MOST_CLASSES = 10_000
 
 
 def load_detector(
@@ -35,7 +33,7 @@ def load_detector(
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
     end_to_end: the head without NMS of YOLOv10 and YOLO26.
     top_k: experts that a gated ensemble asks per photo; by default as many as it was made for.
-    trust: unpickle a .pt without the allow-list, which lets it run any code.
+    trust: unpickle a .pt, which lets it run any code, instead of reading it as data.
 
     Raises:
         DetguardError: no such weights, or they are damaged, of another kind, or would execute code.
@@ -49,7 +47,7 @@ def load_detector(
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DetguardError(f"--device {device}: cannot be used ({str(error).splitlines()[0]})") from error
+        raise DetguardError(f"--device {device}: cannot be used ({first_line(error)})") from error
     model, size = load_model(name, trust)
     if isinstance(model, GatedNetwork):
         if end_to_end:
@@ -85,12 +83,16 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = "
     Raises:
         DetguardError: as `load_detector`, or the weights are no longer the same.
     """
-    options = config["end_to_end"], config.get("top_k")
-    detector = load_detector(config["model"], config["imgsz"], trust, device, *options)
+    match config:
+        case {"model": str(model), "imgsz": int(imgsz), "end_to_end": bool(end_to_end), "sha256": str()}:
+            top_k = config.get("top_k")
+        case _:
+            raise DetguardError("config.yaml: its detector is not described as detguard does; start a new run")
+    if not (top_k is None or isinstance(top_k, int)) or imgsz not in SIZES:
+        raise DetguardError("config.yaml: its detector has an odd imgsz or top_k; start a new run")
+    detector = load_detector(model, imgsz, trust, device, end_to_end, top_k)
     if detector.state_hash() != config["sha256"]:
-        raise DetguardError(
-            f"{config['model']}: no longer the weights that the run used; restore them or start a new run"
-        )
+        raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
     return detector
 
 
@@ -104,7 +106,32 @@ def load_model(name: str | Path = BUNDLED, trust: bool = False) -> tuple[nn.Modu
     file = find_weights(name)
     if file.stat().st_size > MAX_BYTES:
         raise DetguardError(f"{file}: over {MAX_BYTES >> 30} GiB, too large for weights of a detector")
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_checkpoint(file, trust)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    model, size = _read_checkpoint(file, trust)
+    if str(name) != str(file):
+        check_official(file, model)
+    return model, size
+
+
+def check_official(file: Path, model: Any) -> None:
+    """See that what was found by an official name is that network: anybody can put a file where downloads are kept.
+
+    Ultralytics publishes no hashes; size and classes are compared with what the name says.
+
+    Raises:
+        DetguardError: it is another.
+    """
+    from ultralytics.nn.tasks import guess_model_scale
+    from ultralytics.utils import ROOT, YAML
+
+    coco = YAML.load(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
+    recipe = getattr(model, "yaml", {})
+    scale, given = guess_model_scale(file), recipe.get("scale")
+    if given and scale and scale != given:
+        raise DetguardError(f"{file}: its network is of size {given}; delete it, and it will be downloaded again")
+    if "oiv7" not in file.stem and model.names != coco:
+        raise DetguardError(f"{file}: its classes are not COCO's; delete it, and it will be downloaded again")
 
 
 def weights_folder() -> Path:
@@ -120,11 +147,11 @@ def find_weights(name: str | Path) -> Path:
         DetguardError: nothing of that name, here or (when it is official) online.
     """
     file = Path(name)
-    if file.is_file():
+    if is_file(file):
         if file.suffix not in (".pt", ".safetensors"):
             raise DetguardError(f"{file}: weights end in .pt or .safetensors")
         return file
-    if (bundled := weights_folder() / f"{name}.safetensors").is_file() and file.name == str(name):
+    if is_file(bundled := weights_folder() / f"{name}.safetensors") and file.name == str(name):
         return bundled
     from ultralytics.utils import SETTINGS
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
@@ -144,7 +171,7 @@ def find_weights(name: str | Path) -> Path:
         found = Path(attempt_download_asset(official))
     except Exception as error:  # whatever the network layers raise, the user's remedy is the same
         found = Path()
-        reason = str(error).splitlines()[0].encode("ascii", "ignore").decode().strip()
+        reason = first_line(error).encode("ascii", "ignore").decode().strip()
     else:
         reason = "download failed"
     if not found.is_file():
@@ -155,39 +182,46 @@ def find_weights(name: str | Path) -> Path:
 
 
 def read_card(name: str | Path) -> dict[str, Any]:
-    """What the json beside a detector's .safetensors says.
+    """What the json beside a detector's .safetensors says; its architecture, classes and imgsz are such.
 
     Raises:
         DetguardError: no such weights, or no such json.
     """
+    from detguard.detectors.rebuild import class_names, frame_size
+
     file = find_weights(name).with_suffix(".json")
+    card = read_json(file)
     try:
-        card = json.loads(file.read_text())
         if not isinstance(card, dict) or not {"architecture", "classes", "imgsz"} <= card.keys():
-            raise ValueError("one of them is missing")
-    except (OSError, ValueError) as error:
+            raise Damaged("one of them is missing")
+        if not isinstance(card["architecture"], str) or not isinstance(card["classes"], list):
+            raise Damaged("they are no text and list")
+        class_names(card["classes"], max(1, len(card["classes"])))
+        frame_size({"imgsz": card["imgsz"]})
+    except Damaged as error:
         raise DetguardError(f"{file}: expected a json with architecture, classes and imgsz ({error})") from error
     return card
 
 
 def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
-    card = read_card(file)
-    try:
-        architecture, classes, imgsz = str(card["architecture"]), list(card["classes"]), int(card["imgsz"])
-        gated = card.get("gated")
-    except (ValueError, TypeError) as error:
-        raise DetguardError(f"{file.with_suffix('.json')}: its imgsz or classes cannot be read ({error})") from error
-    model: nn.Module = build_model(architecture, [str(c) for c in classes])
-    if gated is not None:
-        from detguard.detectors.gated import build_gated
+    from detguard.detectors.rebuild import fill
 
-        model = build_gated(fused(model), gated)
+    card, described = read_card(file), file.with_suffix(".json")
+    gated = card.get("gated")
     try:
-        model.load_state_dict(load_file(file), strict=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DetguardError(f"{file}: damaged, or not the weights of {architecture} ({reason})") from error
-    return model, imgsz
+        model: nn.Module = build_model(card["architecture"], card["classes"])
+        if gated is not None:
+            from detguard.detectors.gated import build_gated
+
+            model = build_gated(fused(model), gated, file.stat().st_size)
+        fill(model, load_file(file), card["architecture"])
+    except Damaged as error:
+        raise DetguardError(f"{file}: {error}") from error
+    except DetguardError as error:
+        raise DetguardError(f"{described}: {error}") from error
+    except Exception as error:  # whatever safetensors raises of a file that is none
+        raise DetguardError(f"{file}: damaged ({first_line(error)})") from error
+    return model, int(card["imgsz"])
 
 
 def build_model(architecture: str, classes: list[str]) -> nn.Module:
@@ -241,22 +275,31 @@ def save_gated(network: "GatedNetwork", like: dict[str, Any], file: Path) -> Non
 
 
 def _read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
-    from ultralytics.nn.tasks import torch_safe_load
+    from detguard.detectors.rebuild import rebuild
+
+    if trust:
+        return _unpickle(file)
+    with Archive(file) as archive:
+        return rebuild(archive)
+
+
+def _unpickle(file: Path) -> tuple[nn.Module, int]:
+    """The network of a checkpoint that is trusted to run whatever code it likes, such as that of its own classes."""
+    import torch
+
+    from detguard.detectors.rebuild import frame_size
 
     try:
-        checkpoint, _ = torch_safe_load(str(file), safe_only=not trust)
-    except Exception as error:  # a hostile or broken file can raise anything on its way through the unpickler
-        if "outside the supported" in str(error):
-            raise DetguardError(
-                f"{file}: refused, loading it would run code or needs classes other than Ultralytics' models; "
-                "if you know where it comes from, add --trust"
-            ) from error
-        raise DetguardError(
-            f"{file}: damaged, or not an Ultralytics checkpoint ({str(error).splitlines()[0]})"
-        ) from error
-    model = checkpoint.get("ema") or checkpoint.get("model")
-    if not isinstance(model, nn.Module) or not hasattr(model, "names"):
-        raise DetguardError(f"{file}: holds no Ultralytics model")
-    arguments = getattr(model, "args", None)
-    size = arguments.get("imgsz", 640) if isinstance(arguments, dict) else getattr(arguments, "imgsz", 640)
-    return model.float(), int(size)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        model = checkpoint.get("ema") or checkpoint.get("model")
+        if not isinstance(model, nn.Module) or not hasattr(model, "names"):
+            raise Damaged("holds no Ultralytics model")
+        arguments = getattr(model, "args", None)
+        return model.float(), frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
+    except Exception as error:  # it is the file's own code that runs here
+        raise DetguardError(f"{file}: damaged, or not an Ultralytics checkpoint ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

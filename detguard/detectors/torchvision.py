@@ -1,5 +1,9 @@
 """Torchvision's one-stage detectors: RetinaNet, FCOS and SSD."""
 
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,15 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
 from detguard.detectors.base import Detector, to_photo
+from detguard.detectors.checkpoint import MAX_BYTES
+from detguard.files import is_file, read_file
 from detguard.photos import Letterbox, Photo, frames_tensor, read_photo
 
 ARCHITECTURES = (
     "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16",
     "ssdlite320_mobilenet_v3_large",
 )  # fmt: skip
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # Outputs of torchvision's networks that stand for no class.
 NO_CLASS = ("__background__", "N/A")
 
@@ -41,18 +48,45 @@ def official_torchvision(architecture: str) -> nn.Module:
         DetguardError: it is not here and cannot be downloaded, or the file is not what torchvision published.
     """
     weights = get_model_weights(architecture).DEFAULT
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        # Torchvision's own loader, below, would unpickle anything that it finds in the cache.
-        weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        model: Any = get_model(architecture, weights=weights, progress=False)
+        if not is_file(file):
+            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        check_published(file)
+        with weights_only():
+            model: Any = get_model(architecture, weights=weights, progress=False)
     except Exception as error:  # whatever the network layers and the unpickler raise, the user's remedy is the same
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DetguardError(
             f"{architecture}: cannot be downloaded or read ({reason}); go online, or put torchvision's file at {file}"
         ) from error
     model.outputs = weights.meta["categories"]
     return model
+
+
+def check_published(file: Path) -> None:
+    """See that a file has the hash that its name ends in, as torchvision publishes its weights.
+
+    Raises:
+        DetguardError: it has another.
+    """
+    published = file.stem.rpartition("-")[2]
+    if not hashlib.sha256(read_file(file, MAX_BYTES)).hexdigest().startswith(published):
+        raise DetguardError("its hash is not the published one")
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Have all that torch loads meanwhile be read without running code, which torchvision does not ask for."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 class TorchvisionDetector(Detector):

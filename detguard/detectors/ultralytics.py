@@ -18,7 +18,10 @@ from ultralytics.utils.tal import dist2bbox, make_anchors
 from detguard import DetguardError
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
 from detguard.detectors.base import Detector
-from detguard.photos import Letterbox, Photo
+from detguard.photos import Letterbox, Photo, read_photo
+
+# Of files with other names, Ultralytics may read a pattern, a list of files or streams, a film, or further pages.
+PLAIN = (".png", ".jpg", ".jpeg")
 
 
 class UltralyticsDetector(Detector):
@@ -86,6 +89,8 @@ class UltralyticsDetector(Detector):
             self._predictor.setup_model(model=self.model, verbose=False)
             torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
         self._predictor.args.conf, self._predictor.args.iou = conf, iou
+        if isinstance(source, Path) and (source.suffix not in PLAIN or "*" in str(source.absolute())):
+            source = read_photo(source)
         bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()
         boxes = self._predictor(source=bgr_or_file)[0].boxes.cpu()
         return Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
@@ -100,13 +105,15 @@ def run_layers(
     Returns the last output and `saved`.
     """
     for layer in layers:
-        x = layer(_inputs(layer, x, saved))
+        x = layer(inputs_of(layer, x, saved))
         if layer.i in save:
             saved[layer.i] = x
     return x, saved
 
 
-def _inputs(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
+def inputs_of(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
+    """What a layer or the head is given, after `run_layers` has run all before it: a tensor or a list of such."""
+
     def output(number: int) -> Tensor:
         return last if number == -1 else saved[number if number >= 0 else layer.i + number]
 
@@ -115,7 +122,7 @@ def _inputs(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
 
 def head_outputs(head: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
     """The raw outputs of the head that users run, after `run_layers` has run all before it."""
-    inputs = _inputs(head, last, saved)
+    inputs = inputs_of(head, last, saved)
     if isinstance(head, RTDETRDecoder):
         return head(inputs)[1]
     return head.forward_head(inputs, **(head.one2one if head.end2end else head.one2many))

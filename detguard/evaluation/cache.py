@@ -3,10 +3,13 @@
 import hashlib
 import json
 import sqlite3
+import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +18,106 @@ from safetensors.torch import load, save
 
 from detguard import DetguardError, __version__
 from detguard.detections import Detections
+from detguard.files import MAX_PHOTO, is_file
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 4
+RESULTS = 5
+TABLE = "entries (key text primary key, value blob)"
+# Bytes of the digest before each blob, of a blob, and of packed detections.
+DIGEST = 16
+MAX_ENTRY = MAX_PHOTO
+MAX_UNPACKED = 1 << 20
+# What SQLite fails at for other reasons: another process, the rights, the disk.
+NO_DAMAGE = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM,
+}  # fmt: skip
+# A disk on which each new file is damaged is no place for a cache.
+MOST_BEGUN = 3
 LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations")
 
 
 class Cache:
     """Blobs by key. Each `put` is one transaction: a killed run leaves whole entries or none.
 
+    A damaged entry is one that is not there. A damaged file is set aside, beside it, and begun anew; `begun` counts.
+    told: what is told of either, once.
+
     Raises:
-        DetguardError: the file cannot be opened or is not such a cache.
+        DetguardError: the file cannot be opened or written.
     """
 
-    def __init__(self, file: Path = DEFAULT) -> None:
+    def __init__(self, file: Path = DEFAULT, told: Callable[[str], object] = warnings.warn) -> None:
         self.file = file
+        self.begun = 0
+        self._told = told
+        self._damaged = False
+        self._database = self._open()
+
+    def _open(self) -> sqlite3.Connection:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(file, timeout=60)
-            self._database.execute("create table if not exists entries (key text primary key, value blob)")
-            self._database.commit()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self.file.exists() and not is_file(self.file):
+                raise DetguardError(f"{self.file}: not a regular file; move it away")
+            database = sqlite3.connect(self.file, timeout=60)
         except (OSError, sqlite3.Error) as error:
-            raise DetguardError(
-                f"{file}: cannot be used as a cache ({error}); delete it or make it writable"
-            ) from error
+            raise self._unusable(error) from error
+        try:
+            database.execute("pragma trusted_schema = off")
+            database.text_factory = bytes  # text is none of ours, and may be no UTF-8
+            database.execute(f"create table if not exists {TABLE}")
+            database.commit()
+            # A stranger's could have triggers, which run when something is put in.
+            tables = database.execute("select sql from sqlite_master where sql is not null").fetchall()
+            if tables != [(f"CREATE TABLE {TABLE}".encode(),)]:
+                raise sqlite3.DatabaseError("not a cache of detguard's")
+        except sqlite3.Error as error:
+            database.close()
+            return self._anew(error)
+        return database
+
+    def _unusable(self, error: Exception) -> DetguardError:
+        return DetguardError(f"{self.file}: cannot be used as a cache ({error}); delete it or make it writable")
+
+    def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
+        """Set the file aside if that is what an error tells of, and open a new one."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NO_DAMAGE or self.begun == MOST_BEGUN:
+            raise self._unusable(error) from error
+        self.begun += 1
+        aside = next(
+            name for n in count(1) if not (name := self.file.with_name(f"{self.file.name}.damaged-{n}")).exists()
+        )
+        try:
+            for suffix in ("", "-journal", "-wal", "-shm"):  # or what is left would be taken for that of the new one
+                with suppress(FileNotFoundError):
+                    self.file.with_name(self.file.name + suffix).rename(aside.with_name(aside.name + suffix))
+        except OSError as failed:
+            raise self._unusable(failed) from failed
+        self._told(f"{self.file}: damaged ({error}); set aside as {aside.name} and begun anew")
+        return self._open()
 
     def get(self, key: str) -> bytes | None:
-        """The blob of a key, if it is there."""
-        row = self._database.execute("select value from entries where key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
+        """The blob of a key, if it is there and as it was put in."""
+        try:
+            row = self._database.execute(
+                "select value from entries where key = ? and coalesce(length(value), 0) <= ?", (key, MAX_ENTRY)
+            ).fetchone()
+        except sqlite3.Error as error:
+            self._database = self._anew(error)
+            return None
+        if row is None:
+            return None
+        value = row[0]
+        if isinstance(value, bytes) and value[:DIGEST] == _digest(value[DIGEST:]):
+            return value[DIGEST:]
+        if not self._damaged:
+            self._told(f"{self.file}: damaged entries in it are made again")
+        self._damaged = True
+        return None
 
     def __contains__(self, key: str) -> bool:
-        return self._database.execute("select 1 from entries where key = ?", (key,)).fetchone() is not None
+        return self.get(key) is not None
 
     def put(self, entries: Iterable[tuple[str, bytes]]) -> None:
         """Add entries, all or none, and flush them to the disk.
@@ -55,11 +125,23 @@ class Cache:
         Raises:
             DetguardError: the disk is full or the file was taken away.
         """
+        rows = [(key, _digest(blob) + blob) for key, blob in entries]
         try:
-            with self._database:
-                self._database.executemany("insert or replace into entries values (?, ?)", entries)
+            self._insert(rows)
         except sqlite3.Error as error:
-            raise DetguardError(f"{self.file}: cannot be written ({error})") from error
+            try:
+                self._database = self._anew(error)
+                self._insert(rows)
+            except sqlite3.Error as again:
+                raise DetguardError(f"{self.file}: cannot be written ({again})") from again
+
+    def _insert(self, rows: list[tuple[str, bytes]]) -> None:
+        with self._database:
+            self._database.executemany("insert or replace into entries values (?, ?)", rows)
+
+
+def _digest(blob: bytes) -> bytes:
+    return hashlib.blake2b(blob, digest_size=DIGEST).digest()
 
 
 def entry_key(**parts: Any) -> str:
@@ -82,6 +164,23 @@ def pack(detections: Detections) -> bytes:
 
 
 def unpack(data: bytes) -> Detections:
-    """The reverse of `pack`."""
-    tensors = load(zlib.decompress(data))
-    return Detections(tensors["boxes"], tensors["scores"], tensors["classes"].long(), tensors.get("experts"))
+    """The reverse of `pack`.
+
+    Raises:
+        DetguardError: it was not made by `pack`.
+    """
+    try:
+        unpacked = zlib.decompressobj().decompress(data, MAX_UNPACKED)
+        tensors = load(unpacked)
+        boxes, scores, classes = (tensors.pop(name) for name in ("boxes", "scores", "classes"))
+        experts = tensors.pop("experts", None)
+    except Exception as error:  # of a stranger's bytes, the reader of tensors can raise anything
+        raise DetguardError(f"the cache: an entry is not detguard's ({error}); delete the file") from error
+    shapes = [boxes.shape, scores.shape, classes.shape]
+    types = [boxes.dtype, scores.dtype, classes.dtype]
+    number = len(boxes) if boxes.ndim else 0
+    if shapes != [(number, 4), (number,), (number,)] or types != [torch.float32, torch.float32, torch.int32]:
+        raise DetguardError(f"the cache: an entry is not detguard's (shapes {shapes}); delete the file")
+    if experts is not None and (experts.ndim != 1 or experts.dtype != torch.float32):
+        raise DetguardError("the cache: an entry is not detguard's (experts); delete the file")
+    return Detections(boxes, scores, classes.long(), experts)

@@ -119,13 +119,17 @@ def evaluate(
 
     on_progress: told what is being shown and how much of the total `cost` is done.
     """
-    for subject, views in work(subjects, wanted):
+    filled = False
+    while not filled:
+        begun = [subject.cache.begun for subject in subjects]
+        for subject, views in work(subjects, wanted):
 
-        def on_batch(view: View, photos: int, name: str = subject.name) -> None:
-            if on_progress:
-                on_progress(f"{name}: {view.name}", view.cost * photos)
+            def on_batch(view: View, photos: int, name: str = subject.name) -> None:
+                if on_progress:
+                    on_progress(f"{name}: {view.name}", view.cost * photos)
 
-        fill(subject, views, on_batch)
+            fill(subject, views, on_batch)
+        filled = begun == [subject.cache.begun for subject in subjects]  # else what was there before is not any more
     evaluation = Evaluation()
     for subject in subjects:
         _score(subject, subjects, wanted, run, evaluation)
@@ -169,7 +173,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
             "imgsz": detector.imgsz,
             "end_to_end": detector.end_to_end,
             "sha256": detector.state_hash(),
-            "left_out": len(dataset.warnings.get(LOST, [])),
+            "left_out": dataset.warnings[LOST].total,
         }
     }
     if "clean" in wanted.protocols:

@@ -18,6 +18,7 @@ from detguard.data.dataset import Dataset
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
+from detguard.files import MAX_PHOTO, FileError, read_file
 from detguard.photos import Photo, photo_seed, read_photo
 
 # As COCO is scored: every candidate down to this confidence, each class on its own.
@@ -41,12 +42,19 @@ class Subject:
     @cached_property
     def state(self) -> list[object]:
         """All that its detections depend on but the photo."""
-        return [self.detector.state_hash(), self.detector.imgsz, self.detector.end_to_end]
+        detector = self.detector
+        return [detector.state_hash(), detector.imgsz, detector.end_to_end, detector.device.type]
 
     @cached_property
     def hashes(self) -> dict[int, str]:
-        """Image id -> hash of its file."""
-        return {i: hashlib.sha256(f.read_bytes()).hexdigest() for i, f in self.dataset.files.items()}
+        """Image id -> hash of its file; photos that cannot be read are taken out of the data set."""
+        hashes: dict[int, str] = {}
+        for image, file in list(self.dataset.files.items()):
+            try:
+                hashes[image] = hashlib.sha256(read_file(file, MAX_PHOTO)).hexdigest()
+            except FileError as error:
+                self.dataset.drop(image, str(error))
+        return hashes
 
     @cached_property
     def labels(self) -> dict[int, str]:
@@ -68,7 +76,7 @@ class Subject:
     def batches(self) -> list[list[int]]:
         """Image ids in batches of one frame shape, the same in every run."""
         shapes: dict[tuple[int, int], list[int]] = {}
-        for image in self.dataset.files:
+        for image in [image for image in self.hashes if image in self.dataset.files]:
             entry = self.dataset.annotations.imgs[image]
             frame = self.detector.letterbox((entry["height"], entry["width"])).frame
             shapes.setdefault(frame, []).append(image)

@@ -12,6 +12,7 @@ import torch
 from river.drift import ADWIN, KSWIN, PageHinkley
 
 from detguard import DetguardError
+from detguard.data.dataset import DataError
 from detguard.data.stream import Labelled, as_line
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
@@ -120,29 +121,32 @@ def quality(objects: Detections, found: Detections) -> Quality:
 
 
 def observe(
-    run: Run, detector: Detector, photos: Iterable[Labelled], kind: str, window: int, again: bool = True
+    run: Run, detector: Detector, photos: Iterable[Labelled | DataError], kind: str, window: int, again: bool = True
 ) -> Iterator[Record]:
     """Watch a detector on photos in order, and append a record of each to the run: number, `as_line`, `Quality`, and
     `began`, where accuracy has dropped, the number of the photo since which it has; AP50 at the end of each window.
 
-    again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo is a record
-    with its error.
+    again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, and a
+    line of a stream that is none, is a record with its error.
     """
     seen = run.records()
     if again:  # from the start of a window, for its AP
         seen = seen[: len(seen) // window * window]
         run.keep(seen)
     monitor, numbers = Monitor(kind, window), list[int]()
-    for record in seen:
-        if "f1" in record:
-            monitor.add(record["f1"])
-            numbers.append(record["number"])
+    for known in seen:
+        if "f1" in known:
+            monitor.add(known["f1"])
+            numbers.append(known["number"])
     shown: list[tuple[Detections, Detections]] = []
     for number, labelled in enumerate(islice(photos, len(seen) if again else 0, None), len(seen) + 1):
-        record = {"number": number, **as_line(labelled, detector.class_names)}
+        record: Record = {"number": number, "photo": "", "objects": []}
         try:
+            if isinstance(labelled, DataError):
+                raise labelled
+            record |= as_line(labelled, detector.class_names)
             (found,) = detector.detect([read_photo(labelled.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)
-        except PhotoError as error:
+        except (DataError, PhotoError) as error:
             record["error"] = str(error)
         else:
             found = labelled.counted(found)

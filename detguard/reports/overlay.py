@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from detguard.detections import Detections
+from detguard.files import printable
 from detguard.photos import Photo
 
 DIFFERENCE_GAIN = 10
@@ -37,7 +38,7 @@ def draw_detections(photo: Photo, detections: Detections, class_names: dict[int,
     ):
         colour = _colour(index)
         draw.rectangle(box, outline=colour, width=line)
-        label = f" {class_names[index]} {score:.2f} "
+        label = f" {printable(class_names[index])} {score:.2f} "
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
         x = min(max(0, box[0]), max(0, photo.shape[1] - (right - left)))
         y = box[1] - (bottom - top) - 2 * line
@@ -79,4 +80,4 @@ def _summary(detections: Detections, class_names: dict[int, str]) -> str:
     for index in detections.classes.tolist():
         counts[class_names[index]] = counts.get(class_names[index], 0) + 1
     ranked = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{n} {name}" for name, n in ranked) or "nothing found"
+    return ", ".join(f"{n} {printable(name)}" for name, n in ranked) or "nothing found"

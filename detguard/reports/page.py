@@ -11,8 +11,10 @@ from typing import Any
 import cv2
 import numpy as np
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from detguard import __version__
+from detguard.files import printable
 from detguard.photos import Photo
 
 # A page of this many photos is some megabytes; more would make browsers slow.
@@ -100,7 +102,9 @@ def render_page(
 ) -> bytes:
     """The page as UTF-8 bytes. plots: title -> SVG; left_out: photos not shown; sides: captions left and right."""
     items = list(items)
-    environment = Environment(loader=PackageLoader("detguard", "reports"), autoescape=True, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("detguard", "reports"), autoescape=True, trim_blocks=True, finalize=_shown
+    )
     return (
         environment.get_template("report.html.j2")
         .render(
@@ -117,6 +121,11 @@ def render_page(
         )
         .encode()
     )
+
+
+def _shown(value: Any) -> Any:
+    """Text as it is, with nothing in it that a browser would obey, as a change of direction."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _boxes(records: Sequence[dict[str, Any]], width: int, height: int) -> list[Box]:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from detguard.detectors.gated import EXPERTS
+from detguard.files import printable
 
 Metrics = dict[str, dict[str, Any]]
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
 STYLE: Any = {
     "svg.hashsalt": "detguard",  # the same plot is the same file
+    "text.parse_math": False,  # a name with two $ is a name
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -27,8 +30,14 @@ STYLE: Any = {
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font has not, and names too long for their places
         yield Figure((width, height), layout="constrained")
+
+
+def _text(name: str) -> str:
+    """A name as a label: matplotlib leaves out of legends those that begin with an underscore."""
+    return f" {printable(name)}" if name.startswith("_") else printable(name)
 
 
 def _svg(figure: Figure) -> str:
@@ -65,7 +74,7 @@ def corruption_plot(metrics: Metrics) -> str:
         for axis, kind in zip(axes, kinds, strict=False):
             for colour, (model, rows) in zip(COLOURS * 9, found.items(), strict=False):
                 points = {int(s): r["AP"] for s, r in rows[kind]["severities"].items()}
-                axis.plot(list(points), list(points.values()), "o-", ms=3.5, lw=1.6, color=colour, label=model)
+                axis.plot(list(points), list(points.values()), "o-", ms=3.5, lw=1.6, color=colour, label=_text(model))
                 if (clean := metrics[model].get("clean", {}).get("AP")) is not None:
                     axis.axhline(clean, color=colour, ls="--", lw=0.9)
             axis.set_title(kind.replace("_", " "), fontsize=10)
@@ -98,7 +107,9 @@ def budget_plot(metrics: Metrics) -> str:
                 if run != "worst":
                     axis.plot(*zip(*sorted(points), strict=True), "-", lw=0.8, alpha=0.5, color=colour)
             points = start + [(int(e), b["AP"]) for e, b in budgets.items()]
-            axis.plot(*zip(*sorted(points), strict=True), "o-", lw=2.2, color=colour, label=f"{model}, worst case")
+            axis.plot(
+                *zip(*sorted(points), strict=True), "o-", lw=2.2, color=colour, label=_text(f"{model}, worst case")
+            )
         axis.plot([], [], "-", lw=0.8, color="grey", label="each attack alone")
         axis.set_xlabel("budget (levels of 255)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -113,10 +124,10 @@ def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
     """One bar per kind of photos, divided by the gate's mean weights."""
     with _figure(7.5, 0.9 + 0.26 * len(shares)) as figure:
         axis = figure.subplots()
-        kinds, left = list(shares), [0.0] * len(shares)
+        kinds, left = list(map(_text, shares)), [0.0] * len(shares)
         for number, (colour, name) in enumerate(zip(COLOURS * 11, experts, strict=False)):
-            widths = [shares[kind][number] for kind in kinds]
-            axis.barh(kinds, widths, left=left, color=colour, label=name, height=0.75)
+            widths = [weights[number] for weights in shares.values()]
+            axis.barh(kinds, widths, left=left, color=colour, label=_text(name), height=0.75)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
@@ -140,8 +151,8 @@ def training_plot(
             for colour, kind in zip(COLOURS, kinds, strict=False):
                 points = [(record["batch"], record[kind]) for record in of_stage if kind in record]
                 if points:
-                    axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=kind)
-            axis.set_title(stage, fontsize=10)
+                    axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=_text(kind))
+            axis.set_title(_text(stage), fontsize=10)
             axis.set_xlabel("batch")
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         row[0].set_ylim(bottom=0)
@@ -184,7 +195,7 @@ def precision_plot(curves: dict[str, dict[str, list[float]]]) -> str:
                 if curve:
                     width = 2.2 if label == "clean" else 1.5
                     axis.plot([i / 100 for i in range(101)], curve, lw=width, color=colour, label=label)
-            axis.set_title(model, fontsize=10)
+            axis.set_title(_text(model), fontsize=10)
             axis.set_xlabel("recall")
             axis.set_xlim(0, 1)
             axis.set_ylim(0, 1)

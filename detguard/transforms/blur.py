@@ -83,10 +83,16 @@ class Gaussian(Transform):
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding: the adjoint of the padded convolution."""
         kernel = torch.from_numpy(cv2.getGaussianKernel(self.size, 0)).to(gradient).flatten()
-        radius = self.size // 2
+        rows, columns = (self._sources(side).to(gradient.device) for side in photo.shape[:2])
         with torch.enable_grad():
             planes = gradient.new_zeros(3, 1, *photo.shape[:2]).requires_grad_()
-            padded = F.pad(planes, [radius] * 4, mode="reflect")
+            padded = planes.index_select(2, rows).index_select(3, columns)
             blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
         (back,) = torch.autograd.grad(blurred, planes, gradient[:, None])
         return back[:, 0]
+
+    def _sources(self, side: int) -> Tensor:
+        """Which pixel of a row or column of `side` each of the padded one is, by OpenCV: it may reflect many times."""
+        radius = self.size // 2
+        border = cv2.BORDER_REFLECT_101
+        return torch.tensor([cv2.borderInterpolate(i, side, border) for i in range(-radius, side + radius)])

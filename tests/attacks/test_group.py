@@ -1,3 +1,5 @@
+from dataclasses import dataclass, field
+
 import cv2
 import numpy as np
 import pytest
@@ -149,3 +151,48 @@ def test_photos_leave_the_batch_when_done_and_others_take_their_places(bundled, 
     # Convolutions of another batch size round differently, and a sign near zero may flip; the attack is the same.
     assert together.steps == alone.steps
     assert np.abs(together.adversarial.astype(int) - alone.adversarial).mean() < 0.05
+
+
+@pytest.fixture(scope="module")
+def small(bus):
+    return cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+
+
+@dataclass(frozen=True)
+class BestAtFirst(Vanish):
+    """Vanish, and a loss that is by far the lowest for the second photo that it is asked of."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def loss(self, candidates, aims, conf):
+        self.asked.append(1)
+        return super().loss(candidates, aims, conf) - 1000 * (len(self.asked) == 2)
+
+
+def test_a_failed_attack_gives_the_best_photo_that_it_saw_not_the_last(bundled, small):
+    clean, seen = bundled.predict(small, 0.25), [small]
+    options = AttackOptions(eps=1, steps=4, random_start=False)
+    source = [("bus", small, clean)]
+    objective = BestAtFirst((0,))
+    (attempt,) = attack_group(bundled, source, objective, [], options, lambda active: seen.append(active[0].levels))
+    assert attempt.failed
+    assert np.array_equal(attempt.adversarial, seen[1])
+    assert not np.array_equal(attempt.adversarial, seen[-1])
+
+
+def test_a_margin_has_the_attack_go_on_until_confidence_is_that_share_lower(bundled, small):
+    left = {}
+    for margin in (0.0, 0.8):
+        attempt = attack(bundled, small, spec="none", margin=margin, steps=60)
+        assert attempt.done
+        left[margin] = len(bundled.detect([attempt.adversarial], 0.25 * (1 - 0.8))[0].of([0]))
+    assert left[0.0] > 0
+    assert left[0.8] == 0
+
+
+def test_momentum_takes_part_of_earlier_gradients_from_the_second_step_on(bundled, small):
+    with_it, without = (
+        [attack(bundled, small, spec="none", momentum=m, steps=n, stop=False) for n in (1, 4)] for m in (0.9, 0.0)
+    )
+    assert torch.equal(with_it[0].x, without[0].x)
+    assert not torch.equal(with_it[1].x, without[1].x)

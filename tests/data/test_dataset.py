@@ -84,6 +84,14 @@ def test_a_class_subset_must_be_known_to_both(photos):
         dataset.category_ids({0: "zebra"})
 
 
+def test_detectors_with_two_classes_of_one_name_can_be_judged_by_the_others_only(photos):
+    dataset = read_dataset(coco(photos, [{}]))
+    names = {0: "person", 1: "dog", 2: "person"}
+    with pytest.raises(DataError, match="several classes of one name"):
+        dataset.category_ids(names)
+    assert dataset.category_ids(names, ["dog"]) == {1: 18}
+
+
 @pytest.mark.parametrize(
     ("annotation", "kind"),
     [

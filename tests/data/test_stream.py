@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -5,10 +6,14 @@ import pytest
 import torch
 
 from detguard.data.dataset import DataError, read_dataset
-from detguard.data.stream import Labelled, as_line, from_lines, in_order
+from detguard.data.stream import Labelled, as_line, from_lines, in_order, lines_of, read_lines
 from detguard.detections import Detections
 
 NAMES = {0: "person", 1: "bus"}
+
+
+def as_bytes(line):
+    return json.dumps(line).encode()
 
 
 def test_photos_come_by_the_time_that_the_json_gives(tiny_data, tmp_path, bundled):
@@ -30,40 +35,70 @@ def test_lines_are_photos_with_their_objects():
         "photo": "a.jpg",
         "objects": [{"class": "bus", "box": [1, 2, 30, 40]}, {"class": "cow", "box": [0, 0, 1, 1]}],
     }
-    first, second = from_lines([json.dumps(line), "", json.dumps(line | {"objects": []})], NAMES)
+    first, second = from_lines([as_bytes(line), b"\n", as_bytes(line | {"objects": []})], NAMES)
     assert first.file.name == "a.jpg"
     assert first.objects.boxes.tolist() == [[1, 2, 30, 40]]
     assert first.objects.classes.tolist() == [1]
     assert len(second.objects) == 0
 
 
+PLAIN = b'{"photo": "a.jpg", "objects": []}\n'
+
+
 @pytest.mark.parametrize(
     "line",
     [
-        "{",
-        "[]",
-        '{"photo": "a.jpg"}',
-        '{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5, 1, 9]}]}',
-        '{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5]}]}',
-        '{"photo": 3, "objects": []}',
-        '{"photo": "a\\u0000.jpg", "objects": []}',
+        b"{",
+        b"[]",
+        b'{"photo": "a.jpg"}',
+        b'{"photo": "a.jpg", "objects": {}}',
+        b'{"photo": "a.jpg", "objects": [], "classes": "bus"}',
+        b'{"photo": "a.jpg", "objects": [{"class": ["bus"], "box": [1, 1, 2, 2]}]}',
+        b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5, 1, 9]}]}',
+        b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5]}]}',
+        b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [0, 0, 1, Infinity]}]}',
+        b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [0, 0, 1, ' + b"9" * 400 + b"]}]}",
+        b'{"photo": 3, "objects": []}',
+        b'{"photo": "a\\u0000.jpg", "objects": []}',
+        b'{"photo": "\\ud800.jpg", "objects": []}',
+        b'{"photo": "caf\xe9.jpg", "objects": []}',
+        b"[" * 100_000,
+        b" " * (16 << 20) + PLAIN,
+        b'{"photo": "a.jpg", "objects": [' + b"0," * 20_000 + b"0]}",
     ],
+    ids=lambda line: repr(line[-60:].strip()),
 )
-def test_a_wrong_line_is_named_by_its_number(line):
-    with pytest.raises(DataError, match="line 2"):
-        list(from_lines(['{"photo": "a.jpg", "objects": []}', line], NAMES))
+def test_an_odd_line_is_an_error_that_names_it_and_the_others_go_on(line):
+    first, wrong, last = from_lines([PLAIN, line, PLAIN], NAMES)
+    assert first.file == last.file == Path("a.jpg")
+    assert isinstance(wrong, DataError)
+    assert "line 2" in str(wrong)
+    assert len(str(wrong)) < 400
+
+
+def test_a_line_without_an_end_is_not_read_whole():
+    stream = io.BytesIO(PLAIN + bytes(100 << 20) + b"\n" + PLAIN)
+    first, wrong, last = lines_of(stream)
+    assert (first, last) == (PLAIN, PLAIN)
+    assert len(wrong) < 20 << 20
 
 
 def test_a_line_of_a_photo_is_read_back_as_it_was():
     objects = Detections(torch.tensor([[1.0, 2, 30, 40]]), torch.ones(1), torch.tensor([1]))
     for known in (None, (1,)):
         photo = Labelled(Path("a.jpg"), objects, known)
-        (back,) = from_lines([json.dumps(as_line(photo, NAMES))], NAMES)
+        (back,) = from_lines([as_bytes(as_line(photo, NAMES))], NAMES)
         assert (back.file, back.known) == (photo.file, known)
         assert torch.equal(back.objects.boxes, objects.boxes)
         assert torch.equal(back.objects.classes, objects.classes)
 
 
-def test_lines_of_a_file_are_named_by_it():
-    with pytest.raises(DataError, match=r"new\.jsonl line 1"):
-        list(from_lines(["{"], NAMES, "new.jsonl"))
+def test_a_wrong_line_of_a_file_is_one_error_that_names_both(tmp_path):
+    (tmp_path / "new.jsonl").write_bytes(PLAIN + b"{\n")
+    with pytest.raises(DataError, match=r"new\.jsonl line 2"):
+        read_lines(tmp_path / "new.jsonl", NAMES)
+
+
+def test_classes_of_one_name_cannot_be_told_apart_by_labels():
+    with pytest.raises(DataError, match="several classes of one name"):
+        list(from_lines([PLAIN], {0: "dog", 1: "cat", 2: "dog"}))

@@ -1,15 +1,19 @@
+import copy
 import io
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from detguard import DetguardError
-from detguard.detectors.load import build_model, load_detector, weights_folder
+from detguard.detectors.load import build_model, fused, load_detector, load_model, weights_folder
 
 
 class Command:
@@ -48,22 +52,6 @@ def test_the_hostile_checkpoint_of_these_tests_is_hostile(tmp_path):
     assert proof.exists()
 
 
-def test_a_network_recipe_that_would_run_code_is_not_evaluated(tmp_path):
-    proof = tmp_path / "ran"
-    recipe = {"nc": 1, "activation": f"open({str(proof)!r}, 'w')", "backbone": [], "head": []}
-
-    class Build:
-        def __reduce__(self):
-            from ultralytics.nn.tasks import DetectionModel
-
-            return DetectionModel, (recipe,)
-
-    torch.save({"model": Build()}, tmp_path / "evil.pt")
-    with pytest.raises(DetguardError):
-        load_detector(tmp_path / "evil.pt")
-    assert not proof.exists()
-
-
 @pytest.mark.parametrize(
     ("name", "data"), [("cut.pt", b"PK\x03\x04 cut short"), ("empty.pt", b""), ("text.pt", b"hello")]
 )
@@ -86,9 +74,81 @@ def test_unknown_names_are_errors_that_list_what_there_is(name):
         load_detector(name)
 
 
-def test_both_shared_checkpoints_load(yolo11n_file):
+def as_ultralytics_saves(model, file, size=320):
+    """Write a model as Ultralytics' trainer does: its half-precision average alone, without the optimizer."""
+    model.args, model.task = {"imgsz": size, "task": "detect"}, "detect"
+    torch.save({"epoch": -1, "model": None, "ema": copy.deepcopy(model).half(), "updates": None}, file)
+
+
+# Of each family the smallest, and each kind of layer.
+OFFICIAL = [
+    "yolov3-tiny.yaml", "yolov5n.yaml", "yolov5n-p6.yaml", "yolov6n.yaml", "yolov8n-ghost-p2.yaml", "yolov8n.yaml",
+    "yolov9t.yaml", "yolov10n.yaml", "yolo11n.yaml", "yolo12n.yaml", "yolo26n.yaml", "rtdetr-resnet50.yaml",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", OFFICIAL)
+def test_checkpoints_give_the_network_that_was_saved(tmp_path, architecture):
+    torch.manual_seed(0)
+    model = build_model(architecture, ["person", "bus", "train"])
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+    as_ultralytics_saves(model, tmp_path / "best.pt")
+    found, size = load_model(tmp_path / "best.pt")
+    saved = copy.deepcopy(model).half().float()
+    assert size == 320
+    assert found.names == model.names
+    assert found.save == model.save
+    assert list(found.stride) == list(model.stride)
+    theirs = saved.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in found.state_dict().items())
+    frames = torch.rand(1, 3, 192, 192)
+    with torch.no_grad():
+        ours, expected = (fused(network)(frames)[0] for network in (found, saved))
+    assert torch.equal(ours, expected)
+
+
+def test_a_checkpoint_of_the_training_so_far_is_read_too(tmp_path):
+    model = build_model("yolov8n.yaml", ["person"])
+    optimizer = torch.optim.AdamW(model.parameters())
+    (model(torch.rand(1, 3, 64, 64))["boxes"].sum()).backward()
+    optimizer.step()
+    state = {"epoch": 3, "model": model, "ema": None, "optimizer": optimizer.state_dict(), "train_args": {"lr0": 0.01}}
+    torch.save(state, tmp_path / "last.pt")
+    assert load_detector(tmp_path / "last.pt", 64).class_names == {0: "person"}
+
+
+def test_shared_checkpoints_find_what_unpickled_ones_find(yolo11n_file, bus):
     for file in yolo11n_file.parent.glob("*.pt"):
-        assert len(load_detector(file).class_names) == 80
+        ours, theirs = load_detector(file), load_detector(file, trust=True)
+        assert ours.state_hash() == theirs.state_hash()
+        assert ours.imgsz == theirs.imgsz
+        ours, theirs = (detector.detect([bus])[0] for detector in (ours, theirs))
+        assert ours.boxes.equal(theirs.boxes)
+        assert ours.scores.equal(theirs.scores)
+
+
+def test_neither_ultralytics_nor_its_settings_decide_how_files_are_read(tmp_path):
+    file, proof = tmp_path / "evil.pt", tmp_path / "ran"
+    hostile_checkpoint(file, f"touch {proof}")
+    code = f"import ultralytics; from detguard.detectors.load import load_detector; load_detector({str(file)!r})"
+    environment = os.environ | {"ULTRALYTICS_SAFE_LOAD": "0", "YOLO_AUTOINSTALL": "true"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "refused" in done.stderr
+    assert not proof.exists()
+
+
+def test_a_file_by_an_official_name_must_be_that_network(tmp_path, monkeypatch):
+    from ultralytics.utils import SETTINGS
+
+    monkeypatch.setitem(SETTINGS, "weights_dir", str(tmp_path))
+    as_ultralytics_saves(build_model("yolo11n.yaml", ["person"]), tmp_path / "yolo11n.pt")
+    with pytest.raises(DetguardError, match=r"yolo11n\.pt: its classes are not COCO's"):
+        load_detector("yolo11n")
+    shutil.copy(tmp_path / "yolo11n.pt", tmp_path / "yolo11x.pt")
+    with pytest.raises(DetguardError, match=r"yolo11x\.pt: its network is of size n"):
+        load_detector("yolo11x")
 
 
 def test_the_bundled_detector_knows_people_and_vehicles(bundled):
@@ -105,6 +165,34 @@ def own_copy(tmp_path):
 
 def test_safetensors_load_from_any_folder_to_the_same_weights(own_copy, bundled):
     assert load_detector(own_copy).state_hash() == bundled.state_hash()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"imgsz": float("inf")}, {"imgsz": float("nan")}, {"imgsz": 10**400}, {"imgsz": 0}, {"imgsz": "320"},
+        {"imgsz": True}, {"classes": 3}, {"classes": [["person"]] * 13}, {"classes": ["x" * 10**6] * 13},
+        {"classes": []}, {"architecture": ["yolo11n.yaml"]}, {"architecture": None}, {"gated": {}}, {"gated": 1},
+        {"gated": {"split": 0, "experts": ["a"] * 64, "gate_on": "detail", "top_k": None, "floor": 0}},
+        {"gated": {"split": float("inf"), "experts": ["a"], "gate_on": "detail", "top_k": None, "floor": 0}},
+        {"gated": {"split": 0, "experts": ["a"], "gate_on": "detail", "top_k": None, "floor": float("nan")}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_card_that_says_something_odd_is_one_line(own_copy, entry):
+    card = json.loads(own_copy.with_suffix(".json").read_text()) | entry
+    own_copy.with_suffix(".json").write_text(json.dumps(card))
+    with pytest.raises(DetguardError, match=r"own\.(json|safetensors)") as caught:
+        load_detector(own_copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_an_error(own_copy):
+    tensors = load_file(own_copy)
+    tensors["model.0.conv.weight"].view(-1)[0] = float("inf")
+    save_file(tensors, own_copy)
+    with pytest.raises(DetguardError, match="not finite"):
+        load_detector(own_copy)
 
 
 @pytest.mark.parametrize("architecture", ["../../evil.yaml", "evil.yaml", "yolo11n-cls.yamlx", ""])

@@ -1,3 +1,5 @@
+import hashlib
+import io
 import json
 
 import pytest
@@ -127,6 +129,43 @@ def test_a_hostile_file_in_the_cache_does_not_run(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     file = folder / get_model_weights("ssd300_vgg16").DEFAULT.url.rsplit("/", 1)[1]
     torch.save({"a": Touch()}, file)
-    with pytest.raises(DetguardError, match="cannot be downloaded or read"):
+    with pytest.raises(DetguardError, match="hash is not the published one"):
         load_detector("ssd300_vgg16")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Put what it is given where torchvision keeps SSDlite's weights, under the name that its hash makes of it."""
+    from torchvision.models import get_model_weights
+
+    def publish(value):
+        data = io.BytesIO()
+        torch.save(value, data)
+        name = f"ssdlite-{hashlib.sha256(data.getvalue()).hexdigest()[:8]}.pth"
+        folder = tmp_path / "hub" / "checkpoints"
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(data.getvalue())
+        weights = get_model_weights("ssdlite320_mobilenet_v3_large").DEFAULT
+        monkeypatch.setattr(weights.value, "url", f"https://127.0.0.1:9/{name}")
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    return publish
+
+
+def test_published_weights_are_used_where_they_are_kept(published):
+    network = build_model("ssdlite320_mobilenet_v3_large", ["__background__", *(f"c{i}" for i in range(90))])
+    published(network.state_dict())
+    found = load_detector("ssdlite320_mobilenet_v3_large").model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
+
+
+def test_published_weights_cannot_run_code_either(published, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    published({"a": Touch()})
+    with pytest.raises(DetguardError, match="cannot be downloaded or read"):
+        load_detector("ssdlite320_mobilenet_v3_large")
     assert not (tmp_path / "ran").exists()

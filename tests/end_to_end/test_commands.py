@@ -232,3 +232,8 @@ def test_help_teaches_by_example(tmp_path, command):
     result = detguard(command, "--help", cwd=tmp_path)
     assert result.returncode == 0
     assert f"detguard {command} " in result.stdout.split("Examples")[1]
+
+
+def test_trust_says_in_one_line_what_it_means(tmp_path):
+    done = detguard("detect", "gone.jpg", "--trust", cwd=tmp_path)
+    assert "warning: --trust: a .pt is unpickled and may run any code" in done.stderr

@@ -59,10 +59,13 @@ def test_a_stopped_run_goes_on_to_the_same_records(tiny_data, tmp_path):
 
 
 def test_photos_of_a_drop_are_there_before_the_stream_ends(stream):
-    lines = (stream / "stream.jsonl").read_text() + "{}\n"  # a line that ends the run
-    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "cut", cwd=stream, stdin=lines)
-    assert result.returncode == 2
-    assert (stream / "cut/dropped.jsonl").read_text().count("photo") > 4
+    run = command("monitor", "--stream", "-", *OPTIONS, "--out", "cut")
+    with subprocess.Popen(run, cwd=stream, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdin.write((stream / "stream.jsonl").read_text() + "no photo\n")
+        process.stdin.flush()
+        assert any("line 49" in line for line in process.stderr)
+        assert (stream / "cut/dropped.jsonl").read_text().count("photo") > 4
+        process.kill()
 
 
 def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
@@ -75,14 +78,18 @@ def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
     assert len((stream / "broken/results.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_byte_that_is_no_utf8_spoils_only_its_own_line(stream):
+def test_odd_lines_are_told_and_the_watch_goes_on(stream):
     first, second = (stream / "stream.jsonl").read_bytes().splitlines(keepends=True)[:2]
-    lines = first + b'{"photo": "caf\xe9.png", "objects": []}\n' + second
-    run = command("monitor", "--stream", "-", *OPTIONS, "--out", "bytes")
-    result = subprocess.run(run, cwd=stream, input=lines, capture_output=True, timeout=600, check=False)
+    odd = [b'{"photo": "caf\xe9.png", "objects": []}\n', b"{}\n", b'{"photo": "' + b"x" * 5000 + b'", "objects": []}\n']
+    run = command("monitor", "--stream", "-", *OPTIONS, "--out", "odd")
+    result = subprocess.run(
+        run, cwd=stream, input=b"".join([first, *odd, second]), capture_output=True, timeout=600, check=False
+    )
     assert result.returncode == 2
-    assert b"caf" in result.stderr
-    assert len((stream / "bytes/results.jsonl").read_text().splitlines()) == 3
+    assert b"Traceback" not in result.stderr
+    records = [json.loads(line) for line in (stream / "odd/results.jsonl").read_text().splitlines()]
+    assert ["error" in record for record in records] == [False, True, True, True, False]
+    assert all(f"line {number}" in result.stderr.decode() for number in (2, 3))
 
 
 @pytest.mark.parametrize(

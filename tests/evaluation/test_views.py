@@ -1,13 +1,14 @@
+import copy
+import sqlite3
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from detguard.data.dataset import LOST, read_dataset
-from detguard.detections import Detections
+from detguard.data.dataset import LOST, Faults, read_dataset
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, worst_photo
-from detguard.evaluation.cache import Cache, entry_key, pack, unpack
+from detguard.evaluation.cache import Cache
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.score import score
@@ -32,33 +33,6 @@ def shown(monkeypatch):
     return calls
 
 
-def test_detections_survive_packing_to_the_bit():
-    detections = Detections(torch.rand(5, 4) * 600, torch.rand(5), torch.arange(5), torch.rand(3))
-    again = unpack(pack(detections))
-    assert all(
-        torch.equal(getattr(detections, f), getattr(again, f)) for f in ("boxes", "scores", "classes", "experts")
-    )
-
-
-def test_a_cache_keeps_all_of_a_batch_or_nothing(tmp_path):
-    cache = Cache(tmp_path / "c.sqlite")
-
-    def entries():
-        yield "a", b"1"
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cache.put(entries())
-    assert "a" not in cache
-    cache.put([("a", b"1"), ("b", b"2")])
-    assert Cache(tmp_path / "c.sqlite").get("b") == b"2"
-
-
-def test_keys_differ_by_every_part():
-    assert entry_key(a=1, b=2) == entry_key(b=2, a=1)
-    assert len({entry_key(a=1), entry_key(a=2), entry_key(b=1)}) == 3
-
-
 def test_what_is_cached_is_not_shown_again(subject, shown):
     views = [Clean(), Corrupted("fog", 3, 0)]
     fill(subject, views)
@@ -67,6 +41,25 @@ def test_what_is_cached_is_not_shown_again(subject, shown):
     assert sum(shown) == 2 * 4
     fill(replace(subject, detector=subject.detector), [*views, Corrupted("fog", 3, 1)])
     assert sum(shown) == 3 * 4
+
+
+def test_a_damaged_entry_is_made_again_as_it_was(subject, shown):
+    fill(subject, [Clean()])
+    whole = dict(results_of(subject, Clean()))
+    with sqlite3.connect(subject.cache.file) as database:
+        database.execute("update entries set value = substr(value, 1, 100) where key = ?", (Clean().key(subject, 12),))
+    with pytest.warns(UserWarning, match="damaged entries in it are made again"):
+        fill(subject, [Clean()])
+    again = dict(results_of(subject, Clean()))
+    assert all(torch.equal(whole[image].scores, again[image].scores) for image in whole)
+    assert 4 < sum(shown) < 8
+
+
+def test_a_photo_that_is_gone_is_dropped_and_the_others_go_on(subject, tmp_path):
+    subject.dataset = replace(subject.dataset, files=subject.dataset.files | {12: tmp_path / "gone.png"})
+    fill(subject, [Clean()])
+    assert list(subject.dataset.files) == [11, 13, 14]
+    assert "gone.png" in subject.dataset.warnings[LOST][0]
 
 
 def test_the_cache_knows_photos_by_their_content(subject, shown, tmp_path):
@@ -164,7 +157,7 @@ def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):
     whole = files[12].read_bytes()
     files[12] = tmp_path / "cut.png"
     files[12].write_bytes(whole[: len(whole) // 2])
-    broken = replace(subject, dataset=replace(subject.dataset, files=files, warnings={}))
+    broken = replace(subject, dataset=replace(subject.dataset, files=files, warnings=Faults()))
     fill(broken, [Clean()])
     assert list(broken.dataset.files) == [11, 13, 14]
     assert "cut.png" in broken.dataset.warnings[LOST][0]
@@ -173,3 +166,10 @@ def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):
 
 def test_an_undefended_detector_has_its_gradient_everywhere(subject):
     assert zero_gradient_share(subject) < 0.01
+
+
+def test_what_was_found_on_another_kind_of_device_is_not_used(subject):
+    elsewhere = copy.copy(subject.detector)
+    elsewhere.device = torch.device("cuda")
+    assert replace(subject, detector=elsewhere).state != subject.state
+    assert elsewhere.state_hash() == subject.detector.state_hash()  # by which a run goes on there

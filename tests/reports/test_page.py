@@ -2,13 +2,18 @@
 
 import re
 import shutil
+import warnings
 from html import unescape
 
 import numpy as np
 import pytest
+import torch
 
+from detguard.detections import Detections
+from detguard.files import printable
+from detguard.reports.overlay import before_after, draw_detections
 from detguard.reports.page import Table, gallery_item, render_page
-from detguard.reports.plots import plots
+from detguard.reports.plots import budget_plot, gate_plot, plots, precision_plot, training_plot
 
 CHROMIUM = shutil.which("chromium")
 METRICS = {
@@ -135,3 +140,37 @@ def test_nothing_sticks_out_of_the_window(browser, page_file, width):
 
 def test_the_command_is_quoted_for_a_shell(page_file):
     assert "detguard attack 'a b.jpg'" in unescape(re.search(r"<pre>(.*?)</pre>", page_file.read_text())[1])
+
+
+NAMES = [r"cost$\frac$", "_hidden", "a\x1b[31m\n\u202e\udcff", "汉字", "x" * 250, "--><script>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_plots_are_text_and_none_is_left_out(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = [
+            budget_plot({name: METRICS["first"]}),
+            gate_plot([name, "other"], {name: [0.2, 0.8]}),
+            training_plot([{"stage": name, "batch": batch, "normal": 1.0} for batch in range(2)]),
+            precision_plot({name: CURVES["first"]}),
+        ]
+    for svg in made:
+        # Matplotlib says in a comment what it draws, as the file is to be one of XML.
+        assert printable(name).replace("-->", "- -&gt;").replace("<", "&lt;").replace(">", "&gt;") in svg
+        assert not {character for character in svg if not character.isprintable()} - {"\n"}
+
+
+def test_names_on_the_page_are_shown_and_not_obeyed():
+    name = "a\x1b\u202egnp.exe\udcff<b>"
+    table = Table(name, [name, "b"], [[name, name]], name)
+    page = render_page(name, name, [name], [table], {name: "<svg/>"}, [], sides=(name, name)).decode()
+    assert page.count(r"a\x1b\u202egnp.exe\udcff&lt;b&gt;") == 10
+    assert "<svg/>" in page
+
+
+def test_names_on_overlays_are_shown(bus):
+    found = Detections(torch.tensor([[10.0, 10.0, 200.0, 200.0]]), torch.tensor([0.9]), torch.tensor([0]))
+    names = {0: "two\nlines\x1b\udcff"}
+    assert before_after(bus, found, bus, found, names).shape[1] > 3 * bus.shape[1]
+    assert np.array_equal(draw_detections(bus, found, names), draw_detections(bus, found, {0: printable(names[0])}))

@@ -111,3 +111,26 @@ def test_jpeg_surrogate_points_where_the_real_jpeg_moves():
     # The smooth rounding's slope is 0 at whole numbers and 3/4 halfway between, 1/4 on average.
     assert 0.1 * moved < promised < moved
     assert pulled[:, 16:48, 16:48].abs().sum() > 0.9 * pulled.abs().sum()
+
+
+@pytest.mark.parametrize("spec", ["gaussian:17", "gaussian:31", "median:7", "jpeg:75", "resize:0.05", "resize:4"])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])
+def test_photos_smaller_than_the_window_go_through_and_back(spec, shape):
+    (transform,) = parse_transforms(spec)
+    photo = random_photo(1, *shape)
+    pulled = transform.pull_back(photo, torch.ones(3, *shape))
+    assert transform(photo).shape == photo.shape
+    assert pulled.shape == (3, *shape)
+    assert pulled.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [17, 31])
+def test_the_adjoint_of_a_blur_reflects_as_often_as_the_blur_does(size):
+    photo = random_photo(2, 8, 11)
+    for seed in range(5):
+        gradient = torch.from_numpy(np.random.default_rng(seed).random((3, 8, 11)))
+        blurred = torch.from_numpy(Gaussian(size)(photo).astype(np.float64)).permute(2, 0, 1)
+        promised = torch.from_numpy(photo.astype(np.float64)).permute(2, 0, 1) * Gaussian(size).pull_back(
+            photo, gradient
+        )
+        assert (blurred * gradient).sum().item() == pytest.approx(promised.sum().item(), rel=0.003)

@@ -1,0 +1,155 @@
+"""Options and consoles: what is not a number is refused, and what a stranger named is shown, never obeyed."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import typer
+from rich.progress import TextColumn
+from typer.main import get_command
+
+from detguard.cli import main
+from detguard.cli.app import Terminal, app, progress_bar
+from detguard.detectors.load import weights_folder
+from detguard.reports.page import Table
+from detguard.reports.tables import terminal_list, terminal_table
+
+# Clears the screen, colours, turns the line around, begins another, is markup, an emoji, and no UTF-8.
+HOSTILE = "a\x1b[2J\x9b31m\u202egnp\nerror: [red]b[/nosuch] :smile: \udcff"
+SHOWN = r"a\x1b[2J\x9b31m\u202egnp\nerror: [red]b[/nosuch] :smile: \udcff"
+
+
+@pytest.fixture
+def console():
+    return Terminal(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        HOSTILE,
+        terminal_table(Table("title", ("a", "b"), [(HOSTILE, "1")])),
+        terminal_table(Table(HOSTILE, ("a", "b"), [("x" * 99, "1")])),
+        terminal_table(Table("title", (HOSTILE, "b"), [("x" * 99, "1")])),
+        terminal_table(Table("title", ("a", "b"), [("x" * 99, "1")], HOSTILE)),
+        terminal_list([(HOSTILE, "1")]),
+    ],
+    ids=["line", "cell", "title", "head", "note", "list"],
+)
+def test_what_is_printed_is_shown_and_not_obeyed(console, shown):
+    console.print(shown)
+    assert SHOWN in console.file.getvalue()
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_what_a_live_line_says_is_shown_and_not_obeyed(console, monkeypatch):
+    monkeypatch.setattr("detguard.cli.app.err", console)
+    with progress_bar(TextColumn("end")) as progress:
+        progress.add_task(HOSTILE)
+    assert SHOWN in console.file.getvalue()
+    assert "\x1b[2J" not in console.file.getvalue()
+
+
+def run(monkeypatch, *arguments):
+    """The command line in this process; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["detguard", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compare", HOSTILE], [HOSTILE], ["attack", HOSTILE], ["detect", "a.jpg", "--device", HOSTILE]]
+)
+def test_arguments_are_shown_and_not_obeyed(monkeypatch, capsys, arguments):
+    assert run(monkeypatch, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert SHOWN in line
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory, bus_file):
+    """A folder with a photo and a detector of hostile names; of the file's, the disk must be able to hold each part."""
+    folder = tmp_path_factory.mktemp("hostile")
+    name = HOSTILE.replace("/", "").replace("\udcff", "")
+    shutil.copy(bus_file, folder / f"{name}.jpg")
+    weights = weights_folder() / "detguard-n.safetensors"
+    shutil.copy(weights, folder / f"{name}.safetensors")
+    card = json.loads(weights.with_suffix(".json").read_text())
+    card["classes"][0] = name
+    (folder / f"{name}.json").write_text(json.dumps(card))
+    return folder, name
+
+
+def test_names_of_files_and_classes_are_shown_and_not_obeyed(monkeypatch, capsys, hostile):
+    folder, name = hostile
+    monkeypatch.chdir(folder)
+    assert run(monkeypatch, "detect", f"{name}.jpg", "--model", f"{name}.safetensors", "--out", "table") == 0
+    shown = capsys.readouterr()
+    assert r"a\x1b[2J" in shown.out
+    assert not set("\x1b\x9b\u202e") & set(shown.out + shown.err)
+
+
+def test_json_lines_hold_the_names_themselves(monkeypatch, capsys, hostile):
+    folder, name = hostile
+    monkeypatch.chdir(folder)
+    code = run(monkeypatch, "detect", f"{name}.jpg", "--model", f"{name}.safetensors", "--json", "--out", "lines")
+    assert code == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["photo"] == f"{name}.jpg"
+    assert json.loads(line)["detections"][0]["class"] == name
+    assert not set("\x1b\x9b\u202e") & set(line)
+
+
+FRACTIONS = [
+    (name, param.opts[0])
+    for name, command in get_command(app).commands.items()
+    for param in command.params
+    if param.type_descriptor.annotation is float
+]
+
+
+def test_there_are_options_to_test():
+    assert {("attack", "--conf"), ("harden", "--floor"), ("adapt", "--lambda")} <= set(FRACTIONS)
+
+
+def refused(command, option, value):
+    with pytest.raises(typer.TyperException) as wrong:
+        get_command(app).main([command, f"{option}={value}"], standalone_mode=False)
+    return wrong.value.format_message()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(("command", "option"), FRACTIONS)
+def test_what_is_no_number_is_refused(command, option, value):
+    assert f"'{option}'" in refused(command, option, value)
+
+
+@pytest.mark.parametrize("value", ["-1", "4294967296", "9" * 400])
+@pytest.mark.parametrize("command", ["attack", "evaluate", "harden", "adapt"])
+def test_seeds_that_are_none_are_refused(command, value):
+    assert "'--seed'" in refused(command, "--seed", value)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cpu:7", "", "cuda:0,1", "cuda:999", "vulkan"])
+def test_devices_that_detectors_do_not_run_on_are_one_line(monkeypatch, capsys, device):
+    assert run(monkeypatch, "detect", "a.jpg", "--device", device) == 2
+    assert capsys.readouterr().err.startswith(f"error: --device {device}: expected cpu")
+
+
+WEIGHTS = ("nan,1,1", "inf,1,1", "-1,1,1", "0,-0,0", "1e308,1e308,1", "1,,1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [*(["--aggregate", "weighted", f"--weights={w}"] for w in WEIGHTS), ["--target=,"], ["--target="]],
+)
+def test_attacks_that_cannot_be_are_one_line_and_leave_no_run(monkeypatch, capsys, tmp_path, bus_file, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "attack", bus_file, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert arguments[-1].partition("=")[0] in line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,102 @@
+"""What a detector is known by, in the cache and in the folders of runs."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from ultralytics.nn.modules.block import Bottleneck
+
+from detguard.detectors.gated import GatedDetector, GatedNetwork
+from detguard.detectors.load import build_model, fused, load_detector
+from detguard.detectors.torchvision import TorchvisionDetector
+from detguard.detectors.ultralytics import UltralyticsDetector
+
+
+def changed(detector, change):
+    """A copy of the detector after `change` of its network; every tensor stays as it is."""
+    other = copy.copy(detector)
+    other.model = copy.deepcopy(detector.model)
+    change(other.model)
+    before, after = detector.model.state_dict(), other.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    return other
+
+
+def one_activation(model):
+    model.model[0].act = nn.ReLU()
+
+
+def one_shortcut(model):
+    layer = next(m for m in model.modules() if isinstance(m, Bottleneck) and m.add)
+    layer.add = False
+
+
+def strides_of_the_head(model):
+    model.model[-1].stride = model.model[-1].stride * 2
+
+
+def stride_of_a_convolution(model):
+    model.model[0].conv.stride = (1, 1)
+
+
+def where_a_layer_gets_its_input(model):
+    layer = next(layer for layer in model.model if isinstance(layer.f, list))
+    layer.f = layer.f[::-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [one_activation, one_shortcut, strides_of_the_head, stride_of_a_convolution, where_a_layer_gets_its_input],
+)
+def test_another_network_of_the_same_tensors_has_another_hash(bundled, change):
+    assert changed(bundled, change).state_hash() != bundled.state_hash()
+
+
+def test_it_does_not_change_while_the_detector_is_used(bundled_model, bus):
+    detector = UltralyticsDetector(bundled_model, "used", 320)
+    before = detector.state_hash()
+    detector.candidates(torch.rand(2, 3, 64, 96).requires_grad_())
+    detector.detect([bus])
+    detector.model(torch.rand(2, 3, 64, 96))
+    detector.predict(bus, 0.25)
+    detector.model.train()
+    assert detector.state_hash() == before
+
+
+@pytest.mark.parametrize("architecture", ["ssdlite320_mobilenet_v3_large", "rtdetr-l.yaml", "yolo26n.yaml"])
+def test_nor_in_other_families(architecture):
+    model = build_model(architecture, ["__background__", "a", "b"])
+    family = TorchvisionDetector if hasattr(model, "outputs") else UltralyticsDetector
+    detector = family(model, "used", 320)
+    before = detector.state_hash()
+    detector.predict(np.zeros((64, 64, 3), np.uint8), 0.25)
+    with torch.no_grad():
+        detector.model(torch.zeros(1, 3, 320, 320))
+    assert detector.state_hash() == before
+
+
+def test_it_is_the_same_in_every_process(bundled):
+    code = "from detguard.detectors.load import load_detector; print(load_detector().state_hash())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == bundled.state_hash()
+
+
+def test_it_is_the_same_of_a_checkpoint_and_of_its_tensors_in_a_new_network(bundled, bundled_model, tmp_path):
+    model = copy.deepcopy(bundled_model)
+    model.model[1].act = copy.deepcopy(model.model[1].act)  # shared no more, as unpickling may leave it
+    torch.save({"model": model}, tmp_path / "saved.pt")
+    assert load_detector(tmp_path / "saved.pt", 320).state_hash() == bundled.state_hash()
+
+
+def test_each_expert_and_each_way_to_put_them_together_has_its_own(bundled_model):
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(bundled_model), 22, top_k=2)
+    detector = GatedDetector(network, "three", 320)
+    others = [detector, detector.through(0), detector.through(1), detector.dense()]
+    others.append(changed(detector, lambda model: setattr(model, "floor", 0.5)))
+    assert len({other.state_hash() for other in others}) == len(others)

@@ -1,0 +1,61 @@
+"""Attacks on gated ensembles go where their names say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from detguard.data.dataset import read_dataset
+from detguard.detectors.gated import GatedDetector, GatedNetwork
+from detguard.detectors.load import fused
+from detguard.evaluation.attacks import AttackSet, attacks_on
+from detguard.evaluation.cache import Cache
+from detguard.evaluation.views import Batch, Subject
+
+ATTACK = AttackSet(("all",), eps=4, steps=2)
+
+
+@pytest.fixture(scope="module")
+def gated(bundled_model, tiny_data, tmp_path_factory):
+    """Two photos, and an ensemble of three experts, which differ, of which one is asked."""
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(bundled_model), 22, top_k=1)
+    with torch.no_grad():
+        for expert in network.experts[1:]:
+            for parameter in expert.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+    dataset = read_dataset(tiny_data, limit=2)
+    detector = GatedDetector(network, "three", 160)
+    cache = Cache(tmp_path_factory.mktemp("cache") / "c.sqlite")
+    return Subject("three", detector, dataset, dataset.category_ids(detector.class_names), cache)
+
+
+def photos(subject, attack, detector=None):
+    """Two photos after one attack, one after the other."""
+    subject = replace(subject, detector=detector or subject.detector)
+    return np.concatenate(
+        [p.ravel() for ids in subject.batches() for p in ATTACK.attack(Batch(subject, ids), attack, 0)]
+    )
+
+
+def test_a_route_is_attacked_through_its_expert(gated):
+    through = {i: photos(gated, f"route:{i}") for i in range(3)}
+    for i, attacked in through.items():
+        assert np.array_equal(attacked, photos(gated, "all", gated.detector.through(i)))
+    assert not any(np.array_equal(through[i], through[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_dense_is_the_attack_on_all_experts_at_once(gated):
+    attacked = photos(gated, "dense")
+    assert np.array_equal(attacked, photos(gated, "all", gated.detector.dense()))
+    assert not np.array_equal(attacked, photos(gated, "all"))
+
+
+def test_the_gates_weight_is_in_the_name(gated):
+    assert not np.array_equal(photos(gated, "gate:1"), photos(gated, "gate:100"))
+
+
+def test_an_ensemble_is_attacked_in_every_way_through_it(gated):
+    ways = ("gate:1", "gate:10", "gate:100", "route:0", "route:1", "route:2", "dense")
+    assert attacks_on(gated.detector, ("all",)) == ("all", *ways)

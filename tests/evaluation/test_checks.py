@@ -1,0 +1,56 @@
+"""Each check fails where it should: shown what a blind attack would leave in the cache, or a detector that hides."""
+
+import copy
+
+import pytest
+
+from detguard.data.dataset import read_dataset
+from detguard.detections import Detections
+from detguard.evaluation.attacks import AttackSet
+from detguard.evaluation.cache import Cache, pack
+from detguard.evaluation.checks import check_views, first_photos, run_checks
+from detguard.evaluation.views import Subject
+
+ATTACK = AttackSet(("class",), eps=4, steps=2)
+QUERIES = 3
+# Whether all is left or nothing: under the attack, twice its steps, a large budget, and the black box.
+HONEST = (False, False, False, True)
+
+
+@pytest.fixture
+def subject(bundled, tiny_data, tmp_path):
+    dataset = read_dataset(tiny_data)
+    return Subject("bundled", bundled, dataset, dataset.category_ids(bundled.class_names), Cache(tmp_path / "c.sqlite"))
+
+
+def checked(subject: Subject, left: tuple[bool, ...]):
+    """The checks that fail of a subject of which so much is left under each of their views."""
+    few = first_photos(subject)
+    for view, everything in zip(check_views(ATTACK, QUERIES), left, strict=True):
+        for image in few.dataset.files:
+            labelled = few.objects(image)
+            found: Detections = labelled if everything else labelled[:0]
+            few.cache.put((view.key(few, image, part), pack(found)) for part in view.parts)
+    return [name for name, check in run_checks(subject, ATTACK, QUERIES).items() if not check["passed"]]
+
+
+def test_all_pass_where_the_attack_is_honest(subject):
+    assert checked(subject, HONEST) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("more steps", (False, True, False, True)),
+        ("large budget", (False, False, True, True)),
+        ("black box", (True, True, False, False)),
+    ],
+)
+def test_each_fails_where_only_it_should(subject, name, left):
+    assert checked(subject, left) == [name]
+
+
+def test_rounding_between_photo_and_loss_is_told_by_its_zero_gradient(subject, bundled):
+    subject.detector = copy.copy(bundled)
+    subject.detector.candidates = lambda frames: bundled.candidates((frames * 255).round() / 255)
+    assert checked(subject, HONEST) == ["zero gradient"]
