@@ -41,10 +41,10 @@ JOBS = {
     "evaluate": ("evaluate", "--data", "data.json", "--imgsz", "160", "--protocols", "clean,attack", "--steps", "2",
                  "--attacks", "class,vanish"),
     "monitor": ("monitor", "--stream", "data.json", "--imgsz", "160", "--window", "8"),
-    "harden": ("harden", "--data", "photos", "--imgsz", "96", "--batch", "4", "--photos", "160", "--split", "neck"),
+    "harden": ("harden", "--data", "photos", "--imgsz", "64", "--batch", "4", "--photos", "100", "--split", "head"),
     "adapt": (
-        "adapt", "--model", "ensemble.safetensors", "--new", "data.json", "--replay", "photos", "--mode", "full",
-        "--batch", "6", "--photos", "180",
+        "adapt", "--model", "ensemble.safetensors", "--new", "data.json", "--replay", "old", "--mode", "full",
+        "--batch", "6", "--photos", "120",
     ),
 }  # fmt: skip
 
@@ -53,6 +53,7 @@ def prepare(folder: Path) -> None:
     """Photos, their labels by the bundled detector, and an ensemble to adapt."""
     detector = load_detector()
     (folder / "photos").mkdir()
+    (folder / "old").mkdir()
     names = detector.class_names
     data: dict[str, Any] = {"images": [], "annotations": []}
     data["categories"] = [{"id": index + 1, "name": name} for index, name in names.items()]
@@ -60,6 +61,7 @@ def prepare(folder: Path) -> None:
     for number in range(8):
         small = cv2.resize(photo[:, 16 * number :], None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
         cv2.imwrite(str(folder / f"photos/{number:02d}.png"), small)
+        cv2.imwrite(str(folder / f"old/{number:02d}.png"), small // 2)
         file = {"id": number, "file_name": f"photos/{number:02d}.png"}
         data["images"].append(file | {"height": small.shape[0], "width": small.shape[1]})
         found = detector.detect([small[..., ::-1].copy()], 0.35)[0]
@@ -84,8 +86,8 @@ def start(place: Path, arguments: tuple[str, ...]) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         sys.argv = ["detguard", *arguments]
-        # Checkpoints twice a second, not every three minutes.
-        detguard.hardening.train.Setting = partial(detguard.hardening.train.Setting, save_every=0.5)  # type: ignore
+        # Checkpoints every second, not every three minutes.
+        detguard.hardening.train.Setting = partial(detguard.hardening.train.Setting, save_every=1.0)  # type: ignore
         program()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -97,7 +99,7 @@ def start(place: Path, arguments: tuple[str, ...]) -> int:
 
 def new_place(source: Path, folder: Path) -> Path:
     folder.mkdir()
-    for name in ("photos", "data.json", "ensemble.safetensors", "ensemble.json"):
+    for name in ("photos", "old", "data.json", "ensemble.safetensors", "ensemble.json"):
         (folder / name).symlink_to(source / name)
     return folder
 
@@ -192,6 +194,9 @@ def main(kills: int = 40, seed: int = 0, only: Annotated[str, typer.Option(help=
         process = start(whole, arguments)
         seconds, changes, _ = watch(process, whole / "run")
         reference = outcome(whole / "run", ended(process))
+        if reference["exit code"] not in (0, 1):
+            console.print((whole / "log").read_text())
+            raise typer.Exit(2)
         count = kills // len(jobs) + (number < kills % len(jobs))
         equal = again = left = partials = 0
         for turn in range(count):
