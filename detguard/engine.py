@@ -1,7 +1,9 @@
 """The process that detguard runs in: its memory and its arithmetic."""
 
 import ctypes
+import re
 import sys
+from pathlib import Path
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -18,6 +20,26 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take of the machine, or of its container; None where Linux does not tell."""
+    free: list[int] = []
+    if match := re.search(r"^MemAvailable: *(\d+) kB", _told(root / "proc/meminfo"), re.MULTILINE):
+        free.append(1024 * int(match[1]))
+    group = root / "sys/fs/cgroup"
+    most, used = _told(group / "memory.max").strip(), _told(group / "memory.current").strip()
+    if most.isdecimal() and used.isdecimal():
+        cached = re.search(r"^inactive_file (\d+)", _told(group / "memory.stat"), re.MULTILINE)
+        free.append(max(0, int(most) - int(used) + (int(cached[1]) if cached else 0)))
+    return min(free, default=None)
+
+
+def _told(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def bf16_helps() -> bool:

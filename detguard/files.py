@@ -63,7 +63,8 @@ def read_file(file: str | Path, most: int = MAX_TEXT) -> bytes:
     """
     with open_file(file) as stream:
         try:
-            data = stream.read(most + 1)
+            # Not as many bytes as are allowed: Python would take the memory for them at once.
+            data = stream.read(min(os.fstat(stream.fileno()).st_size, most) + 1)
         except OSError as error:
             raise FileError(f"{file}: cannot be read ({error.strerror or error})") from error
     if len(data) > most:

@@ -102,6 +102,8 @@ def read_photo(file: str | Path) -> Photo:
     Raises:
         PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow.
     """
+    if (shown := str(file).encode(errors="backslashreplace").decode()) != str(file):  # no record could name it
+        raise PhotoError(f"{shown}: its name is not UTF-8; rename it")
     try:
         data = read_file(file, MAX_PHOTO)
     except FileError as error:

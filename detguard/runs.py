@@ -149,15 +149,15 @@ class Run:
         Raises:
             RunError: the name leads out of the run's folder, or the folder is gone.
         """
-        try:
-            path, folder = (self.folder / name).resolve(), self.folder.resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, of null bytes
-            raise RunError(f"{self.folder}: '{name}' is no file of the run ({error})") from error
-        if not path.is_relative_to(folder):
-            raise RunError(f"{self.folder}: '{name}' leads out of the run's folder")
         if self.gone:
             raise RunError(f"{self.folder}: is gone; put it back and go on with --resume")
-        return path
+        try:
+            inside = (self.folder / name).resolve().is_relative_to(self.folder.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, of null bytes
+            raise RunError(f"{self.folder}: '{name}' is no file of the run ({error})") from error
+        if not inside:
+            raise RunError(f"{self.folder}: '{name}' leads out of the run's folder")
+        return self.folder / name
 
     @property
     def gone(self) -> bool:
@@ -168,10 +168,10 @@ class Run:
         """Add a record to results.jsonl, in a line of its own, and flush it to the disk.
 
         Raises:
-            RunError: the disk is full or the file cannot be written; then nothing is added.
+            RunError: the disk is full or the file cannot be written; then nothing is added. Or the folder is gone.
         """
-        file = self.folder / "results.jsonl"
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        file = self.path("results.jsonl")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
             with FileIO(os.open(file, flags, 0o666), "a+") as stream:
                 end = _end_of_lines(stream)

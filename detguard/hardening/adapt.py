@@ -24,6 +24,7 @@ from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, retention_loss
+from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
 from detguard.photos import read_photo
 from detguard.runs import Run
@@ -205,10 +206,16 @@ def adapt(
         of_old = batches(old, plan.batch - count, size, seed, first, last, third, kinds=kinds)
         yield from zip(of_new, of_old, strict=True)
 
+    learned = learned_parameters(network, plan)
+
+    def loss(frames: Tensor) -> Tensor:
+        found = setting.run(network, frames)[0]
+        return imitation_loss(found, found)
+
+    check_memory(network.to(memory_format=torch.channels_last), loss, setting.size, plan.batch)
     checkpoint = run.path(f"state/{STAGE}.pt")
     if plan.experts and not checkpoint.exists():
         fit_gate(network, len(before.names), shown(0, FIT_BATCHES))
-    learned = learned_parameters(network, plan)
     hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
     log = BatchLog(run, STAGE, plan.number, plan.batch)
 

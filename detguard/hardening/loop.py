@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from detguard import DetguardError
 from detguard.data.ahead import AheadError
+from detguard.detectors.checkpoint import MAX_BYTES, read_state
 from detguard.detectors.gated import GatedNetwork
 from detguard.files import read_file, write_file
 from detguard.hardening.optimizer import Optimizer, same_form
@@ -23,8 +24,6 @@ from detguard.runs import Run
 
 EMA_DECAY = 0.998
 LOG_EVERY = 20
-# Bytes of a checkpoint, which holds the weights three times over, and of weights.
-MOST_STATE, MOST_WEIGHTS = 16 << 30, 4 << 30
 
 Shown = TypeVar("Shown")
 Update = Callable[[Tensor], None]
@@ -158,8 +157,13 @@ def _restore(file: Path, network: nn.Module, average: nn.Module, optimizer: Opti
     """Take up a checkpoint, if there is one; returns the number of the next batch and the losses in no record yet."""
     if not file.exists():
         return 0, []
-    state = read_state(file)
-    number, waiting = state.get("number"), state.get("waiting", [])
+    try:
+        state = read_state(file)
+    except DetguardError as error:
+        raise DetguardError(f"{error}; delete it to begin the stage again") from error
+    state = state if isinstance(state, dict) else {}
+    number: Any = state.get("number")
+    waiting = state.get("waiting", [])
     whole = (
         type(number) is int
         and 0 <= number <= last
@@ -175,25 +179,7 @@ def _restore(file: Path, network: nn.Module, average: nn.Module, optimizer: Opti
     network.load_state_dict(state["network"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["number"], waiting
-
-
-def read_state(file: Path) -> dict[str, Any]:
-    """What a .pt of plain containers and tensors holds.
-
-    Raises:
-        DetguardError: it cannot be read, or is no such file.
-    """
-    data = BytesIO(read_file(file, MOST_STATE))
-    try:
-        state = torch.load(data, weights_only=True)
-    except Exception as error:  # an unpickler raises anything
-        raise DetguardError(
-            f"{file}: damaged; delete it to begin the stage again ({' '.join(str(error).split())[:80]})"
-        ) from error
-    if not isinstance(state, dict):
-        raise DetguardError(f"{file}: not a state of training; delete it to begin the stage again")
-    return state
+    return number, waiting
 
 
 def load_made(network: GatedNetwork, file: Path) -> bool:
@@ -205,7 +191,7 @@ def load_made(network: GatedNetwork, file: Path) -> bool:
     if not (file.exists() and file.with_suffix(".json").exists()):
         return False
     try:
-        weights = load(read_file(file, MOST_WEIGHTS))
+        weights = load(read_file(file, MAX_BYTES))
     except (SafetensorError, ValueError) as error:
         raise DetguardError(f"{file}: damaged; delete it to train the stage again ({error})") from error
     if not same_form(weights, network.state_dict()):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
 from detguard import DetguardError
@@ -19,7 +19,18 @@ from detguard.detectors.load import fused, save_gated
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import BatchLog, load_made
-from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL, Setting, Stage, copy_expert, train_stage
+from detguard.hardening.losses import imitation_loss
+from detguard.hardening.memory import check_memory
+from detguard.hardening.train import (
+    ADVERSARIAL,
+    HARD,
+    NORMAL,
+    Setting,
+    Stage,
+    copy_expert,
+    learned_parameters,
+    train_stage,
+)
 from detguard.runs import Run
 
 # Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
@@ -206,9 +217,12 @@ def harden(
     if plan.apart:
         for expert in range(len(plan.experts) - 1):
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
-    made = Path()
-    for stage in plan.stages(robust):
-        made = run.path(f"weights/{stage.name}.safetensors")
+    network.to(memory_format=torch.channels_last)
+    stages = {run.path(f"weights/{stage.name}.safetensors"): stage for stage in plan.stages(robust)}
+    for made, stage in stages.items():  # all at once, or one might be found too large hours later
+        if not made.exists():
+            _check_memory(network, stage, setting)
+    for made, stage in stages.items():
         if stage.name in ("normal", "hard") and not plan.apart:  # they start from what the trunk was trained with
             copy_expert(network, len(plan.experts) - 1, stage.route or 0)
         if load_made(network, made):
@@ -219,3 +233,13 @@ def harden(
         train_stage(network, undefended, source, stage, setting, checkpoint, told, log)
         save_gated(network, card, made)
     return made
+
+
+def _check_memory(network: GatedNetwork, stage: Stage, setting: Setting) -> None:
+    learned_parameters(network, stage)
+
+    def loss(frames: Tensor) -> Tensor:
+        found = setting.run(network, frames, stage.route)[0]
+        return imitation_loss(found, found)
+
+    check_memory(network, loss, stage.size or setting.size, setting.batch)

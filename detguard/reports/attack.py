@@ -1,7 +1,8 @@
 """The page of an attack run."""
 
+from detguard import DetguardError
 from detguard.detectors.base import Detector
-from detguard.photos import PhotoError, read_photo
+from detguard.photos import read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
 from detguard.reports.tables import attack_summary, survival_table
 from detguard.runs import Record, Run
@@ -26,7 +27,7 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
 def _item(run: Run, record: Record) -> Item | None:
     try:
         before, after = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
-    except PhotoError:
+    except DetguardError:
         return None
     gone = sum(o["outcome"] != "kept" for o in record["objects"])
     note = (

@@ -119,7 +119,7 @@ def render_page(
             sides=sides,
             version=__version__,
         )
-        .encode()
+        .encode(errors="backslashreplace")  # of file names that are not UTF-8
     )
 
 

@@ -1,6 +1,7 @@
 """`detguard adapt` as a user runs it: an ensemble learns photos that are all but black."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -100,6 +101,22 @@ def test_resumed_it_tells_the_same_from_the_photos_that_the_run_keeps(adapted, p
         file.rename(file.with_suffix(""))
     assert again.returncode == 0, again.stderr
     assert figures(again.stdout, "new") == figures(adapted.stdout, "new")
+
+
+def test_killed_inside_an_append_it_goes_on_to_the_same_weights_and_records(adapted, place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("adapted.*"))
+    results = tmp_path / "run/results.jsonl"
+    whole = results.read_text()
+    results.write_text(whole[:-30])
+    again = detguard("adapt", "--resume", tmp_path / "run", cwd=place)
+    assert again.returncode == 0, again.stderr
+    assert [without_time(r) for r in results.read_text().splitlines()] == list(map(without_time, whole.splitlines()))
+    ours, before = (load_file(run / "run/weights/adapted.safetensors") for run in (tmp_path, place))
+    assert all(torch.equal(ours[key], before[key]) for key in before)
+
+
+def without_time(line):
+    return {k: v for k, v in json.loads(line).items() if k != "photos_per_second"}
 
 
 def test_a_run_whose_ensemble_has_changed_does_not_go_on(adapted, place):

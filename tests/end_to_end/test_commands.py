@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -218,6 +219,51 @@ def test_a_run_killed_half_way_resumes_to_the_same_records(tmp_path):
     for record in records(tmp_path / "whole"):
         for name in record["files"].values():
             assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_photos_of_odd_names_do_not_end_a_batch(tmp_path):
+    (tmp_path / "photos").mkdir()
+    small = Image.open(BUS).resize((202, 270))
+    for name in (b"x" * 251, "é".encode() * 125, b"caf\xe9"):
+        small.save(tmp_path / "photos" / os.fsdecode(name + b".png"))
+    options = ("--imgsz", 160, "--steps", 1, "--out", "run")
+    result = detguard("attack", "photos", *options, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "caf\\udce9.png: its name is not UTF-8" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(list((tmp_path / "run/adversarial").iterdir())) == 2
+    again = detguard("attack", "--resume", "run", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "2 photos done before" in again.stdout
+
+
+def test_a_record_that_detguard_did_not_write_is_told_of_and_the_others_are_judged(attacked, tmp_path):
+    shutil.copytree(attacked[0], tmp_path / "run")
+    file = tmp_path / "run/results.jsonl"
+    good = file.read_text().splitlines()[0]
+    odd = [{"status": "failed", "key": ["b"]}, {"status": "fooled"}, json.loads(good) | {"files": ["photo"]}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in odd) + good + "\n")
+    result = detguard("verify", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("not a record that detguard wrote") == 3
+    assert "success rate" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_folder_taken_away_ends_the_run_in_one_line(tmp_path):
+    for number in range(3):
+        Image.open(BUS).resize((202 + number, 270)).save(tmp_path / f"p{number}.png")
+    command = program.command("attack", tmp_path, "--imgsz", 160, "--steps", 3, "--out", "run")
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/results.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    _, told = running.communicate()
+    assert running.returncode == 2
+    assert "run: is gone" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten(attacked):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -75,10 +76,35 @@ def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a queue of jobs does it: to its helpers, too
     assert process.wait() == 130
     assert not (tmp_path / "run/weights/joint.safetensors").exists()
+    with (tmp_path / "run/results.jsonl").open("ab") as stream:
+        stream.write(b'{"stage": "normal", "cut short by the k')
     result = detguard("harden", "--resume", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     ours, whole = (load_file(run / "weights/joint.safetensors") for run in (tmp_path / "run", hardened))
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
+    assert records(tmp_path / "run") == records(hardened)
+
+
+def records(run):
+    lines = (run / "results.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "photos_per_second"} for line in lines]
+
+
+def test_damaged_weights_of_a_finished_stage_are_one_clear_line(hardened, tmp_path):
+    shutil.copytree(hardened, tmp_path / "run")
+    file = tmp_path / "run/weights/normal.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    result = detguard("harden", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "normal.safetensors: damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_batch_that_memory_does_not_hold_is_refused_before_training(tmp_path):
+    result = detguard("harden", "--data", ASSETS, "--imgsz", 64, "--batch", 10**7, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--batch 10000000: a step on frames of 64 px takes" in result.stderr
+    assert not (tmp_path / "run/results.jsonl").exists()
 
 
 def test_a_run_whose_detector_has_changed_does_not_go_on(hardened, tmp_path):

@@ -52,10 +52,21 @@ def test_a_stopped_run_goes_on_to_the_same_records(tiny_data, tmp_path):
     file = tmp_path / "run/results.jsonl"
     records = file.read_text()
     assert len(records.splitlines()) == 4
-    file.write_text("".join(records.splitlines(keepends=True)[:2]))
+    file.write_text("".join(records.splitlines(keepends=True)[:2]) + '{"number": 3, "cut short by the k')
     resumed = detguard("monitor", "--resume", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert file.read_text() == records
+
+
+def test_a_live_stream_goes_on_behind_a_line_that_a_kill_cut_short(stream):
+    lines = (stream / "stream.jsonl").read_text().splitlines(keepends=True)
+    live = ("monitor", "--stream", "-", *OPTIONS, "--out", "torn")
+    assert detguard(*live, cwd=stream, stdin="".join(lines[:2])).returncode == 0
+    results = stream / "torn/results.jsonl"
+    results.write_text(results.read_text()[:-9])
+    resumed = detguard("monitor", "--resume", "torn", cwd=stream, stdin="".join(lines[1:3]))
+    assert resumed.returncode == 0, resumed.stderr
+    assert [json.loads(line)["number"] for line in results.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_photos_of_a_drop_are_there_before_the_stream_ends(stream):

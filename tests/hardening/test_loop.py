@@ -1,0 +1,199 @@
+"""The loop on a network of one layer: what a checkpoint must hold, and what a resumed run's records are."""
+
+import copy
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from detguard import DetguardError
+from detguard.data.ahead import AheadError
+from detguard.hardening.loop import LOG_EVERY, BatchLog, Pace, load_made, train
+from detguard.runs import Run
+
+LAST = 2 * LOG_EVERY + 5
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.gate = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.gate(self.layer(x)).square().mean()
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path, {"command": "harden"})
+    run.claim()
+    return run
+
+
+def trained(run, stop=None, made=None, log=True):
+    network = Network()
+
+    def batches(first):
+        for number in range(first, LAST):
+            yield torch.randn(5, 4, generator=torch.Generator().manual_seed(number))
+
+    def learn(batch, number, update):
+        loss = network(batch)
+        update(loss)
+        return {"loss": float(loss.detach())}
+
+    train(
+        network, list(network.parameters()), made or batches, learn, Pace(LAST, 1e-2, 1e-2, 1e9),
+        run.folder / "last.pt", lambda number, losses: number == stop, BatchLog(run, "a", LAST, 5) if log else None,
+    )  # fmt: skip
+    return network
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if k != "photos_per_second"} for r in records]
+
+
+@pytest.mark.parametrize("stop", [3, LOG_EVERY - 1, LOG_EVERY + 7])
+def test_a_resumed_run_has_the_records_and_weights_of_an_unbroken_one(run, stop):
+    whole, records = trained(run), without_times(run.records())
+    assert [r["batch"] for r in records] == [LOG_EVERY, 2 * LOG_EVERY, LAST]
+    run.keep([])
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, stop)
+    # What a run that was killed later did after its last checkpoint is done again.
+    run.append({"stage": "a", "batch": 2 * LOG_EVERY, "photos_per_second": 1.0, "loss": 9.0})
+    resumed = trained(run)
+    assert without_times(run.records()) == records
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_records_of_other_stages_stay(run):
+    other = {"stage": "b", "batch": LAST, "photos_per_second": 1.0, "loss": 9.0}
+    run.append(other)
+    trained(run)
+    assert run.records()[0] == other
+
+
+def test_when_no_more_batches_can_be_made_the_checkpoint_is_saved(run):
+    def few(first):
+        yield from (torch.ones(5, 4) for _ in range(3))
+        raise AheadError("killed")
+
+    with pytest.raises(AheadError):
+        trained(run, made=few)
+    assert torch.load(run.folder / "last.pt")["number"] == 3
+
+
+def as_folder(file, state):
+    file.unlink()
+    file.mkdir()
+
+
+def as_pipe(file, state):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def cut_short(file, state):
+    file.write_bytes(file.read_bytes()[:-500])
+
+
+def saved(change):
+    def put(file, state):
+        changed = change(copy.deepcopy(state))
+        torch.save(state if changed is None else changed, file)
+
+    return put
+
+
+def at(*path, value):
+    def change(state):
+        inside = state
+        for step in path[:-1]:
+            inside = inside[step]
+        inside[path[-1]] = value
+        return state
+
+    return saved(change)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "folder": as_folder,
+        "pipe": as_pipe,
+        "cut short": cut_short,
+        "empty": lambda file, state: file.write_bytes(b""),
+        "text": lambda file, state: file.write_text("no state"),
+        "an object": saved(lambda state: SimpleNamespace()),
+        "a list": saved(lambda state: [1, 2]),
+        "an int": saved(lambda state: 7),
+        "nothing in it": saved(lambda state: {}),
+        "a foreign network": at("network", value={"a": torch.zeros(3)}),
+        "a network of numbers": at("network", "layer.weight", value=3),
+        "weights of another shape": at("network", "layer.weight", value=torch.zeros(4, 3)),
+        "weights of another type": at("network", "layer.weight", value=torch.zeros(3, 4, dtype=torch.int64)),
+        "an average of minus ten": at("average", "n_averaged", value=torch.tensor(-10)),
+        "a number of text": at("number", value="3"),
+        "a number beyond the last": at("number", value=LAST + 1),
+        "a number below zero": at("number", value=-1),
+        "a number that is no int": at("number", value=True),
+        "losses of text": at("waiting", value=[{"loss": "low"}]),
+        "no optimizer": at("optimizer", value=None),
+        "momenta that would be spread": at("optimizer", "momenta", 0, value=torch.zeros(1)),
+        "too few sizes": at("optimizer", "sizes", value=[]),
+        "Adam's state for others": at("optimizer", "adam", "state", 99, value={}),
+        "Adam's state of another shape": at("optimizer", "adam", "state", 0, "exp_avg", value=torch.zeros(9)),
+        "no Adam": at("optimizer", "adam", value=None),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_state_that_is_none_is_one_clear_line(run, damage):
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, 3, log=False)
+    file = run.folder / "last.pt"
+    damage[1](file, torch.load(file))
+    with pytest.raises(DetguardError, match=r"last\.pt: .*delete it to begin the stage again"):
+        trained(run, log=False)
+
+
+def test_options_of_adam_are_not_taken_from_a_state(run):
+    whole = trained(run, log=False)
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, 3, log=False)
+    state = torch.load(run.folder / "last.pt")
+    state["optimizer"]["adam"]["param_groups"] = [{"betas": "none"}]
+    torch.save(state, run.folder / "last.pt")
+    assert torch.equal(trained(run, log=False).layer.bias, whole.layer.bias)
+
+
+def test_a_stage_is_done_when_weights_and_card_are_there(tmp_path):
+    network, file = Network(), tmp_path / "a.safetensors"
+    assert not load_made(network, file)
+    save_file({key: value + 1 for key, value in network.state_dict().items()}, file)
+    assert not load_made(network, file)
+    file.with_suffix(".json").write_text("{}")
+    assert load_made(network, file)
+    assert torch.equal(network.layer.weight, Network().layer.weight + 1)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "text", "folder", "foreign", "another type"])
+def test_weights_of_a_stage_that_are_none_are_one_clear_line(tmp_path, damage):
+    network, file = Network(), tmp_path / "a.safetensors"
+    file.with_suffix(".json").write_text("{}")
+    save_file(network.state_dict(), file)
+    if damage == "cut short":
+        cut_short(file, None) if len(file.read_bytes()) > 500 else file.write_bytes(file.read_bytes()[:-20])
+    elif damage == "text":
+        file.write_text("no weights")
+    elif damage == "folder":
+        as_folder(file, None)
+    elif damage == "foreign":
+        save_file({"a": torch.zeros(2)}, file)
+    else:
+        save_file({key: value.half() for key, value in network.state_dict().items()}, file)
+    with pytest.raises(DetguardError, match=r"a\.safetensors"):
+        load_made(network, file)
