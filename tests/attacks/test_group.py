@@ -238,3 +238,10 @@ def test_momentum_takes_part_of_earlier_gradients_from_the_second_step_on(bundle
     )
     assert torch.equal(with_it[0].x, without[0].x)
     assert not torch.equal(with_it[1].x, without[1].x)
+
+
+def test_straight_through_the_gradient_reaches_every_pixel_of_a_photo_larger_than_its_frame():
+    letterbox = Letterbox.fit((200, 150), 64)
+    gradients, photo = torch.ones(1, 3, *letterbox.frame), np.zeros((200, 150, 3), np.uint8)
+    assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions()) > 0).all()
+    assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions(gradient="exact")) == 0).any()
