@@ -245,3 +245,9 @@ def test_straight_through_the_gradient_reaches_every_pixel_of_a_photo_larger_tha
     gradients, photo = torch.ones(1, 3, *letterbox.frame), np.zeros((200, 150, 3), np.uint8)
     assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions()) > 0).all()
     assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions(gradient="exact")) == 0).any()
+
+
+def test_a_step_is_as_long_as_it_is_told(bundled, small):
+    attempt = attack(bundled, small, spec="none", step=0.4, steps=1)
+    moved = (attempt.x - torch.from_numpy(small)).abs()
+    assert moved.max().item() == pytest.approx(0.4, abs=1e-4)
