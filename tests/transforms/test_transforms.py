@@ -134,3 +134,10 @@ def test_the_adjoint_of_a_blur_reflects_as_often_as_the_blur_does(size):
             photo, gradient
         )
         assert (blurred * gradient).sum().item() == pytest.approx(promised.sum().item(), rel=0.003)
+
+
+def test_resize_is_opencvs_bilinear_there_and_back(bus):
+    height, width = bus.shape[:2]
+    small = cv2.resize(bus, (round(width * 0.7), round(height * 0.7)), interpolation=cv2.INTER_LINEAR)
+    back = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    assert np.array_equal(Resize(0.7)(bus), back)
