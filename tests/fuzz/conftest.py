@@ -37,6 +37,10 @@ class Worse(BaseException):
     """Something that no handler of exceptions may take for an error of the input."""
 
 
+class TimeIsUp(BaseException):
+    """The end of a fuzzer; Hypothesis lets it through."""
+
+
 @dataclass
 class Outcome:
     """What came of the inputs of one reader; findings: those that ended alike -> how many there were."""
@@ -76,7 +80,7 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[SearchStra
 
         def one(value: Any) -> None:
             if time.monotonic() - began > seconds:
-                return
+                raise TimeIsUp
             outcome.inputs += 1
             if (finding := worse(read, value)) is None:
                 outcome.read += 1
@@ -93,9 +97,9 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[SearchStra
         previous = signal.signal(signal.SIGALRM, over_time)
         try:
             for number in count(first):
-                if time.monotonic() - began > seconds:
-                    break
                 options(seed(number)(given(inputs)(one)))()
+        except TimeIsUp:
+            pass
         finally:
             signal.signal(signal.SIGALRM, previous)
         outcome.seconds = time.monotonic() - began
