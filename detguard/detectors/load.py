@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from detguard import DetguardError
-from detguard.detectors.checkpoint import MAX_BYTES, MOST_CLASSES, SIZES, Archive, Damaged
+from detguard.detectors.checkpoint import MAX_BYTES, Archive
+from detguard.detectors.pickles import Damaged
+from detguard.detectors.recipe import MOST_CLASSES, SIZES, class_names, frame_size
 from detguard.files import is_file, read_json, write_file
 
 if TYPE_CHECKING:
@@ -187,8 +189,6 @@ def read_card(name: str | Path) -> dict[str, Any]:
     Raises:
         DetguardError: no such weights, or no such json.
     """
-    from detguard.detectors.rebuild import class_names, frame_size
-
     file = find_weights(name).with_suffix(".json")
     card = read_json(file)
     try:
@@ -286,8 +286,6 @@ def _read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
 def _unpickle(file: Path) -> tuple[nn.Module, int]:
     """The network of a checkpoint that is trusted to run whatever code it likes, such as that of its own classes."""
     import torch
-
-    from detguard.detectors.rebuild import frame_size
 
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=False)
