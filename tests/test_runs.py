@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
@@ -168,6 +168,8 @@ class Plain(yaml.SafeDumper):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=4))
+@example(["\x85", "a\u2028b", "\u2029"])
+@example(["é\n", "no", "012", "1e3", "~", "\ufeff", "\U0001f600"])
 def test_any_names_are_read_back_from_a_config(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("names")
     Run.create("harden", folder, CONFIG | {"photos": names})
@@ -210,8 +212,10 @@ def test_a_run_killed_before_it_had_a_config_is_made_again(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").write_text("1\n")
     (tmp_path / "run/new.jsonl").write_text("half")
+    (tmp_path / "run/.7.partial").write_text("half")
     run = Run.create("harden", tmp_path / "run", CONFIG, {"new.jsonl": b"whole"})
     assert (run.folder / "new.jsonl").read_text() == "whole"
+    assert not (run.folder / ".7.partial").exists()
 
 
 def test_the_config_comes_after_all_that_a_resumed_run_needs(tmp_path):
