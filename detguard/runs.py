@@ -63,7 +63,7 @@ class Run:
             RunError: `out` already holds a run, another process is making one there, or it cannot be written.
         """
         try:
-            folder = _next_free(Path("runs") / command) if out is None else out
+            folder = next_free(Path("runs") / command) if out is None else out
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
@@ -214,7 +214,7 @@ class Run:
         self.write("results.jsonl", b"".join(map(_line, records)))
 
 
-def _next_free(parent: Path) -> Path:
+def next_free(parent: Path) -> Path:
     """Make the folder after the last of those in `parent`, which are called by numbers; no other process gets it."""
     parent.mkdir(parents=True, exist_ok=True)
     taken = [int(p.name) for p in parent.iterdir() if p.name.isdecimal() and len(p.name) < 10]
