@@ -24,7 +24,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -109,15 +109,12 @@ def read_photo(file: str | Path) -> Photo:
     except FileError as error:
         reason = f"{file}: a folder that holds no photos or cannot be listed" if is_folder(file) else str(error)
         raise PhotoError(reason) from error
-    size = _check(data, file)
-    photo = decode_photo(data, file)
-    if sorted(photo.shape[:2]) != sorted(size):
-        raise PhotoError(f"{file}: damaged, its size is {size[0]} x {size[1]} px and another one; save it anew")
-    return photo
+    _check(data, file)
+    return decode_photo(data, file)
 
 
-def _check(data: bytes, file: str | Path) -> tuple[int, int]:
-    """Width and height of a whole image that is cheap to decode, as its file has it."""
+def _check(data: bytes, file: str | Path) -> None:
+    """Raise PhotoError unless it is a whole image that is cheap to decode."""
     if not data:
         raise PhotoError(f"{file}: the file is empty")
     with _opened(io.BytesIO(data), file) as image:
@@ -131,7 +128,6 @@ def _check(data: bytes, file: str | Path) -> tuple[int, int]:
         if getattr(image, "is_animated", False) and image.format != "TIFF":
             raise PhotoError(f"{file}: animated; save the frame you want as a PNG")
         image.load()
-    return width, height
 
 
 @contextmanager
@@ -178,6 +174,8 @@ def photo_size(file: str | Path) -> tuple[int, int]:
     try:
         with open_file(file) as stream, _opened(stream, file) as image:
             width, height = image.size
+            if isinstance(image, TiffImageFile):  # newer Pillows turn its size, older ones do not
+                width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
             # Asked for the EXIF of a PNG that has it behind its pixels, Pillow would decode the whole photo.
             known = image.format != "PNG" or "exif" in image.info
             turned = known and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)

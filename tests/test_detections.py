@@ -52,3 +52,9 @@ def test_a_family_that_shows_every_class_over_the_threshold_shows_both_classes_o
     assert found.classes.tolist() == [0, 1]
     (best,) = suppress(replace(candidates, multi_label=False), 0.25, 0.7)
     assert best.classes.tolist() == [0]
+
+
+def test_evaluation_may_ask_any_family_for_every_class_over_the_threshold():
+    candidates = Candidates(torch.tensor([[[2.0, 1.0, -5.0]]]), torch.tensor([[[0.0, 0, 10, 10]]]))
+    (found,) = suppress(candidates, 0.25, 0.7, multi_label=True)
+    assert found.classes.tolist() == [0, 1]

@@ -1,4 +1,6 @@
 import io
+import os
+import struct
 import zlib
 
 import numpy as np
@@ -15,6 +17,7 @@ from detguard.photos import (
     PhotoError,
     encode_png,
     find_photos,
+    photo_size,
     read_photo,
     resize_adjoint,
 )
@@ -64,6 +67,15 @@ def test_exif_orientation_is_applied(tmp_path, gradient_image):
     assert photo.shape == (64, 48, 3)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+def test_the_size_in_the_header_is_that_of_the_photo(tmp_path, gradient_image, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = save(tmp_path, name, gradient_image, exif=exif)
+    assert photo_size(file) == read_photo(file).shape[1::-1]
+
+
 def bad_files(tmp_path):
     jpeg = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
@@ -96,6 +108,73 @@ def test_bad_files_are_errors_that_name_them(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+def coded(kind, **options):
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def progressive(scans, size=(40, 30)):
+    """A JPEG whose last scan comes so many times more."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, "red").save(stream, "JPEG", progressive=True)
+    whole = stream.getvalue()
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    return whole[:-2] + last * scans + b"\xff\xd9"
+
+
+def run_lengths(side):
+    """A BMP of 8-bit run lengths, one for each 255 pixels of a row."""
+    rows = (b"\xff\x01" * (side // 255) + bytes([side % 255, 1, 0, 0])) * side
+    sizes = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(rows), 0, 0, 1078) + sizes + bytes(1024) + rows
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (coded("EPS"), "not an image"),
+        (coded("PDF"), "not an image"),
+        (coded("TGA"), "not an image"),
+        (coded("AVIF")[:200], "not an image"),
+        (b"II*\0\x08\0\0\0" + bytes(6), "damaged"),  # a TIFF without dimensions
+        (b"MM\0*" + b"\xff" * 30, "damaged"),
+        (coded("WEBP")[:60], "damaged"),
+        (progressive(2000, (2000, 1000)), "too long to decode"),
+        (run_lengths(4000), "too long to decode"),
+    ],
+    ids=["eps", "pdf", "tga", "avif", "tiff", "tiff-2", "webp", "jpeg-scans", "bmp-runs"],
+)
+def test_what_a_decoder_must_not_see_or_fails_at_is_one_line(tmp_path, data, reason):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(PhotoError, match=rf"a\.png: .*{reason}") as caught:
+        read_photo(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [progressive(0), progressive(2000), run_lengths(300)], ids=["10", "2000", "runs"])
+def test_a_small_photo_may_be_coded_as_it_likes(tmp_path, data):
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert read_photo(tmp_path / "a.jpg").ndim == 3
+
+
+def test_scans_of_a_thumbnail_or_behind_the_end_are_not_counted(tmp_path):
+    scans = b"\xff\xda\0\2" * 15_000
+    plain = progressive(0, (2000, 1000))
+    (tmp_path / "a.jpg").write_bytes(plain[:2] + b"\xff\xe5" + (len(scans) + 2).to_bytes(2, "big") + scans + plain[2:])
+    (tmp_path / "b.jpg").write_bytes(plain + bytes(2) + scans)
+    assert read_photo(tmp_path / "a.jpg").shape == read_photo(tmp_path / "b.jpg").shape
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "pipe", "zero"])
+def test_what_is_no_file_is_one_line_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for read in (read_photo, photo_size):
+        with pytest.raises(PhotoError, match=r"cannot be read|not a regular file"):
+            read(tmp_path / name)
+
+
 def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(PhotoError, match="No such file"):
         read_photo(tmp_path / "gone.jpg")
@@ -106,6 +185,20 @@ def test_find_photos_expands_folders_and_patterns_once(tmp_path):
         (tmp_path / name).touch()
     found = find_photos([tmp_path, tmp_path / "b.jpg", str(tmp_path / "*.jpg")])
     assert [f.name for f in found] == ["a.PNG", "b.jpg"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "*", "a\0*", "a\0", "\ud800*", "[" * 300])
+def test_odd_names_and_patterns_do_not_stop_the_others(tmp_path, name):
+    (tmp_path / "a.jpg").touch()
+    assert [f.name for f in find_photos([tmp_path / name, tmp_path / "a.jpg"])] == [name, "a.jpg"]
+
+
+def test_a_name_that_is_not_utf8_is_a_photo_as_others_are(tmp_path, gradient_image):
+    file = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    gradient_image.save(file, "PNG")
+    for source in (tmp_path, tmp_path / "caf*"):
+        (found,) = find_photos([source])
+        assert read_photo(found).shape == (48, 64, 3)
 
 
 def test_find_photos_says_when_there_is_nothing_at_all(tmp_path):

@@ -195,7 +195,7 @@ def show_warnings(dataset: "Dataset") -> None:
 
 def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -> int:
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code."""
-    from detguard.data.dataset import LOST
+    from detguard.data.entries import LOST
     from detguard.evaluation.run import evaluate, total_cost
     from detguard.reports.evaluation import evaluation_page, tables
     from detguard.reports.tables import terminal_table

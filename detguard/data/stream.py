@@ -8,7 +8,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from detguard.data.dataset import TIME, DataError, Dataset
+from detguard.data.coco import TIME
+from detguard.data.dataset import Dataset
+from detguard.data.entries import DataError
 from detguard.detections import Detections
 from detguard.files import MAX_ANNOTATIONS, MAX_LINE, parse_json, read_file
 

@@ -296,7 +296,7 @@ class Archive:
         if isinstance(error, Unknown):
             return CheckpointError(f"{self.file}: refused, {error}; add --trust if you know where it comes from")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return CheckpointError(f"{self.file}: damaged, or not an Ultralytics checkpoint ({reason})")
+        return CheckpointError(f"{self.file}: damaged, or not a checkpoint ({reason})")
 
     def _read_root(self) -> Any:
         names = [name for name in self._zip.namelist() if name.count("/") == 1]

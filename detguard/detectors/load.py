@@ -297,7 +297,7 @@ def _unpickle(file: Path) -> tuple[nn.Module, int]:
         arguments = getattr(model, "args", None)
         return model.float(), frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
     except Exception as error:  # it is the file's own code that runs here
-        raise DetguardError(f"{file}: damaged, or not an Ultralytics checkpoint ({first_line(error)})") from error
+        raise DetguardError(f"{file}: damaged, or not a checkpoint ({first_line(error)})") from error
 
 
 def first_line(error: Exception) -> str:

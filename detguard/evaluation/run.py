@@ -9,7 +9,7 @@ from typing import Any
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
-from detguard.data.dataset import LOST
+from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on

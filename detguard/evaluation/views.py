@@ -15,6 +15,7 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.data.corruptions import corrupt
 from detguard.data.dataset import Dataset
+from detguard.data.entries import LOST
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
@@ -211,6 +212,9 @@ def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int]
 
     A photo that cannot be read is taken out of the data set, with a warning there.
     on_batch: told of each view and how many photos of it are done.
+
+    Raises:
+        DetguardError: no photo can be read.
     """
     for images in subject.batches():
         missing = {view: [i for i in images if not view.cached(subject, i)] for view in views}
@@ -227,6 +231,8 @@ def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int]
                 )
             if on_batch:
                 on_batch(view, len(images))
+    if not subject.dataset.files:
+        raise DetguardError(f"{subject.dataset.name}: no photo can be read ({subject.dataset.warnings[LOST][0]})")
 
 
 def results_of(subject: Subject, view: View, part: str = "") -> Iterator[tuple[int, Detections]]:

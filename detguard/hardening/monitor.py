@@ -12,7 +12,7 @@ import torch
 from river.drift import ADWIN, KSWIN, PageHinkley
 
 from detguard import DetguardError
-from detguard.data.dataset import DataError
+from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, as_line
 from detguard.detections import Detections
 from detguard.detectors.base import Detector

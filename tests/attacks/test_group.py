@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import cv2
@@ -6,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from detguard import DetguardError
 from detguard.attacks.budget import largest_difference, linf_bounds, project_linf, random_start
@@ -159,25 +161,65 @@ def small(bus):
 
 
 @dataclass(frozen=True)
-class BestAtFirst(Vanish):
-    """Vanish, and a loss that is by far the lowest for the second photo that it is asked of."""
+class Scripted(Vanish):
+    """Vanish, whose loss is changed and whose success is told, each by how often it was asked before."""
 
-    asked: list[int] = field(default_factory=list)
+    change: Callable[[Tensor, int], Tensor] = lambda loss, number: loss
+    told: tuple[bool, ...] = ()
+    losses: list[int] = field(default_factory=list)
+    successes: list[int] = field(default_factory=list)
+    aims: list[int] = field(default_factory=list)
 
     def loss(self, candidates, aims, conf):
-        self.asked.append(1)
-        return super().loss(candidates, aims, conf) - 1000 * (len(self.asked) == 2)
+        self.losses.append(1)
+        return self.change(super().loss(candidates, aims, conf), len(self.losses) - 1)
+
+    def success(self, clean, found):
+        self.successes.append(1)
+        return self.told[len(self.successes) - 1] if self.told else super().success(clean, found)
+
+    def aim(self, candidates, objects):
+        self.aims.append(1)
+        return super().aim(candidates, objects)
 
 
-def test_a_failed_attack_gives_the_best_photo_that_it_saw_not_the_last(bundled, small):
-    clean, seen = bundled.predict(small, 0.25), [small]
-    options = AttackOptions(eps=1, steps=4, random_start=False)
-    source = [("bus", small, clean)]
-    objective = BestAtFirst((0,))
-    (attempt,) = attack_group(bundled, source, objective, [], options, lambda active: seen.append(active[0].levels))
+def scripted(detector, photo, objective, spec="none", **options):
+    """The attempt of a failing attack, and the photos that it went through."""
+    seen = [photo]
+    options = AttackOptions(**{"eps": 1, "steps": 4, **options})
+    source = [("bus", photo, detector.predict(photo, 0.25))]
+    transforms = parse_transforms(spec)
+    (attempt,) = attack_group(detector, source, objective, transforms, options, lambda a: seen.append(a[0].levels))
     assert attempt.failed
+    return attempt, seen
+
+
+def test_a_failed_attack_gives_the_photo_of_least_loss_not_the_last(bundled, small):
+    least_at_second = Scripted((0,), change=lambda loss, number: loss - 1000 * (number == 1))
+    attempt, seen = scripted(bundled, small, least_at_second)
     assert np.array_equal(attempt.adversarial, seen[1])
     assert not np.array_equal(attempt.adversarial, seen[-1])
+
+
+def test_a_failed_attack_rather_gives_the_photo_that_fools_more_members(bundled, small):
+    one_at_second = Scripted(
+        (0,), change=lambda loss, number: loss + 1000 * (number == 1), told=(False, False, True) + (False,) * 7
+    )
+    attempt, seen = scripted(bundled, small, one_at_second, spec="median:3")
+    assert np.array_equal(attempt.adversarial, seen[1])
+
+
+def test_what_is_aimed_at_is_fixed_at_the_first_pass(bundled, small):
+    objective = Scripted((0,))
+    scripted(bundled, small, objective, steps=2)
+    assert len(objective.losses) == 3
+    assert len(objective.aims) == 1
+
+
+def test_momentum_weighs_steps_alike_however_large_their_gradients(bundled, small):
+    louder = Scripted((0,), change=lambda loss, number: loss * 1024**number)
+    attempts = [scripted(bundled, small, objective, momentum=0.9)[0] for objective in (louder, Scripted((0,)))]
+    assert torch.equal(attempts[0].x, attempts[1].x)
 
 
 def test_a_margin_has_the_attack_go_on_until_confidence_is_that_share_lower(bundled, small):
@@ -196,3 +238,16 @@ def test_momentum_takes_part_of_earlier_gradients_from_the_second_step_on(bundle
     )
     assert torch.equal(with_it[0].x, without[0].x)
     assert not torch.equal(with_it[1].x, without[1].x)
+
+
+def test_straight_through_the_gradient_reaches_every_pixel_of_a_photo_larger_than_its_frame():
+    letterbox = Letterbox.fit((200, 150), 64)
+    gradients, photo = torch.ones(1, 3, *letterbox.frame), np.zeros((200, 150, 3), np.uint8)
+    assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions()) > 0).all()
+    assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions(gradient="exact")) == 0).any()
+
+
+def test_a_step_is_as_long_as_it_is_told(bundled, small):
+    attempt = attack(bundled, small, spec="none", step=0.4, steps=1)
+    moved = (attempt.x - torch.from_numpy(small)).abs()
+    assert moved.max().item() == pytest.approx(0.4, abs=1e-4)

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from detguard.data.batches import PhotoSet, batches, draw_frames, labels_of, read_photos
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
-from detguard.photos import read_photo
+from detguard.photos import PADDING_LEVEL, read_photo
 
 
 def labelled(boxes, classes=(), known=None, file="a.png"):
@@ -113,3 +114,12 @@ def test_hard_frames_show_the_kinds_asked_for():
     change = (shown.shown - shown.clean).flatten(1)
     assert (change.mean(1) > 0.05).all()
     assert change.std(1).max() == pytest.approx(0, abs=0.12)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_photo_that_is_all_but_a_line_keeps_a_pixel_of_its_width(tmp_path, plain):
+    cv2.imwrite(str(tmp_path / "line.png"), np.full((5000, 8, 3), 200, np.uint8))
+    source, broken = read_photos([([tmp_path / "line.png"], 1.0)], 64, plain)
+    assert not broken
+    frames, _ = draw_frames(source, 8, 64, np.random.default_rng(0))
+    assert frames.max() > PADDING_LEVEL

@@ -1,11 +1,14 @@
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from detguard.data.dataset import LOST, DataError, read_dataset
+from detguard.data.dataset import read_dataset
+from detguard.data.entries import LOST, DataError
 
 WIDE = {"width": 100, "height": 80}
 
@@ -124,6 +127,7 @@ def test_a_box_that_sticks_out_is_cut(photos):
         ("person .5 .5 .2 .2", "class x y w h"),
         ("7 .5 .5 .2 .2", "unknown classes"),
         ("0 .5 .5 nan .2", "not a number"),
+        ("0 .1 .1 nan .1 .5 .5 .1 .5", "not a number"),
         ("0 .5 .5 0 .2", "no size"),
         ("0 1.9 .5 .2 .2", "outside their photo"),
     ],
@@ -239,3 +243,123 @@ def test_photos_without_a_label_file_are_counted(photos):
 
 def test_a_limit_takes_the_first_photos(photos):
     assert list(read_dataset(coco(photos, [{}, {"image_id": 9}]), limit=1).files) == [7]
+
+
+ODD_NAMES = [True, "person", {"a": "person"}, {0: None}, {0: ["person"]}, [None, "dog"], {0: {}}, {10**400: "dog"}]
+
+
+@pytest.mark.parametrize("names", ODD_NAMES, ids=range(len(ODD_NAMES)))
+def test_odd_names_of_classes_are_one_line(photos, names):
+    with pytest.raises(DataError, match=r"data\.yaml: .*'names'"):
+        read_dataset(yolo(photos, {"a": "0 .5 .5 .2 .2"}, {"names": names}))
+
+
+def test_classes_may_be_numbered_in_quotes_and_called_by_numbers(photos):
+    dataset = read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}, {"names": {"0": "zero", "1": 1}}))
+    assert dataset.categories == {1: "zero", 2: "1"}
+
+
+def test_two_classes_of_one_name_are_one_line(photos):
+    twice = [{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]
+    for file in (coco(photos, [{}], categories=twice), yolo(photos, {"a": "0 .5 .5 .2 .2"}, {"names": ["dog", "dog"]})):
+        with pytest.raises(DataError, match="several classes are called 'dog'"):
+            read_dataset(file)
+
+
+@pytest.mark.parametrize("value", [7, True, {"a": 1}, [["images/val"]], [None], 0.5, "x" * 5000, "a\0b", "\n"])
+def test_a_split_that_is_no_name_is_one_line(photos, value):
+    with pytest.raises(DataError, match=r"data\.yaml"):
+        read_dataset(yolo(photos, {}, {"val": value}))
+
+
+@pytest.mark.parametrize("annotations", [7, True, "x", ["val"], {"val": 7}, {"val": None}, {"val": "gone.json"}])
+def test_odd_annotations_of_a_yaml_are_one_line(photos, annotations):
+    with pytest.raises(DataError, match=r"data\.yaml|gone\.json"):
+        read_dataset(yolo(photos, {}, {"annotations": annotations}))
+
+
+def test_the_whole_file_system_is_no_folder_of_data(photos):
+    with pytest.raises(DataError, match="path: / is no folder of data"):
+        read_dataset(yolo(photos, {}, {"path": "/"}))
+
+
+@pytest.mark.parametrize("path", [7, "x" * 5000, "a\0b", ["."], "gone"])
+def test_an_odd_path_of_a_yaml_is_one_line(photos, path):
+    with pytest.raises(DataError, match=r"data\.yaml"):
+        read_dataset(yolo(photos, {}, {"path": path}))
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b.yaml", "\ud800.json"])
+def test_a_source_that_no_file_is_called_is_one_line(source):
+    with pytest.raises(DataError, match="no such data"):
+        read_dataset(source)
+
+
+@pytest.mark.parametrize("number", ["true", "NaN", "Infinity", "0.5", "9" * 400, '"1"', "null", "[]"])
+@pytest.mark.parametrize("entry", ["images", "categories"])
+def test_an_id_that_is_no_number_is_one_short_line(photos, entry, number):
+    file = coco(photos, [{}])
+    data = json.loads(file.read_text())
+    data[entry][0]["id"] = "ID"
+    file.write_text(json.dumps(data).replace('"ID"', number))
+    with pytest.raises(DataError, match=rf"{entry}\[0\]: id .* is not a whole number") as caught:
+        read_dataset(file)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "9" * 400, "-5", '"wide"', "true", "null", "[]"])
+def test_areas_and_sizes_that_are_no_numbers_are_made_anew(photos, value):
+    file = coco(photos, [{}, {}])
+    data = json.loads(file.read_text())
+    data["annotations"][0]["area"] = data["images"][0]["width"] = "ODD"
+    file.write_text(json.dumps(data).replace('"ODD"', value))
+    dataset = read_dataset(file)
+    assert dataset.annotations.anns[1]["area"] in (600, 1)
+    assert list(dataset.warnings) == ["photos of another size than annotated"]
+
+
+def test_a_box_of_four_hundred_digits_is_left_out(photos):
+    dataset = read_dataset(coco(photos, [{}, {"bbox": [0, 0, 10**400, 5]}]))
+    assert len(dataset.annotations.anns) == 1
+
+
+def test_a_deep_json_is_one_line(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"x\.json: not JSON"):
+        read_dataset(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", ["!!int x", "a: !!timestamp 99", "val: 2001-99-99\n? [a]\n: b", "&a [*a]", "[" * 5000])
+def test_an_odd_yaml_is_one_line(tmp_path, text):
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"data\.yaml"):
+        read_dataset(tmp_path / "data.yaml")
+
+
+def test_labels_that_are_a_pipe_or_never_end_are_left_out(photos):
+    file = yolo(photos, {"a": "0 .5 .5 .2 .2"})
+    label = photos / "labels/val/b.txt"
+    label.unlink()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+        make(label)
+        assert list(read_dataset(file).warnings) == ["label files that cannot be read, left out"]
+        label.rmdir() if label.is_dir() else label.unlink()
+
+
+def test_a_pipe_among_the_photos_is_left_out(photos):
+    os.mkfifo(photos / "images/val/c.jpg")
+    assert "c.jpg" in read_dataset(yolo(photos, {"a": "0 .5 .5 .2 .2"})).warnings[LOST][0]
+
+
+def test_a_list_of_photos_that_is_no_text_is_one_line(photos):
+    (photos / "val.txt").write_bytes(b"images/val/a.jpg\n\xff\n")
+    with pytest.raises(DataError, match=r"val\.txt: not a readable list"):
+        read_dataset(yolo(photos, {}, {"val": "val.txt"}))
+
+
+def test_of_many_faults_the_first_places_are_kept_and_all_are_counted(photos):
+    dataset = read_dataset(yolo(photos, {"a": "0 .5 .5 .2 .2\n" + "7 .5 .5 .2 .2\n" * 5000}))
+    (places,) = dataset.warnings.values()
+    assert places.total == 5000
+    assert len(places) == 1000
+    assert "a.txt:2" in places[0]

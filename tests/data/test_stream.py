@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detguard.data.dataset import DataError, read_dataset
+from detguard.data.dataset import read_dataset
+from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, as_line, from_lines, in_order, lines_of, read_lines
 from detguard.detections import Detections
 
@@ -57,6 +58,7 @@ PLAIN = b'{"photo": "a.jpg", "objects": []}\n'
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5, 1, 9]}]}',
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [5, 5]}]}',
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [0, 0, 1, Infinity]}]}',
+        b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [-1e20, 0, 1, 1]}]}',
         b'{"photo": "a.jpg", "objects": [{"class": "bus", "box": [0, 0, 1, ' + b"9" * 400 + b"]}]}",
         b'{"photo": 3, "objects": []}',
         b'{"photo": "a\\u0000.jpg", "objects": []}',

@@ -7,7 +7,7 @@ from detguard import DetguardError
 from detguard.detectors.load import build_model
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.objectives import Vanish
-from detguard.photos import frames_tensor, read_photo
+from detguard.photos import encode_png, frames_tensor, read_photo
 
 ARCHITECTURES = [
     "yolov3-tiny.yaml", "yolov5n.yaml", "yolov6n.yaml", "yolov8n.yaml", "yolov9t.yaml", "yolov10n.yaml",
@@ -100,3 +100,12 @@ def test_predicting_leaves_state_and_threads_as_they_were(yolo11n, bus):
     yolo11n.predict(np.ascontiguousarray(bus), 0.25)
     assert yolo11n.state_hash() == before
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("name", ["a*.png", "list.txt", "film.mp4", "pages.tif", "cameras.streams", "scan.pdf"])
+def test_a_file_of_any_name_is_read_as_the_photo_that_it_is(bundled, bus, tmp_path, name):
+    (tmp_path / "a!.png").write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))  # what the pattern finds first
+    (tmp_path / name).write_bytes(encode_png(bus[:400:4, ::4].copy()))
+    ours, theirs = bundled.predict(tmp_path / name, 0.01), bundled.predict(bus[:400:4, ::4].copy(), 0.01)
+    assert len(theirs) > 0
+    assert torch.equal(ours.boxes, theirs.boxes)

@@ -59,3 +59,9 @@ def test_the_gates_weight_is_in_the_name(gated):
 def test_an_ensemble_is_attacked_in_every_way_through_it(gated):
     ways = ("gate:1", "gate:10", "gate:100", "route:0", "route:1", "route:2", "dense")
     assert attacks_on(gated.detector, ("all",)) == ("all", *ways)
+
+
+def test_vanish_goes_on_below_the_confidence_that_users_see(gated, monkeypatch):
+    attacked = photos(gated, "vanish")
+    monkeypatch.setattr("detguard.evaluation.attacks.VANISH_BELOW", 0.25)
+    assert not np.array_equal(attacked, photos(gated, "vanish"))

@@ -8,7 +8,7 @@ from detguard.data.dataset import read_dataset
 from detguard.detections import Detections
 from detguard.evaluation.attacks import AttackSet
 from detguard.evaluation.cache import Cache, pack
-from detguard.evaluation.checks import check_views, first_photos, run_checks
+from detguard.evaluation.checks import attack_ap, check_views, first_photos, run_checks
 from detguard.evaluation.views import Subject
 
 ATTACK = AttackSet(("class",), eps=4, steps=2)
@@ -54,3 +54,21 @@ def test_rounding_between_photo_and_loss_is_told_by_its_zero_gradient(subject, b
     subject.detector = copy.copy(bundled)
     subject.detector.candidates = lambda frames: bundled.candidates((frames * 255).round() / 255)
     assert checked(subject, HONEST) == ["zero gradient"]
+
+
+def test_they_are_made_on_the_first_photos_that_have_objects(subject, monkeypatch):
+    with_objects = [image for image in subject.dataset.files if len(subject.objects(image))]
+    assert len(with_objects) < len(subject.dataset.files)
+    assert list(first_photos(subject).dataset.files) == with_objects
+    monkeypatch.setattr("detguard.evaluation.checks.PHOTOS", 2)
+    assert list(first_photos(subject).dataset.files) == with_objects[:2]
+
+
+def test_the_figure_is_the_least_of_the_worst_case_and_of_each_attack_alone(subject):
+    for image in subject.dataset.files:
+        labelled = subject.objects(image)
+        nothing = {ATTACK.key(subject, image, "class-0"): pack(labelled[:0])}
+        subject.cache.put(
+            ({ATTACK.key(subject, image, part): pack(labelled) for part in ATTACK.parts} | nothing).items()
+        )
+    assert attack_ap(subject, ATTACK) == 0

@@ -70,6 +70,12 @@ def test_only_the_wanted_images_count(annotations):
     assert metrics.per_class["person"]["objects"] == 1
 
 
+def test_crowds_are_no_objects_to_find(annotations):
+    annotations.dataset["annotations"][2]["iscrowd"] = 1
+    annotations.createIndex()
+    assert coco_metrics(annotations, [], [1, 6]).per_class["person"]["objects"] == 1
+
+
 def test_without_sizes_the_numbers_are_the_same(annotations):
     results = coco_results(1, found((0, 0.9, 12, 10, 60, 80), (1, 0.8, 110, 20, 190, 80)), IDS)
     full, quick = (coco_metrics(annotations, results, [1, 6], sizes=sizes).stats for sizes in (True, False))

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from detguard.data.dataset import LOST, Faults, read_dataset
+from detguard import DetguardError
+from detguard.data.dataset import read_dataset
+from detguard.data.entries import LOST, Faults
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, worst_photo
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import value_left
+from detguard.evaluation.run import Protocols, evaluate
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
 from detguard.photos import read_photo
+from detguard.runs import Run
 
 QUICK = AttackSet(("class", "vanish"), eps=8, steps=3)
 
@@ -60,6 +64,13 @@ def test_a_photo_that_is_gone_is_dropped_and_the_others_go_on(subject, tmp_path)
     fill(subject, [Clean()])
     assert list(subject.dataset.files) == [11, 13, 14]
     assert "gone.png" in subject.dataset.warnings[LOST][0]
+
+
+def test_when_no_photo_can_be_read_it_is_one_line(subject, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    subject.dataset = replace(subject.dataset, files=dict.fromkeys((11, 12), tmp_path / "cut.png"))
+    with pytest.raises(DetguardError, match=r"no photo can be read \(.*cut\.png"):
+        fill(subject, [Clean()])
 
 
 def test_the_cache_knows_photos_by_their_content(subject, shown, tmp_path):
@@ -173,3 +184,15 @@ def test_what_was_found_on_another_kind_of_device_is_not_used(subject):
     elsewhere.device = torch.device("cuda")
     assert replace(subject, detector=elsewhere).state != subject.state
     assert elsewhere.state_hash() == subject.detector.state_hash()  # by which a run goes on there
+
+
+def test_a_cache_damaged_during_an_evaluation_is_filled_again(subject, tmp_path):
+    damaged = []
+
+    def damage(what, done):
+        if not damaged:
+            damaged.append(subject.cache.file.write_bytes(b"no database" * 5000))
+
+    with pytest.warns(UserWarning, match="set aside as"):
+        found = evaluate([subject], Protocols(("clean",)), Run(tmp_path, {"command": "evaluate"}), damage)
+    assert found.metrics["bundled"]["clean"]["AP"] > 0.9

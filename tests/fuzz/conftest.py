@@ -1,7 +1,8 @@
 """The one frame of all fuzzers: what it gives a reader may raise DetguardError, and do nothing worse.
 
-A fuzzer is a test that takes `fuzz` and calls it once. Together they take DETGUARD_FUZZ_SECONDS, 30 by default with the
-same inputs in every run; where the variable is set, the inputs are others each time, unless DETGUARD_FUZZ_SEED is too.
+A fuzzer is a test that takes `fuzz` and calls it once, with a strategy of inputs and the reader of one. Together they
+take DETGUARD_FUZZ_SECONDS, 30 by default with the same inputs in every run; where the variable is set, the inputs are
+others each time, unless DETGUARD_FUZZ_SEED is too.
 """
 
 import os
@@ -34,6 +35,10 @@ BATCH = 500
 
 class Worse(BaseException):
     """Something that no handler of exceptions may take for an error of the input."""
+
+
+class TimeIsUp(BaseException):
+    """The end of a fuzzer; Hypothesis lets it through."""
 
 
 @dataclass
@@ -75,7 +80,7 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[SearchStra
 
         def one(value: Any) -> None:
             if time.monotonic() - began > seconds:
-                return
+                raise TimeIsUp
             outcome.inputs += 1
             if (finding := worse(read, value)) is None:
                 outcome.read += 1
@@ -92,9 +97,9 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[SearchStra
         previous = signal.signal(signal.SIGALRM, over_time)
         try:
             for number in count(first):
-                if time.monotonic() - began > seconds:
-                    break
                 options(seed(number)(given(inputs)(one)))()
+        except TimeIsUp:
+            pass
         finally:
             signal.signal(signal.SIGALRM, previous)
         outcome.seconds = time.monotonic() - began

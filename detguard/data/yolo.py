@@ -1,0 +1,146 @@
+"""YOLO folders, a text file of boxes beside each photo, read into the form that `dataset.py` keeps."""
+
+import math
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from detguard.data.entries import LOST, DataError, Faults, annotation, clip, file_name, inside, upright_size
+from detguard.files import FileError, is_file, is_folder, read_file, read_yaml
+from detguard.photos import SUFFIXES
+
+# Bytes of the labels of one photo.
+MAX_LABELS = 8 << 20
+
+
+def read_yolo(
+    config: dict[str, Any], root: Path, split: str, file: Path, faults: Faults, limit: int | None
+) -> tuple[dict[str, Any], dict[int, Path]]:
+    """Annotations and photos by image id of a split of a data.yaml, of which the data are in `root`.
+
+    Raises:
+        DataError: the names or the split are none.
+    """
+    names = _class_names(config["names"], file)
+    ids = official_ids(names)
+    photos = _photos_of_split(config[split], root, file)[:limit]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    files = {}
+    # COCO's own photos are named by their id.
+    numbers = [int(p.stem) for p in photos if p.stem.isdecimal() and len(p.stem) < 19]
+    numbered = len(set(numbers)) == len(photos)
+    for number, photo in enumerate(photos, 1):
+        image_id = int(photo.stem) if numbered else number
+        if (size := upright_size(photo)) is None:
+            faults.add(LOST, f"{file}: {photo}")
+            continue
+        images.append({"id": image_id, "file_name": photo.name, "width": size[0], "height": size[1]})
+        files[image_id] = photo
+        for category, box in _read_labels(_label_file(photo), ids, size, faults):
+            annotations.append(annotation(len(annotations), image_id, category, box, box[2] * box[3]))
+    categories = [{"id": ids[k], "name": v} for k, v in names.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}, files
+
+
+def _class_names(given: dict[Any, Any] | list[Any], file: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for key, name in given.items() if isinstance(given, dict) else enumerate(given):
+        number = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+        if type(number) is not int or not 0 <= number < 2**31 or type(name) not in (str, int, float):
+            example = f"{key!r:.20}: {name!r:.50}"
+            raise DataError(f"{file}: 'names' should map numbers to names, as in 0: person, not {example}")
+        names[number] = str(name)
+    return names
+
+
+def official_ids(names: dict[int, str]) -> dict[int, int]:
+    """Class index -> category id: COCO's official ids (1..90) where all names are COCO's, else index + 1."""
+    official = _coco_ids()
+    if set(names.values()) <= official.keys():
+        return {index: official[name] for index, name in names.items()}
+    return {index: index + 1 for index in names}
+
+
+@cache
+def _coco_ids() -> dict[str, int]:
+    from ultralytics.data.converter import coco80_to_coco91_class
+    from ultralytics.utils import ROOT
+
+    names = read_yaml(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
+    return {name: coco80_to_coco91_class()[index] for index, name in names.items()}
+
+
+def _photos_of_split(entry: Any, root: Path, file: Path) -> list[Path]:
+    """The photos of a split: a folder, a .txt that lists photos, or a list of such."""
+    photos: list[Path] = []
+    for one in entry if isinstance(entry, list) else [entry]:
+        name = file_name(one, file)
+        # Exports of Roboflow say ../train/images where they mean train/images.
+        name = name if is_folder(root / name) or is_file(root / name) else name.removeprefix("../")
+        path = inside(root, name, file)
+        if is_folder(path):
+            photos += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif is_file(path) and path.suffix == ".txt":
+            try:
+                lines = read_file(path).decode().splitlines()
+            except (FileError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}: not a readable list of photos ({error})") from error
+            photos += [
+                inside(root, line.strip(), Path(f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip()
+            ]
+        else:
+            raise DataError(f"{file}: '{name}' is neither a folder of photos nor a .txt that lists them")
+    return photos
+
+
+def _label_file(photo: Path) -> Path:
+    """Ultralytics' custom: the last folder `images` on the path becomes `labels`."""
+    parts = list(photo.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _read_labels(
+    file: Path, ids: dict[int, int], size: tuple[int, int], faults: Faults
+) -> Iterable[tuple[int, list[float]]]:
+    """(category id, box [x, y, w, h] in pixels) of each good line of a YOLO label file; none is an empty photo."""
+    try:
+        lines = read_file(file, MAX_LABELS).decode().splitlines()
+    except (FileError, UnicodeDecodeError) as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            faults.add("photos without a label file, taken as empty", f"{file} is not there")
+        else:
+            faults.add("label files that cannot be read, left out", f"{file}: {error}")
+        return
+    width, height = size
+    for number, line in enumerate(lines, 1):
+        where = f"{file}:{number}"
+        if not line.strip():
+            continue
+        try:
+            values = [float(v) for v in line.split()]
+        except ValueError:
+            faults.add("lines that are not 'class x y w h', left out", where)
+            continue
+        if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
+            faults.add("lines that are not 'class x y w h', left out", where)
+            continue
+        if values[0] not in ids:
+            faults.add("annotations of unknown classes, left out", f"{where}: class {line.split()[0]:.50}")
+            continue
+        if not all(map(math.isfinite, values)):
+            faults.add("boxes of no size or not a number, left out", where)
+            continue
+        if len(values) == 5:
+            _, x, y, w, h = values
+        else:  # the outline of a segment
+            xs, ys = values[1::2], values[2::2]
+            x, y, w, h = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
+        box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
+        if (cut := clip(box, width, height, where, faults)) is not None:
+            yield ids[int(values[0])], cut

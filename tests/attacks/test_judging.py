@@ -1,0 +1,110 @@
+"""Runs of attacks: what is judged is what was saved."""
+
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from detguard import DetguardError
+from detguard.attacks.group import AttackOptions, attack_group
+from detguard.attacks.run import Job, attack_photos, judge, save_attempt, verify_run
+from detguard.detections import Detections
+from detguard.objectives import Vanish
+from detguard.photos import encode_png, read_photo
+from detguard.runs import Run
+from detguard.transforms.parse import parse_transforms
+
+PERSONS = Vanish((0,))
+OPTIONS = AttackOptions(steps=40)
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory, bundled, bus):
+    """The run of an attack on a small photo, and its one record."""
+    folder = tmp_path_factory.mktemp("attacked")
+    (folder / "bus.png").write_bytes(encode_png(cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)))
+    run = Run.create("attack", folder / "run", {"attack": {"conf": OPTIONS.conf, "iou": OPTIONS.iou}})
+    job = Job(bundled, PERSONS, parse_transforms("median:3"), OPTIONS, run)
+    (record,) = attack_photos(job, {"bus": folder / "bus.png"})
+    assert record["status"] == "fooled"
+    return run, record
+
+
+def test_further_transforms_are_judged_on_the_adversarial_photo(attacked, bundled):
+    run, record = attacked
+    (jpeg,) = parse_transforms("jpeg:95")
+    (verified,) = verify_run(run, bundled, PERSONS, [jpeg])
+    original, saved = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
+    clean = bundled.predict(original, 0.05)
+    of_saved, of_original = (judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25) for p in (saved, original))
+    assert of_saved != of_original
+    assert verified["members"]["jpeg:95"] == of_saved
+
+
+def test_verifying_again_says_what_the_run_said(attacked, bundled):
+    run, record = attacked
+    (verified,) = verify_run(run, bundled, PERSONS, [])
+    assert verified["members"] == record["members"]
+    assert verified["group"] == ["photo", "median:3"]
+    assert verified["difference"] == record["difference"] == 4
+
+
+def test_every_member_is_judged_from_its_own_file(attacked, bundled):
+    run, record = attacked
+    clean = bundled.predict(read_photo(record["photo"]), 0.05)
+    for name, file in record["files"].items():
+        found = bundled.predict(run.path(file), 0.05)
+        assert record["members"][name] == judge(PERSONS, clean, found, 0.25), name
+
+
+def test_a_photo_that_fools_only_before_it_is_filtered_has_failed(attacked, bundled, tmp_path):
+    _, record = attacked
+    photo = read_photo(record["photo"])
+    clean = bundled.predict(photo, 0.05)
+    (attempt,) = attack_group(bundled, [("bus", photo, clean.above(0.25))], PERSONS, [], OPTIONS)
+    job = Job(bundled, PERSONS, parse_transforms("median:5,jpeg:40"), OPTIONS, Run(tmp_path, {}))
+    saved = save_attempt(job, attempt, tmp_path / "bus.png", clean)
+    assert [saved["members"][name]["fooled"] for name in ("photo", "median:5", "jpeg:40")].count(False) in (1, 2)
+    assert saved["members"]["photo"]["fooled"]
+    assert saved["status"] == "failed"
+
+
+def test_what_breaks_the_budget_is_an_error_not_a_result(attacked, bundled, tmp_path):
+    _, record = attacked
+    photo = read_photo(record["photo"])
+    (attempt,) = attack_group(
+        bundled, [("bus", photo, bundled.predict(photo, 0.25))], PERSONS, [], AttackOptions(steps=1)
+    )
+    attempt.x = (attempt.x + 9).clamp(0, 255)
+    attempt.best = None
+    with pytest.raises(DetguardError, match="over the budget of 4"):
+        save_attempt(
+            Job(bundled, PERSONS, [], OPTIONS, Run(tmp_path, {})), attempt, tmp_path / "bus.png", attempt.clean
+        )
+
+
+def test_what_is_found_below_the_confidence_is_no_target(attacked, bundled, tmp_path):
+    _, record = attacked
+    job = Job(bundled, PERSONS, [], AttackOptions(conf=0.99, steps=1), Run.create("attack", tmp_path / "run", {}))
+    (other,) = attack_photos(job, {"bus": Path(record["photo"])})
+    assert other["status"] == "no-target"
+
+
+def found(*rows):
+    """Rows of (class, score, x1, y1, x2, y2)."""
+    table = torch.tensor(rows, dtype=torch.float32).view(-1, 6)
+    return Detections(table[:, 2:], table[:, 1], table[:, 0].long())
+
+
+def test_a_member_is_judged_at_each_threshold_over_what_was_found_there():
+    clean = found((0, 0.4, 0, 0, 50, 50), (0, 0.2, 100, 0, 150, 50))
+    after = found((1, 0.3, 0, 0, 50, 50), (0, 0.15, 100, 0, 150, 50))
+    judged = judge(PERSONS, clean, after, 0.25)
+    assert judged == {
+        "fooled": True,
+        "confidence": 0.15,
+        "success": {"0.05": False, "0.1": False, "0.25": True, "0.5": None},
+        "objects_gone": {"0.05": [1, 2], "0.1": [1, 2], "0.25": [1, 1], "0.5": [0, 0]},
+    }
+    assert not judge(PERSONS, clean, after, 0.12)["fooled"]
