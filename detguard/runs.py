@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from io import FileIO
@@ -62,7 +63,7 @@ class Run:
             RunError: `out` already holds a run, another process is making one there, or it cannot be written.
         """
         try:
-            folder = _next_free(Path("runs") / command) if out is None else out
+            folder = next_free(Path("runs") / command) if out is None else out
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
@@ -72,12 +73,13 @@ class Run:
         config = {"command": command, **config, "versions": {"detguard": __version__, **versions}}
         run = cls(folder, config)
         run.claim()
+        _sweep(folder.iterdir())
         if (folder / "config.yaml").exists():
             raise RunError(f"{folder}: already holds a run; choose another --out or continue it with --resume {folder}")
         for name, data in (files or {}).items():
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.
-        run.write("config.yaml", yaml.safe_dump(_unicode(config), sort_keys=False, allow_unicode=True).encode())
+        run.write("config.yaml", _yaml(config))
         return run
 
     @classmethod
@@ -107,11 +109,7 @@ class Run:
         """
         run = cls.open(folder, command)
         run.claim()
-        for inside, _, names in os.walk(folder):
-            for name in names:
-                if name.startswith(".") and name.endswith(PARTIAL):
-                    with suppress(OSError):
-                        (Path(inside) / name).unlink()
+        _sweep(Path(inside) / name for inside, _, names in os.walk(folder) for name in names)
         return run
 
     def claim(self) -> None:
@@ -216,7 +214,7 @@ class Run:
         self.write("results.jsonl", b"".join(map(_line, records)))
 
 
-def _next_free(parent: Path) -> Path:
+def next_free(parent: Path) -> Path:
     """Make the folder after the last of those in `parent`, which are called by numbers; no other process gets it."""
     parent.mkdir(parents=True, exist_ok=True)
     taken = [int(p.name) for p in parent.iterdir() if p.name.isdecimal() and len(p.name) < 10]
@@ -226,6 +224,14 @@ def _next_free(parent: Path) -> Path:
         with suppress(FileExistsError):
             (folder := parent / f"{number:03d}").mkdir()
             return folder
+
+
+def _sweep(files: Iterable[Path]) -> None:
+    """Delete those that `write_file` left half written in a process that was killed."""
+    for file in files:
+        if re.fullmatch(rf"\.\d+{re.escape(PARTIAL)}", file.name):
+            with suppress(OSError):
+                file.unlink()
 
 
 def _line(record: Record) -> bytes:
@@ -243,6 +249,13 @@ def _end_of_lines(stream: FileIO) -> int:
             return start + newline + 1
         end = start
     return 0
+
+
+def _yaml(config: dict[str, Any]) -> bytes:
+    config = _unicode(config)
+    # PyYAML writes some ends of lines as they are, and reads them as spaces.
+    as_is = not re.search("[\x85\u2028\u2029]", json.dumps(config, ensure_ascii=False))
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=as_is).encode()
 
 
 def _unicode(value: Any) -> Any:

@@ -2,15 +2,16 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
-from detguard.runs import Run, RunError, photo_keys
+from detguard.runs import Run, RunError, next_free, photo_keys
 
 CONFIG = {
     "model": "a.pt",
@@ -168,6 +169,8 @@ class Plain(yaml.SafeDumper):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=4))
+@example(["\x85", "a\u2028b", "\u2029"])
+@example(["é\n", "no", "012", "1e3", "~", "\ufeff", "\U0001f600"])
 def test_any_names_are_read_back_from_a_config(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("names")
     Run.create("harden", folder, CONFIG | {"photos": names})
@@ -210,8 +213,10 @@ def test_a_run_killed_before_it_had_a_config_is_made_again(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").write_text("1\n")
     (tmp_path / "run/new.jsonl").write_text("half")
+    (tmp_path / "run/.7.partial").write_text("half")
     run = Run.create("harden", tmp_path / "run", CONFIG, {"new.jsonl": b"whole"})
     assert (run.folder / "new.jsonl").read_text() == "whole"
+    assert not (run.folder / ".7.partial").exists()
 
 
 def test_the_config_comes_after_all_that_a_resumed_run_needs(tmp_path):
@@ -245,11 +250,9 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     assert [f.as_posix() for f in folders] == ["runs/detect/001", "runs/detect/002"]
 
 
-def test_a_number_belongs_to_who_makes_its_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = "import sys; from detguard.runs import Run; print(Run.create('detect', None, {}).folder)"
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert sorted(process.communicate()[0].strip() for process in running) == [f"runs/detect/00{n}" for n in "1234"]
+def test_a_number_belongs_to_who_makes_its_folder(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: next_free(tmp_path), range(200)))) == 200
 
 
 def test_photos_of_one_stem_get_keys_of_their_own():

@@ -75,9 +75,9 @@ def test_it_dies_with_its_parent_even_where_it_does_nothing():
     code = (
         "import os, time; from detguard.data.ahead import ahead\n"
         "def make(number, alive):\n"
-        "    if number: time.sleep(600)\n"
+        "    if number: time.sleep(60)\n"
         "    return os.getpid()\n"
-        "print(next(ahead(make, 0, 2)), flush=True); time.sleep(600)"
+        "things = ahead(make, 0, 2); print(next(things), flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     parent.stdout.readline()

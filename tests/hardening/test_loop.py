@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from detguard import DetguardError
 from detguard.data.ahead import AheadError
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused, save_gated
 from detguard.hardening.loop import LOG_EVERY, BatchLog, Pace, load_made, train
 from detguard.runs import Run
 
@@ -197,3 +199,10 @@ def test_weights_of_a_stage_that_are_none_are_one_clear_line(tmp_path, damage):
         save_file({key: value.half() for key, value in network.state_dict().items()}, file)
     with pytest.raises(DetguardError, match=r"a\.safetensors"):
         load_made(network, file)
+
+
+def test_weights_are_written_when_their_card_is_there(bundled_model, tmp_path):
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(DetguardError, match="cannot be written"):
+        save_gated(GatedNetwork(fused(bundled_model), 22), {}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.json").exists()

@@ -1,4 +1,7 @@
 import copy
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -166,6 +169,25 @@ def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, undefended
         train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "b.pt", lambda number, losses: number == 1)
     resumed = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "b.pt").state_dict()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_process_of_batches_that_is_killed_in_training_changes_nothing(bundled_model, undefended, source, tmp_path):
+    def trained(name, on_batch=None):
+        torch.manual_seed(0)
+        network = GatedNetwork(fused(bundled_model), split=11)
+        train_stage(network, undefended, source, stage(number=3), SETTING, tmp_path / name, on_batch)
+        return network.state_dict()
+
+    killed = []
+
+    def kill(number, losses):
+        killed.extend(process.pid for process in multiprocessing.active_children())
+        if number == 0:
+            os.kill(killed[-1], signal.SIGKILL)
+
+    whole, broken = trained("a.pt"), trained("b.pt", kill)
+    assert len(set(killed)) == 2
+    assert all(torch.equal(whole[k], broken[k]) for k in whole)
 
 
 @pytest.mark.parametrize(
