@@ -59,8 +59,6 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
             raise DetguardError(f"--to {config['to']}: is a target itself; name another class")
     transforms = parse_transforms(config["transforms"])
     weights = config["attack"]["weights"]
-    if weights and not sum(weights) > 0:
-        raise DetguardError("--weights: expected one over 0")
     options = AttackOptions(**config["attack"] | {"weights": tuple(weights) if weights else None})
     options.check(1 + len(transforms))
     return objective, transforms, options

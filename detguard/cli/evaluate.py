@@ -188,7 +188,7 @@ def show_warnings(dataset: "Dataset") -> None:
     for kind, where in dataset.warnings.items():
         show_warning(f"{where.total} {kind}")
         for line in where[:MOST_SHOWN]:
-            err.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"  {line}", highlight=False, soft_wrap=True)
         if where.total > MOST_SHOWN:
             err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
 
