@@ -15,8 +15,9 @@ demo: $(READY)
 	.venv/bin/detguard attack $(BUS) --target person --eps 2
 	.venv/bin/detguard attack $(BUS) --target person --eps 2 --steps 50 --model detguard-n-hard || test $$? -eq 1
 
+# A thread for each of several processes: most tests start programs, or wait for one core.
 test: $(READY)
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4
 
 fuzz: $(READY)
 	DETGUARD_FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz --tb=line --show-capture=no

@@ -49,7 +49,8 @@ def load_detector(
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DetguardError(f"--device {device}: cannot be used ({first_line(error).partition(". ")[0]})") from error
+        reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
+        raise DetguardError(f"--device {device}: cannot be used ({reason})") from error
     model, size = load_model(name, trust)
     if isinstance(model, GatedNetwork):
         if end_to_end:
