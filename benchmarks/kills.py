@@ -198,7 +198,7 @@ def main(kills: int = 40, seed: int = 0, only: Annotated[str, typer.Option(help=
             console.print((whole / "log").read_text())
             raise typer.Exit(2)
         count = kills // len(jobs) + (number < kills % len(jobs))
-        equal = again = left = partials = 0
+        killed = equal = again = left = partials = 0
         for turn in range(count):
             place = new_place(root, root / f"{number}-{turn}")
             process = start(place, arguments)
@@ -207,10 +207,11 @@ def main(kills: int = 40, seed: int = 0, only: Annotated[str, typer.Option(help=
             else:
                 when = {"until": seconds * (turn + 2 * rng.random()) / (count + 1)}
             *at, alive = watch(process, place / "run", **when)  # type: ignore[arg-type]
-            if not alive:
-                ended(process)  # faster than the reference; killed after its end, so to speak
-            else:
+            if alive:
+                killed += 1
                 left += len(kill(process))
+            else:  # faster than the reference
+                ended(process)
             begun = (place / "run/config.yaml").exists()
             again += not begun
             process = start(place, (job[0], "--resume", "run") if begun else arguments)
@@ -222,7 +223,7 @@ def main(kills: int = 40, seed: int = 0, only: Annotated[str, typer.Option(help=
             else:
                 parts = sorted(k for k in found.keys() | reference.keys() if found.get(k) != reference.get(k))
                 console.print(f"{name}: killed after {at[0]:.2f} s, change {at[1]}: {', '.join(parts)}; see {place}")
-        table.add_row(name, str(count), str(equal), str(again), str(left), str(partials))
+        table.add_row(name, str(killed), f"{equal} of {count}", str(again), str(left), str(partials))
         console.print(f"{name}: {equal} of {count} equal; unbroken {seconds:.1f} s, {changes} changes of files")
         wrong |= equal < count or bool(left or partials)
     console.print(table)

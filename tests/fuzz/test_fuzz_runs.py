@@ -1,30 +1,84 @@
-import json
+"""Run folders that others made: their config.yaml and results.jsonl, as far as a resumed run uses them."""
 
+import json
+from types import SimpleNamespace
+
+import pytest
 import yaml
 from hypothesis import strategies as st
 from mutations import mutated, odd_tree
 
+from detguard.attacks.run import plan_attack
+from detguard.cli.evaluate import plan as plan_evaluation
+from detguard.hardening.adapt import Adaptation
+from detguard.hardening.monitor import Monitor
+from detguard.hardening.run import Plan
+from detguard.reports.adaptation import adaptation_page
+from detguard.reports.hardening import hardening_page
+from detguard.reports.monitoring import monitor_page, timeline_table, windows
+from detguard.reports.tables import attack_summary, survival_table
 from detguard.runs import Run
 
-CONFIG = {
-    "command": "monitor",
-    "detector": {"model": "detguard-n", "imgsz": 320, "end_to_end": False, "sha256": "0" * 64},
-    "stream": {"source": "-", "split": "val", "images": None},
-    "monitor": {"detector": "adwin", "window": 32},
-    "on_drift": "tell",
-    "replay": [],
-    "arguments": [],
-    "versions": {"detguard": "0.1.0"},
+DETECTOR = {"model": "detguard-n", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}
+CONFIGS = {
+    "attack": {
+        "detector": DETECTOR, "target": "person", "to": None, "strict": False, "transforms": "median:3,jpeg:75",
+        "attack": {
+            "conf": 0.25, "iou": 0.7, "eps": 4, "step": 1.0, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
+            "gradient": "exact", "momentum": 0.0, "random_start": True, "margin": 0.05, "seed": 0, "batch": 1,
+        },
+        "photos": ["a.jpg"],
+    },
+    "evaluate": {
+        "detectors": [DETECTOR],
+        "data": {"source": "a.json", "split": "val", "images": None, "classes": ["person"], "limit": 4},
+        "evaluate": {
+            "protocols": ["clean"], "severities": [1], "eps": [4], "steps": 2, "restarts": 1, "attacks": ["class"],
+            "queries": 9, "seed": 0,
+        },
+    },
+    "harden": {
+        "model": "detguard-n", "detectors": [DETECTOR, DETECTOR],
+        "harden": {
+            "recipe": "gated", "mode": "full", "split": "neck", "photos": 100, "crop": 64, "attack": "free", "eps": 4.0,
+            "steps": 2, "mix": 0.2, "top_k": 2, "floor": 0.5, "batch": 32, "rate": 0.003, "seed": 3,
+        },
+        "corruptions": ["fog"], "photos": ["a.jpg"],
+    },
+    "adapt": {
+        "model": "a.safetensors", "detector": DETECTOR, "data": {"new": ["a"], "replay": ["b"], "split": "train"},
+        "adapt": {
+            "experts": 1, "mode": "full", "init": "best", "keep": 1.0, "photos": 90, "batch": 8, "rate": 0.001,
+            "seed": 0, "eps": 4.0,
+        },
+        "why": "so", "corruptions": ["fog"], "replayed": ["a.jpg"],
+    },
+    "monitor": {
+        "detector": DETECTOR, "stream": {"source": "-", "split": "val", "images": None},
+        "monitor": {"detector": "adwin", "window": 8}, "on_drift": "tell", "replay": [],
+    },
+}  # fmt: skip
+FOUND = {"class": "person", "confidence": 0.9, "box": [1.0, 2.0, 30.0, 40.0]}
+LEVELS = ("0.05", "0.1", "0.25", "0.5")
+MEMBER = {
+    "fooled": True,
+    "confidence": 0.0,
+    "success": dict.fromkeys(LEVELS, True),
+    "objects_gone": {level: [1, 2] for level in LEVELS},
 }
-RECORD = {
-    "number": 1,
-    "photo": "a.jpg",
-    "objects": [{"class": "bus", "confidence": 1.0, "box": [1, 2, 30, 40]}],
-    "f1": 0.5,
-    "confidence": 0.5,
-    "entropy": None,
-    "began": None,
-}
+RECORDS = {
+    "attack": {
+        "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "difference": 4, "psnr": 40.0, "ssim": 0.9,
+        "objects": [FOUND | {"outcome": "vanished"}], "detections": {"before": [FOUND], "after": []},
+        "members": {"photo": MEMBER, "median:3": MEMBER}, "files": {"photo": "adversarial/a.png"}, "seconds": 1.0,
+    },
+    "harden": {"stage": "joint", "batch": 20, "photos_per_second": 3.0, "loss": 1.0, "gate hard 0": 0.5, "hard": 2.0},
+    "adapt": {"stage": "adapt", "batch": 20, "photos_per_second": 3.0, "loss": 1.0, "new": 0.5, "gate": 2.0},
+    "monitor": {
+        "number": 1, "photo": "a.jpg", "objects": [FOUND], "f1": 0.5, "confidence": 0.5, "entropy": 0.1, "began": 1,
+        "classes": ["person"], "AP50": 0.5,
+    },
+}  # fmt: skip
 TOKENS = [
     b"NaN",
     b"9" * 400,
@@ -41,22 +95,81 @@ TOKENS = [
     b": ",
     b"- ",
 ]
+COMMON = {"arguments": ["a"], "versions": {"detguard": "1"}}
 
 
-def test_run_records(tmp_path, fuzz):
-    config, records = tmp_path / "config.yaml", tmp_path / "results.jsonl"
+def plan(run, detector):
+    """What a resumed run makes of its config before it does anything."""
+    config = run.config
+    {
+        "attack": lambda: plan_attack(config, detector),
+        "evaluate": lambda: plan_evaluation(config["evaluate"], len(config["detectors"])),
+        "harden": lambda: Plan(**config["harden"]).stages(),
+        "adapt": lambda: (Adaptation(**config["adapt"]).number, Adaptation(**config["adapt"]).adversary),
+        "monitor": lambda: Monitor(config["monitor"]["detector"], config["monitor"]["window"]),
+    }[config["command"]]()
 
-    def read(files):
-        config.write_bytes(files[0])
-        records.write_bytes(files[1])
-        run = Run.open(tmp_path, "monitor")
-        run.keep(run.records())
 
-    whole, line = yaml.safe_dump(CONFIG).encode(), json.dumps(RECORD).encode() + b"\n"
-    configs = mutated([whole], TOKENS) | odd_tree(CONFIG).map(
-        lambda tree: yaml.safe_dump(tree).encode(errors="replace")
+def use(run, detector):
+    """What a resumed run makes of its records."""
+    records = run.records()
+    if run.config["command"] == "attack":
+        attacked = [r for r in records if r["status"] in ("fooled", "failed")]
+        survival_table(attacked, "")
+        attack_summary(records)
+    elif run.config["command"] == "harden":
+        hardening_page(run)
+    elif run.config["command"] == "adapt":
+        adaptation_page(run, {}, {})
+    else:
+        timeline_table(windows(records, 8))
+        monitor_page(run, records)
+
+
+def test_configs_of_runs(fuzz, tmp_path, bundled_classes):
+    valid = {command: {"command": command, **config, **COMMON} for command, config in CONFIGS.items()}
+    file = tmp_path / "config.yaml"
+
+    def read(of):
+        command, config = of
+        file.write_bytes(config if isinstance(config, bytes) else yaml.safe_dump(config).encode())
+        plan(Run.open(tmp_path, command), bundled_classes)
+
+    for of in valid.items():
+        read(of)
+    fuzz(
+        st.one_of(
+            st.tuples(st.just(command), odd_tree(config) | mutated([yaml.safe_dump(config).encode()], TOKENS))
+            for command, config in valid.items()
+        ),
+        read,
     )
-    lines = mutated([line * 3, b""], TOKENS) | odd_tree(RECORD).map(
-        lambda tree: json.dumps(tree).encode() + b"\n" + line
+
+
+def test_records_of_runs(fuzz, tmp_path, bundled_classes):
+    valid = {command: json.dumps(record).encode() + b"\n" for command, record in RECORDS.items()}
+
+    def read(of):
+        command, record = of
+        odd = record if isinstance(record, bytes) else json.dumps(record).encode() + b"\n"
+        (tmp_path / "results.jsonl").write_bytes(valid[command] + odd)
+        use(Run(tmp_path, {"command": command, **CONFIGS[command], **COMMON}), bundled_classes)
+
+    for of in valid.items():
+        read(of)
+    fuzz(
+        st.one_of(
+            st.tuples(st.just(command), odd_tree(record) | mutated([valid[command] * 3], TOKENS))
+            for command, record in RECORDS.items()
+        ),
+        read,
     )
-    fuzz(st.tuples(configs, st.just(line)) | st.tuples(st.just(whole), lines), read)
+
+
+@pytest.fixture(scope="module")
+def bundled_classes():
+    """All that planning an attack asks of a detector."""
+    from detguard.detectors.load import load_detector
+
+    detector = load_detector()
+    return SimpleNamespace(class_index=detector.class_index, name=detector.name)
