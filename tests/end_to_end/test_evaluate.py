@@ -137,9 +137,9 @@ def test_compare_shows_runs_side_by_side(done):
     assert "again: detguard-n#2" in result.stdout
 
 
-def test_compare_names_a_run_that_is_not_done(tmp_path):
+def test_compare_names_a_run_that_is_not_done(done, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text("command: evaluate\n")
+    shutil.copy(done[0] / "run/config.yaml", tmp_path / "run")
     result = detguard("compare", "run", cwd=tmp_path)
     assert result.returncode == 2
     assert "detguard evaluate --resume run" in result.stderr
