@@ -1,6 +1,5 @@
 """`detguard evaluate` and `compare`: parse, call, show."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -230,6 +229,7 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of evaluate runs.", metavar="RUN RUN...")],
 ) -> None:
     """Show the results of several evaluate runs side by side."""
+    from detguard.files import read_json
     from detguard.reports.evaluation import headline
     from detguard.reports.tables import terminal_table
     from detguard.runs import Run
@@ -238,9 +238,10 @@ def compare(
     for folder in folders:
         file = Run.open(folder, "evaluate").folder / "metrics.json"
         try:
-            found = json.loads(file.read_text())
-            metrics |= {f"{folder}: {name}": row for name, row in found.items()}
-        except (OSError, ValueError, AttributeError) as error:
+            found = {f"{folder}: {name}": row for name, row in read_json(file).items()}
+            headline(found, "")  # a stranger's may lack what a row shows
+            metrics |= found
+        except (DetguardError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DetguardError(
                 f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
             ) from error

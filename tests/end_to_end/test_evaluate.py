@@ -143,6 +143,8 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
     result = detguard("compare", "run", cwd=tmp_path)
     assert result.returncode == 2
     assert "detguard evaluate --resume run" in result.stderr
+    (tmp_path / "run/metrics.json").write_text('{"a": {"attack": {"AP": "high"}}}')
+    assert detguard("compare", "run", cwd=tmp_path).stderr == result.stderr
 
 
 @pytest.mark.parametrize(
