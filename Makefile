@@ -17,7 +17,7 @@ demo: $(READY)
 
 # A thread for each of several processes: most tests start programs, or wait for one core.
 test: $(READY)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 fuzz: $(READY)
 	DETGUARD_FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz --tb=line --show-capture=no
