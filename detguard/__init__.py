@@ -14,3 +14,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 class DetguardError(Exception):
     """Something the user can mend: the message names the file or option, what was expected and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

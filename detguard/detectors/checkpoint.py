@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.detectors.pickles import Damaged, Named, Record, Stored, Unknown, read_pickle
 from detguard.files import MAX_DEPTH, read_file
 
@@ -62,8 +62,7 @@ class Archive:
         """The error of this file for what is wrong with it."""
         if isinstance(error, Unknown):
             return CheckpointError(f"{self.file}: refused, {error}; add --trust if you know where it comes from")
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return CheckpointError(f"{self.file}: damaged, or not a checkpoint ({reason})")
+        return CheckpointError(f"{self.file}: damaged, or not a checkpoint ({first_line(error)})")
 
     def _read_root(self) -> Any:
         names = [name for name in self._zip.namelist() if name.count("/") == 1]

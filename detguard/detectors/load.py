@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save
 from torch import nn
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.detectors.checkpoint import MAX_BYTES, Archive
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import MOST_CLASSES, SIZES, class_names, frame_size
@@ -297,8 +297,3 @@ def _unpickle(file: Path) -> tuple[nn.Module, int]:
         return model.float(), frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
     except Exception as error:  # it is the file's own code that runs here
         raise DetguardError(f"{file}: damaged, or not a checkpoint ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in its first line, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

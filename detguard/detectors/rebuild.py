@@ -16,6 +16,7 @@ from ultralytics.nn.modules.head import Detect, RTDETRDecoder
 from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, parse_model
 from ultralytics.utils.torch_utils import initialize_weights
 
+from detguard import first_line
 from detguard.detectors.checkpoint import Archive
 from detguard.detectors.pickles import Damaged, Record, Stored, Unknown
 from detguard.detectors.recipe import MAX_NAME, RENAMED, check_recipe, class_names, frame_size
@@ -54,8 +55,8 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
         recipe = check_recipe(state.get("yaml"))
         names = class_names(state.get("names"), recipe["nc"])
         size = frame_size(state.get("args"))
-        saved = _child(record, "model")
-        model = build(FAMILIES[record.kind], recipe, sum(1 for _ in _tree(saved)))
+        saved = dict(_tree(_child(record, "model")))
+        model = build(FAMILIES[record.kind], recipe, len(saved))
         pairs = list(_pairs(saved, model.model))
         fill(model, {f"model.{path}": archive.tensor(stored) for path, stored in _tensors(saved)}, "its yaml")
         find_strides(model)
@@ -109,7 +110,7 @@ def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
     except Damaged:
         raise
     except Exception as error:  # whatever layers raise that do not fit each other
-        raise Damaged(f"no network can be made of its yaml ({_line(error)})") from error
+        raise Damaged(f"no network can be made of its yaml ({first_line(error)[:MAX_NAME]})") from error
     finally:
         counting.remove()
     model.yaml, model.inplace = recipe | {"channels": 3}, True
@@ -144,17 +145,13 @@ def find_strides(model: Any) -> None:
     except Damaged:
         raise
     except Exception as error:  # whatever layers raise that do not fit each other
-        raise Damaged(f"the layers of its yaml do not fit each other ({_line(error)})") from error
+        raise Damaged(f"the layers of its yaml do not fit each other ({first_line(error)[:MAX_NAME]})") from error
     finally:
         for hook in hooks:
             hook.remove()
     model.stride = torch.tensor([32.0]) if isinstance(head, RTDETRDecoder) else strides
     if isinstance(head, Detect):
         head.stride = strides
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:MAX_NAME]
 
 
 def _sides(size: Any) -> tuple[int, ...]:
@@ -192,14 +189,13 @@ def _tree(record: Record) -> Iterator[tuple[str, Record]]:
         waiting += [(f"{path}.{name}".lstrip("."), child) for name, child in _children(part).items()]
 
 
-def _pairs(record: Record, model: nn.Module) -> Iterator[tuple[str, Record, nn.Module]]:
+def _pairs(saved: dict[str, Record], model: nn.Module) -> Iterator[tuple[str, Record, nn.Module]]:
     """Each module of a file beside that of the network at the same place.
 
     Raises:
         Damaged: one has modules that the other has not.
     """
     built = dict(model.named_modules(remove_duplicate=False))
-    saved = dict(_tree(record))
     if odd := sorted(built.keys() ^ saved.keys(), key=len):
         raise Unknown(f"its network is not the one that its yaml makes here (model.{odd[0][:MAX_NAME]})")
     yield from ((path, saved[path], module) for path, module in built.items())
@@ -228,9 +224,9 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _tensors(record: Record) -> Iterator[tuple[str, Stored]]:
-    """The entries of a module's state dict: parameters and the buffers that are kept."""
-    for path, part in _tree(record):
+def _tensors(saved: dict[str, Record]) -> Iterator[tuple[str, Stored]]:
+    """The entries of the state dict of modules by path: parameters and the buffers that are kept."""
+    for path, part in saved.items():
         for group in ("_parameters", "_buffers"):
             entries, left_out = part.state.get(group), part.state.get("_non_persistent_buffers_set") or ()
             if not isinstance(entries, dict) or not isinstance(left_out, set | frozenset | tuple):

@@ -15,7 +15,7 @@ from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.ssd import SSD
 from typing_extensions import override
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
 from detguard.detectors.base import Detector, to_photo
 from detguard.detectors.checkpoint import MAX_BYTES
@@ -56,7 +56,7 @@ def official_torchvision(architecture: str) -> nn.Module:
         with weights_only():
             model: Any = get_model(architecture, weights=weights, progress=False)
     except Exception as error:  # whatever the network layers and the unpickler raise, the user's remedy is the same
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DetguardError(
             f"{architecture}: cannot be downloaded or read ({reason}); go online, or put torchvision's file at {file}"
         ) from error
