@@ -113,9 +113,12 @@ class GatedNetwork(nn.Module):
         if route is not None:
             return self._run(route, last, saved), logits
         log_weights = self.log_weights(logits)
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
         outputs = []
         for expert in range(len(self.experts)):
-            rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
+            # A traced graph has no branches: all experts answer in it, and those beyond the top k weigh 0.
+            weight = log_weights[:, expert]
+            rows = (torch.ones_like(weight) if tracing else weight > -torch.inf).nonzero()[:, 0]
             outputs.append((rows, self._run(expert, last, saved, rows) if len(rows) else None))
         return fuse(outputs, log_weights) | {"maps": saved, "experts": outputs}, logits
 
