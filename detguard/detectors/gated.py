@@ -109,7 +109,7 @@ class GatedNetwork(nn.Module):
         last, saved = run_layers(self.trunk, frames, {}, self.save)
         # A single expert needs no gate, which would cost a sixth of a nano network.
         alone = len(self.experts) == 1
-        logits = frames.new_zeros(len(frames), 1) if alone else self.gate(self.seen_by_gate(frames, last))
+        logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
         if route is not None:
             return self._run(route, last, saved), logits
         log_weights = self.log_weights(logits)
