@@ -110,7 +110,7 @@ class GatedNetwork(nn.Module):
         last, saved = run_layers(self.trunk, frames, {}, self.save)
         # A single expert needs no gate, which would cost a sixth of a nano network.
         alone = len(self.experts) == 1
-        logits = frames.new_zeros(len(frames), 1) if alone else self.gate(self.seen_by_gate(frames, last))
+        logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
         if route is not None:
             return self._run(route, last, saved), logits
         if alone:
@@ -124,7 +124,9 @@ class GatedNetwork(nn.Module):
         self, expert: int, last: Tensor, saved: dict[int, Tensor], log_weights: Tensor
     ) -> tuple[Tensor | None, dict[str, Any] | None]:
         """The rows that an expert is asked for, None for all, and what it says."""
-        if self.top_k is None or (self.rule.leads and expert == self.robust):
+        # A traced graph has no branches: all experts answer in it, and those beyond the top k weigh 0.
+        everywhere = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if self.top_k is None or everywhere or (self.rule.leads and expert == self.robust):
             return None, self._run(expert, last, saved)
         rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
         return rows, self._run(expert, last, saved, rows) if len(rows) else None
