@@ -23,6 +23,7 @@ from detguard.cli.app import (
     out,
     progress_bar,
     show_error,
+    start_ranks,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def monitor(
         run = Run.resume(resume, "monitor")
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)
-        sys.exit(watch(run, watched, trust=trust))
+        sys.exit(watch(run, watched, device, trust=trust))
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
@@ -104,7 +105,7 @@ def monitor(
         "arguments": sys.argv[1:],
     }
     list_photos = open_stream(config["stream"], watched) if stream != "-" else None  # wrong data leave no run behind
-    sys.exit(watch(Run.create("monitor", out_folder, config), watched, list_photos, trust))
+    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, list_photos, trust))
 
 
 def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Labelled]":
@@ -116,7 +117,9 @@ def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Label
     return list(in_order(dataset, dataset.category_ids(detector.class_names)))
 
 
-def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" = None, trust: bool = False) -> int:
+def watch(
+    run: "Run", detector: "Detector", device: str, photos: "Sequence[Labelled] | None" = None, trust: bool = False
+) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
     from detguard.data.stream import from_lines, lines_of
     from detguard.hardening.monitor import observe
@@ -154,10 +157,11 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
         return code
     folder, new = run.folder / "adapted", [str(run.folder / DROPPED)]
     if (folder / "config.yaml").exists():
-        failed = resume_adaptation(Run.resume(folder, "adapt"), trust)
+        failed = resume_adaptation(Run.resume(folder, "adapt"), trust, start_ranks(device))
     else:
         model, plan = run.config["detector"]["model"], {"mode": "auto"}
-        failed = start_adaptation(model, new, run.config["replay"], plan, out_folder=folder, trust=trust)
+        ranks = start_ranks(device)
+        failed = start_adaptation(model, new, run.config["replay"], plan, ranks, out_folder=folder, trust=trust)
     return failed or code
 
 

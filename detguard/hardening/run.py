@@ -212,25 +212,27 @@ def harden(
     base = model.single() if robust else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
-    undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False)
+    undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False).to(setting.ranks.device)
     if plan.apart:
         for expert in range(len(plan.experts) - 1):
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
-    network.to(memory_format=torch.channels_last)
-    stages = {run.path(f"weights/{stage.name}.safetensors"): stage for stage in plan.stages(robust)}
+    ranks = setting.ranks
+    network.to(ranks.device).to(memory_format=torch.channels_last)
+    stages = {run.folder / f"weights/{stage.name}.safetensors": stage for stage in plan.stages(robust)}
     for made, stage in stages.items():  # all at once, or one might be found too large hours later
-        if not made.exists():
+        if ranks.given(lambda made=made: not made.exists()):  # type: ignore[misc]
             _check_memory(network, stage, setting)
     for made, stage in stages.items():
         if stage.name in ("normal", "hard") and not plan.apart:  # they start from what the trunk was trained with
             copy_expert(network, len(plan.experts) - 1, stage.route or 0)
-        if load_made(network, made):
+        if load_made(network, made, ranks):
             continue
-        checkpoint = run.path(f"state/{stage.name}.pt")
+        checkpoint = run.folder / f"state/{stage.name}.pt"
         told = partial(on_batch, stage.name) if on_batch else None
-        log = BatchLog(run, stage.name, stage.number, setting.batch)
+        log = BatchLog(run, stage.name, stage.number, setting.batch, ranks)
         train_stage(network, undefended, source, stage, setting, checkpoint, told, log)
-        save_gated(network, card, made)
+        if ranks.first:
+            save_gated(network, card, made)
     return made
 
 
@@ -241,4 +243,4 @@ def _check_memory(network: GatedNetwork, stage: Stage, setting: Setting) -> None
         found = setting.run(network, frames, stage.route)[0]
         return imitation_loss(found, found)
 
-    check_memory(network, loss, stage.size or setting.size, setting.batch)
+    check_memory(network, loss, stage.size or setting.size, setting.batch, setting.ranks)
