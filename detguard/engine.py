@@ -1,9 +1,14 @@
 """The process that detguard runs in: its memory and its arithmetic."""
 
 import ctypes
+import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -42,8 +47,17 @@ def _told(file: Path) -> str:
         return ""
 
 
-def bf16_helps() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+def bf16_helps(device: "torch.device | None" = None) -> bool:
+    """Whether a device, by default the CPU, multiplies bfloat16 in hardware; emulated, it is slower than float32."""
     import torch  # late: every command, --help too, starts with this module
 
+    if device is not None and device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device is not None and device.type != "cpu":
+        return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -184,7 +184,7 @@ def photo_size(file: str | Path) -> tuple[int, int]:
         raise PhotoError(str(error)) from error
 
 
-def decode_photo(data: bytes, file: str | Path = "photo") -> Photo:
+def decode_photo(data: bytes | memoryview, file: str | Path = "photo") -> Photo:
     """Decode the bytes of an image file to `uint8 [H, W, 3]` RGB; `file` names it in errors.
 
     Raises:
@@ -203,6 +203,15 @@ def decode_photo(data: bytes, file: str | Path = "photo") -> Photo:
 def encode_png(photo: Photo) -> bytes:
     """The bytes of a lossless PNG of `photo`, `uint8 [H, W, 3]` RGB."""
     return cv2.imencode(".png", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def encode_jpeg(photo: Photo, quality: int) -> bytes:
+    """The bytes of a JPEG of `photo`, `uint8 [H, W, 3]` RGB, of a quality of 1..100, chroma subsampled 4:2:0."""
+    options = [
+        cv2.IMWRITE_JPEG_QUALITY, quality,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+    ]  # fmt: skip
+    return cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def assign(candidates: Candidates, objects: Sequence[Detections]) -> Assignment:
     if anchors is None and len(candidates) > 1:  # without anchors the points differ from frame to frame
         return Assignment.stack([assign(candidates[i : i + 1], objects[i : i + 1]) for i in range(len(candidates))])
     logits, boxes = candidates.logits.detach().float(), candidates.boxes.detach().float()
+    # They come from the CPU, and nothing but the assigner's own lists of pairs is read back.
     labels = pad_sequence([o.classes for o in objects], batch_first=True).to(logits.device)
     wanted = pad_sequence([o.boxes for o in objects], batch_first=True).to(boxes)
     present = pad_sequence([torch.ones(len(o), 1) for o in objects], batch_first=True).to(boxes)

@@ -12,24 +12,29 @@ import typer
 
 from detguard import DetguardError
 from detguard.cli.app import (
+    Device,
     OutFolder,
     Resume,
     Seed,
     Trust,
+    Workers,
     app,
     err,
     out,
     progress_bar,
+    shared_run,
     show_error,
     show_warning,
+    start_ranks,
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
-from detguard.cli.harden import Batch, Rate, chosen_kinds, photo_files
+from detguard.cli.harden import Batch, Rate, chosen_kinds, last_loss, photo_files
 
 if TYPE_CHECKING:
     from detguard.data.stream import Labelled
     from detguard.detectors.gated import GatedNetwork
+    from detguard.ranks import Ranks
     from detguard.runs import Run
 
     # New photos, and old ones with labels or without.
@@ -88,6 +93,8 @@ def adapt(
     seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
+    device: Device = "cpu",
+    workers: Workers = None,
     trust: Trust = False,
 ) -> None:
     """Teach a gated ensemble a new kind of photos by new experts, without forgetting the kinds that it knows.
@@ -99,7 +106,9 @@ def adapt(
     if resume:
         if model or new or replay:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
-        sys.exit(resume_adaptation(Run.resume(resume, "adapt"), trust))
+        ranks = start_ranks(device)
+        run = shared_run(ranks, lambda: Run.resume(resume, "adapt"))
+        sys.exit(resume_adaptation(run, trust, ranks, workers))
     if not model:
         raise DetguardError("--model: give the gated ensemble that detguard harden made (or --resume RUN)")
     if not new:
@@ -107,7 +116,12 @@ def adapt(
     plan = {
         "experts": experts, "mode": mode, "init": init, "keep": keep, "batch": batch, "rate": rate, "seed": seed,
     } | ({"photos": photos} if photos else {})  # fmt: skip
-    sys.exit(start_adaptation(model, new, replay or [], plan, split, max_experts, corruptions, out_folder, trust))
+    sys.exit(
+        start_adaptation(
+            model, new, replay or [], plan, start_ranks(device), split, max_experts, corruptions, out_folder, trust,
+            workers,
+        )
+    )  # fmt: skip
 
 
 def start_adaptation(
@@ -115,11 +129,13 @@ def start_adaptation(
     new: list[str],
     replay: list[str],
     plan: dict[str, Any],
+    ranks: "Ranks",
     split: str = "train",
     max_experts: int = 12,
     corruptions: str | None = None,
     out_folder: Path | None = None,
     trust: bool = False,
+    workers: int | None = None,
 ) -> int:
     """Make a run of what the options say, and do it; returns the exit code."""
     from detguard.data.stream import as_line
@@ -138,8 +154,8 @@ def start_adaptation(
         out.print(f"--mode auto: {mode}, {why}", highlight=False, soft_wrap=True)
     if not replay:
         show_warning("without --replay nothing tells the gate when not to ask the new experts")
-    if network.floor:
-        show_warning(f"the adversarial expert keeps {network.floor:g} of the weight; new experts share the rest")
+    if network.rule.number or network.rule.leads:
+        show_warning(f"fusion {network.fusion} bounds what new experts may change of the adversarial one's answer")
     hardened = read_card(model).get("hardened")
     hardened = hardened if isinstance(hardened, dict) else {}
     eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")
@@ -160,18 +176,19 @@ def start_adaptation(
         name: "".join(json.dumps(as_line(one, network.class_names)) + "\n" for one in photos).encode()
         for name, photos in zip(KEPT, sources[:2], strict=True)
     }
-    run = Run.create("adapt", out_folder, config | {"replayed": [str(file) for file in sources[2]]}, kept)
-    return run_adaptation(run, network, imgsz)
+    config |= {"replayed": [str(file) for file in sources[2]]}
+    run = shared_run(ranks, lambda: Run.create("adapt", out_folder, config, kept))
+    return run_adaptation(run, network, imgsz, ranks, workers)
 
 
-def resume_adaptation(run: "Run", trust: bool) -> int:
+def resume_adaptation(run: "Run", trust: bool, ranks: "Ranks", workers: int | None = None) -> int:
     """Go on with a run; returns the exit code."""
     from detguard.detectors.load import load_configured
 
     with err.status("Loading the ensemble"):
         load_configured(run.config["detector"], trust)
         network, imgsz = load_ensemble(run.config["model"], trust)
-    return run_adaptation(run, network, imgsz)
+    return run_adaptation(run, network, imgsz, ranks, workers)
 
 
 def load_ensemble(model: str, trust: bool) -> "tuple[GatedNetwork, int]":
@@ -223,12 +240,11 @@ def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list
     return list(in_order(dataset, dataset.category_ids(class_names)))
 
 
-def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
+def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, ranks: "Ranks", workers: int | None = None) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
     from detguard.data.batches import read_photos
     from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import read_card
-    from detguard.engine import bf16_helps
     from detguard.hardening import adapt as adapting
     from detguard.hardening.train import Setting
     from detguard.photos import PhotoError, read_photo
@@ -237,7 +253,8 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
 
     config, broken = run.config, list[str]()
     # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
-    shown, labelled = (read_labelled(str(run.folder / name), "", network.class_names) for name in KEPT)
+    kept = ranks.given(lambda: [read_labelled(str(run.folder / name), "", network.class_names) for name in KEPT])
+    shown, labelled = kept
     files = [Path(file) for file in config["replayed"]]
 
     def readable(one: "Labelled") -> bool:
@@ -265,11 +282,14 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
         show_error(message)
     plan = adapting.Adaptation(**config["adapt"])
     kinds = chosen_kinds(",".join(config["corruptions"]))
-    setting = Setting(plan.batch, imgsz, plan.seed, bf16_helps(), corruptions=kinds)
+    setting = Setting.on(ranks, workers, plan.batch, imgsz, plan.seed, kinds)
+    network.to(ranks.device)
     stopped = stop_signals()
 
     def figures() -> dict[str, dict[str, float | None]]:
-        detector = GatedDetector(copy.deepcopy(network), "", imgsz)
+        if not ranks.first:
+            return {}
+        detector = GatedDetector(copy.deepcopy(network), "", imgsz, str(ranks.device))
         with err.status("Judging"):
             return {kind: adapting.judge(detector, photos) for kind, photos in judged.items() if photos}
 
@@ -279,7 +299,7 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
         task = progress.add_task("adapt", total=plan.number)
 
         def on_batch(number: int, losses: dict[str, float]) -> bool:
-            progress.update(task, completed=number + 1, description=f"adapt: loss {losses['loss']:.2f}")
+            progress.update(task, completed=number + 1, description=f"adapt{last_loss(losses)}")
             return bool(stopped)
 
         try:
@@ -287,7 +307,10 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int) -> int:
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard adapt --resume {run.folder}")
             return 130
+    ranks.end()
     after = figures()
+    if not ranks.first:
+        return 0
     run.write("report.html", adaptation_page(run, before, after))
     out.print(terminal_table(judged_table(before, after)))
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."

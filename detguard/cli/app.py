@@ -4,9 +4,10 @@ import logging
 import re
 import signal
 import sys
+from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +18,10 @@ from typing_extensions import override
 from detguard import DetguardError, __version__
 from detguard.engine import keep_freed_memory
 from detguard.files import printable
+
+if TYPE_CHECKING:
+    from detguard.ranks import Ranks
+    from detguard.runs import Run
 
 
 class Terminal(Console):
@@ -78,7 +83,18 @@ EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head witho
 TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
 ]
+Fusion = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE:NUMBER",
+        help="How experts become one answer. bounded:B: the adversarial expert's, moved by at most B logits; "
+        "average:F: of all, by the gate's weights, of which the adversarial expert has at least F.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...", callback=device_name)]
+Workers = Annotated[
+    int | None, typer.Option(min=1, max=256, help="Processes that make training batches; default: one per core.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all that is random.")]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
@@ -119,6 +135,29 @@ def stop_signals() -> list[int]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stopped.append(n))
     return stopped
+
+
+def start_ranks(device: str) -> "Ranks":
+    """The processes that train together, of which the first alone is heard."""
+    from detguard.ranks import Ranks
+
+    ranks = Ranks.start(device)
+    out.quiet = err.quiet = not ranks.first
+    return ranks
+
+
+def shared_run(ranks: "Ranks", make: "Callable[[], Run]") -> "Run":
+    """The run that the first rank makes or resumes; the others only know it."""
+    from detguard.runs import Run
+
+    mine: list[Run] = []
+
+    def told() -> tuple[Path, dict[str, Any]]:
+        mine.append(make())
+        return mine[0].folder, mine[0].config
+
+    folder, config = ranks.given(told)
+    return mine[0] if mine else Run(folder, config)
 
 
 @app.callback(invoke_without_command=True)

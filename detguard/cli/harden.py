@@ -8,22 +8,28 @@ import typer
 
 from detguard import DetguardError
 from detguard.cli.app import (
+    Device,
+    Fusion,
     Model,
     OutFolder,
     Resume,
     Seed,
     TopK,
     Trust,
+    Workers,
     app,
     err,
     out,
     progress_bar,
+    shared_run,
     show_error,
+    start_ranks,
     stop_signals,
 )
 from detguard.cli.evaluate import names
 
 if TYPE_CHECKING:
+    from detguard.ranks import Ranks
     from detguard.runs import Run
 
 Corruptions = Annotated[
@@ -92,16 +98,15 @@ def harden(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     top_k: TopK = None,
-    floor: Annotated[
-        float | None,
-        typer.Option(min=0, max=0.95, help="Least weight of the adversarial expert; default: .5, 0 on a shared trunk."),
-    ] = None,
+    fusion: Fusion = "bounded:0.5",
     corruptions: Corruptions = None,
     batch: Batch = 32,
     rate: Rate = 3e-3,
     seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
+    device: Device = "cpu",
+    workers: Workers = None,
     trust: Trust = False,
 ) -> None:
     """Train a detector that holds up under attacks: experts for normal, hard and adversarial photos, and their gate.
@@ -117,11 +122,12 @@ def harden(
     if resume:
         if data:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
-        run = Run.resume(resume, "harden")
+        ranks = start_ranks(device)
+        run = shared_run(ranks, lambda: Run.resume(resume, "harden"))
         with err.status("Loading the detector"):
-            _, imitated = (load_configured(one, trust) for one in run.config["detectors"])
+            _, imitated = (load_configured(one, trust, str(ranks.device)) for one in run.config["detectors"])
             network = load_model(run.config["model"], trust)[0]
-        sys.exit(run_hardening(run, network, imitated))
+        sys.exit(run_hardening(run, network, imitated, ranks, workers))
     if not data:
         raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
     # What a recipe or an attack cannot be without.
@@ -129,12 +135,13 @@ def harden(
     steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
         "recipe": recipe, "mode": mode, "split": split, "photos": photos, "crop": crop, "attack": attack, "eps": eps,
-        "steps": steps, "mix": mix, "top_k": top_k, "floor": floor, "batch": batch, "rate": rate, "seed": seed,
+        "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
+    ranks = start_ranks(device)
     with err.status("Loading the detector"):
         network = load_model(model, trust)[0]
-        given, imitated = (load_detector(name, imgsz, trust) for name in (model, teacher or model))
+        given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
         check_teacher(network, imitated, teacher or model)
         split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
     files = [str(file) for source in data for file in photo_files(source)]
@@ -146,7 +153,8 @@ def harden(
         "arguments": sys.argv[1:],
         "photos": files,
     }
-    sys.exit(run_hardening(Run.create("harden", out_folder, config), network, imitated))
+    run = shared_run(ranks, lambda: Run.create("harden", out_folder, config))
+    sys.exit(run_hardening(run, network, imitated, ranks, workers))
 
 
 def chosen_kinds(text: str | None) -> tuple[str, ...]:
@@ -174,11 +182,15 @@ def photo_files(source: str) -> list[Path]:
     return find_photos([source])
 
 
-def run_hardening(run: "Run", network: Any, teacher: Any) -> int:
+def last_loss(losses: dict[str, float]) -> str:
+    """What a progress bar says of the last record, where there is one."""
+    return f": loss {losses['loss']:.2f}" if losses else ""
+
+
+def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", workers: int | None) -> int:
     """Train what the run has not finished, with the network and teacher of its config; returns the exit code."""
     from detguard.data.batches import read_photos
     from detguard.detectors.gated import GatedNetwork
-    from detguard.engine import bf16_helps
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting
     from detguard.reports.hardening import hardening_page
@@ -203,7 +215,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any) -> int:
         },
     }
     kinds = chosen_kinds(",".join(config["corruptions"]))
-    setting = Setting(plan.batch, teacher.imgsz, plan.seed, bf16_helps(), corruptions=kinds)
+    setting = Setting.on(ranks, workers, plan.batch, teacher.imgsz, plan.seed, kinds)
     stopped = stop_signals()
     # In forward-backward passes, so that the time left is right in stages with and without attacks.
     stages = plan.stages(isinstance(network, GatedNetwork))
@@ -216,7 +228,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any) -> int:
 
         def on_batch(name: str, number: int, losses: dict[str, float]) -> bool:
             done = starts[name] + costs[name] * (number + 1)
-            progress.update(task, completed=done, description=f"{name}: loss {losses['loss']:.2f}")
+            progress.update(task, completed=done, description=f"{name}{last_loss(losses)}")
             return bool(stopped)
 
         try:
@@ -224,6 +236,9 @@ def run_hardening(run: "Run", network: Any, teacher: Any) -> int:
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
             return 130
+    ranks.end()
+    if not ranks.first:
+        return 0
     run.write("report.html", hardening_page(run))
     out.print(
         f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ...",

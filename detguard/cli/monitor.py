@@ -11,6 +11,7 @@ from detguard import DetguardError
 from detguard.cli.adapt import Replay, is_folder, read_labelled, resume_adaptation, start_adaptation
 from detguard.cli.app import (
     Device,
+    Fusion,
     ImageSize,
     Model,
     OutFolder,
@@ -22,6 +23,7 @@ from detguard.cli.app import (
     out,
     progress_bar,
     show_error,
+    start_ranks,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def monitor(
     window: Annotated[int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")] = 32,
     imgsz: ImageSize = None,
     top_k: TopK = None,
+    fusion: Fusion = None,
     out_folder: OutFolder = None,
     on_drift: Annotated[
         Literal["tell", "adapt"], typer.Option(help="adapt: then teach an ensemble what made its accuracy drop.")
@@ -83,11 +86,11 @@ def monitor(
         run = Run.resume(resume, "monitor")
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)
-        sys.exit(watch(run, watched, trust=trust))
+        sys.exit(watch(run, watched, device, trust=trust))
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
-        watched = load_detector(model, imgsz, trust, device, top_k=top_k)
+        watched = load_detector(model, imgsz, trust, device, top_k=top_k, fusion=fusion)
     if on_drift == "adapt" and not isinstance(watched, GatedDetector):
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     for source in replay or []:  # wrong data are told now, not when the stream has ended
@@ -102,7 +105,7 @@ def monitor(
         "arguments": sys.argv[1:],
     }
     list_photos = open_stream(config["stream"], watched) if stream != "-" else None  # wrong data leave no run behind
-    sys.exit(watch(Run.create("monitor", out_folder, config), watched, list_photos, trust))
+    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, list_photos, trust))
 
 
 def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Labelled]":
@@ -114,7 +117,9 @@ def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Label
     return list(in_order(dataset, dataset.category_ids(detector.class_names)))
 
 
-def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" = None, trust: bool = False) -> int:
+def watch(
+    run: "Run", detector: "Detector", device: str, photos: "Sequence[Labelled] | None" = None, trust: bool = False
+) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
     from detguard.data.stream import from_lines, lines_of
     from detguard.hardening.monitor import observe
@@ -152,10 +157,11 @@ def watch(run: "Run", detector: "Detector", photos: "Sequence[Labelled] | None" 
         return code
     folder, new = run.folder / "adapted", [str(run.folder / DROPPED)]
     if (folder / "config.yaml").exists():
-        failed = resume_adaptation(Run.resume(folder, "adapt"), trust)
+        failed = resume_adaptation(Run.resume(folder, "adapt"), trust, start_ranks(device))
     else:
         model, plan = run.config["detector"]["model"], {"mode": "auto"}
-        failed = start_adaptation(model, new, run.config["replay"], plan, out_folder=folder, trust=trust)
+        ranks = start_ranks(device)
+        failed = start_adaptation(model, new, run.config["replay"], plan, ranks, out_folder=folder, trust=trust)
     return failed or code
 
 

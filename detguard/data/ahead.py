@@ -1,117 +1,142 @@
-"""What takes long to make, made ahead by a process that lives and dies with this one."""
+"""What takes long to make, made ahead by processes that live and die with this one."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from multiprocessing.connection import Connection
-from threading import Timer
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from threading import Timer, current_thread, main_thread
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from detguard import DetguardError
 
 Thing = TypeVar("Thing")
-# Makes the thing of a number, and calls what it is given whenever it has come on a little.
-Make = Callable[[int, Callable[[], None]], Thing]
-# Seconds without a sign of life after which a process hangs, and how often in a row one is started for one thing.
-PATIENCE, ATTEMPTS = 45.0, 3
+# Seconds in which a thing must come, and how often in a row processes are started for one thing.
+PATIENCE, ATTEMPTS = 60.0, 3
 
 
 class AheadError(DetguardError):
-    """A process that is killed or hangs whenever it is started."""
+    """Processes that are killed or hang whenever they are started."""
 
 
-def ahead(make: Make[Thing], first: int, last: int) -> Iterator[Thing]:
-    """The things of numbers `first` to `last`; each is made while the one before is used.
+def ahead(
+    make: Callable[[int], Thing],
+    first: int,
+    last: int,
+    workers: int = 1,
+    pinned: bool = False,
+    patience: float = PATIENCE,
+) -> Iterator[Thing]:
+    """The things of numbers `first` to `last`, in order, made by `workers` processes while those before are used.
 
-    A process that is killed or hangs is started again, at the number that is missing.
+    A process that is killed, or whose thing has not come in `patience` seconds, is started again with all others, at
+    the number that is missing. pinned: tensors are in memory that a GPU copies from by itself.
 
     Raises:
         AheadError: it is killed or hangs again and again.
     """
     number, failed = first, 0
     while number < last:
-        process = _Maker(make, number, last)
+        makers = _Makers(make, number, last, workers, pinned)
         try:
             while number < last:
-                thing = process.next()
+                thing = makers.next(patience)
                 number, failed = number + 1, 0
                 yield thing
         except _Lost:
             failed += 1
             if failed == ATTEMPTS:
                 raise AheadError(
-                    f"the process that makes training batches was killed or hung {ATTEMPTS} times at batch "
-                    f"{number + 1}; see that there is memory for it, and go on with --resume"
+                    f"a process that makes training batches was killed or hung {ATTEMPTS} times at batch {number + 1}; "
+                    "see that there is memory for it, in containers shared memory too (--shm-size), or give fewer "
+                    "--workers, and go on with --resume"
                 ) from None
         finally:
-            process.end()
+            makers.end()
 
 
 class _Lost(Exception):
-    """The process was killed, or hung and was therefore killed."""
+    """A process was killed, or hung and was therefore killed."""
 
 
-class _Maker:
-    """A process that makes the things from `first` to `last`."""
+class _Things(Dataset):
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
 
-    def __init__(self, make: Make[Any], first: int, last: int) -> None:
-        # A fork shares what `make` knows, such as all photos; elsewhere that is copied.
-        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self._made, end = context.Pipe(duplex=False)
-        arguments = make, first, last, self._made, end, os.getpid()
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        end.close()  # or its death would not be seen
+    def __getitem__(self, number: int) -> Any:
+        return self.make(number)
 
-    def next(self) -> Any:
-        """The next thing, or what kept the process from making it.
+
+class _Makers:
+    """The processes that make the things from `first` to `last`: those of a DataLoader."""
+
+    def __init__(self, make: Callable[[int], Any], first: int, last: int, workers: int, pinned: bool) -> None:
+        loader = DataLoader(
+            _Things(make),
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            pin_memory=pinned,
+            worker_init_fn=partial(_settle, os.getpid()),
+            # A fork shares what `make` knows, such as all photos; elsewhere that is copied.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
+            generator=torch.Generator(),  # or it would draw from that of training
+        )
+        others = set(multiprocessing.active_children())
+        self._things = iter(loader)
+        self._processes: list[BaseProcess] = [p for p in multiprocessing.active_children() if p not in others]
+        # Its own handler would raise the death of a process in the midst of a step.
+        if hasattr(signal, "SIGCHLD") and current_thread() is main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def next(self, patience: float) -> Any:
+        """The next thing, or what kept a process from making it.
 
         Raises:
-            _Lost: there is no process any more.
+            _Lost: one of the processes is no more.
         """
-        made = None  # a sign of life
-        while made is None:
-            # Not by waiting for the pipe to be readable: a process may hang with half a thing in it.
-            watch = Timer(PATIENCE, self._process.kill)
-            watch.start()
-            try:
-                made = self._made.recv()
-            except (EOFError, OSError):
+        if self._died(0):
+            raise _Lost
+        watch = Timer(patience, self._kill)
+        watch.start()
+        try:
+            return next(self._things)
+        except (RuntimeError, OSError, EOFError):  # the latter of things that a dead process had still to hand over
+            if self._died(1):
                 raise _Lost from None
-            finally:
-                watch.cancel()
-        if isinstance(made, Exception):
-            raise made
-        return made
+            raise
+        finally:
+            watch.cancel()
 
     def end(self) -> None:
-        """Have no process any more."""
-        self._process.kill()
-        self._process.join()
-        self._made.close()
+        """Have no processes any more."""
+        self._kill()
+        del self._things
+
+    def _died(self, seconds: float) -> bool:
+        return bool(wait([process.sentinel for process in self._processes], seconds))
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
 
 
-def _serve(make: Make[Any], first: int, last: int, ours: Connection, made: Connection, parent: int) -> None:
+def _settle(parent: int, _: int) -> None:
+    """Have a process that was just started die with its parent, and leave signals to it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: to be sent when the parent ends
         if os.getppid() != parent:
-            return  # it has ended
-        ours.close()  # forked, too, and while anyone has it open, to send to a dead parent is to wait for ever
+            os._exit(0)  # it has ended
     # Ctrl-C and the like, which all processes of a group get, are for the parent alone: it saves, then ends us.
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    with suppress(BrokenPipeError):  # there is no parent
-        for number in range(first, last):
-            try:
-                made.send(make(number, lambda: made.send(None)))
-            except Exception as error:
-                made.send(error)
-                raise
+    gc.freeze()  # what it shares is not its own to end, and to count it would copy it

@@ -1,8 +1,11 @@
 """Training batches: photos randomly cropped, flipped, stretched, toned and tiled, the same for the same seed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -11,67 +14,114 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detguard import DetguardError
-from detguard.data.ahead import ahead
+from detguard.data.ahead import PATIENCE, ahead
 from detguard.data.corruptions import KINDS, SEVERITIES, corrupt
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
-from detguard.photos import PADDING_LEVEL, Letterbox, Photo, read_photo
+from detguard.engine import cores
+from detguard.photos import PADDING_LEVEL, Letterbox, Photo, decode_photo, encode_jpeg, encode_png, read_photo
+from detguard.ranks import ALONE, Ranks
 
-# Photos are kept decoded; larger ones would be shrunk to a frame anyway.
-KEPT_SIDE = 1.5
+# Larger photos are shrunk to so many times the side of a frame, in which they would be anyway, and kept as JPEG.
+KEPT_SIDE, KEPT_QUALITY = 1.5, 95
 # An object of which less is left in a frame is not labelled there.
 VISIBLE = 0.3
 MOSAIC_SHARE = 0.3
+# Seconds that a frame may take before the process that makes it counts as hung.
+OF_FRAME = 1.0
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """Decoded photos and how likely each is drawn; probabilities sum to 1.
+    """Photos as bytes of image files, and how likely each is drawn.
 
-    labels: of each photo, boxes in its pixels as it is kept here; empty where photos have none. plain: photos are shown
-    at the size at which a detector sees them, padded to squares and mirrored at random: an attack, for one, does not
-    outlast being resized.
+    data: all of them, one after the other: as objects of their own, each would be copied for every process that reads
+    it. ends: int64 [N], where each ends there; probability: float64 [N], sums to 1. labels: of each photo, boxes in its
+    pixels as it is kept here; empty where photos have none. plain: photos are shown at the size at which a detector
+    sees them, padded to squares and mirrored at random: an attack, for one, does not outlast being resized.
     """
 
-    photos: list[Photo]
+    data: bytearray
+    ends: NDArray[np.int64]
     probability: NDArray[np.float64]
     labels: Sequence[Labelled] = ()
     plain: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        photos: Iterable[bytes],
+        probability: Sequence[float] | NDArray[np.float64],
+        labels: Sequence[Labelled] = (),
+        plain: bool = False,
+    ) -> "PhotoSet":
+        """A set of image files; probabilities are brought to a sum of 1."""
+        data, ends = bytearray(), []
+        for photo in photos:
+            data += photo
+            ends.append(len(data))
+        p = np.array(probability, np.float64)
+        return cls(data, np.array(ends, np.int64), p / p.sum(), labels, plain)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def photo(self, number: int) -> Photo:
+        """One of the photos, decoded."""
+        start = int(self.ends[number - 1]) if number else 0
+        return decode_photo(memoryview(self.data)[start : int(self.ends[number])])
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The number of a photo, drawn by its probability."""
+        return min(int(np.searchsorted(self.cumulative, rng.random(), "right")), len(self) - 1)
+
+    @cached_property
+    def cumulative(self) -> NDArray[np.float64]:
+        """The sums of the probabilities so far: to add them up for every draw takes long with many photos."""
+        return np.cumsum(self.probability)
 
 
 def read_photos(
     folders: Sequence[tuple[Sequence[Path] | Sequence[Labelled], float]], size: int, plain: bool = False
 ) -> tuple[PhotoSet, list[str]]:
-    """Decode photos, given as lists with the share of a batch that each list has, for frames of `size` pixels.
+    """Read photos, given as lists with the share of a batch that each list has, for frames of `size` pixels.
 
     Returns the set, with labels if the photos have them, and a message for each photo that cannot be read.
 
     Raises:
         DetguardError: no photo can be read.
     """
-    photos: list[Photo] = []
+    kept: list[bytes] = []
     labels: list[Labelled] = []
     probability: list[float] = []
     broken: list[str] = []
-    for shown, share in folders:
-        before = len(photos)
-        for entry in shown:
-            try:
-                photo = read_photo(entry.file if isinstance(entry, Labelled) else entry)
-            except DetguardError as error:
-                broken.append(str(error))
-                continue
-            kept = _shrunk(photo, size, plain)
-            if isinstance(entry, Labelled):
-                scale = torch.tensor([kept.shape[1] / photo.shape[1], kept.shape[0] / photo.shape[0]] * 2)
-                labels.append(replace(entry, objects=replace(entry.objects, boxes=entry.objects.boxes * scale)))
-            photos.append(kept)
-        count = len(photos) - before
-        probability += [share / count] * count if count else []
-    if not photos:
+
+    def read(entry: Path | Labelled) -> tuple[bytes, Labelled | None] | str:
+        try:
+            photo = read_photo(entry.file if isinstance(entry, Labelled) else entry)
+        except DetguardError as error:
+            return str(error)
+        shown = _shrunk(photo, size, plain)
+        data = encode_png(shown) if plain else encode_jpeg(shown, KEPT_QUALITY)
+        if not isinstance(entry, Labelled):
+            return data, None
+        scale = torch.tensor([shown.shape[1] / photo.shape[1], shown.shape[0] / photo.shape[0]] * 2)
+        return data, replace(entry, objects=replace(entry.objects, boxes=entry.objects.boxes * scale))
+
+    with ThreadPoolExecutor(cores()) as pool:
+        for shown, share in folders:
+            before = len(kept)
+            for found in pool.map(read, shown):
+                if isinstance(found, str):
+                    broken.append(found)
+                    continue
+                kept.append(found[0])
+                labels += [found[1]] if found[1] else []
+            count = len(kept) - before
+            probability += [share / count] * count if count else []
+    if not kept:
         raise DetguardError(broken[0] if broken else "no photos to train on")
-    p = np.array(probability)
-    return PhotoSet(photos, p / p.sum(), labels, plain), broken
+    return PhotoSet.of(kept, probability, labels, plain), broken
 
 
 def _shrunk(photo: Photo, size: int, plain: bool) -> Photo:
@@ -131,47 +181,32 @@ def show(photo: Photo, canvas: Photo, rng: np.random.Generator) -> NDArray[np.fl
     return np.array([[-1 if mirrored else 1, 0, left + (w - 1) * mirrored], [0, 1, top]], np.float64)
 
 
-def draw_frames(
-    source: PhotoSet,
-    count: int,
-    size: int,
-    rng: np.random.Generator,
-    zoom: float = 1.0,
-    on_frame: Callable[[], None] = lambda: None,
-) -> tuple[NDArray[np.uint8], list[list[Drawn]]]:
-    """Random training frames, uint8 [count, size, size, 3] RGB, and the photos in each; some are mosaics of four.
+def draw_frame(
+    source: PhotoSet, size: int, rng: np.random.Generator, zoom: float = 1.0
+) -> tuple[NDArray[np.uint8], list[Drawn]]:
+    """A random training frame, uint8 [size, size, 3] RGB, and the photos in it; some are mosaics of four.
 
-    zoom: photos drawn so many times larger, so that small frames show parts of them at the scale of large frames;
-    on_frame: called after each.
+    zoom: photos drawn so many times larger, so that small frames show parts of them at the scale of large frames.
     """
-    frames = np.full((count, size, size, 3), PADDING_LEVEL, np.uint8)
-    drawn: list[list[Drawn]] = [[] for _ in frames]
+    frame = np.full((size, size, 3), PADDING_LEVEL, np.uint8)
+    drawn: list[Drawn] = []
 
-    def draw(canvas: Photo, into: list[Drawn], x: int, y: int, wide: float) -> None:
-        number = int(rng.choice(len(source.photos), p=source.probability))
-        photo, side = source.photos[number], canvas.shape[0]
+    def draw(canvas: Photo, x: int, y: int, wide: float) -> None:
+        number, side = source.draw(rng), canvas.shape[0]
+        photo = source.photo(number)
         matrix = show(photo, canvas, rng) if source.plain else augment(photo, canvas, rng, wide, zoom)
-        into.append(Drawn(number, matrix + np.array([[0, 0, x], [0, 0, y]]), (x, y, x + side, y + side)))
+        drawn.append(Drawn(number, matrix + np.array([[0, 0, x], [0, 0, y]]), (x, y, x + side, y + side)))
 
-    for canvas, into in zip(frames, drawn, strict=True):
-        if not source.plain and rng.random() < MOSAIC_SHARE:  # more and smaller objects
-            half = size // 2
-            for y in (0, half):
-                for x in (0, half):
-                    tile = np.full((half, half, 3), PADDING_LEVEL, np.uint8)
-                    draw(tile, into, x, y, 2.2)
-                    canvas[y : y + half, x : x + half] = tile
-        else:
-            draw(canvas, into, 0, 0, 1.7)
-        on_frame()
-    return frames, drawn
-
-
-def make_frames(
-    source: PhotoSet, count: int, size: int, rng: np.random.Generator, zoom: float = 1.0
-) -> NDArray[np.uint8]:
-    """The frames of `draw_frames`."""
-    return draw_frames(source, count, size, rng, zoom)[0]
+    if source.plain or rng.random() >= MOSAIC_SHARE:
+        draw(frame, 0, 0, 1.7)
+        return frame, drawn
+    half = size // 2  # more and smaller objects
+    for y in (0, half):
+        for x in (0, half):
+            tile = np.full((half, half, 3), PADDING_LEVEL, np.uint8)
+            draw(tile, x, y, 2.2)
+            frame[y : y + half, x : x + half] = tile
+    return frame, drawn
 
 
 def labels_of(drawn: Sequence[Drawn], labels: Sequence[Labelled]) -> Labelled:
@@ -201,22 +236,15 @@ def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-def make_hard(
-    frames: NDArray[np.uint8],
-    rng: np.random.Generator,
-    kinds: Sequence[str] = tuple(KINDS),
-    on_frame: Callable[[], None] = lambda: None,
-) -> None:
-    """Corrupt each of `frames` in place by a random one of `kinds` at a random severity; call `on_frame` after each."""
-    for frame in frames:
-        kind, severity = str(rng.choice(list(kinds))), int(rng.choice(SEVERITIES))
-        frame[:] = corrupt(frame, kind, severity, int(rng.integers(2**31)))
-        on_frame()
+def make_hard(frame: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequence[str] = tuple(KINDS)) -> Photo:
+    """A frame corrupted by a random one of `kinds` at a random severity."""
+    kind, severity = str(rng.choice(list(kinds))), int(rng.choice(SEVERITIES))
+    return corrupt(frame, kind, severity, int(rng.integers(2**31)))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames, float32 [B, 3, S, S], 0..1, clean; and as they are shown, the first `hard` of them corrupted.
+    """Frames of this process, float32 [B, 3, S, S], 0..1, clean; and as they are shown, the first `hard` corrupted.
 
     labels: of each frame, boxes in its pixels, where the photos have some.
     """
@@ -227,8 +255,17 @@ class Batch:
     labels: Sequence[Labelled] = ()
 
 
-# Frames, clean, and the hard ones as they are shown, uint8 [B, S, S, 3]; and the photos in each.
-Made = tuple[NDArray[np.uint8], NDArray[np.uint8], list[list[Drawn]]]
+class Made(NamedTuple):
+    """What a process makes of a batch. clean, hard: uint8 [B, S, S, 3], and its first frames as they are shown.
+
+    objects: float64 [N, 6], frame, class and box, as one tensor, or there would be a file open for each; known: of each
+    labelled frame.
+    """
+
+    clean: Tensor
+    hard: Tensor
+    objects: Tensor
+    known: list[tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -242,13 +279,25 @@ class _Maker:
     hard: int
     zoom: float
     kinds: Sequence[str]
+    ranks: Ranks
 
-    def make(self, number: int, on_frame: Callable[[], None]) -> Made:
-        rng = np.random.default_rng((self.seed, number))
-        clean, drawn = draw_frames(self.source, self.count, self.size, rng, self.zoom, on_frame)
-        shown = clean.copy()
-        make_hard(shown[: self.hard], rng, self.kinds, on_frame)
-        return clean, shown[: self.hard], drawn
+    def __call__(self, number: int) -> Made:
+        clean, hard, objects, known = list[Photo](), list[Photo](), list[Tensor](), []
+        for i in self.ranks.rows(0, self.count):
+            # Of its own for each frame, which is then the same whichever process makes it.
+            rng = np.random.default_rng((self.seed, number, i))
+            frame, drawn = draw_frame(self.source, self.size, rng, self.zoom)
+            if self.source.labels:
+                label = labels_of(drawn, self.source.labels)
+                found, of_frame = label.objects, torch.full((len(label.objects), 1), len(clean))
+                objects.append(torch.cat([of_frame, found.classes[:, None], found.boxes], 1).double())
+                known.append(label.known)
+            clean.append(frame)
+            if i < self.hard:
+                hard.append(make_hard(frame, rng, self.kinds))
+        shown = np.stack(hard) if hard else np.zeros((0, self.size, self.size, 3), np.uint8)
+        whole = torch.cat(objects) if objects else torch.zeros(0, 6)
+        return Made(torch.from_numpy(np.stack(clean)), torch.from_numpy(shown), whole, known)
 
 
 def batches(
@@ -261,24 +310,34 @@ def batches(
     hard: int = 0,
     zoom: float = 1.0,
     kinds: Sequence[str] = tuple(KINDS),
+    workers: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Batch]:
-    """Batches number `first` to `last`, each the same whichever came before it.
+    """Batches number `first` to `last`, each the same whichever came before it and however many processes make it.
 
-    kinds: of the corruptions of hard frames. A process makes them ahead: a thread would hold the interpreter that
-    training waits for, which took a quarter of its steps.
+    count: frames of all `ranks` together, of which these are this one's; the first `hard` of all are corrupted by
+    `kinds`. They are made ahead by `workers` processes: a thread would hold the interpreter that training waits for.
 
     Raises:
-        AheadError: that process cannot be kept alive.
+        AheadError: those processes cannot be kept alive.
     """
     cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
-    maker = _Maker(source, count, size, seed, hard, zoom, kinds)
-    for levels, corrupted, drawn in ahead(maker.make, first, last):
-        clean = _frames(levels)
-        shown = clean.clone()
-        shown[:hard] = _frames(corrupted)
-        labels = [labels_of(photos, source.labels) for photos in drawn] if source.labels else ()
-        yield Batch(clean, shown, hard, labels)
+    maker = _Maker(source, count, size, seed, hard, zoom, kinds, ranks)
+    device = ranks.device
+    for made in ahead(maker, first, last, workers, device.type == "cuda", PATIENCE + OF_FRAME * count):
+        clean = _frames(made.clean, device)
+        shown = torch.cat([_frames(made.hard, device), clean[len(made.hard) :]])
+        yield Batch(clean, shown.contiguous(memory_format=torch.channels_last), len(made.hard), _labels(made))
 
 
-def _frames(levels: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(levels).permute(0, 3, 1, 2).float().div_(255)
+def _frames(levels: Tensor, device: torch.device) -> Tensor:
+    return levels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+
+
+def _labels(made: Made) -> list[Labelled]:
+    labels = []
+    for number, known in enumerate(made.known):
+        rows = made.objects[made.objects[:, 0] == number]
+        objects = Detections(rows[:, 2:].float(), torch.ones(len(rows)), rows[:, 1].long())
+        labels.append(Labelled(Path(), objects, known))
+    return labels

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ultralytics.models.rtdetr.predict import RTDETRPredictor
 from ultralytics.models.yolo.detect import DetectionPredictor
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder
 from ultralytics.utils.ops import xywh2xyxy
-from ultralytics.utils.tal import dist2bbox, make_anchors
+from ultralytics.utils.tal import dist2bbox
 
 from detguard import DetguardError
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
@@ -53,6 +53,8 @@ class UltralyticsDetector(Detector):
         if not isinstance(self.head, (Detect, RTDETRDecoder)) or getattr(frozen, "task", "detect") != "detect":
             raise DetguardError(f"{name}: a {type(self.head).__name__} model; only box detection can be attacked")
         self.stretch = isinstance(self.head, RTDETRDecoder)
+        if not self.stretch:
+            self.head.stride = self.head.stride.cpu()  # or a GPU would be waited for in every pass
         self.stride = max(int(frozen.stride.max()), 32)
         self.imgsz = math.ceil(imgsz / self.stride) * self.stride  # whole strides, as the predictor makes it
         self._predictor: DetectionPredictor | RTDETRPredictor | None = None
@@ -130,9 +132,23 @@ def head_outputs(head: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
 
 def decode(head: Any, raw: dict[str, Any], gate: Tensor | None = None) -> Candidates:
     """Candidates from the raw outputs of an anchor-based head; `gate`: the logits of the gate behind them."""
-    anchors, strides = make_anchors(raw["feats"], head.stride, 0.5)
+    anchors, strides = _places(raw["feats"], head.stride.tolist())
     distances = head.dfl(raw["boxes"]).transpose(1, 2)
     boxes = dist2bbox(distances, anchors, xywh=False) * strides
     bins = raw["boxes"].unflatten(1, (4, -1)).permute(0, 3, 1, 2) if head.reg_max > 1 else None
     places = Anchors(anchors * strides, strides, bins)
     return Candidates(raw["scores"].transpose(1, 2), boxes, head.end2end, places, gate)
+
+
+def _places(maps: Sequence[Tensor], strides: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Middles of the cells of feature maps, in cells, [N, 2] xy, and the strides of each, [N, 1], made where they are.
+
+    Ultralytics' `make_anchors` makes them on the CPU, for which a GPU waits.
+    """
+    points, of_points = [], []
+    for found, stride in zip(maps, strides, strict=True):
+        height, width = found.shape[2:]
+        y, x = (torch.arange(side, device=found.device, dtype=found.dtype) + 0.5 for side in (height, width))
+        points.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], 2).view(-1, 2))
+        of_points.append(found.new_full((height * width, 1), stride))
+    return torch.cat(points), torch.cat(of_points)

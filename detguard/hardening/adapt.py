@@ -27,6 +27,7 @@ from detguard.hardening.losses import imitation_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
 from detguard.photos import read_photo
+from detguard.ranks import Ranks
 from detguard.runs import Run
 from detguard.training_loss import assign, detection_loss
 
@@ -115,7 +116,8 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
 @torch.no_grad()
 def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
     """The expert that does most for new photos: highest mean of the gate's weight times e^-loss."""
-    (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1)
+    # By the same frames in all ranks, which must come to the same answer.
+    (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1, ranks=Ranks(setting.ranks.device))
     found = [setting.run(network, batch.shown, i)[0] for i in range(len(network.names))]
     harm = torch.stack([_label_loss(of_one, batch.labels) for of_one in found], 1)
     gate = found[0].gate  # the same by every route
@@ -135,10 +137,10 @@ def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Bat
             frames = new.shown if old is None else torch.cat([new.shown, old.shown])
             last, _ = run_layers(network.trunk, frames, {}, network.save)
             features.append(network.gate.features(network.seen_by_gate(frames, last)))
-            is_new.append(torch.arange(len(frames)) < len(new.shown))
+            is_new.append(torch.arange(len(frames), device=frames.device) < len(new.shown))
     x, y, out = torch.cat(features), torch.cat(is_new).float(), network.gate.out
     old_logits = out(x)[:, :known].detach().logsumexp(1)
-    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+    weight, bias = (torch.zeros(size, device=x.device, requires_grad=True) for size in (x.shape[1], 1))
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -150,7 +152,9 @@ def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Bat
     optimizer.step(loss)
     count = len(out.bias) - known
     with torch.no_grad():
-        out.weight[known:] = weight + FIT_SPREAD * (count > 1) * torch.randn(count, len(weight)) * weight.std()
+        out.weight[known:] = (
+            weight + FIT_SPREAD * (count > 1) * torch.randn(count, len(weight), device=x.device) * weight.std()
+        )
         out.bias[known:] = bias - math.log(count)
 
 
@@ -190,20 +194,21 @@ def adapt(
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     before.top_k = None
     grow(network, plan, new, setting)
-    made = run.path("weights/adapted.safetensors")
-    if load_made(network, made):
+    made, ranks = run.folder / "weights/adapted.safetensors", setting.ranks
+    if load_made(network, made, ranks):
         return made
     top_k, network.top_k = network.top_k, None  # who is not asked does not learn
     count = plan.batch if old is None else round(NEW_SHARE * plan.batch)
     third = (plan.batch - count) // 3
 
-    def shown(first: int, last: int = plan.number) -> Iterator[tuple[Batch, Batch | None]]:
-        of_new = batches(new, count, setting.size, setting.seed, first, last)
+    def shown(first: int, last: int = plan.number, ranks: Ranks = ranks) -> Iterator[tuple[Batch, Batch | None]]:
+        size, seed, kinds = setting.size, setting.seed, setting.corruptions
+        of_new = batches(new, count, size, seed, first, last, workers=setting.workers, ranks=ranks)
         if old is None:
             yield from ((batch, None) for batch in of_new)
             return
-        size, seed, kinds = setting.size, setting.seed + 1, setting.corruptions
-        of_old = batches(old, plan.batch - count, size, seed, first, last, third, kinds=kinds)
+        rest, workers = plan.batch - count, setting.workers
+        of_old = batches(old, rest, size, seed + 1, first, last, third, kinds=kinds, workers=workers, ranks=ranks)
         yield from zip(of_new, of_old, strict=True)
 
     learned = learned_parameters(network, plan)
@@ -212,68 +217,79 @@ def adapt(
         found = setting.run(network, frames)[0]
         return imitation_loss(found, found)
 
-    check_memory(network.to(memory_format=torch.channels_last), loss, setting.size, plan.batch)
-    checkpoint = run.path(f"state/{STAGE}.pt")
-    if plan.experts and not checkpoint.exists():
-        fit_gate(network, len(before.names), shown(0, FIT_BATCHES))
+    check_memory(network.to(memory_format=torch.channels_last), loss, setting.size, plan.batch, ranks)
+    checkpoint = run.folder / f"state/{STAGE}.pt"
+    if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
+        fit_gate(network, len(before.names), shown(0, FIT_BATCHES, Ranks(ranks.device)))
     hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
-    log = BatchLog(run, STAGE, plan.number, plan.batch)
+    log = BatchLog(run, STAGE, plan.number, plan.batch, ranks)
+    counts = Counts(count, plan.batch - count, third)
 
-    def learn(pair: tuple[Batch, Batch | None], number: int, update: Update) -> dict[str, float]:
-        generator = torch.Generator().manual_seed((setting.seed << 32) + number)
-        losses = _losses(network, before, *pair, third, plan, setting, generator)
+    def learn(pair: tuple[Batch, Batch | None], number: int, update: Update) -> dict[str, Tensor]:
+        torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
+        losses = batch_losses(network, before, *pair, counts, plan, setting)
         update(losses["loss"])
-        return {name: float(value.detach()) for name, value in losses.items()}
+        return losses
 
     pace = Pace(plan.number, plan.rate, plan.rate, setting.save_every)
     try:
-        train(network, learned, shown, learn, pace, checkpoint, on_batch, log)
+        train(network, learned, shown, learn, pace, checkpoint, on_batch, log, ranks)
     finally:
         for hook in hooks:
             hook.remove()
         network.top_k = top_k
-    save_gated(network, card, made)
+    if ranks.first:
+        save_gated(network, card, made)
     return made
 
 
-def _losses(
+@dataclass(frozen=True)
+class Counts:
+    """Frames of a batch of all ranks: new ones, old ones, and how many of the old, the last, are attacked."""
+
+    new: int
+    old: int
+    attacked: int
+
+
+def batch_losses(
     network: GatedNetwork,
     before: GatedNetwork,
     new: Batch,
     old: Batch | None,
-    attacked: int,
+    counts: Counts,
     plan: Adaptation,
     setting: Setting,
-    generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """L1, of labels and of who should be asked, and L2 of a batch; the last `attacked` old frames are attacked."""
-    frames, labels = new.shown, list(new.labels)
+    """L1, of labels and of who should be asked, and L2 of a batch: this rank's summands of means over all of it."""
+    frames, labels, ranks = new.shown, list(new.labels), setting.ranks
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
         labels += list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, IOU)]
-        shown = old.shown
-        if attacked:
-            rows = slice(len(shown) - attacked, len(shown))
+        shown, first = old.shown, counts.old - counts.attacked
+        rows = slice(len(ranks.rows(0, first)), len(shown))
+        if rows.stop > rows.start:
 
             def harm(x: Tensor) -> Tensor:
                 return imitation_loss(setting.run(network, x)[0], wanted[rows])
 
-            shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, generator))
+            among = range(ranks.rows(first, counts.old).start - first, counts.attacked, ranks.count)
+            shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, among))
         frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
-    known = len(before.names)
+    known, batch = len(before.names), counts.new + counts.old * (old is not None)
     with setting.precision():
         raw, logits = network(frames)
     found = decode(network.head, raw, logits)
     of_labels = _label_loss(found, labels)
-    losses = {"loss": of_labels.mean(), "new": of_labels[: len(new.shown)].mean()}
+    losses = {"loss": of_labels.sum() / batch, "new": of_labels[: len(new.shown)].sum() / counts.new}
     if old is not None:
-        losses["old"] = of_labels[len(new.shown) :].mean()
+        losses["old"] = of_labels[len(new.shown) :].sum() / counts.old
     if plan.experts:
         log_weights = logits.log_softmax(1)
         groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])
         asked = torch.cat([groups[1, : len(new.shown)], groups[0, len(new.shown) :]])
-        losses["gate"] = -asked.mean()
+        losses["gate"] = -asked.sum() / batch
         losses["loss"] = losses["loss"] + losses["gate"]
     if plan.mode == "full" and plan.keep:
         with setting.precision():
@@ -281,7 +297,7 @@ def _losses(
                 was = before(frames)[0]["experts"]
             now = zip(raw["experts"][:known], was, strict=True)
             pairs = [(decode(network.head, a), decode(network.head, b)) for (_, a), (_, b) in now]
-        losses["moved"] = torch.stack([retention_loss(a, b).mean() for a, b in pairs]).sum()
+        losses["moved"] = torch.stack([retention_loss(a, b).sum() / batch for a, b in pairs]).sum()
         losses["loss"] = losses["loss"] + plan.keep * losses["moved"]
     return losses
 
@@ -292,6 +308,7 @@ def _label_loss(found: Candidates, labels: Sequence[Labelled]) -> Tensor:
     for row, label in zip(known, labels, strict=True):
         if label.known is not None:
             row.zero_()[list(label.known)] = 1
+    known = known.to(found.logits.device, non_blocking=True)
     parts = detection_loss(found, assign(found, [label.objects for label in labels]), known)
     return torch.stack(list(parts.values())).sum(0)
 

@@ -44,12 +44,17 @@ class Adversary:
         """Updates of the weights per batch: one, or by "free" one at the clean frames and one after every step."""
         return self.steps + 1 if self.method == "free" else 1
 
-    def start(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """Where an attack on frames, float32 [B, 3, H, W] in 0..1, begins."""
+    def start(self, frames: Tensor, among: range | None = None) -> Tensor:
+        """Where an attack on frames, float32 [B, 3, H, W] in 0..1, begins; its noise is drawn on their device.
+
+        among: which rows of a larger batch they are, as noise is drawn for all of it; by default they are all.
+        """
         if self.method == "fgsm":
             return frames
-        eps = self.eps / 255
-        return torch.empty_like(frames).uniform_(-eps, eps, generator=generator).add_(frames).clamp_(0, 1)
+        rows = range(len(frames)) if among is None else among
+        eps, shape = self.eps / 255, (rows.stop, *frames.shape[1:])
+        noise = torch.empty(shape, device=frames.device, memory_format=torch.channels_last)
+        return noise.uniform_(-eps, eps)[rows.start :: rows.step].add_(frames).clamp_(0, 1)
 
     def clip(self, x: Tensor, frames: Tensor) -> Tensor:
         """The nearest to `x` that is within the budget around `frames` and in 0..1."""
@@ -62,10 +67,10 @@ class Adversary:
 
 
 def perturb(
-    frames: Tensor, loss: Callable[[Tensor], Tensor], adversary: Adversary, generator: torch.Generator
+    frames: Tensor, loss: Callable[[Tensor], Tensor], adversary: Adversary, among: range | None = None
 ) -> Tensor:
-    """Frames, float32 [B, 3, H, W] in 0..1, moved within the budget to where `loss` ([B]) is higher."""
-    x = adversary.start(frames, generator)
+    """Frames, float32 [B, 3, H, W] in 0..1, moved within the budget to where `loss` ([B]) is higher; see `start`."""
+    x = adversary.start(frames, among)
     for _ in range(adversary.steps):
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(x).sum(), x)

@@ -1,5 +1,7 @@
 """What experts learn: to say of a changed photo what the undefended detector says of the clean one."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, xlogy
 
@@ -37,22 +39,37 @@ def imitation_parts(student: Candidates, teacher: Candidates) -> dict[str, Tenso
     return parts
 
 
-def feature_loss(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
+def feature_variances(teacher: dict[int, Tensor], mean: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """The variance of each channel of feature maps, [B, C, H, W] by layer, over the batch; [1, C, 1, 1] each.
+
+    mean: of the batch's processes, of what is a mean over the frames of each.
+    """
+    # By means, which are vectorized over channels that lie side by side; var is not.
+    maps = {layer: _grid(x) for layer, x in teacher.items()}
+    sums = {layer: torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))]) for layer, x in maps.items()}
+    whole = mean(torch.cat(list(sums.values()), 1)).split([x.shape[1] for x in sums.values()], 1)
+    return {
+        layer: (square - first.square()).clamp(min=0)[None, :, None, None]
+        for layer, (first, square) in zip(sums, whole, strict=True)
+    }
+
+
+def feature_loss(student: dict[int, Tensor], teacher: dict[int, Tensor], variances: dict[int, Tensor]) -> Tensor:
     """Squared error of the feature maps that both have, [B, C, H, W] by layer, from the teacher's; per frame, [B].
 
-    Each channel in units of its variance over the batch; a tenth of the layer's is added, so that channels that hardly
-    ever speak do not outweigh the rest. Of large maps a grid of about 12 x 12 positions counts.
+    Each channel in units of its variance over the batch (`feature_variances`); a tenth of the layer's is added, so that
+    channels that hardly ever speak do not outweigh the rest. Of large maps a grid of about 12 x 12 positions counts.
     """
     errors = []
     for layer in sorted(student.keys() & teacher.keys()):
-        found, wanted = student[layer], teacher[layer].detach()
-        step = max(1, wanted.shape[-1] // 12)
-        found, wanted = (x[..., ::step, ::step].float() for x in (found, wanted))
-        # By means, which are vectorized over channels that lie side by side; var is not.
-        mean, square = (x.mean((0, 2, 3), keepdim=True) for x in (wanted, wanted.square()))
-        variance = (square - mean.square()).clamp(min=0)
-        errors.append(((found - wanted).square() / (variance + 0.1 * variance.mean() + 1e-6)).mean((1, 2, 3)))
+        error, variance = (_grid(student[layer]) - _grid(teacher[layer].detach())).square(), variances[layer]
+        errors.append((error / (variance + 0.1 * variance.mean() + 1e-6)).mean((1, 2, 3)))
     return torch.stack(errors).mean(0)
+
+
+def _grid(maps: Tensor) -> Tensor:
+    step = max(1, maps.shape[-1] // 12)
+    return maps[..., ::step, ::step].float()
 
 
 def aimed_loss(student: Candidates, teacher: Candidates, aim: str) -> Tensor:

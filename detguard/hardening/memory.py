@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from detguard import DetguardError
 from detguard.engine import free_memory
+from detguard.ranks import ALONE, Ranks
 
 # Side of the frame that is measured, a multiple of all strides: what is kept for the backward pass grows with the area.
 PROBE = 160
@@ -14,16 +15,23 @@ PROBE = 160
 PEAK = 1.7
 
 
-def check_memory(network: nn.Module, loss: Callable[[Tensor], Tensor], size: int, batch: int) -> None:
-    """See that there is memory for steps on a batch of frames of `size` pixels.
+def check_memory(
+    network: nn.Module, loss: Callable[[Tensor], Tensor], size: int, batch: int, ranks: Ranks = ALONE
+) -> None:
+    """See that there is memory for steps on a batch of frames of `size` pixels, which `ranks` share.
 
-    loss: of frames, [B, 3, H, W], by the network.
+    loss: of frames, [B, 3, H, W], by the network, both on the device of this process.
 
     Raises:
         DetguardError: there is not; tells the largest batch that fits.
     """
-    free, of_frame = free_memory(), PEAK * kept_bytes(network, loss) * (size / PROBE) ** 2
-    if free is None or batch * of_frame <= free:
+    free = memory_of(ranks.device)
+    if free is None:
+        return
+    # Of a GPU each process has one to itself; on CPUs those of a machine share its memory.
+    of_batch = (ranks.local if ranks.device.type == "cpu" else 1) / ranks.count
+    of_frame = PEAK * kept_bytes(network, loss, ranks.device) * (size / PROBE) ** 2 * of_batch
+    if batch * of_frame <= free:
         return
     fits = int(free / of_frame)
     advice = f"--batch {fits} fits" if fits > 1 else "train on smaller frames"
@@ -33,7 +41,15 @@ def check_memory(network: nn.Module, loss: Callable[[Tensor], Tensor], size: int
     )
 
 
-def kept_bytes(network: nn.Module, loss: Callable[[Tensor], Tensor]) -> int:
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a device that are free, those that torch keeps for later included; None where nothing tells."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return free_memory() if device.type == "cpu" else None
+
+
+def kept_bytes(network: nn.Module, loss: Callable[[Tensor], Tensor], device: torch.device = torch.device("cpu")) -> int:
     """Bytes that a forward pass of one frame, PROBE pixels wide, keeps for the backward pass."""
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, Tensor] = {}  # which are not freed, or others would get their places
@@ -43,7 +59,8 @@ def kept_bytes(network: nn.Module, loss: Callable[[Tensor], Tensor]) -> int:
             kept[place] = tensor
         return tensor
 
-    frames = torch.full((1, 3, PROBE, PROBE), 0.5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    frames = torch.full((1, 3, PROBE, PROBE), 0.5, device=device).contiguous(memory_format=torch.channels_last)
+    frames.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss(frames)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detguard.engine import bf16_helps
+from detguard.ranks import ALONE, Ranks
 
 MOMENTUM, DECAY, CLIP = 0.95, 0.01, 10.0
 # Coefficients and number of the Newton-Schulz steps that make a matrix nearly orthogonal (Jordan et al. 2024).
@@ -20,15 +21,26 @@ class Optimizer:
     Batch norms folded in, weights of one layer may be a hundred times those of another, so steps are in proportion.
     Those of matrices are orthogonal (Muon, Jordan et al. 2024): a network that was never attacked has to change in many
     directions, and comes as far in a third of the updates. `fixed` parameters have steps of `fixed_size` times `rate`:
-    a gate learns from nothing, and rows of it may have to stay as they are.
+    a gate learns from nothing, and rows of it may have to stay as they are. Gradients are those of all `ranks`.
     """
 
-    def __init__(self, learned: Sequence[nn.Parameter], fixed: Sequence[nn.Parameter], fixed_size: float = 1.0) -> None:
+    def __init__(
+        self,
+        learned: Sequence[nn.Parameter],
+        fixed: Sequence[nn.Parameter],
+        fixed_size: float = 1.0,
+        ranks: Ranks = ALONE,
+    ) -> None:
         of_fixed = {id(p) for p in fixed}
-        self.learned = list(learned)
-        self.matrices = [p for p in learned if id(p) not in of_fixed and p.ndim > 1 and p.shape[1] > 1]
-        self.momenta = [torch.zeros_like(p) for p in self.matrices]
-        chosen = {id(p) for p in self.matrices}
+        self.learned, self.ranks = list(learned), ranks
+        of_form: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in learned:
+            if id(p) not in of_fixed and p.ndim > 1 and p.shape[1] > 1:
+                of_form.setdefault(p.shape, []).append(p)
+        # Matrices of one shape are one batch: many small products one by one leave a GPU, and many cores, idle.
+        self.stacks = list(of_form.values())
+        self.momenta = [torch.stack([p.detach().flatten(1) for p in stack]).zero_() for stack in self.stacks]
+        chosen = {id(p) for stack in self.stacks for p in stack}
         rest = [p for p in learned if id(p) not in chosen]
         self.sizes = {id(p): fixed_size if id(p) in of_fixed else _size(p) for p in learned}
         groups: list[dict[str, Any]] = [
@@ -37,22 +49,33 @@ class Optimizer:
         self.adam = torch.optim.AdamW(groups, fused=True) if rest else None
 
     def update(self, loss: Tensor, rate: float) -> None:
-        """One step against the gradient of a loss."""
+        """One step against the gradient of a loss, of which each of the ranks has a summand."""
         for parameter in self.learned:
             parameter.grad = None
         loss.backward()
+        self._sum_gradients()
         nn.utils.clip_grad_norm_(self.learned, CLIP)
         with torch.no_grad():
-            for parameter, momentum in zip(self.matrices, self.momenta, strict=True):
-                if parameter.grad is not None:
-                    momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-                    step = orthogonal(parameter.grad.lerp(momentum, MOMENTUM).flatten(1)).view(parameter.shape)
+            for stack, momentum in zip(self.stacks, self.momenta, strict=True):
+                gradient = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in stack]).flatten(2)
+                momentum.lerp_(gradient, 1 - MOMENTUM)
+                steps = orthogonal(gradient.lerp_(momentum, MOMENTUM)).view(len(stack), *stack[0].shape)
+                for parameter, step in zip(stack, steps.unbind(), strict=True):
                     length = rate * self.sizes[id(parameter)]
                     parameter.mul_(1 - DECAY * length).sub_(step, alpha=length)
         if self.adam:
             for group in self.adam.param_groups:
                 group["lr"] = rate * self.sizes[id(group["params"][0])]
             self.adam.step()
+
+    def _sum_gradients(self) -> None:
+        """Have the gradients be the sums of those of all ranks, which all train the same parameters."""
+        if self.ranks.count == 1:
+            return
+        gradients = [p.grad for p in self.learned if p.grad is not None]
+        whole = self.ranks.total(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = whole.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later `load_state_dict` needs to go on, sizes of steps included."""
@@ -87,11 +110,14 @@ class Optimizer:
 
 
 def same_form(value: Any, like: Any) -> bool:
-    """Whether a value is built like another: the same containers, keys and types, and tensors of the same shape."""
+    """Whether a value from a file, whose tensors are on the CPU, is built like another.
+
+    That is, of the same containers, keys and types, and tensors of the same shape, wherever those of the other are.
+    """
     if isinstance(like, Tensor):
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.device.type != "cpu":
             return False
-        return all(getattr(value, name) == getattr(like, name) for name in ("shape", "dtype", "layout", "device"))
+        return all(getattr(value, name) == getattr(like, name) for name in ("shape", "dtype", "layout"))
     if isinstance(like, dict):
         return (
             isinstance(value, dict)
@@ -103,17 +129,17 @@ def same_form(value: Any, like: Any) -> bool:
     return type(value) is type(like)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearly orthogonal matrix nearest to one, float32 [R, C], scaled to a root mean square of about 1."""
-    x = matrix.bfloat16() if bf16_helps() else matrix
-    x = x.mT if x.shape[0] > x.shape[1] else x
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearly orthogonal matrices nearest to some, float32 [B, R, C], scaled to a root mean square of about 1."""
+    rows, columns = matrices.shape[1:]
+    x = matrices.mT if rows > columns else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x.bfloat16() if bf16_helps(x.device) else x
     a, b, c = QUINTIC
     for _ in range(QUINTIC_STEPS):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
-    return x.float() * max(matrix.shape) ** 0.5
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if rows > columns else x).float() * max(rows, columns) ** 0.5
 
 
 def _size(parameter: Tensor) -> float:

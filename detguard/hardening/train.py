@@ -2,22 +2,26 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from detguard import DetguardError
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.corruptions import KINDS
 from detguard.detections import Candidates
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.ultralytics import decode
+from detguard.engine import bf16_helps, cores
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, train
-from detguard.hardening.losses import aimed_loss, feature_loss, gate_margin, imitation_loss
+from detguard.hardening.losses import aimed_loss, feature_loss, feature_variances, gate_margin, imitation_loss
+from detguard.ranks import ALONE, Ranks
 
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
@@ -62,9 +66,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all stages have in common. bf16: forward and backward in bfloat16, where the machine has it.
+    """What all stages have in common. batch: frames of all `ranks` together; workers: processes that make batches.
 
-    corruptions: kinds that hard frames show.
+    bf16: forward and backward in bfloat16, where the device has it; corruptions: kinds that hard frames show.
     """
 
     batch: int = 16
@@ -73,10 +77,26 @@ class Setting:
     bf16: bool = False
     save_every: float = 180.0
     corruptions: tuple[str, ...] = tuple(KINDS)
+    workers: int = 1
+    ranks: Ranks = ALONE
 
-    def precision(self) -> torch.autocast:
+    @classmethod
+    def on(
+        cls, ranks: Ranks, workers: int | None, batch: int, size: int, seed: int, corruptions: tuple[str, ...]
+    ) -> "Setting":
+        """That of a command: bfloat16 where it helps, and by default a worker for each core that the rank may use.
+
+        Raises:
+            DetguardError: there are more ranks than photos in a batch.
+        """
+        if batch < ranks.count:
+            raise DetguardError(f"--batch {batch}: fewer photos than the {ranks.count} processes that train")
+        workers = workers or max(1, cores() // ranks.local)
+        return cls(batch, size, seed, bf16_helps(ranks.device), cls.save_every, corruptions, workers, ranks)
+
+    def precision(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.ranks.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def run(
         self, network: GatedNetwork, frames: Tensor, route: int | None = None
@@ -85,6 +105,36 @@ class Setting:
         with self.precision():
             raw, gate = network(frames, route)
             return decode(network.head, raw, gate), raw["maps"]
+
+
+# Of frames of each kind: where they lie among those of this rank, and how many all ranks have together.
+Kinds = dict[int, tuple[slice, int]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The kinds of frames in a batch of all ranks: first `hard` ones, last those `attacked`, normal ones between."""
+
+    batch: int
+    hard: int
+    attacked: int
+
+    @classmethod
+    def of(cls, stage: Stage, batch: int) -> "Layout":
+        """That of a stage."""
+        hard, normal = (round(stage.share[kind] * batch) for kind in (HARD, NORMAL))
+        return cls(batch, hard, batch - hard - normal)
+
+    def kinds(self, ranks: Ranks, attacked: bool = True) -> Kinds:
+        """Those that there are; before frames are `attacked`, those to be are normal."""
+        last = self.batch - self.attacked * attacked
+        ends = {HARD: (0, self.hard), NORMAL: (self.hard, last), ADVERSARIAL: (last, self.batch)}
+        local = {end: len(ranks.rows(0, end)) for bounds in ends.values() for end in bounds}
+        return {
+            kind: (slice(local[start], local[end]), end - start)
+            for kind, (start, end) in sorted(ends.items())
+            if end > start
+        }
 
 
 def learned_parameters(network: GatedNetwork, stage: Stage) -> list[nn.Parameter]:
@@ -120,22 +170,27 @@ def train_stage(
     teacher: the undefended detector as a network of one expert. The rest is as in `train`.
     """
     teacher.to(memory_format=torch.channels_last)
-    hard = round(stage.share[HARD] * setting.batch)
-    size = stage.size or setting.size
+    ranks, size, hard = setting.ranks, stage.size or setting.size, Layout.of(stage, setting.batch).hard
 
     def made(first: int) -> Iterator[Batch]:
         zoom, kinds = setting.size / size, setting.corruptions
-        return batches(source, setting.batch, size, setting.seed, first, stage.number, hard, zoom, kinds)
+        return batches(
+            source, setting.batch, size, setting.seed, first, stage.number, hard, zoom, kinds, setting.workers, ranks
+        )
 
-    def learn(batch: Batch, number: int, update: Update) -> dict[str, float]:
-        return _learn(network, teacher, batch, stage, setting, number, update)
+    def learn(batch: Batch, number: int, update: Update) -> dict[str, Tensor]:
+        return learn_batch(network, teacher, batch, stage, setting, number, update)
 
     learned = learned_parameters(network, stage)
     pace = Pace(stage.number, stage.rate, GATE_RATE, setting.save_every)
-    return train(network, learned, made, learn, pace, checkpoint, on_batch, log)
+    top_k, network.top_k = network.top_k, None  # who is not asked does not learn
+    try:
+        return train(network, learned, made, learn, pace, checkpoint, on_batch, log, ranks)
+    finally:
+        network.top_k = top_k
 
 
-def _learn(
+def learn_batch(
     network: GatedNetwork,
     teacher: GatedNetwork,
     batch: Batch,
@@ -143,55 +198,62 @@ def _learn(
     setting: Setting,
     number: int,
     update: Update,
-) -> dict[str, float]:
-    """Attack and learn from one batch: hard frames first, adversarial ones last, normal ones between."""
-    shown, adversary = batch.shown, stage.adversary_at(number)
-    attacked = len(shown) - batch.hard - round(stage.share[NORMAL] * len(shown))
-    rows = slice(len(shown) - attacked, len(shown))
-    free = attacked > 0 and adversary.method == "free"
-    kinds = torch.full([len(shown)], NORMAL)
-    kinds[: batch.hard] = HARD
+) -> dict[str, Tensor]:
+    """Attack and learn from one batch: hard frames first, adversarial ones last, normal ones between.
+
+    Losses, those that `update` is given and those returned, are this rank's summands of means over the whole batch.
+    """
+    ranks, shown, adversary = setting.ranks, batch.shown, stage.adversary_at(number)
+    layout = Layout.of(stage, setting.batch)
+    kinds, before = (layout.kinds(ranks, attacked) for attacked in (True, False))
+    rows = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]
+    # The noise of an attack is drawn for all ranks, of which this one has some.
+    first = layout.batch - layout.attacked
+    among = range(ranks.rows(first, layout.batch).start - first, layout.attacked, ranks.count)
+    free = layout.attacked > 0 and adversary.method == "free"
     margin = stage.margins[number % len(stage.margins)]
-    generator = torch.Generator().manual_seed((setting.seed << 32) + number)
+    torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
 
     def candidates(frames: Tensor) -> Candidates:
         return setting.run(network, frames, stage.route)[0]
 
-    def on_gate(gate: Tensor | None) -> Tensor:
+    def on_gate(gate: Tensor | None) -> Tensor | None:
         if not margin or gate is None or stage.route is not None:
-            return torch.zeros(1)
+            return None
         return margin * gate_margin(gate, NORMAL, network.robust)
 
     with torch.no_grad():
         wanted, wanted_maps = setting.run(teacher, batch.clean, 0)
-    if attacked and not free:
+        if stage.features:
+            share = len(shown) / layout.batch
+            variances = feature_variances(wanted_maps, lambda x: ranks.total(x * share))
+    if rows.stop > rows.start and not free:
 
         def harm(x: Tensor, aim: str) -> Tensor:
             found = candidates(x)
-            return aimed_loss(found, wanted[rows], aim) + on_gate(found.gate)
+            loss, more = aimed_loss(found, wanted[rows], aim), on_gate(found.gate)
+            return loss if more is None else loss + more
 
-        attacks = [perturb(shown[rows], partial(harm, aim=aim), adversary, generator) for aim in stage.aims]
+        attacks = [perturb(shown[rows], partial(harm, aim=aim), adversary, among) for aim in stage.aims]
         shown = with_rows(shown, rows, worst(attacks, lambda x: imitation_loss(candidates(x), wanted[rows])))
-        kinds[rows] = ADVERSARIAL
-    losses: dict[str, float] = {}
+    losses: dict[str, Tensor] = {}
     for turn in range(adversary.updates if free else 1):
         if free:
             shown = shown.detach().requires_grad_()
         found, maps = setting.run(network, shown, stage.route)
-        parts = _losses(found, wanted, kinds, stage.gate)
+        parts = _losses(found, wanted, before if free and turn == 0 else kinds, layout.batch, stage.gate)
         if stage.features:
-            parts["features"] = feature_loss(maps, wanted_maps).mean()
+            parts["features"] = feature_loss(maps, wanted_maps, variances).sum() / layout.batch
             parts["loss"] = parts["loss"] + stage.features * parts["features"]
-        losses |= {name: float(value.detach()) for name, value in parts.items()}
+        losses |= {name: value.detach() for name, value in parts.items()}
         more = on_gate(found.gate)
-        pull = torch.autograd.grad(more.sum(), shown, retain_graph=True)[0] if free and more.requires_grad else None
+        pull = torch.autograd.grad(more.sum(), shown, retain_graph=True)[0] if free and more is not None else None
         update(parts["loss"])
         if free and turn < adversary.steps and shown.grad is not None:
             clean = batch.shown[rows]
-            x = shown.detach()[rows] if turn else adversary.start(clean, generator)
-            gradient = shown.grad * len(shown) + (0 if pull is None else pull)
+            x = shown.detach()[rows] if turn else adversary.start(clean, among)
+            gradient = shown.grad * layout.batch + (0 if pull is None else pull)
             shown = with_rows(shown.detach(), rows, adversary.advance(x, gradient[rows], clean))
-            kinds[rows] = ADVERSARIAL
     return losses
 
 
@@ -206,25 +268,28 @@ def worst(attacks: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
     if len(attacks) == 1:
         return attacks[0]
     best = torch.stack([loss(x) for x in attacks]).argmax(0)
-    return torch.stack(attacks)[best, torch.arange(len(best))]
+    return torch.stack(attacks)[best, torch.arange(len(best), device=best.device)]
 
 
-def _losses(found: Candidates, wanted: Candidates, kinds: Tensor, gate_weight: float) -> dict[str, Tensor]:
-    """The loss of a batch and, to be told, its mean on each kind of frames and the gate's weights there."""
+def _losses(found: Candidates, wanted: Candidates, kinds: Kinds, batch: int, gate_weight: float) -> dict[str, Tensor]:
+    """The loss of a batch and, to be told, its mean on each kind of frames and the gate's weights there.
+
+    batch: frames of all ranks, of whose means these are this rank's summands.
+    """
     per_frame = imitation_loss(found, wanted)
-    losses = {"loss": per_frame.mean()}
-    shown = [(kind, name) for kind, name in enumerate(EXPERTS) if (kinds == kind).any()]
-    for kind, name in shown:
-        losses[name] = per_frame[kinds == kind].mean()
+    losses = {"loss": per_frame.sum() / batch}
+    losses |= {EXPERTS[kind]: per_frame[rows].sum() / count for kind, (rows, count) in kinds.items()}
     if gate_weight and found.gate is not None:
-        belongs = kinds.clamp(max=found.gate.shape[1] - 1)
-        of_frame = cross_entropy(found.gate, belongs, reduction="none")
+        logits, last = found.gate, found.gate.shape[1] - 1
         # Each kind counts alike, or the gate would learn how many of each a batch has.
-        gate = torch.stack([of_frame[kinds == kind].mean() for kind, _ in shown]).mean()
+        of_kinds = [
+            -logits[rows].log_softmax(1)[:, min(kind, last)].sum() / count for kind, (rows, count) in kinds.items()
+        ]
+        gate = torch.stack(of_kinds).mean()
         losses |= {"gate": gate, "loss": losses["loss"] + gate_weight * gate}
-        for kind, name in shown:
-            weights = found.gate[kinds == kind].softmax(1).mean(0)
-            losses |= {f"gate {name} {i}": weight for i, weight in enumerate(weights)}
+        for kind, (rows, count) in kinds.items():
+            weights = logits[rows].softmax(1).sum(0) / count
+            losses |= {f"gate {EXPERTS[kind]} {i}": weight for i, weight in enumerate(weights)}
     return losses
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from detguard import __version__
 from detguard.files import printable
-from detguard.photos import Photo
+from detguard.photos import Photo, encode_jpeg
 
 # A page of this many photos is some megabytes; more would make browsers slow.
 MOST_PHOTOS = 40
@@ -150,5 +150,4 @@ def _data_url(photo: Photo) -> str:
     scale = LONGEST_SIDE / max(photo.shape[:2])
     if scale < 1:
         photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    data = cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(photo, QUALITY)).decode()

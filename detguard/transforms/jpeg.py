@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from kornia.enhance import jpeg_codec_differentiable
 from torch import Tensor
 from typing_extensions import override
 
-from detguard.photos import Photo, decode_photo
+from detguard.photos import Photo, decode_photo, encode_jpeg
 from detguard.transforms.base import Transform, whole_number
 
 
@@ -37,11 +36,7 @@ class Jpeg(Transform):
     @override
     def encode(self, photo: Photo) -> bytes:
         """The bytes of the .jpg file itself, so that the saved member is what the loop saw."""
-        options = [
-            cv2.IMWRITE_JPEG_QUALITY, self.quality,
-            cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
-        ]  # fmt: skip
-        return cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+        return encode_jpeg(photo, self.quality)
 
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -7,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detguard.data.batches import PhotoSet, batches, draw_frames, labels_of, read_photos
+from detguard.data.batches import PhotoSet, batches, draw_frame, labels_of, read_photos
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
-from detguard.photos import PADDING_LEVEL, read_photo
+from detguard.photos import PADDING_LEVEL, encode_png, read_photo
 
 
 def labelled(boxes, classes=(), known=None, file="a.png"):
@@ -23,7 +24,11 @@ def marked(x1=20, y1=30, x2=60, y2=45):
     """A dark photo with a bright box, and its label."""
     photo = np.full((80, 100, 3), 10, np.uint8)
     photo[y1:y2, x1:x2] = 250
-    return PhotoSet([photo], np.array([1.0]), [labelled([[x1, y1, x2, y2]])])
+    return PhotoSet.of([encode_png(photo)], [1.0], [labelled([[x1, y1, x2, y2]])])
+
+
+def draw_frames(source, count, size):
+    return zip(*(draw_frame(source, size, np.random.default_rng(i)) for i in range(count)), strict=True)
 
 
 def bright(frame):
@@ -35,7 +40,7 @@ def bright(frame):
 @given(st.integers(0, 10_000))
 def test_labels_follow_their_photos_into_frames(seed):
     source = marked()
-    (frame,), (drawn,) = draw_frames(source, 1, 96, np.random.default_rng(seed))
+    frame, drawn = draw_frame(source, 96, np.random.default_rng(seed))
     found = labels_of(drawn, source.labels).objects.boxes
     if len(drawn) == 1 and len(found) and (found[0, 2:] - found[0, :2]).min() > 3:
         assert np.abs(found[0].numpy() - bright(frame)).max() <= 2.5
@@ -46,7 +51,7 @@ def test_labels_follow_their_photos_into_frames(seed):
 
 def test_every_tile_of_a_mosaic_is_labelled():
     source = marked(5, 5, 95, 75)
-    frames, drawn = draw_frames(source, 40, 96, np.random.default_rng(0))
+    frames, drawn = draw_frames(source, 40, 96)
     mosaics = [(frame, d) for frame, d in zip(frames, drawn, strict=True) if len(d) == 4]
     assert mosaics
     for frame, d in mosaics:
@@ -57,7 +62,7 @@ def test_every_tile_of_a_mosaic_is_labelled():
 
 def test_objects_of_which_little_is_left_are_not_labelled():
     source = marked()
-    (one,) = next(d for d in draw_frames(source, 40, 96, np.random.default_rng(0))[1] if len(d) == 1)
+    (one,) = next(d for d in list(draw_frames(source, 40, 96))[1] if len(d) == 1)
     for inside, expected in ((0.5, 1), (0.1, 0)):
         matrix = np.array([[1.0, 0, -20 - 40 * (1 - inside)], [0, 1, 0]])
         moved = type(one)(0, matrix, (0, 0, 96, 96))
@@ -66,7 +71,7 @@ def test_objects_of_which_little_is_left_are_not_labelled():
 
 def test_plain_photos_are_shown_as_a_detector_sees_them(bus_file, bundled):
     source, _ = read_photos([([Labelled(bus_file, labelled([[100, 200, 300, 400]]).objects)], 1.0)], 320, plain=True)
-    frames, drawn = draw_frames(source, 8, 320, np.random.default_rng(0))
+    frames, drawn = draw_frames(source, 8, 320)
     letterbox = bundled.letterbox((1080, 810))
     plain = letterbox(read_photo(bus_file))
     wanted = letterbox.boxes_to_frame(torch.tensor([100.0, 200, 300, 400]))
@@ -85,7 +90,7 @@ def test_plain_photos_are_shown_as_a_detector_sees_them(bus_file, bundled):
 
 def test_only_classes_that_all_photos_of_a_frame_are_labelled_for_are_known():
     source = marked()
-    one = draw_frames(source, 1, 96, np.random.default_rng(1))[1][0][0]
+    one = draw_frame(source, 96, np.random.default_rng(1))[1][0]
     other = type(one)(1, one.matrix, one.part)
     labels = [labelled([[1, 1, 9, 9]], known=(0, 2, 5)), labelled([[1, 1, 9, 9]], known=(2, 5, 7))]
     assert labels_of([one, other], labels).known == (2, 5)
@@ -95,7 +100,7 @@ def test_only_classes_that_all_photos_of_a_frame_are_labelled_for_are_known():
 
 def test_objects_of_classes_that_a_frame_is_not_labelled_for_are_left_out():
     source = marked()
-    one = draw_frames(source, 1, 96, np.random.default_rng(1))[1][0][0]
+    one = draw_frame(source, 96, np.random.default_rng(1))[1][0]
     whole = type(one)(0, np.eye(2, 3), (0, 0, 96, 96))
     both = labelled([[1, 1, 9, 9], [20, 20, 40, 40]], classes=[0, 7], known=(7,))
     assert labels_of([whole], [both]).objects.classes.tolist() == [7]
@@ -104,12 +109,12 @@ def test_objects_of_classes_that_a_frame_is_not_labelled_for_are_left_out():
 def test_batches_carry_labels_where_photos_have_some():
     with_labels = next(batches(marked(), 3, 96, 0, 0, 1))
     assert len(with_labels.labels) == 3
-    bare = PhotoSet(marked().photos, np.array([1.0]))
+    bare = replace(marked(), labels=())
     assert not next(batches(bare, 3, 96, 0, 0, 1)).labels
 
 
 def test_hard_frames_show_the_kinds_asked_for():
-    source = PhotoSet([np.full((96, 96, 3), 100, np.uint8)], np.array([1.0]))
+    source = PhotoSet.of([encode_png(np.full((96, 96, 3), 100, np.uint8))], [1.0])
     shown = next(batches(source, 4, 96, 0, 0, 1, hard=4, kinds=("brightness",)))
     change = (shown.shown - shown.clean).flatten(1)
     assert (change.mean(1) > 0.05).all()
@@ -121,5 +126,5 @@ def test_a_photo_that_is_all_but_a_line_keeps_a_pixel_of_its_width(tmp_path, pla
     cv2.imwrite(str(tmp_path / "line.png"), np.full((5000, 8, 3), 200, np.uint8))
     source, broken = read_photos([([tmp_path / "line.png"], 1.0)], 64, plain)
     assert not broken
-    frames, _ = draw_frames(source, 8, 64, np.random.default_rng(0))
-    assert frames.max() > PADDING_LEVEL
+    frames, _ = draw_frames(source, 8, 64)
+    assert np.max(frames) > PADDING_LEVEL

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from detguard.detectors.load import fused
 from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, hold_out, judge
 from detguard.hardening.losses import retention_loss
 from detguard.hardening.train import Setting
-from detguard.photos import read_photo
+from detguard.photos import encode_png, read_photo
 from detguard.runs import Run
 
 SETTING = Setting(batch=6, size=128, save_every=1e9)
@@ -24,13 +25,13 @@ PLAN = Adaptation(photos=24, batch=6, mode="frozen")
 def old(bus, bundled):
     photo = np.ascontiguousarray(bus[::4, ::4])
     (found,) = bundled.detect([photo], 0.3)
-    return PhotoSet([photo], np.array([1.0]), [Labelled(None, found)])
+    return PhotoSet.of([encode_png(photo)], [1.0], [Labelled(Path(), found)])
 
 
 @pytest.fixture(scope="module")
 def new(old):
     """The same photo, all but black."""
-    return replace(old, photos=[(photo * 0.06).astype(np.uint8) for photo in old.photos])
+    return PhotoSet.of([encode_png((old.photo(0) * 0.06).astype(np.uint8))], [1.0], old.labels)
 
 
 @pytest.fixture

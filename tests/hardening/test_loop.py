@@ -45,7 +45,7 @@ def trained(run, stop=None, made=None, log=True):
     def learn(batch, number, update):
         loss = network(batch)
         update(loss)
-        return {"loss": float(loss.detach())}
+        return {"loss": loss}
 
     train(
         network, list(network.parameters()), made or batches, learn, Pace(LAST, 1e-2, 1e-2, 1e9),
@@ -138,12 +138,15 @@ def at(*path, value):
         "a network of numbers": at("network", "layer.weight", value=3),
         "weights of another shape": at("network", "layer.weight", value=torch.zeros(4, 3)),
         "weights of another type": at("network", "layer.weight", value=torch.zeros(3, 4, dtype=torch.int64)),
-        "an average of minus ten": at("average", "n_averaged", value=torch.tensor(-10)),
+        "an average of other weights": at("average", 0, value=torch.zeros(9)),
+        "a count of updates below zero": at("updates", value=-10),
         "a number of text": at("number", value="3"),
         "a number beyond the last": at("number", value=LAST + 1),
         "a number below zero": at("number", value=-1),
         "a number that is no int": at("number", value=True),
         "losses of text": at("waiting", value=[{"loss": "low"}]),
+        "losses without names": at("waiting", value=torch.zeros(2, 7)),
+        "names of losses that are none": at("names", value=[3]),
         "no optimizer": at("optimizer", value=None),
         "momenta that would be spread": at("optimizer", "momenta", 0, value=torch.zeros(1)),
         "too few sizes": at("optimizer", "sizes", value=[]),

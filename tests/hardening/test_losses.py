@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from detguard.detections import Anchors, Candidates
-from detguard.hardening.losses import feature_loss, gate_margin, imitation_loss, js_divergence, retention_loss
+from detguard.hardening.losses import (
+    feature_loss,
+    feature_variances,
+    gate_margin,
+    imitation_loss,
+    js_divergence,
+    retention_loss,
+)
 
 PROBABILITY = st.floats(0, 1, width=32)
 
@@ -71,10 +78,11 @@ def test_the_gates_margin_does_not_fade_where_its_weights_do():
 def test_feature_maps_are_compared_by_layer_each_channel_in_its_own_units():
     teacher = {4: torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0)), 6: torch.ones(3, 1, 4, 4)}
     teacher[4] *= torch.tensor([1.0, 100.0])[None, :, None, None]
-    assert feature_loss(teacher, teacher).tolist() == [0, 0, 0]
+    variances = feature_variances(teacher, lambda mean: mean)
+    assert feature_loss(teacher, teacher, variances).tolist() == [0, 0, 0]
     moved = {4: teacher[4] + torch.tensor([0.0, 100.0])[None, :, None, None], 9: torch.zeros(3, 1, 4, 4)}
     moved[4][1:] = teacher[4][1:]
-    error = feature_loss(moved, teacher)
+    error = feature_loss(moved, teacher, variances)
     assert error[0] == pytest.approx(0.5, rel=0.2)
     assert error[1:].tolist() == [0, 0]
 

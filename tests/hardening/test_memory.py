@@ -23,7 +23,7 @@ def test_what_a_forward_pass_keeps_is_counted_without_the_weights(network):
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(network, monkeypatch):
     of_frame = PEAK * kept_bytes(network, loss(network)) * (640 / PROBE) ** 2
-    monkeypatch.setattr(module, "free_memory", lambda: round(10.5 * of_frame))
+    monkeypatch.setattr(module, "memory_of", lambda device: round(10.5 * of_frame))
     check_memory(network, loss(network), 640, 10)
     with pytest.raises(DetguardError, match=r"--batch 11: .* frames of 640 px .*; --batch 10 fits"):
         check_memory(network, loss(network), 640, 11)

@@ -67,7 +67,7 @@ def test_restored_it_goes_on_as_if_it_had_not_stopped(network):
 def test_an_orthogonal_step_keeps_the_directions_of_a_matrix_and_evens_their_lengths(rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    made = orthogonal(matrix) / max(rows, columns) ** 0.5
+    made = orthogonal(matrix[None])[0] / max(rows, columns) ** 0.5
     lengths = (u.mT @ made @ v.mT).diagonal()
     assert lengths.min() > 0
     assert 0.6 < lengths.median() < 1.3

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
-from detguard.data.batches import PhotoSet, batches, make_frames, read_photos
+from detguard.data.batches import PhotoSet, batches, draw_frame, read_photos
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import imitation_loss
-from detguard.hardening.train import HARD, NORMAL, Setting, Stage, _losses, learned_parameters, train_stage, worst
+from detguard.hardening.train import Layout, Setting, Stage, _losses, learned_parameters, train_stage, worst
+from detguard.photos import encode_png
+from detguard.ranks import ALONE, Ranks
 
 SETTING = Setting(batch=4, size=96, save_every=1e9)
 MIXED = (0.25, 0.25, 0.5)
@@ -37,8 +39,21 @@ def network(bundled_model):
     return GatedNetwork(fused(bundled_model), split=11)
 
 
+def make_frames(source, count, size, zoom=1.0):
+    return np.stack([draw_frame(source, size, np.random.default_rng(i), zoom)[0] for i in range(count)])
+
+
 def stage(**options):
     return Stage(**{"name": "test", "number": 4, "route": None, "trunk": True, "share": MIXED} | options)
+
+
+def test_frames_are_the_same_whichever_processes_make_them(source):
+    (alone,) = batches(source, 5, 96, 5, 2, 3, hard=3)
+    for rank in range(2):
+        ranks = Ranks(rank=rank, count=2)
+        (part,) = list(batches(source, 5, 96, 5, 1, 3, hard=3, workers=2, ranks=ranks))[1:]
+        assert torch.equal(part.shown, alone.shown[rank::2])
+        assert part.hard == (2, 1)[rank]
 
 
 def test_frames_are_the_same_for_the_same_seed_and_whatever_came_before(source):
@@ -52,8 +67,8 @@ def test_frames_are_the_same_for_the_same_seed_and_whatever_came_before(source):
 
 def test_photos_are_drawn_by_their_share():
     photos = [np.full((40, 40, 3), value, np.uint8) for value in (10, 250)]
-    rare = PhotoSet(photos, np.array([0.1, 0.9]))
-    frames = make_frames(rare, 60, 32, np.random.default_rng(0))
+    rare = PhotoSet.of(map(encode_png, photos), [0.1, 0.9])
+    frames = make_frames(rare, 60, 32)
     assert ((frames > 180) & (frames != 114)).mean() > 4 * (frames < 60).mean()
 
 
@@ -61,17 +76,17 @@ def test_unreadable_photos_are_named_and_the_rest_is_used(bus_file, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no photo")
     found, messages = read_photos([([tmp_path / "broken.jpg", bus_file], 0.3), ([bus_file], 0.7)], 96)
     assert found.probability.tolist() == pytest.approx([0.3, 0.7])
-    assert max(found.photos[0].shape) == 144
+    assert max(found.photo(0).shape) == 144
     assert "broken.jpg" in messages[0]
 
 
 def test_small_frames_show_photos_at_the_scale_of_large_ones():
     stripes = np.zeros((96, 96, 3), np.uint8)
     stripes[:, np.arange(96) // 8 % 2 == 0] = 250
-    source = PhotoSet([stripes], np.array([1.0]))
+    source = PhotoSet.of([encode_png(stripes)], [1.0])
 
     def stripe(size, zoom):
-        frames = make_frames(source, 60, size, np.random.default_rng(0), zoom)
+        frames = make_frames(source, 60, size, zoom)
         return np.median(
             np.concatenate([np.diff(np.flatnonzero(np.diff(row > 125))) for row in frames[:, size // 3, :, 0]])
         )
@@ -86,7 +101,8 @@ def test_perturbed_frames_stay_in_the_budget_and_in_range(eps, method, seed):
     frames = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     weights = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed + 1))
     adversary = Adversary(eps, method[1], method[0])
-    moved = perturb(frames, lambda x: (x * weights).flatten(1).sum(1), adversary, torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    moved = perturb(frames, lambda x: (x * weights).flatten(1).sum(1), adversary)
     assert (moved - frames).abs().max() <= eps / 255 + 1e-6
     assert moved.min() >= 0
     assert moved.max() <= 1
@@ -96,7 +112,7 @@ def test_perturbed_frames_stay_in_the_budget_and_in_range(eps, method, seed):
 def test_fgsm_is_one_full_step_from_the_frame_itself():
     frames, weights = torch.full((1, 3, 4, 4), 0.5), torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     adversary = Adversary(8, 1, "fgsm")
-    moved = perturb(frames, lambda x: (x * weights).flatten(1).sum(1), adversary, torch.Generator())
+    moved = perturb(frames, lambda x: (x * weights).flatten(1).sum(1), adversary)
     assert torch.allclose(moved, frames + 8 / 255 * weights.sign())
 
 
@@ -212,7 +228,8 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
         return imitation_loss(decode(network.head, network(x, 0)[0]), wanted)
 
     def attacked():
-        moved = perturb(batch.clean, harm, Adversary(4, 5), torch.Generator().manual_seed(1))
+        torch.manual_seed(1)
+        moved = perturb(batch.clean, harm, Adversary(4, 5))
         with torch.no_grad():
             return float(harm(moved).mean())
 
@@ -232,8 +249,9 @@ def test_the_gate_learns_each_kind_alike_however_many_a_batch_has(network, sourc
     frames = next(batches(source, 2, 96, 0, 0, 1)).shown
     with torch.no_grad():
         found, _ = SETTING.run(network, frames)
-    few, many = torch.tensor([0, 1]), torch.tensor([0, 1, 1, 1])
+    few, many = torch.tensor([1, 0]), torch.tensor([1, 1, 1, 0])
     of_few, of_many = (
-        _losses(found[rows], found[rows], torch.where(rows == 0, NORMAL, HARD), 1.0)["gate"] for rows in (few, many)
+        _losses(found[rows], found[rows], Layout(len(rows), len(rows) - 1, 0).kinds(ALONE), len(rows), 1.0)["gate"]
+        for rows in (few, many)
     )
     assert float(of_few) == pytest.approx(float(of_many), abs=1e-5)

@@ -1,0 +1,105 @@
+"""The processes that train together, one per device: each sees a part of every batch, and the first one writes."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from detguard import DetguardError
+
+Thing = TypeVar("Thing")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all, by default alone on the CPU.
+
+    rank: its number, 0 of the first, which writes; count: of all; local: how many of them this machine runs; device:
+    where it trains; control: the group by which they agree, on the CPU, so that no device waits for it.
+    """
+
+    device: torch.device = CPU
+    rank: int = 0
+    count: int = 1
+    local: int = 1
+    control: Any = None
+
+    @classmethod
+    def start(cls, device: str) -> "Ranks":
+        """This process as `accelerate launch` or `torchrun` started it; without them it is alone.
+
+        device: as users name it; of several processes each gets the GPU of its number on its machine.
+
+        Raises:
+            DetguardError: the device cannot be used, or several processes would share one GPU.
+        """
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls(torch.device(device))
+        if ":" in device:
+            raise DetguardError(f"--device {device}: {count} processes get a GPU each; give --device cuda")
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu")
+        if state.device.type != device or state.num_processes != count:
+            raise DetguardError(f"--device {device}: {count} processes cannot train on it here; found {state.device}")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        return cls(state.device, state.process_index, count, local, dist.new_group(backend="gloo"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and tells."""
+        return self.rank == 0
+
+    def rows(self, start: int, end: int) -> range:
+        """Of the frames `start` to `end` of a batch, those that are this one's: every one in `count`."""
+        return range(start + (self.rank - start) % self.count, end, self.count)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; no gradient passes."""
+        if self.count == 1:
+            return x
+        from accelerate.utils import reduce
+
+        return reduce(x, "sum")
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in one of them."""
+        if self.count == 1:
+            return flag
+        told = torch.tensor(int(flag))
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.control)
+        return bool(told)
+
+    def given(self, make: Callable[[], Thing]) -> Thing:
+        """What the first process makes, given to all; where that is wrong use, it is so for all.
+
+        Raises:
+            DetguardError: as `make` in the first process.
+        """
+        if self.count == 1:
+            return make()
+        told: list[Any] = [None, None]
+        if self.first:
+            try:
+                told[0] = make()
+            except DetguardError as error:
+                told[1] = error
+        dist.broadcast_object_list(told, group=self.control)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
+    def end(self) -> None:
+        """Wait until all have come as far, and part."""
+        if self.count > 1:
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+
+ALONE = Ranks()
