@@ -94,7 +94,14 @@ measured = Kind("a number", lambda x: type(x) is float or (type(x) is int and ab
 texts = Items(text)
 size = whole(1, 10_000)
 
-DETECTOR = {"model": text, "imgsz": size, "end_to_end": flag, "top_k?": Maybe(whole(1)), "sha256": text}
+DETECTOR = {
+    "model": text,
+    "imgsz": size,
+    "end_to_end": flag,
+    "top_k?": Maybe(whole(1)),
+    "fusion?": Maybe(text),
+    "sha256": text,
+}
 COMMON = {"command": text, "arguments": texts, "versions": {"*": text}}
 # config.yaml, by command.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -155,7 +162,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "steps": whole(1),
             "mix": real(0, 1),
             "top_k": Maybe(whole(1)),
-            "floor": Maybe(real(0, 0.99)),
+            "fusion": text,
             "batch": whole(1),
             "rate": real(0, 1),
             "seed": whole(),

@@ -2,6 +2,7 @@
 
 python scripts/export_bundled.py trained --run runs/train/detguard-n
 python scripts/export_bundled.py hardened --run runs/harden/001 --judged runs/evaluate/001
+python scripts/export_bundled.py measured weights/detguard-n.safetensors
 """
 
 import json
@@ -15,7 +16,7 @@ from torch import Tensor
 from train_bundled import ARCHITECTURE, CLASSES, SIZE
 
 from detguard.data.dataset import read_dataset
-from detguard.detectors.load import load_detector
+from detguard.detectors.load import load_detector, read_card
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Clean, Subject, fill
@@ -56,27 +57,36 @@ def hardened(
     (found,) = json.loads((judged / "metrics.json").read_text()).values()
     attack = {key: round(found["attack"][key], 4) for key in ("AP", "AP50", "eps", "steps", "restarts", "seed")}
     attack["photos"] = found["clean"]["photos"]
-    publish(load_file(made), card, weights / "detguard-n-hard.safetensors", shared, {"attack": attack})
+    card["measured"] = {"attack": attack}
+    publish(load_file(made), card, weights / "detguard-n-hard.safetensors", shared)
 
 
-def publish(
-    tensors: dict[str, Tensor], card: dict[str, Any], file: Path, shared: Path, measured: dict[str, Any] | None = None
-) -> None:
+def publish(tensors: dict[str, Tensor], card: dict[str, Any], file: Path, shared: Path) -> None:
     """Write weights in half precision, and the card with their figures on clean photos beside them."""
     # Counters of batch norm are whole numbers and stay.
     halves = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in tensors.items()}
     file.parent.mkdir(exist_ok=True)
     save_file(halves, file)
-    write = file.with_suffix(".json").write_text
-    write(json.dumps(card, indent=2) + "\n")
-    detector, dataset = load_detector(file), read_dataset(shared / "data/coco256/data.yaml")
+    write_card(file, card)
+    measured(file, shared)
+
+
+def write_card(file: Path, card: dict[str, Any]) -> None:
+    file.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+@app.command()
+def measured(file: Path, shared: Shared = Path("../shared")) -> None:
+    """The figures on clean photos in the card beside bundled weights, as `detguard evaluate` counts them."""
+    card, detector, dataset = read_card(file), load_detector(file), read_dataset(shared / "data/coco256/data.yaml")
     subject = Subject(file.stem, detector, dataset, dataset.category_ids(detector.class_names), Cache())
     fill(subject, [Clean()])
     metrics = score(subject, Clean())
     rows = {"all": metrics.stats} | metrics.per_class
     table = {name: {stat: round(row[stat] or 0.0, 4) for stat in ("AP", "AP50")} for name, row in rows.items()}
     data = {"data": f"coco256 val, {len(dataset.files)} photos, {detector.imgsz} px"}
-    write(json.dumps(card | {"measured": data | table | (measured or {})}, indent=2) + "\n")
+    attacked = {key: value for key, value in card.get("measured", {}).items() if key == "attack"}
+    write_card(file, card | {"measured": data | table | attacked})
     for name, row in table.items():
         print(f"{name:12s} AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}")
 

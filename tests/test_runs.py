@@ -18,7 +18,7 @@ CONFIG = {
     "detectors": [{"model": "a.pt", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}] * 2,
     "harden": {
         "recipe": "gated", "mode": "full", "split": "neck", "photos": 100, "crop": None, "attack": "free", "eps": 4.0,
-        "steps": 2, "mix": 0.2, "top_k": None, "floor": None, "batch": 32, "rate": 0.003, "seed": 3,
+        "steps": 2, "mix": 0.2, "top_k": None, "fusion": "bounded:0.5", "batch": 32, "rate": 0.003, "seed": 3,
     },
     "corruptions": ["fog"],
     "photos": ["a.jpg"],

@@ -154,8 +154,8 @@ def start_adaptation(
         out.print(f"--mode auto: {mode}, {why}", highlight=False, soft_wrap=True)
     if not replay:
         show_warning("without --replay nothing tells the gate when not to ask the new experts")
-    if network.floor:
-        show_warning(f"the adversarial expert keeps {network.floor:g} of the weight; new experts share the rest")
+    if network.rule.number or network.rule.leads:
+        show_warning(f"fusion {network.fusion} bounds what new experts may change of the adversarial one's answer")
     hardened = read_card(model).get("hardened")
     hardened = hardened if isinstance(hardened, dict) else {}
     eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")

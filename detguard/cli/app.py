@@ -83,6 +83,14 @@ EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head witho
 TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
 ]
+Fusion = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE:NUMBER",
+        help="How experts become one answer. bounded:B: the adversarial expert's, moved by at most B logits; "
+        "average:F: of all, by the gate's weights, of which the adversarial expert has at least F.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...", callback=device_name)]
 Workers = Annotated[
     int | None, typer.Option(min=1, max=256, help="Processes that make training batches; default: one per core.")

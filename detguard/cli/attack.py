@@ -14,6 +14,7 @@ from detguard.cli.app import (
     Confidence,
     Device,
     EndToEnd,
+    Fusion,
     ImageSize,
     Model,
     OutFolder,
@@ -89,6 +90,7 @@ def attack(
     resume: Resume = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
+    fusion: Fusion = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -113,7 +115,7 @@ def attack(
             raise DetguardError("PHOTO: give at least one photo, folder or pattern (or --resume RUN)")
         files = [str(file) for file in find_photos(photos)]
         with err.status("Loading the detector"):
-            detector = load_detector(model, imgsz, trust, device, end_to_end, top_k)
+            detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
         options = {
             "conf": conf, "iou": 0.7, "eps": eps, "step": step, "steps": steps, "aggregate": aggregate,
             "weights": parse_weights(weights), "gradient": gradient, "momentum": momentum,
@@ -206,6 +208,7 @@ def detect(
     out_folder: OutFolder = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
+    fusion: Fusion = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -218,7 +221,7 @@ def detect(
 
     files = photo_keys(find_photos(photos))
     with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k)
+        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
     config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
     run = Run.create("detect", out_folder, config)
     code = 0

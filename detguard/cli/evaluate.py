@@ -10,6 +10,7 @@ from detguard import DetguardError
 from detguard.cli.app import (
     Device,
     EndToEnd,
+    Fusion,
     ImageSize,
     OutFolder,
     Resume,
@@ -82,6 +83,7 @@ def evaluate(
     resume: Resume = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
+    fusion: Fusion = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -122,7 +124,7 @@ def evaluate(
         }  # fmt: skip
         plan(config["evaluate"], len(models))
         with err.status("Loading the detectors"):
-            detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k) for name in models]
+            detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion) for name in models]
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
     subjects = load_subjects(detectors, config["data"])

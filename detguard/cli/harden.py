@@ -9,6 +9,7 @@ import typer
 from detguard import DetguardError
 from detguard.cli.app import (
     Device,
+    Fusion,
     Model,
     OutFolder,
     Resume,
@@ -97,10 +98,7 @@ def harden(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     top_k: TopK = None,
-    floor: Annotated[
-        float | None,
-        typer.Option(min=0, max=0.95, help="Least weight of the adversarial expert; default: .5, 0 on a shared trunk."),
-    ] = None,
+    fusion: Fusion = "bounded:0.5",
     corruptions: Corruptions = None,
     batch: Batch = 32,
     rate: Rate = 3e-3,
@@ -137,7 +135,7 @@ def harden(
     steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
         "recipe": recipe, "mode": mode, "split": split, "photos": photos, "crop": crop, "attack": attack, "eps": eps,
-        "steps": steps, "mix": mix, "top_k": top_k, "floor": floor, "batch": batch, "rate": rate, "seed": seed,
+        "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
     ranks = start_ranks(device)

@@ -11,6 +11,7 @@ from detguard import DetguardError
 from detguard.cli.adapt import Replay, is_folder, read_labelled, resume_adaptation, start_adaptation
 from detguard.cli.app import (
     Device,
+    Fusion,
     ImageSize,
     Model,
     OutFolder,
@@ -60,6 +61,7 @@ def monitor(
     window: Annotated[int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")] = 32,
     imgsz: ImageSize = None,
     top_k: TopK = None,
+    fusion: Fusion = None,
     out_folder: OutFolder = None,
     on_drift: Annotated[
         Literal["tell", "adapt"], typer.Option(help="adapt: then teach an ensemble what made its accuracy drop.")
@@ -88,7 +90,7 @@ def monitor(
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
-        watched = load_detector(model, imgsz, trust, device, top_k=top_k)
+        watched = load_detector(model, imgsz, trust, device, top_k=top_k, fusion=fusion)
     if on_drift == "adapt" and not isinstance(watched, GatedDetector):
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     for source in replay or []:  # wrong data are told now, not when the stream has ended

@@ -17,13 +17,13 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector
+from detguard.detectors.fusion import Fusion, parse_fusion
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
 from detguard.photos import Letterbox, Photo, read_photo
 
 EXPERTS = ("normal", "hard", "adversarial")
 GATES = ("trunk", "frame", "detail")
 MOST_EXPERTS = 64
-TINY = 1e-37
 # How far below the least bias of the gate's old outputs that of a new one begins: e^-10 of its weight.
 UNASKED = 10.0
 
@@ -64,7 +64,8 @@ class GatedNetwork(nn.Module):
 
     names: what each expert is for. gate_on: what the gate sees, the "trunk", the "frame" or the frame's "detail".
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
-    floor: the least weight of the adversarial expert, or of the first where none is called so.
+    fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the adversarial expert, or
+    the first where none is called so.
     """
 
     def __init__(
@@ -74,15 +75,15 @@ class GatedNetwork(nn.Module):
         names: Sequence[str] = EXPERTS,
         gate_on: str = "detail",
         top_k: int | None = None,
-        floor: float = 0.0,
+        fusion: str = "average:0",
     ) -> None:
         super().__init__()
         layers = list(model.model)
         if not 0 <= split < len(layers):
             raise DetguardError(f"--split {split}: expected 0 (whole networks) to {len(layers) - 1} (heads only)")
-        if not 1 <= len(names) <= MOST_EXPERTS or not 0 <= floor < 1 or gate_on not in GATES:
-            raise DetguardError(f"a gated ensemble has 1 to {MOST_EXPERTS} experts, a floor in 0..1 and one gate")
-        self.split, self.names, self.gate_on, self.floor = split, list(names), gate_on, floor
+        if not 1 <= len(names) <= MOST_EXPERTS or gate_on not in GATES:
+            raise DetguardError(f"a gated ensemble has 1 to {MOST_EXPERTS} experts and a gate on one of {GATES}")
+        self.split, self.names, self.gate_on, self.fusion = split, list(names), gate_on, str(parse_fusion(fusion))
         self.top_k = None if top_k is None or top_k >= len(names) else max(1, top_k)
         self.save = set(model.save)
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
@@ -104,27 +105,38 @@ class GatedNetwork(nn.Module):
         """The fused raw outputs of the head and the gate's logits [B, K]; `route`: one expert alone, gate unasked.
 
         raw["maps"]: the feature maps that later layers use, by layer; of the trunk alone where experts are fused.
-        raw["experts"], where they are fused: of each expert the rows that it answered for, and its raw outputs.
+        raw["experts"], where they are fused: the `Outputs` of all.
         """
         last, saved = run_layers(self.trunk, frames, {}, self.save)
         # A single expert needs no gate, which would cost a sixth of a nano network.
         alone = len(self.experts) == 1
-        logits = frames.new_zeros(len(frames), 1) if alone else self.gate(self.seen_by_gate(frames, last))
+        logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
         if route is not None:
             return self._run(route, last, saved), logits
+        if alone:
+            raw = self._run(0, last, saved)
+            return raw | {"maps": saved, "experts": [(None, raw)]}, logits
         log_weights = self.log_weights(logits)
-        outputs = []
-        for expert in range(len(self.experts)):
-            rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
-            outputs.append((rows, self._run(expert, last, saved, rows) if len(rows) else None))
-        return fuse(outputs, log_weights) | {"maps": saved, "experts": outputs}, logits
+        outputs = [self._answer(expert, last, saved, log_weights) for expert in range(len(self.experts))]
+        return self.rule.fuse(outputs, log_weights, self.robust) | {"maps": saved, "experts": outputs}, logits
+
+    def _answer(
+        self, expert: int, last: Tensor, saved: dict[int, Tensor], log_weights: Tensor
+    ) -> tuple[Tensor | None, dict[str, Any] | None]:
+        """The rows that an expert is asked for, None for all, and what it says."""
+        # A traced graph has no branches: all experts answer in it, and those beyond the top k weigh 0.
+        everywhere = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if self.top_k is None or everywhere or (self.rule.leads and expert == self.robust):
+            return None, self._run(expert, last, saved)
+        rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
+        return rows, self._run(expert, last, saved, rows) if len(rows) else None
 
     def seen_by_gate(self, frames: Tensor, last: Tensor) -> Tensor:
         """What the gate looks at, of the frames and the trunk's last map."""
         return last if self.gate_on == "trunk" else detail(frames) if self.gate_on == "detail" else frames
 
     def _run(self, expert: int, last: Tensor, saved: dict[int, Tensor], rows: Tensor | None = None) -> dict[str, Any]:
-        if rows is not None and len(rows) < len(last):
+        if rows is not None:
             last, saved = last[rows], {i: x[rows] for i, x in saved.items()}
         *layers, head = self._expert(expert)
         last, saved = run_layers(layers, last, dict(saved), self.save)
@@ -135,12 +147,7 @@ class GatedNetwork(nn.Module):
         if self.top_k is not None:
             beyond = logits < logits.topk(self.top_k, 1).values[:, -1:]
             logits = logits.masked_fill(beyond, -torch.inf)
-        log_weights = logits.log_softmax(1)
-        if not self.floor:
-            return log_weights
-        floors = logits.new_full((1, logits.shape[1]), -torch.inf)
-        floors[:, self.robust] = torch.log(torch.tensor(self.floor))
-        return torch.logaddexp(log_weights + torch.log1p(torch.tensor(-self.floor)), floors)
+        return self.rule.log_weights(logits.log_softmax(1), self.robust)
 
     def grow(self, names: Sequence[str], source: int) -> None:
         """Add experts, each a copy of expert `source`, and outputs of the gate that at first give them next to nothing.
@@ -173,6 +180,11 @@ class GatedNetwork(nn.Module):
         return SimpleNamespace(model=[*self.trunk, *self._expert(0)], save=self.save, names=self.class_names)
 
     @property
+    def rule(self) -> Fusion:
+        """How the experts' answers become one."""
+        return parse_fusion(self.fusion)
+
+    @property
     def robust(self) -> int:
         """The number of the adversarial expert, or of the first where none is called so."""
         return self.names.index(EXPERTS[-1]) if EXPERTS[-1] in self.names else 0
@@ -189,37 +201,6 @@ class GatedNetwork(nn.Module):
     def _expert(self, number: int) -> list[Any]:
         layers: Any = self.experts[number]
         return list(layers)
-
-
-def fuse(outputs: Sequence[tuple[Tensor, dict[str, Any] | None]], log_weights: Tensor) -> dict[str, Any]:
-    """The experts' raw outputs as those of one head, before NMS.
-
-    outputs: of each expert the rows of the batch that it answered for, and its `scores` (logits [b, C, N]) and `boxes`
-    (logits of the distances' distributions, [b, 4 * R, N]). Class probabilities are averaged with the gate's weights
-    `w`; distributions with `w * p`, p the expert's best class probability there. Both come out as logits again.
-    """
-    asked = [i for i, (_, raw) in enumerate(outputs) if raw is not None]  # or cost would grow with the others
-    given = [(rows, raw) for rows, raw in outputs if raw is not None]
-    first = given[0][1]
-
-    def stacked(key: str) -> Tensor:
-        whole = []
-        for rows, raw in given:
-            if len(rows) == len(log_weights):
-                whole.append(raw[key])
-                continue
-            zeros = first[key].new_zeros(len(log_weights), *first[key].shape[1:])
-            whole.append(zeros.index_copy(0, rows, raw[key]))
-        return torch.stack(whole, 1)
-
-    scores, boxes = stacked("scores").float(), stacked("boxes").float().unflatten(2, (4, -1))
-    weights = log_weights[:, asked].float().exp()[:, :, None, None]
-    # Probabilities of yes and of no, each by a sigmoid of its own: exact at both ends, and far faster than logarithms.
-    yes, no = ((weights * x.sigmoid()).sum(1).clamp(min=TINY) for x in (scores, -scores))
-    share = weights[:, :, 0] * scores.amax(2).sigmoid()
-    share = (share / share.sum(1, keepdim=True).clamp(min=TINY))[:, :, None, None]
-    fused = (share * boxes.softmax(3)).sum(1).clamp(min=TINY).log()
-    return {"scores": yes.log() - no.log(), "boxes": fused.flatten(1, 2), "feats": first["feats"]}
 
 
 class GatedDetector(Detector):
@@ -278,7 +259,7 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
         "experts": network.names,
         "gate_on": network.gate_on,
         "top_k": network.top_k,
-        "floor": network.floor,
+        "fusion": network.fusion,
     }
 
 
@@ -294,6 +275,6 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
         split = int(card["split"])
         if len(names) * sum(p.numel() for layer in model.model[split:] for p in layer.parameters()) > most:
             raise ValueError("it has more experts than the weights beside it")
-        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, float(card["floor"]))
+        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

@@ -29,12 +29,14 @@ def load_detector(
     device: str = "cpu",
     end_to_end: bool = False,
     top_k: int | None = None,
+    fusion: str | None = None,
 ) -> "Detector":
     """A ready detector by bundled name, by file (.pt, .safetensors), by Ultralytics' name ("yolo11n") or torchvision's.
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
     end_to_end: the head without NMS of YOLOv10 and YOLO26.
-    top_k: experts that a gated ensemble asks per photo; by default as many as it was made for.
+    top_k, fusion: experts that a gated ensemble asks per photo, and how they become one answer; by default as it was
+    made.
     trust: unpickle a .pt, which lets it run any code, instead of reading it as data.
 
     Raises:
@@ -42,6 +44,7 @@ def load_detector(
     """
     import torch
 
+    from detguard.detectors.fusion import parse_fusion
     from detguard.detectors.gated import GatedDetector, GatedNetwork
     from detguard.detectors.torchvision import TorchvisionDetector
     from detguard.detectors.ultralytics import UltralyticsDetector
@@ -57,9 +60,12 @@ def load_detector(
             raise DetguardError(f"--end-to-end: {name} is a gated ensemble, whose heads all need NMS")
         if top_k:
             model.top_k = top_k if top_k < len(model.names) else None
+        if fusion:
+            model.fusion = str(parse_fusion(fusion))
         return GatedDetector(model, Path(name).stem, imgsz or size, device)
-    if top_k:
-        raise DetguardError(f"--top-k: {name} is no gated ensemble, it has no experts to choose from")
+    if top_k or fusion:
+        option = "--top-k" if top_k else "--fusion"
+        raise DetguardError(f"{option}: {name} is no gated ensemble, it has no experts to choose from")
     if hasattr(model, "outputs"):
         if end_to_end:
             raise DetguardError(f"--end-to-end: {name} has no head that works without NMS")
@@ -70,12 +76,13 @@ def load_detector(
 def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
     """What a run's config keeps of its detector; `model` is the name or file as the user gave it."""
     network: Any = detector.model
-    experts = len(network.names) if hasattr(network, "top_k") else None
+    experts = len(network.names) if hasattr(network, "fusion") else None
     return {
         "model": model,
         "imgsz": detector.imgsz,
         "end_to_end": detector.end_to_end,
         "top_k": experts and (network.top_k or experts),
+        "fusion": experts and network.fusion,
         "sha256": detector.state_hash(),
     }
 
@@ -88,12 +95,12 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = "
     """
     match config:
         case {"model": str(model), "imgsz": int(imgsz), "end_to_end": bool(end_to_end), "sha256": str()}:
-            top_k = config.get("top_k")
+            top_k, fusion = config.get("top_k"), config.get("fusion")
         case _:
             raise DetguardError("config.yaml: its detector is not described as detguard does; start a new run")
-    if not (top_k is None or isinstance(top_k, int)) or imgsz not in SIZES:
-        raise DetguardError("config.yaml: its detector has an odd imgsz or top_k; start a new run")
-    detector = load_detector(model, imgsz, trust, device, end_to_end, top_k)
+    if not isinstance(top_k, int | None) or not isinstance(fusion, str | None) or imgsz not in SIZES:
+        raise DetguardError("config.yaml: its detector has an odd imgsz, top_k or fusion; start a new run")
+    detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
     return detector

@@ -5,6 +5,7 @@ of known layers with literal arguments; what is built of it is given the file's 
 module, with what the file says that it holds.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,7 +106,7 @@ def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
     counting = register_module_module_registration_hook(count)
     try:
         with _Shapes("meta"):
-            model.model, model.save = parse_model({**recipe, "backbone": [*recipe["backbone"]]}, ch=3, verbose=False)
+            model.model, model.save = parse_model(copy.deepcopy(recipe), ch=3, verbose=False)
             initialize_weights(model)
     except Damaged:
         raise

@@ -14,6 +14,7 @@ from ultralytics.nn.tasks import DetectionModel
 from detguard import DetguardError
 from detguard.data.batches import PhotoSet
 from detguard.detectors.base import Detector
+from detguard.detectors.fusion import parse_fusion
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.detectors.ultralytics import UltralyticsDetector
@@ -50,8 +51,6 @@ RAMP = 0.2
 FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
 GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
-# Experts that do not resist say anything under attack: it must weigh less than what the robust one is sure of.
-FLOOR = 0.5
 STRIDE = 32
 
 
@@ -59,7 +58,7 @@ STRIDE = 32
 class Plan:
     """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats.
 
-    floor: least weight of the adversarial expert; by default FLOOR where the others are undefended, else 0.
+    fusion: how the experts' answers become one (see `detguard.detectors.fusion`).
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -75,7 +74,7 @@ class Plan:
     steps: int = 2
     mix: float = 0.2
     top_k: int | None = None
-    floor: float | None = None
+    fusion: str = "bounded:0.5"
     batch: int = 32
     rate: float = 3e-3
     seed: int = 0
@@ -91,6 +90,7 @@ class Plan:
             raise DetguardError(f"--crop {self.crop}: expected a multiple of {STRIDE}, the stride of detectors")
         if self.recipe == "mtd" and self.attack != "pgd":
             raise DetguardError(f"--attack {self.attack}: --recipe mtd chooses between two attacks, which pgd makes")
+        parse_fusion(self.fusion)
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
     @property
@@ -211,8 +211,7 @@ def harden(
     robust = isinstance(model, GatedNetwork)
     base = model.single() if robust else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
-    floor = plan.floor if plan.floor is not None else FLOOR if plan.apart else 0.0
-    network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, floor=floor)
+    network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
     undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False).to(setting.ranks.device)
     if plan.apart:
         for expert in range(len(plan.experts) - 1):

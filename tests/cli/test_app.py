@@ -113,7 +113,7 @@ FRACTIONS = [
 
 
 def test_there_are_options_to_test():
-    assert {("attack", "--conf"), ("harden", "--floor"), ("adapt", "--lambda")} <= set(FRACTIONS)
+    assert {("attack", "--conf"), ("harden", "--rate"), ("adapt", "--lambda")} <= set(FRACTIONS)
 
 
 def refused(command, option, value):

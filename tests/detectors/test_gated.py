@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from detguard import DetguardError
 from detguard.attacks.group import AttackOptions, attack_group
-from detguard.detectors.gated import GatedDetector, GatedNetwork, fuse
+from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, load_detector, load_model, save_gated
 from detguard.evaluation.attacks import attack_objective, attacks_on
 from detguard.objectives import Vanish
@@ -59,38 +59,26 @@ def test_probabilities_are_averaged_with_the_gates_weights(bundled_model, bundle
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
 
 
-def test_distances_lean_on_the_expert_that_is_sure():
-    sure, unsure = torch.full((1, 1, 1), 6.0), torch.full((1, 1, 1), -6.0)
-    near, far = torch.zeros(1, 16, 1), torch.zeros(1, 16, 1)
-    near[:, 1::4], far[:, 3::4] = 20, 20
-    rows = torch.tensor([0])
-    outputs = [
-        (rows, {"scores": sure, "boxes": near, "feats": []}),
-        (rows, {"scores": unsure, "boxes": far, "feats": []}),
-    ]
-    raw = fuse(outputs, torch.tensor([[0.5, 0.5]]).log())
-    distribution = raw["boxes"].unflatten(1, (4, -1)).softmax(2)[0, :, :, 0]
-    assert (distribution[:, 1] > 0.99).all()
-    assert raw["scores"].sigmoid().item() == pytest.approx(
-        (torch.tensor(6.0).sigmoid() + torch.tensor(-6.0).sigmoid()) / 2
-    )
-
-
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99), st.floats(0, 0.9))
-def test_weights_sum_to_one_and_all_but_the_top_k_are_zero(k, rows, seed, floor):
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+def test_weights_sum_to_one_and_all_but_the_top_k_are_zero(k, rows, seed):
     made = GatedNetwork.__new__(GatedNetwork)
     torch.nn.Module.__init__(made)
-    made.top_k, made.floor = (k if k < 5 else None), 0.0
+    made.top_k, made.fusion = (k if k < 5 else None), "average:0"
     made.names = list("abcde")
     logits = torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed))
     weights = made.log_weights(logits).exp()
     assert torch.allclose(weights.sum(1), torch.ones(rows), atol=1e-5)
     assert ((weights > 0).sum(1) == k).all()
-    made.floor = floor
-    floored = made.log_weights(logits).exp()
-    assert torch.allclose(floored.sum(1), torch.ones(rows), atol=1e-5)
-    assert (floored[:, made.robust] >= floor - 1e-6).all()
+
+
+def test_a_bounded_ensemble_asks_its_robust_expert_for_every_frame(bundled_model, bundled, frames, monkeypatch):
+    made = detector(bundled_model, bundled, top_k=1, fusion="bounded:0.5")
+    monkeypatch.setattr(made.model.gate, "forward", lambda x: torch.tensor([[2.0, 1.0, 0.0]] * len(x)))
+    with torch.no_grad():
+        fused = made.candidates(frames).logits
+        led, favourite = (made.through(i).candidates(frames).logits for i in (2, 0))
+    assert torch.allclose(fused, favourite.minimum(led + 0.5).maximum(led - 0.5), atol=1e-3)
 
 
 def test_top_k_computes_only_the_chosen_experts_for_each_frame(bundled_model, bundled, frames, monkeypatch):
@@ -130,19 +118,26 @@ def test_the_whole_is_differentiable_in_its_weights(bundled_model, frames):
 
 
 def test_it_saves_without_code_and_loads_as_a_detector(bundled_model, bundled, bus, tmp_path):
-    made = network(bundled_model, top_k=2, floor=0.1, names=("normal", "adversarial", "fog"))
+    made = network(bundled_model, top_k=2, fusion="average:0.1", names=("normal", "adversarial", "fog"))
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": bundled.imgsz}
     save_gated(made, card, tmp_path / "hard.safetensors")
     again = load_detector(tmp_path / "hard.safetensors")
     assert isinstance(again, GatedDetector)
-    assert (again.model.names, again.model.top_k, again.model.floor) == (["normal", "adversarial", "fog"], 2, 0.1)
+    assert (again.model.names, again.model.top_k) == (["normal", "adversarial", "fog"], 2)
+    assert again.model.fusion == "average:0.1"
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.model.parameters(), strict=True))
     original = GatedDetector(made, "gated", bundled.imgsz)
     assert torch.equal(again.detect([bus])[0].scores, original.detect([bus])[0].scores)
     assert torch.equal(again.predict(bus, 0.25).boxes, again.detect([bus])[0].boxes)
 
 
-@pytest.mark.parametrize("broken", [{"split": 99}, {"experts": []}, {"floor": 2}, {"gate_on": "x"}, {"split": None}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"split": 99}, {"split": None}, {"experts": []}, {"gate_on": "x"}, {"fusion": "average:2"}, {"fusion": "sum:1"},
+        {"fusion": None},
+    ],
+)  # fmt: skip
 def test_a_broken_card_is_an_error(bundled_model, bundled, tmp_path, broken):
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 320}
     save_gated(network(bundled_model), card, tmp_path / "hard.safetensors")
@@ -169,7 +164,7 @@ def test_how_experts_are_put_together_is_part_of_its_state(bundled_model, bundle
     made = detector(bundled_model, bundled)
     before = made.state_hash()
     assert made.through(0).state_hash() != before
-    made.model.floor = 0.2
+    made.model.fusion = "average:0.2"
     assert made.state_hash() != before
 
 
@@ -239,7 +234,7 @@ def test_a_grown_ensemble_says_the_same_until_it_learns(bundled_model, bundled, 
 
 
 def test_the_floor_stays_under_the_adversarial_expert_when_others_come(bundled_model, bundled, frames):
-    made = detector(bundled_model, bundled, floor=0.3)
+    made = detector(bundled_model, bundled, fusion="average:0.3")
     made.model.grow(["fog"], 0)
     with torch.no_grad():
         experts = made.candidates(frames).experts

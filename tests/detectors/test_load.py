@@ -173,9 +173,9 @@ def test_safetensors_load_from_any_folder_to_the_same_weights(own_copy, bundled)
         {"imgsz": float("inf")}, {"imgsz": float("nan")}, {"imgsz": 10**400}, {"imgsz": 0}, {"imgsz": "320"},
         {"imgsz": True}, {"classes": 3}, {"classes": [["person"]] * 13}, {"classes": ["x" * 10**6] * 13},
         {"classes": []}, {"architecture": ["yolo11n.yaml"]}, {"architecture": None}, {"gated": {}}, {"gated": 1},
-        {"gated": {"split": 0, "experts": ["a"] * 64, "gate_on": "detail", "top_k": None, "floor": 0}},
-        {"gated": {"split": float("inf"), "experts": ["a"], "gate_on": "detail", "top_k": None, "floor": 0}},
-        {"gated": {"split": 0, "experts": ["a"], "gate_on": "detail", "top_k": None, "floor": float("nan")}},
+        {"gated": {"split": 0, "experts": ["a"] * 64, "gate_on": "detail", "top_k": None, "fusion": "average:0"}},
+        {"gated": {"split": float("inf"), "experts": ["a"], "gate_on": "detail", "top_k": None, "fusion": "average:0"}},
+        {"gated": {"split": 0, "experts": ["a"], "gate_on": "detail", "top_k": None, "fusion": "average:nan"}},
     ],
     ids=str,
 )  # fmt: skip

@@ -98,5 +98,5 @@ def test_each_expert_and_each_way_to_put_them_together_has_its_own(bundled_model
     network = GatedNetwork(fused(bundled_model), 22, top_k=2)
     detector = GatedDetector(network, "three", 320)
     others = [detector, detector.through(0), detector.through(1), detector.dense()]
-    others.append(changed(detector, lambda model: setattr(model, "floor", 0.5)))
+    others.append(changed(detector, lambda model: setattr(model, "fusion", "average:0.5")))
     assert len({other.state_hash() for other in others}) == len(others)

@@ -129,15 +129,15 @@ def test_a_run_whose_ensemble_has_changed_does_not_go_on(adapted, place):
     assert "ensemble.safetensors: no longer the weights" in result.stderr
 
 
-def test_it_warns_that_a_floor_bounds_new_experts(place):
+def test_it_warns_that_the_fusion_bounds_new_experts(place):
     card = json.loads((place / "ensemble.json").read_text())
-    card["gated"]["floor"] = 0.6
+    card["gated"]["fusion"] = "average:0.6"
     (place / "floored.json").write_text(json.dumps(card))
     (place / "floored.safetensors").write_bytes((place / "ensemble.safetensors").read_bytes())
     # Refused after the warning: nothing has to be trained.
     result = detguard("adapt", "--model", "floored.safetensors", *OPTIONS, "--max-experts", 3, cwd=place)
     assert result.returncode == 2
-    assert "keeps 0.6 of the weight" in result.stderr
+    assert "fusion average:0.6 bounds" in result.stderr
 
 
 def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):

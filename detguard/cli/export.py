@@ -1,0 +1,72 @@
+"""`detguard export`: parse, call, show."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from detguard.cli.app import Confidence, EndToEnd, ImageSize, TopK, Trust, app, err, out, show_error, show_warning
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard export detguard-n-hard`: ONNX of the ensemble, for ONNX Runtime, TensorRT, OpenCV or `YOLO(file)`
+
+`detguard export hard.safetensors --nms --out street.onnx`: with NMS inside
+
+`detguard export runs/harden/001/weights/adversarial.safetensors --format pt`: one network, for `YOLO(file)`"""
+)
+def export(
+    model: Annotated[str, typer.Argument(help="Bundled name, .safetensors or .pt file, or an Ultralytics name.")],
+    kind: Annotated[
+        Literal["pt", "onnx", "torchscript", "openvino"],
+        typer.Option("--format", help="pt: Ultralytics' checkpoint, of one network; the others take ensembles too."),
+    ] = "onnx",
+    file: Annotated[Path | None, typer.Option("--out", help="File to write; default: MODEL's name, here.")] = None,
+    imgsz: ImageSize = None,
+    nms: Annotated[bool, typer.Option("--nms", help="NMS inside: [B, 300, 6] of box, confidence and class.")] = False,
+    conf: Confidence = 0.25,
+    iou: Annotated[float, typer.Option(min=0, max=1, help="Of --nms: overlap over which the worse box goes.")] = 0.7,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic/--static", help="Any batch, height and width, or one square frame of --imgsz.")
+    ] = True,
+    photos: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or pattern of photos to check it on, eight at most; default: some of Ultralytics'."),
+    ] = None,
+    end_to_end: EndToEnd = False,
+    top_k: TopK = None,
+    trust: Trust = False,
+) -> None:
+    """Write a detector as a file for other runtimes, and check that it finds there what it finds here.
+
+    Exit code: 0 the same is found, 1 not (do not use the file), 2 wrong use.
+    """
+    from detguard.detectors.gated import GatedDetector
+    from detguard.export.check import BOXES, PHOTOS, SCORES
+    from detguard.export.run import check_file, default_file, plan_export
+    from detguard.export.run import export as write
+    from detguard.photos import find_photos, read_photo
+    from detguard.reports.export import verdict_table
+    from detguard.reports.tables import terminal_table
+
+    file = file or default_file(model, kind)
+    shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []
+    with err.status("Loading the detector"):
+        wanted = plan_export(model, kind, shown, imgsz, nms, conf, iou, dynamic, end_to_end, top_k, trust)
+    check_file(file, model, kind)
+    if isinstance(wanted.detector, GatedDetector) and wanted.detector.model.top_k:
+        show_warning("all experts are computed in the file: --top-k decides what is found, not how fast")
+    with err.status("Exporting and checking"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, whose result is checked
+        verdict = write(wanted, kind, file)
+    out.print(terminal_table(verdict_table(verdict, len(wanted.frames))))
+    if not verdict.passed:
+        why = f"expected scores within {SCORES:g} and boxes within {BOXES:g} px"
+        why = why if verdict.compared else "nothing was found to compare; give --photos of what it was made for"
+        show_error(f"{file}: check failed, do not use it ({why})")
+        sys.exit(1)
+    out.print(f"checked: {file} finds what {model} finds", highlight=False, soft_wrap=True)

@@ -1,0 +1,138 @@
+"""How the answers of a gated ensemble's experts become one, and what the others may do to the robust one."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from detguard import DetguardError
+
+TINY = 1e-37
+# Of each expert the rows of the batch that it answered for, None for all, and its raw outputs, None where it was not
+# asked: `scores` (logits [b, C, N]) and `boxes` (logits of the distances' distributions, [b, 4 * R, N]).
+Outputs = Sequence[tuple[Tensor | None, dict[str, Any] | None]]
+
+
+@dataclass(frozen=True)
+class Fusion(ABC):
+    """A rule, written as its name and its number, as in "bounded:0.5"; number: 0..most."""
+
+    number: float
+
+    name: ClassVar[str]
+    most: ClassVar[float]
+    # Whether the robust expert answers for every frame, whatever the gate says.
+    leads: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number <= self.most:
+            raise DetguardError(f"{self.name}:{self.number:g}: expected a number in 0..{self.most:g}")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.number:g}"
+
+    def log_weights(self, log_weights: Tensor, robust: int) -> Tensor:
+        """Logarithm of the weights [B, K] that experts get where the gate gives these; by default the same."""
+        return log_weights
+
+    @abstractmethod
+    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int) -> dict[str, Any]:
+        """The experts' raw outputs as those of one head, before NMS; robust: the number of the robust expert."""
+
+
+@dataclass(frozen=True)
+class Average(Fusion):
+    """Class probabilities averaged by the gate's weights; `number` is the least weight of the robust expert.
+
+    An expert that does not resist can be made to say anything, with a confidence of one less that weight.
+    """
+
+    name = "average"
+    most = 0.99
+    leads = False
+
+    @override
+    def log_weights(self, log_weights: Tensor, robust: int) -> Tensor:
+        if not self.number:
+            return log_weights
+        floors = torch.full_like(log_weights[:1], -torch.inf)
+        floors[:, robust] = math.log(self.number)
+        return torch.logaddexp(log_weights + math.log1p(-self.number), floors)
+
+    @override
+    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int) -> dict[str, Any]:
+        return average(outputs, log_weights)
+
+
+@dataclass(frozen=True)
+class Bounded(Fusion):
+    """The robust expert's answer, its class logits moved by at most `number` towards the average of all; its boxes.
+
+    However the gate and the other experts are fooled, no logit is further than that from the robust expert's.
+    """
+
+    name = "bounded"
+    most = 20.0
+    leads = True
+
+    @override
+    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int) -> dict[str, Any]:
+        leader = outputs[robust][1]
+        assert leader is not None
+        scores, led = average(outputs, log_weights)["scores"], leader["scores"].float()
+        # By tensors, not by clamp: where the bound holds, the gradient is that of the leader.
+        scores = scores.minimum(led + self.number).maximum(led - self.number)
+        return {"scores": scores, "boxes": leader["boxes"], "feats": leader["feats"]}
+
+
+RULES: dict[str, type[Fusion]] = {rule.name: rule for rule in (Average, Bounded)}
+
+
+def parse_fusion(text: str) -> Fusion:
+    """The rule that a text names, as in "average:0.5" or "bounded:0.5".
+
+    Raises:
+        DetguardError: there is no such rule, or its number is out of range.
+    """
+    name, _, number = text.partition(":")
+    if name in RULES:
+        try:
+            return RULES[name](float(number))
+        except ValueError:
+            pass
+    known = ", ".join(f"{rule.name}:0..{rule.most:g}" for rule in RULES.values())
+    raise DetguardError(f"--fusion {text}: expected one of {known}")
+
+
+def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
+    """Probabilities averaged with the weights `w`, distributions with `w * p`, p the expert's best class there.
+
+    Both come out as logits again.
+    """
+    asked = [i for i, (_, raw) in enumerate(outputs) if raw is not None]  # or cost would grow with the others
+    given = [(rows, raw) for rows, raw in outputs if raw is not None]
+    first = given[0][1]
+
+    def stacked(key: str) -> Tensor:
+        whole = []
+        for rows, raw in given:
+            if rows is None:
+                whole.append(raw[key])
+                continue
+            zeros = first[key].new_zeros(len(log_weights), *first[key].shape[1:])
+            whole.append(zeros.index_copy(0, rows, raw[key]))
+        return torch.stack(whole, 1)
+
+    scores, boxes = stacked("scores").float(), stacked("boxes").float().unflatten(2, (4, -1))
+    weights = log_weights[:, asked].float().exp()[:, :, None, None]
+    # Probabilities of yes and of no, each by a sigmoid of its own: exact at both ends, and far faster than logarithms.
+    yes, no = ((weights * x.sigmoid()).sum(1).clamp(min=TINY) for x in (scores, -scores))
+    share = weights[:, :, 0] * scores.amax(2).sigmoid()
+    share = (share / share.sum(1, keepdim=True).clamp(min=TINY))[:, :, None, None]
+    fused = (share * boxes.softmax(3)).sum(1).clamp(min=TINY).log()
+    return {"scores": yes.log() - no.log(), "boxes": fused.flatten(1, 2), "feats": first["feats"]}

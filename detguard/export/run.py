@@ -1,0 +1,108 @@
+"""One `detguard export`: what each format takes, and a checked file. A new format is one file and one line here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detguard import DetguardError, first_line
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import find_weights, load_detector, load_model, read_card
+from detguard.detectors.ultralytics import UltralyticsDetector
+from detguard.export.base import Deployment, Format
+from detguard.export.check import PHOTOS, Verdict, check, default_photos, frames_of
+from detguard.export.onnx import Onnx
+from detguard.export.openvino import OpenVino
+from detguard.export.pt import Checkpoint
+from detguard.export.torchscript import TorchScript
+from detguard.files import is_file
+from detguard.photos import Photo
+
+FORMATS: dict[str, Format] = {
+    "pt": Checkpoint(),
+    "onnx": Onnx(),
+    "torchscript": TorchScript(),
+    "openvino": OpenVino(),
+}
+
+
+def plan_export(
+    model: str,
+    kind: str,
+    photos: Sequence[Photo] = (),
+    imgsz: int | None = None,
+    nms: bool = False,
+    conf: float = 0.25,
+    iou: float = 0.7,
+    dynamic: bool = True,
+    end_to_end: bool = False,
+    top_k: int | None = None,
+    trust: bool = False,
+) -> Deployment:
+    """The detector by its name or file, and how it is wanted; see `Deployment`.
+
+    kind: one of FORMATS. photos: to check the file on, of which the first PHOTOS count; by default `default_photos`.
+    imgsz, end_to_end, top_k, trust: as of `load_detector`.
+
+    Raises:
+        DetguardError: the format does not take such a detector or option, or lacks a package.
+    """
+    FORMATS[kind].check_packages(kind)
+    if kind == "pt" and (nms or not dynamic or end_to_end):
+        option = "--nms" if nms else "--end-to-end" if end_to_end else "--static"
+        raise DetguardError(
+            f"{option}: not of a .pt, where YOLO(file) decides; leave it out or choose another --format"
+        )
+    if nms and end_to_end:
+        raise DetguardError("--nms: the head of --end-to-end needs none; leave one of them out")
+    detector = load_detector(model, imgsz, trust, end_to_end=end_to_end, top_k=top_k)
+    network: Any = detector.model
+    architecture = ""
+    if isinstance(network, GatedNetwork):
+        if kind == "pt" and len(network.names) > 1:
+            raise DetguardError(
+                f"--format pt: {model} is an ensemble of {len(network.names)} experts, and Ultralytics' .pt holds one "
+                "network; choose --format onnx, which YOLO(file) runs too, or harden one network (--recipe pgd)"
+            )
+        architecture = str(read_card(model)["architecture"])
+    elif not isinstance(detector, UltralyticsDetector) or detector.stretch:
+        raise DetguardError(f"{model}: only Ultralytics' YOLO families and what was hardened of them can be exported")
+    elif kind == "pt":
+        network = load_model(model, trust)[0]
+    shown = list(photos[:PHOTOS]) or default_photos()
+    frames = frames_of(detector, shown, square=not dynamic)
+    return Deployment(detector, network, architecture, frames, nms, conf, iou, dynamic)
+
+
+def default_file(model: str, kind: str) -> Path:
+    """Where a file goes by default: here, by the name of the model."""
+    return Path(f"{Path(model).stem}{FORMATS[kind].suffix}")
+
+
+def check_file(file: Path, model: str, kind: str) -> None:
+    """See that a file may be written: named as runtimes tell its format, and not the model itself.
+
+    Raises:
+        DetguardError: it may not.
+    """
+    suffix = FORMATS[kind].suffix
+    if not file.name.endswith(suffix):
+        raise DetguardError(f"--out {file}: expected a name that ends in {suffix} for --format {kind}")
+    if kind == "pt" and is_file(file) and file.samefile(find_weights(model)):
+        raise DetguardError(f"--out {file}: would be written over the model itself; give another name")
+
+
+def export(wanted: Deployment, kind: str, file: Path) -> Verdict:
+    """Write a detector in one of FORMATS, read the file back by its runtime, and compare the two.
+
+    Raises:
+        DetguardError: it cannot be written in that format.
+    """
+    made = FORMATS[kind]
+    try:
+        made.write(wanted, file)
+        return check(wanted, made.read(file))
+    except DetguardError:
+        raise
+    except Exception as error:  # whatever an exporter or a runtime raises of a network that it does not know
+        reason = first_line(error)
+        raise DetguardError(f"--format {kind}: {wanted.detector.name} cannot be exported ({reason})") from error

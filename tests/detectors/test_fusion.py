@@ -1,0 +1,98 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard import DetguardError
+from detguard.detectors.fusion import Average, Bounded, average, parse_fusion
+from detguard.detectors.load import load_detector
+
+ROBUST = 2
+
+
+def answers(seed=0, batch=2, classes=3, anchors=7, spread=6.0):
+    """Raw outputs of three experts that have nothing in common."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one():
+        scores = spread * torch.randn(batch, classes, anchors, generator=generator)
+        return {"scores": scores, "boxes": torch.randn(batch, 16, anchors, generator=generator), "feats": []}
+
+    return [(None, one()) for _ in range(3)], torch.randn(batch, 3, generator=generator).log_softmax(1)
+
+
+def test_distances_lean_on_the_expert_that_is_sure():
+    sure, unsure = torch.full((1, 1, 1), 6.0), torch.full((1, 1, 1), -6.0)
+    near, far = torch.zeros(1, 16, 1), torch.zeros(1, 16, 1)
+    near[:, 1::4], far[:, 3::4] = 20, 20
+    outputs = [
+        (None, {"scores": sure, "boxes": near, "feats": []}),
+        (None, {"scores": unsure, "boxes": far, "feats": []}),
+    ]
+    raw = average(outputs, torch.tensor([[0.5, 0.5]]).log())
+    distribution = raw["boxes"].unflatten(1, (4, -1)).softmax(2)[0, :, :, 0]
+    assert (distribution[:, 1] > 0.99).all()
+    assert raw["scores"].sigmoid().item() == pytest.approx(
+        (torch.tensor(6.0).sigmoid() + torch.tensor(-6.0).sigmoid()) / 2
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 99), st.floats(0, 0.9))
+def test_the_robust_expert_keeps_its_share_of_an_average(rows, seed, floor):
+    gate = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed)).log_softmax(1)
+    weights = Average(floor).log_weights(gate, ROBUST).exp()
+    assert torch.allclose(weights.sum(1), torch.ones(rows), atol=1e-5)
+    assert (weights[:, ROBUST] >= floor - 1e-6).all()
+    assert torch.allclose(Average(0).log_weights(gate, ROBUST), gate)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 999), st.floats(0, 20), st.floats(0.1, 100))
+def test_no_logit_is_further_from_the_robust_one_than_the_bound(seed, bound, spread):
+    outputs, weights = answers(seed, spread=spread)
+    mean, led = average(outputs, weights)["scores"], outputs[ROBUST][1]["scores"]
+    fused = Bounded(bound).fuse(outputs, weights, ROBUST)
+    assert ((fused["scores"] - led).abs() <= bound + 1e-4 * spread).all()  # of sums in floats
+    inside = (mean - led).abs() < bound
+    assert torch.equal(fused["scores"][inside], mean[inside])
+    assert fused["boxes"] is outputs[ROBUST][1]["boxes"]
+
+
+def test_where_the_bound_holds_the_gradient_is_that_of_the_robust_expert():
+    outputs, weights = answers()
+    led = outputs[ROBUST][1]["scores"].requires_grad_()
+    other = outputs[0][1]["scores"].requires_grad_()
+    fused = Bounded(0.01).fuse(outputs, weights, ROBUST)["scores"]
+    bounded = (average(outputs, weights)["scores"] - led).abs() > 0.01
+    assert bounded.float().mean() > 0.9
+    of_led, of_other = torch.autograd.grad(fused.sum(), (led, other))
+    assert (of_led[bounded] == 1).all()
+    assert (of_other[bounded] == 0).all()
+
+
+@pytest.mark.parametrize("text", ["average:0", "average:0.5", "bounded:0.5", "bounded:20"])
+def test_a_rule_is_written_as_it_is_read(text):
+    assert str(parse_fusion(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "sum:1", "bounded", "bounded:", "bounded:-1", "bounded:21", "bounded:nan"])
+def test_no_such_rule(text):
+    with pytest.raises(DetguardError, match="bounded"):
+        parse_fusion(text)
+
+
+def test_a_detector_is_loaded_with_another_rule(bus):
+    average, bounded = (load_detector("detguard-n-hard", fusion=rule) for rule in ("average:0", "bounded:0"))
+    alone = average.through(average.model.robust)
+    (fused,), (robust,) = bounded.detect([bus], 0.1), alone.detect([bus], 0.1)
+    assert torch.allclose(fused.scores, robust.scores, atol=1e-5)
+    assert average.state_hash() != bounded.state_hash()
+    assert not math.isclose(float(average.detect([bus], 0.1)[0].scores[0]), float(robust.scores[0]), abs_tol=1e-3)
+
+
+def test_only_ensembles_have_one():
+    with pytest.raises(DetguardError, match="--fusion"):
+        load_detector("detguard-n", fusion="average:0")
