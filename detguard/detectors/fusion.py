@@ -129,7 +129,7 @@ def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
         return torch.stack(whole, 1)
 
     scores, boxes = stacked("scores").float(), stacked("boxes").float().unflatten(2, (4, -1))
-    weights = log_weights[:, asked].float().exp()[:, :, None, None]
+    weights = torch.stack([log_weights[:, i] for i in asked], 1).float().exp()[:, :, None, None]
     # Probabilities of yes and of no, each by a sigmoid of its own: exact at both ends, and far faster than logarithms.
     yes, no = ((weights * x.sigmoid()).sum(1).clamp(min=TINY) for x in (scores, -scores))
     share = weights[:, :, 0] * scores.amax(2).sigmoid()

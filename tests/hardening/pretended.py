@@ -1,0 +1,130 @@
+"""Training steps on a device that only pretends; tells as JSON what went wrong in each, or "" where nothing did.
+
+A program of its own: for the rest of its process, there is such a device.
+"""
+
+import copy
+import json
+import traceback
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import detguard.hardening.adapt as adapting
+import detguard.hardening.optimizer as module
+from detguard.data.batches import Batch
+from detguard.data.stream import Labelled
+from detguard.detections import Detections
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused, load_detector, load_model
+from detguard.hardening.loop import Average
+from detguard.hardening.optimizer import Optimizer
+from detguard.hardening.run import Plan
+from detguard.hardening.train import Layout, Setting, learn_batch, learned_parameters
+from detguard.ranks import Ranks
+from detguard.training_loss import Assignment
+
+# A pretended "cuda" has no backward pass where there is no driver: this one is an accelerator of nothing but a name.
+_setup_privateuseone_for_python_backend("pretended")
+DEVICE = torch.device("pretended", 0)
+SETTING = Setting(batch=4, size=64, ranks=Ranks(DEVICE))
+
+
+def there(network):
+    """A network with pretended weights on the device."""
+    for part in network.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                value = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=DEVICE)
+                part._parameters[name] = torch.nn.Parameter(value, requires_grad=p.requires_grad)
+    return network
+
+
+def frames(count):
+    return torch.rand(count, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def updates(network, learned):
+    """What a stage updates weights by. Sizes of steps are read once, when it begins."""
+    optimizer, average = Optimizer(learned, list(network.gate.parameters())), Average(learned)
+
+    def update(loss):
+        optimizer.update(loss, 1e-3)
+        average.update()
+
+    return update
+
+
+STAGES = {
+    "adversarial": (Plan(crop=64), "adversarial"),
+    "hard": (Plan(crop=64), "hard"),
+    "joint": (Plan(crop=64), "joint"),
+    "joint, pgd, all learn": (Plan(crop=64, attack="pgd", mode="full", split="neck"), "joint"),
+    "normal on a shared trunk": (Plan(crop=64, split="neck"), "normal"),
+    "pgd": (Plan("pgd", crop=64, attack="pgd"), "adversarial"),
+    "fgsm": (Plan("pgd", crop=64, attack="fgsm", steps=1), "adversarial"),
+    "mtd": (Plan("mtd", crop=64, attack="pgd"), "adversarial"),
+    "finetune": (Plan("finetune", crop=64), "finetune"),
+}
+
+
+def harden(name):
+    plan, stage = STAGES[name]
+    network = GatedNetwork(fused(load_model()[0]), 11 if plan.split == "neck" else 0, plan.experts, fusion=plan.fusion)
+    teacher = GatedNetwork(load_detector().model, 0, ("undefended",)).requires_grad_(False)
+    stage = plan.stage(stage, 400)
+    hard = Layout.of(stage, 4).hard
+    with FakeTensorMode():
+        update = updates(there(network), learned_parameters(network, stage))
+        batch = Batch(frames(4), frames(4), hard)
+        # The last of the margins, which attack the gate, too.
+        losses = learn_batch(network, there(teacher), batch, stage, SETTING, 3, update)
+    assert all(value.device.type == DEVICE.type for value in losses.values())
+
+
+def adapt(mode):
+    plan = adapting.Adaptation(mode=mode, batch=6)
+    network = GatedNetwork(fused(load_model()[0]), 11)
+    before = copy.deepcopy(network).requires_grad_(False)
+    network.grow(["adapted 1"], 0)
+    with FakeTensorMode():
+        update = updates(there(network), adapting.learned_parameters(network, plan))
+        objects = Detections(torch.ones(1, 4), torch.ones(1), torch.ones(1, dtype=torch.int64))
+        new, old = (Batch(frames(3), frames(3), hard, [Labelled(None, objects)] * 3) for hard in (0, 1))
+        losses = adapting.batch_losses(network, there(before), new, old, adapting.Counts(3, 3, 1), plan, SETTING)
+        update(losses["loss"])
+    assert all(value.device.type == DEVICE.type for value in losses.values())
+
+
+def assigned(candidates, objects):
+    """As many pairs as there happen to be: how many, the device alone knows."""
+    index = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    return Assignment(index, index, index, torch.ones(5, device=DEVICE), torch.ones(5, 4, device=DEVICE))
+
+
+def read():
+    with FakeTensorMode():
+        frames(1).sum().item()
+
+
+def leave():
+    with FakeTensorMode():
+        frames(1) + torch.ones(3, 64, 64)
+
+
+def what_went_wrong(step, *arguments):
+    try:
+        step(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
+    return ""
+
+
+if __name__ == "__main__":
+    adapting.assign = assigned
+    module._size = lambda parameter: 1.0
+    told = {name: what_went_wrong(harden, name) for name in STAGES}
+    told |= {f"adapt, {mode}": what_went_wrong(adapt, mode) for mode in ("full", "frozen")}
+    told |= {"a loss that is read": what_went_wrong(read), "a tensor on the CPU": what_went_wrong(leave)}
+    print(json.dumps(told))

@@ -1,0 +1,67 @@
+"""Short trainings by the processes that the environment tells of; the first saves the weights that they end at."""
+
+import copy
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from ultralytics.utils import ASSETS
+
+from detguard.data.batches import read_photos
+from detguard.data.stream import Labelled
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused, load_detector, load_model
+from detguard.hardening.adapt import Adaptation, adapt
+from detguard.hardening.loop import BatchLog
+from detguard.hardening.run import Plan
+from detguard.hardening.train import Setting, train_stage
+from detguard.photos import read_photo
+from detguard.ranks import Ranks
+from detguard.runs import Run
+
+# Batches that two processes cannot have the same number of frames of.
+BATCH, SIZE = 5, 64
+STAGES = {
+    "adversarial": (Plan(steps=1, batch=BATCH), 0),
+    "joint": (Plan(steps=1, batch=BATCH, split="neck", mode="full"), 11),
+    "pgd": (Plan("mtd", attack="pgd", steps=1, batch=BATCH), 0),
+}
+
+
+def train(ranks, folder):
+    """The weights that each stage, and an adaptation, begins and ends with, and the losses that are told."""
+    cuts, start, weights, told = [ASSETS / "bus.jpg", ASSETS / "zidane.jpg"], {}, {}, {}
+    source = read_photos([(cuts, 1.0)], SIZE)[0]
+    setting = Setting(BATCH, SIZE, ranks=ranks)
+    teacher = GatedNetwork(load_detector().model, 0, ("undefended",)).requires_grad_(False)
+    for name, (plan, split) in STAGES.items():
+        torch.manual_seed(ranks.rank)  # the first one's weights are everybody's
+        network = GatedNetwork(fused(load_model()[0]), split, plan.experts, fusion=plan.fusion)
+        stage = plan.stage("joint" if name == "joint" else "adversarial", 2 * BATCH)
+        start[name] = copy.deepcopy(network.state_dict())
+        log = BatchLog(None, name, stage.number, BATCH, ranks)
+        train_stage(network, teacher, source, stage, setting, folder / f"{name}.pt", log=log)
+        weights[name], told[name] = network.state_dict(), log.told
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(load_model()[0]), 11)
+    before = copy.deepcopy(network.state_dict())
+    labelled = [Labelled(cut, load_detector().detect([read_photo(cut)], 0.3)[0]) for cut in cuts]
+    new = read_photos([(labelled, 1.0)], SIZE, plain=True)[0]
+    plan = Adaptation(photos=2 * BATCH, batch=BATCH, mode="full")
+    adapt(network, {}, new, source, plan, setting, Run(folder, {"command": "adapt"}))
+    weights["adapt"] = network.state_dict()
+    start["adapt"] = weights["adapt"] | {k: v for k, v in before.items() if not k.startswith("gate.out")}
+    return {"start": start, "weights": weights, "losses": told}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ranks = Ranks.start("cpu")
+    assert ranks.count == int(os.environ["WORLD_SIZE"])
+    with tempfile.TemporaryDirectory() as folder:
+        found = train(ranks, Path(folder))
+    if ranks.first:
+        torch.save(found, sys.argv[1])
+    ranks.end()

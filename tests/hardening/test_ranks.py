@@ -1,0 +1,55 @@
+"""Several processes that train together: they end where one process ends on the same batches."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranked import train
+
+from detguard.ranks import ALONE, Ranks
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What one process ends at, and what two do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, Path(__file__).with_name("ranked.py"), folder / "two.pt"]
+    processes = [
+        subprocess.Popen(program, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    return train(ALONE, folder), torch.load(folder / "two.pt")
+
+
+@pytest.mark.parametrize("stage", ["adversarial", "joint", "pgd", "adapt"])
+def test_two_processes_end_where_one_does(trained, stage):
+    start, alone, two = (found[stage] for found in (trained[0]["start"], *(one["weights"] for one in trained)))
+    assert two.keys() == alone.keys()
+    apart, moved = (
+        math.sqrt(sum(float((alone[name] - other[name]).square().sum()) for name in alone)) for other in (two, start)
+    )
+    assert apart < 0.01 * moved
+
+
+@pytest.mark.parametrize("stage", ["adversarial", "joint", "pgd"])
+def test_losses_are_told_of_all_processes(trained, stage):
+    alone, two = (found["losses"][stage] for found in trained)
+    assert alone.keys() == two.keys()
+    for name, value in alone.items():
+        assert two[name] == pytest.approx(value, rel=0.01, abs=2e-3), name
+
+
+def test_every_frame_of_a_batch_is_that_of_one_process():
+    ranks = [Ranks(rank=rank, count=3) for rank in range(3)]
+    assert sorted(row for one in ranks for row in one.rows(2, 9)) == list(range(2, 9))
+    assert {row % 3 for row in ranks[1].rows(2, 9)} == {1}
