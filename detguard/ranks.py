@@ -1,12 +1,12 @@
 """The processes that train together, one per device: each sees a part of every batch, and the first one writes."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from detguard import DetguardError
@@ -67,6 +67,20 @@ class Ranks:
         from accelerate.utils import reduce
 
         return reduce(x, "sum")
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have the gradients of parameters be the sums of those of all processes, which must have the same ones."""
+        if self.count == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        whole = self.total(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = whole.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+
+    def share(self, network: nn.Module) -> None:
+        """Have a network be the first one's in all: made alike, weights may differ in their last bits."""
+        if self.count > 1:
+            network.load_state_dict(self.given(lambda: {k: v.cpu() for k, v in network.state_dict().items()}))
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in one of them."""

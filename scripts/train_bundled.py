@@ -13,13 +13,10 @@ import argparse
 import hashlib
 import json
 import signal
-import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from queue import Queue
 
-import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,9 +25,10 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
-from detguard.data.batches import PhotoSet, make_frames
+from detguard.data.batches import batches, read_photos
 from detguard.detectors.load import load_model
-from detguard.engine import bf16_helps, keep_freed_memory
+from detguard.engine import bf16_helps, cores, keep_freed_memory
+from detguard.ranks import Ranks
 
 CLASSES = [
     "person",
@@ -69,28 +67,6 @@ def training_files(shared: Path, folder: str) -> list[Path]:
         return files
     by_hash = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest())
     return sorted(by_hash[VOC_HELD_OUT:])
-
-
-def read_photos(shared: Path) -> PhotoSet:
-    """Decode every training photo, longest side at most 480, uint8 BGR, with its sampling probability."""
-    photos, probability = [], []
-    for folder, share in SOURCES.items():
-        files = training_files(shared, folder)
-        for file in files:
-            photo = cv2.imread(str(file))
-            scale = 480 / max(photo.shape[:2])
-            photos.append(
-                photo if scale >= 1 else cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            )
-        probability += [share / len(files)] * len(files)
-    p = np.array(probability)
-    return PhotoSet(photos, p / p.sum())
-
-
-def make_batch(source: PhotoSet, size: int, seed: tuple[int, int]) -> Tensor:
-    """One batch of frames, uint8 [B, 3, S, S] RGB, the same for the same seed."""
-    batch = make_frames(source, size, SIZE, np.random.default_rng(seed))
-    return torch.from_numpy(batch[..., ::-1].copy()).permute(0, 3, 1, 2)
 
 
 def walk(
@@ -150,28 +126,30 @@ def head_loss(
     log_p = teacher["boxes"].float().view(b, 4, 16, n).log_softmax(2)
     box_kl = (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
     anchors, _ = make_anchors(teacher["feats"], stride, 0.5)
-    bins = torch.arange(16.0)[None, None, :, None]
-    near = weight > 0.02
-    boxes = [dist2bbox((log.exp() * bins).sum(2).transpose(1, 2), anchors, xywh=False)[near] for log in (log_q, log_p)]
+    bins = torch.arange(16.0, device=anchors.device)[None, None, :, None]
+    boxes = [dist2bbox((log.exp() * bins).sum(2).transpose(1, 2), anchors, xywh=False) for log in (log_q, log_p)]
     iou = bbox_iou(*boxes, xywh=False, CIoU=True).squeeze(-1)
     return {
         "class": kl.sum() / norm,
         "box": (box_kl * weight).sum() / norm,
-        "iou": ((1 - iou) * weight[near]).sum() / norm,
+        "iou": ((1 - iou) * weight * (weight > 0.02)).sum() / norm,
     }
 
 
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    cv2.setNumThreads(1)
     keep_freed_memory()
     torch.manual_seed(args.seed)
+    ranks = Ranks.start(args.device)
+    device, bf16 = ranks.device, bf16_helps(ranks.device)
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     teacher: DetectionModel = YOLO(str(args.shared / "weights/yolo11n-coco.pt")).model.eval().requires_grad_(False)
-    keep = torch.tensor([{v: k for k, v in teacher.names.items()}[name] for name in CLASSES])
-    teacher = teacher.fuse(verbose=False).to(memory_format=torch.channels_last)
-    student = DetectionModel(ARCHITECTURE, nc=len(CLASSES), verbose=False).train().to(memory_format=torch.channels_last)
+    keep = torch.tensor([{v: k for k, v in teacher.names.items()}[name] for name in CLASSES], device=device)
+    teacher = teacher.fuse(verbose=False).to(device).to(memory_format=torch.channels_last)
+    student = DetectionModel(ARCHITECTURE, nc=len(CLASSES), verbose=False).train().to(device)
+    student = student.to(memory_format=torch.channels_last)
+    stride = student.stride.cpu()  # which a GPU need not be asked for
     ema = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995), use_buffers=True
     )
@@ -179,8 +157,8 @@ def train(args: argparse.Namespace) -> None:
     rest = [p for p in student.parameters() if p.ndim <= 1 and p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}])
     seen, checkpoint = 0, run / "last.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    if checkpoint.exists():  # where there are several machines, all see --run
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         student.load_state_dict(state["student"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -190,16 +168,11 @@ def train(args: argparse.Namespace) -> None:
         student.load_state_dict(weights)
         ema.module.load_state_dict(weights)
         seen = json.loads(args.start.with_suffix(".json").read_text())["trained"]["photos seen"]
-    source = read_photos(args.shared)
-    print(f"{len(source.photos)} photos, {seen} of {args.photos} seen", flush=True)
-
-    batches: Queue[Tensor] = Queue(4)
-
-    def feed() -> None:
-        for start in range(seen, args.photos, args.batch):
-            batches.put(make_batch(source, args.batch, (args.seed, start)))
-
-    threading.Thread(target=feed, daemon=True).start()
+    ranks.share(student)
+    files = [(training_files(args.shared, folder), share) for folder, share in SOURCES.items()]
+    source, _ = read_photos(files, SIZE)
+    if ranks.first:
+        print(f"{len(source)} photos, {seen} of {args.photos} seen", flush=True)
 
     def save() -> None:
         state = {
@@ -211,24 +184,29 @@ def train(args: argparse.Namespace) -> None:
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
-    stop = threading.Event()
+    stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    sums: dict[str, float] = {}
-    count, began, saved = 0, time.time(), time.time()
-    while seen < args.photos and not stop.is_set():
+        signal.signal(number, lambda n, _: stopped.append(n))
+    sums: dict[str, Tensor] = {}
+    began = saved = time.time()
+    first, last = seen // args.batch, -(-args.photos // args.batch)
+    workers = args.workers or max(1, cores() // ranks.local)
+    made = batches(source, args.batch, SIZE, args.seed, first, last, workers=workers, ranks=ranks)
+    for count, batch in enumerate(made, 1):
+        if ranks.any(bool(stopped)):
+            break
         blockwise = seen < args.blockwise
         progress = seen / args.photos
         warm = min(1.0, (seen + args.batch) / 8000)
         rate = args.rate * warm * (1 if progress < 0.5 else max(0.02, (1 - progress) / 0.5))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        frames = batches.get().to(memory_format=torch.channels_last).float() / 255
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_helps()):
+        frames = batch.clean
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             with torch.no_grad():
                 known, wanted = walk(teacher, frames)
             found, raw = walk(student, frames, known if blockwise else None)
-        losses = head_loss(raw, wanted, keep, student.stride)
+        losses = head_loss(raw, wanted, keep, stride)
         layers = range(len(known)) if blockwise else (6, 10, 13, 16, 19, 22)
         learned = [i for i in layers if any(True for _ in student.model[i].parameters())]
         losses["features"] = torch.stack([relative_error(found[i], known[i]) for i in learned]).mean()
@@ -236,25 +214,27 @@ def train(args: argparse.Namespace) -> None:
         feature_weight = 20 if blockwise else 20 * (1 - progress) ** 2 + 1
         loss = losses["class"] + losses["box"] + 2 * losses["iou"] + feature_weight * losses["features"]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss / ranks.count).backward()
+        ranks.sum_gradients(student.parameters())
         nn.utils.clip_grad_norm_(student.parameters(), 10.0)
         optimizer.step()
         ema.update_parameters(student)
         seen += args.batch
-        count += 1
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
-        if count % 50 == 0:
+            sums[name] = sums.get(name, 0) + value.detach()
+        if count % 50 == 0 and ranks.first:
             record = {"seen": seen, "lr": rate, "ms_per_photo": (time.time() - began) / 50 / args.batch * 1e3}
-            record |= {name: round(value / 50, 4) for name, value in sums.items()}
+            record |= {name: round(float(value) / 50, 4) for name, value in sums.items()}
             with (run / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             print(record, flush=True)
             sums, began = {}, time.time()
-        if time.time() - saved > 180:
+        if ranks.first and time.time() - saved > 180:
             save()
             saved = time.time()
-    save()
+    if ranks.first:
+        save()
+    ranks.end()
 
 
 if __name__ == "__main__":
@@ -268,6 +248,8 @@ if __name__ == "__main__":
     parser.add_argument("--blockwise", type=int, default=24_000, help="photos of the blockwise start")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:0 or mps; several processes by torchrun")
+    parser.add_argument("--workers", type=int, help="processes that make batches; default: one per core")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())

@@ -141,8 +141,7 @@ def train(
     """
     network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
-    if ranks.count > 1:  # made alike, weights may differ in their last bits between machines
-        network.load_state_dict(ranks.given(lambda: {key: value.cpu() for key, value in network.state_dict().items()}))
+    ranks.share(network)
     average = Average(learned)
     optimizer = Optimizer(learned, list(network.gate.parameters()), pace.gate_rate / pace.rate, ranks)
     log = log or BatchLog(None, "", pace.last, 0, ranks)

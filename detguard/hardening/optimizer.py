@@ -53,7 +53,7 @@ class Optimizer:
         for parameter in self.learned:
             parameter.grad = None
         loss.backward()
-        self._sum_gradients()
+        self.ranks.sum_gradients(self.learned)
         nn.utils.clip_grad_norm_(self.learned, CLIP)
         with torch.no_grad():
             for stack, momentum in zip(self.stacks, self.momenta, strict=True):
@@ -67,15 +67,6 @@ class Optimizer:
             for group in self.adam.param_groups:
                 group["lr"] = rate * self.sizes[id(group["params"][0])]
             self.adam.step()
-
-    def _sum_gradients(self) -> None:
-        """Have the gradients be the sums of those of all ranks, which all train the same parameters."""
-        if self.ranks.count == 1:
-            return
-        gradients = [p.grad for p in self.learned if p.grad is not None]
-        whole = self.ranks.total(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = whole.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later `load_state_dict` needs to go on, sizes of steps included."""
