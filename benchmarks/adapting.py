@@ -120,7 +120,7 @@ def costs(file: str, dataset: Dataset, counts: tuple[int, ...], ks: tuple[int, .
     grown = {}
     for count in counts:
         network = copy.deepcopy(detector.model)
-        network.floor = 0.0  # the expert that keeps one is asked besides the k
+        network.fusion = "average:0"  # by other rules the adversarial expert is asked besides the k
         extra = max(0, count - len(network.names))
         torch.manual_seed(0)
         network.grow([f"copy {i}" for i in range(extra)], 0)

@@ -27,7 +27,7 @@ from detguard.reports.evaluation import number
 # Ensembles: name -> options of `detguard harden`.
 DESIGNS: dict[str, list[str]] = {
     "whole networks": [],
-    "whole networks, no floor": ["--floor", "0"],
+    "whole networks, averaged": ["--fusion", "average:0.5"],
     "necks": ["--split", "neck", "--mode", "full"],
     "heads": ["--split", "head", "--mode", "full"],
 }

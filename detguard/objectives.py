@@ -19,6 +19,9 @@ SAME_OBJECT_IOU = 0.5
 # A candidate this far below the threshold (in logits) has no part in the loss: thousands of background
 # candidates would otherwise outweigh the few that matter.
 REACH = 3.0
+# Of `Outrank`: how many false candidates of a photo are raised, the logits beyond which it pushes no further, and that
+# of a candidate that does not count.
+FALSE_ONES, LOWEST, HIGHEST, UNFOUND = 50, -7.0, 4.0, -30.0
 
 
 class Objective(ABC):
@@ -153,9 +156,47 @@ class Degrade(Objective):
         return False
 
 
-def pick(logits: Tensor, classes: Sequence[int]) -> Tensor:
+@dataclass(frozen=True)
+class Outrank(Objective):
+    """Objects are found with less confidence than what is not there: what AP counts, an order, turned round."""
+
+    targets: tuple[int, ...]
+
+    @override
+    def aim(self, candidates: Candidates, objects: Detections) -> Detections:
+        """The attacked objects."""
+        return objects.of(self.targets)
+
+    @override
+    def loss(self, candidates: Candidates, aims: Sequence[Detections], conf: float) -> Tensor:
+        """The mean logit by which objects are found, less twice that of the most certain false candidates.
+
+        An object is found by the candidates of its class on it (IoU >= 0.5 as their boxes lie now); false are all
+        others of the classes in the photo, or of all targets where it has none.
+        """
+        losses = []
+        for logits, boxes, objects in zip(candidates.logits, candidates.boxes, aims, strict=True):
+            near = box_iou(boxes.detach(), objects.boxes.to(boxes)) >= SAME_OBJECT_IOU
+            classes = objects.classes.to(logits.device)
+            of_objects = pick(logits, classes)  # [N, K]
+            # Of an object that nothing lies on any more there is nothing left to push down.
+            found = of_objects.masked_fill(~near, UNFOUND).logsumexp(0).clamp(min=LOWEST)
+            present = classes.unique() if len(objects) else torch.tensor(self.targets, device=logits.device)
+            on_class = (near[:, None] & (classes == present[:, None])).any(2)  # [N, classes present]
+            false = pick(logits, present).masked_fill(on_class, UNFOUND).flatten()
+            raised = false.topk(min(FALSE_ONES, len(false))).values.clamp(max=HIGHEST).mean()
+            losses.append((found.mean() if len(objects) else 0) - 2 * raised)
+        return torch.stack(losses)
+
+    @override
+    def success(self, clean: Detections, found: Detections) -> bool:
+        """Never enough."""
+        return False
+
+
+def pick(logits: Tensor, classes: Sequence[int] | Tensor) -> Tensor:
     """The columns of some classes, [..., len(classes)]; `index_select`, whose backward is the quick one."""
-    return logits.index_select(-1, torch.tensor(classes, device=logits.device))
+    return logits.index_select(-1, torch.as_tensor(classes, device=logits.device))
 
 
 def over_threshold(logits: Tensor, conf: float) -> Tensor:

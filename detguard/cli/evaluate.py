@@ -72,11 +72,20 @@ def evaluate(
     ] = "clean,corruptions,attack",
     severities: Annotated[str, typer.Option(help="Of the corruptions, 1 to 5.")] = "1,2,3,4,5",
     eps: Annotated[str, typer.Option(help="Attack budgets in levels of 255; the last one leads.")] = "4",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each white-box attack.")] = 20,
-    restarts: Annotated[int, typer.Option(min=1, help="Starts of each attack: at the photo, then at random.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each white-box attack; default: 20, of an ensemble 40.")
+    ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Starts of each attack, at the photo, then at random; default: 1, of an ensemble 2."),
+    ] = None,
     attacks: Annotated[
-        str, typer.Option(help="White-box attacks: on the loss (class, box, all) and on confidence (vanish).")
-    ] = "class,box,all,vanish",
+        str,
+        typer.Option(
+            help="White-box attacks: on the loss (class, box, all), on confidence (vanish), and on the order of what "
+            "is found (rank)."
+        ),
+    ] = "class,box,all,vanish,rank",
     queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
     seed: Seed = 0,
     out_folder: OutFolder = None,
@@ -92,6 +101,7 @@ def evaluate(
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
+    from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.runs import Run
 
@@ -117,14 +127,16 @@ def evaluate(
             },
             "evaluate": {
                 "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
-                "eps": whole_numbers("--eps", eps), "steps": steps, "restarts": restarts, "attacks": names(attacks),
-                "queries": queries, "seed": seed,
+                "eps": whole_numbers("--eps", eps), "steps": steps or 20, "restarts": restarts or 1,
+                "attacks": names(attacks), "queries": queries, "seed": seed,
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
         plan(config["evaluate"], len(models))
         with err.status("Loading the detectors"):
             detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion) for name in models]
+        if any(isinstance(detector, GatedDetector) for detector in detectors):  # a defence, to be judged harder
+            config["evaluate"] |= {"steps": steps or 40, "restarts": restarts or 2}
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
     subjects = load_subjects(detectors, config["data"])

@@ -13,7 +13,7 @@ from detguard.cli.app import Confidence, EndToEnd, ImageSize, TopK, Trust, app, 
 @app.command(
     epilog="""Examples:
 
-`detguard export detguard-n-hard`: ONNX of the ensemble, for ONNX Runtime, TensorRT, OpenCV or `YOLO(file)`
+`detguard export detguard-n-hard`: ONNX of the ensemble, for ONNX Runtime, TensorRT or `YOLO(file)`
 
 `detguard export hard.safetensors --nms --out street.onnx`: with NMS inside
 

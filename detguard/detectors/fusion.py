@@ -134,5 +134,7 @@ def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
     yes, no = ((weights * x.sigmoid()).sum(1).clamp(min=TINY) for x in (scores, -scores))
     share = weights[:, :, 0] * scores.amax(2).sigmoid()
     share = (share / share.sum(1, keepdim=True).clamp(min=TINY))[:, :, None, None]
-    fused = (share * boxes.softmax(3)).sum(1).clamp(min=TINY).log()
+    # A single bin is no distribution but the distance itself (YOLO26).
+    alone = boxes.shape[3] == 1
+    fused = (share * boxes).sum(1) if alone else (share * boxes.softmax(3)).sum(1).clamp(min=TINY).log()
     return {"scores": yes.log() - no.log(), "boxes": fused.flatten(1, 2), "feats": first["feats"]}

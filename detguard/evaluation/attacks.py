@@ -13,11 +13,11 @@ from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.cache import pack
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.views import Batch, Subject, View
-from detguard.objectives import Degrade, Objective, Vanish
+from detguard.objectives import Degrade, Objective, Outrank, Vanish
 from detguard.photos import Photo, decode_photo, encode_png, photo_seed
 from detguard.training_loss import GAINS
 
-ATTACKS = ("class", "box", "all", "vanish")
+ATTACKS = ("class", "box", "all", "vanish", "rank")
 WORST = "worst"
 PHOTO = "photo"
 # The vanish attack goes on until nothing is over this confidence: COCO counts detections far below .25.
@@ -32,12 +32,12 @@ def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
     """The attacks `names`, and for a gated ensemble those that know of its gate.
 
     gate:W: the whole loss, and W times the logits by which the gate prefers its adversarial expert;
-    route:I: the whole loss of expert I alone, whatever the gate says; dense: that of all experts, where top-k leaves
-    some out.
+    route:I, rank:I: the whole loss, or the order, of expert I alone, whatever the gate says and however it is fused;
+    dense: the whole loss of all experts, where top-k leaves some out.
     """
     if not isinstance(detector, GatedDetector) or len(detector.model.names) < 2:
         return tuple(names)
-    routes = [f"route:{i}" for i in range(len(detector.model.names))]
+    routes = [f"{kind}:{i}" for kind in ("route", "rank") for i in range(len(detector.model.names))]
     dense = ["dense"] if detector.model.top_k else []
     return (*names, *(f"gate:{weight}" for weight in GATE_TERMS), *routes, *dense)
 
@@ -45,11 +45,14 @@ def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
 def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> Objective:
     """The objective of one of ATTACKS, or of those that `attacks_on` a detector adds, on the classes `targets`.
 
-    class, box, all: the training loss or its parts; vanish: the confidence of any of the classes.
+    class, box, all: the training loss or its parts; vanish: the confidence of any of the classes; rank: objects under
+    what is not there.
     """
     if name == "vanish":
         return Vanish(tuple(targets))
     kind, _, value = name.partition(":")
+    if kind == "rank" and (not value or value.isdigit()):
+        return Outrank(tuple(targets))
     if kind in ("gate", "route") and value.isdigit():
         robust = detector.model.robust if isinstance(detector, GatedDetector) else -1
         return Degrade(tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=robust)
@@ -150,8 +153,8 @@ class AttackSet(View):
         ]
         done: dict[str, Photo] = {}
         detector = subject.detector
-        if isinstance(detector, GatedDetector) and name.startswith("route:"):
-            detector = detector.through(int(name.removeprefix("route:")))
+        if isinstance(detector, GatedDetector) and name.startswith(("route:", "rank:")):
+            detector = detector.through(int(name.partition(":")[2]))
         elif isinstance(detector, GatedDetector) and name == "dense":
             detector = detector.dense()
         for attempt in attack_group(detector, photos, objective, [], options):

@@ -1,4 +1,4 @@
-"""ONNX, for ONNX Runtime, TensorRT, OpenCV and others."""
+"""ONNX, for ONNX Runtime, TensorRT and others."""
 
 import io
 from pathlib import Path

@@ -41,7 +41,7 @@ def hardening_page(run: Run) -> bytes:
         if at_end("joint", f"gate {kind} 0") is not None
     }
     if shares:
-        made["Which expert the gate asks for, before the floor, on training photos"] = gate_plot(list(experts), shares)
+        made["Which expert the gate asks for, on training photos"] = gate_plot(list(experts), shares)
     plan = run.config["harden"]
     subtitle = (
         f"{plan['photos']} photos, {plan['attack']} of {plan['steps']} steps, budget {plan['eps']:g} of 255 levels, "

@@ -39,6 +39,13 @@ def test_distances_lean_on_the_expert_that_is_sure():
     )
 
 
+def test_distances_without_a_distribution_are_averaged_themselves():
+    scores = torch.zeros(1, 1, 1)
+    outputs = [(None, {"scores": scores, "boxes": torch.full((1, 4, 1), value), "feats": []}) for value in (2.0, 6.0)]
+    raw = average(outputs, torch.tensor([[0.75, 0.25]]).log())
+    assert torch.allclose(raw["boxes"], torch.full((1, 4, 1), 3.0))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 99), st.floats(0, 0.9))
 def test_the_robust_expert_keeps_its_share_of_an_average(rows, seed, floor):

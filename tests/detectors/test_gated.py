@@ -171,7 +171,8 @@ def test_how_experts_are_put_together_is_part_of_its_state(bundled_model, bundle
 def test_evaluation_adds_attacks_that_know_the_gate(bundled_model, bundled):
     made = detector(bundled_model, bundled)
     names = attacks_on(made, ("all",))
-    assert names == ("all", "gate:1", "gate:10", "gate:100", "route:0", "route:1", "route:2")
+    routes = [f"{kind}:{i}" for kind in ("route", "rank") for i in range(3)]
+    assert names == ("all", "gate:1", "gate:10", "gate:100", *routes)
     assert attacks_on(bundled, ("all",)) == ("all",)
     assert attacks_on(detector(bundled_model, bundled, top_k=1), ("all",))[-1] == "dense"
 

@@ -57,7 +57,7 @@ def test_the_gates_weight_is_in_the_name(gated):
 
 
 def test_an_ensemble_is_attacked_in_every_way_through_it(gated):
-    ways = ("gate:1", "gate:10", "gate:100", "route:0", "route:1", "route:2", "dense")
+    ways = ("gate:1", "gate:10", "gate:100", "route:0", "route:1", "route:2", "rank:0", "rank:1", "rank:2", "dense")
     assert attacks_on(gated.detector, ("all",)) == ("all", *ways)
 
 

@@ -43,7 +43,7 @@ def single(bundled_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ensemble(bundled_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble")
-    return hardened(bundled_model, folder, NECK, ("normal", "hard", "adversarial"), floor=0.3)
+    return hardened(bundled_model, folder, NECK, ("normal", "hard", "adversarial"), fusion="bounded:0.5")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_nms_inside_keeps_what_nms_here_keeps(kind, ensemble, photos, batch, tmp
 
 
 def test_top_k_of_a_graph_decides_for_each_frame_what_is_found(bundled_model, photos, tmp_path):
-    file = hardened(bundled_model, tmp_path, NECK, ("normal", "hard"), top_k=1)
+    file = hardened(bundled_model, tmp_path, NECK, ("normal", "hard"), top_k=1, fusion="average:0.25")
     detector = load_detector(file)
     noise = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     frames = torch.cat([noise, torch.zeros_like(noise)])
@@ -198,7 +198,7 @@ def test_top_k_of_a_graph_decides_for_each_frame_what_is_found(bundled_model, ph
         weight.copy_(torch.stack([turn, -turn]))
         detector.model.gate.out.bias.copy_(torch.stack([-turn @ (noisy + plain), turn @ (noisy + plain)]) / 2)
         ours = detector.candidates(frames)
-    assert ours.experts.tolist() == [[1, 0], [0, 1]]
+    assert torch.allclose(ours.experts, torch.tensor([[1, 0], [0.25, 0.75]]), atol=1e-5)
     wanted = Deployment(detector, detector.model, "yolo11n.yaml", [frames[:1], frames[1:]])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
