@@ -19,7 +19,7 @@ from rich.table import Table
 from detguard.data.batches import read_photos
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_model
-from detguard.engine import bf16_helps, keep_freed_memory
+from detguard.engine import bf16_helps, cores, keep_freed_memory
 from detguard.hardening.run import Plan, split_layer
 from detguard.hardening.train import ADVERSARIAL, Setting, Stage, learned_parameters, train_stage
 from detguard.photos import find_photos
@@ -65,7 +65,7 @@ def main(
     undefended = fused(load_model(model)[0])
     teacher = GatedNetwork(undefended, 0, ("undefended",)).requires_grad_(False)
     plan = Plan(photos=400 * batch, crop=crop, attack=attack, batch=batch)
-    setting = Setting(batch, imgsz, 0, bf16_helps())
+    setting = Setting(batch, imgsz, 0, bf16_helps(), workers=cores())
     table = Table(title=f"{Path(model).stem}, {imgsz} px (crops {crop}), batch {batch}, {batches} batches, {attack}")
     for column in ("stage", "photos/s", "bare photos/s", "share in the model"):
         table.add_column(column, justify="left" if column == "stage" else "right")

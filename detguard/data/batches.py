@@ -1,5 +1,6 @@
 """Training batches: photos randomly cropped, flipped, stretched, toned and tiled, the same for the same seed."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -91,7 +92,7 @@ def read_photos(
     Raises:
         DetguardError: no photo can be read.
     """
-    kept: list[bytes] = []
+    kept = deque[bytes]()
     labels: list[Labelled] = []
     probability: list[float] = []
     broken: list[str] = []
@@ -121,7 +122,9 @@ def read_photos(
             probability += [share / count] * count if count else []
     if not kept:
         raise DetguardError(broken[0] if broken else "no photos to train on")
-    return PhotoSet.of(kept, probability, labels, plain), broken
+    # Each is given up when it is copied, or all would be there twice.
+    photos = (kept.popleft() for _ in range(len(kept)))
+    return PhotoSet.of(photos, probability, labels, plain), broken
 
 
 def _shrunk(photo: Photo, size: int, plain: bool) -> Photo:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -82,6 +83,26 @@ def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
     ours, whole = (load_file(run / "weights/joint.safetensors") for run in (tmp_path / "run", hardened))
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
     assert records(tmp_path / "run") == records(hardened)
+
+
+def test_two_processes_write_one_run_stop_together_and_another_goes_on(tmp_path):
+    options = (*OPTIONS[:-4], "--photos", 240, "--steps", 1, "--recipe", "pgd", "--workers", 1)
+    arguments = command("harden", *options, "--out", "run")[1:]
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(launched, cwd=tmp_path, stdout=log, stderr=log)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run/results.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    log = (tmp_path / "log").read_text()
+    assert log.count("stopped; go on with") == 1, log
+    assert (tmp_path / "run/state/adversarial.pt").exists()
+    result = detguard("harden", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [r["batch"] for r in records(tmp_path / "run")] == [20, 40, 60]
+    assert (tmp_path / "run/report.html").exists()
 
 
 def records(run):
