@@ -177,12 +177,13 @@ class Outrank(Objective):
         losses = []
         for logits, boxes, objects in zip(candidates.logits, candidates.boxes, aims, strict=True):
             near = box_iou(boxes.detach(), objects.boxes.to(boxes)) >= SAME_OBJECT_IOU
-            classes = objects.classes.to(logits.device)
-            of_objects = pick(logits, classes)  # [N, K]
+            of_objects = pick(logits, objects.classes)  # [N, K]
             # Of an object that nothing lies on any more there is nothing left to push down.
             found = of_objects.masked_fill(~near, UNFOUND).logsumexp(0).clamp(min=LOWEST)
-            present = classes.unique() if len(objects) else torch.tensor(self.targets, device=logits.device)
-            on_class = (near[:, None] & (classes == present[:, None])).any(2)  # [N, classes present]
+            # Where the objects are, for no device is to be asked how many classes there are.
+            present = objects.classes.unique() if len(objects) else torch.tensor(self.targets)
+            of_class = (objects.classes == present[:, None]).to(logits.device)
+            on_class = (near[:, None] & of_class).any(2)  # [N, classes present]
             false = pick(logits, present).masked_fill(on_class, UNFOUND).flatten()
             raised = false.topk(min(FALSE_ONES, len(false))).values.clamp(max=HIGHEST).mean()
             losses.append((found.mean() if len(objects) else 0) - 2 * raised)

@@ -58,7 +58,11 @@ class Ranks:
 
     def rows(self, start: int, end: int) -> range:
         """Of the frames `start` to `end` of a batch, those that are this one's: every one in `count`."""
-        return range(start + (self.rank - start) % self.count, end, self.count)
+        return range(start + self.among(start, end).start, end, self.count)
+
+    def among(self, start: int, end: int) -> range:
+        """The same, counted from `start` on."""
+        return range((self.rank - start) % self.count, end - start, self.count)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of a tensor over all processes; no gradient passes."""

@@ -274,8 +274,8 @@ def batch_losses(
             def harm(x: Tensor) -> Tensor:
                 return imitation_loss(setting.run(network, x)[0], wanted[rows])
 
-            among = range(ranks.rows(first, counts.old).start - first, counts.attacked, ranks.count)
-            shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, among))
+            noise = ranks.among(first, counts.old)
+            shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, noise))
         frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
     known, batch = len(before.names), counts.new + counts.old * (old is not None)
     with setting.precision():

@@ -212,11 +212,11 @@ def harden(
     base = model.single() if robust else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
-    undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False).to(setting.ranks.device)
+    ranks = setting.ranks
+    undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False).to(ranks.device)
     if plan.apart:
         for expert in range(len(plan.experts) - 1):
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
-    ranks = setting.ranks
     network.to(ranks.device).to(memory_format=torch.channels_last)
     stages = {run.folder / f"weights/{stage.name}.safetensors": stage for stage in plan.stages(robust)}
     for made, stage in stages.items():  # all at once, or one might be found too large hours later

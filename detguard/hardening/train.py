@@ -208,8 +208,7 @@ def learn_batch(
     kinds, before = (layout.kinds(ranks, attacked) for attacked in (True, False))
     rows = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]
     # The noise of an attack is drawn for all ranks, of which this one has some.
-    first = layout.batch - layout.attacked
-    among = range(ranks.rows(first, layout.batch).start - first, layout.attacked, ranks.count)
+    among = ranks.among(layout.batch - layout.attacked, layout.batch)
     free = layout.attacked > 0 and adversary.method == "free"
     margin = stage.margins[number % len(stage.margins)]
     torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device

@@ -92,12 +92,12 @@ def test_no_such_rule(text):
 
 
 def test_a_detector_is_loaded_with_another_rule(bus):
-    average, bounded = (load_detector("detguard-n-hard", fusion=rule) for rule in ("average:0", "bounded:0"))
-    alone = average.through(average.model.robust)
+    averaged, bounded = (load_detector("detguard-n-hard", fusion=rule) for rule in ("average:0", "bounded:0"))
+    alone = averaged.through(averaged.model.robust)
     (fused,), (robust,) = bounded.detect([bus], 0.1), alone.detect([bus], 0.1)
     assert torch.allclose(fused.scores, robust.scores, atol=1e-5)
-    assert average.state_hash() != bounded.state_hash()
-    assert not math.isclose(float(average.detect([bus], 0.1)[0].scores[0]), float(robust.scores[0]), abs_tol=1e-3)
+    assert averaged.state_hash() != bounded.state_hash()
+    assert not math.isclose(float(averaged.detect([bus], 0.1)[0].scores[0]), float(robust.scores[0]), abs_tol=1e-3)
 
 
 def test_only_ensembles_have_one():
