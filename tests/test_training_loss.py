@@ -14,7 +14,7 @@ def scene(bundled, bus):
     box = bundled.letterbox(bus.shape[:2])
     with torch.no_grad():
         candidates = bundled.candidates(frames_tensor([box(bus)]))
-    found = bundled.detect([bus], 0.4)[0]
+    found = bundled.detect([bus], 0.25)[0]
     return candidates, Detections(box.boxes_to_frame(found.boxes), torch.ones(len(found)), found.classes)
 
 

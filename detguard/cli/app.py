@@ -87,8 +87,8 @@ Fusion = Annotated[
     str | None,
     typer.Option(
         metavar="RULE:NUMBER",
-        help="How experts become one answer. bounded:B: the adversarial expert's, moved by at most B logits; "
-        "average:F: of all, by the gate's weights, of which the adversarial expert has at least F.",
+        help="How experts become one answer: by bounded:B the adversarial expert's, moved by at most B logits; by "
+        "average:F that of all by the gate's weights, of which the adversarial expert has at least F.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...", callback=device_name)]

@@ -54,10 +54,10 @@ def export(
     from detguard.reports.tables import terminal_table
 
     file = file or default_file(model, kind)
+    check_file(file, model, kind)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []
     with err.status("Loading the detector"):
         wanted = plan_export(model, kind, shown, imgsz, nms, conf, iou, dynamic, end_to_end, top_k, trust)
-    check_file(file, model, kind)
     if isinstance(wanted.detector, GatedDetector) and wanted.detector.model.top_k:
         show_warning("all experts are computed in the file: --top-k decides what is found, not how fast")
     with err.status("Exporting and checking"), warnings.catch_warnings():
