@@ -205,7 +205,6 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
 def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", workers: int | None) -> int:
     """Train what the run has not finished, with the network and teacher of its config; returns the exit code."""
     from detguard.data.batches import read_photos
-    from detguard.detectors.gated import GatedNetwork
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting
     from detguard.hardening.validation import Validation, hold_out
@@ -236,8 +235,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
     setting = Setting.on(ranks, workers, plan.batch, teacher.imgsz, plan.seed, kinds)
     stopped = stop_signals()
     # In forward-backward passes or seconds, so that the time left is right in stages with and without attacks.
-    single = isinstance(network, GatedNetwork) and len(network.names) == 1
-    stages = plan.stages(single)
+    stages = plan.stages(network)
     costs = {s.name: s.seconds or passes(s, teacher.imgsz) * (s.number or 0) for s in stages}
     starts = {stage.name: sum(costs[before.name] for before in stages[:i]) for i, stage in enumerate(stages)}
     with progress_bar() as progress:

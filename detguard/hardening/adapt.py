@@ -194,7 +194,8 @@ def adapt(
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     before.top_k = None
     grow(network, plan, new, setting)
-    made, ranks = run.folder / "weights/adapted.safetensors", setting.ranks
+    ranks = setting.ranks
+    made, checkpoint = ranks.given(lambda: (run.path("weights/adapted.safetensors"), run.path(f"state/{STAGE}.pt")))
     if load_made(network, made, ranks):
         return made
     top_k, network.top_k = network.top_k, None  # who is not asked does not learn
@@ -218,7 +219,6 @@ def adapt(
         return imitation_loss(found, found)
 
     check_memory(network.to(memory_format=torch.channels_last), loss, setting.size, plan.batch, ranks)
-    checkpoint = run.folder / f"state/{STAGE}.pt"
     if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
         fit_gate(network, len(before.names), shown(0, FIT_BATCHES, Ranks(ranks.device)))
     hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []

@@ -106,12 +106,14 @@ class Plan:
         """Whether experts are whole networks: normal and hard ones then start from the undefended detector."""
         return self.recipe == "gated" and self.split in ("backbone", "0")
 
-    def stages(self, robust: bool = False, again: bool = False) -> list[Stage]:
-        """What is trained, in order: nothing that the model is already, robust, or by itself for normal photos.
+    def goes_on(self, model: Any) -> bool:
+        """Whether a model has been through all stages of the recipe: it can bear the whole budget at once."""
+        return isinstance(model, GatedNetwork) and (len(model.names) > 1 or self.recipe != "gated")
 
-        again: by a model that has been through all of them: it can bear the whole budget at once.
-        """
-        done = {"adversarial"} if robust else set()
+    def stages(self, model: Any = None) -> list[Stage]:
+        """What is trained of a model, in order: nothing that it is already, robust, or by itself for normal photos."""
+        again = self.goes_on(model)
+        done = {"adversarial"} if isinstance(model, GatedNetwork) and not again else set()
         done |= {"normal"} if self.apart else set()
         shares = {n: share for n, share in RECIPES[self.recipe].items() if n not in done}
         stages = [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
@@ -226,20 +228,23 @@ def harden(
         KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
     """
     torch.manual_seed(plan.seed)  # of the gate's first weights
-    again = isinstance(model, GatedNetwork) and len(model.experts) > 1
-    robust = isinstance(model, GatedNetwork) and not again
     base = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
     undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False).to(setting.ranks.device)
-    if again:
+    again = plan.goes_on(model)
+    if again and plan.recipe == "gated":
         network.load_state_dict(model.state_dict())
     elif plan.apart:
         for expert in range(len(plan.experts) - 1):
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
     ranks = setting.ranks
     network.to(ranks.device).to(memory_format=torch.channels_last)
-    stages = {run.folder / f"weights/{stage.name}.safetensors": stage for stage in plan.stages(robust, again)}
+
+    def path(name: str) -> Path:
+        return ranks.given(lambda: run.path(name))
+
+    stages = {path(f"weights/{stage.name}.safetensors"): stage for stage in plan.stages(model)}
     for made, stage in stages.items():  # all at once, or one might be found too large hours later
         if ranks.given(lambda made=made: not made.exists()):  # type: ignore[misc]
             _check_memory(network, stage, setting)
@@ -249,7 +254,7 @@ def harden(
             copy_expert(network, len(plan.experts) - 1, stage.route or 0)
         if load_made(network, made, ranks):
             continue
-        checkpoint = run.folder / f"state/{stage.name}.pt"
+        checkpoint = path(f"state/{stage.name}.pt")
         validate = None
 
         def told(number: int, done: float, losses: dict[str, float], name: str = stage.name) -> bool:

@@ -45,8 +45,15 @@ def test_hours_are_shared_among_stages_by_what_their_photos_cost():
 
 
 def test_an_ensemble_goes_on_with_the_whole_budget_and_only_with_its_own_experts(bundled_model, bundled):
-    assert [stage.name for stage in Plan().stages(again=True)] == ["adversarial", "hard", "joint"]
-    assert not any(stage.ramp for stage in Plan().stages(again=True))
-    check_teacher(GatedNetwork(bundled.model, 11), bundled, "a.pt")
+    ensemble, single = GatedNetwork(bundled.model, 11), GatedNetwork(bundled.model, 0, ("pgd",))
+    check_teacher(ensemble, bundled, "a.pt")
+    for plan, model, stages in (
+        (Plan(), ensemble, ["adversarial", "hard", "joint"]),
+        (Plan("pgd"), single, ["adversarial"]),
+        (Plan("pgd"), ensemble, ["adversarial"]),
+    ):
+        assert [stage.name for stage in plan.stages(model)] == stages
+        assert not any(stage.ramp for stage in plan.stages(model))
+    assert [stage.name for stage in Plan().stages(single)] == ["hard", "joint"]
     with pytest.raises(DetguardError, match="experts a, b"):
         check_teacher(GatedNetwork(bundled.model, 11, ("a", "b")), bundled, "a.pt")
