@@ -74,7 +74,7 @@ def main(
         network = network.to(memory_format=torch.channels_last)
         ticks: list[float] = []
 
-        def told(number: int, losses: dict[str, float], ticks: list[float] = ticks) -> bool:
+        def told(number: int, done: float, losses: dict[str, float], ticks: list[float] = ticks) -> bool:
             ticks.append(time.perf_counter())
             return number == batches + 1
 

@@ -156,6 +156,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "mode": text,
             "split": text,
             "photos": whole(1),
+            "hours?": Maybe(real(0, 1e6)),
             "crop": Maybe(whole(32, 10_000)),
             "attack": text,
             "eps": real(0, 255),
@@ -230,12 +231,15 @@ PASSED_OVER = {
 }
 SHOWN = {"number": whole(1), "photo": text, "objects": Items(DETECTION), "classes?": texts, "AP50?": Maybe(real())}
 TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
+# Of photos that were held out, and of having gone back to a batch.
+VALIDATED = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}
+SET_BACK = {"stage": text, "batch": whole(0), "diverged": whole(1), "setbacks": whole(1)}
 # A line of results.jsonl, by command.
 RECORDS: dict[str, Any] = {
     "attack": Either((ATTACKED, PASSED_OVER)),
     "detect": {"key": text, "photo": text, "detections": Items(DETECTION)},
-    "harden": TRAINED,
-    "adapt": TRAINED,
+    "harden": Either((TRAINED, VALIDATED, SET_BACK)),
+    "adapt": Either((TRAINED, SET_BACK)),
     "monitor": Either(
         (
             SHOWN | {"f1": real(), "confidence": real(), "entropy": Maybe(measured), "began": Maybe(whole(1))},

@@ -29,7 +29,7 @@ from detguard.cli.app import (
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
-from detguard.cli.harden import Batch, Rate, chosen_kinds, last_loss, photo_files
+from detguard.cli.harden import Batch, Rate, chosen_kinds, last_loss, photo_files, show_setback
 
 if TYPE_CHECKING:
     from detguard.data.stream import Labelled
@@ -298,8 +298,11 @@ def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, ranks: "Rank
     with progress_bar() as progress:
         task = progress.add_task("adapt", total=plan.number)
 
-        def on_batch(number: int, losses: dict[str, float]) -> bool:
+        setbacks = list[float]()
+
+        def on_batch(number: int, done: float, losses: dict[str, float]) -> bool:
             progress.update(task, completed=number + 1, description=f"adapt{last_loss(losses)}")
+            show_setback("adapt", losses, setbacks)
             return bool(stopped)
 
         try:

@@ -23,6 +23,7 @@ from detguard.cli.app import (
     progress_bar,
     shared_run,
     show_error,
+    show_warning,
     start_ranks,
     stop_signals,
 )
@@ -76,6 +77,9 @@ def harden(
         ),
     ] = "backbone",
     photos: Annotated[int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")] = 100_000,
+    hours: Annotated[
+        float | None, typer.Option(min=0.01, help="Hours to train in all stages together, instead of --photos.")
+    ] = None,
     imgsz: Annotated[
         int | None, typer.Option(min=64, max=1280, help="Size of a frame; default: the model's own.")
     ] = None,
@@ -134,8 +138,9 @@ def harden(
     attack = attack or ("pgd" if recipe == "mtd" else "free")
     steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
-        "recipe": recipe, "mode": mode, "split": split, "photos": photos, "crop": crop, "attack": attack, "eps": eps,
-        "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion, "batch": batch, "rate": rate, "seed": seed,
+        "recipe": recipe, "mode": mode, "split": split, "photos": photos, "hours": hours, "crop": crop,
+        "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion, "batch": batch,
+        "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
     ranks = start_ranks(device)
@@ -143,7 +148,9 @@ def harden(
         network = load_model(model, trust)[0]
         given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
         check_teacher(network, imitated, teacher or model)
-        split_layer(network.single() if isinstance(network, GatedNetwork) else network, split)
+        if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
+            plan["split"] = split = str(network.split)
+        split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, split)
     files = [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,
@@ -184,21 +191,31 @@ def photo_files(source: str) -> list[Path]:
 
 def last_loss(losses: dict[str, float]) -> str:
     """What a progress bar says of the last record, where there is one."""
-    return f": loss {losses['loss']:.2f}" if losses else ""
+    return f": loss {losses['loss']:.2f}" if "loss" in losses else ""
+
+
+def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> None:
+    """Say once that a stage has gone back; `shown`: what was said of it."""
+    at = losses.get("diverged")
+    if at is not None and losses["setbacks"] not in shown:
+        shown.append(losses["setbacks"])
+        show_warning(f"{name}: diverged at batch {at:.0f}; it went back to its checkpoint, at half the rate")
 
 
 def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", workers: int | None) -> int:
     """Train what the run has not finished, with the network and teacher of its config; returns the exit code."""
     from detguard.data.batches import read_photos
-    from detguard.detectors.gated import GatedNetwork
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting
+    from detguard.hardening.validation import Validation, hold_out
     from detguard.reports.hardening import hardening_page
 
     config = run.config
     plan = Plan(**config["harden"])
     with err.status("Loading the photos"):
-        source, broken = read_photos([([Path(file) for file in config["photos"]], 1.0)], teacher.imgsz)
+        files, held_files = hold_out([Path(file) for file in config["photos"]])
+        source, broken = read_photos([(files, 1.0)], teacher.imgsz)
+        held = Validation.of(held_files, teacher.imgsz)
     for message in broken:
         show_error(message)
     architecture = Path(str(getattr(teacher.model, "yaml", {}).get("yaml_file", ""))).name
@@ -217,22 +234,22 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
     kinds = chosen_kinds(",".join(config["corruptions"]))
     setting = Setting.on(ranks, workers, plan.batch, teacher.imgsz, plan.seed, kinds)
     stopped = stop_signals()
-    # In forward-backward passes, so that the time left is right in stages with and without attacks.
-    stages = plan.stages(isinstance(network, GatedNetwork))
-    costs = {stage.name: passes(stage, teacher.imgsz) for stage in stages}
-    starts, total = {}, 0.0
-    for stage in stages:
-        starts[stage.name], total = total, total + costs[stage.name] * stage.number
+    # In forward-backward passes or seconds, so that the time left is right in stages with and without attacks.
+    stages = plan.stages(network)
+    costs = {s.name: s.seconds or passes(s, teacher.imgsz) * (s.number or 0) for s in stages}
+    starts = {stage.name: sum(costs[before.name] for before in stages[:i]) for i, stage in enumerate(stages)}
     with progress_bar() as progress:
-        task = progress.add_task("harden", total=total)
+        setbacks = dict[str, list[float]]()
+        task = progress.add_task("harden", total=sum(costs.values()))
 
-        def on_batch(name: str, number: int, losses: dict[str, float]) -> bool:
-            done = starts[name] + costs[name] * (number + 1)
+        def on_batch(name: str, done: float, losses: dict[str, float]) -> bool:
+            done = starts[name] + costs[name] * done
             progress.update(task, completed=done, description=f"{name}{last_loss(losses)}")
+            show_setback(name, losses, setbacks.setdefault(name, []))
             return bool(stopped)
 
         try:
-            made = harden(network, card, teacher, source, plan, setting, run, on_batch)
+            made = harden(network, card, teacher, source, plan, setting, run, on_batch, held)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
             return 130

@@ -169,15 +169,16 @@ class GatedNetwork(nn.Module):
         self.experts.extend(copy.deepcopy(self.experts[source]) for _ in names)
         self.names += names
 
-    def single(self) -> Any:
-        """The layers of a network of one expert, as the constructor takes those of a detection model.
+    def single(self, expert: int | None = None) -> Any:
+        """The layers of the network of one expert, by default the only one, as the constructor takes those of a model.
 
         Raises:
-            DetguardError: there are several experts.
+            DetguardError: there are several experts, and none is named.
         """
-        if len(self.experts) > 1:
+        if expert is None and len(self.experts) > 1:
             raise DetguardError(f"a gated ensemble of {len(self.experts)} experts; expected one network")
-        return SimpleNamespace(model=[*self.trunk, *self._expert(0)], save=self.save, names=self.class_names)
+        layers = [*self.trunk, *self._expert(expert or 0)]
+        return SimpleNamespace(model=layers, save=self.save, names=self.class_names)
 
     @property
     def rule(self) -> Fusion:

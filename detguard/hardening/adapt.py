@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from detguard.detectors.ultralytics import decode, run_layers
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.loop import BatchLog, Pace, Update, load_made, train
+from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
@@ -181,7 +181,7 @@ def adapt(
     plan: Adaptation,
     setting: Setting,
     run: Run,
-    on_batch: Callable[[int, dict[str, float]], bool] | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Path:
     """Grow a network and train it, where the run has not finished that; returns the file of its weights.
 
@@ -194,7 +194,8 @@ def adapt(
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     before.top_k = None
     grow(network, plan, new, setting)
-    made, ranks = run.folder / "weights/adapted.safetensors", setting.ranks
+    ranks = setting.ranks
+    made, checkpoint = ranks.given(lambda: (run.path("weights/adapted.safetensors"), run.path(f"state/{STAGE}.pt")))
     if load_made(network, made, ranks):
         return made
     top_k, network.top_k = network.top_k, None  # who is not asked does not learn
@@ -218,14 +219,13 @@ def adapt(
         return imitation_loss(found, found)
 
     check_memory(network.to(memory_format=torch.channels_last), loss, setting.size, plan.batch, ranks)
-    checkpoint = run.folder / f"state/{STAGE}.pt"
     if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
         fit_gate(network, len(before.names), shown(0, FIT_BATCHES, Ranks(ranks.device)))
     hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
     log = BatchLog(run, STAGE, plan.number, plan.batch, ranks)
     counts = Counts(count, plan.batch - count, third)
 
-    def learn(pair: tuple[Batch, Batch | None], number: int, update: Update) -> dict[str, Tensor]:
+    def learn(pair: tuple[Batch, Batch | None], number: int, done: float, update: Update) -> dict[str, Tensor]:
         torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
         losses = batch_losses(network, before, *pair, counts, plan, setting)
         update(losses["loss"])

@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,29 +26,49 @@ from detguard.runs import Run
 
 EMA_DECAY = 0.998
 LOG_EVERY = 20
+# Checkpoints that are kept of a stage.
+KEPT = 3
+# So many times the mean of the last so many records a loss is out of all bounds; how often a stage goes back for it.
+OUT_OF_BOUNDS, HEALTHY, SETBACKS = 10.0, 10, 3
 
 Shown = TypeVar("Shown")
 Update = Callable[[Tensor], None]
-# Told the number of each batch and the losses of the last record; returns True to save and stop.
-OnBatch = Callable[[int, dict[str, float]], bool]
+# Told the number of each batch, the share of the stage that is over, and the losses of the last record; returns True to
+# save and stop.
+OnBatch = Callable[[int, float, dict[str, float]], bool]
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long and how fast: number of the last batch, highest rates of the weights and of the gate, and seconds
-    between checkpoints.
+    """How long and how fast: number of the last batch, or the seconds that a stage has; highest rates of the weights
+    and of the gate; seconds between checkpoints.
     """
 
-    last: int
+    last: int | None
     rate: float
     gate_rate: float
     save_every: float
+    seconds: float | None = None
 
-    def share(self, number: int) -> float:
+    def done(self, number: int, spent: float) -> float:
+        """The share of the stage that is over before a batch, `spent` seconds after it began."""
+        return number / self.last if self.last is not None else spent / (self.seconds or 1)
+
+    def share(self, number: int, done: float) -> float:
         """Share of the rates at a batch: up over the first hundred (or tenth), then down a cosine to 2 %."""
-        return min(1.0, (number + 1) / min(100, max(1, self.last // 10))) * (
-            0.02 + 0.98 * (1 + math.cos(math.pi * number / self.last)) / 2
-        )
+        rising = 100 if self.last is None else min(100, max(1, self.last // 10))
+        return min(1.0, (number + 1) / rising) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Now and then, how good the average of the weights is on photos that nothing is learned from.
+
+    every: batches between; losses: this rank's summands of what is told, the first of which chooses the best weights.
+    """
+
+    every: int
+    losses: Callable[[], dict[str, Tensor]]
 
 
 @dataclass
@@ -59,7 +81,7 @@ class BatchLog:
 
     run: Run | None
     stage: str
-    last: int
+    last: int | None
     batch: int
     ranks: Ranks = ALONE
     told: dict[str, float] = field(default_factory=dict)
@@ -82,20 +104,34 @@ class BatchLog:
         """The losses that are in no record yet, of all ranks, [batches, losses]."""
         return self.ranks.total(torch.stack(self.rows)).cpu() if self.rows else torch.zeros(0, len(self.names))
 
+    def now(self) -> float:
+        """The mean loss of the batches that are in no record yet."""
+        return float(self.waiting()[:, self.names.index("loss")].mean())
+
     def add(self, number: int, losses: dict[str, Tensor]) -> dict[str, float]:
         """Take the losses of one batch; write a record when there are enough. Returns what the last one says."""
         self.names = list(losses)
         self.rows.append(torch.stack([value.detach() for value in losses.values()]))
         self.seen += 1
-        if (number + 1) % LOG_EVERY and number + 1 < self.last:
-            return self.told
+        if (number + 1) % LOG_EVERY == 0 or number + 1 == self.last:
+            self.end(number + 1)
+        return self.told
+
+    def end(self, batch: int) -> None:
+        """Write a record of the losses that are in none yet, after a batch."""
+        if not self.rows:
+            return
         means = self.waiting().double().mean(0).tolist()
         self.told = {name: round(value, 4) for name, value in zip(self.names, means, strict=True)}
-        if self.run and self.ranks.first:
-            rate = round(self.seen * self.batch / (time.monotonic() - self.began), 1)
-            self.run.append({"stage": self.stage, "batch": number + 1, "photos_per_second": rate} | self.told)
+        rate = round(self.seen * self.batch / (time.monotonic() - self.began), 1)
+        if all(map(math.isfinite, means)):
+            self.note(batch, {"photos_per_second": rate} | self.told)
         self.rows, self.began, self.seen = [], time.monotonic(), 0
-        return self.told
+
+    def note(self, batch: int, what: dict[str, float]) -> None:
+        """Write a record of what is so after a batch."""
+        if self.run and self.ranks.first:
+            self.run.append({"stage": self.stage, "batch": batch} | what)
 
 
 class Average:
@@ -113,31 +149,52 @@ class Average:
         self.updates += 1
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Have the parameters be their average."""
+    def swap(self) -> None:
+        """Have the parameters be their average, which keeps what they were until it is done again."""
+        kept = [p.detach().clone() for p in self.parameters]
         torch._foreach_copy_(list(self.parameters), self.values)
+        self.values = kept
+
+
+@dataclass
+class Progress:
+    """Where a training is; what of it is no tensor is all that a resumed one must know beside them.
+
+    spent: seconds in all; setbacks: how often it went back to a checkpoint; best: loss of the best weights so far,
+    which are the `kept` ones.
+    """
+
+    number: int = 0
+    spent: float = 0.0
+    setbacks: int = 0
+    best: float = math.inf
+    kept: list[Tensor] = field(default_factory=list)
 
 
 def train(
     network: GatedNetwork,
     learned: list[nn.Parameter],
     made: Callable[[int], Iterator[Shown]],
-    learn: Callable[[Shown, int, Update], dict[str, Tensor]],
+    learn: Callable[[Shown, int, float, Update], dict[str, Tensor]],
     pace: Pace,
     checkpoint: Path,
     on_batch: OnBatch | None = None,
     log: BatchLog | None = None,
     ranks: Ranks = ALONE,
+    validate: Validate | None = None,
 ) -> GatedNetwork:
     """Train the `learned` parameters in place, from `checkpoint` on; returns the network with their moving average.
 
-    made: batches from a number on; learn: told a batch, its number and how to update the weights by a loss, of which
-    each of the `ranks` has a summand; returns what is to be told of it, in summands too. No device is waited for but
-    at records and checkpoints.
+    made: batches from a number on; learn: told a batch, its number, the share of the stage that is over after it, and
+    how to update the weights by a loss, of which each of the `ranks` has a summand; returns what is to be told of it,
+    in summands too, a "loss" among them. No device is waited for but at records and checkpoints. validate: by which
+    the best average is returned, not the last. Where the loss grows out of all bounds, training goes back to the
+    checkpoint, at half the rate.
 
     Raises:
         KeyboardInterrupt: `on_batch` asked one of the ranks for it; the checkpoint holds all that was learned.
         AheadError: no more batches can be made; the same.
+        DetguardError: the loss has grown so again and again.
     """
     network.to(memory_format=torch.channels_last)  # as frames are, or convolutions reorder one of them
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
@@ -145,103 +202,172 @@ def train(
     average = Average(learned)
     optimizer = Optimizer(learned, list(network.gate.parameters()), pace.gate_rate / pace.rate, ranks)
     log = log or BatchLog(None, "", pace.last, 0, ranks)
-    number = _restore(checkpoint, network, average, optimizer, pace.last, log, ranks)
+    files = Checkpoints(checkpoint, network, average, optimizer, pace.last, log, ranks)
+    at, healthy = files.restore() or Progress(), deque[float](maxlen=HEALTHY)
+    began = time.monotonic() - at.spent
+    saved, batches = time.monotonic(), made(at.number)
+    if not files.exist():  # what to go back to
+        files.save(at)
 
-    def save() -> None:
-        waiting = log.waiting()
-        if ranks.first:
-            _save(checkpoint, network, average, optimizer, number, log.names, waiting)
+    def validated() -> None:
+        assert validate
+        average.swap()
+        losses = validate.losses()
+        values = ranks.total(torch.stack(list(losses.values()))).tolist()
+        if math.isfinite(values[0]) and values[0] < at.best:
+            at.best, at.kept = values[0], [p.detach().clone() for p in learned]
+        average.swap()
+        log.note(at.number, {name: round(value, 4) for name, value in zip(losses, values, strict=True)})
 
-    saved, batches = time.monotonic(), made(number)
-    while number < pace.last:
+    while (done := pace.done(at.number, at.spent)) < 1:
         lost, batch = None, None
         try:
             batch = next(batches)
         except AheadError as error:
             lost = error
         if ranks.any(lost is not None):  # all of them, or the others would wait
-            save()
+            files.save(at)
             raise lost or AheadError("another of the processes that train can make no more batches")
         assert batch is not None
+        rate = pace.rate * pace.share(at.number, done) * 0.5**at.setbacks
 
-        def update(loss: Tensor, step: float = pace.rate * pace.share(number)) -> None:
+        def update(loss: Tensor, step: float = rate) -> None:
             optimizer.update(loss, step)
             average.update()
 
-        told = log.add(number, learn(batch, number, update))
-        stop = ranks.any(bool(on_batch and on_batch(number, told)))
-        number += 1
-        if stop or ranks.any(time.monotonic() - saved > pace.save_every):
-            save()
+        losses = learn(batch, at.number, pace.done(at.number + 1, at.spent), update)
+        told = log.add(at.number, losses)
+        at.number += 1
+        stop = ranks.any(bool(on_batch and on_batch(at.number - 1, pace.done(at.number, at.spent), told)))
+        late = stop or ranks.any(time.monotonic() - saved > pace.save_every)
+        loss = told["loss"] if not log.rows else log.now() if late else None
+        if loss is not None and diverged(loss, healthy):
+            worst, setbacks = at.number, at.setbacks + 1
+            at = files.restore() or Progress()
+            if setbacks > SETBACKS:
+                raise DetguardError(
+                    f"{log.stage}: the loss grew out of all bounds at batch {worst} ({loss:.3g}), after going back "
+                    f"{SETBACKS} times; start anew with a lower --rate or a smaller --eps"
+                )
+            at.setbacks, began = setbacks, time.monotonic() - at.spent
+            log.told = {"diverged": worst, "setbacks": setbacks}
+            log.note(at.number, log.told)
+            files.save(at)  # or a resumed run would not know
+            batches = made(at.number)
+            continue
+        if loss is not None and not log.rows:
+            healthy.append(loss)
+        spent = time.monotonic() - began
+        at.spent = ranks.given(partial(float, spent)) if pace.last is None else spent  # all must end together
+        if validate and at.number % validate.every == 0 and pace.done(at.number, at.spent) < 1:
+            validated()
+        if late:
+            files.save(at)
             saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
-    average.apply()
+    log.end(at.number)
+    if validate:
+        validated()
+    average.values = at.kept or average.values
+    average.swap()
     return network
 
 
-def _save(
-    file: Path,
-    network: nn.Module,
-    average: Average,
-    optimizer: Optimizer,
-    number: int,
-    names: list[str],
-    waiting: Tensor,
-) -> None:
-    state = {
-        "network": network.state_dict(),
-        "average": average.values,
-        "updates": average.updates,
-        "optimizer": optimizer.state_dict(),
-        "number": number,
-        "names": names,
-        "waiting": waiting,
-    }
-    data = BytesIO()
-    torch.save(state, data)
-    write_file(file, data.getvalue())
+def diverged(loss: float, healthy: Sequence[float]) -> bool:
+    """Whether a loss is none, or far over the mean of those before; an imitation that is exact begins at none."""
+    mean = sum(healthy) / len(healthy) if healthy else math.inf
+    return not math.isfinite(loss) or loss > OUT_OF_BOUNDS * max(mean, 1.0)
 
 
-def _restore(
-    file: Path, network: nn.Module, average: Average, optimizer: Optimizer, last: int, log: BatchLog, ranks: Ranks
-) -> int:
-    """Have all ranks take up the first one's checkpoint, if it has one; returns the number of the next batch."""
-    state = ranks.given(lambda: _read(file, network, average, optimizer, last) if file.exists() else None)
-    if state is None:
-        log.begin(0, [], torch.zeros(0, 0))
-        return 0
-    network.load_state_dict(state["network"])
-    torch._foreach_copy_(average.values, [value.to(ranks.device) for value in state["average"]])
-    average.updates = state["updates"]
-    optimizer.load_state_dict(state["optimizer"])
-    log.begin(state["number"], state["names"], state["waiting"] * ranks.first)
-    return state["number"]
+@dataclass(frozen=True)
+class Checkpoints:
+    """The newest state of a training, in a file that the first rank reads and writes, and those before it beside it."""
 
+    file: Path
+    network: nn.Module
+    average: Average
+    optimizer: Optimizer
+    last: int | None
+    log: BatchLog
+    ranks: Ranks
 
-def _read(file: Path, network: nn.Module, average: Average, optimizer: Optimizer, last: int) -> dict[str, Any]:
-    try:
-        state = read_state(file)
-    except DetguardError as error:
-        raise DetguardError(f"{error}; delete it to begin the stage again") from error
-    state = state if isinstance(state, dict) else {}
-    number, updates, names, waiting = (state.get(key) for key in ("number", "updates", "names", "waiting"))
-    whole = (
-        type(number) is int
-        and 0 <= number <= last
-        and type(updates) is int
-        and updates >= 0
-        and same_form(state.get("network"), network.state_dict())
-        and same_form(state.get("average"), average.values)
-        and optimizer.fits(state.get("optimizer"))
-        and isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-        and isinstance(waiting, Tensor)
-        and same_form(waiting, torch.zeros(len(waiting) if waiting.ndim else 0, len(names)))
-    )
-    if not whole:
-        raise DetguardError(f"{file}: not a state of this stage; delete it to begin the stage again")
-    return state
+    def exist(self) -> bool:
+        """Whether there is one to go back to."""
+        return self.ranks.given(self.file.exists)
+
+    def save(self, at: Progress) -> None:
+        """Write the state; of those before, the last few stay."""
+        waiting = self.log.waiting()
+        if not self.ranks.first:
+            return
+        state = {
+            "network": self.network.state_dict(),
+            "average": self.average.values,
+            "updates": self.average.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": dict(vars(at)),
+            "names": self.log.names,
+            "waiting": waiting,
+        }
+        data = BytesIO()
+        torch.save(state, data)
+        for number in range(KEPT - 1, 0, -1):
+            before = self._before(number - 1)
+            if before.exists():
+                write_file(self._before(number), read_file(before, MAX_BYTES))
+        write_file(self.file, data.getvalue())
+
+    def _before(self, number: int) -> Path:
+        return self.file.with_suffix(f".{number}.pt") if number else self.file
+
+    def restore(self) -> Progress | None:
+        """Have all ranks take up the first one's state, if there is one; returns where it is."""
+        state = self.ranks.given(lambda: self._read() if self.file.exists() else None)
+        if state is None:
+            self.log.begin(0, [], torch.zeros(0, 0))
+            return None
+        self.network.load_state_dict(state["network"])
+        device = self.ranks.device
+        torch._foreach_copy_(self.average.values, [value.to(device) for value in state["average"]])
+        self.average.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        at = Progress(**state["progress"])
+        at.kept = [value.to(device) for value in at.kept]
+        self.log.begin(at.number, state["names"], state["waiting"] * self.ranks.first)
+        return at
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            state = read_state(self.file)
+        except DetguardError as error:
+            raise DetguardError(f"{error}; delete it to begin the stage again") from error
+        state = state if isinstance(state, dict) else {}
+        updates, names, waiting = (state.get(key) for key in ("updates", "names", "waiting"))
+        whole = (
+            self._fits(state.get("progress"))
+            and type(updates) is int
+            and updates >= 0
+            and same_form(state.get("network"), self.network.state_dict())
+            and same_form(state.get("average"), self.average.values)
+            and self.optimizer.fits(state.get("optimizer"))
+            and isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+            and isinstance(waiting, Tensor)
+            and same_form(waiting, torch.zeros(len(waiting) if waiting.ndim else 0, len(names)))
+        )
+        if not whole:
+            raise DetguardError(f"{self.file}: not a state of this stage; delete it to begin the stage again")
+        return state
+
+    def _fits(self, at: Any) -> bool:
+        return (
+            same_form({**at, "kept": []} if isinstance(at, dict) else at, vars(Progress()))
+            and 0 <= at["number"] <= (at["number"] if self.last is None else self.last)
+            and 0 <= at["spent"] < math.inf
+            and 0 <= at["setbacks"] <= SETBACKS
+            and (at["kept"] == [] or same_form(at["kept"], self.average.values))
+        )
 
 
 def load_made(network: GatedNetwork, file: Path, ranks: Ranks = ALONE) -> bool:

@@ -19,7 +19,7 @@ from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.adversary import Adversary
-from detguard.hardening.loop import BatchLog, load_made
+from detguard.hardening.loop import BatchLog, Validate, load_made
 from detguard.hardening.losses import imitation_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import (
@@ -32,6 +32,7 @@ from detguard.hardening.train import (
     learned_parameters,
     train_stage,
 )
+from detguard.hardening.validation import Validation
 from detguard.runs import Run
 
 # Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
@@ -56,7 +57,8 @@ STRIDE = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats.
+    """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats;
+    hours: that all stages have together, instead.
 
     fusion: how the experts' answers become one (see `detguard.detectors.fusion`).
 
@@ -68,6 +70,7 @@ class Plan:
     mode: str = "freeze-first"
     split: str = "backbone"
     photos: int = 100_000
+    hours: float | None = None
     crop: int | None = None
     attack: str = "free"
     eps: float = 4.0
@@ -103,12 +106,25 @@ class Plan:
         """Whether experts are whole networks: normal and hard ones then start from the undefended detector."""
         return self.recipe == "gated" and self.split in ("backbone", "0")
 
-    def stages(self, robust: bool = False) -> list[Stage]:
-        """What is trained, in order: nothing that the model is already, robust, or by itself for normal photos."""
-        done = {"adversarial"} if robust else set()
+    def goes_on(self, model: Any) -> bool:
+        """Whether a model has been through all stages of the recipe: it can bear the whole budget at once."""
+        return isinstance(model, GatedNetwork) and (len(model.names) > 1 or self.recipe != "gated")
+
+    def stages(self, model: Any = None) -> list[Stage]:
+        """What is trained of a model, in order: nothing that it is already, robust, or by itself for normal photos."""
+        again = self.goes_on(model)
+        done = {"adversarial"} if isinstance(model, GatedNetwork) and not again else set()
         done |= {"normal"} if self.apart else set()
         shares = {n: share for n, share in RECIPES[self.recipe].items() if n not in done}
-        return [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
+        stages = [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
+        if again:
+            stages = [replace(stage, ramp=0.0) for stage in stages]
+        if self.hours is None:
+            return stages
+        # As many photos of each stage as they would be by number: hours go by what they cost.
+        costs = [shares[stage.name] * passes(stage, self.crop or 1) for stage in stages]
+        seconds = [3600 * self.hours * cost / sum(costs) for cost in costs]
+        return [replace(stage, number=None, seconds=s) for stage, s in zip(stages, seconds, strict=True)]
 
     def stage(self, name: str, photos: float) -> Stage:
         """One stage of a recipe, of so many photos."""
@@ -180,9 +196,11 @@ def check_teacher(model: Any, teacher: Detector, name: str) -> None:
     """
     if not isinstance(model, (GatedNetwork, DetectionModel)):
         raise DetguardError(f"--model: only Ultralytics' YOLO families can be hardened, not a {type(model).__name__}")
+    if isinstance(model, GatedNetwork) and len(model.names) > 1 and model.names != list(EXPERTS):
+        raise DetguardError(f"--model: has the experts {', '.join(model.names)}; detguard adapt goes on with others")
     if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
         raise DetguardError(f"{name}: expected a detector of Ultralytics' YOLO families, not hardened (--teacher)")
-    base = model.single() if isinstance(model, GatedNetwork) else fused(model)
+    base = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
     networks: list[Any] = [base, teacher.model]
     ours, theirs = ([p.shape for layer in network.model for p in layer.parameters()] for network in networks)
     if ours != theirs or list(base.names.values()) != list(teacher.class_names.values()):
@@ -197,40 +215,55 @@ def harden(
     plan: Plan,
     setting: Setting,
     run: Run,
-    on_batch: Callable[[str, int, dict[str, float]], bool] | None = None,
+    on_batch: Callable[[str, float, dict[str, float]], bool] | None = None,
+    held: Validation = Validation([]),
 ) -> Path:
     """Train all stages that the run has not finished; returns the file of the ensemble.
 
-    model: the unfused detector to start from, or a single hardened network; card: what the json beside the weights is
-    to say (architecture, classes, imgsz); on_batch: told stage, batch and losses; returns True to save and stop.
+    model: the unfused detector to start from, a single hardened network, or an ensemble whose experts go on; card: what
+    the json beside the weights is to say (architecture, classes, imgsz); on_batch: told stage, the share of it that is
+    over, and losses; returns True to save and stop; held: photos to validate on.
 
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
     """
     torch.manual_seed(plan.seed)  # of the gate's first weights
-    robust = isinstance(model, GatedNetwork)
-    base = model.single() if robust else fused(model)
+    base = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
     ranks = setting.ranks
     undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False).to(ranks.device)
-    if plan.apart:
+    again = plan.goes_on(model)
+    if again and plan.recipe == "gated":
+        network.load_state_dict(model.state_dict())
+    elif plan.apart:
         for expert in range(len(plan.experts) - 1):
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
     network.to(ranks.device).to(memory_format=torch.channels_last)
-    stages = {run.folder / f"weights/{stage.name}.safetensors": stage for stage in plan.stages(robust)}
+
+    def path(name: str) -> Path:
+        return ranks.given(lambda: run.path(name))
+
+    stages = {path(f"weights/{stage.name}.safetensors"): stage for stage in plan.stages(model)}
     for made, stage in stages.items():  # all at once, or one might be found too large hours later
         if ranks.given(lambda made=made: not made.exists()):  # type: ignore[misc]
             _check_memory(network, stage, setting)
     for made, stage in stages.items():
-        if stage.name in ("normal", "hard") and not plan.apart:  # they start from what the trunk was trained with
+        # On a shared trunk they start from what it was trained with.
+        if stage.name in ("normal", "hard") and not (plan.apart or again):
             copy_expert(network, len(plan.experts) - 1, stage.route or 0)
         if load_made(network, made, ranks):
             continue
-        checkpoint = run.folder / f"state/{stage.name}.pt"
-        told = partial(on_batch, stage.name) if on_batch else None
+        checkpoint = path(f"state/{stage.name}.pt")
+        validate = None
+
+        def told(number: int, done: float, losses: dict[str, float], name: str = stage.name) -> bool:
+            return bool(on_batch and on_batch(name, done, losses))
+
+        if every := held.every(stage, setting, passes(stage, setting.size)):
+            validate = Validate(every, partial(held.losses, network, undefended, stage, setting))
         log = BatchLog(run, stage.name, stage.number, setting.batch, ranks)
-        train_stage(network, undefended, source, stage, setting, checkpoint, told, log)
+        train_stage(network, undefended, source, stage, setting, checkpoint, told, log, validate)
         if ranks.first:
             save_gated(network, card, made)
     return made

@@ -19,19 +19,21 @@ from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.ultralytics import decode
 from detguard.engine import bf16_helps, cores
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, train
+from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, Validate, train
 from detguard.hardening.losses import aimed_loss, feature_loss, feature_variances, gate_margin, imitation_loss
 from detguard.ranks import ALONE, Ranks
 
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
+# More batches than any stage has time for.
+ENDLESS = 10**12
 # Of the gate, which learns from nothing, also where experts only go on.
 GATE_RATE = 3e-3
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What learns from what. A stage is `number` batches long; its name is that of its metrics and checkpoint.
+    """What learns from what, for `number` batches or `seconds`; its name is that of its metrics and checkpoint.
 
     rate: highest learning rate, as a share of each layer's weights (root mean square) per update;
     route: the expert that learns, alone, or None for all through the gate; trunk: whether the trunk learns too;
@@ -44,7 +46,7 @@ class Stage:
     """
 
     name: str
-    number: int
+    number: int | None
     route: int | None
     trunk: bool
     share: tuple[float, float, float]
@@ -57,10 +59,11 @@ class Stage:
     margins: tuple[float, ...] = (0.0,)
     gate: float = 0.0
     features: float = 0.0
+    seconds: float | None = None
 
-    def adversary_at(self, number: int) -> Adversary:
-        """The adversary of a batch, whose budget may still be growing."""
-        share = min(1.0, (number + 1) / max(1.0, self.ramp * self.number))
+    def adversary_at(self, done: float) -> Adversary:
+        """The adversary of a batch after which that share of the stage is over; its budget may still be growing."""
+        share = min(1.0, done / self.ramp) if self.ramp else 1.0
         return replace(self.adversary, eps=self.adversary.eps * share)
 
 
@@ -164,6 +167,7 @@ def train_stage(
     checkpoint: Path,
     on_batch: OnBatch | None = None,
     log: BatchLog | None = None,
+    validate: Validate | None = None,
 ) -> GatedNetwork:
     """Train `network` in place, from `checkpoint` where it stopped; returns the average of its last weights.
 
@@ -175,17 +179,18 @@ def train_stage(
     def made(first: int) -> Iterator[Batch]:
         zoom, kinds = setting.size / size, setting.corruptions
         return batches(
-            source, setting.batch, size, setting.seed, first, stage.number, hard, zoom, kinds, setting.workers, ranks
-        )
+            source, setting.batch, size, setting.seed, first, stage.number or ENDLESS, hard, zoom, kinds,
+            setting.workers, ranks,
+        )  # fmt: skip
 
-    def learn(batch: Batch, number: int, update: Update) -> dict[str, Tensor]:
-        return learn_batch(network, teacher, batch, stage, setting, number, update)
+    def learn(batch: Batch, number: int, done: float, update: Update) -> dict[str, Tensor]:
+        return learn_batch(network, teacher, batch, stage, setting, number, done, update)
 
     learned = learned_parameters(network, stage)
-    pace = Pace(stage.number, stage.rate, GATE_RATE, setting.save_every)
+    pace = Pace(stage.number, stage.rate, GATE_RATE, setting.save_every, stage.seconds)
     top_k, network.top_k = network.top_k, None  # who is not asked does not learn
     try:
-        return train(network, learned, made, learn, pace, checkpoint, on_batch, log, ranks)
+        return train(network, learned, made, learn, pace, checkpoint, on_batch, log, ranks, validate)
     finally:
         network.top_k = top_k
 
@@ -197,13 +202,14 @@ def learn_batch(
     stage: Stage,
     setting: Setting,
     number: int,
+    done: float,
     update: Update,
 ) -> dict[str, Tensor]:
     """Attack and learn from one batch: hard frames first, adversarial ones last, normal ones between.
 
     Losses, those that `update` is given and those returned, are this rank's summands of means over the whole batch.
     """
-    ranks, shown, adversary = setting.ranks, batch.shown, stage.adversary_at(number)
+    ranks, shown, adversary = setting.ranks, batch.shown, stage.adversary_at(done)
     layout = Layout.of(stage, setting.batch)
     kinds, before = (layout.kinds(ranks, attacked) for attacked in (True, False))
     rows = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]

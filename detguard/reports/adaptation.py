@@ -23,7 +23,7 @@ def judged_table(before: Judged, after: Judged) -> Table:
 
 def adaptation_page(run: Run, before: Judged, after: Judged) -> bytes:
     """report.html of an adapt run."""
-    records = list({record["batch"]: record for record in run.records()}.values())
+    records = list({r["batch"]: r for r in run.records() if "photos_per_second" in r}.values())
     kinds = ("new", "old", "gate", "moved")
     plots = {"Losses": training_plot(records, kinds, "loss")} if records else {}
     plan = run.config["adapt"]

@@ -79,7 +79,7 @@ def harden(name):
         update = updates(there(network), learned_parameters(network, stage))
         batch = Batch(frames(4), frames(4), hard)
         # The last of the margins, which attack the gate, too.
-        losses = learn_batch(network, there(teacher), batch, stage, SETTING, 3, update)
+        losses = learn_batch(network, there(teacher), batch, stage, SETTING, 3, 0.5, update)
     assert all(value.device.type == DEVICE.type for value in losses.values())
 
 

@@ -96,7 +96,7 @@ def test_stopped_and_resumed_it_gives_the_same_weights(network, train, tmp_path)
     first, second = copy.deepcopy(network), copy.deepcopy(network)
     train(folder="whole")
     with pytest.raises(KeyboardInterrupt):
-        train(folder="stopped", of=first, on_batch=lambda number, _: number == 1)
+        train(folder="stopped", of=first, on_batch=lambda number, *_: number == 1)
     train(folder="stopped", of=second)
     ours, whole = second.state_dict(), network.state_dict()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)

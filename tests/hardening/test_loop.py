@@ -1,7 +1,9 @@
 """The loop on a network of one layer: what a checkpoint must hold, and what a resumed run's records are."""
 
 import copy
+import math
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +14,11 @@ from detguard import DetguardError
 from detguard.data.ahead import AheadError
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
-from detguard.hardening.loop import LOG_EVERY, BatchLog, Pace, load_made, train
+from detguard.hardening.loop import LOG_EVERY, BatchLog, Pace, Validate, diverged, load_made, train
 from detguard.runs import Run
 
 LAST = 2 * LOG_EVERY + 5
+PACE = Pace(LAST, 1e-2, 1e-2, 1e9)
 
 
 class Network(torch.nn.Module):
@@ -35,21 +38,24 @@ def run(tmp_path):
     return run
 
 
-def trained(run, stop=None, made=None, log=True):
-    network = Network()
+def trained(run, stop=None, made=None, log=True, harm=lambda call: 1.0, pace=PACE, **options):
+    """harm: what the losses of batches, by their calls, are multiplied by."""
+    network, calls = Network(), []
 
     def batches(first):
         for number in range(first, LAST):
             yield torch.randn(5, 4, generator=torch.Generator().manual_seed(number))
 
-    def learn(batch, number, update):
-        loss = network(batch)
+    def learn(batch, number, done, update):
+        calls.append(number)
+        loss = network(batch) * harm(len(calls))
         update(loss)
         return {"loss": loss}
 
     train(
-        network, list(network.parameters()), made or batches, learn, Pace(LAST, 1e-2, 1e-2, 1e9),
-        run.folder / "last.pt", lambda number, losses: number == stop, BatchLog(run, "a", LAST, 5) if log else None,
+        network, list(network.parameters()), made or batches, learn, pace,
+        run.folder / "last.pt", lambda number, *_: number == stop, BatchLog(run, "a", LAST, 5) if log else None,
+        **options,
     )  # fmt: skip
     return network
 
@@ -86,7 +92,69 @@ def test_when_no_more_batches_can_be_made_the_checkpoint_is_saved(run):
 
     with pytest.raises(AheadError):
         trained(run, made=few)
-    assert torch.load(run.folder / "last.pt")["number"] == 3
+    assert torch.load(run.folder / "last.pt")["progress"]["number"] == 3
+
+
+def test_a_stage_that_diverges_goes_back_at_half_the_rate_and_says_so(run):
+    trained(run, harm=lambda call: float("nan") if call == LOG_EVERY + 3 else 1.0)
+    (told,) = [r for r in run.records() if "diverged" in r]
+    assert told == {"stage": "a", "batch": 0, "diverged": 2 * LOG_EVERY, "setbacks": 1}
+    assert [r["batch"] for r in run.records() if "loss" in r] == [LOG_EVERY, 2 * LOG_EVERY, LAST]
+
+
+def test_a_loss_that_grows_tenfold_has_diverged_and_one_that_begins_at_none_has_not():
+    assert diverged(21.0, [2.0, 2.0])
+    assert diverged(math.inf, [])
+    assert not diverged(19.0, [2.0, 2.0])
+    assert not diverged(5.0, [0.001])
+    assert not diverged(1e6, [])
+
+
+def test_one_that_diverges_again_and_again_is_an_error(run):
+    with pytest.raises(DetguardError, match=r"a: the loss grew out of all bounds at batch 20 .*--rate"):
+        trained(run, harm=lambda call: float("nan"))
+    assert [r["setbacks"] for r in run.records()] == [1, 2, 3]
+
+
+def test_the_best_average_on_photos_held_out_is_what_a_stage_ends_at(run):
+    told = iter([3.0, 1.0, 2.0])
+
+    def losses():
+        return {"attacked": torch.tensor(next(told)), "clean": torch.tensor(0.0)}
+
+    last = trained(run, validate=Validate(LOG_EVERY, losses))
+    assert [(r["batch"], r["attacked"]) for r in run.records() if "attacked" in r] == [(20, 3), (40, 1), (LAST, 2)]
+    told = iter([3.0, 2.0, 1.0])
+    run.keep([])
+    (run.folder / "last.pt").unlink()
+    assert not torch.equal(trained(run, validate=Validate(LOG_EVERY, losses)).layer.weight, last.layer.weight)
+
+
+def test_hours_are_those_of_all_the_runs_of_a_stage(run):
+    pace = Pace(None, 1e-2, 1e-2, 1e9, seconds=0.5)
+
+    def endless(first):
+        for number in range(first, 10**6):
+            time.sleep(0.01)
+            yield torch.randn(5, 4, generator=torch.Generator().manual_seed(number))
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, 20, made=endless, pace=pace)
+    before = torch.load(run.folder / "last.pt")["progress"]
+    began = time.monotonic()
+    trained(run, made=endless, pace=pace)
+    assert 0.2 <= before["spent"] < 0.5
+    assert time.monotonic() - began < 10
+    assert before["number"] < run.records()[-1]["batch"] < 60
+
+
+def test_the_last_few_checkpoints_are_kept(run):
+    for stop in (1, 2, 3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            trained(run, stop, log=False)
+    numbers = [torch.load(run.folder / name)["progress"]["number"] for name in ("last.pt", "last.1.pt", "last.2.pt")]
+    assert numbers == [5, 4, 3]
+    assert len(list(run.folder.glob("*.pt"))) == 3
 
 
 def as_folder(file, state):
@@ -140,13 +208,16 @@ def at(*path, value):
         "weights of another type": at("network", "layer.weight", value=torch.zeros(3, 4, dtype=torch.int64)),
         "an average of other weights": at("average", 0, value=torch.zeros(9)),
         "a count of updates below zero": at("updates", value=-10),
-        "a number of text": at("number", value="3"),
-        "a number beyond the last": at("number", value=LAST + 1),
-        "a number below zero": at("number", value=-1),
-        "a number that is no int": at("number", value=True),
+        "a number of text": at("progress", "number", value="3"),
+        "a number beyond the last": at("progress", "number", value=LAST + 1),
+        "a number below zero": at("progress", "number", value=-1),
+        "a number that is no int": at("progress", "number", value=True),
         "losses of text": at("waiting", value=[{"loss": "low"}]),
         "losses without names": at("waiting", value=torch.zeros(2, 7)),
         "names of losses that are none": at("names", value=[3]),
+        "no progress": at("progress", value=3),
+        "time that ran backwards": at("progress", "spent", value=-1.0),
+        "best weights of another shape": at("progress", "kept", value=[torch.zeros(2)]),
         "no optimizer": at("optimizer", value=None),
         "momenta that would be spread": at("optimizer", "momenta", 0, value=torch.zeros(1)),
         "too few sizes": at("optimizer", "sizes", value=[]),

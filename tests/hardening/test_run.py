@@ -3,7 +3,7 @@ import pytest
 from detguard import DetguardError
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
-from detguard.hardening.run import Plan, check_teacher
+from detguard.hardening.run import Plan, check_teacher, passes
 from detguard.hardening.train import ADVERSARIAL
 
 
@@ -33,3 +33,27 @@ def test_networks_of_torchvision_are_not_hardened_yet(bundled):
     network = build_model("ssdlite320_mobilenet_v3_large", ["__background__", "person"])
     with pytest.raises(DetguardError, match="only Ultralytics"):
         check_teacher(network, bundled, "a.pt")
+
+
+def test_hours_are_shared_among_stages_by_what_their_photos_cost():
+    plan = Plan(hours=2, split="neck")
+    timed, counted = plan.stages(), Plan(split="neck", photos=1000 * plan.batch).stages()
+    assert sum(stage.seconds for stage in timed) == pytest.approx(7200)
+    cost = [stage.seconds / (passes(stage, 1) * other.number) for stage, other in zip(timed, counted, strict=True)]
+    assert max(cost) == pytest.approx(min(cost), rel=0.01)
+    assert all(stage.number is None for stage in timed)
+
+
+def test_an_ensemble_goes_on_with_the_whole_budget_and_only_with_its_own_experts(bundled_model, bundled):
+    ensemble, single = GatedNetwork(bundled.model, 11), GatedNetwork(bundled.model, 0, ("pgd",))
+    check_teacher(ensemble, bundled, "a.pt")
+    for plan, model, stages in (
+        (Plan(), ensemble, ["adversarial", "hard", "joint"]),
+        (Plan("pgd"), single, ["adversarial"]),
+        (Plan("pgd"), ensemble, ["adversarial"]),
+    ):
+        assert [stage.name for stage in plan.stages(model)] == stages
+        assert not any(stage.ramp for stage in plan.stages(model))
+    assert [stage.name for stage in Plan().stages(single)] == ["hard", "joint"]
+    with pytest.raises(DetguardError, match="experts a, b"):
+        check_teacher(GatedNetwork(bundled.model, 11, ("a", "b")), bundled, "a.pt")

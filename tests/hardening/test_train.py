@@ -123,7 +123,7 @@ def test_the_worst_attack_is_chosen_frame_by_frame():
 
 def test_the_budget_grows_over_the_ramp():
     growing = stage(number=10, ramp=0.5, adversary=Adversary(4))
-    assert [growing.adversary_at(number).eps for number in (0, 4, 9)] == [pytest.approx(0.8), 4, 4]
+    assert [growing.adversary_at(done).eps for done in (0.1, 0.5, 1)] == [pytest.approx(0.8), 4, 4]
 
 
 def test_free_training_learns_from_every_step_of_the_attack(network, undefended, source, tmp_path):
@@ -138,7 +138,7 @@ def test_free_training_learns_from_every_step_of_the_attack(network, undefended,
             one,
             SETTING,
             tmp_path / f"{method}.pt",
-            lambda _, losses: told.append(losses) or True,
+            lambda number, done, losses: told.append(losses) or True,
         )
 
     for method in ("pgd", "free"):
@@ -182,7 +182,9 @@ def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, undefended
     wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1, adversary=Adversary(4, 2, method))
     whole = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
     with pytest.raises(KeyboardInterrupt):
-        train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "b.pt", lambda number, losses: number == 1)
+        train_stage(
+            made(), undefended, source, wanted, SETTING, tmp_path / "b.pt", lambda number, done, losses: number == 1
+        )
     resumed = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "b.pt").state_dict()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
@@ -196,7 +198,7 @@ def test_a_process_of_batches_that_is_killed_in_training_changes_nothing(bundled
 
     killed = []
 
-    def kill(number, losses):
+    def kill(number, done, losses):
         killed.extend(process.pid for process in multiprocessing.active_children())
         if number == 0:
             os.kill(killed[-1], signal.SIGKILL)

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import fused
+from detguard.hardening.adversary import Adversary
+from detguard.hardening.loop import LOG_EVERY
+from detguard.hardening.train import Setting, Stage
+from detguard.hardening.validation import ATTACKED, CLEAN, HELD_OUT, ONE_IN, Validation, hold_out
+from detguard.ranks import Ranks
+
+SETTING = Setting(batch=2, size=96)
+STAGE = Stage("adversarial", 9, 0, True, (0, 0, 1), Adversary(4))
+
+
+@pytest.fixture(scope="module")
+def held(bus_file):
+    return Validation.of([bus_file, bus_file.with_name("zidane.jpg"), Path("nowhere.jpg"), bus_file], SETTING.size)
+
+
+@pytest.fixture(scope="module")
+def networks(bundled, bundled_model):
+    student = GatedNetwork(fused(bundled_model), 0, ("adversarial",)).requires_grad_(False)
+    return student, GatedNetwork(bundled.model, 0, ("undefended",)).requires_grad_(False)
+
+
+def test_photos_held_out_are_never_trained_on_and_the_same_in_any_order():
+    files = [Path(f"{folder}/{number}.jpg") for folder in "ab" for number in range(3000)]
+    trained, held = hold_out(files)
+    assert len(held) == HELD_OUT
+    assert not {file.name for file in held} & {file.name for file in trained}
+    assert {file.name for file in hold_out(files[::-1])[1]} == {file.name for file in held}
+
+
+def test_of_few_photos_at_most_one_in_twenty_is_held_out():
+    files = [Path(f"{number}.jpg") for number in range(2 * ONE_IN + 1)]
+    assert len(hold_out(files)[1]) == 2
+    assert hold_out(files[: ONE_IN - 1]) == (files[: ONE_IN - 1], [])
+
+
+def test_what_is_told_is_the_divergence_from_the_teacher_with_and_without_an_attack(held, networks):
+    told = held.losses(*networks, STAGE, SETTING)
+    assert len(held.frames) == 3
+    assert told[CLEAN] == pytest.approx(0, abs=1e-4)
+    assert told[ATTACKED] > 1
+
+
+def test_several_processes_tell_the_same(held, networks):
+    alone = held.losses(*networks, STAGE, SETTING)
+    parts = [
+        held.losses(*networks, STAGE, Setting(batch=2, size=96, ranks=Ranks(rank=rank, count=2))) for rank in range(2)
+    ]
+    for name, value in alone.items():
+        assert float(sum(part[name] for part in parts)) == pytest.approx(float(value), rel=0.02, abs=1e-4)
+
+
+def test_it_costs_a_few_per_cent_and_only_where_a_stage_is_attacked(held):
+    every = held.every(STAGE, SETTING, 3.0)
+    passes = 3 * 11
+    assert every % LOG_EVERY == 0
+    assert passes / (every * SETTING.batch * 3.0) <= 0.03
+    assert held.every(Stage("hard", 9, 0, True, (0, 1, 0)), SETTING, 3.0) is None
+    assert Validation([]).every(STAGE, SETTING, 3.0) is None
+
+
+def test_photos_lie_in_frames_as_large_as_they_are_asked_for(held):
+    assert {frame.shape for frame in held.frames} == {(96, 96, 3)}
