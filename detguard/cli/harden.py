@@ -63,7 +63,10 @@ def harden(
     ] = "gated",
     teacher: Annotated[
         str | None,
-        typer.Option(help="Detector to imitate; default: --model. Needed where --model is hardened already."),
+        typer.Option(
+            help="Detector to imitate, which may be larger and know more classes; default: --model. Needed where "
+            "--model is hardened already."
+        ),
     ] = None,
     mode: Annotated[
         Literal["full", "freeze-first"],
@@ -147,7 +150,7 @@ def harden(
     with err.status("Loading the detector"):
         network = load_model(model, trust)[0]
         given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
-        check_teacher(network, imitated, teacher or model)
+        check_teacher(network, imitated, teacher or model, recipe)
         if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
             plan["split"] = split = str(network.split)
         split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, split)
@@ -205,24 +208,27 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
 def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", workers: int | None) -> int:
     """Train what the run has not finished, with the network and teacher of its config; returns the exit code."""
     from detguard.data.batches import read_photos
+    from detguard.detectors.gated import GatedNetwork
+    from detguard.detectors.load import read_card
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting
     from detguard.hardening.validation import Validation, hold_out
     from detguard.reports.hardening import hardening_page
 
     config = run.config
-    plan = Plan(**config["harden"])
+    plan, imgsz = Plan(**config["harden"]), config["detectors"][0]["imgsz"]
     with err.status("Loading the photos"):
         files, held_files = hold_out([Path(file) for file in config["photos"]])
-        source, broken = read_photos([(files, 1.0)], teacher.imgsz)
-        held = Validation.of(held_files, teacher.imgsz)
+        source, broken = read_photos([(files, 1.0)], imgsz)
+        held = Validation.of(held_files, imgsz)
     for message in broken:
         show_error(message)
-    architecture = Path(str(getattr(teacher.model, "yaml", {}).get("yaml_file", ""))).name
+    gated = isinstance(network, GatedNetwork)
+    made_of = read_card(config["model"])["architecture"] if gated else str(network.yaml.get("yaml_file", ""))
     card: dict[str, Any] = {
-        "architecture": architecture,
-        "classes": list(teacher.class_names.values()),
-        "imgsz": teacher.imgsz,
+        "architecture": Path(made_of).name,
+        "classes": list((network.class_names if gated else network.names).values()),
+        "imgsz": imgsz,
         "licence": "AGPL-3.0-or-later",
         "hardened": {
             "from": Path(config["model"]).stem,
@@ -232,11 +238,11 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
         },
     }
     kinds = chosen_kinds(",".join(config["corruptions"]))
-    setting = Setting.on(ranks, workers, plan.batch, teacher.imgsz, plan.seed, kinds)
+    setting = Setting.on(ranks, workers, plan.batch, imgsz, plan.seed, kinds)
     stopped = stop_signals()
     # In forward-backward passes or seconds, so that the time left is right in stages with and without attacks.
     stages = plan.stages(network)
-    costs = {s.name: s.seconds or passes(s, teacher.imgsz) * (s.number or 0) for s in stages}
+    costs = {s.name: s.seconds or passes(s, imgsz) * (s.number or 0) for s in stages}
     starts = {stage.name: sum(costs[before.name] for before in stages[:i]) for i, stage in enumerate(stages)}
     with progress_bar() as progress:
         setbacks = dict[str, list[float]]()

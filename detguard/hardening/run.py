@@ -186,13 +186,13 @@ def split_layer(model: Any, split: str) -> int:
     return int(split)
 
 
-def check_teacher(model: Any, teacher: Detector, name: str) -> None:
-    """See that a detector can be imitated by the network to start from, unfused or a single hardened one.
+def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated") -> None:
+    """See that a detector can be imitated by the network to start from, unfused or a hardened one.
 
-    name: of the detector, as the user gave it.
+    It may be larger and know more classes: `narrowed` leaves those of the network. name: as the user gave it.
 
     Raises:
-        DetguardError: it is not of a family that can be hardened, or another network, or it knows other classes.
+        DetguardError: it is not of a family that can be hardened, has another kind of head, or lacks classes.
     """
     if not isinstance(model, (GatedNetwork, DetectionModel)):
         raise DetguardError(f"--model: only Ultralytics' YOLO families can be hardened, not a {type(model).__name__}")
@@ -200,11 +200,42 @@ def check_teacher(model: Any, teacher: Detector, name: str) -> None:
         raise DetguardError(f"--model: has the experts {', '.join(model.names)}; detguard adapt goes on with others")
     if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
         raise DetguardError(f"{name}: expected a detector of Ultralytics' YOLO families, not hardened (--teacher)")
-    base = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
-    networks: list[Any] = [base, teacher.model]
-    ours, theirs = ([p.shape for layer in network.model for p in layer.parameters()] for network in networks)
-    if ours != theirs or list(base.names.values()) != list(teacher.class_names.values()):
-        raise DetguardError(f"--teacher {name}: expected the same architecture and classes as --model has")
+    base: Any = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
+    theirs_model: Any = teacher.model
+    heads = [base.model[-1], theirs_model.model[-1]]
+    ours, theirs = ((head.stride.tolist(), head.reg_max, head.end2end) for head in heads)
+    if ours != theirs:
+        raise DetguardError(f"--teacher {name}: its boxes are made in another way than --model's; expected its family")
+    if lacking := set(base.names.values()) - set(teacher.class_names.values()):
+        raise DetguardError(f"--teacher {name}: lacks classes that --model has: {', '.join(sorted(lacking))}")
+    alone = isinstance(model, GatedNetwork) and len(model.names) == 1
+    if alone and recipe == "gated" and not same_layers(base, narrowed(teacher.model, list(base.names.values()))):
+        raise DetguardError(
+            f"--teacher {name}: expected the architecture and classes of --model, whose undefended experts it is"
+        )
+
+
+def same_layers(one: Any, other: Any, heads: bool = True) -> bool:
+    """Whether the layers of two models, with their `heads` or without, have weights of the same shapes."""
+    end = None if heads else -1
+    ours, theirs = ([p.shape for layer in list(m.model)[:end] for p in layer.parameters()] for m in (one, other))
+    return ours == theirs
+
+
+def narrowed(model: Any, classes: list[str]) -> Any:
+    """A fused detection model that knows some of its classes alone, in the order given; itself where that is all."""
+    if list(model.names.values()) == classes:
+        return model
+    numbers = {name: number for number, name in model.names.items()}
+    rows = [numbers[name] for name in classes]
+    model = copy.deepcopy(model)
+    head = model.model[-1]
+    for branch in (head.one2one if head.end2end else head.one2many)["cls_head"]:
+        last = branch[-1]
+        last.weight, last.bias = (nn.Parameter(p.detach()[rows], requires_grad=False) for p in (last.weight, last.bias))
+    head.nc, head.no = len(rows), head.no - head.nc + len(rows)
+    model.names = dict(enumerate(classes))
+    return model
 
 
 def harden(
@@ -232,11 +263,12 @@ def harden(
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
     ranks = setting.ranks
-    undefended = GatedNetwork(teacher.model, 0, ("undefended",)).requires_grad_(False).to(ranks.device)
+    imitated = narrowed(teacher.model, list(base.names.values()))
+    undefended = GatedNetwork(imitated, 0, ("undefended",)).requires_grad_(False).to(ranks.device)
     again = plan.goes_on(model)
     if again and plan.recipe == "gated":
         network.load_state_dict(model.state_dict())
-    elif plan.apart:
+    elif plan.apart and isinstance(model, GatedNetwork):  # a robust network, and what it was made from
         for expert in range(len(plan.experts) - 1):
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
     network.to(ranks.device).to(memory_format=torch.channels_last)
@@ -245,6 +277,8 @@ def harden(
         return ranks.given(lambda: run.path(name))
 
     stages = {path(f"weights/{stage.name}.safetensors"): stage for stage in plan.stages(model)}
+    if not same_layers(base, imitated, heads=False):  # whose maps mean other things
+        stages = {made: replace(stage, features=0.0) for made, stage in stages.items()}
     for made, stage in stages.items():  # all at once, or one might be found too large hours later
         if ranks.given(lambda made=made: not made.exists()):  # type: ignore[misc]
             _check_memory(network, stage, setting)

@@ -39,6 +39,9 @@ def train(ranks, folder):
     for name, (plan, split) in STAGES.items():
         torch.manual_seed(ranks.rank)  # the first one's weights are everybody's
         network = GatedNetwork(fused(load_model()[0]), split, plan.experts, fusion=plan.fusion)
+        with torch.no_grad():  # or the first loss is 0, and its gradient rounding errors, of which Muon makes a step
+            for parameter in network.parameters():
+                parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
         stage = plan.stage("joint" if name == "joint" else "adversarial", 2 * BATCH)
         start[name] = copy.deepcopy(network.state_dict())
         log = BatchLog(None, name, stage.number, BATCH, ranks)
