@@ -1,9 +1,11 @@
 import pytest
+import torch
 
 from detguard import DetguardError
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
-from detguard.hardening.run import Plan, check_teacher, passes
+from detguard.detectors.ultralytics import UltralyticsDetector
+from detguard.hardening.run import Plan, check_teacher, narrowed, passes
 from detguard.hardening.train import ADVERSARIAL
 
 
@@ -17,16 +19,35 @@ def test_frames_that_no_detector_takes_are_refused():
         Plan(crop=100)
 
 
-def test_only_a_detector_of_the_same_classes_and_layers_is_imitated(bundled_model, bundled):
+def test_only_a_detector_of_the_same_boxes_that_knows_all_classes_is_imitated(bundled_model, bundled):
     check_teacher(bundled_model, bundled, "a.pt")
     other_classes = GatedNetwork(bundled.model, 0, ("pgd",))
     other_classes.class_names = {**other_classes.class_names, 0: "wombat"}
-    with pytest.raises(DetguardError, match="classes"):
+    with pytest.raises(DetguardError, match="lacks classes that --model has: wombat"):
         check_teacher(other_classes, bundled, "a.pt")
-    wider = GatedNetwork(bundled.model, 0, ("pgd",))
-    wider.experts[0].append(wider.gate.out)
+    without_bins = UltralyticsDetector(build_model("yolo26n.yaml", list(bundled.class_names.values())), "b", 64)
+    with pytest.raises(DetguardError, match="its boxes are made in another way"):
+        check_teacher(bundled_model, without_bins, "b.pt")
+
+
+def test_a_larger_teacher_of_more_classes_is_imitated_but_is_no_expert_beside_a_robust_network(bundled, bundled_model):
+    larger = UltralyticsDetector(build_model("yolo11s.yaml", ["cat", "wombat", *bundled.class_names.values()]), "s", 64)
+    check_teacher(bundled_model, larger, "s.pt")
+    single = GatedNetwork(bundled.model, 0, ("pgd",))
+    check_teacher(single, larger, "s.pt", "pgd")
     with pytest.raises(DetguardError, match="architecture"):
-        check_teacher(wider, bundled, "a.pt")
+        check_teacher(single, larger, "s.pt", "gated")
+
+
+def test_a_narrowed_detector_says_of_its_classes_what_it_said(bundled):
+    frames = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    said = bundled.candidates(frames).logits
+    one = GatedNetwork(narrowed(bundled.model, ["dog", "person"]), 0, ("one",))
+    raw = one(frames)[0]
+    names = list(bundled.class_names.values())
+    torch.testing.assert_close(raw["scores"].transpose(1, 2), said[:, :, [names.index("dog"), 0]])
+    assert one.class_names == {0: "dog", 1: "person"}
+    assert narrowed(bundled.model, names) is bundled.model
 
 
 def test_networks_of_torchvision_are_not_hardened_yet(bundled):
