@@ -33,7 +33,13 @@ DESIGNS: dict[str, list[str]] = {
 }
 SHARED = Path("../shared/data")
 # The few photos with all of COCO's classes are shown more often.
-TRAINING = [SHARED / "street1569/images", SHARED / "voc3608/images", SHARED / "rooms2000/images"]
+VOC = Path("runs/data/voc")  # by scripts/voc_split.py: some are held out
+TRAINING = [
+    SHARED / "street1569/images",
+    VOC / "images/train",
+    SHARED / "scenes700/images",
+    SHARED / "rooms2000/images",
+]
 TRAINING += 6 * [SHARED / "coco256/images/train"]
 
 
@@ -91,10 +97,14 @@ def main(
     steps: int = 20,
     restarts: int = 2,
     severities: str = "1,2,3,4,5",
+    device: str = "cpu",
     out: Path = Path("runs/benchmarks/hardening"),
 ) -> None:
+    if not VOC.exists():
+        subprocess.run([sys.executable, "scripts/voc_split.py", "--out", VOC], check=True)
     training = [option for folder in TRAINING for option in ("--data", folder)]
     common = [*training, "--imgsz", imgsz, "--crop", crop, "--batch", batch, "--mix", mix, "--corruptions", corruptions]
+    common += ["--device", device]
     start = out / "start/weights/adversarial.safetensors"
     detguard("harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--photos", photos)
     weights = {"undefended": model, "single network": str(start)}
@@ -107,7 +117,7 @@ def main(
         detguard("harden", folder, *options, *DESIGNS[name])
         weights[name] = str(folder / "weights/joint.safetensors")
     judged = ["--data", data, "--imgsz", imgsz, "--eps", eps, "--steps", steps, "--restarts", restarts]
-    judged += ["--severities", severities] + (["--limit", limit] if limit else [])
+    judged += ["--device", device, "--severities", severities] + (["--limit", limit] if limit else [])
     rows = {}
     for name, file in weights.items():
         run = out / f"judged-{slug(name)}"

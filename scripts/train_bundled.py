@@ -10,7 +10,6 @@ Killed and started again with the same --run it goes on from its last checkpoint
 """
 
 import argparse
-import hashlib
 import json
 import signal
 import time
@@ -24,6 +23,7 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import dist2bbox, make_anchors
+from voc_split import split
 
 from detguard.data.batches import batches, read_photos
 from detguard.detectors.load import load_model
@@ -56,17 +56,10 @@ SOURCES = {
 }
 
 
-# Of voc3608, so many photos, those whose names have the smallest SHA-256, are for evaluation only.
-VOC_HELD_OUT = 400
-
-
 def training_files(shared: Path, folder: str) -> list[Path]:
     """The photos of a folder that may be trained on."""
-    files = sorted((shared / "data" / folder).glob("*.jpg"))
-    if not folder.startswith("voc3608"):
-        return files
-    by_hash = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest())
-    return sorted(by_hash[VOC_HELD_OUT:])
+    photos = shared / "data" / folder
+    return split(photos)[0] if folder.startswith("voc3608") else sorted(photos.glob("*.jpg"))
 
 
 def walk(
