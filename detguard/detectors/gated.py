@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from detguard import DetguardError
@@ -34,8 +34,15 @@ def detail(frames: Tensor) -> Tensor:
     Noise and blur change the second most, and a small network does not find it by itself: told apart by a gate that was
     shown 3,200 clean and 3,200 corrupted frames, 79 % were right by it, 61 % by the frames alone.
     """
-    near = avg_pool2d(frames, 3, stride=1, padding=1, count_include_pad=False)
+    near = _neighbours(frames) / _neighbours(torch.ones_like(frames[:1, :1]))
     return torch.cat([4 * (frames - 0.45), ((frames - near).abs() + 1e-3).log() + 3], 1)
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """The sum of the 3 x 3 values around each that are within the frame; `avg_pool2d` takes twice as long."""
+    x = pad(x, (1, 1, 1, 1))
+    x = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+    return x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
 
 
 class Gate(nn.Module):
