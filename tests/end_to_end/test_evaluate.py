@@ -119,7 +119,7 @@ def test_of_an_ensemble_it_tells_which_expert_spoke(tmp_path, tiny_data, bundled
     result = detguard("evaluate", "--model", "three.safetensors", "--data", tiny_data, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "run/metrics.json").read_text())["three"]
-    assert {"worst", "all-0", "gate:10-0", "route:2-0"} <= found["attack"]["budgets"]["4"]["attacks"].keys()
+    assert {"worst", "all-0", "all-1", "gate:10-0", "route:2-1"} <= found["attack"]["budgets"]["4"]["attacks"].keys()
     assert found["gate"]["experts"] == ["normal", "hard", "adversarial"]
     assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in found["gate"]["shares"].values())
     assert {"clean", "attack eps 4 worst"} <= found["gate"]["shares"].keys()
