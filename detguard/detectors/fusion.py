@@ -13,6 +13,8 @@ from typing_extensions import override
 from detguard import DetguardError
 
 TINY = 1e-37
+# Of a box, each at a distance from the candidate's place.
+SIDES = 4
 # Of each expert the rows of the batch that it answered for, None for all, and its raw outputs, None where it was not
 # asked: `scores` (logits [b, C, N]) and `boxes` (logits of the distances' distributions, [b, 4 * R, N]).
 Outputs = Sequence[tuple[Tensor | None, dict[str, Any] | None]]
@@ -71,9 +73,10 @@ class Average(Fusion):
 
 @dataclass(frozen=True)
 class Bounded(Fusion):
-    """The robust expert's answer, its class logits moved by at most `number` towards the average of all; its boxes.
+    """The robust expert's answer, each logit moved by at most `number` towards that of the average of all.
 
-    However the gate and the other experts are fooled, no logit is further than that from the robust expert's.
+    However the gate and the other experts are fooled, no logit of a class, and no logarithm of a probability in the
+    distribution of a distance, is further than that from the robust expert's. Distances without one are its own.
     """
 
     name = "bounded"
@@ -84,10 +87,16 @@ class Bounded(Fusion):
     def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int) -> dict[str, Any]:
         leader = outputs[robust][1]
         assert leader is not None
-        scores, led = average(outputs, log_weights)["scores"], leader["scores"].float()
+        whole = average(outputs, log_weights)
+        scores, boxes = self._bound(whole["scores"], leader["scores"].float()), leader["boxes"]
+        if boxes.shape[1] > SIDES:
+            of_all, led = (x.float().unflatten(1, (SIDES, -1)).log_softmax(2) for x in (whole["boxes"], boxes))
+            boxes = self._bound(of_all, led).view_as(boxes)
+        return {"scores": scores, "boxes": boxes, "feats": leader["feats"]}
+
+    def _bound(self, x: Tensor, led: Tensor) -> Tensor:
         # By tensors, not by clamp: where the bound holds, the gradient is that of the leader.
-        scores = scores.minimum(led + self.number).maximum(led - self.number)
-        return {"scores": scores, "boxes": leader["boxes"], "feats": leader["feats"]}
+        return x.minimum(led + self.number).maximum(led - self.number)
 
 
 RULES: dict[str, type[Fusion]] = {rule.name: rule for rule in (Average, Bounded)}
@@ -128,7 +137,7 @@ def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
             whole.append(zeros.index_copy(0, rows, raw[key]))
         return torch.stack(whole, 1)
 
-    scores, boxes = stacked("scores").float(), stacked("boxes").float().unflatten(2, (4, -1))
+    scores, boxes = stacked("scores").float(), stacked("boxes").float().unflatten(2, (SIDES, -1))
     weights = torch.stack([log_weights[:, i] for i in asked], 1).float().exp()[:, :, None, None]
     # Probabilities of yes and of no, each by a sigmoid of its own: exact at both ends, and far faster than logarithms.
     yes, no = ((weights * x.sigmoid()).sum(1).clamp(min=TINY) for x in (scores, -scores))
@@ -137,4 +146,4 @@ def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
     # A single bin is no distribution but the distance itself (YOLO26).
     alone = boxes.shape[3] == 1
     fused = (share * boxes).sum(1) if alone else (share * boxes.softmax(3)).sum(1).clamp(min=TINY).log()
-    return {"scores": yes.log() - no.log(), "boxes": fused.flatten(1, 2), "feats": first["feats"]}
+    return {"scores": yes.log() - no.log(), "boxes": fused.view_as(first["boxes"]), "feats": first["feats"]}

@@ -65,7 +65,24 @@ def test_no_logit_is_further_from_the_robust_one_than_the_bound(seed, bound, spr
     assert ((fused["scores"] - led).abs() <= bound + 1e-4 * spread).all()  # of sums in floats
     inside = (mean - led).abs() < bound
     assert torch.equal(fused["scores"][inside], mean[inside])
-    assert fused["boxes"] is outputs[ROBUST][1]["boxes"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 999), st.floats(0.01, 5))
+def test_no_probability_of_a_distance_is_further_from_the_robust_one_than_the_bound(seed, bound):
+    outputs, weights = answers(seed)
+    of_all, led = (x["boxes"].unflatten(1, (4, -1)).softmax(2) for x in (average(outputs, weights), outputs[ROBUST][1]))
+    fused = Bounded(bound).fuse(outputs, weights, ROBUST)["boxes"].unflatten(1, (4, -1))
+    apart = (fused - led.log()).abs()
+    assert (apart <= bound + 1e-4).all()
+    assert apart.max() > 0.99 * min(bound, (of_all.log() - led.log()).abs().max())
+
+
+def test_distances_without_a_distribution_are_those_of_the_robust_expert():
+    outputs, weights = answers()
+    for _, raw in outputs:
+        raw["boxes"] = raw["boxes"][:, :4]
+    assert torch.equal(Bounded(0.5).fuse(outputs, weights, ROBUST)["boxes"], outputs[ROBUST][1]["boxes"])
 
 
 def test_where_the_bound_holds_the_gradient_is_that_of_the_robust_expert():
