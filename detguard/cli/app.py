@@ -87,7 +87,7 @@ Fusion = Annotated[
     str | None,
     typer.Option(
         metavar="RULE:NUMBER",
-        help="How experts become one answer: by bounded:B the adversarial expert's, moved by at most B logits; by "
+        help="How experts become one answer: by bounded:B the adversarial expert's, each logit moved by at most B; by "
         "average:F that of all by the gate's weights, of which the adversarial expert has at least F.",
     ),
 ]

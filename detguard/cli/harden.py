@@ -105,7 +105,7 @@ def harden(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     top_k: TopK = None,
-    fusion: Fusion = "bounded:0.5",
+    fusion: Fusion = "bounded:0.25",
     corruptions: Corruptions = None,
     batch: Batch = 32,
     rate: Rate = 3e-3,

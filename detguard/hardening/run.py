@@ -77,7 +77,7 @@ class Plan:
     steps: int = 2
     mix: float = 0.2
     top_k: int | None = None
-    fusion: str = "bounded:0.5"
+    fusion: str = "bounded:0.25"
     batch: int = 32
     rate: float = 3e-3
     seed: int = 0

@@ -178,7 +178,7 @@ def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
     assert result.returncode == 0, result.stderr
     assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["adversarial", "hard", "joint"]
     weights = load_file(tmp_path / "run/weights/joint.safetensors")
-    assert json.loads((tmp_path / "run/weights/joint.json").read_text())["gated"]["fusion"] == "bounded:0.5"
+    assert json.loads((tmp_path / "run/weights/joint.json").read_text())["gated"]["fusion"] == "bounded:0.25"
     given = GatedNetwork(bundled.model, 0, ("undefended",)).experts[0].state_dict()
     experts = [{k: weights[f"experts.{i}.{k}"] for k in given} for i in range(3)]
     assert all(torch.equal(experts[0][k], given[k]) for k in given)
