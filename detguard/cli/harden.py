@@ -81,7 +81,8 @@ def harden(
     ] = "backbone",
     photos: Annotated[int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")] = 100_000,
     hours: Annotated[
-        float | None, typer.Option(min=0.01, help="Hours to train in all stages together, instead of --photos.")
+        float | None,
+        typer.Option(min=0.01, max=10_000, help="Hours to train in all stages together, instead of --photos."),
     ] = None,
     imgsz: Annotated[
         int | None, typer.Option(min=64, max=1280, help="Size of a frame; default: the model's own.")
