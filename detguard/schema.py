@@ -164,6 +164,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "mix": real(0, 1),
             "top_k": Maybe(whole(1)),
             "fusion": text,
+            "sparse?": real(0, 1),
             "batch": whole(1),
             "rate": real(0, 1),
             "seed": whole(),

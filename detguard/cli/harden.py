@@ -107,6 +107,15 @@ def harden(
     mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
     top_k: TopK = None,
     fusion: Fusion = "bounded:0.25",
+    sparse: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="In the end, values of the adversarial expert within so many standard deviations of the mean of their "
+            "channel are set to it, which leaves attacks less to move; 0: not.",
+        ),
+    ] = 0.2,
     corruptions: Corruptions = None,
     batch: Batch = 32,
     rate: Rate = 3e-3,
@@ -143,8 +152,8 @@ def harden(
     steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
         "recipe": recipe, "mode": mode, "split": split, "photos": photos, "hours": hours, "crop": crop,
-        "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion, "batch": batch,
-        "rate": rate, "seed": seed,
+        "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion,
+        "sparse": sparse, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
     ranks = start_ranks(device)

@@ -146,4 +146,4 @@ def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
     # A single bin is no distribution but the distance itself (YOLO26).
     alone = boxes.shape[3] == 1
     fused = (share * boxes).sum(1) if alone else (share * boxes.softmax(3)).sum(1).clamp(min=TINY).log()
-    return {"scores": yes.log() - no.log(), "boxes": fused.view_as(first["boxes"]), "feats": first["feats"]}
+    return {"scores": yes.log() - no.log(), "boxes": fused.view(-1, *first["boxes"].shape[1:]), "feats": first["feats"]}

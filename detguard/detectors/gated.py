@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from detguard import DetguardError
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.fusion import Fusion, parse_fusion
+from detguard.detectors.sparse import add_sparse, drop_sparse, fit_sparse
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
 from detguard.photos import Letterbox, Photo, read_photo
 
@@ -72,7 +74,7 @@ class GatedNetwork(nn.Module):
     names: what each expert is for. gate_on: what the gate sees, the "trunk", the "frame" or the frame's "detail".
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
     fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the adversarial expert, or
-    the first where none is called so.
+    the first where none is called so. sparse: the numbers of experts with mean sparsity.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class GatedNetwork(nn.Module):
         gate_on: str = "detail",
         top_k: int | None = None,
         fusion: str = "average:0",
+        sparse: Sequence[int] = (),
     ) -> None:
         super().__init__()
         layers = list(model.model)
@@ -96,6 +99,10 @@ class GatedNetwork(nn.Module):
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
         self.trunk = nn.ModuleList(copy.deepcopy(layers[:split]))
         self.experts = nn.ModuleList(nn.ModuleList(copy.deepcopy(layers[split:])) for _ in names)
+        drop_sparse(self)
+        self.sparse = sorted(sparse)
+        for expert in sparse:
+            add_sparse(self.experts[expert])
         self.gate = Gate(self._gate_channels(), len(names))
 
     def _gate_channels(self) -> int:
@@ -173,8 +180,25 @@ class GatedNetwork(nn.Module):
             self.gate.out.bias.fill_(float(old.bias.min()) - UNASKED)
             self.gate.out.weight[: old.out_features] = old.weight
             self.gate.out.bias[: old.out_features] = old.bias
+        if source in self.sparse:
+            self.sparse += range(len(self.names), len(self.names) + len(names))
         self.experts.extend(copy.deepcopy(self.experts[source]) for _ in names)
         self.names += names
+
+    def sparsen(self, frames: Iterable[Tensor], reach: float) -> None:
+        """Have the robust expert set values to the mean of their channel within `reach` standard deviations of it.
+
+        frames: float32 [B, 3, H, W] each, of clean photos, on which means and deviations are measured.
+        """
+        self.drop_sparse()
+        self.sparse, layers = [self.robust], self.experts[self.robust]
+        add_sparse(layers)
+        fit_sparse(partial(self, route=self.robust), layers, frames, reach)
+
+    def drop_sparse(self) -> None:
+        """Have no expert do so, as they are while they learn."""
+        drop_sparse(self)
+        self.sparse = []
 
     def single(self, expert: int | None = None) -> Any:
         """The layers of the network of one expert, by default the only one, as the constructor takes those of a model.
@@ -268,6 +292,7 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
         "gate_on": network.gate_on,
         "top_k": network.top_k,
         "fusion": network.fusion,
+        "sparse": network.sparse,
     }
 
 
@@ -280,9 +305,11 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
     try:
         names = [str(name) for name in card["experts"]]
         top_k = None if card["top_k"] is None else int(card["top_k"])
-        split = int(card["split"])
+        split, sparse = int(card["split"]), [int(expert) for expert in card.get("sparse", [])]
+        if not set(sparse) <= set(range(len(names))):
+            raise ValueError("it has no such sparse experts")
         if len(names) * sum(p.numel() for layer in model.model[split:] for p in layer.parameters()) > most:
             raise ValueError("it has more experts than the weights beside it")
-        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]))
+        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

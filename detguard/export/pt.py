@@ -19,6 +19,7 @@ from ultralytics.nn.modules.head import Detect
 from detguard import DetguardError
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
+from detguard.detectors.sparse import output_statistics
 from detguard.export.base import Deployment, Format, Runtime
 from detguard.files import write_file
 
@@ -76,6 +77,8 @@ def unfused(hardened: GatedNetwork, architecture: str, frames: Sequence[Tensor])
     Raises:
         DetguardError: there are several experts, or a part of the architecture is not there any more.
     """
+    if hardened.sparse:
+        raise DetguardError("--format pt: Ultralytics has no layers of mean sparsity; harden --sparse 0, or use onnx")
     model: Any = build_model(architecture, list(hardened.class_names.values()))
     if getattr(model.model[-1], "one2one_cv2", None) is not None:
         # Its head without NMS went when it was hardened.
@@ -104,37 +107,6 @@ def unfused(hardened: GatedNetwork, architecture: str, frames: Sequence[Tensor])
         state[f"{name}.bn.bias"] = mean
     model.model.load_state_dict(state | tensors)
     return model
-
-
-def output_statistics(
-    network: nn.Module, layers: nn.Module, frames: Sequence[Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of each output channel of each convolution among `layers`, as `network` is shown `frames`."""
-    sums: dict[str, list[Tensor]] = {}
-
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            values = output.double().transpose(0, 1).flatten(1)
-            count = torch.full_like(values[:, 0], values.shape[1])
-            seen = [count, values.sum(1), values.square().sum(1)]
-            sums[name] = [old + new for old, new in zip(sums[name], seen, strict=True)] if name in sums else seen
-
-        return hook
-
-    convolutions = [(n, m) for n, m in layers.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    hooks = [module.register_forward_hook(watch(name)) for name, module in convolutions]
-    try:
-        with torch.no_grad():
-            for batch in frames:
-                network(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for name, (count, total, squares) in sums.items():
-        mean = total / count
-        found[name] = (mean.float(), (squares / count - mean.square()).clamp(min=0).float())
-    return found
 
 
 def _source(model: nn.Module, name: str, inner: str) -> str | None:

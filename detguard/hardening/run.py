@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
 from detguard import DetguardError
-from detguard.data.batches import PhotoSet
+from detguard.data.batches import PhotoSet, batches
 from detguard.detectors.base import Detector
 from detguard.detectors.fusion import parse_fusion
 from detguard.detectors.gated import EXPERTS, GatedNetwork
@@ -33,6 +33,7 @@ from detguard.hardening.train import (
     train_stage,
 )
 from detguard.hardening.validation import Validation
+from detguard.ranks import Ranks
 from detguard.runs import Run
 
 # Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
@@ -53,6 +54,8 @@ FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
 GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
 STRIDE = 32
+# Batches of clean photos on which means and deviations of channels are measured.
+MEASURED = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Plan:
     """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats;
     hours: that all stages have together, instead.
 
-    fusion: how the experts' answers become one (see `detguard.detectors.fusion`).
+    fusion: how the experts' answers become one (see `detguard.detectors.fusion`); sparse: standard deviations from the
+    mean of a channel within which the robust expert, once trained, sets values to it; 0: none.
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -78,6 +82,7 @@ class Plan:
     mix: float = 0.2
     top_k: int | None = None
     fusion: str = "bounded:0.25"
+    sparse: float = 0.2
     batch: int = 32
     rate: float = 3e-3
     seed: int = 0
@@ -93,6 +98,8 @@ class Plan:
             raise DetguardError(f"--crop {self.crop}: expected a multiple of {STRIDE}, the stride of detectors")
         if self.recipe == "mtd" and self.attack != "pgd":
             raise DetguardError(f"--attack {self.attack}: --recipe mtd chooses between two attacks, which pgd makes")
+        if not 0 <= self.sparse <= 1:
+            raise DetguardError(f"--sparse {self.sparse:g}: expected 0 (none) to 1 standard deviations")
         parse_fusion(self.fusion)
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
@@ -259,6 +266,8 @@ def harden(
         KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
     """
     torch.manual_seed(plan.seed)  # of the gate's first weights
+    if isinstance(model, GatedNetwork):
+        model.drop_sparse()
     base = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
     split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
@@ -300,6 +309,13 @@ def harden(
         train_stage(network, undefended, source, stage, setting, checkpoint, told, log, validate)
         if ranks.first:
             save_gated(network, card, made)
+    if not plan.sparse or plan.recipe == "finetune":
+        return made
+    made = path("weights/sparse.safetensors")
+    if ranks.first and not made.exists():
+        shown = batches(source, setting.batch, setting.size, setting.seed, 0, MEASURED, ranks=Ranks(ranks.device))
+        network.sparsen((batch.clean for batch in shown), plan.sparse)
+        save_gated(network, card, made)
     return made
 
 

@@ -43,6 +43,15 @@ def test_it_makes_an_ensemble_that_loads_like_any_detector(hardened, bus_file):
     assert card["hardened"]["photos"] == 80
 
 
+def test_in_the_end_its_adversarial_expert_is_made_sparse(hardened, bus):
+    before, after = (load_detector(hardened / f"weights/{name}.safetensors") for name in ("joint", "sparse"))
+    assert (before.model.sparse, after.model.sparse) == ([], [2])
+    one, other = (detector.through(2).detect([bus], 0.01)[0].scores for detector in (before, after))
+    assert not torch.equal(one, other)
+    weights = load_file(hardened / "weights/sparse.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in before.model.state_dict().items())
+
+
 def test_top_k_of_an_ensemble_can_be_chosen_where_it_is_used(hardened, bus_file):
     file = hardened / "weights/joint.safetensors"
     one = load_detector(file, top_k=1)

@@ -23,13 +23,15 @@ from detguard.photos import frames_tensor
 SIZE, NECK = 96, 11
 
 
-def hardened(bundled_model, folder, split=0, names=("adversarial",), **options):
+def hardened(bundled_model, folder, split=0, names=("adversarial",), sparse=0.0, **options):
     """The file of a network as `harden` leaves it, of experts that differ a little, and in full precision."""
     torch.manual_seed(0)
     made = GatedNetwork(fused(bundled_model), split, names, **options).eval().requires_grad_(False)
     for name, parameter in made.experts.named_parameters():
         if "dfl" not in name:
             parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
+    if sparse:
+        made.sparsen([torch.rand(2, 3, SIZE, SIZE)], sparse)
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled_model.names.values()), "imgsz": SIZE}
     save_gated(made, card, folder / "hard.safetensors")
     return folder / "hard.safetensors"
@@ -43,7 +45,7 @@ def single(bundled_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ensemble(bundled_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble")
-    return hardened(bundled_model, folder, NECK, ("normal", "hard", "adversarial"), fusion="bounded:0.5")
+    return hardened(bundled_model, folder, NECK, ("normal", "hard", "adversarial"), 0.2, fusion="bounded:0.5")
 
 
 @pytest.fixture(scope="module")

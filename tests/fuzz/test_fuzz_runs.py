@@ -42,7 +42,7 @@ CONFIGS = {
         "harden": {
             "recipe": "gated", "mode": "full", "split": "neck", "photos": 100, "hours": 2.5, "crop": 64,
             "attack": "free", "eps": 4.0, "steps": 2, "mix": 0.2, "top_k": 2,
-            "fusion": "average:0.5", "batch": 32, "rate": 0.003, "seed": 3,
+            "fusion": "average:0.5", "sparse": 0.2, "batch": 32, "rate": 0.003, "seed": 3,
         },
         "corruptions": ["fog"], "photos": ["a.jpg"],
     },

@@ -1,0 +1,88 @@
+"""Mean sparsity: values near the mean of their channel say least, and are what an attack moves most easily."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MeanSparse(nn.Module):
+    """Sets values near the mean of their channel to it, before an activation (Amini et al. 2024, MeanSparse).
+
+    mean, limit: float32 [C], of each channel, and how far from its mean a value is set to it. Its gradient is that of
+    doing nothing: attacks are not to be stopped by a gradient of none.
+    """
+
+    mean: Tensor
+    limit: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("limit", torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of values, [B, C, H, W], those that are left."""
+        mean, limit = (value[:, None, None] for value in (self.mean, self.limit))
+        away = x - mean
+        return x - (away * (away.abs() <= limit)).detach()
+
+
+def add_sparse(layers: nn.Module) -> None:
+    """Put one, as yet without effect, before the activation of every convolution of fused layers."""
+    for _, block in blocks_of(layers):
+        block.act = nn.Sequential(MeanSparse(block.conv.out_channels).to(block.conv.weight), block.act)
+
+
+def drop_sparse(layers: nn.Module) -> None:
+    """Take them out again."""
+    for _, block in blocks_of(layers):
+        if isinstance(block.act, nn.Sequential) and isinstance(block.act[0], MeanSparse):
+            block.act = block.act[1]
+
+
+def fit_sparse(run: Callable[[Tensor], Any], layers: nn.Module, frames: Iterable[Tensor], reach: float) -> None:
+    """Set values within `reach` standard deviations of their mean, as `run` makes them of frames of clean photos."""
+    statistics = output_statistics(run, layers, frames)
+    for name, block in blocks_of(layers):
+        mean, variance = statistics[f"{name}.conv" if name else "conv"]
+        block.act[0].mean.copy_(mean)
+        block.act[0].limit.copy_(reach * variance.sqrt())
+
+
+def blocks_of(layers: nn.Module) -> list[tuple[str, Any]]:
+    """The convolutions with an activation, by name."""
+    modules: list[tuple[str, Any]] = list(layers.named_modules())
+    return [(n, m) for n, m in modules if isinstance(getattr(m, "conv", None), nn.Conv2d) and hasattr(m, "act")]
+
+
+def output_statistics(
+    run: Callable[[Tensor], Any], layers: nn.Module, frames: Iterable[Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of each output channel of each convolution among `layers`, as `run` is shown `frames`."""
+    sums: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            values = output.double().transpose(0, 1).flatten(1)
+            count = torch.full_like(values[:, 0], values.shape[1])
+            seen = [count, values.sum(1), values.square().sum(1)]
+            sums[name] = [old + new for old, new in zip(sums[name], seen, strict=True)] if name in sums else seen
+
+        return hook
+
+    convolutions = [(n, m) for n, m in layers.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in convolutions]
+    try:
+        with torch.no_grad():
+            for batch in frames:
+                run(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for name, (count, total, squares) in sums.items():
+        mean = total / count
+        found[name] = (mean.float(), (squares / count - mean.square()).clamp(min=0).float())
+    return found
