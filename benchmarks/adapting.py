@@ -1,6 +1,6 @@
 """What an ensemble gains on a kind of photos that it was not hardened for, and what it forgets.
 
-    python benchmarks/adapting.py --model runs/harden/001/weights/joint.safetensors --kinds snow
+    python benchmarks/adapting.py --model runs/harden/001/weights/sparse.safetensors --kinds snow
 
 The model should come from `detguard harden --corruptions` with all kinds but those. New photos: some of the street and
 VOC photos, labelled by --labeller and shown as the new kind ("vanish": attacked by the objective that hides objects,

@@ -107,7 +107,8 @@ def main(
     common += ["--device", device]
     start = out / "start/weights/adversarial.safetensors"
     detguard("harden", out / "start", *common, "--model", model, "--recipe", "pgd", "--photos", photos)
-    weights = {"undefended": model, "single network": str(start)}
+    weights = {"undefended": model, "single network, not sparse": str(start)}
+    weights["single network"] = str(out / "start/weights/sparse.safetensors")
     for share in filter(None, mixtures.split(",")):
         made = out / f"mixture-{share}.safetensors"
         weights[f"single network, {share} of it"] = str(mixed(start, model, float(share), made))
@@ -115,7 +116,7 @@ def main(
         folder = out / slug(name)
         options = [*common, "--model", start, "--teacher", model, "--photos", more]
         detguard("harden", folder, *options, *DESIGNS[name])
-        weights[name] = str(folder / "weights/joint.safetensors")
+        weights[name] = str(folder / "weights/sparse.safetensors")
     judged = ["--data", data, "--imgsz", imgsz, "--eps", eps, "--steps", steps, "--restarts", restarts]
     judged += ["--device", device, "--severities", severities] + (["--limit", limit] if limit else [])
     rows = {}
