@@ -153,6 +153,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "detectors": Items(DETECTOR, 2, 2),
         "harden": {
             "recipe": text,
+            "learn?": text,
             "mode": text,
             "split": text,
             "photos": whole(1),

@@ -1,5 +1,7 @@
 """`detguard harden`: parse, call, show."""
 
+import glob
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,12 +29,17 @@ from detguard.cli.app import (
     start_ranks,
     stop_signals,
 )
-from detguard.cli.evaluate import names
+from detguard.cli.evaluate import names, show_warnings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detguard.data.stream import Labelled
     from detguard.ranks import Ranks
     from detguard.runs import Run
 
+# Of a run that learns labels, its photos with them.
+LABELLED = "labelled.jsonl"
 Corruptions = Annotated[
     str | None, typer.Option(help="Kinds of corruptions of hard photos, as in fog,snow; default: all 15.")
 ]
@@ -46,6 +53,8 @@ Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rat
 `detguard harden --model best.pt --data photos/ --photos 200000`: a gated ensemble of three experts
 
 `detguard harden --model best.pt --data photos/ --recipe pgd`: the baseline, one adversarially trained network
+
+`detguard harden --model best.pt --data my/data.yaml --learn both`: by labels, too
 
 `detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
 )
@@ -61,6 +70,13 @@ def harden(
             "on classes and one on boxes; finetune, not attacked."
         ),
     ] = "gated",
+    learn: Annotated[
+        Literal["teacher", "labels", "both"],
+        typer.Option(
+            help="What is wanted of changed photos: what --teacher says of the clean ones, the labels of --data, or "
+            "both."
+        ),
+    ] = "teacher",
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +134,8 @@ def harden(
 ) -> None:
     """Train a detector that holds up under attacks: experts for normal, hard and adversarial photos, and their gate.
 
-    No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one.
+    No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one, and
+    with --learn what labels say.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
     from detguard.detectors.gated import GatedNetwork
@@ -141,7 +158,7 @@ def harden(
     attack = attack or ("pgd" if recipe == "mtd" else "free")
     steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
-        "recipe": recipe, "mode": mode, "split": split, "photos": photos, "hours": hours, "crop": crop,
+        "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours, "crop": crop,
         "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion, "batch": batch,
         "rate": rate, "seed": seed,
     }  # fmt: skip
@@ -154,7 +171,9 @@ def harden(
         if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
             plan["split"] = split = str(network.split)
         split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, split)
-    files = [str(file) for source in data for file in photo_files(source)]
+    class_names: Any = network.class_names if isinstance(network, GatedNetwork) else network.names
+    labelled = labelled_photos(data, learn, class_names) if learn != "teacher" else []
+    files = [] if labelled else [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,
         "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
@@ -163,7 +182,8 @@ def harden(
         "arguments": sys.argv[1:],
         "photos": files,
     }
-    run = shared_run(ranks, lambda: Run.create("harden", out_folder, config))
+    kept = {LABELLED: as_lines(labelled, class_names)} if labelled else {}
+    run = shared_run(ranks, lambda: Run.create("harden", out_folder, config, kept))
     sys.exit(run_hardening(run, network, imitated, ranks, workers))
 
 
@@ -192,6 +212,42 @@ def photo_files(source: str) -> list[Path]:
     return find_photos([source])
 
 
+def labelled_photos(sources: list[str], learn: str, class_names: dict[int, str]) -> "list[Labelled]":
+    """The labelled photos of --data, in the detector's class indices.
+
+    Raises:
+        DetguardError: some of it has no labels.
+    """
+    for source in filter(is_folder, sources):
+        raise DetguardError(f"--learn {learn}: {source} has no labels; give a data.yaml or a COCO json (--data)")
+    return [one for source in sources for one in read_labelled(source, "train", class_names)]
+
+
+def is_folder(source: str) -> bool:
+    """Whether a source is a folder or pattern of photos, without labels."""
+    path = Path(source)
+    return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
+
+
+def as_lines(photos: "Sequence[Labelled]", class_names: dict[int, str]) -> bytes:
+    """Labelled photos as a run keeps them, for `read_labelled`."""
+    from detguard.data.stream import as_line
+
+    return "".join(json.dumps(as_line(one, class_names)) + "\n" for one in photos).encode()
+
+
+def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
+    """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices."""
+    from detguard.data.dataset import read_dataset
+    from detguard.data.stream import in_order, read_lines
+
+    if Path(source).suffix == ".jsonl":
+        return read_lines(source, class_names)
+    dataset = read_dataset(source, split)
+    show_warnings(dataset)
+    return list(in_order(dataset, dataset.category_ids(class_names)))
+
+
 def last_loss(losses: dict[str, float]) -> str:
     """What a progress bar says of the last record, where there is one."""
     return f": loss {losses['loss']:.2f}" if "loss" in losses else ""
@@ -217,17 +273,21 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
 
     config = run.config
     plan, imgsz = Plan(**config["harden"]), config["detectors"][0]["imgsz"]
+    gated = isinstance(network, GatedNetwork)
+    class_names = network.class_names if gated else network.names
     with err.status("Loading the photos"):
-        files, held_files = hold_out([Path(file) for file in config["photos"]])
-        source, broken = read_photos([(files, 1.0)], imgsz)
-        held = Validation.of(held_files, imgsz)
+        photos: Sequence[Any] = [Path(file) for file in config["photos"]]
+        if plan.learn != "teacher":  # as the run keeps them
+            photos = ranks.given(lambda: read_labelled(str(run.folder / LABELLED), "", class_names))
+        trained, held_out = hold_out(photos)
+        source, broken = read_photos([(trained, 1.0)], imgsz)
+        held = Validation.of(held_out, imgsz)
     for message in broken:
         show_error(message)
-    gated = isinstance(network, GatedNetwork)
     made_of = read_card(config["model"])["architecture"] if gated else str(network.yaml.get("yaml_file", ""))
     card: dict[str, Any] = {
         "architecture": Path(made_of).name,
-        "classes": list((network.class_names if gated else network.names).values()),
+        "classes": list(class_names.values()),
         "imgsz": imgsz,
         "licence": "AGPL-3.0-or-later",
         "hardened": {

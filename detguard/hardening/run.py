@@ -20,7 +20,7 @@ from detguard.detectors.load import fused, save_gated
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import BatchLog, Validate, load_made
-from detguard.hardening.losses import imitation_loss
+from detguard.hardening.losses import LEARN, imitation_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import (
     ADVERSARIAL,
@@ -60,13 +60,15 @@ class Plan:
     """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats;
     hours: that all stages have together, instead.
 
-    fusion: how the experts' answers become one (see `detguard.detectors.fusion`).
+    learn: what is wanted of changed photos, one of LEARN; fusion: how the experts' answers become one (see
+    `detguard.detectors.fusion`).
 
     Raises:
         DetguardError: an option is not one of those known.
     """
 
     recipe: str = "gated"
+    learn: str = "teacher"
     mode: str = "freeze-first"
     split: str = "backbone"
     photos: int = 100_000
@@ -85,6 +87,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise DetguardError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
+        if self.learn not in LEARN:
+            raise DetguardError(f"--learn {self.learn}: expected one of {', '.join(LEARN)}")
         if self.mode not in MODES:
             raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
         if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
@@ -154,7 +158,7 @@ class Plan:
             adversary = replace(adversary, method="pgd")
         elif self.attack == "free":  # its first update is on clean frames
             share = [0.0, share[HARD], 1 - share[HARD]]
-        options |= {"gate": GATE if self.recipe == "gated" else 0.0, "rate": self.rate}
+        options |= {"gate": GATE if self.recipe == "gated" else 0.0, "rate": self.rate, "learn": self.learn}
         options["rate"] *= JOINT_RATE if name == "joint" else HARD_RATE if self.apart and kind == HARD else 1
         number = max(1, round(photos / self.batch))
         return Stage(name, number, route, share=(share[0], share[1], share[2]), adversary=adversary, **options)

@@ -20,7 +20,7 @@ from detguard.detectors.ultralytics import decode
 from detguard.engine import bf16_helps, cores
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, Validate, train
-from detguard.hardening.losses import aimed_loss, feature_loss, feature_variances, gate_margin, imitation_loss
+from detguard.hardening.losses import Goal, feature_loss, feature_variances, gate_margin
 from detguard.ranks import ALONE, Ranks
 
 # Kinds of frames, each that of the expert of the same number.
@@ -38,11 +38,11 @@ class Stage:
     rate: highest learning rate, as a share of each layer's weights (root mean square) per update;
     route: the expert that learns, alone, or None for all through the gate; trunk: whether the trunk learns too;
     share: of normal, hard and adversarial frames in a batch; size: side of its frames, if not that of the setting:
-    smaller frames show parts of photos at the same scale. aims: parts of the loss that attacks raise, of which the
-    most harmful counts per frame ("class" and "box": multi-task training, Zhang & Wang 2019). ramp: share of the
-    stage over which the budget grows. margins: weights of the gate's logits in the attack, taken in turn: an attack
-    on the result alone is blind where the gate is sure. gate, features: weights of the gate's cross-entropy, which it
-    learns by whichever expert is trained, and of the error of feature maps.
+    smaller frames show parts of photos at the same scale. learn: what is wanted of them, one of LEARN. aims: parts of
+    the loss that attacks raise, of which the most harmful counts per frame ("class" and "box": multi-task training,
+    Zhang & Wang 2019). ramp: share of the stage over which the budget grows. margins: weights of the gate's logits in
+    the attack, taken in turn: an attack on the result alone is blind where the gate is sure. gate, features: weights of
+    the gate's cross-entropy, which it learns by whichever expert is trained, and of the error of feature maps.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Stage:
     experts: tuple[int, ...] | None = None
     rate: float = 3e-3
     size: int | None = None
+    learn: str = "teacher"
     aims: tuple[str, ...] = ("all",)
     ramp: float = 0.0
     margins: tuple[float, ...] = (0.0,)
@@ -212,7 +213,7 @@ def learn_batch(
     ranks, shown, adversary = setting.ranks, batch.shown, stage.adversary_at(done)
     layout = Layout.of(stage, setting.batch)
     kinds, before = (layout.kinds(ranks, attacked) for attacked in (True, False))
-    rows = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]
+    rows: slice = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]
     # The noise of an attack is drawn for all ranks, of which this one has some.
     among = ranks.among(layout.batch - layout.attacked, layout.batch)
     free = layout.attacked > 0 and adversary.method == "free"
@@ -232,21 +233,23 @@ def learn_batch(
         if stage.features:
             share = len(shown) / layout.batch
             variances = feature_variances(wanted_maps, lambda x: ranks.total(x * share))
+    goal = Goal.of(stage.learn, wanted, batch.labels)
     if rows.stop > rows.start and not free:
+        of_rows = Goal.of(stage.learn, wanted[rows], batch.labels[rows])
 
         def harm(x: Tensor, aim: str) -> Tensor:
             found = candidates(x)
-            loss, more = aimed_loss(found, wanted[rows], aim), on_gate(found.gate)
+            loss, more = of_rows.loss(found, aim), on_gate(found.gate)
             return loss if more is None else loss + more
 
         attacks = [perturb(shown[rows], partial(harm, aim=aim), adversary, among) for aim in stage.aims]
-        shown = with_rows(shown, rows, worst(attacks, lambda x: imitation_loss(candidates(x), wanted[rows])))
+        shown = with_rows(shown, rows, worst(attacks, lambda x: of_rows.loss(candidates(x))))
     losses: dict[str, Tensor] = {}
     for turn in range(adversary.updates if free else 1):
         if free:
             shown = shown.detach().requires_grad_()
         found, maps = setting.run(network, shown, stage.route)
-        parts = _losses(found, wanted, before if free and turn == 0 else kinds, layout.batch, stage.gate)
+        parts = _losses(found, goal, before if free and turn == 0 else kinds, layout.batch, stage.gate)
         if stage.features:
             parts["features"] = feature_loss(maps, wanted_maps, variances).sum() / layout.batch
             parts["loss"] = parts["loss"] + stage.features * parts["features"]
@@ -276,12 +279,12 @@ def worst(attacks: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.stack(attacks)[best, torch.arange(len(best), device=best.device)]
 
 
-def _losses(found: Candidates, wanted: Candidates, kinds: Kinds, batch: int, gate_weight: float) -> dict[str, Tensor]:
+def _losses(found: Candidates, goal: Goal, kinds: Kinds, batch: int, gate_weight: float) -> dict[str, Tensor]:
     """The loss of a batch and, to be told, its mean on each kind of frames and the gate's weights there.
 
     batch: frames of all ranks, of whose means these are this rank's summands.
     """
-    per_frame = imitation_loss(found, wanted)
+    per_frame = goal.loss(found)
     losses = {"loss": per_frame.sum() / batch}
     losses |= {EXPERTS[kind]: per_frame[rows].sum() / count for kind, (rows, count) in kinds.items()}
     if gate_weight and found.gate is not None:

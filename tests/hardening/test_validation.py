@@ -1,13 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import LOG_EVERY
 from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import ATTACKED, CLEAN, HELD_OUT, ONE_IN, Validation, hold_out
+from detguard.photos import read_photo
 from detguard.ranks import Ranks
 
 SETTING = Setting(batch=2, size=96)
@@ -44,6 +47,18 @@ def test_what_is_told_is_the_divergence_from_the_teacher_with_and_without_an_att
     assert len(held.frames) == 3
     assert told[CLEAN] == pytest.approx(0, abs=1e-4)
     assert told[ATTACKED] > 1
+
+
+def test_where_labels_are_learned_they_are_what_photos_held_out_are_judged_by(networks, bundled, bus_file):
+    files, stage = [bus_file, bus_file.with_name("zidane.jpg"), Path("nowhere.jpg")], replace(STAGE, learn="labels")
+    found = [bundled.detect([read_photo(file)], 0.3)[0] for file in files[:2]]
+    told = []
+    for moved in (0, 100):
+        objects = [replace(one, boxes=one.boxes + moved) for one in found]
+        labelled = [Labelled(*pair) for pair in zip(files, [*objects, objects[0]], strict=True)]
+        held = Validation.of(hold_out(labelled)[0], SETTING.size)
+        told.append({name: float(loss) for name, loss in held.losses(*networks, stage, SETTING).items()})
+    assert told[0][CLEAN] < 0.8 * min(told[1][CLEAN], told[0][ATTACKED])
 
 
 def test_several_processes_tell_the_same(held, networks):
