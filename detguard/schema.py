@@ -154,6 +154,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "harden": {
             "recipe": text,
             "learn?": text,
+            "pretrain?": flag,
             "mode": text,
             "split": text,
             "photos": whole(1),
@@ -171,6 +172,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "corruptions": texts,
         "photos": texts,
+        "pretrain?": texts,
     },
     "adapt": {
         "model": text,

@@ -56,6 +56,8 @@ Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rat
 
 `detguard harden --model best.pt --data my/data.yaml --learn both`: by labels, too
 
+`detguard harden --model best.pt --data photos/ --pretrain more/photos/`: on a backbone that is made robust first
+
 `detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
 )
 def harden(
@@ -77,6 +79,13 @@ def harden(
             "both."
         ),
     ] = "teacher",
+    pretrain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or pattern of any photos, by which the backbone is made robust first; repeatable. Needs no "
+            "labels, nor the classes."
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -158,16 +167,16 @@ def harden(
     attack = attack or ("pgd" if recipe == "mtd" else "free")
     steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
-        "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours, "crop": crop,
-        "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion, "batch": batch,
-        "rate": rate, "seed": seed,
+        "recipe": recipe, "learn": learn, "pretrain": bool(pretrain), "mode": mode, "split": split, "photos": photos,
+        "hours": hours, "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k,
+        "fusion": fusion, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
     ranks = start_ranks(device)
     with err.status("Loading the detector"):
         network = load_model(model, trust)[0]
         given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
-        check_teacher(network, imitated, teacher or model, recipe)
+        check_teacher(network, imitated, teacher or model, recipe, bool(pretrain))
         if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
             plan["split"] = split = str(network.split)
         split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, split)
@@ -181,6 +190,7 @@ def harden(
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
         "photos": files,
+        "pretrain": [str(file) for source in pretrain or [] for file in photo_files(source)],
     }
     kept = {LABELLED: as_lines(labelled, class_names)} if labelled else {}
     run = shared_run(ranks, lambda: Run.create("harden", out_folder, config, kept))
@@ -268,7 +278,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
     from detguard.detectors.load import read_card
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting
-    from detguard.hardening.validation import Validation, hold_out
+    from detguard.hardening.validation import Validation, file_of, hold_out
     from detguard.reports.hardening import hardening_page
 
     config = run.config
@@ -281,7 +291,12 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
             photos = ranks.given(lambda: read_labelled(str(run.folder / LABELLED), "", class_names))
         trained, held_out = hold_out(photos)
         source, broken = read_photos([(trained, 1.0)], imgsz)
-        held = Validation.of(held_out, imgsz)
+        held, first = Validation.of(held_out, imgsz), None
+        if plan.pretrain:
+            kept = {file_of(one).name for one in held_out}
+            files = [file for name in config.get("pretrain", []) if (file := Path(name)).name not in kept]
+            first, unread = read_photos([(files, 1.0)], imgsz)
+            broken += unread
     for message in broken:
         show_error(message)
     made_of = read_card(config["model"])["architecture"] if gated else str(network.yaml.get("yaml_file", ""))
@@ -315,7 +330,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
             return bool(stopped)
 
         try:
-            made = harden(network, card, teacher, source, plan, setting, run, on_batch, held)
+            made = harden(network, card, teacher, source, plan, setting, run, on_batch, held, first)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
             return 130

@@ -38,6 +38,11 @@ def detail(frames: Tensor) -> Tensor:
     return torch.cat([4 * (frames - 0.45), ((frames - near).abs() + 1e-3).log() + 3], 1)
 
 
+def backbone_end(layers: Sequence[Any]) -> int:
+    """The number of the first layer of the neck, that of the first upsampling; of the head where there is none."""
+    return next((i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)), len(layers) - 1)
+
+
 class Gate(nn.Module):
     """A small network from a feature map or the frame, [B, C, H, W], to one logit per expert, [B, K]."""
 
@@ -119,6 +124,11 @@ class GatedNetwork(nn.Module):
         log_weights = self.log_weights(logits)
         outputs = [self._answer(expert, last, saved, log_weights) for expert in range(len(self.experts))]
         return self.rule.fuse(outputs, log_weights, self.robust) | {"maps": saved, "experts": outputs}, logits
+
+    def backbone(self, expert: int) -> list[Any]:
+        """The layers before the neck, by the way of one expert."""
+        layers: list[Any] = self.single(expert).model
+        return layers[: backbone_end(layers)]
 
     def _answer(
         self, expert: int, last: Tensor, saved: dict[int, Tensor], log_weights: Tensor

@@ -1,7 +1,7 @@
 """What experts learn: to say of a changed photo what the undefended detector says of the clean one, or its labels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, xlogy
@@ -13,6 +13,8 @@ from detguard.training_loss import Assignment, assign, binary_cross_entropy, det
 # What is learned: the answers of a teacher, labels, or the sum of both losses, which needs no weight: of YOLO11n on
 # COCO photos, attacked at 4 levels, they are 17 and 12 a frame, each over a sum of confidences.
 LEARN = ("teacher", "labels", "both")
+# What a stage learns where it trains the backbone alone: the teacher's feature maps.
+MAPS = "maps"
 
 # Of the distribution of distances against the classes, as in the training loss.
 BOX_GAIN = 2.0
@@ -82,12 +84,15 @@ def _grid(maps: Tensor) -> Tensor:
 class Goal:
     """How frames are to be answered: as by `teacher`, by the objects that are `assigned` to candidates, or by both.
 
-    known: float [B, C], as in `detection_loss`.
+    known: float [B, C], as in `detection_loss`. maps, variances: feature maps that are wanted instead, as in
+    `feature_loss`.
     """
 
     teacher: Candidates | None = None
     assigned: Assignment | None = None
     known: Tensor | None = None
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    variances: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, learn: str, said: Candidates, labels: Sequence[Labelled] = ()) -> "Goal":
@@ -107,8 +112,13 @@ class Goal:
         known = known.to(said.logits.device, non_blocking=True)
         return cls(said if learn == "both" else None, assigned, known)
 
-    def loss(self, found: Candidates, aim: str = "all") -> Tensor:
-        """The loss of each frame, [B], or the part of it that an attack raises: "class" or "box"."""
+    def loss(self, found: Candidates | None, maps: dict[int, Tensor] | None = None, aim: str = "all") -> Tensor:
+        """The loss of each frame, [B], or the part of it that an attack raises: "class" or "box".
+
+        found, maps: what a network says, and its feature maps on the way; where maps are wanted, they alone count.
+        """
+        if found is None:
+            return feature_loss(maps or {}, self.maps, self.variances)
         parts = list(imitation_parts(found, self.teacher).items()) if self.teacher is not None else []
         parts += detection_loss(found, self.assigned, self.known).items() if self.assigned is not None else []
         return torch.stack([loss for name, loss in parts if aim in ("all", "class" if name == "class" else "box")]).sum(

@@ -16,7 +16,7 @@ from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import LOG_EVERY
-from detguard.hardening.losses import Goal
+from detguard.hardening.losses import MAPS, Goal
 from detguard.hardening.train import ADVERSARIAL, Setting, Stage
 from detguard.photos import PADDING_LEVEL, Letterbox, Photo, frames_tensor, read_photo
 
@@ -81,7 +81,7 @@ class Validation:
 
         passes: forward and backward passes of a whole frame that a photo of the stage costs.
         """
-        if not self.frames or not stage.share[ADVERSARIAL]:
+        if not self.frames or not stage.share[ADVERSARIAL] or stage.learn == MAPS:
             return None
         batches = len(self.frames) * (STEPS + 1) / (SHARE * setting.batch * passes)
         return LOG_EVERY * math.ceil(batches / LOG_EVERY)

@@ -72,6 +72,7 @@ STAGES = {
     "fgsm": (Plan("pgd", crop=64, attack="fgsm", steps=1), "adversarial"),
     "mtd": (Plan("mtd", crop=64, attack="pgd"), "adversarial"),
     "labels, too": (Plan("pgd", "both", crop=64, attack="pgd"), "adversarial"),
+    "pretrain": (Plan(pretrain=True, crop=64), "pretrain"),
     "finetune": (Plan("finetune", crop=64), "finetune"),
 }
 

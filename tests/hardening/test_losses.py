@@ -97,7 +97,7 @@ def test_the_parts_that_attacks_aim_at_sum_to_the_loss_and_both_to_that_of_each(
     for learn, loss in whole.items():
         goal = Goal.of(learn, said, labelled())
         assert (loss > 0.1).all()
-        assert torch.allclose(goal.loss(found, "class") + goal.loss(found, "box"), loss)
+        assert torch.allclose(goal.loss(found, aim="class") + goal.loss(found, aim="box"), loss)
     assert torch.allclose(whole["teacher"] + whole["labels"], whole["both"])
 
 
@@ -105,7 +105,7 @@ def test_which_candidate_answers_for_an_object_is_told_by_what_is_said_of_the_cl
     said = proposed(0)
     fooled = Candidates(said.logits, said.boxes + 500, anchors=said.anchors)
     goal = Goal.of("labels", said, labelled())
-    assert goal.loss(fooled, "box").min() > goal.loss(said, "box").max()
+    assert goal.loss(fooled, aim="box").min() > goal.loss(said, aim="box").max()
     assert goal.assigned.weights.sum() > 1
     assert Goal.of("labels", fooled, labelled()).assigned.weights.sum() == 0
 

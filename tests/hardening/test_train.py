@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from detguard import DetguardError
 from detguard.data.batches import PhotoSet, batches, draw_frame, read_photos
 from detguard.data.stream import Labelled
-from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.gated import GatedNetwork, backbone_end
 from detguard.detectors.load import fused
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.losses import Goal, imitation_loss, label_loss
+from detguard.hardening.losses import MAPS, Goal, feature_variances, imitation_loss, label_loss
 from detguard.hardening.train import Layout, Setting, Stage, _losses, learned_parameters, train_stage, worst
 from detguard.photos import encode_png, read_photo
 from detguard.ranks import ALONE, Ranks
@@ -276,6 +276,37 @@ def test_labels_that_the_teacher_would_not_give_are_learned_under_attack(
     assert attacked() < 0.7 * before  # what imitates alone ends at .8
 
 
+@pytest.mark.parametrize(("split", "method"), [(0, "pgd"), (22, "free")])
+def test_a_backbone_alone_learns_to_make_of_attacked_frames_the_maps_of_clean_ones(
+    bundled_model, undefended, source, tmp_path, split, method
+):
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(bundled_model), split, ("normal", "adversarial"))
+    start, end = copy.deepcopy(network.state_dict()), backbone_end(list(bundled_model.model))
+    batch = next(batches(source, 4, 96, 99, 0, 1))
+    with torch.no_grad():
+        wanted = SETTING.maps(undefended, batch.clean, 0)
+    goal = Goal(maps=wanted, variances=feature_variances(wanted, lambda mean: mean))
+
+    def attacked():
+        def harm(x):
+            return goal.loss(None, SETTING.maps(network, x, 1))
+
+        torch.manual_seed(1)
+        moved = perturb(batch.clean, harm, Adversary(4, 5))
+        with torch.no_grad():
+            return float(harm(moved).mean())
+
+    before = attacked()
+    only = stage(number=12, route=1, share=(0.0, 0.25, 0.75), adversary=Adversary(4, 2, method), learn=MAPS, gate=0.3)
+    train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
+    assert attacked() < 0.8 * before
+    changed = {k for k, v in network.state_dict().items() if not torch.equal(v, start[k])}
+    part = "trunk." if split else "experts.1."
+    assert {k.removeprefix(part).split(".")[0] for k in changed} <= set(map(str, range(end)))
+    assert len(changed) > 2 * end
+
+
 def test_a_damaged_checkpoint_is_named(network, undefended, source, tmp_path):
     (tmp_path / "last.pt").write_bytes(b"")
     with pytest.raises(DetguardError, match=r"last\.pt: damaged"):
@@ -288,9 +319,9 @@ def test_the_gate_learns_each_kind_alike_however_many_a_batch_has(network, sourc
         found, _ = SETTING.run(network, frames)
     few, many = torch.tensor([1, 0]), torch.tensor([1, 1, 1, 0])
     of_few, of_many = (
-        _losses(found[rows], Goal(found[rows]), Layout(len(rows), len(rows) - 1, 0).kinds(ALONE), len(rows), 1.0)[
-            "gate"
-        ]
+        _losses(
+            torch.zeros(len(rows)), found.gate[rows], Layout(len(rows), len(rows) - 1, 0).kinds(ALONE), len(rows), 1.0
+        )["gate"]
         for rows in (few, many)
     )
     assert float(of_few) == pytest.approx(float(of_many), abs=1e-5)

@@ -8,6 +8,7 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import LOG_EVERY
+from detguard.hardening.losses import MAPS
 from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import ATTACKED, CLEAN, HELD_OUT, ONE_IN, Validation, hold_out
 from detguard.photos import read_photo
@@ -76,6 +77,7 @@ def test_it_costs_a_few_per_cent_and_only_where_a_stage_is_attacked(held):
     assert every % LOG_EVERY == 0
     assert passes / (every * SETTING.batch * 3.0) <= 0.03
     assert held.every(Stage("hard", 9, 0, True, (0, 1, 0)), SETTING, 3.0) is None
+    assert held.every(replace(STAGE, learn=MAPS), SETTING, 3.0) is None
     assert Validation([]).every(STAGE, SETTING, 3.0) is None
 
 
