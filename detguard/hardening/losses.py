@@ -121,9 +121,8 @@ class Goal:
             return feature_loss(maps or {}, self.maps, self.variances)
         parts = list(imitation_parts(found, self.teacher).items()) if self.teacher is not None else []
         parts += detection_loss(found, self.assigned, self.known).items() if self.assigned is not None else []
-        return torch.stack([loss for name, loss in parts if aim in ("all", "class" if name == "class" else "box")]).sum(
-            0
-        )
+        raised = [loss for name, loss in parts if aim in ("all", "class" if name == "class" else "box")]
+        return torch.stack(raised).sum(0)
 
 
 def label_loss(found: Candidates, labels: Sequence[Labelled]) -> Tensor:

@@ -6,6 +6,7 @@ from detguard import DetguardError
 from detguard.data.batches import read_photos
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
+from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.run import Plan, check_teacher, harden, passes
 from detguard.hardening.train import ADVERSARIAL, Setting
 from detguard.runs import Run
@@ -38,11 +39,14 @@ def test_a_backbone_learns_first_from_photos_of_its_own(bundled_model, bundled, 
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_a_backbone_does_not_learn_first_where_that_makes_no_sense(bundled):
+def test_a_backbone_does_not_learn_first_where_that_makes_no_sense(bundled, bundled_model):
     with pytest.raises(DetguardError, match="--recipe finetune sees no attacks"):
         Plan("finetune", pretrain=True)
     with pytest.raises(DetguardError, match="hardened already"):
         check_teacher(GatedNetwork(bundled.model, 0, ("pgd",)), bundled, "a.pt", "pgd", pretrain=True)
+    larger = UltralyticsDetector(build_model("yolo11s.yaml", list(bundled.class_names.values())), "s", 64)
+    with pytest.raises(DetguardError, match=r"s\.pt has other feature maps"):
+        check_teacher(bundled_model, larger, "s.pt", pretrain=True)
 
 
 def test_frames_that_no_detector_takes_are_refused():

@@ -166,6 +166,7 @@ def test_free_training_learns_from_every_step_of_the_attack(network, undefended,
     [
         ({"route": 1, "trunk": False}, {"experts.1"}),
         ({"route": 2, "trunk": True}, {"experts.2", "trunk"}),
+        ({"route": 2, "trunk": True, "backbone": 0.0}, {"experts.2"}),
         ({"experts": (2,), "trunk": False}, {"experts.2", "gate"}),
         ({}, {"experts.0", "experts.1", "experts.2", "trunk", "gate"}),
     ],
