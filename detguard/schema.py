@@ -153,6 +153,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "detectors": Items(DETECTOR, 2, 2),
         "harden": {
             "recipe": text,
+            "learn?": text,
+            "pretrain?": flag,
             "mode": text,
             "split": text,
             "photos": whole(1),
@@ -171,6 +173,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "corruptions": texts,
         "photos": texts,
+        "pretrain?": texts,
     },
     "adapt": {
         "model": text,

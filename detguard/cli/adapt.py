@@ -1,8 +1,6 @@
 """`detguard adapt`: parse, call, show."""
 
 import copy
-import glob
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +26,17 @@ from detguard.cli.app import (
     start_ranks,
     stop_signals,
 )
-from detguard.cli.evaluate import show_warnings
-from detguard.cli.harden import Batch, Rate, chosen_kinds, last_loss, photo_files, show_setback
+from detguard.cli.harden import (
+    Batch,
+    Rate,
+    as_lines,
+    chosen_kinds,
+    is_folder,
+    last_loss,
+    photo_files,
+    read_labelled,
+    show_setback,
+)
 
 if TYPE_CHECKING:
     from detguard.data.stream import Labelled
@@ -138,7 +145,6 @@ def start_adaptation(
     workers: int | None = None,
 ) -> int:
     """Make a run of what the options say, and do it; returns the exit code."""
-    from detguard.data.stream import as_line
     from detguard.detectors.load import detector_config, load_detector, read_card
     from detguard.hardening.adapt import Adaptation, check_growth, choose_mode
     from detguard.runs import Run
@@ -172,10 +178,7 @@ def start_adaptation(
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
     }
-    kept = {
-        name: "".join(json.dumps(as_line(one, network.class_names)) + "\n" for one in photos).encode()
-        for name, photos in zip(KEPT, sources[:2], strict=True)
-    }
+    kept = {name: as_lines(photos, network.class_names) for name, photos in zip(KEPT, sources[:2], strict=True)}
     config |= {"replayed": [str(file) for file in sources[2]]}
     run = shared_run(ranks, lambda: Run.create("adapt", out_folder, config, kept))
     return run_adaptation(run, network, imgsz, ranks, workers)
@@ -220,24 +223,6 @@ def read_sources(new: list[str], replay: list[str], split: str, class_names: dic
     if replay and not (old or files):
         raise DetguardError(f"--replay {', '.join(replay)}: no photos there but those that are new")
     return shown, old, files
-
-
-def is_folder(source: str) -> bool:
-    """Whether a source is a folder or pattern of photos, without labels."""
-    path = Path(source)
-    return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
-
-
-def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
-    """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices."""
-    from detguard.data.dataset import read_dataset
-    from detguard.data.stream import in_order, read_lines
-
-    if Path(source).suffix == ".jsonl":
-        return read_lines(source, class_names)
-    dataset = read_dataset(source, split)
-    show_warnings(dataset)
-    return list(in_order(dataset, dataset.category_ids(class_names)))
 
 
 def run_adaptation(run: "Run", network: "GatedNetwork", imgsz: int, ranks: "Ranks", workers: int | None = None) -> int:

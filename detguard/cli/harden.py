@@ -1,5 +1,7 @@
 """`detguard harden`: parse, call, show."""
 
+import glob
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,12 +29,17 @@ from detguard.cli.app import (
     start_ranks,
     stop_signals,
 )
-from detguard.cli.evaluate import names
+from detguard.cli.evaluate import names, show_warnings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from detguard.data.stream import Labelled
     from detguard.ranks import Ranks
     from detguard.runs import Run
 
+# Of a run that learns labels, its photos with them.
+LABELLED = "labelled.jsonl"
 Corruptions = Annotated[
     str | None, typer.Option(help="Kinds of corruptions of hard photos, as in fog,snow; default: all 15.")
 ]
@@ -46,6 +53,10 @@ Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rat
 `detguard harden --model best.pt --data photos/ --photos 200000`: a gated ensemble of three experts
 
 `detguard harden --model best.pt --data photos/ --recipe pgd`: the baseline, one adversarially trained network
+
+`detguard harden --model best.pt --data my/data.yaml --learn both`: by labels, too
+
+`detguard harden --model best.pt --data photos/ --pretrain more/photos/`: on a backbone that is made robust first
 
 `detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
 )
@@ -61,6 +72,20 @@ def harden(
             "on classes and one on boxes; finetune, not attacked."
         ),
     ] = "gated",
+    learn: Annotated[
+        Literal["teacher", "labels", "both"],
+        typer.Option(
+            help="What is wanted of changed photos: what --teacher says of the clean ones, the labels of --data, or "
+            "both."
+        ),
+    ] = "teacher",
+    pretrain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or pattern of any photos, by which the backbone is made robust first; repeatable. Needs no "
+            "labels, nor the classes."
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +153,8 @@ def harden(
 ) -> None:
     """Train a detector that holds up under attacks: experts for normal, hard and adversarial photos, and their gate.
 
-    No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one.
+    No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one, and
+    with --learn what labels say.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
     from detguard.detectors.gated import GatedNetwork
@@ -151,20 +177,22 @@ def harden(
     attack = attack or ("pgd" if recipe == "mtd" else "free")
     steps = steps or (1 if attack == "fgsm" else 2)
     plan: dict[str, Any] = {
-        "recipe": recipe, "mode": mode, "split": split, "photos": photos, "hours": hours, "crop": crop,
-        "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion,
-        "sparse": sparse, "batch": batch, "rate": rate, "seed": seed,
+        "recipe": recipe, "learn": learn, "pretrain": bool(pretrain), "mode": mode, "split": split, "photos": photos,
+        "hours": hours, "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k,
+        "fusion": fusion, "sparse": sparse, "batch": batch, "rate": rate, "seed": seed,
     }  # fmt: skip
     Plan(**plan)  # a wrong option leaves no run behind
     ranks = start_ranks(device)
     with err.status("Loading the detector"):
         network = load_model(model, trust)[0]
         given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
-        check_teacher(network, imitated, teacher or model, recipe)
+        check_teacher(network, imitated, teacher or model, recipe, bool(pretrain))
         if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
             plan["split"] = split = str(network.split)
         split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, split)
-    files = [str(file) for source in data for file in photo_files(source)]
+    class_names: Any = network.class_names if isinstance(network, GatedNetwork) else network.names
+    labelled = labelled_photos(data, learn, class_names) if learn != "teacher" else []
+    files = [] if labelled else [str(file) for source in data for file in photo_files(source)]
     config = {
         "model": model,
         "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
@@ -172,8 +200,10 @@ def harden(
         "corruptions": list(chosen_kinds(corruptions)),
         "arguments": sys.argv[1:],
         "photos": files,
+        "pretrain": [str(file) for source in pretrain or [] for file in photo_files(source)],
     }
-    run = shared_run(ranks, lambda: Run.create("harden", out_folder, config))
+    kept = {LABELLED: as_lines(labelled, class_names)} if labelled else {}
+    run = shared_run(ranks, lambda: Run.create("harden", out_folder, config, kept))
     sys.exit(run_hardening(run, network, imitated, ranks, workers))
 
 
@@ -202,6 +232,42 @@ def photo_files(source: str) -> list[Path]:
     return find_photos([source])
 
 
+def labelled_photos(sources: list[str], learn: str, class_names: dict[int, str]) -> "list[Labelled]":
+    """The labelled photos of --data, in the detector's class indices.
+
+    Raises:
+        DetguardError: some of it has no labels.
+    """
+    for source in filter(is_folder, sources):
+        raise DetguardError(f"--learn {learn}: {source} has no labels; give a data.yaml or a COCO json (--data)")
+    return [one for source in sources for one in read_labelled(source, "train", class_names)]
+
+
+def is_folder(source: str) -> bool:
+    """Whether a source is a folder or pattern of photos, without labels."""
+    path = Path(source)
+    return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
+
+
+def as_lines(photos: "Sequence[Labelled]", class_names: dict[int, str]) -> bytes:
+    """Labelled photos as a run keeps them, for `read_labelled`."""
+    from detguard.data.stream import as_line
+
+    return "".join(json.dumps(as_line(one, class_names)) + "\n" for one in photos).encode()
+
+
+def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
+    """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices."""
+    from detguard.data.dataset import read_dataset
+    from detguard.data.stream import in_order, read_lines
+
+    if Path(source).suffix == ".jsonl":
+        return read_lines(source, class_names)
+    dataset = read_dataset(source, split)
+    show_warnings(dataset)
+    return list(in_order(dataset, dataset.category_ids(class_names)))
+
+
 def last_loss(losses: dict[str, float]) -> str:
     """What a progress bar says of the last record, where there is one."""
     return f": loss {losses['loss']:.2f}" if "loss" in losses else ""
@@ -222,22 +288,31 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
     from detguard.detectors.load import read_card
     from detguard.hardening.run import Plan, harden, passes
     from detguard.hardening.train import Setting
-    from detguard.hardening.validation import Validation, hold_out
+    from detguard.hardening.validation import Validation, file_of, hold_out
     from detguard.reports.hardening import hardening_page
 
     config = run.config
     plan, imgsz = Plan(**config["harden"]), config["detectors"][0]["imgsz"]
+    gated = isinstance(network, GatedNetwork)
+    class_names = network.class_names if gated else network.names
     with err.status("Loading the photos"):
-        files, held_files = hold_out([Path(file) for file in config["photos"]])
-        source, broken = read_photos([(files, 1.0)], imgsz)
-        held = Validation.of(held_files, imgsz)
+        photos: Sequence[Any] = [Path(file) for file in config["photos"]]
+        if plan.learn != "teacher":  # as the run keeps them
+            photos = ranks.given(lambda: read_labelled(str(run.folder / LABELLED), "", class_names))
+        trained, held_out = hold_out(photos)
+        source, broken = read_photos([(trained, 1.0)], imgsz)
+        held, first = Validation.of(held_out, imgsz), None
+        if plan.pretrain:
+            kept = {file_of(one).name for one in held_out}
+            files = [file for name in config.get("pretrain", []) if (file := Path(name)).name not in kept]
+            first, unread = read_photos([(files, 1.0)], imgsz)
+            broken += unread
     for message in broken:
         show_error(message)
-    gated = isinstance(network, GatedNetwork)
     made_of = read_card(config["model"])["architecture"] if gated else str(network.yaml.get("yaml_file", ""))
     card: dict[str, Any] = {
         "architecture": Path(made_of).name,
-        "classes": list((network.class_names if gated else network.names).values()),
+        "classes": list(class_names.values()),
         "imgsz": imgsz,
         "licence": "AGPL-3.0-or-later",
         "hardened": {
@@ -265,7 +340,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
             return bool(stopped)
 
         try:
-            made = harden(network, card, teacher, source, plan, setting, run, on_batch, held)
+            made = harden(network, card, teacher, source, plan, setting, run, on_batch, held, first)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
             return 130

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError
-from detguard.cli.adapt import Replay, is_folder, read_labelled, resume_adaptation, start_adaptation
+from detguard.cli.adapt import Replay, resume_adaptation, start_adaptation
 from detguard.cli.app import (
     Device,
     Fusion,
@@ -25,6 +25,7 @@ from detguard.cli.app import (
     show_error,
     start_ranks,
 )
+from detguard.cli.harden import is_folder, read_labelled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -47,6 +47,11 @@ def _neighbours(x: Tensor) -> Tensor:
     return x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
 
 
+def backbone_end(layers: Sequence[Any]) -> int:
+    """The number of the first layer of the neck, that of the first upsampling; of the head where there is none."""
+    return next((i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)), len(layers) - 1)
+
+
 class Gate(nn.Module):
     """A small network from a feature map or the frame, [B, C, H, W], to one logit per expert, [B, K]."""
 
@@ -133,6 +138,11 @@ class GatedNetwork(nn.Module):
         log_weights = self.log_weights(logits)
         outputs = [self._answer(expert, last, saved, log_weights) for expert in range(len(self.experts))]
         return self.rule.fuse(outputs, log_weights, self.robust) | {"maps": saved, "experts": outputs}, logits
+
+    def backbone(self, expert: int) -> list[Any]:
+        """The layers before the neck, by the way of one expert."""
+        layers: list[Any] = self.single(expert).model
+        return layers[: backbone_end(layers)]
 
     def _answer(
         self, expert: int, last: Tensor, saved: dict[int, Tensor], log_weights: Tensor

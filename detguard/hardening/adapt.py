@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from detguard import DetguardError
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.stream import Labelled
-from detguard.detections import Candidates, suppress
+from detguard.detections import suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
@@ -23,13 +23,12 @@ from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
-from detguard.hardening.losses import imitation_loss, retention_loss
+from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
 from detguard.photos import read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run
-from detguard.training_loss import assign, detection_loss
 
 MODES = ("full", "frozen")
 STAGE = "adapt"
@@ -119,7 +118,7 @@ def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
     # By the same frames in all ranks, which must come to the same answer.
     (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1, ranks=Ranks(setting.ranks.device))
     found = [setting.run(network, batch.shown, i)[0] for i in range(len(network.names))]
-    harm = torch.stack([_label_loss(of_one, batch.labels) for of_one in found], 1)
+    harm = torch.stack([label_loss(of_one, batch.labels) for of_one in found], 1)
     gate = found[0].gate  # the same by every route
     assert gate is not None
     return int((gate.softmax(1) * (-harm).exp()).mean(0).argmax())
@@ -281,7 +280,7 @@ def batch_losses(
     with setting.precision():
         raw, logits = network(frames)
     found = decode(network.head, raw, logits)
-    of_labels = _label_loss(found, labels)
+    of_labels = label_loss(found, labels)
     losses = {"loss": of_labels.sum() / batch, "new": of_labels[: len(new.shown)].sum() / counts.new}
     if old is not None:
         losses["old"] = of_labels[len(new.shown) :].sum() / counts.old
@@ -300,17 +299,6 @@ def batch_losses(
         losses["moved"] = torch.stack([retention_loss(a, b).sum() / batch for a, b in pairs]).sum()
         losses["loss"] = losses["loss"] + plan.keep * losses["moved"]
     return losses
-
-
-def _label_loss(found: Candidates, labels: Sequence[Labelled]) -> Tensor:
-    """The training loss of each frame, [B]; classes that a photo is not labelled for do not count."""
-    known = torch.ones(len(labels), found.logits.shape[2])
-    for row, label in zip(known, labels, strict=True):
-        if label.known is not None:
-            row.zero_()[list(label.known)] = 1
-    known = known.to(found.logits.device, non_blocking=True)
-    parts = detection_loss(found, assign(found, [label.objects for label in labels]), known)
-    return torch.stack(list(parts.values())).sum(0)
 
 
 def hold_out(labelled: Sequence[Labelled]) -> tuple[list[Labelled], list[Labelled]]:

@@ -3,11 +3,12 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -182,14 +183,15 @@ def train(
     log: BatchLog | None = None,
     ranks: Ranks = ALONE,
     validate: Validate | None = None,
+    shares: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> GatedNetwork:
     """Train the `learned` parameters in place, from `checkpoint` on; returns the network with their moving average.
 
     made: batches from a number on; learn: told a batch, its number, the share of the stage that is over after it, and
     how to update the weights by a loss, of which each of the `ranks` has a summand; returns what is to be told of it,
     in summands too, a "loss" among them. No device is waited for but at records and checkpoints. validate: by which
-    the best average is returned, not the last. Where the loss grows out of all bounds, training goes back to the
-    checkpoint, at half the rate.
+    the best average is returned, not the last. shares: of the rate, of parameters that learn slower. Where the loss
+    grows out of all bounds, training goes back to the checkpoint, at half the rate.
 
     Raises:
         KeyboardInterrupt: `on_batch` asked one of the ranks for it; the checkpoint holds all that was learned.
@@ -200,7 +202,7 @@ def train(
     network.eval()  # batch norms are folded in; nothing else behaves differently in training
     ranks.share(network)
     average = Average(learned)
-    optimizer = Optimizer(learned, list(network.gate.parameters()), pace.gate_rate / pace.rate, ranks)
+    optimizer = Optimizer(learned, list(network.gate.parameters()), pace.gate_rate / pace.rate, ranks, shares)
     log = log or BatchLog(None, "", pace.last, 0, ranks)
     files = Checkpoints(checkpoint, network, average, optimizer, pace.last, log, ranks)
     at, healthy = files.restore() or Progress(), deque[float](maxlen=HEALTHY)

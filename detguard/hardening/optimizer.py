@@ -1,6 +1,7 @@
 """How weights learn: Muon for those of layers, AdamW for biases and the gate, in steps in proportion to weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Optimizer:
     Batch norms folded in, weights of one layer may be a hundred times those of another, so steps are in proportion.
     Those of matrices are orthogonal (Muon, Jordan et al. 2024): a network that was never attacked has to change in many
     directions, and comes as far in a third of the updates. `fixed` parameters have steps of `fixed_size` times `rate`:
-    a gate learns from nothing, and rows of it may have to stay as they are. Gradients are those of all `ranks`.
+    a gate learns from nothing, and rows of it may have to stay as they are. Gradients are those of all `ranks`; of
+    parameters in `shares`, steps are such a share of what they would be.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Optimizer:
         fixed: Sequence[nn.Parameter],
         fixed_size: float = 1.0,
         ranks: Ranks = ALONE,
+        shares: Mapping[nn.Parameter, float] = MappingProxyType({}),
     ) -> None:
         of_fixed = {id(p) for p in fixed}
         self.learned, self.ranks = list(learned), ranks
@@ -42,7 +45,7 @@ class Optimizer:
         self.momenta = [torch.stack([p.detach().flatten(1) for p in stack]).zero_() for stack in self.stacks]
         chosen = {id(p) for stack in self.stacks for p in stack}
         rest = [p for p in learned if id(p) not in chosen]
-        self.sizes = {id(p): fixed_size if id(p) in of_fixed else _size(p) for p in learned}
+        self.sizes = {id(p): (fixed_size if id(p) in of_fixed else _size(p)) * shares.get(p, 1.0) for p in self.learned}
         groups: list[dict[str, Any]] = [
             {"params": [p], "weight_decay": 0.0 if id(p) in of_fixed else DECAY} for p in rest
         ]

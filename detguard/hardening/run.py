@@ -15,12 +15,12 @@ from detguard import DetguardError
 from detguard.data.batches import PhotoSet, batches
 from detguard.detectors.base import Detector
 from detguard.detectors.fusion import parse_fusion
-from detguard.detectors.gated import EXPERTS, GatedNetwork
+from detguard.detectors.gated import EXPERTS, GatedNetwork, backbone_end
 from detguard.detectors.load import fused, save_gated
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import BatchLog, Validate, load_made
-from detguard.hardening.losses import imitation_loss
+from detguard.hardening.losses import LEARN, MAPS, imitation_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import (
     ADVERSARIAL,
@@ -37,11 +37,11 @@ from detguard.ranks import Ranks
 from detguard.runs import Run
 
 # Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
-# was not made robust, no expert can be.
+# was not made robust, no expert can be. Where the backbone learns first, it has a third.
 RECIPES = {
-    "gated": {"adversarial": 0.7, "normal": 0.05, "hard": 0.2, "joint": 0.05},
-    "pgd": {"adversarial": 1.0},
-    "mtd": {"adversarial": 1.0},
+    "gated": {"pretrain": 0.5, "adversarial": 0.7, "normal": 0.05, "hard": 0.2, "joint": 0.05},
+    "pgd": {"pretrain": 0.5, "adversarial": 1.0},
+    "mtd": {"pretrain": 0.5, "adversarial": 1.0},
     "finetune": {"finetune": 1.0},
 }
 MODES = ("full", "freeze-first")
@@ -53,6 +53,8 @@ RAMP = 0.2
 FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
 GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
+# Of a backbone that was made robust first: its rate beside that of the rest, and what a pass costs of a whole one.
+BACKBONE_RATE, BACKBONE_COST = 0.1, 0.45
 STRIDE = 32
 # Batches of clean photos on which means and deviations of channels are measured.
 MEASURED = 8
@@ -61,16 +63,19 @@ MEASURED = 8
 @dataclass(frozen=True)
 class Plan:
     """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats;
-    hours: that all stages have together, instead.
+    hours: that all stages have together, instead. pretrain: whether the backbone learns first, from photos of its own.
 
-    fusion: how the experts' answers become one (see `detguard.detectors.fusion`); sparse: standard deviations from the
-    mean of a channel within which the robust expert, once trained, sets values to it; 0: none.
+    learn: what is wanted of changed photos, one of LEARN; fusion: how the experts' answers become one (see
+    `detguard.detectors.fusion`); sparse: standard deviations from the mean of a channel within which the robust expert,
+    once trained, sets values to it; 0: none.
 
     Raises:
         DetguardError: an option is not one of those known.
     """
 
     recipe: str = "gated"
+    learn: str = "teacher"
+    pretrain: bool = False
     mode: str = "freeze-first"
     split: str = "backbone"
     photos: int = 100_000
@@ -90,6 +95,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise DetguardError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
+        if self.pretrain and "pretrain" not in RECIPES[self.recipe]:
+            raise DetguardError(f"--pretrain: --recipe {self.recipe} sees no attacks; leave one of them out")
+        if self.learn not in LEARN:
+            raise DetguardError(f"--learn {self.learn}: expected one of {', '.join(LEARN)}")
         if self.mode not in MODES:
             raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
         if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
@@ -122,6 +131,7 @@ class Plan:
         again = self.goes_on(model)
         done = {"adversarial"} if isinstance(model, GatedNetwork) and not again else set()
         done |= {"normal"} if self.apart else set()
+        done |= set() if self.pretrain else {"pretrain"}
         shares = {n: share for n, share in RECIPES[self.recipe].items() if n not in done}
         stages = [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
         if again:
@@ -140,15 +150,19 @@ class Plan:
         whole = {"trunk": True, "aims": aims, "features": FEATURES}
         frozen = (last,) if self.mode == "freeze-first" else None
         joint = {"trunk": self.mode == "full", "experts": frozen, "margins": MARGINS, "size": self.crop}
+        # What is made robust first does not break at once.
+        first = {"backbone": BACKBONE_RATE} if self.pretrain else {"ramp": RAMP}
         # Expert that learns, its kind of frames, options.
         parts: dict[str, tuple[int | None, int | None, dict[str, Any]]] = {
-            "adversarial": (last, ADVERSARIAL, whole | {"size": self.crop, "ramp": RAMP}),
+            "pretrain": (last, ADVERSARIAL, {"trunk": True, "size": self.crop, "ramp": RAMP, "learn": MAPS}),
+            "adversarial": (last, ADVERSARIAL, whole | {"size": self.crop} | first),
             "finetune": (0, NORMAL, {"trunk": True, "size": self.crop}),
             "normal": (0, NORMAL, {"trunk": False, "size": self.crop}),
             "hard": (1, HARD, {"trunk": False, "size": self.crop, "features": FEATURES if self.apart else 0.0}),
             "joint": (None, None, joint),
         }
         route, kind, options = parts[name]
+        options.setdefault("learn", self.learn)
         share = [1 / 3] * 3 if kind is None else [self.mix / 2] * 3
         if kind is not None:
             share[kind] = 1 - self.mix
@@ -171,7 +185,7 @@ def passes(stage: Stage, size: int) -> float:
     """About how many forward and backward passes of a frame of `size` pixels a photo of this stage costs."""
     steps = stage.adversary.steps * len(stage.aims)
     of_stage = stage.adversary.updates if stage.adversary.method == "free" else 1 + stage.share[ADVERSARIAL] * steps
-    return of_stage * ((stage.size or size) / size) ** 2
+    return of_stage * ((stage.size or size) / size) ** 2 * (BACKBONE_COST if stage.learn == MAPS else 1)
 
 
 def split_layer(model: Any, split: str) -> int:
@@ -184,8 +198,7 @@ def split_layer(model: Any, split: str) -> int:
         DetguardError: none of these.
     """
     last = len(model.model) - 1
-    upsampled = next((i for i, layer in enumerate(model.model) if isinstance(layer, nn.Upsample)), last)
-    named = {"head": last, "neck": upsampled, "backbone": 0}
+    named = {"head": last, "neck": backbone_end(model.model), "backbone": 0}
     if split in named:
         return named[split]
     if not split.isdigit() or int(split) > last:
@@ -193,10 +206,11 @@ def split_layer(model: Any, split: str) -> int:
     return int(split)
 
 
-def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated") -> None:
+def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated", pretrain: bool = False) -> None:
     """See that a detector can be imitated by the network to start from, unfused or a hardened one.
 
-    It may be larger and know more classes: `narrowed` leaves those of the network. name: as the user gave it.
+    It may be larger and know more classes: `narrowed` leaves those of the network. name: as the user gave it. pretrain:
+    whether its feature maps are imitated first.
 
     Raises:
         DetguardError: it is not of a family that can be hardened, has another kind of head, or lacks classes.
@@ -215,6 +229,12 @@ def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated
         raise DetguardError(f"--teacher {name}: its boxes are made in another way than --model's; expected its family")
     if lacking := set(base.names.values()) - set(teacher.class_names.values()):
         raise DetguardError(f"--teacher {name}: lacks classes that --model has: {', '.join(sorted(lacking))}")
+    if pretrain and isinstance(model, GatedNetwork):
+        raise DetguardError("--pretrain: --model is hardened already, with its backbone; leave one of them out")
+    if pretrain and not same_layers(base, teacher.model, heads=False):
+        raise DetguardError(
+            f"--pretrain: --teacher {name} has other feature maps; expected the architecture of --model"
+        )
     alone = isinstance(model, GatedNetwork) and len(model.names) == 1
     if alone and recipe == "gated" and not same_layers(base, narrowed(teacher.model, list(base.names.values()))):
         raise DetguardError(
@@ -255,12 +275,14 @@ def harden(
     run: Run,
     on_batch: Callable[[str, float, dict[str, float]], bool] | None = None,
     held: Validation = Validation([]),
+    first: PhotoSet | None = None,
 ) -> Path:
     """Train all stages that the run has not finished; returns the file of the ensemble.
 
     model: the unfused detector to start from, a single hardened network, or an ensemble whose experts go on; card: what
     the json beside the weights is to say (architecture, classes, imgsz); on_batch: told stage, the share of it that is
-    over, and losses; returns True to save and stop; held: photos to validate on.
+    over, and losses; returns True to save and stop; held: photos to validate on; first: photos that the backbone learns
+    from, where the plan has it learn first.
 
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
@@ -306,15 +328,16 @@ def harden(
         if every := held.every(stage, setting, passes(stage, setting.size)):
             validate = Validate(every, partial(held.losses, network, undefended, stage, setting))
         log = BatchLog(run, stage.name, stage.number, setting.batch, ranks)
-        train_stage(network, undefended, source, stage, setting, checkpoint, told, log, validate)
+        shown = first if stage.learn == MAPS and first else source
+        train_stage(network, undefended, shown, stage, setting, checkpoint, told, log, validate)
         if ranks.first:
             save_gated(network, card, made)
     if not plan.sparse or plan.recipe == "finetune":
         return made
     made = path("weights/sparse.safetensors")
     if ranks.first and not made.exists():
-        shown = batches(source, setting.batch, setting.size, setting.seed, 0, MEASURED, ranks=Ranks(ranks.device))
-        network.sparsen((batch.clean for batch in shown), plan.sparse)
+        clean = batches(source, setting.batch, setting.size, setting.seed, 0, MEASURED, ranks=Ranks(ranks.device))
+        network.sparsen((batch.clean for batch in clean), plan.sparse)
         save_gated(network, card, made)
     return made
 

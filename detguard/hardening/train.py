@@ -16,11 +16,11 @@ from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.corruptions import KINDS
 from detguard.detections import Candidates
 from detguard.detectors.gated import EXPERTS, GatedNetwork
-from detguard.detectors.ultralytics import decode
+from detguard.detectors.ultralytics import decode, run_layers
 from detguard.engine import bf16_helps, cores
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, Validate, train
-from detguard.hardening.losses import aimed_loss, feature_loss, feature_variances, gate_margin, imitation_loss
+from detguard.hardening.losses import MAPS, Goal, feature_loss, feature_variances, gate_margin
 from detguard.ranks import ALONE, Ranks
 
 # Kinds of frames, each that of the expert of the same number.
@@ -38,11 +38,12 @@ class Stage:
     rate: highest learning rate, as a share of each layer's weights (root mean square) per update;
     route: the expert that learns, alone, or None for all through the gate; trunk: whether the trunk learns too;
     share: of normal, hard and adversarial frames in a batch; size: side of its frames, if not that of the setting:
-    smaller frames show parts of photos at the same scale. aims: parts of the loss that attacks raise, of which the
-    most harmful counts per frame ("class" and "box": multi-task training, Zhang & Wang 2019). ramp: share of the
-    stage over which the budget grows. margins: weights of the gate's logits in the attack, taken in turn: an attack
-    on the result alone is blind where the gate is sure. gate, features: weights of the gate's cross-entropy, which it
-    learns by whichever expert is trained, and of the error of feature maps.
+    smaller frames show parts of photos at the same scale. learn: what is wanted of them, one of LEARN, or MAPS, for
+    which the backbone of the expert learns alone. aims: parts of the loss that attacks raise, of which the most harmful
+    counts per frame ("class" and "box": multi-task training, Zhang & Wang 2019). ramp: share of the stage over which
+    the budget grows. margins: weights of the gate's logits in the attack, taken in turn: an attack on the result alone
+    is blind where the gate is sure. gate, features: weights of the gate's cross-entropy, which it learns by whichever
+    expert is trained, and of the error of feature maps. backbone: share of the rate at which that of the expert learns.
     """
 
     name: str
@@ -54,12 +55,14 @@ class Stage:
     experts: tuple[int, ...] | None = None
     rate: float = 3e-3
     size: int | None = None
+    learn: str = "teacher"
     aims: tuple[str, ...] = ("all",)
     ramp: float = 0.0
     margins: tuple[float, ...] = (0.0,)
     gate: float = 0.0
     features: float = 0.0
     seconds: float | None = None
+    backbone: float = 1.0
 
     def adversary_at(self, done: float) -> Adversary:
         """The adversary of a batch after which that share of the stage is over; its budget may still be growing."""
@@ -109,6 +112,11 @@ class Setting:
             raw, gate = network(frames, route)
             return decode(network.head, raw, gate), raw["maps"]
 
+    def maps(self, network: GatedNetwork, frames: Tensor, route: int) -> dict[int, Tensor]:
+        """The feature maps that the neck takes from the backbone, by the way of one expert."""
+        with self.precision():
+            return run_layers(network.backbone(route), frames, {}, network.save)[1]
+
 
 # Of frames of each kind: where they lie among those of this rank, and how many all ranks have together.
 Kinds = dict[int, tuple[slice, int]]
@@ -142,6 +150,8 @@ class Layout:
 
 def learned_parameters(network: GatedNetwork, stage: Stage) -> list[nn.Parameter]:
     """The parameters that a stage trains; all others are frozen."""
+    if stage.learn == MAPS:
+        return only_learn(network, network.backbone(stage.route or 0))
     experts = stage.experts if stage.route is None else (stage.route,)
     chosen = range(len(network.experts)) if experts is None else experts
     parts = [network.experts[i] for i in chosen] + ([network.trunk] if stage.trunk else [])
@@ -187,10 +197,12 @@ def train_stage(
         return learn_batch(network, teacher, batch, stage, setting, number, done, update)
 
     learned = learned_parameters(network, stage)
+    slower = network.backbone(stage.route or 0) if stage.backbone < 1 else []
+    shares = {p: stage.backbone for layer in slower for p in layer.parameters()}
     pace = Pace(stage.number, stage.rate, GATE_RATE, setting.save_every, stage.seconds)
     top_k, network.top_k = network.top_k, None  # who is not asked does not learn
     try:
-        return train(network, learned, made, learn, pace, checkpoint, on_batch, log, ranks, validate)
+        return train(network, learned, made, learn, pace, checkpoint, on_batch, log, ranks, validate, shares)
     finally:
         network.top_k = top_k
 
@@ -212,46 +224,54 @@ def learn_batch(
     ranks, shown, adversary = setting.ranks, batch.shown, stage.adversary_at(done)
     layout = Layout.of(stage, setting.batch)
     kinds, before = (layout.kinds(ranks, attacked) for attacked in (True, False))
-    rows = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]
+    rows: slice = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]
     # The noise of an attack is drawn for all ranks, of which this one has some.
     among = ranks.among(layout.batch - layout.attacked, layout.batch)
     free = layout.attacked > 0 and adversary.method == "free"
     margin = stage.margins[number % len(stage.margins)]
     torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
 
-    def candidates(frames: Tensor) -> Candidates:
-        return setting.run(network, frames, stage.route)[0]
+    def answer(of: GatedNetwork, frames: Tensor, route: int | None) -> tuple[Candidates | None, dict[int, Tensor]]:
+        return (None, setting.maps(of, frames, route or 0)) if stage.learn == MAPS else setting.run(of, frames, route)
 
-    def on_gate(gate: Tensor | None) -> Tensor | None:
-        if not margin or gate is None or stage.route is not None:
+    def on_gate(found: Candidates | None) -> Tensor | None:
+        if not margin or found is None or found.gate is None or stage.route is not None:
             return None
-        return margin * gate_margin(gate, NORMAL, network.robust)
+        return margin * gate_margin(found.gate, NORMAL, network.robust)
+
+    def goal_of(rows: slice) -> Goal:
+        if wanted is None:
+            return Goal(maps={layer: x[rows] for layer, x in wanted_maps.items()}, variances=variances)
+        return Goal.of(stage.learn, wanted[rows], batch.labels[rows])
 
     with torch.no_grad():
-        wanted, wanted_maps = setting.run(teacher, batch.clean, 0)
-        if stage.features:
+        wanted, wanted_maps = answer(teacher, batch.clean, 0)
+        if stage.features or wanted is None:
             share = len(shown) / layout.batch
             variances = feature_variances(wanted_maps, lambda x: ranks.total(x * share))
+    goal = goal_of(slice(len(shown)))
     if rows.stop > rows.start and not free:
+        of_rows = goal_of(rows)
 
         def harm(x: Tensor, aim: str) -> Tensor:
-            found = candidates(x)
-            loss, more = aimed_loss(found, wanted[rows], aim), on_gate(found.gate)
+            found, maps = answer(network, x, stage.route)
+            loss, more = of_rows.loss(found, maps, aim), on_gate(found)
             return loss if more is None else loss + more
 
         attacks = [perturb(shown[rows], partial(harm, aim=aim), adversary, among) for aim in stage.aims]
-        shown = with_rows(shown, rows, worst(attacks, lambda x: imitation_loss(candidates(x), wanted[rows])))
+        shown = with_rows(shown, rows, worst(attacks, lambda x: of_rows.loss(*answer(network, x, stage.route))))
     losses: dict[str, Tensor] = {}
     for turn in range(adversary.updates if free else 1):
         if free:
             shown = shown.detach().requires_grad_()
-        found, maps = setting.run(network, shown, stage.route)
-        parts = _losses(found, wanted, before if free and turn == 0 else kinds, layout.batch, stage.gate)
+        found, maps = answer(network, shown, stage.route)
+        gate = found.gate if found is not None and stage.gate else None
+        parts = _losses(goal.loss(found, maps), gate, before if free and turn == 0 else kinds, layout.batch, stage.gate)
         if stage.features:
             parts["features"] = feature_loss(maps, wanted_maps, variances).sum() / layout.batch
             parts["loss"] = parts["loss"] + stage.features * parts["features"]
         losses |= {name: value.detach() for name, value in parts.items()}
-        more = on_gate(found.gate)
+        more = on_gate(found)
         pull = torch.autograd.grad(more.sum(), shown, retain_graph=True)[0] if free and more is not None else None
         update(parts["loss"])
         if free and turn < adversary.steps and shown.grad is not None:
@@ -276,16 +296,17 @@ def worst(attacks: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.stack(attacks)[best, torch.arange(len(best), device=best.device)]
 
 
-def _losses(found: Candidates, wanted: Candidates, kinds: Kinds, batch: int, gate_weight: float) -> dict[str, Tensor]:
+def _losses(
+    per_frame: Tensor, gate_logits: Tensor | None, kinds: Kinds, batch: int, gate_weight: float
+) -> dict[str, Tensor]:
     """The loss of a batch and, to be told, its mean on each kind of frames and the gate's weights there.
 
     batch: frames of all ranks, of whose means these are this rank's summands.
     """
-    per_frame = imitation_loss(found, wanted)
     losses = {"loss": per_frame.sum() / batch}
     losses |= {EXPERTS[kind]: per_frame[rows].sum() / count for kind, (rows, count) in kinds.items()}
-    if gate_weight and found.gate is not None:
-        logits, last = found.gate, found.gate.shape[1] - 1
+    if gate_logits is not None:
+        logits, last = gate_logits, gate_logits.shape[1] - 1
         # Each kind counts alike, or the gate would learn how many of each a batch has.
         of_kinds = [
             -logits[rows].log_softmax(1)[:, min(kind, last)].sum() / count for kind, (rows, count) in kinds.items()

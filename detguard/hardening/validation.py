@@ -3,19 +3,20 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from detguard import DetguardError
-from detguard.detections import Candidates
+from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import LOG_EVERY
-from detguard.hardening.losses import imitation_loss
+from detguard.hardening.losses import MAPS, Goal
 from detguard.hardening.train import ADVERSARIAL, Setting, Stage
 from detguard.photos import PADDING_LEVEL, Letterbox, Photo, frames_tensor, read_photo
 
@@ -26,52 +27,70 @@ STEPS, SHARE = 10, 0.03
 # What records of it tell of each stage: the losses under attack, by which the best weights are chosen, and without.
 ATTACKED, CLEAN = "attacked", "clean"
 
+Entry = TypeVar("Entry", Path, Labelled)
 
-def hold_out(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+
+def file_of(entry: Path | Labelled) -> Path:
+    """The file of a photo, with labels or without."""
+    return entry.file if isinstance(entry, Labelled) else entry
+
+
+def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Photos to train on, and to validate on: those whose names have the smallest SHA-256; of few photos, none."""
 
     def order(name: str) -> bytes:
         return hashlib.sha256(name.encode(errors="replace")).digest()
 
-    names = sorted({file.name for file in files}, key=order)
-    held = set(names[: min(HELD_OUT, len(names) // ONE_IN)])
-    first = {file.name: file for file in reversed(files) if file.name in held}
-    return [file for file in files if file.name not in held], list(first.values())
+    names = [file_of(photo).name for photo in photos]
+    distinct = sorted(set(names), key=order)
+    held = set(distinct[: min(HELD_OUT, len(distinct) // ONE_IN)])
+    first = {name: photo for name, photo in zip(reversed(names), reversed(photos), strict=True) if name in held}
+    return [photo for name, photo in zip(names, photos, strict=True) if name not in held], list(first.values())
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Photos as a detector sees them, padded to squares: uint8 [S, S, 3] each."""
+    """Photos as a detector sees them, padded to squares: uint8 [S, S, 3] each.
+
+    labels: of each frame, boxes in its pixels, where the photos have some.
+    """
 
     frames: list[Photo]
+    labels: list[Labelled] = field(default_factory=list)
 
     @classmethod
-    def of(cls, files: Sequence[Path], size: int) -> "Validation":
-        """Those of files that can be read, in frames of `size` pixels."""
-        frames = []
-        for file in files:
+    def of(cls, photos: Sequence[Path] | Sequence[Labelled], size: int) -> "Validation":
+        """Those that can be read, in frames of `size` pixels."""
+        frames, labels = [], []
+        for entry in photos:
             try:
-                photo = read_photo(file)
+                photo = read_photo(file_of(entry))
             except DetguardError:
                 continue
-            frame = np.full((size, size, 3), PADDING_LEVEL, np.uint8)
-            shown = Letterbox.fit(photo.shape[:2], size)(photo)
+            frame, letterbox = np.full((size, size, 3), PADDING_LEVEL, np.uint8), Letterbox.fit(photo.shape[:2], size)
+            shown = letterbox(photo)
             frame[: shown.shape[0], : shown.shape[1]] = shown
             frames.append(frame)
-        return cls(frames)
+            if isinstance(entry, Labelled):
+                boxes = letterbox.boxes_to_frame(entry.objects.boxes)
+                labels.append(replace(entry, objects=replace(entry.objects, boxes=boxes)))
+        return cls(frames, labels)
 
     def every(self, stage: Stage, setting: Setting, passes: float) -> int | None:
         """After how many batches to validate, as costs SHARE of training; None: not at all.
 
         passes: forward and backward passes of a whole frame that a photo of the stage costs.
         """
-        if not self.frames or not stage.share[ADVERSARIAL]:
+        if not self.frames or not stage.share[ADVERSARIAL] or stage.learn == MAPS:
             return None
         batches = len(self.frames) * (STEPS + 1) / (SHARE * setting.batch * passes)
         return LOG_EVERY * math.ceil(batches / LOG_EVERY)
 
     def losses(self, network: GatedNetwork, teacher: GatedNetwork, stage: Stage, setting: Setting) -> dict[str, Tensor]:
-        """This rank's summands of the mean divergence from the teacher on clean photos, under PGD and without."""
+        """This rank's summands of the mean loss that the stage learns by, under PGD and without.
+
+        teacher: the undefended detector as a network of one expert, shown clean photos.
+        """
         ranks, adversary = setting.ranks, Adversary(stage.adversary.eps, STEPS)
         told = {ATTACKED: torch.zeros((), device=ranks.device), CLEAN: torch.zeros((), device=ranks.device)}
         torch.manual_seed(setting.seed)  # of the noise
@@ -82,10 +101,11 @@ class Validation:
                 continue
             clean = frames_tensor([self.frames[i] for i in rows], ranks.device)
             with torch.no_grad():
-                wanted = setting.run(teacher, clean, 0)[0]
+                said = setting.run(teacher, clean, 0)[0]
+            goal = Goal.of(stage.learn, said, self.labels[rows.start : rows.stop : rows.step])
 
-            def harm(x: Tensor, wanted: Candidates = wanted) -> Tensor:
-                return imitation_loss(setting.run(network, x, stage.route)[0], wanted)
+            def harm(x: Tensor, goal: Goal = goal) -> Tensor:
+                return goal.loss(setting.run(network, x, stage.route)[0])
 
             moved = perturb(clean, harm, adversary, range(rows.start - start, end - start, ranks.count))
             with torch.no_grad():

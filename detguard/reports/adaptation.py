@@ -25,7 +25,7 @@ def adaptation_page(run: Run, before: Judged, after: Judged) -> bytes:
     """report.html of an adapt run."""
     records = list({r["batch"]: r for r in run.records() if "photos_per_second" in r}.values())
     kinds = ("new", "old", "gate", "moved")
-    plots = {"Losses": training_plot(records, kinds, "loss")} if records else {}
+    plots = {"Losses": training_plot(records, kinds)} if records else {}
     plan = run.config["adapt"]
     subtitle = (
         f"{plan['experts']} new expert(s), {plan['mode']} ({run.config['why']}), lambda {plan['keep']}, "

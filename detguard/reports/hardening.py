@@ -43,9 +43,9 @@ def hardening_page(run: Run) -> bytes:
         for stage, times in zip(stages, setbacks, strict=True)
     ]
     note = (
-        "Divergence from what the undefended detector says of the clean photo, on training photos, at the end of each "
-        "stage. Its weights are those that were best on photos held out, under PGD, at the batch named. How good the "
-        "detector is, detguard evaluate tells."
+        "Loss on training photos at the end of each stage: divergence from what the undefended detector says of the "
+        "clean photo, or by --learn that of labels. Its weights are those that were best on photos held out, under "
+        "PGD, at the batch named. How good the detector is, detguard evaluate tells."
     )
     tables = [
         Table(

@@ -137,11 +137,7 @@ def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
         return _svg(figure)
 
 
-def training_plot(
-    records: list[dict[str, Any]],
-    kinds: Sequence[str] = EXPERTS,
-    loss: str = "divergence from the undefended detector",
-) -> str:
+def training_plot(records: list[dict[str, Any]], kinds: Sequence[str] = EXPERTS) -> str:
     """Losses of all stages of a training over its batches, one panel per stage, a line per kind of photos."""
     stages = list(dict.fromkeys(record["stage"] for record in records))
     with _figure(max(5.0, min(3.4 * len(stages), 14)), 3.6) as figure:
@@ -156,7 +152,7 @@ def training_plot(
             axis.set_xlabel("batch")
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         row[0].set_ylim(bottom=0)
-        row[0].set_ylabel(loss)
+        row[0].set_ylabel("loss")
         row[0].legend(frameon=False, fontsize=9)
         return _svg(figure)
 

@@ -195,6 +195,24 @@ def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
         assert any(not torch.equal(expert[k], given[k]) for k in given)
 
 
+def test_resumed_it_learns_the_labels_that_the_run_keeps(tmp_path, tiny_data):
+    shutil.copytree(tiny_data.parent, tmp_path / "data")
+    options = ("--data", "data/instances.json", *OPTIONS[2:-4], "--photos", 12, "--recipe", "pgd", "--learn", "both")
+    options += ("--pretrain", ASSETS)
+    result = detguard("harden", *options, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    card = json.loads((tmp_path / "run/weights/adversarial.json").read_text())
+    assert (card["hardened"]["learn"], card["hardened"]["pretrain"]) == ("both", True)
+    assert (tmp_path / "run/weights/pretrain.json").exists()
+    made = tmp_path / "run/weights/adversarial.safetensors"
+    whole = load_file(made.rename(tmp_path / "whole.safetensors"))
+    (tmp_path / "data/instances.json").unlink()
+    result = detguard("harden", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    ours = load_file(made)
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -204,6 +222,8 @@ def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
         (("--data", ASSETS, "--crop", "100"), "--crop 100"),
         (("--data", ASSETS, "--teacher", "detguard-n-hard"), "detguard-n-hard"),
         (("--data", "nowhere"), "nowhere"),
+        (("--data", ASSETS, "--pretrain", ASSETS, "--recipe", "finetune"), "--pretrain: --recipe finetune"),
+        (("--data", ASSETS, "--learn", "both"), f"--learn both: {ASSETS} has no labels"),
         (("--data", ASSETS, "--top-k", "9"), "--top-k 9"),
         (("--data", ASSETS, "--split", "tail"), "--split tail"),
         (("--data", ASSETS, "--split", "99"), "--split 99"),

@@ -40,11 +40,11 @@ CONFIGS = {
     "harden": {
         "model": "detguard-n", "detectors": [DETECTOR, DETECTOR],
         "harden": {
-            "recipe": "gated", "mode": "full", "split": "neck", "photos": 100, "hours": 2.5, "crop": 64,
-            "attack": "free", "eps": 4.0, "steps": 2, "mix": 0.2, "top_k": 2,
+            "recipe": "gated", "learn": "both", "pretrain": True, "mode": "full", "split": "neck",
+            "photos": 100, "hours": 2.5, "crop": 64, "attack": "free", "eps": 4.0, "steps": 2, "mix": 0.2, "top_k": 2,
             "fusion": "average:0.5", "sparse": 0.2, "batch": 32, "rate": 0.003, "seed": 3,
         },
-        "corruptions": ["fog"], "photos": ["a.jpg"],
+        "corruptions": ["fog"], "photos": ["a.jpg"], "pretrain": ["b.jpg"],
     },
     "adapt": {
         "model": "a.safetensors", "detector": DETECTOR, "data": {"new": ["a"], "replay": ["b"], "split": "train"},

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import detguard.hardening.adapt as adapting
+import detguard.hardening.losses as losses
 import detguard.hardening.optimizer as module
 from detguard.data.batches import Batch
 from detguard.data.stream import Labelled
@@ -45,6 +46,11 @@ def frames(count):
     return torch.rand(count, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
 
+def labels(count):
+    objects = Detections(torch.ones(1, 4), torch.ones(1), torch.ones(1, dtype=torch.int64))
+    return [Labelled(None, objects)] * count
+
+
 def updates(network, learned):
     """What a stage updates weights by. Sizes of steps are read once, when it begins."""
     optimizer, average = Optimizer(learned, list(network.gate.parameters())), Average(learned)
@@ -65,6 +71,8 @@ STAGES = {
     "pgd": (Plan("pgd", crop=64, attack="pgd"), "adversarial"),
     "fgsm": (Plan("pgd", crop=64, attack="fgsm", steps=1), "adversarial"),
     "mtd": (Plan("mtd", crop=64, attack="pgd"), "adversarial"),
+    "labels, too": (Plan("pgd", "both", crop=64, attack="pgd"), "adversarial"),
+    "pretrain": (Plan(pretrain=True, crop=64), "pretrain"),
     "finetune": (Plan("finetune", crop=64), "finetune"),
 }
 
@@ -77,7 +85,7 @@ def harden(name):
     hard = Layout.of(stage, 4).hard
     with FakeTensorMode():
         update = updates(there(network), learned_parameters(network, stage))
-        batch = Batch(frames(4), frames(4), hard)
+        batch = Batch(frames(4), frames(4), hard, labels(4))
         # The last of the margins, which attack the gate, too.
         losses = learn_batch(network, there(teacher), batch, stage, SETTING, 3, 0.5, update)
     assert all(value.device.type == DEVICE.type for value in losses.values())
@@ -90,8 +98,7 @@ def adapt(mode):
     network.grow(["adapted 1"], 0)
     with FakeTensorMode():
         update = updates(there(network), adapting.learned_parameters(network, plan))
-        objects = Detections(torch.ones(1, 4), torch.ones(1), torch.ones(1, dtype=torch.int64))
-        new, old = (Batch(frames(3), frames(3), hard, [Labelled(None, objects)] * 3) for hard in (0, 1))
+        new, old = (Batch(frames(3), frames(3), hard, labels(3)) for hard in (0, 1))
         losses = adapting.batch_losses(network, there(before), new, old, adapting.Counts(3, 3, 1), plan, SETTING)
         update(losses["loss"])
     assert all(value.device.type == DEVICE.type for value in losses.values())
@@ -122,7 +129,7 @@ def what_went_wrong(step, *arguments):
 
 
 if __name__ == "__main__":
-    adapting.assign = assigned
+    losses.assign = assigned
     module._size = lambda parameter: 1.0
     told = {name: what_went_wrong(harden, name) for name in STAGES}
     told |= {f"adapt, {mode}": what_went_wrong(adapt, mode) for mode in ("full", "frozen")}

@@ -26,14 +26,15 @@ BATCH, SIZE = 5, 64
 STAGES = {
     "adversarial": (Plan(steps=1, batch=BATCH), 0),
     "joint": (Plan(steps=1, batch=BATCH, split="neck", mode="full"), 11),
-    "pgd": (Plan("mtd", attack="pgd", steps=1, batch=BATCH), 0),
+    "pgd": (Plan("mtd", "both", attack="pgd", steps=1, batch=BATCH), 0),
 }
 
 
 def train(ranks, folder):
     """The weights that each stage, and an adaptation, begins and ends with, and the losses that are told."""
     cuts, start, weights, told = [ASSETS / "bus.jpg", ASSETS / "zidane.jpg"], {}, {}, {}
-    source = read_photos([(cuts, 1.0)], SIZE)[0]
+    labelled = [Labelled(cut, load_detector().detect([read_photo(cut)], 0.3)[0]) for cut in cuts]
+    source = read_photos([(labelled, 1.0)], SIZE)[0]
     setting = Setting(BATCH, SIZE, ranks=ranks)
     teacher = GatedNetwork(load_detector().model, 0, ("undefended",)).requires_grad_(False)
     for name, (plan, split) in STAGES.items():
@@ -50,10 +51,10 @@ def train(ranks, folder):
     torch.manual_seed(0)
     network = GatedNetwork(fused(load_model()[0]), 11)
     before = copy.deepcopy(network.state_dict())
-    labelled = [Labelled(cut, load_detector().detect([read_photo(cut)], 0.3)[0]) for cut in cuts]
     new = read_photos([(labelled, 1.0)], SIZE, plain=True)[0]
     plan = Adaptation(photos=2 * BATCH, batch=BATCH, mode="full")
-    adapt(network, {}, new, source, plan, setting, Run(folder, {"command": "adapt"}))
+    old = read_photos([(cuts, 1.0)], SIZE)[0]
+    adapt(network, {}, new, old, plan, setting, Run(folder, {"command": "adapt"}))
     weights["adapt"] = network.state_dict()
     start["adapt"] = weights["adapt"] | {k: v for k, v in before.items() if not k.startswith("gate.out")}
     return {"start": start, "weights": weights, "losses": told}

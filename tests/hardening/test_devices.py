@@ -27,7 +27,7 @@ def told():
     "step",
     [
         "adversarial", "hard", "joint", "joint, pgd, all learn", "normal on a shared trunk", "pgd", "fgsm", "mtd",
-        "finetune", "adapt, full", "adapt, frozen",
+        "labels, too", "pretrain", "finetune", "adapt, full", "adapt, frozen",
     ],
 )  # fmt: skip
 def test_a_step_of_every_stage_stays_on_its_device(told, step):

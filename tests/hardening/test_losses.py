@@ -6,8 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from detguard.detections import Anchors, Candidates
+from detguard.data.stream import Labelled
+from detguard.detections import Anchors, Candidates, Detections
 from detguard.hardening.losses import (
+    LEARN,
+    Goal,
     feature_loss,
     feature_variances,
     gate_margin,
@@ -65,6 +68,46 @@ def test_the_js_divergence_is_symmetric_and_bounded(p, q):
 
 def test_the_js_divergence_of_certain_opposites_is_ln_2():
     assert float(js_divergence(torch.tensor(0.0), torch.tensor(1.0))) == pytest.approx(math.log(2))
+
+
+def labelled(known=None):
+    objects = Detections(torch.tensor([[10.0, 10, 40, 40]]), torch.ones(1), torch.tensor([1]))
+    return [Labelled(None, objects, known)] * 2
+
+
+def proposed(seed):
+    made = candidates(seed)
+    anchors = Anchors(torch.full((6, 2), 25.0), torch.full((6, 1), 8.0), made.anchors.bins)
+    return Candidates(made.logits, torch.tensor([8.0, 12, 41, 39]).expand(2, 6, 4), anchors=anchors)
+
+
+def test_classes_that_a_photo_is_not_labelled_for_are_not_learned():
+    found = proposed(1)
+    for known, silent in ((None, []), ((1,), [0, 2])):
+        logits = found.logits.clone().requires_grad_()
+        goal = Goal.of("labels", found, labelled(known))
+        goal.loss(Candidates(logits, found.boxes, anchors=found.anchors)).sum().backward()
+        learned = logits.grad.abs().sum((0, 1)) > 0
+        assert [number for number in range(3) if not learned[number]] == silent
+
+
+def test_the_parts_that_attacks_aim_at_sum_to_the_loss_and_both_to_that_of_each():
+    said, found = proposed(0), proposed(1)
+    whole = {learn: Goal.of(learn, said, labelled()).loss(found) for learn in LEARN}
+    for learn, loss in whole.items():
+        goal = Goal.of(learn, said, labelled())
+        assert (loss > 0.1).all()
+        assert torch.allclose(goal.loss(found, aim="class") + goal.loss(found, aim="box"), loss)
+    assert torch.allclose(whole["teacher"] + whole["labels"], whole["both"])
+
+
+def test_which_candidate_answers_for_an_object_is_told_by_what_is_said_of_the_clean_photo():
+    said = proposed(0)
+    fooled = Candidates(said.logits, said.boxes + 500, anchors=said.anchors)
+    goal = Goal.of("labels", said, labelled())
+    assert goal.loss(fooled, aim="box").min() > goal.loss(said, aim="box").max()
+    assert goal.assigned.weights.sum() > 1
+    assert Goal.of("labels", fooled, labelled()).assigned.weights.sum() == 0
 
 
 def test_the_gates_margin_does_not_fade_where_its_weights_do():

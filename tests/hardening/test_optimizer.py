@@ -36,6 +36,15 @@ def test_steps_are_in_proportion_to_the_weights_of_a_layer_or_of_the_rate_itself
     assert float(moved(network, before)[6]) == pytest.approx(1e-3, rel=0.05)
 
 
+def test_those_that_learn_slower_have_a_share_of_the_step(network):
+    before, other = [p.detach().clone() for p in network.parameters()], copy.deepcopy(network)
+    for one, shares in ((network, {}), (other, dict.fromkeys(other[2].parameters(), 0.1))):
+        Optimizer(list(one.parameters()), [], shares=shares).update(loss_of(one), 1e-3)
+    whole, slower = moved(network, before), moved(other, before)
+    shares = [float(b / a) for a, b in zip(whole, slower, strict=True)]
+    assert shares == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 1, 1], rel=0.05)
+
+
 def test_steps_of_matrices_go_in_directions_that_the_gradient_hardly_has(network):
     weight = network[2].weight
     before = weight.detach().clone()

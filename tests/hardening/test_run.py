@@ -1,17 +1,52 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from detguard import DetguardError
+from detguard.data.batches import read_photos
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
 from detguard.detectors.ultralytics import UltralyticsDetector
-from detguard.hardening.run import Plan, check_teacher, narrowed, passes
-from detguard.hardening.train import ADVERSARIAL
+from detguard.hardening.run import Plan, check_teacher, harden, narrowed, passes
+from detguard.hardening.train import ADVERSARIAL, Setting
+from detguard.runs import Run
 
 
 def test_plain_fine_tuning_sees_no_attacks():
     (stage,) = Plan(recipe="finetune", attack="pgd").stages()
     assert stage.share[ADVERSARIAL] == 0
+
+
+@pytest.mark.parametrize("plan", [Plan(pretrain=True), Plan("pgd", pretrain=True), Plan(pretrain=True, split="neck")])
+def test_a_backbone_that_learns_first_has_a_third_and_learns_slowly_then(plan):
+    first, second, *rest = plan.stages()
+    assert [stage.name for stage in (first, second)] == ["pretrain", "adversarial"]
+    numbers = [stage.number for stage in (first, second, *rest)]
+    assert numbers[0] / sum(numbers) == pytest.approx(1 / 3, abs=0.02)
+    assert (first.backbone, second.backbone) == (1, 0.1)
+    assert first.ramp > 0 == second.ramp
+    assert not any("pretrain" in stage.name for stage in Plan().stages())
+
+
+def test_a_backbone_learns_first_from_photos_of_its_own(bundled_model, bundled, bus_file, tmp_path):
+    sets = [read_photos([([bus_file.with_name(name)], 1.0)], 64)[0] for name in ("bus.jpg", "zidane.jpg")]
+    plan, setting, weights = Plan("pgd", pretrain=True, photos=12, batch=4, steps=1), Setting(4, 64), []
+    for number, first in enumerate(sets):
+        (tmp_path / str(number)).mkdir()
+        run = Run(tmp_path / str(number), {"command": "harden"})
+        harden(bundled_model, {}, bundled, sets[0], plan, setting, run, first=first)
+        weights.append(load_file(run.path("weights/pretrain.safetensors")))
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_backbone_does_not_learn_first_where_that_makes_no_sense(bundled, bundled_model):
+    with pytest.raises(DetguardError, match="--recipe finetune sees no attacks"):
+        Plan("finetune", pretrain=True)
+    with pytest.raises(DetguardError, match="hardened already"):
+        check_teacher(GatedNetwork(bundled.model, 0, ("pgd",)), bundled, "a.pt", "pgd", pretrain=True)
+    larger = UltralyticsDetector(build_model("yolo11s.yaml", list(bundled.class_names.values())), "s", 64)
+    with pytest.raises(DetguardError, match=r"s\.pt has other feature maps"):
+        check_teacher(bundled_model, larger, "s.pt", pretrain=True)
 
 
 def test_frames_that_no_detector_takes_are_refused():

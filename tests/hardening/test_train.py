@@ -2,6 +2,7 @@ import copy
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 
 from detguard import DetguardError
 from detguard.data.batches import PhotoSet, batches, draw_frame, read_photos
-from detguard.detectors.gated import GatedNetwork
+from detguard.data.stream import Labelled
+from detguard.detectors.gated import GatedNetwork, backbone_end
 from detguard.detectors.load import fused
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.losses import imitation_loss
+from detguard.hardening.losses import MAPS, Goal, feature_variances, imitation_loss, label_loss
 from detguard.hardening.train import Layout, Setting, Stage, _losses, learned_parameters, train_stage, worst
-from detguard.photos import encode_png
+from detguard.photos import encode_png, read_photo
 from detguard.ranks import ALONE, Ranks
 
 SETTING = Setting(batch=4, size=96, save_every=1e9)
@@ -27,6 +29,16 @@ MIXED = (0.25, 0.25, 0.5)
 @pytest.fixture(scope="module")
 def source(bus_file):
     return read_photos([([bus_file, bus_file.with_name("zidane.jpg")], 1.0)], SETTING.size)[0]
+
+
+@pytest.fixture(scope="module")
+def mislabelled(bus_file, bundled):
+    """Photos whose objects are labelled as of another class than the detector says."""
+    files = [bus_file, bus_file.with_name("zidane.jpg")]
+    found = [bundled.detect([read_photo(file)], 0.3)[0] for file in files]
+    labels = [replace(one, classes=one.classes + 1) for one in found]
+    labelled = [Labelled(*pair) for pair in zip(files, labels, strict=True)]
+    return read_photos([(labelled, 1.0)], SETTING.size)[0]
 
 
 @pytest.fixture
@@ -154,6 +166,7 @@ def test_free_training_learns_from_every_step_of_the_attack(network, undefended,
     [
         ({"route": 1, "trunk": False}, {"experts.1"}),
         ({"route": 2, "trunk": True}, {"experts.2", "trunk"}),
+        ({"route": 2, "trunk": True, "backbone": 0.0}, {"experts.2"}),
         ({"experts": (2,), "trunk": False}, {"experts.2", "gate"}),
         ({}, {"experts.0", "experts.1", "experts.2", "trunk", "gate"}),
     ],
@@ -173,13 +186,14 @@ def test_decoding_constants_never_learn(network):
     assert not any(id(p) in learned for p in constants)
 
 
-@pytest.mark.parametrize("method", ["pgd", "free"])
-def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, undefended, source, tmp_path, method):
+@pytest.mark.parametrize(("method", "learn"), [("pgd", "teacher"), ("free", "both")])
+def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, undefended, mislabelled, tmp_path, method, learn):
     def made():
         torch.manual_seed(0)
         return GatedNetwork(fused(bundled_model), split=11)
 
-    wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1, adversary=Adversary(4, 2, method))
+    source, adversary = mislabelled, Adversary(4, 2, method)
+    wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1, adversary=adversary, learn=learn)
     whole = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
     with pytest.raises(KeyboardInterrupt):
         train_stage(
@@ -241,6 +255,59 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
     assert attacked() < 0.8 * before
 
 
+@pytest.mark.parametrize(("learn", "aims"), [("labels", ("all",)), ("both", ("class", "box"))])
+def test_labels_that_the_teacher_would_not_give_are_learned_under_attack(
+    bundled_model, undefended, mislabelled, tmp_path, learn, aims
+):
+    network = GatedNetwork(fused(bundled_model), split=0, names=("adversarial",))
+    batch = next(batches(mislabelled, 4, 96, 99, 0, 1))
+
+    def harm(x):
+        return label_loss(SETTING.run(network, x, 0)[0], batch.labels)
+
+    def attacked():
+        torch.manual_seed(1)
+        moved = perturb(batch.clean, harm, Adversary(4, 5))
+        with torch.no_grad():
+            return float(harm(moved).mean())
+
+    before = attacked()
+    only = stage(number=30, route=0, share=(0.25, 0, 0.75), learn=learn, aims=aims)
+    train_stage(network, undefended, mislabelled, only, SETTING, tmp_path / "last.pt")
+    assert attacked() < 0.7 * before  # what imitates alone ends at .8
+
+
+@pytest.mark.parametrize(("split", "method"), [(0, "pgd"), (22, "free")])
+def test_a_backbone_alone_learns_to_make_of_attacked_frames_the_maps_of_clean_ones(
+    bundled_model, undefended, source, tmp_path, split, method
+):
+    torch.manual_seed(0)
+    network = GatedNetwork(fused(bundled_model), split, ("normal", "adversarial"))
+    start, end = copy.deepcopy(network.state_dict()), backbone_end(list(bundled_model.model))
+    batch = next(batches(source, 4, 96, 99, 0, 1))
+    with torch.no_grad():
+        wanted = SETTING.maps(undefended, batch.clean, 0)
+    goal = Goal(maps=wanted, variances=feature_variances(wanted, lambda mean: mean))
+
+    def attacked():
+        def harm(x):
+            return goal.loss(None, SETTING.maps(network, x, 1))
+
+        torch.manual_seed(1)
+        moved = perturb(batch.clean, harm, Adversary(4, 5))
+        with torch.no_grad():
+            return float(harm(moved).mean())
+
+    before = attacked()
+    only = stage(number=12, route=1, share=(0.0, 0.25, 0.75), adversary=Adversary(4, 2, method), learn=MAPS, gate=0.3)
+    train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
+    assert attacked() < 0.8 * before
+    changed = {k for k, v in network.state_dict().items() if not torch.equal(v, start[k])}
+    part = "trunk." if split else "experts.1."
+    assert {k.removeprefix(part).split(".")[0] for k in changed} <= set(map(str, range(end)))
+    assert len(changed) > 2 * end
+
+
 def test_a_damaged_checkpoint_is_named(network, undefended, source, tmp_path):
     (tmp_path / "last.pt").write_bytes(b"")
     with pytest.raises(DetguardError, match=r"last\.pt: damaged"):
@@ -253,7 +320,9 @@ def test_the_gate_learns_each_kind_alike_however_many_a_batch_has(network, sourc
         found, _ = SETTING.run(network, frames)
     few, many = torch.tensor([1, 0]), torch.tensor([1, 1, 1, 0])
     of_few, of_many = (
-        _losses(found[rows], found[rows], Layout(len(rows), len(rows) - 1, 0).kinds(ALONE), len(rows), 1.0)["gate"]
+        _losses(
+            torch.zeros(len(rows)), found.gate[rows], Layout(len(rows), len(rows) - 1, 0).kinds(ALONE), len(rows), 1.0
+        )["gate"]
         for rows in (few, many)
     )
     assert float(of_few) == pytest.approx(float(of_many), abs=1e-5)

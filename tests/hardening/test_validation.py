@@ -1,13 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import LOG_EVERY
+from detguard.hardening.losses import MAPS
 from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import ATTACKED, CLEAN, HELD_OUT, ONE_IN, Validation, hold_out
+from detguard.photos import read_photo
 from detguard.ranks import Ranks
 
 SETTING = Setting(batch=2, size=96)
@@ -46,6 +50,18 @@ def test_what_is_told_is_the_divergence_from_the_teacher_with_and_without_an_att
     assert told[ATTACKED] > 1
 
 
+def test_where_labels_are_learned_they_are_what_photos_held_out_are_judged_by(networks, bundled, bus_file):
+    files, stage = [bus_file, bus_file.with_name("zidane.jpg"), Path("nowhere.jpg")], replace(STAGE, learn="labels")
+    found = [bundled.detect([read_photo(file)], 0.3)[0] for file in files[:2]]
+    told = []
+    for moved in (0, 100):
+        objects = [replace(one, boxes=one.boxes + moved) for one in found]
+        labelled = [Labelled(*pair) for pair in zip(files, [*objects, objects[0]], strict=True)]
+        held = Validation.of(hold_out(labelled)[0], SETTING.size)
+        told.append({name: float(loss) for name, loss in held.losses(*networks, stage, SETTING).items()})
+    assert told[0][CLEAN] < 0.8 * min(told[1][CLEAN], told[0][ATTACKED])
+
+
 def test_several_processes_tell_the_same(held, networks):
     alone = held.losses(*networks, STAGE, SETTING)
     parts = [
@@ -61,6 +77,7 @@ def test_it_costs_a_few_per_cent_and_only_where_a_stage_is_attacked(held):
     assert every % LOG_EVERY == 0
     assert passes / (every * SETTING.batch * 3.0) <= 0.03
     assert held.every(Stage("hard", 9, 0, True, (0, 1, 0)), SETTING, 3.0) is None
+    assert held.every(replace(STAGE, learn=MAPS), SETTING, 3.0) is None
     assert Validation([]).every(STAGE, SETTING, 3.0) is None
 
 
