@@ -1,25 +1,29 @@
 """Write bundled weights and their json, measured on coco256 val, from a run that trained or hardened them.
 
 python scripts/export_bundled.py trained --run runs/train/detguard-n
-python scripts/export_bundled.py hardened --run runs/harden/001 --judged runs/evaluate/001
+python scripts/export_bundled.py averaged BEFORE runs/harden/001/weights/joint.safetensors runs/averaged.safetensors
+python scripts/export_bundled.py hardened --made runs/averaged.safetensors --judged runs/evaluate/001
 python scripts/export_bundled.py measured weights/detguard-n.safetensors
 """
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from train_bundled import ARCHITECTURE, CLASSES, SIZE
+from train_bundled import ARCHITECTURE, CLASSES, SIZE, SOURCES, training_files
 
+from detguard.data.batches import batches, read_photos
 from detguard.data.dataset import read_dataset
-from detguard.detectors.load import load_detector, read_card
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import load_detector, load_model, read_card, save_gated
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Clean, Subject, fill
+from detguard.hardening.run import MEASURED
 
 app = typer.Typer()
 Shared = Annotated[Path, typer.Option(help="Where the data is.")]
@@ -45,19 +49,44 @@ def trained(
 
 
 @app.command()
+def averaged(
+    before: Path,
+    after: Path,
+    out: Path,
+    share: Annotated[float, typer.Option(help="Of the second.")] = 0.5,
+    sparse: float = 0.2,
+    shared: Shared = Path("../shared"),
+) -> None:
+    """An ensemble between one and what it became by more hardening (Wortsman et al. 2022, WiSE-FT), sparse again."""
+    networks = [load_model(file)[0] for file in (before, after)]
+    assert all(isinstance(network, GatedNetwork) for network in networks)
+    ours, theirs = (cast(GatedNetwork, network).eval().requires_grad_(False) for network in networks)
+    for network in (ours, theirs):
+        network.drop_sparse()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        mine.lerp_(other, share)
+    files = [(training_files(shared, folder), weight) for folder, weight in SOURCES.items()]
+    photos, _ = read_photos(files, SIZE)
+    ours.fusion = theirs.fusion
+    ours.sparsen((batch.clean for batch in batches(photos, 32, SIZE, 0, 0, MEASURED)), sparse)
+    save_gated(ours, read_card(after), out)
+
+
+@app.command()
 def hardened(
-    run: Annotated[Path, typer.Option(help="A run of detguard harden.")],
-    judged: Annotated[Path, typer.Option(help="A run of detguard evaluate on it: what attacks left.")],
+    made: Annotated[Path, typer.Option(help="Weights by detguard harden.")],
+    judged: Annotated[Path, typer.Option(help="A run of detguard evaluate on them alone: what attacks left.")],
     shared: Shared = Path("../shared"),
     weights: Weights = Path("weights"),
 ) -> None:
     """weights/detguard-n-hard from a run of `detguard harden`."""
-    made = run / "weights/joint.safetensors"
     card = json.loads(made.with_suffix(".json").read_text())
     (found,) = json.loads((judged / "metrics.json").read_text()).values()
-    attack = {key: round(found["attack"][key], 4) for key in ("AP", "AP50", "eps", "steps", "restarts", "seed")}
-    attack["photos"] = found["clean"]["photos"]
-    card["measured"] = {"attack": attack}
+    (eps,) = found["attack"]["budgets"]
+    budget, clean = found["attack"]["budgets"][eps], found["clean"]
+    attack = {"AP": round(budget["AP"], 4), "AP50": round(budget["AP50"], 4), "eps": int(eps)}
+    attack |= {key: found["attack"][key] for key in ("steps", "restarts", "seed")} | {"photos": clean["photos"]}
+    card["measured"] = {"attack": attack | {"attacks": list(budget["attacks"])}}
     publish(load_file(made), card, weights / "detguard-n-hard.safetensors", shared)
 
 
