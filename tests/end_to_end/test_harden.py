@@ -157,7 +157,8 @@ def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path
     single = "single/weights/adversarial.safetensors"
     result = detguard("harden", *SHARED, "--model", single, "--teacher", "detguard-n", "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["hard", "joint", "normal", "sparse"]
+    made = sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json"))
+    assert made == ["hard", "joint", "normal", "sparse"]
     trunk = {k: v for k, v in load_file(tmp_path / "run/weights/hard.safetensors").items() if k.startswith("trunk")}
     start = load_file(tmp_path / single)
     assert all(torch.equal(v, start[k.replace("trunk", "experts.0")]) for k, v in trunk.items())
@@ -185,7 +186,8 @@ def test_an_ensemble_goes_on_for_some_time(hardened, tmp_path):
 def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
     result = detguard("harden", *OPTIONS, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json")) == ["adversarial", "hard", "joint", "sparse"]
+    made = sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json"))
+    assert made == ["adversarial", "hard", "joint", "sparse"]
     weights = load_file(tmp_path / "run/weights/joint.safetensors")
     assert json.loads((tmp_path / "run/weights/joint.json").read_text())["gated"]["fusion"] == "bounded:0.25"
     given = GatedNetwork(bundled.model, 0, ("undefended",)).experts[0].state_dict()
