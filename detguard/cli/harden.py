@@ -190,7 +190,7 @@ def harden(
         if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
             plan["split"] = split = str(network.split)
         split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, split)
-    class_names: Any = network.class_names if isinstance(network, GatedNetwork) else network.names
+    class_names = known_classes(network)
     labelled = labelled_photos(data, learn, class_names) if learn != "teacher" else []
     files = [] if labelled else [str(file) for source in data for file in photo_files(source)]
     config = {
@@ -205,6 +205,13 @@ def harden(
     kept = {LABELLED: as_lines(labelled, class_names)} if labelled else {}
     run = shared_run(ranks, lambda: Run.create("harden", out_folder, config, kept))
     sys.exit(run_hardening(run, network, imitated, ranks, workers))
+
+
+def known_classes(network: Any) -> dict[int, str]:
+    """The classes of a network to be hardened, by number; hardened ones keep them under another name."""
+    from detguard.detectors.gated import GatedNetwork
+
+    return network.class_names if isinstance(network, GatedNetwork) else network.names
 
 
 def chosen_kinds(text: str | None) -> tuple[str, ...]:
@@ -293,8 +300,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
 
     config = run.config
     plan, imgsz = Plan(**config["harden"]), config["detectors"][0]["imgsz"]
-    gated = isinstance(network, GatedNetwork)
-    class_names = network.class_names if gated else network.names
+    class_names = known_classes(network)
     with err.status("Loading the photos"):
         photos: Sequence[Any] = [Path(file) for file in config["photos"]]
         if plan.learn != "teacher":  # as the run keeps them
@@ -309,6 +315,7 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
             broken += unread
     for message in broken:
         show_error(message)
+    gated = isinstance(network, GatedNetwork)
     made_of = read_card(config["model"])["architecture"] if gated else str(network.yaml.get("yaml_file", ""))
     card: dict[str, Any] = {
         "architecture": Path(made_of).name,

@@ -222,6 +222,14 @@ def test_a_process_of_batches_that_is_killed_in_training_changes_nothing(bundled
     assert all(torch.equal(whole[k], broken[k]) for k in whole)
 
 
+def attacked(frames, harm):
+    """The mean loss of frames under an attack that raises it."""
+    torch.manual_seed(1)
+    moved = perturb(frames, harm, Adversary(4, 5))
+    with torch.no_grad():
+        return float(harm(moved).mean())
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -243,16 +251,10 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
     def harm(x):
         return imitation_loss(decode(network.head, network(x, 0)[0]), wanted)
 
-    def attacked():
-        torch.manual_seed(1)
-        moved = perturb(batch.clean, harm, Adversary(4, 5))
-        with torch.no_grad():
-            return float(harm(moved).mean())
-
-    before = attacked()
+    before = attacked(batch.clean, harm)
     only = stage(**{"number": 40, "route": 0, "share": (0.25, 0, 0.75), "rate": 3e-3} | options)
     train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
-    assert attacked() < 0.8 * before
+    assert attacked(batch.clean, harm) < 0.8 * before
 
 
 @pytest.mark.parametrize(("learn", "aims"), [("labels", ("all",)), ("both", ("class", "box"))])
@@ -265,16 +267,10 @@ def test_labels_that_the_teacher_would_not_give_are_learned_under_attack(
     def harm(x):
         return label_loss(SETTING.run(network, x, 0)[0], batch.labels)
 
-    def attacked():
-        torch.manual_seed(1)
-        moved = perturb(batch.clean, harm, Adversary(4, 5))
-        with torch.no_grad():
-            return float(harm(moved).mean())
-
-    before = attacked()
+    before = attacked(batch.clean, harm)
     only = stage(number=30, route=0, share=(0.25, 0, 0.75), learn=learn, aims=aims)
     train_stage(network, undefended, mislabelled, only, SETTING, tmp_path / "last.pt")
-    assert attacked() < 0.7 * before  # what imitates alone ends at .8
+    assert attacked(batch.clean, harm) < 0.7 * before  # what imitates alone ends at .8
 
 
 @pytest.mark.parametrize(("split", "method"), [(0, "pgd"), (22, "free")])
@@ -289,19 +285,13 @@ def test_a_backbone_alone_learns_to_make_of_attacked_frames_the_maps_of_clean_on
         wanted = SETTING.maps(undefended, batch.clean, 0)
     goal = Goal(maps=wanted, variances=feature_variances(wanted, lambda mean: mean))
 
-    def attacked():
-        def harm(x):
-            return goal.loss(None, SETTING.maps(network, x, 1))
+    def harm(x):
+        return goal.loss(None, SETTING.maps(network, x, 1))
 
-        torch.manual_seed(1)
-        moved = perturb(batch.clean, harm, Adversary(4, 5))
-        with torch.no_grad():
-            return float(harm(moved).mean())
-
-    before = attacked()
+    before = attacked(batch.clean, harm)
     only = stage(number=12, route=1, share=(0.0, 0.25, 0.75), adversary=Adversary(4, 2, method), learn=MAPS, gate=0.3)
     train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
-    assert attacked() < 0.8 * before
+    assert attacked(batch.clean, harm) < 0.8 * before
     changed = {k for k, v in network.state_dict().items() if not torch.equal(v, start[k])}
     part = "trunk." if split else "experts.1."
     assert {k.removeprefix(part).split(".")[0] for k in changed} <= set(map(str, range(end)))
