@@ -14,6 +14,7 @@ import torch
 import typer
 from ultralytics.utils import ASSETS
 
+from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
@@ -34,7 +35,7 @@ def main(
     pixels = read_photo(photo)
     group = parse_transforms(transforms)
     # No budget: the photo never changes, so every iteration does the full work and none succeeds.
-    options = AttackOptions(eps=0, steps=3 * rounds)
+    options = AttackOptions(budget=Linf(0), steps=3 * rounds)
     clean = detector.predict(pixels, options.conf)
     loop = attack_group(detector, [("photo", pixels, clean)], Vanish((0,)), group, options, on_step=lambda _: tick())
     letterbox = detector.letterbox(pixels.shape[:2])

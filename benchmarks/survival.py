@@ -19,6 +19,7 @@ import torch
 import typer
 from rich.progress import track
 
+from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import Job, attack_photos, plan_attack, verify_run
 from detguard.detectors.load import detector_config, load_detector
@@ -49,19 +50,19 @@ def attack(
     most: int,
     target: str,
     to: str | None,
+    eps: int,
     **options: Any,
 ) -> tuple[list[Record], list[Record]]:
     """Attack (or finish attacking) a folder; returns the records of the attack and of judging its files anew."""
     keep_freed_memory()
     detector = load_detector(model)
     files = [str(file) for file in find_photos([photos])]
-    base = AttackOptions(**{"steps": 60, **options})
+    base = AttackOptions(**{"steps": 60, "budget": Linf(eps), **options})
     config = {
         "detector": detector_config(detector, str(model)), "target": target, "to": to, "strict": False,
         "transforms": transforms, "photos": files, "arguments": [],
-        "attack": {name: value for name, value in base.__dict__.items() if name != "stop"},
+        "attack": base.config(),
     }  # fmt: skip
-    config["attack"]["weights"] = list(base.weights) if base.weights else None
     plan = plan_attack(config, detector)
     folder = Path("runs/benchmarks") / name
     run = Run.resume(folder, "attack") if (folder / "config.yaml").exists() else Run.create("attack", folder, config)
@@ -78,7 +79,11 @@ def attack(
         if attacked >= most:
             break
     records = [r for r in records if r["status"] in ("fooled", "failed")]
-    judged = list(track(verify_run(run, detector, plan[0], parse_transforms(further)), f"{name}: verify", len(records)))
+    judged = list(
+        track(
+            verify_run(run, detector, plan[0], parse_transforms(further), base.budget), f"{name}: verify", len(records)
+        )
+    )
     return records, judged
 
 

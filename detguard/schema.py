@@ -114,8 +114,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attack": {
             "conf": real(0.001, 0.999),
             "iou": real(0, 1),
-            "eps": whole(0, 255),
-            "step": real(0.01, 255),
+            "norm": text,
+            "eps": real(0),
+            "step": real(0.0001, 1e6),
+            "rule": text,
             "steps": whole(1),
             "aggregate": one_of("mean", "weighted", "max"),
             "weights": Maybe(Items(real(0))),
@@ -218,12 +220,14 @@ ATTACKED = {
     "status": one_of("fooled", "failed"),
     "iterations": whole(0),
     "difference": whole(0, 255),
+    "used": real(0),
     "psnr": real(),
     "ssim": real(),
     "objects": Items(DETECTION | {"outcome": one_of("vanished", "relabelled", "kept")}),
     "detections": {"before": Items(DETECTION), "after": Items(DETECTION)},
     "members": {"photo": JUDGED, "*": JUDGED},
     "files": {"photo": text, "*": text},
+    "draws": {"*": text},
     "seconds": real(0),
 }
 PASSED_OVER = {

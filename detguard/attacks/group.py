@@ -1,35 +1,40 @@
 """The transformation-robust group attack: fool the photo and all its transformed copies at once.
 
 Repeat: transform the adversarial photo, detect on it and on every copy in one batch, stop when all are fooled,
-else step against the aggregated gradient of their losses, within an L-inf budget. The 8-bit photo that would be
-saved is what the detector is shown at every step.
+else step against the aggregated gradient of their losses, within a budget. The 8-bit photo that would be saved is what
+the detector is shown at every step. How far it may go (`budgets.py`), how it moves (`steps.py`), what is wanted
+(`objectives`) and where transforms take its pixels (`transforms`) are asked of these.
 """
 
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from detguard import DetguardError
-from detguard.attacks.budget import linf_bounds, project_linf, random_start
-from detguard.detections import Detections, suppress
+from detguard.attacks.budgets import Budget, Linf, parse_budget
+from detguard.attacks.steps import Rule, rule_named
+from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.base import Detector, to_photo
 from detguard.objectives import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
 from detguard.transforms.base import GradientRule, Transform
 
 Aggregate = Literal["mean", "weighted", "max"]
+DEFAULT = Linf(4)
 
 
 @dataclass(frozen=True)
 class AttackOptions:
-    """How to search. Levels are those of 8-bit pixels.
+    """How to search.
 
-    conf: confidence that counts as found; eps: budget, step: per iteration, both in levels;
+    conf: confidence that counts as found; budget: how far the photo may go; rule: how it moves, one of `RULES`, and
+    step: how far per iteration, in the unit of the budget;
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
     found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group;
     stop: end as soon as all are fooled; without it all `steps` are made and the one of lowest loss counts.
@@ -37,9 +42,10 @@ class AttackOptions:
 
     conf: float = 0.25
     iou: float = 0.7
-    eps: int = 4
+    budget: Budget = DEFAULT
     step: float = 1
     steps: int = 100
+    rule: str = "steepest"
     aggregate: Aggregate = "mean"
     weights: tuple[float, ...] | None = None
     gradient: GradientRule = "straight-through"
@@ -50,14 +56,77 @@ class AttackOptions:
     batch: int = 1
     stop: bool = True
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "AttackOptions":
+        """From what a run keeps of them.
+
+        Raises:
+            DetguardError: there is no such budget.
+        """
+        search = dict(config)
+        budget, weights = parse_budget(search.pop("norm"), search.pop("eps")), search.pop("weights")
+        return cls(**search, budget=budget, weights=tuple(weights) if weights else None)
+
+    def config(self) -> dict[str, Any]:
+        """What a run keeps of them, as plain values; `stop` is left out, as every run stops."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("budget", "stop")}
+        weights = list(self.weights) if self.weights else None
+        return {"norm": self.budget.kind, "eps": self.budget.eps} | kept | {"weights": weights}
+
     def check(self, members: int) -> None:
-        """Raise DetguardError if the weights do not match the `members` of the group or cannot be weighed with."""
+        """Raise DetguardError if there is no such rule, or the weights do not match the `members` of the group."""
+        rule_named(self.rule)
         if (self.weights is not None) != (self.aggregate == "weighted"):
             raise DetguardError("--weights: goes with --aggregate weighted, and that with --weights")
         if self.weights is not None and len(self.weights) != members:
             raise DetguardError(f"--weights: expected {members} numbers, one for the photo and each transform")
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):  # nor NaN
             raise DetguardError("--weights: expected numbers of 0 or more, not all 0, as in 1,1,2")
+
+
+@dataclass(frozen=True)
+class Member:
+    """What one transform, as it is drawn, makes of a photo of one shape; None stands for the photo itself."""
+
+    transform: Transform | None
+    shape: tuple[int, int]
+    letterbox: Letterbox
+    moves: bool
+
+    @property
+    def straight(self) -> bool:
+        """Whether a gradient at the picture may be taken for one at the photo."""
+        return self.transform is None or self.transform.straight
+
+    @classmethod
+    def of(cls, detector: Detector, transform: Transform | None, shape: tuple[int, int]) -> "Member":
+        """That of a photo of (height, width)."""
+        warp = transform.warp(shape) if transform else None
+        return cls(transform, shape, detector.letterbox(warp.picture if warp else shape), warp is not None)
+
+    def frame(self, photo: Photo) -> Photo:
+        """What the detector is shown."""
+        return self.letterbox(self.transform(photo) if self.transform else photo)
+
+    def seen(self, found: Detections) -> Detections:
+        """What was found in the photo as it lies in the picture."""
+        return self.transform.moved(found, self.shape) if self.transform else found
+
+    def aim(self, objective: Objective, candidates: Candidates, clean: Detections) -> Any:
+        """What the objective needs to know of the frame, of which `candidates` are."""
+        seen = self.seen(clean)
+        placed = Detections(self.letterbox.boxes_to_frame(seen.boxes), seen.scores, seen.classes)
+        return objective.aim(candidates, placed)
+
+    def pull_back(self, photo: Photo, gradient: Tensor, options: "AttackOptions") -> Tensor:
+        """Gradient at the frame, [3, H', W'], at the photo, [3, H, W]."""
+        # Straight through a median or a JPEG, a change of single pixels between untouched ones would be lost: the
+        # gradient is spread to the pixels that the letterbox does not read. Exact rules find such pixels themselves.
+        exact = options.gradient == "exact"
+        gradient = self.letterbox.pull_back(gradient, spread=not exact)
+        return (
+            self.transform.pull_back(photo, gradient) if self.transform and (exact or not self.straight) else gradient
+        )
 
 
 @dataclass
@@ -67,16 +136,17 @@ class Attempt:
     key: str
     photo: Photo
     clean: Detections
-    letterbox: Letterbox
-    objects: Detections
-    bounds: tuple[Tensor, Tensor]
+    original: Tensor
     x: Tensor
-    aim: Any = None
+    rule: Rule
+    rng: np.random.Generator
+    members: list[Member]
+    aims: list[Any]
     steps: int = 0
     fooled: list[bool] = field(default_factory=list)
     failed: bool = False
-    velocity: Tensor | None = None
     best: Photo | None = None
+    best_members: list[Member] = field(default_factory=list)
     best_rank: tuple[int, float] = (-1, 0.0)
 
     @property
@@ -85,9 +155,15 @@ class Attempt:
         return self.levels if self.best is None or self.done else self.best
 
     @property
+    def drawn(self) -> list[Transform]:
+        """The transforms of the group as they were drawn for `adversarial`."""
+        members = self.members if self.best is None or self.done else self.best_members
+        return [member.transform for member in members if member.transform]
+
+    @property
     def levels(self) -> Photo:
-        """`x` rounded to whole levels, as it would be saved and as the detector is shown it."""
-        return self.x.round().to("cpu", torch.uint8).numpy()
+        """`x` in whole levels, as it would be saved and as the detector is shown it."""
+        return self.rule.budget.levels(self.x, self.original).to("cpu", torch.uint8).numpy()
 
     @property
     def done(self) -> bool:
@@ -122,8 +198,8 @@ def attack_group(
             if (item := next(source, None)) is None:
                 exhausted = True
             else:
-                attempt = _begin(detector, *item, objective, options)
-                waiting[attempt.letterbox.frame].append(attempt)
+                attempt = _begin(detector, *item, transforms, options)
+                waiting[attempt.members[0].letterbox.frame].append(attempt)
         shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
         if shape is None:
             return
@@ -141,16 +217,29 @@ def attack_group(
 
 
 def _begin(
-    detector: Detector, key: str, photo: Photo, clean: Detections, objective: Objective, options: AttackOptions
+    detector: Detector,
+    key: str,
+    photo: Photo,
+    clean: Detections,
+    transforms: Sequence[Transform],
+    options: AttackOptions,
 ) -> Attempt:
-    letterbox = detector.letterbox((photo.shape[0], photo.shape[1]))
-    bounds = linf_bounds(photo, options.eps, detector.device)
-    if options.random_start:
-        x = random_start(bounds, photo_seed(key, options.seed))
-    else:
-        x = torch.from_numpy(photo).to(detector.device).float()
-    objects = Detections(letterbox.boxes_to_frame(clean.boxes), clean.scores, clean.classes)
-    return Attempt(key, photo, clean, letterbox, objects, bounds, x)
+    original = torch.from_numpy(photo).to(detector.device).float()
+    seed = photo_seed(key, options.seed)
+    x = options.budget.start(original, seed) if options.random_start else original
+    rule = rule_named(options.rule)(options.budget, original, options.step, options.steps, options.momentum)
+    shape = (photo.shape[0], photo.shape[1])
+    members = [Member.of(detector, transform, shape) for transform in (None, *transforms)]
+    return Attempt(key, photo, clean, original, x, rule, np.random.default_rng(seed), members, [None] * len(members))
+
+
+def _draw(detector: Detector, attempt: Attempt, transforms: Sequence[Transform]) -> None:
+    """Draw anew what is random among the members; what is aimed at in their frames moves with them."""
+    for number, transform in enumerate(transforms, 1):
+        drawn = transform.draw(attempt.rng)
+        if drawn is not transform:
+            attempt.members[number] = Member.of(detector, drawn, attempt.members[0].shape)
+            attempt.aims[number] = None
 
 
 def _iterate(
@@ -162,77 +251,104 @@ def _iterate(
 ) -> None:
     """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
     conf = options.conf * (1 - options.margin)
-    members = 1 + len(transforms)
+    count = 1 + len(transforms)
+    for attempt in attempts:
+        _draw(detector, attempt, transforms)
     shown = [attempt.levels for attempt in attempts]
-
-    def frame(index: int) -> Photo:
-        photo, member = shown[index // members], index % members
-        return attempts[index // members].letterbox(transforms[member - 1](photo) if member else photo)
-
-    frames = frames_tensor([frame(i) for i in range(members * len(attempts))], detector.device).requires_grad_()
-    candidates = detector.candidates(frames)
-    found = suppress(candidates, conf, options.iou) if options.stop else []
-    for i, attempt in enumerate(attempts):
-        group = found[i * members : (i + 1) * members]
-        attempt.fooled = [objective.success(attempt.clean, to_photo(d, attempt.letterbox)) for d in group]
-        if attempt.aim is None:
-            attempt.aim = objective.aim(candidates[i * members : i * members + 1], attempt.objects)
+    passes = _look(detector, [m.frame(photo) for a, photo in zip(attempts, shown, strict=True) for m in a.members])
+    for attempt in attempts:
+        attempt.fooled = [False] * count if options.stop else []
+    for numbers, _, candidates in passes:
+        for i, found in zip(numbers, suppress(candidates, conf, options.iou) if options.stop else (), strict=False):
+            attempt, member = attempts[i // count], attempts[i // count].members[i % count]
+            reached = objective.success(member.seen(attempt.clean), to_photo(found, member.letterbox))
+            attempt.fooled[i % count] = reached
+        for k, i in enumerate(numbers):
+            _take_aim(attempts[i // count], i % count, objective, candidates[k : k + 1])
+    for attempt in attempts:
         attempt.failed = not attempt.done and attempt.steps >= options.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    aims = [attempt.aim for attempt in attempts for _ in range(members)]
-    losses = objective.loss(candidates, aims, conf).view(-1, members).sum(1)
+    losses = _losses(objective, passes, [aim for attempt in attempts for aim in attempt.aims], conf)
+    losses = losses.view(-1, count).sum(1)
+    told = losses.tolist()
     for i in running:
-        rank = (sum(attempts[i].fooled), -losses[i].item())
+        rank = (sum(attempts[i].fooled), -told[i])
         if attempts[i].best is None or rank > attempts[i].best_rank:
             attempts[i].best, attempts[i].best_rank = shown[i], rank
+            attempts[i].best_members = list(attempts[i].members)
     if all(attempts[i].failed for i in running):
         return
-    (gradients,) = torch.autograd.grad(losses[running].sum(), frames)
+    by_pass = torch.autograd.grad(losses[running].sum(), [frames for _, frames, _ in passes])
+    gradients = {
+        i: g for (numbers, *_), gs in zip(passes, by_pass, strict=True) for i, g in zip(numbers, gs, strict=True)
+    }
     for i in running:
-        if not attempts[i].failed:
-            group_gradients = gradients[i * members : (i + 1) * members]
-            gradient = photo_gradient(group_gradients, shown[i], attempts[i].letterbox, transforms, options)
-            _update(attempts[i], gradient, options)
+        attempt = attempts[i]
+        if not attempt.failed:
+            group = [gradients[i * count + member] for member in range(count)]
+            gradient = photo_gradient(group, shown[i], attempt.members, options)
+            attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), told[i])
+            attempt.steps += 1
+
+
+# Frames of one shape, by their numbers in the group of all, as the detector took them, and what it proposes.
+Pass = tuple[list[int], Tensor, Candidates]
+
+
+def _look(detector: Detector, frames: Sequence[Photo]) -> list[Pass]:
+    """One forward for all frames of each shape; as a rule they have the same."""
+    shapes: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, frame in enumerate(frames):
+        shapes[frame.shape].append(number)
+    passes = []
+    for numbers in shapes.values():
+        batch = frames_tensor([frames[number] for number in numbers], detector.device).requires_grad_()
+        passes.append((numbers, batch, detector.candidates(batch)))
+    return passes
+
+
+def _take_aim(attempt: Attempt, number: int, objective: Objective, candidates: Candidates) -> None:
+    """What is aimed at is fixed at the first pass; where pixels stay where they are, it is what it is in the photo."""
+    member = attempt.members[number]
+    if number and not member.moves:
+        attempt.aims[number] = attempt.aims[0]
+    elif attempt.aims[number] is None:
+        attempt.aims[number] = member.aim(objective, candidates, attempt.clean)
+
+
+def _losses(objective: Objective, passes: Sequence[Pass], aims: Sequence[Any], conf: float) -> Tensor:
+    """The loss of each frame, in the order of their numbers."""
+    losses = [objective.loss(candidates, [aims[i] for i in numbers], conf) for numbers, _, candidates in passes]
+    if len(passes) == 1:
+        return losses[0]
+    order = torch.tensor([i for numbers, *_ in passes for i in numbers]).argsort()
+    return torch.cat(losses)[order.to(losses[0].device)]
 
 
 def photo_gradient(
-    gradients: Tensor, photo: Photo, letterbox: Letterbox, transforms: Sequence[Transform], options: AttackOptions
+    gradients: Sequence[Tensor], photo: Photo, members: Sequence[Member], options: AttackOptions
 ) -> Tensor:
-    """The members' gradients at their frames, [members, 3, H', W'], as one gradient at the photo, [3, H, W]."""
-    # Straight through a median or a JPEG, a change of single pixels between untouched ones would be lost: the
-    # gradient is spread to the pixels that the letterbox does not read. Exact rules find such pixels themselves.
-    spread = options.gradient == "straight-through"
-    if spread and options.aggregate != "max":
-        # All are linear and the members share their letterbox: aggregated first, only one is brought back.
-        return letterbox.pull_back(aggregate_gradients(gradients, options), spread)
-    back = [letterbox.pull_back(gradient, spread) for gradient in gradients]
-    if options.gradient == "exact":
-        back[1:] = [t.pull_back(photo, gradient) for t, gradient in zip(transforms, back[1:], strict=True)]
-    return aggregate_gradients(torch.stack(back), options)
-
-
-def aggregate_gradients(gradients: Tensor, options: AttackOptions) -> Tensor:
-    """Gradients [members, ...] -> one: arithmetic mean, mean by `weights`, or each element of largest magnitude."""
+    """The members' gradients at their frames, [3, H', W'] each, as one gradient at the photo, [3, H, W]."""
     if options.aggregate == "max":
-        return gradients.gather(0, gradients.abs().argmax(0, keepdim=True))[0]
-    weights = options.weights or (1.0,) * len(gradients)
-    # Written out: torch's own reductions copy gradients that are channels last in memory.
-    total = gradients[0] * (weights[0] / sum(weights))
-    for weight, gradient in zip(weights[1:], gradients[1:], strict=True):
-        total = total.add(gradient, alpha=weight / sum(weights))
+        back = [m.pull_back(photo, g, options) for m, g in zip(members, gradients, strict=True)]
+        stacked = torch.stack(back)
+        return stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
+    weights = options.weights or (1.0,) * len(members)
+    shares = [weight / sum(weights) for weight in weights]
+    # Straight through, members whose pixels stay share the letterbox of the photo, and all is linear: aggregated
+    # first, only one gradient is brought back.
+    alike = [options.gradient == "straight-through" and member.straight for member in members]
+    alone = [(member, g * w) for member, g, w, a in zip(members, gradients, shares, alike, strict=True) if not a]
+    if any(alike):
+        alone.append((members[0], _sum([g * w for g, w, a in zip(gradients, shares, alike, strict=True) if a])))
+    return _sum([member.pull_back(photo, gradient, options) for member, gradient in alone])
+
+
+def _sum(gradients: Sequence[Tensor]) -> Tensor:
+    """Their sum; torch's own reductions copy gradients that are channels last in memory."""
+    total = gradients[0]
+    for gradient in gradients[1:]:
+        total = total.add(gradient)
     return total
-
-
-def _update(attempt: Attempt, gradient: Tensor, options: AttackOptions) -> None:
-    """One signed step against `gradient` [3, H, W], projected onto the budget."""
-    if options.momentum:
-        # Dong et al. 2018, "Boosting Adversarial Attacks with Momentum", eq. 6.
-        gradient = gradient / gradient.abs().mean().clamp(min=1e-20)
-        if attempt.velocity is not None:
-            gradient = gradient + options.momentum * attempt.velocity
-        attempt.velocity = gradient
-    x = attempt.x.add_(gradient.sign().permute(1, 2, 0), alpha=-options.step)
-    attempt.x = project_linf(x, attempt.bounds)
-    attempt.steps += 1

@@ -12,12 +12,12 @@ import torch
 from kornia.metrics import ssim
 
 from detguard import DetguardError
-from detguard.attacks.budget import largest_difference
+from detguard.attacks.budgets import Budget, largest_difference
 from detguard.attacks.group import AttackOptions, Attempt, attack_group
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.objectives import Mislabel, Objective, Vanish, outcomes
-from detguard.photos import Photo, encode_png, read_photo
+from detguard.photos import Photo, encode_png, photo_seed, read_photo
 from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, misfit
@@ -26,6 +26,8 @@ from detguard.transforms.parse import parse_transforms
 
 THRESHOLDS = (0.05, 0.1, 0.25, 0.5)
 PHOTO = "photo"
+# Of what `verify` draws at random.
+VERIFY_SEED = 2**31
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
         if objective.to in targets:
             raise DetguardError(f"--to {config['to']}: is a target itself; name another class")
     transforms = parse_transforms(config["transforms"])
-    weights = config["attack"]["weights"]
-    options = AttackOptions(**config["attack"] | {"weights": tuple(weights) if weights else None})
+    options = AttackOptions.from_config(config["attack"])
     options.check(1 + len(transforms))
     return objective, transforms, options
 
@@ -130,20 +131,22 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         DetguardError: a file cannot be written, or what is read back breaks the budget.
     """
     run, key = job.run, attempt.key
+    drawn = dict(zip(map(str, job.transforms), attempt.drawn, strict=True))
     names = {PHOTO: f"adversarial/{key}.png"}
-    names |= {str(t): f"group/{key}/{str(t).replace(':', '-')}{t.suffix}" for t in job.transforms}
+    names |= {name: f"group/{key}/{str(t).replace(':', '-')}{t.suffix}" for name, t in drawn.items()}
     run.write(names[PHOTO], encode_png(attempt.adversarial))
-    for transform in job.transforms:
-        run.write(names[str(transform)], transform.encode(attempt.adversarial))
-    saved = read_photo(run.path(names[PHOTO]))
-    difference = largest_difference(saved, attempt.photo)
-    if difference > job.options.eps:
-        raise DetguardError(
-            f"{run.path(names[PHOTO])}: differs by {difference} levels, over the budget of {job.options.eps}"
-        )
+    for name, transform in drawn.items():
+        run.write(names[name], transform.encode(attempt.adversarial))
+    saved, budget = read_photo(run.path(names[PHOTO])), job.options.budget
+    used = budget.used(saved, attempt.photo)
+    if used > budget.eps:
+        raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
     lowest = lowest_threshold(job.options.conf)
     found = {name: job.detector.predict(run.path(path), lowest, job.options.iou) for name, path in names.items()}
-    members = {name: judge(job.objective, clean, detections, job.options.conf) for name, detections in found.items()}
+    members = {
+        name: judge(job.objective, _moved(clean, drawn.get(name), saved), detections, job.options.conf)
+        for name, detections in found.items()
+    }
     objects = attempt.clean.of(job.objective.targets)
     after = found[PHOTO].above(job.options.conf)
     overlay = before_after(attempt.photo, attempt.clean, saved, after, job.detector.class_names)
@@ -153,7 +156,8 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         "photo": str(file),
         "status": "fooled" if all(m["fooled"] for m in members.values()) else "failed",
         "iterations": attempt.steps,
-        "difference": difference,
+        "difference": largest_difference(saved, attempt.photo),
+        "used": round(used, 3),
         "psnr": round(min(cv2.PSNR(saved, attempt.photo), 100.0), 2),
         "ssim": round(structural_similarity(saved, attempt.photo), 4),
         "objects": [
@@ -166,7 +170,13 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         },
         "members": members,
         "files": names,
+        "draws": {name: str(t) for name, t in drawn.items() if str(t) != name},
     }
+
+
+def _moved(clean: Detections, transform: Transform | None, photo: Photo) -> Detections:
+    """What was found in the clean photo as it lies in what a transform makes of it."""
+    return transform.moved(clean, (photo.shape[0], photo.shape[1])) if transform else clean
 
 
 def judge(objective: Objective, clean: Detections, found: Detections, conf: float) -> Record:
@@ -197,10 +207,13 @@ def structural_similarity(a: Photo, b: Photo) -> float:
     return float(ssim(x, y, 11).mean())
 
 
-def verify_run(run: Run, detector: Detector, objective: Objective, transforms: Sequence[Transform]) -> Iterator[Record]:
+def verify_run(
+    run: Run, detector: Detector, objective: Objective, transforms: Sequence[Transform], budget: Budget
+) -> Iterator[Record]:
     """Judge the saved files of a run anew, and the adversarial photos after further `transforms`.
 
-    Yields per attacked photo: key, group (names of its members), members (name -> `judge`), difference; or key, error.
+    Yields per attacked photo: key, group (names of its members), members (name -> `judge`), used (of the budget); or
+    key, error. What is random in a transform is drawn by the photo's key, otherwise than the attack drew it.
     """
     conf, iou = float(run.config["attack"]["conf"]), float(run.config["attack"]["iou"])
     lowest = lowest_threshold(conf)
@@ -216,10 +229,16 @@ def verify_run(run: Run, detector: Detector, objective: Objective, transforms: S
             original = read_photo(record["photo"])
             clean = detector.predict(original, lowest, iou)
             found = {name: detector.predict(path, lowest, iou) for name, path in paths.items()}
-            found |= {str(t): detector.predict(t(saved), lowest, iou) for t in transforms if str(t) not in found}
-            difference = largest_difference(saved, original)
+            rng = np.random.default_rng(photo_seed(record["key"], VERIFY_SEED))
+            further = {str(t): t.draw(rng) for t in transforms if str(t) not in found}
+            found |= {name: detector.predict(t(saved), lowest, iou) for name, t in further.items()}
+            group = {name: parse_transforms(record["draws"].get(name, name))[0] for name in paths if name != PHOTO}
+            used = budget.used(saved, original)
         except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue
-        members = {name: judge(objective, clean, d, conf) for name, d in found.items()}
-        yield {"key": record["key"], "group": list(paths), "members": members, "difference": difference}
+        shown_as = group | further
+        members = {
+            name: judge(objective, _moved(clean, shown_as.get(name), original), d, conf) for name, d in found.items()
+        }
+        yield {"key": record["key"], "group": list(paths), "members": members, "used": used}

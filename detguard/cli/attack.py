@@ -59,12 +59,32 @@ def attack(
     imgsz: ImageSize = None,
     conf: Confidence = 0.25,
     eps: Annotated[
-        int, typer.Option(min=0, max=255, help="Budget: largest change of a pixel value, levels of 255.")
+        float,
+        typer.Option(
+            help="Budget: largest change of a pixel value, levels of 255; of --norm l2, of the whole photo, black to "
+            "white counted as 1."
+        ),
     ] = 4,
-    step: Annotated[float, typer.Option(min=0.01, max=255, help="Change per iteration, levels.")] = 1,
+    norm: Annotated[Literal["linf", "l2"], typer.Option(help="How the budget is measured.")] = "linf",
+    step: Annotated[
+        float | None,
+        typer.Option(min=0.0001, help="Change per iteration, in the unit of --eps; default: 1 level, of l2 a fifth."),
+    ] = None,
+    rule: Annotated[
+        Literal["steepest", "sign", "normalized", "raw", "adam", "apgd"],
+        typer.Option(
+            help="How it moves: steepest is by signs in linf and along the gradient in l2; apgd finds its own steps."
+        ),
+    ] = "steepest",
     steps: Annotated[int, typer.Option(min=1, help="Most iterations.")] = 100,
     transforms: Annotated[
-        str, typer.Option(help="Group members beside the photo, or none: median:3|5|7, gaussian:K, jpeg:Q, resize:F.")
+        str,
+        typer.Option(
+            help="Group members beside the photo, or none: median:3|5|7, gaussian:K, motion:K, defocus:K, jpeg:Q, "
+            "webp:Q, h264:F, resize:F, rotate:D, crop:S, flip:h|v, stretch:F, perspective:S, brightness:S, "
+            "contrast:S, gamma:G, hue:D, invert:S, posterize:B, noise:S, corrupt:fog-2, albumentations:NAME. A..B "
+            "instead of a number draws one anew in each iteration. Or a preset: network, driving, print."
+        ),
     ] = "median:3,jpeg:75",
     aggregate: Annotated[
         Literal["mean", "weighted", "max"],
@@ -98,6 +118,8 @@ def attack(
 
     Exit code: 0 all succeeded, 1 some attacks failed, 2 wrong use or unreadable input (the rest is still done).
     """
+    from detguard.attacks.budgets import parse_budget
+    from detguard.attacks.group import AttackOptions
     from detguard.attacks.run import Job, plan_attack
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.photos import find_photos
@@ -116,22 +138,22 @@ def attack(
         files = [str(file) for file in find_photos(photos)]
         with err.status("Loading the detector"):
             detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
-        options = {
-            "conf": conf, "iou": 0.7, "eps": eps, "step": step, "steps": steps, "aggregate": aggregate,
-            "weights": parse_weights(weights), "gradient": gradient, "momentum": momentum,
-            "random_start": random_start, "margin": margin, "seed": seed, "batch": batch,
-        }  # fmt: skip
+        options = AttackOptions(
+            conf=conf, budget=parse_budget(norm, eps), step=step or (1 if norm == "linf" else max(eps / 5, 1e-4)),
+            steps=steps, rule=rule, aggregate=aggregate, weights=parse_weights(weights), gradient=gradient,
+            momentum=momentum, random_start=random_start, margin=margin, seed=seed, batch=batch,
+        )  # fmt: skip
         config = {
             "detector": detector_config(detector, model), "target": target, "to": to, "strict": strict,
-            "transforms": transforms, "attack": options, "photos": files, "arguments": sys.argv[1:],
+            "transforms": transforms, "attack": options.config(), "photos": files, "arguments": sys.argv[1:],
         }  # fmt: skip
         plan = plan_attack(config, detector)
         run = Run.create("attack", out_folder, config)
     sys.exit(run_attack(Job(detector, *plan, run)))
 
 
-def parse_weights(text: str | None) -> list[float] | None:
-    """From "1,1,2" to [1.0, 1.0, 2.0].
+def parse_weights(text: str | None) -> tuple[float, ...] | None:
+    """From "1,1,2" to (1.0, 1.0, 2.0).
 
     Raises:
         DetguardError: not numbers.
@@ -139,7 +161,7 @@ def parse_weights(text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(weight) for weight in text.split(",")]
+        return tuple(float(weight) for weight in text.split(","))
     except ValueError:
         raise DetguardError(f"--weights '{text}': expected numbers, as in 1,1,2") from None
 
@@ -275,7 +297,9 @@ def verify(
     objective, _, options = plan_attack(run.config, detector)
     records, code = [], 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
-    for record in track(verify_run(run, detector, objective, extra), "verify", total, console=err, transient=True):
+    for record in track(
+        verify_run(run, detector, objective, extra, options.budget), "verify", total, console=err, transient=True
+    ):
         if "error" in record:
             show_error(f"{folder}: {record['key']}: {record['error']}")
             code = 2
@@ -283,8 +307,8 @@ def verify(
             records.append(record)
     if records:
         out.print(terminal_table(survival_table(records, f"{folder}: success rate")))
-        difference = max(r["difference"] for r in records)
-        out.print(f"largest difference: {difference} levels, budget {options.eps}")
+        used = max(r["used"] for r in records)
+        out.print(f"most of the budget used: {used:.4g} of {options.budget}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
-        code = code or int(difference > options.eps or not all(group))
+        code = code or int(used > options.budget.eps or not all(group))
     sys.exit(code)

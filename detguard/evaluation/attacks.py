@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from detguard import DetguardError
+from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.attacks.square import square_attack
 from detguard.detectors.base import Detector
@@ -135,7 +136,7 @@ class AttackSet(View):
         subject = batch.subject
         options = AttackOptions(
             conf=VANISH_BELOW,
-            eps=self.eps,
+            budget=Linf(self.eps),
             # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
             step=max(self.eps / 2, 1) if self.steps > 2 else self.eps,
             momentum=0.75,
@@ -222,4 +223,6 @@ class BlackBox(View):
         subject = batch.subject
         objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
         seeds = [photo_seed(subject.hashes[image], self.seed) for image in batch.images]
-        return square_attack(subject.detector, batch.photos, batch.objects, objective, self.eps, self.queries, seeds)
+        return square_attack(
+            subject.detector, batch.photos, batch.objects, objective, Linf(self.eps), self.queries, seeds
+        )

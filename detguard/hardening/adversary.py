@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from detguard import DetguardError
+from detguard.attacks.budgets import Linf
 
 METHODS = ("pgd", "fgsm", "free")
 
@@ -58,12 +59,11 @@ class Adversary:
 
     def clip(self, x: Tensor, frames: Tensor) -> Tensor:
         """The nearest to `x` that is within the budget around `frames` and in 0..1."""
-        eps = self.eps / 255
-        return torch.maximum(x, frames - eps).minimum(frames + eps).clamp_(0, 1)
+        return Linf(self.eps).project(x, frames, white=1)
 
     def advance(self, x: Tensor, gradient: Tensor, frames: Tensor) -> Tensor:
         """One step from `x` to where the loss is higher, within the budget around `frames`."""
-        return self.clip(gradient.sign().mul_(self.step / 255).add_(x), frames)
+        return self.clip(Linf(self.eps).direction(gradient).mul_(self.step / 255).add_(x), frames)
 
 
 def perturb(

@@ -1,6 +1,7 @@
 """The page of an attack run."""
 
 from detguard import DetguardError
+from detguard.attacks.budgets import parse_budget
 from detguard.detectors.base import Detector
 from detguard.photos import read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
@@ -15,9 +16,8 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     tables = [Table("Result", ["", ""], attack_summary(records)), rate]
     items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record))]
     attack = run.config["attack"]
-    subtitle = (
-        f"{detector.name} at {detector.imgsz} px, budget {attack['eps']} of 255 levels, confidence {attack['conf']}"
-    )
+    budget = parse_budget(attack["norm"], attack["eps"])
+    subtitle = f"{detector.name} at {detector.imgsz} px, budget {budget}, confidence {attack['conf']}"
     wanted = f"found as {run.config['to']}" if run.config["to"] else "not found any more"
     title = f"Attack: {run.config['target']} {wanted}"
     command = ["detguard", *run.config["arguments"]]

@@ -1,23 +1,36 @@
-"""What a transform is: photo -> photo at file resolution, and how a gradient comes back through it."""
+"""What a transform is: photo -> picture, and how boxes and gradients go there and back."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
+from detguard.detections import Detections
 from detguard.photos import Photo, encode_png
+from detguard.transforms.warp import Warp
 
-# straight-through: the gradient goes to the same pixels unchanged, which is the attack method's own definition;
-# exact: by the transform's `pull_back`.
+# straight-through: the gradient goes to the same place of the photo unchanged, which is the attack method's own
+# definition; exact: by the transform's `pull_back`.
 GradientRule = Literal["straight-through", "exact"]
+# Of an object, the share of its box that a picture must show for it to count there.
+VISIBLE = 0.5
 
 
 class Transform(ABC):
-    """A pixel-aligned photo transform with its parameter; `str()` gives the spec that the command line reads."""
+    """A transform of photos with its parameter; `str()` gives the spec that the command line reads.
+
+    Subclasses whose pixels do not stay where they are are `Geometric`; those that are random override `draw`.
+    """
 
     kind: ClassVar[str]
     example: ClassVar[str]
     suffix: ClassVar[str] = ".png"
+    # Whether the parameter is a whole number, and whether gradients may go straight through to the same place.
+    whole: ClassVar[bool] = False
+    straight: ClassVar[bool] = True
 
     @abstractmethod
     def __str__(self) -> str:
@@ -30,15 +43,111 @@ class Transform(ABC):
 
     @abstractmethod
     def __call__(self, photo: Photo) -> Photo:
-        """Transform `uint8 [H, W, 3]` RGB to the same shape."""
+        """Transform `uint8 [H, W, 3]` RGB, to the same shape unless it has a `warp`."""
 
     @abstractmethod
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
-        """Gradient [3, H, W] at the output -> at `photo`, exact or by the surrogate that the class names."""
+        """Gradient [3, H', W'] at the output -> at `photo`, [3, H, W]; exact or by a surrogate, named there."""
+
+    def draw(self, rng: np.random.Generator) -> "Transform":
+        """The transform with all that is random in it drawn: itself, unless something is."""
+        return self
+
+    def warp(self, shape: tuple[int, int]) -> Warp | None:
+        """Where the pixels of a photo of (height, width) go; None: they stay where they are."""
+        return None
 
     def encode(self, photo: Photo) -> bytes:
         """The bytes of a file (of `suffix`) that holds the transformed photo."""
         return encode_png(self(photo))
+
+    def moved(self, found: Detections, shape: tuple[int, int]) -> Detections:
+        """What was found in a photo of (height, width), as it lies in the picture, without what that hardly shows."""
+        warp = self.warp(shape)
+        if warp is None or not len(found):
+            return found
+        boxes, high, wide = warp.boxes(found.boxes), *warp.picture
+        shown = boxes.clamp(min=0).minimum(boxes.new_tensor([wide, high, wide, high]))
+        share = _area(shown) / _area(boxes).clamp(min=1e-6)
+        return replace(found, boxes=shown)[share >= VISIBLE]
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+
+
+class Geometric(Transform):
+    """A transform that only moves pixels, by its `warp`."""
+
+    straight = False
+
+    @abstractmethod
+    @override
+    def warp(self, shape: tuple[int, int]) -> Warp:
+        """Where the pixels of a photo of (height, width) go."""
+
+    @override
+    def __call__(self, photo: Photo) -> Photo:
+        return self.warp((photo.shape[0], photo.shape[1]))(photo)
+
+    @override
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        """Exact but for OpenCV's rounding: the adjoint of the bilinear map."""
+        return self.warp((photo.shape[0], photo.shape[1])).pull_back(gradient)
+
+
+@dataclass(frozen=True)
+class Drawn(Transform):
+    """A transform with a parameter drawn anew each time between two ends, like `rotate:-5..5`."""
+
+    low: Transform
+    high: Transform
+    ends: tuple[float, float]
+
+    def __str__(self) -> str:
+        return f"{self.low}..{str(self.high).partition(':')[2]}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Drawn":
+        """None has this kind alone; see `between`."""
+        raise ValueError("expected a kind")
+
+    @classmethod
+    def between(cls, kind: type[Transform], low: str, high: str) -> "Drawn":
+        """A kind between two parameters; raises ValueError with what was expected."""
+        ends = kind.parse(low), kind.parse(high)
+        try:
+            numbers = float(low), float(high)
+        except ValueError:
+            raise ValueError("expected numbers on both sides of ..") from None
+        if numbers[0] >= numbers[1]:
+            raise ValueError("expected the smaller number first")
+        return cls(*ends, numbers)
+
+    @override
+    def draw(self, rng: np.random.Generator) -> Transform:
+        low, high = self.ends
+        kind = type(self.low)
+        if not kind.whole:
+            return kind.parse(f"{rng.uniform(low, high):.4g}").draw(rng)
+        numbers = rng.permutation(np.arange(int(low), int(high) + 1))
+        return next(drawn for number in numbers.tolist() if (drawn := _parsed(kind, number))).draw(rng)
+
+    @override
+    def __call__(self, photo: Photo) -> Photo:
+        raise TypeError(f"{self}: is drawn first")
+
+    @override
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        raise TypeError(f"{self}: is drawn first")
+
+
+def _parsed(kind: type[Transform], number: int) -> Transform | None:
+    """The transform with that parameter, unless it has none such (a window that is even)."""
+    try:
+        return kind.parse(str(number))
+    except ValueError:
+        return None
 
 
 def whole_number(value: str, low: int, high: int, what: str) -> int:
@@ -46,3 +155,14 @@ def whole_number(value: str, low: int, high: int, what: str) -> int:
     if not value.isdigit() or not low <= int(value) <= high:
         raise ValueError(f"expected {what} in {low}..{high}")
     return int(value)
+
+
+def number(value: str, low: float, high: float, what: str) -> float:
+    """`value` as a float in low..high; raises ValueError that says `what` was expected."""
+    try:
+        found = float(value)
+    except ValueError:
+        found = np.nan
+    if not low <= found <= high:
+        raise ValueError(f"expected {what} in {low:g}..{high:g}")
+    return found

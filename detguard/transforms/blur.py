@@ -1,11 +1,13 @@
-"""Median and Gaussian blur."""
+"""Median, Gaussian, motion and defocus blur."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +22,7 @@ class Median(Transform):
     size: int
     kind = "median"
     example = "median:3"
+    whole = True
 
     def __str__(self) -> str:
         return f"median:{self.size}"
@@ -63,6 +66,7 @@ class Gaussian(Transform):
     size: int
     kind = "gaussian"
     example = "gaussian:3"
+    whole = True
 
     def __str__(self) -> str:
         return f"gaussian:{self.size}"
@@ -70,10 +74,7 @@ class Gaussian(Transform):
     @classmethod
     def parse(cls, value: str) -> "Gaussian":
         """`gaussian:K` with K odd, 3..31."""
-        size = whole_number(value, 3, 31, "an odd window")
-        if size % 2 == 0:
-            raise ValueError("expected an odd window in 3..31")
-        return cls(size)
+        return cls(_odd(value, 3, 31))
 
     @override
     def __call__(self, photo: Photo) -> Photo:
@@ -83,7 +84,7 @@ class Gaussian(Transform):
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding: the adjoint of the padded convolution."""
         kernel = torch.from_numpy(cv2.getGaussianKernel(self.size, 0)).to(gradient).flatten()
-        rows, columns = (self._sources(side).to(gradient.device) for side in photo.shape[:2])
+        rows, columns = (_reflected(side, self.size // 2).to(gradient.device) for side in photo.shape[:2])
         with torch.enable_grad():
             planes = gradient.new_zeros(3, 1, *photo.shape[:2]).requires_grad_()
             padded = planes.index_select(2, rows).index_select(3, columns)
@@ -91,8 +92,88 @@ class Gaussian(Transform):
         (back,) = torch.autograd.grad(blurred, planes, gradient[:, None])
         return back[:, 0]
 
-    def _sources(self, side: int) -> Tensor:
-        """Which pixel of a row or column of `side` each of the padded one is, by OpenCV: it may reflect many times."""
-        radius = self.size // 2
-        border = cv2.BORDER_REFLECT_101
-        return torch.tensor([cv2.borderInterpolate(i, side, border) for i in range(-radius, side + radius)])
+
+class Kernel(Transform):
+    """A blur by a `kernel` that is the same upside down and mirrored, borders reflected."""
+
+    @abstractmethod
+    def kernel(self) -> NDArray[np.float32]:
+        """Weights, float32 [K, K], K odd, of sum 1."""
+
+    @override
+    def __call__(self, photo: Photo) -> Photo:
+        return cv2.filter2D(photo, -1, self.kernel()).astype(np.uint8, copy=False)
+
+    @override
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        """Exact but for OpenCV's rounding: the adjoint of the padded convolution."""
+        kernel = torch.from_numpy(self.kernel()).to(gradient)
+        sides = [_reflected(side, len(kernel) // 2).to(gradient.device) for side in photo.shape[:2]]
+        with torch.enable_grad():
+            planes = gradient.new_zeros(3, 1, *photo.shape[:2]).requires_grad_()
+            padded = planes.index_select(2, sides[0]).index_select(3, sides[1])
+            blurred = F.conv2d(padded, kernel[None, None])
+        (back,) = torch.autograd.grad(blurred, planes, gradient[:, None])
+        return back[:, 0]
+
+
+@dataclass(frozen=True)
+class Motion(Kernel):
+    """What a camera sees that moves sideways by some pixels."""
+
+    length: int
+    kind = "motion"
+    example = "motion:7"
+    whole = True
+
+    def __str__(self) -> str:
+        return f"motion:{self.length}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Motion":
+        """`motion:K` with K odd, 3..63 pixels."""
+        return cls(_odd(value, 3, 63))
+
+    @override
+    def kernel(self) -> NDArray[np.float32]:
+        weights = np.zeros((self.length, self.length), np.float32)
+        weights[self.length // 2] = 1 / self.length
+        return weights
+
+
+@dataclass(frozen=True)
+class Defocus(Kernel):
+    """What a lens out of focus makes of a photo: every point becomes a disc."""
+
+    size: int
+    kind = "defocus"
+    example = "defocus:5"
+    whole = True
+
+    def __str__(self) -> str:
+        return f"defocus:{self.size}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Defocus":
+        """`defocus:K` with a diameter of K odd, 3..63 pixels."""
+        return cls(_odd(value, 3, 63))
+
+    @override
+    def kernel(self) -> NDArray[np.float32]:
+        y, x = np.mgrid[: self.size, : self.size] - self.size // 2
+        # Pixels at the rim count by about how much of them the disc covers.
+        weights = np.clip(self.size / 2 + 0.5 - np.hypot(x, y), 0, 1)
+        return (weights / weights.sum()).astype(np.float32)
+
+
+def _odd(value: str, low: int, high: int) -> int:
+    size = whole_number(value, low, high, "an odd window")
+    if size % 2 == 0:
+        raise ValueError(f"expected an odd window in {low}..{high}")
+    return size
+
+
+def _reflected(side: int, radius: int) -> Tensor:
+    """Which pixel of a row or column of `side` each of the padded one is, by OpenCV: it may reflect many times."""
+    border = cv2.BORDER_REFLECT_101
+    return torch.tensor([cv2.borderInterpolate(i, side, border) for i in range(-radius, side + radius)])

@@ -19,6 +19,7 @@ class Jpeg(Transform):
     quality: int
     kind = "jpeg"
     example = "jpeg:75"
+    whole = True
     suffix = ".jpg"
 
     def __str__(self) -> str:

@@ -1,16 +1,36 @@
 """From "median:3,jpeg:75" to transforms. A new kind is one file and one line here."""
 
 from detguard import DetguardError
-from detguard.transforms.base import Transform
-from detguard.transforms.blur import Gaussian, Median
+from detguard.transforms.base import Drawn, Transform
+from detguard.transforms.blur import Defocus, Gaussian, Median, Motion
+from detguard.transforms.codecs import H264, Webp
+from detguard.transforms.colour import Brightness, Contrast, Gamma, Hue, Invert, Posterize
+from detguard.transforms.geometry import Crop, Flip, Perspective, Rotate, Stretch
 from detguard.transforms.jpeg import Jpeg
+from detguard.transforms.random import Albumentation, Corruption, Noise
 from detguard.transforms.resize import Resize
 
-KINDS: dict[str, type[Transform]] = {kind.kind: kind for kind in (Median, Gaussian, Jpeg, Resize)}
+KINDS: dict[str, type[Transform]] = {
+    kind.kind: kind
+    for kind in (
+        Median, Gaussian, Motion, Defocus, Jpeg, Webp, H264, Resize,
+        Rotate, Crop, Flip, Stretch, Perspective,
+        Brightness, Contrast, Gamma, Hue, Invert, Posterize,
+        Noise, Corruption, Albumentation,
+    )
+}  # fmt: skip
+# What photos go through on their way to a detector: a site's moderation, the camera of a car, a printed sheet.
+PRESETS = {
+    "network": "median:3,jpeg:75,resize:0.5",
+    "driving": "brightness:-0.3..0.3,motion:5,corrupt:fog-1,rotate:-3..3",
+    "print": "rotate:-10..10,stretch:0.9..1.1,brightness:-0.2..0.2,noise:4,defocus:3",
+}
 
 
 def parse_transforms(specs: str) -> list[Transform]:
-    """Transforms from comma-separated specs; "none" or "" is the empty list.
+    """Transforms from comma-separated specs; "none" or "" is the empty list, `kind:A..B` one drawn anew each time.
+
+    A name of `PRESETS` stands for its specs.
 
     Raises:
         DetguardError: unknown kind or bad parameter; names the spec and what was expected.
@@ -18,13 +38,17 @@ def parse_transforms(specs: str) -> list[Transform]:
     if specs.strip() in ("", "none"):
         return []
     transforms = []
-    for spec in (part.strip() for part in specs.split(",")):
+    named = ",".join(PRESETS.get(part.strip(), part) for part in specs.split(","))
+    for spec in (part.strip() for part in named.split(",")):
         kind, _, value = spec.partition(":")
         if kind not in KINDS:
             examples = ", ".join(k.example for k in KINDS.values())
-            raise DetguardError(f"transform '{spec}': unknown kind; expected some of {examples}, or none")
+            raise DetguardError(
+                f"transform '{spec}': unknown kind; expected some of {examples}, {', '.join(PRESETS)}, or none"
+            )
+        low, drawn, high = value.partition("..")
         try:
-            transforms.append(KINDS[kind].parse(value))
+            transforms.append(Drawn.between(KINDS[kind], low, high) if drawn else KINDS[kind].parse(value))
         except ValueError as error:
             raise DetguardError(f"transform '{spec}': {error}, as in {KINDS[kind].example}") from error
     if len({str(t) for t in transforms}) < len(transforms):

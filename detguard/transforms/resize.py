@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from detguard.photos import Photo, resize_adjoint
-from detguard.transforms.base import Transform
+from detguard.transforms.base import Transform, number
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,7 @@ class Resize(Transform):
     @classmethod
     def parse(cls, value: str) -> "Resize":
         """`resize:F` with F over 0.05, up to 4."""
-        try:
-            factor = float(value)
-        except ValueError:
-            factor = 0.0
-        if not 0.05 <= factor <= 4:
-            raise ValueError("expected a factor in 0.05..4")
-        return cls(factor)
+        return cls(number(value, 0.05, 4, "a factor"))
 
     def _size(self, photo: Photo) -> tuple[int, int]:
         return max(1, round(photo.shape[0] * self.factor)), max(1, round(photo.shape[1] * self.factor))

@@ -5,81 +5,63 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from detguard import DetguardError
-from detguard.attacks.budget import largest_difference, linf_bounds, project_linf, random_start
-from detguard.attacks.group import AttackOptions, aggregate_gradients, attack_group, photo_gradient, photo_seed
-from detguard.objectives import Vanish
+from detguard.attacks.budgets import L2, Linf, largest_difference
+from detguard.attacks.group import AttackOptions, Member, attack_group, photo_gradient, photo_seed
+from detguard.objectives import Vanish, outcomes
 from detguard.photos import Letterbox
 from detguard.transforms.parse import parse_transforms
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0, 1, 4, 8, 255]))
-def test_projected_photos_keep_the_budget_and_the_range_of_pixels(seed, eps):
-    rng = np.random.default_rng(seed)
-    original = rng.integers(0, 256, (9, 7, 3), np.uint8)
-    wild = torch.from_numpy(original + rng.normal(0, 50, original.shape)).float()
-    projected = project_linf(wild, linf_bounds(original, eps))
-    saved = projected.round().to(torch.uint8).numpy()
-    assert projected.min() >= 0
-    assert projected.max() <= 255
-    assert largest_difference(saved, original) <= eps
-
-
-def test_projecting_moves_nothing_that_is_within_the_budget():
-    original = np.full((4, 4, 3), 100, np.uint8)
-    x = torch.full((4, 4, 3), 103.0)
-    assert torch.equal(project_linf(x, linf_bounds(original, 4)), x)
-
-
-def test_largest_difference_counts_both_ways():
-    low, high = np.full((2, 2, 3), 3, np.uint8), np.full((2, 2, 3), 250, np.uint8)
-    assert largest_difference(low, high) == largest_difference(high, low) == 247
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([1, 4, 8]))
-def test_random_starts_are_whole_levels_that_use_the_whole_budget(seed, eps):
-    original = np.full((30, 30, 3), 128, np.uint8)
-    start = random_start(linf_bounds(original, eps), seed)
-    assert torch.equal(start, start.round())
-    assert set((start - 128).unique().tolist()) == set(range(-eps, eps + 1))
-    assert torch.equal(start, random_start(linf_bounds(original, eps), seed))
 
 
 def test_a_photos_seed_depends_on_the_run_and_on_the_photo():
     assert len({photo_seed(k, s) for k in ("a", "b") for s in (0, 1)}) == 4
 
 
-def test_aggregates_are_what_they_are_called():
-    gradients = torch.tensor([[1.0, -4.0], [3.0, 2.0]])
-    assert aggregate_gradients(gradients, AttackOptions()).tolist() == [2.0, -1.0]
-    assert aggregate_gradients(gradients, AttackOptions(aggregate="max")).tolist() == [3.0, -4.0]
-    weighted = AttackOptions(aggregate="weighted", weights=(3.0, 1.0))
-    assert aggregate_gradients(gradients, weighted).tolist() == [1.5, -2.5]
+def plain_members(letterbox, specs="", number=0):
+    """Members of a photo that its letterbox fits: the photo, transforms by specs, and more of the photo."""
+    transforms = [None, *parse_transforms(specs), *[None] * number]
+    return [Member(transform, letterbox.photo, letterbox, False) for transform in transforms]
 
 
-def test_bringing_back_the_mean_is_the_mean_of_what_is_brought_back():
+def gradients_of(letterbox, number):
+    return torch.rand(number, 3, *letterbox.frame, generator=torch.Generator().manual_seed(number)).double()
+
+
+@pytest.mark.parametrize("rule", ["straight-through", "exact"])
+def test_aggregates_are_what_they_are_called(rule):
     letterbox = Letterbox.fit((50, 37), 64)
-    gradients = torch.rand(3, 3, *letterbox.frame, dtype=torch.float64)
-    photo = np.zeros((50, 37, 3), np.uint8)
-    one_by_one = torch.stack([letterbox.pull_back(g, spread=True) for g in gradients]).mean(0)
-    assert torch.allclose(photo_gradient(gradients, photo, letterbox, [], AttackOptions()), one_by_one)
+    gradients, photo = gradients_of(letterbox, 2), np.zeros((50, 37, 3), np.uint8)
+    members = plain_members(letterbox, number=1)
+    one, two = (letterbox.pull_back(g, spread=rule != "exact") for g in gradients)
+    for options, wanted in (
+        (AttackOptions(gradient=rule), (one + two) / 2),
+        (AttackOptions(aggregate="max", gradient=rule), torch.where(one.abs() >= two.abs(), one, two)),
+        (AttackOptions(aggregate="weighted", weights=(3.0, 1.0), gradient=rule), (3 * one + two) / 4),
+    ):
+        assert torch.allclose(photo_gradient(gradients, photo, members, options), wanted)
 
 
 def test_exact_gradients_go_through_the_transforms(bus):
     letterbox = Letterbox.fit(bus.shape[:2], 320)
-    transforms = parse_transforms("median:3")
-    gradients = torch.rand(2, 3, *letterbox.frame)
-    exact = photo_gradient(gradients, bus, letterbox, transforms, AttackOptions(gradient="exact"))
+    members = plain_members(letterbox, "median:3")
+    gradients = gradients_of(letterbox, 2).float()
+    exact = photo_gradient(gradients, bus, members, AttackOptions(gradient="exact"))
     back = [letterbox.pull_back(g) for g in gradients]
-    assert torch.allclose(exact, (back[0] + transforms[0].pull_back(bus, back[1])) / 2, atol=1e-6)
-    straight = photo_gradient(gradients, bus, letterbox, transforms, AttackOptions())
+    assert torch.allclose(exact, (back[0] + members[1].transform.pull_back(bus, back[1])) / 2, atol=1e-6)
+    straight = photo_gradient(gradients, bus, members, AttackOptions())
     assert not torch.allclose(exact, straight, atol=1e-3)
+
+
+def test_gradients_of_moved_pixels_are_brought_back_before_they_become_one(bundled, small):
+    (flip,) = parse_transforms("flip:h")
+    members = [Member.of(bundled, transform, small.shape[:2]) for transform in (None, flip)]
+    assert members[1].moves
+    gradient = gradients_of(members[0].letterbox, 1)[0].float()
+    whole = photo_gradient([gradient, gradient.flip(2)], small, members, AttackOptions())
+    alone = photo_gradient([gradient], small, members[:1], AttackOptions())
+    assert torch.allclose(whole, alone, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +85,7 @@ def attack(detector, photo, spec="median:3,jpeg:75", **options):
 
 def test_the_group_attack_fools_every_member_within_its_budget(bundled, bus):
     before = bundled.state_hash()
-    attempt = attack(bundled, bus, eps=4)
+    attempt = attack(bundled, bus)
     assert attempt.done
     assert largest_difference(attempt.adversarial, bus) <= 4
     for transform in [None, *parse_transforms("median:3,jpeg:75")]:
@@ -122,7 +104,7 @@ def test_what_is_not_in_the_group_brings_people_back(bundled, bus):
 
 
 def test_no_budget_means_no_change_and_no_success(bundled, bus):
-    attempt = attack(bundled, bus, eps=0, steps=2)
+    attempt = attack(bundled, bus, budget=Linf(0), steps=2)
     assert attempt.failed
     assert np.array_equal(attempt.adversarial, bus)
 
@@ -134,7 +116,7 @@ def test_an_attack_is_repeatable(bundled, bus):
 
 
 def test_fractions_of_a_level_add_up(bundled, bus):
-    attempt = attack(bundled, bus, step=0.4, steps=4, eps=2)
+    attempt = attack(bundled, bus, step=0.4, steps=4, budget=Linf(2))
     assert 1 <= largest_difference(attempt.adversarial, bus) <= 2
 
 
@@ -186,7 +168,7 @@ class Scripted(Vanish):
 def scripted(detector, photo, objective, spec="none", **options):
     """The attempt of a failing attack, and the photos that it went through."""
     seen = [photo]
-    options = AttackOptions(**{"eps": 1, "steps": 4, **options})
+    options = AttackOptions(**{"budget": Linf(1), "steps": 4, **options})
     source = [("bus", photo, detector.predict(photo, 0.25))]
     transforms = parse_transforms(spec)
     (attempt,) = attack_group(detector, source, objective, transforms, options, lambda a: seen.append(a[0].levels))
@@ -243,11 +225,52 @@ def test_momentum_takes_part_of_earlier_gradients_from_the_second_step_on(bundle
 def test_straight_through_the_gradient_reaches_every_pixel_of_a_photo_larger_than_its_frame():
     letterbox = Letterbox.fit((200, 150), 64)
     gradients, photo = torch.ones(1, 3, *letterbox.frame), np.zeros((200, 150, 3), np.uint8)
-    assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions()) > 0).all()
-    assert (photo_gradient(gradients, photo, letterbox, [], AttackOptions(gradient="exact")) == 0).any()
+    members = plain_members(letterbox)
+    assert (photo_gradient(gradients, photo, members, AttackOptions()) > 0).all()
+    assert (photo_gradient(gradients, photo, members, AttackOptions(gradient="exact")) == 0).any()
 
 
 def test_a_step_is_as_long_as_it_is_told(bundled, small):
     attempt = attack(bundled, small, spec="none", step=0.4, steps=1)
     moved = (attempt.x - torch.from_numpy(small)).abs()
     assert moved.max().item() == pytest.approx(0.4, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["steepest", "apgd", "adam", "normalized"])
+def test_every_rule_fools_within_an_l2_budget(bundled, small, rule):
+    budget = L2(8)
+    step = {"adam": 2 / 255, "normalized": 2 / 255}.get(rule, 2)
+    attempt = attack(bundled, small, spec="none", budget=budget, rule=rule, step=step, steps=60)
+    assert attempt.done
+    assert budget.used(attempt.adversarial, small) <= 8
+
+
+def test_a_mirrored_member_is_fooled_and_what_was_clean_is_not_taken_for_gone(bundled, small):
+    mirrored = bundled.predict(small[:, ::-1].copy(), 0.25)
+    (flip,) = parse_transforms("flip:h")
+    clean = bundled.predict(small, 0.25)
+    assert "kept" in set(outcomes(flip.moved(clean, small.shape[:2]).of([0]), mirrored))
+    attempt = attack(bundled, small, spec="flip:h", steps=60)
+    assert attempt.done
+    assert len(bundled.predict(flip(attempt.adversarial), 0.25).of([0])) == 0
+
+
+def test_members_of_other_frame_shapes_share_an_attack(bundled, small):
+    attempt = attack(bundled, small, spec="crop:0.9,stretch:1.6,median:3", steps=80)
+    assert len({member.letterbox.frame for member in attempt.members}) > 1
+    assert attempt.done
+    for transform in attempt.drawn:
+        assert len(bundled.predict(transform(attempt.adversarial), 0.25).of([0])) == 0
+
+
+def test_a_random_member_is_drawn_anew_in_each_step_and_its_last_draw_is_told(bundled, small):
+    seen = []
+    options = AttackOptions(steps=4, stop=False)
+    source = [("bus", small, bundled.predict(small, 0.25))]
+    group = parse_transforms("rotate:-5..5")
+    on_step = lambda active: seen.append(str(active[0].members[1].transform))  # noqa: E731
+    (attempt,) = attack_group(bundled, source, Vanish((0,)), group, options, on_step)
+    assert len(set(seen)) == len(seen) == 5
+    assert str(attempt.drawn[0]) in seen
+    (again,) = attack_group(bundled, source, Vanish((0,)), group, options)
+    assert np.array_equal(again.adversarial, attempt.adversarial)

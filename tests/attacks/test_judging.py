@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detguard import DetguardError
-from detguard.attacks.group import AttackOptions, attack_group
+from detguard.attacks.group import AttackOptions, Member, attack_group
 from detguard.attacks.run import Job, attack_photos, judge, save_attempt, verify_run
 from detguard.detections import Detections
 from detguard.objectives import Vanish
@@ -34,7 +34,7 @@ def attacked(tmp_path_factory, bundled, bus):
 def test_further_transforms_are_judged_on_the_adversarial_photo(attacked, bundled):
     run, record = attacked
     (jpeg,) = parse_transforms("jpeg:95")
-    (verified,) = verify_run(run, bundled, PERSONS, [jpeg])
+    (verified,) = verify_run(run, bundled, PERSONS, [jpeg], OPTIONS.budget)
     original, saved = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
     clean = bundled.predict(original, 0.05)
     of_saved, of_original = (judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25) for p in (saved, original))
@@ -44,10 +44,10 @@ def test_further_transforms_are_judged_on_the_adversarial_photo(attacked, bundle
 
 def test_verifying_again_says_what_the_run_said(attacked, bundled):
     run, record = attacked
-    (verified,) = verify_run(run, bundled, PERSONS, [])
+    (verified,) = verify_run(run, bundled, PERSONS, [], OPTIONS.budget)
     assert verified["members"] == record["members"]
     assert verified["group"] == ["photo", "median:3"]
-    assert verified["difference"] == record["difference"] == 4
+    assert verified["used"] == record["used"] == 4
 
 
 def test_every_member_is_judged_from_its_own_file(attacked, bundled):
@@ -64,6 +64,7 @@ def test_a_photo_that_fools_only_before_it_is_filtered_has_failed(attacked, bund
     clean = bundled.predict(photo, 0.05)
     (attempt,) = attack_group(bundled, [("bus", photo, clean.above(0.25))], PERSONS, [], OPTIONS)
     job = Job(bundled, PERSONS, parse_transforms("median:5,jpeg:40"), OPTIONS, Run(tmp_path, {}))
+    attempt.members += [Member.of(bundled, transform, photo.shape[:2]) for transform in job.transforms]
     saved = save_attempt(job, attempt, tmp_path / "bus.png", clean)
     assert [saved["members"][name]["fooled"] for name in ("photo", "median:5", "jpeg:40")].count(False) in (1, 2)
     assert saved["members"]["photo"]["fooled"]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
+from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, load_detector, load_model, save_gated
@@ -154,7 +155,9 @@ def test_it_is_attacked_like_any_other(bundled_model, bundled, bus):
     clean = made.detect([bus])[0]
     assert len(clean.of([0])) >= 3
     before = copy.deepcopy(made.state_hash())
-    (attempt,) = attack_group(made, [("bus", bus, clean)], Vanish((0,)), [], AttackOptions(eps=8, step=2, steps=30))
+    (attempt,) = attack_group(
+        made, [("bus", bus, clean)], Vanish((0,)), [], AttackOptions(budget=Linf(8), step=2, steps=30)
+    )
     assert attempt.done
     assert not len(made.predict(attempt.adversarial, 0.25).of([0]))
     assert made.state_hash() == before
@@ -208,7 +211,7 @@ def test_the_gate_term_turns_the_gate_away_from_its_adversarial_expert(bundled_m
 
     left = {}
     for weight in (0, 1000):
-        options = AttackOptions(eps=4, step=2, steps=10, stop=False, gradient="exact")
+        options = AttackOptions(budget=Linf(4), step=2, steps=10, stop=False, gradient="exact")
         objective = attack_objective(f"gate:{weight}", tuple(bundled.class_names), made)
         (attempt,) = attack_group(made, [("bus", bus, labels)], objective, [], options)
         left[weight] = margin(attempt.adversarial)

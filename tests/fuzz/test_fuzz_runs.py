@@ -24,6 +24,7 @@ CONFIGS = {
     "attack": {
         "detector": DETECTOR, "target": "person", "to": None, "strict": False, "transforms": "median:3,jpeg:75",
         "attack": {
+            "norm": "linf", "rule": "apgd",
             "conf": 0.25, "iou": 0.7, "eps": 4, "step": 1.0, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
             "gradient": "exact", "momentum": 0.0, "random_start": True, "margin": 0.05, "seed": 0, "batch": 1,
         },
@@ -69,7 +70,8 @@ MEMBER = {
 }
 RECORDS = {
     "attack": {
-        "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "difference": 4, "psnr": 40.0, "ssim": 0.9,
+        "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "difference": 4,
+        "used": 4.0, "draws": {}, "psnr": 40.0, "ssim": 0.9,
         "objects": [FOUND | {"outcome": "vanished"}], "detections": {"before": [FOUND], "after": []},
         "members": {"photo": MEMBER, "median:3": MEMBER}, "files": {"photo": "adversarial/a.png"}, "seconds": 1.0,
     },

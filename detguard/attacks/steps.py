@@ -1,0 +1,176 @@
+"""How an attack moves: from a photo, the gradient and the loss there to the next one. A new rule is a class and its
+line in `RULES`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.attacks.budgets import Budget
+
+
+@dataclass
+class Rule(ABC):
+    """One photo's way through an attack: called once per step, in order, with what it has to know.
+
+    budget, original: where it may go, from which photo, float32 [H, W, 3] levels; step: length of one, in the unit of
+    `eps`; steps: how many there will be at most; momentum: share of earlier gradients in each step.
+    """
+
+    budget: Budget
+    original: Tensor
+    step: float
+    steps: int
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        """What is kept from step to step."""
+        self._velocity: Tensor | None = None
+
+    @property
+    def length(self) -> float:
+        """That of a step in levels."""
+        return self.step * self.budget.scale
+
+    @abstractmethod
+    def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
+        """The next photo after `x` [H, W, 3], within the budget, where the loss of that `gradient` should be lower."""
+
+    def gathered(self, gradient: Tensor) -> Tensor:
+        """The gradient and what `momentum` keeps of earlier ones (Dong et al. 2018, eq. 6)."""
+        if not self.momentum:
+            return gradient
+        gradient = gradient / gradient.abs().mean().clamp(min=1e-20)
+        if self._velocity is not None:
+            gradient = gradient + self.momentum * self._velocity
+        self._velocity = gradient
+        return gradient
+
+    def within(self, x: Tensor) -> Tensor:
+        """`x`, projected onto the budget."""
+        return self.budget.project(x, self.original)
+
+
+class Steepest(Rule):
+    """The step by which the loss falls most, as the budget measures it: by signs in L-inf, along the gradient in L2."""
+
+    @override
+    def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
+        return self.within(x - self.length * self.direction(self.gathered(gradient)))
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """What is gone along, `length` times."""
+        return self.budget.direction(gradient)
+
+
+class Sign(Steepest):
+    """Every value by the same amount (Goodfellow et al. 2015)."""
+
+    @override
+    def direction(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+
+class Normalized(Steepest):
+    """Along the gradient, values moving by `step` levels on average."""
+
+    @override
+    def direction(self, gradient: Tensor) -> Tensor:
+        return gradient / gradient.abs().mean().clamp(min=1e-30)
+
+
+class Raw(Steepest):
+    """Along the gradient as it is, `step` times."""
+
+    @override
+    def direction(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Adam(Rule):
+    """Adam (Kingma & Ba 2015, algorithm 1) on levels; `step` is its rate."""
+
+    _square: Tensor | float = 0.0
+    _mean: Tensor | float = 0.0
+    _done: int = 0
+
+    @override
+    def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
+        self._done += 1
+        # By their mean size, or what keeps from dividing by zero would be large beside gradients of many small values.
+        gradient = gradient / gradient.abs().mean().clamp(min=1e-30)
+        self._mean = 0.9 * self._mean + 0.1 * gradient
+        self._square = 0.999 * self._square + 0.001 * gradient.square()
+        mean, square = self._mean / (1 - 0.9**self._done), self._square / (1 - 0.999**self._done)
+        return self.within(x - self.length * mean / (square.sqrt() + 1e-8))
+
+
+class Apgd(Rule):
+    """Auto-PGD (Croce & Hein 2020, algorithm 1): steps of twice the budget at first, halved where they stop helping.
+
+    `step` and `momentum` are its own.
+    """
+
+    ALPHA, RHO = 0.75, 0.75
+    FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06
+
+    def __post_init__(self) -> None:
+        self._size = 2 * self.budget.eps * self.budget.scale
+        self._before: Tensor | None = None
+        self._best: tuple[float, Tensor, Tensor] | None = None
+        self._last_loss = self._best_at_check = torch.inf
+        self._falls = self._since = 0
+        self._wait, self._halved = self.FIRST, True
+
+    @override
+    def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
+        self._falls += loss < self._last_loss
+        self._last_loss = loss
+        if self._best is None or loss < self._best[0]:
+            self._best = loss, x, gradient
+        if self._since >= max(1, round(self._wait * self.steps)):
+            x, gradient = self._checked(x, gradient, self._best)
+        moved = self.within(x - self._size * self.budget.direction(gradient))
+        if self._before is not None:
+            moved = self.within(x + self.ALPHA * (moved - x) + (1 - self.ALPHA) * (x - self._before))
+        self._before = x
+        self._since += 1
+        return moved
+
+    def _checked(self, x: Tensor, gradient: Tensor, best: tuple[float, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """From where steps go on: the last photo, or the best so far where they are halved."""
+        stuck = not self._halved and best[0] >= self._best_at_check
+        self._halved = self._falls < self.RHO * self._since or stuck
+        if self._halved:
+            self._size /= 2
+            _, x, gradient = best
+            self._before = None
+        self._best_at_check = best[0]
+        self._wait = max(self._wait - self.SHORTER, self.SHORTEST)
+        self._falls = self._since = 0
+        return x, gradient
+
+
+RULES: dict[str, type[Rule]] = {
+    "steepest": Steepest,
+    "sign": Sign,
+    "normalized": Normalized,
+    "raw": Raw,
+    "adam": Adam,
+    "apgd": Apgd,
+}
+
+
+def rule_named(name: str) -> type[Rule]:
+    """A rule of `RULES`.
+
+    Raises:
+        DetguardError: there is none of that name.
+    """
+    if name not in RULES:
+        raise DetguardError(f"--rule {name}: expected one of {', '.join(RULES)}")
+    return RULES[name]

@@ -1,0 +1,92 @@
+"""WebP and H.264: what services and cameras do to a photo. Gradients go straight through them."""
+
+import io
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from torch import Tensor
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.photos import Photo, decode_photo
+from detguard.transforms.base import Transform, whole_number
+
+
+class Codec(Transform):
+    """A transform that encodes and decodes."""
+
+    @override
+    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
+        """Straight through."""
+        return gradient
+
+
+@dataclass(frozen=True)
+class Webp(Codec):
+    """Encode and decode by libwebp at a quality of 1..100."""
+
+    quality: int
+    kind = "webp"
+    example = "webp:75"
+    suffix = ".webp"
+    whole = True
+
+    def __str__(self) -> str:
+        return f"webp:{self.quality}"
+
+    @classmethod
+    def parse(cls, value: str) -> "Webp":
+        """`webp:Q` with Q 1..100."""
+        return cls(whole_number(value, 1, 100, "a quality"))
+
+    @override
+    def __call__(self, photo: Photo) -> Photo:
+        return decode_photo(self.encode(photo))
+
+    @override
+    def encode(self, photo: Photo) -> bytes:
+        """The bytes of the .webp file itself, so that the saved member is what the loop saw."""
+        bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, self.quality])[1].tobytes()
+
+
+@dataclass(frozen=True)
+class H264(Codec):
+    """The first frame of a film, by libx264 at a constant rate factor: what a camera's stream leaves of a photo."""
+
+    factor: int
+    kind = "h264"
+    example = "h264:28"
+    whole = True
+
+    def __str__(self) -> str:
+        return f"h264:{self.factor}"
+
+    @classmethod
+    def parse(cls, value: str) -> "H264":
+        """`h264:F` with F 0 (hardly a loss) to 51; 23 is the encoder's own. Needs `pip install detguard[video]`."""
+        found = cls(whole_number(value, 0, 51, "a rate factor"))
+        try:
+            import av  # noqa: F401
+        except ImportError:
+            raise DetguardError(f"transform '{found}': needs PyAV; pip install 'detguard[video]'") from None
+        return found
+
+    @override
+    def __call__(self, photo: Photo) -> Photo:
+        import av
+
+        height, width = photo.shape[:2]
+        # Chroma is halved, so sides are even.
+        even = np.pad(photo, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        film = io.BytesIO()
+        with av.open(film, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=25, options={"crf": str(self.factor), "threads": "1"})
+            stream.width, stream.height, stream.pix_fmt = even.shape[1], even.shape[0], "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+            container.mux(stream.encode())
+        film.seek(0)
+        with av.open(film, "r") as read:
+            frame = next(read.decode(video=0)).to_ndarray(format="rgb24")
+        return np.ascontiguousarray(frame[:height, :width])

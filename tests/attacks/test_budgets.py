@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detguard import DetguardError
+from detguard.attacks.budgets import BUDGETS, L2, Linf, largest_difference, parse_budget
+
+SIZES = st.sampled_from([0.0, 0.5, 1.0, 4.0, 255.0])
+
+
+def photo_and_wild(seed, spread):
+    rng = np.random.default_rng(seed)
+    original = rng.integers(0, 256, (9, 7, 3), np.uint8)
+    return original, torch.from_numpy(original + rng.normal(0, spread, original.shape)).float()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.3, 2.0, 50.0]), st.sampled_from(sorted(BUDGETS)), SIZES)
+def test_what_is_saved_keeps_the_budget_and_the_range_of_pixels(seed, spread, kind, eps):
+    original, wild = photo_and_wild(seed, spread)
+    budget, levels = BUDGETS[kind](np.floor(eps) if kind == "linf" else eps), torch.from_numpy(original).float()
+    saved = budget.levels(budget.project(wild, levels), levels)
+    assert torch.equal(saved, saved.round())
+    assert saved.min() >= 0
+    assert saved.max() <= 255
+    assert budget.used(saved.to(torch.uint8).numpy(), original) <= budget.eps
+
+
+@pytest.mark.parametrize("budget", [Linf(4), L2(0.5)])
+def test_projecting_moves_nothing_that_is_within_the_budget(budget):
+    original = torch.full((4, 4, 3), 100.0)
+    x = torch.full((4, 4, 3), 103.0)
+    assert torch.allclose(budget.project(x, original), x)
+
+
+@pytest.mark.parametrize("budget", [Linf(4), L2(0.5)])
+def test_photos_of_a_batch_are_projected_each_for_itself_in_any_range(budget):
+    original = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    x = original + torch.tensor([0.001, 3.0])[:, None, None, None] * torch.randn(original.shape)
+    both = budget.project(x, original, white=1.0)
+    alone = budget.project(255 * x[1], 255 * original[1])
+    assert torch.allclose(255 * both[1], alone, atol=1e-3)
+    assert torch.equal(both[0], x[0].clamp(0, 1).to(both)) or budget.kind == "l2"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([Linf(2), L2(2)]))
+def test_no_step_of_length_1_raises_a_linear_loss_more_than_the_direction(seed, budget):
+    generator = torch.Generator().manual_seed(seed)
+    gradient, other = torch.randn(2, 5, 4, 3, generator=generator)
+    best = budget.direction(gradient)
+    size = {"linf": lambda x: x.abs().max(), "l2": lambda x: x.norm()}[budget.kind]
+    assert size(best) == pytest.approx(1, abs=1e-5)
+    assert (gradient * best).sum() >= (gradient * other / size(other)).sum() - 1e-5
+
+
+def test_rounding_an_l2_change_costs_little_of_it():
+    rng = np.random.default_rng(0)
+    original, budget = torch.full((64, 64, 3), 128.0), L2(1.0)
+    x = budget.project(original + torch.from_numpy(rng.normal(0, 40, original.shape)).float(), original)
+    assert budget.used(budget.levels(x, original).to(torch.uint8).numpy(), original.to(torch.uint8).numpy()) > 0.98
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 4, 8]))
+def test_random_starts_are_whole_levels_that_use_the_whole_budget(seed, eps):
+    original = torch.full((30, 30, 3), 128.0)
+    start = Linf(eps).start(original, seed)
+    assert torch.equal(start, start.round())
+    assert set((start - 128).unique().tolist()) == set(range(-eps, eps + 1))
+    assert torch.equal(start, Linf(eps).start(original, seed))
+
+
+def test_an_l2_start_is_at_the_surface():
+    original = torch.full((30, 30, 3), 128.0)
+    assert (L2(1.5).start(original, 3) - original).norm() / 255 == pytest.approx(1.5, abs=1e-4)
+
+
+def test_the_largest_difference_counts_both_ways():
+    low, high = np.full((2, 2, 3), 3, np.uint8), np.full((2, 2, 3), 250, np.uint8)
+    assert largest_difference(low, high) == largest_difference(high, low) == 247
+
+
+def test_the_length_of_a_change_is_that_of_all_its_values():
+    assert L2(9).used(np.full((1, 3, 3), 255, np.uint8), np.zeros((1, 3, 3), np.uint8)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("kind", sorted(BUDGETS))
+def test_photos_of_two_shapes_are_not_compared(kind):
+    with pytest.raises(ValueError, match="shape"):
+        BUDGETS[kind](4).used(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 1.5), ("linf", 256), ("l2", -1), ("l2", float("nan")), ("l1", 4)])
+def test_what_is_no_budget_is_refused(norm, eps):
+    with pytest.raises(DetguardError, match="--norm" if norm == "l1" else "--eps"):
+        parse_budget(norm, eps)

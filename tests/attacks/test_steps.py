@@ -1,0 +1,57 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from detguard import DetguardError
+from detguard.attacks.budgets import L2, Linf
+from detguard.attacks.steps import RULES, rule_named
+
+TARGET = torch.tensor([[[131.0, 120.0, 128.0]]])
+
+
+def follow(rule, steps):
+    """The way of a rule down the squared distance to TARGET, losses beside it."""
+    x, way = rule.original, []
+    for _ in range(steps):
+        loss = (x - TARGET).square().sum()
+        way.append((x, loss.item()))
+        x = rule(x, 2 * (x - TARGET), loss.item())
+    return [*way, (x, (x - TARGET).square().sum().item())]
+
+
+@pytest.mark.parametrize("budget", [Linf(20), L2(20 / 255)])
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_goes_down(name, budget):
+    step = (0.05 if name == "raw" else 0.3) / budget.scale
+    rule = RULES[name](budget, torch.full((1, 1, 3), 128.0), step, 60)
+    way = follow(rule, 60)
+    assert min(loss for _, loss in way) < 0.1 * way[0][1]
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_stays_within_the_budget(name):
+    rule = RULES[name](Linf(2), torch.full((1, 1, 3), 128.0), 5, 20)
+    assert all((x - 128).abs().max() <= 2 for x, _ in follow(rule, 20))
+
+
+def test_steps_are_as_long_as_they_are_told_in_the_budgets_own_measure():
+    gradient = torch.tensor([[[3.0, -4.0, 0.0]]])
+    original = torch.full((1, 1, 3), 128.0)
+    for budget, wanted in ((Linf(9), [-2, 2, 0]), (L2(9), [-2 * 255 * 0.6, 2 * 255 * 0.8, 0])):
+        moved = RULES["steepest"](budget, original, 2, 5)(original, gradient, 0.0) - original
+        assert moved.flatten().tolist() == pytest.approx([max(-128, min(127, w)) for w in wanted], abs=1e-3)
+
+
+def test_auto_pgd_starts_with_twice_the_budget_and_ends_in_ever_smaller_steps():
+    rule = RULES["apgd"](Linf(4), torch.full((1, 1, 3), 128.0), 1, 100)
+    way = [x for x, _ in follow(rule, 100)]
+    moves = [(b - a).abs().max().item() for a, b in pairwise(way)]
+    assert moves[0] == 4
+    assert moves[-1] < 1
+    assert (way[-1] - TARGET.clamp(124, 132)).abs().max() < 1
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(DetguardError, match="--rule"):
+        rule_named("lbfgs")
