@@ -27,6 +27,8 @@ from detguard.transforms.base import GradientRule, Transform
 
 Aggregate = Literal["mean", "weighted", "max"]
 DEFAULT = Linf(4)
+# Draws in a row that must be fooled before a group with random members counts as fooled.
+STEADY = 5
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class AttackOptions:
     step: how far per iteration, in the unit of the budget;
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
     found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group;
-    stop: end as soon as all are fooled; without it all `steps` are made and the one of lowest loss counts.
+    stop: end as soon as all are fooled, of random members `STEADY` draws in a row; without it all `steps` are made and the one of lowest loss counts.
     """
 
     conf: float = 0.25
@@ -144,6 +146,8 @@ class Attempt:
     aims: list[Any]
     steps: int = 0
     fooled: list[bool] = field(default_factory=list)
+    in_a_row: int = 0
+    enough: int = 1
     failed: bool = False
     best: Photo | None = None
     best_members: list[Member] = field(default_factory=list)
@@ -167,8 +171,11 @@ class Attempt:
 
     @property
     def done(self) -> bool:
-        """Whether every member of the group is fooled, as the loop sees it; the saved file has the last word."""
-        return bool(self.fooled) and all(self.fooled)
+        """Whether every member of the group was fooled often `enough` in a row, as the loop sees it.
+
+        The saved file has the last word.
+        """
+        return self.in_a_row >= self.enough
 
 
 def attack_group(
@@ -230,7 +237,9 @@ def _begin(
     rule = rule_named(options.rule)(options.budget, original, options.step, options.steps, options.momentum)
     shape = (photo.shape[0], photo.shape[1])
     members = [Member.of(detector, transform, shape) for transform in (None, *transforms)]
-    return Attempt(key, photo, clean, original, x, rule, np.random.default_rng(seed), members, [None] * len(members))
+    rng = np.random.default_rng(seed)
+    enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
+    return Attempt(key, photo, clean, original, x, rule, rng, members, [None] * len(members), enough=enough)
 
 
 def _draw(detector: Detector, attempt: Attempt, transforms: Sequence[Transform]) -> None:
@@ -266,6 +275,7 @@ def _iterate(
         for k, i in enumerate(numbers):
             _take_aim(attempts[i // count], i % count, objective, candidates[k : k + 1])
     for attempt in attempts:
+        attempt.in_a_row = attempt.in_a_row + 1 if attempt.fooled and all(attempt.fooled) else 0
         attempt.failed = not attempt.done and attempt.steps >= options.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detguard import DetguardError
 from detguard.attacks.budgets import L2, Linf, largest_difference
-from detguard.attacks.group import AttackOptions, Member, attack_group, photo_gradient, photo_seed
+from detguard.attacks.group import STEADY, AttackOptions, Member, attack_group, photo_gradient, photo_seed
 from detguard.objectives import Vanish, outcomes
 from detguard.photos import Letterbox
 from detguard.transforms.parse import parse_transforms
@@ -274,3 +274,12 @@ def test_a_random_member_is_drawn_anew_in_each_step_and_its_last_draw_is_told(bu
     assert str(attempt.drawn[0]) in seen
     (again,) = attack_group(bundled, source, Vanish((0,)), group, options)
     assert np.array_equal(again.adversarial, attempt.adversarial)
+
+
+@pytest.mark.parametrize(("spec", "steps"), [("flip:h", 0), ("noise:1", STEADY - 1)])
+def test_random_members_count_as_fooled_after_some_draws_in_a_row(bundled, small, spec, steps):
+    always = Scripted((0,), told=(True,) * 20)
+    source = [("bus", small, bundled.predict(small, 0.25))]
+    (attempt,) = attack_group(bundled, source, always, parse_transforms(spec), AttackOptions())
+    assert attempt.done
+    assert attempt.steps == steps
