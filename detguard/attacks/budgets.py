@@ -6,9 +6,10 @@ other. Tensors are photos of any layout and number: the last three dimensions ar
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +33,14 @@ class Budget(ABC):
     def __str__(self) -> str:
         return f"{self.eps:g} {self.unit}"
 
+    def config(self) -> dict[str, Any]:
+        """What `parse_budget` makes the budget of, as plain values."""
+        return {"norm": self.kind, "eps": self.eps, "mask": None}
+
+    def on(self, shape: tuple[int, int], boxes: Tensor) -> "Budget":
+        """The budget on one photo of (height, width), of which objects in `boxes` [N, 4] are attacked."""
+        return self
+
     @abstractmethod
     def start(self, original: Tensor, seed: int) -> Tensor:
         """A photo drawn at random within the budget, in levels, from numbers of the CPU: the same on any device."""
@@ -47,6 +56,10 @@ class Budget(ABC):
     def levels(self, x: Tensor, original: Tensor) -> Tensor:
         """`x`, which is within the budget, in whole levels as it would be saved, and still within it: float32."""
         return x.round()
+
+    @abstractmethod
+    def between(self, low: float, high: float) -> float | None:
+        """A size between one that is too small and one that is enough; None: nothing is to be gained any more."""
 
     @abstractmethod
     def used(self, photo: Photo, original: Photo) -> float:
@@ -82,6 +95,10 @@ class Linf(Budget):
         return torch.maximum(x, original - reach).minimum(original + reach).clamp_(0, white)
 
     @override
+    def between(self, low: float, high: float) -> float | None:
+        return (low + high) // 2 if high - low > 1 else None
+
+    @override
     def used(self, photo: Photo, original: Photo) -> float:
         return largest_difference(photo, original)
 
@@ -93,6 +110,7 @@ class L2(Budget):
     It grows with the photo: a change of 2 levels in every value is 7.5 of 640 x 480 px.
     """
 
+    NEAR: ClassVar[float] = 0.05
     kind = "l2"
     unit = "(Euclidean, black to white is 1)"
     scale = WHITE
@@ -126,17 +144,107 @@ class L2(Budget):
         return original + (x - original).trunc()
 
     @override
+    def between(self, low: float, high: float) -> float | None:
+        return (low + high) / 2 if high - low > self.NEAR * high else None
+
+    @override
     def used(self, photo: Photo, original: Photo) -> float:
         _same_shape(photo, original)
         change = photo.astype(np.int64) - original
         return math.sqrt(int((change * change).sum())) / WHITE
 
 
+@dataclass(frozen=True)
+class Masked(Budget):
+    """A budget that may be spent in one part of a photo only.
+
+    kind_within: of the budget there; where: "inside" the boxes of the objects that are attacked, "outside" them, or the
+    corners x1, y1, x2, y2, x3, y3, ... of a polygon in pixels. mask: bool [H, W, 1] of one photo, by `on`.
+    """
+
+    kind_within: type[Budget]
+    where: str | tuple[float, ...]
+    mask: Tensor | None = field(default=None, compare=False)
+    kind = "mask"
+
+    @classmethod
+    def of(cls, within: Budget, where: str | tuple[float, ...]) -> "Masked":
+        """That part of a budget."""
+        return cls(within.eps, type(within), where)
+
+    @property
+    def within(self) -> Budget:
+        """The budget there."""
+        return self.kind_within(self.eps)
+
+    def __str__(self) -> str:
+        part = f"{self.where} the objects" if isinstance(self.where, str) else "in a polygon"
+        return f"{self.within} {part}"
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """That of the budget within."""
+        return self.within.unit
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        """That of the budget within."""
+        return self.within.scale
+
+    @override
+    def config(self) -> dict[str, Any]:
+        where = self.where if isinstance(self.where, str) else ",".join(f"{number:g}" for number in self.where)
+        return self.within.config() | {"mask": where}
+
+    @override
+    def on(self, shape: tuple[int, int], boxes: Tensor) -> Budget:
+        mask = np.zeros((*shape, 1), np.uint8)
+        if isinstance(self.where, str):
+            for x1, y1, x2, y2 in boxes.tolist():
+                mask[math.floor(max(y1, 0)) : math.ceil(y2), math.floor(max(x1, 0)) : math.ceil(x2)] = 1
+            mask = 1 - mask if self.where == "outside" else mask
+        else:
+            cv2.fillPoly(mask, [np.array(self.where).round().astype(np.int32).reshape(-1, 2)], 1)
+        return replace(self, mask=torch.from_numpy(mask).bool())
+
+    def _part(self, like: Tensor) -> Tensor:
+        assert self.mask is not None, "on() gives the mask"
+        return self.mask.to(like.device)
+
+    @override
+    def start(self, original: Tensor, seed: int) -> Tensor:
+        return torch.where(self._part(original), self.within.start(original, seed), original)
+
+    @override
+    def direction(self, gradient: Tensor) -> Tensor:
+        return self.within.direction(gradient * self._part(gradient))
+
+    @override
+    def project(self, x: Tensor, original: Tensor, white: float = WHITE) -> Tensor:
+        return self.within.project(torch.where(self._part(x), x, original), original, white)
+
+    @override
+    def levels(self, x: Tensor, original: Tensor) -> Tensor:
+        return self.within.levels(x, original)
+
+    @override
+    def between(self, low: float, high: float) -> float | None:
+        return self.within.between(low, high)
+
+    @override
+    def used(self, photo: Photo, original: Photo) -> float:
+        """Infinite where anything changed elsewhere."""
+        used = self.within.used(photo, original)
+        assert self.mask is not None, "on() gives the mask"
+        elsewhere = (photo != original).any(2) & ~self.mask[..., 0].numpy()
+        return math.inf if elsewhere.any() else used
+
+
 BUDGETS: dict[str, type[Budget]] = {kind.kind: kind for kind in (Linf, L2)}
 
 
-def parse_budget(norm: str, eps: float) -> Budget:
-    """The budget of a kind of `BUDGETS`.
+def parse_budget(norm: str, eps: float, mask: str | None = None) -> Budget:
+    """The budget of a kind of `BUDGETS`, everywhere or where `mask` says: inside, outside, or corners of a polygon.
 
     Raises:
         DetguardError: no such kind, or a size that it does not have.
@@ -147,7 +255,22 @@ def parse_budget(norm: str, eps: float) -> Budget:
         raise DetguardError(f"--eps {eps:g}: expected whole levels of 0..255, as files hold no others")
     if not 0 <= eps < math.inf:
         raise DetguardError(f"--eps {eps:g}: expected a number of 0 or more")
-    return BUDGETS[norm](eps)
+    budget = BUDGETS[norm](eps)
+    return budget if mask is None else Masked.of(budget, _parse_mask(mask))
+
+
+def _parse_mask(mask: str) -> str | tuple[float, ...]:
+    if mask in ("inside", "outside"):
+        return mask
+    try:
+        corners = tuple(float(number) for number in mask.split(","))
+    except ValueError:
+        corners = ()
+    if len(corners) < 6 or len(corners) % 2 or not all(0 <= number <= 1e5 for number in corners):
+        raise DetguardError(
+            f"--mask '{mask}': expected inside, outside, or the corners x1,y1,x2,y2,x3,y3,... in pixels"
+        )
+    return corners
 
 
 def largest_difference(photo: Photo, original: Photo) -> int:

@@ -39,7 +39,8 @@ class AttackOptions:
     step: how far per iteration, in the unit of the budget;
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
     found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group;
-    stop: end as soon as all are fooled, of random members `STEADY` draws in a row; without it all `steps` are made and the one of lowest loss counts.
+    smallest: search for the least budget that fools; stop: end as soon as all are fooled, of random members `STEADY`
+    draws in a row; without it all `steps` are made and the one of lowest loss counts.
     """
 
     conf: float = 0.25
@@ -56,6 +57,7 @@ class AttackOptions:
     margin: float = 0.05
     seed: int = 0
     batch: int = 1
+    smallest: bool = False
     stop: bool = True
 
     @classmethod
@@ -66,14 +68,15 @@ class AttackOptions:
             DetguardError: there is no such budget.
         """
         search = dict(config)
-        budget, weights = parse_budget(search.pop("norm"), search.pop("eps")), search.pop("weights")
+        budget = parse_budget(*(search.pop(name) for name in ("norm", "eps", "mask")))
+        weights = search.pop("weights")
         return cls(**search, budget=budget, weights=tuple(weights) if weights else None)
 
     def config(self) -> dict[str, Any]:
         """What a run keeps of them, as plain values; `stop` is left out, as every run stops."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("budget", "stop")}
         weights = list(self.weights) if self.weights else None
-        return {"norm": self.budget.kind, "eps": self.budget.eps} | kept | {"weights": weights}
+        return self.budget.config() | kept | {"weights": weights}
 
     def check(self, members: int) -> None:
         """Raise DetguardError if there is no such rule, or the weights do not match the `members` of the group."""
@@ -157,6 +160,11 @@ class Attempt:
     def adversarial(self) -> Photo:
         """The photo to save, `uint8 [H, W, 3]`: the last one, or when the attack failed the best one seen."""
         return self.levels if self.best is None or self.done else self.best
+
+    @property
+    def used(self) -> float:
+        """How much of the budget `adversarial` uses, in its unit."""
+        return self.rule.budget.used(self.adversarial, self.photo)
 
     @property
     def drawn(self) -> list[Transform]:

@@ -1,0 +1,52 @@
+"""The least budget that fools, photo by photo: how far a detector is from failing, not whether it fails."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from detguard.attacks.group import AttackOptions, Attempt, attack_group
+from detguard.detections import Detections
+from detguard.detectors.base import Detector
+from detguard.objectives import Objective
+from detguard.photos import Photo
+from detguard.transforms.base import Transform
+
+
+def attack_smallest(
+    detector: Detector,
+    photos: Iterable[tuple[str, Photo, Detections]],
+    objective: Objective,
+    transforms: Sequence[Transform],
+    options: AttackOptions,
+    on_step: Callable[[Sequence[Attempt]], None] | None = None,
+) -> Iterator[Attempt]:
+    """As `attack_group`, with the least budget up to that of `options` by which the attack succeeds: by bisection.
+
+    Steps shrink with the budget. Where all of it is not enough, that failed attempt is what is yielded; an attempt's
+    `steps` are those of all of the photo's attempts together.
+    """
+    whole = options.budget.eps
+    for item in photos:
+        best = _attempt(detector, item, objective, transforms, options, on_step)
+        steps, low, high = best.steps, 0.0, best.used if best.done else 0.0
+        while (eps := options.budget.between(low, high)) is not None:
+            step = max(options.step * eps / whole, options.step / 10)
+            tried = replace(options, budget=replace(options.budget, eps=eps), step=step)
+            found = _attempt(detector, item, objective, transforms, tried, on_step)
+            steps += found.steps
+            if found.done:
+                best, high = found, found.used
+            else:
+                low = eps
+        best.steps = steps
+        yield best
+
+
+def _attempt(
+    detector: Detector,
+    item: tuple[str, Photo, Detections],
+    objective: Objective,
+    transforms: Sequence[Transform],
+    options: AttackOptions,
+    on_step: Callable[[Sequence[Attempt]], None] | None,
+) -> Attempt:
+    return next(attack_group(detector, [item], objective, transforms, options, on_step))

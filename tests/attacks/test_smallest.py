@@ -1,0 +1,38 @@
+import cv2
+import numpy as np
+import pytest
+
+from detguard.attacks.budgets import L2, Linf
+from detguard.attacks.group import AttackOptions, attack_group
+from detguard.attacks.smallest import attack_smallest
+from detguard.objectives import Vanish
+
+
+@pytest.fixture(scope="module")
+def small(bus):
+    return cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+
+
+@pytest.mark.parametrize("budget", [Linf(16), L2(16)])
+def test_the_least_budget_fools_and_a_smaller_one_does_not(bundled, small, budget):
+    clean = bundled.predict(small, 0.25)
+    options = AttackOptions(budget=budget, step=budget.eps / 4, steps=15)
+    (least,) = attack_smallest(bundled, [("bus", small, clean)], Vanish((0,)), [], options)
+    assert least.done
+    assert not len(bundled.predict(least.adversarial, 0.25).of([0]))
+    assert least.used < budget.eps / 2
+    below = least.used - 1 if budget.kind == "linf" else 0.9 * least.used
+    step = options.step * below / budget.eps
+    weaker = AttackOptions(budget=type(budget)(below), step=step, steps=15)
+    (failed,) = attack_group(bundled, [("bus", small, clean)], Vanish((0,)), [], weaker)
+    assert failed.failed
+    assert least.steps > 15
+
+
+def test_where_the_whole_budget_is_not_enough_that_attempt_is_told(bundled, small):
+    clean = bundled.predict(small, 0.25)
+    options = AttackOptions(budget=Linf(1), steps=1)
+    (attempt,) = attack_smallest(bundled, [("bus", small, clean)], Vanish((0,)), [], options)
+    assert attempt.failed
+    assert attempt.steps == 1
+    assert not np.array_equal(attempt.adversarial, small) or attempt.used == 0
