@@ -75,7 +75,7 @@ class Linf(Budget):
     """No value of a pixel changes by more than `eps` levels of 255."""
 
     kind = "linf"
-    unit = "of 255 levels"
+    unit = "levels of 255"
     scale = 1.0
 
     @override
@@ -200,7 +200,8 @@ class Masked(Budget):
     def on(self, shape: tuple[int, int], boxes: Tensor) -> Budget:
         mask = np.zeros((*shape, 1), np.uint8)
         if isinstance(self.where, str):
-            for x1, y1, x2, y2 in boxes.tolist():
+            # As records keep boxes, so that a run can be verified by what it says.
+            for x1, y1, x2, y2 in [[round(side, 1) for side in box] for box in boxes.tolist()]:
                 mask[math.floor(max(y1, 0)) : math.ceil(y2), math.floor(max(x1, 0)) : math.ceil(x2)] = 1
             mask = 1 - mask if self.where == "outside" else mask
         else:

@@ -213,7 +213,7 @@ def attack_group(
             if (item := next(source, None)) is None:
                 exhausted = True
             else:
-                attempt = _begin(detector, *item, transforms, options)
+                attempt = _begin(detector, *item, objective, transforms, options)
                 waiting[attempt.members[0].letterbox.frame].append(attempt)
         shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
         if shape is None:
@@ -236,14 +236,16 @@ def _begin(
     key: str,
     photo: Photo,
     clean: Detections,
+    objective: Objective,
     transforms: Sequence[Transform],
     options: AttackOptions,
 ) -> Attempt:
+    shape = (photo.shape[0], photo.shape[1])
+    budget = options.budget.on(shape, clean.of(objective.targets).boxes)
     original = torch.from_numpy(photo).to(detector.device).float()
     seed = photo_seed(key, options.seed)
-    x = options.budget.start(original, seed) if options.random_start else original
-    rule = rule_named(options.rule)(options.budget, original, options.step, options.steps, options.momentum)
-    shape = (photo.shape[0], photo.shape[1])
+    x = budget.start(original, seed) if options.random_start else original
+    rule = rule_named(options.rule)(budget, original, options.step, options.steps, options.momentum)
     members = [Member.of(detector, transform, shape) for transform in (None, *transforms)]
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1

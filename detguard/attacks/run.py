@@ -14,6 +14,7 @@ from kornia.metrics import ssim
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget, largest_difference
 from detguard.attacks.group import AttackOptions, Attempt, attack_group
+from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.objectives import Mislabel, Objective, Vanish, outcomes
@@ -91,7 +92,8 @@ def attack_photos(
             started[key] = begin, clean
             yield key, photo, clean.above(job.options.conf)
 
-    for attempt in attack_group(job.detector, readable(), job.objective, job.transforms, job.options, on_step):
+    search = attack_smallest if job.options.smallest else attack_group
+    for attempt in search(job.detector, readable(), job.objective, job.transforms, job.options, on_step):
         yield from unattackable
         unattackable.clear()
         file = files[attempt.key]
@@ -137,7 +139,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
     run.write(names[PHOTO], encode_png(attempt.adversarial))
     for name, transform in drawn.items():
         run.write(names[name], transform.encode(attempt.adversarial))
-    saved, budget = read_photo(run.path(names[PHOTO])), job.options.budget
+    saved, budget = read_photo(run.path(names[PHOTO])), attempt.rule.budget
     used = budget.used(saved, attempt.photo)
     if used > budget.eps:
         raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
@@ -158,6 +160,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         "iterations": attempt.steps,
         "difference": largest_difference(saved, attempt.photo),
         "used": round(used, 3),
+        "eps": budget.eps,
         "psnr": round(min(cv2.PSNR(saved, attempt.photo), 100.0), 2),
         "ssim": round(structural_similarity(saved, attempt.photo), 4),
         "objects": [
@@ -233,7 +236,8 @@ def verify_run(
             further = {str(t): t.draw(rng) for t in transforms if str(t) not in found}
             found |= {name: detector.predict(t(saved), lowest, iou) for name, t in further.items()}
             group = {name: parse_transforms(record["draws"].get(name, name))[0] for name in paths if name != PHOTO}
-            used = budget.used(saved, original)
+            attacked = torch.tensor([o["box"] for o in record["objects"]]).view(-1, 4)
+            used = budget.on((original.shape[0], original.shape[1]), attacked).used(saved, original)
         except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue

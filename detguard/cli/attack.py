@@ -66,6 +66,16 @@ def attack(
         ),
     ] = 4,
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="How the budget is measured.")] = "linf",
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it may be spent: inside or outside the objects attacked, or corners of a polygon, "
+            "x1,y1,x2,y2,x3,y3,... in pixels; default: everywhere."
+        ),
+    ] = None,
+    smallest: Annotated[
+        bool, typer.Option("--smallest", help="Search for the least budget up to --eps that fools, photo by photo.")
+    ] = False,
     step: Annotated[
         float | None,
         typer.Option(min=0.0001, help="Change per iteration, in the unit of --eps; default: 1 level, of l2 a fifth."),
@@ -139,9 +149,10 @@ def attack(
         with err.status("Loading the detector"):
             detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
         options = AttackOptions(
-            conf=conf, budget=parse_budget(norm, eps), step=step or (1 if norm == "linf" else max(eps / 5, 1e-4)),
-            steps=steps, rule=rule, aggregate=aggregate, weights=parse_weights(weights), gradient=gradient,
-            momentum=momentum, random_start=random_start, margin=margin, seed=seed, batch=batch,
+            conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
+            step=step or (1 if norm == "linf" else max(eps / 5, 1e-4)), aggregate=aggregate,
+            weights=parse_weights(weights), gradient=gradient, momentum=momentum, random_start=random_start,
+            margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
         config = {
             "detector": detector_config(detector, model), "target": target, "to": to, "strict": strict,
@@ -207,7 +218,7 @@ def run_attack(job: "Job") -> int:
     if attacked:
         out.print(terminal_table(survival_table(attacked, f"{target}: success rate")))
         job.run.write("report.html", attack_page(job.run, records, job.detector))
-    out.print(terminal_list(attack_summary(records)))
+    out.print(terminal_list(attack_summary(records, job.options)))
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
     out.print(f"results: {job.run.folder}{page}", highlight=False, soft_wrap=True)
     statuses = {r["status"] for r in records}

@@ -1,27 +1,30 @@
 """The page of an attack run."""
 
 from detguard import DetguardError
-from detguard.attacks.budgets import parse_budget
+from detguard.attacks.group import AttackOptions
 from detguard.detectors.base import Detector
 from detguard.photos import read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
-from detguard.reports.tables import attack_summary, survival_table
+from detguard.reports.plots import least_budget_plot
+from detguard.reports.tables import attack_summary, least_budgets, survival_table
 from detguard.runs import Record, Run
 
 
 def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     """report.html of an attack run, from its records; photos that can no longer be read are left out."""
+    options = AttackOptions.from_config(run.config["attack"])
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     rate = survival_table(attacked, f"Success rate: {run.config['target']}")
-    tables = [Table("Result", ["", ""], attack_summary(records)), rate]
+    tables = [Table("Result", ["", ""], attack_summary(records, options)), rate]
     items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record))]
-    attack = run.config["attack"]
-    budget = parse_budget(attack["norm"], attack["eps"])
-    subtitle = f"{detector.name} at {detector.imgsz} px, budget {budget}, confidence {attack['conf']}"
+    subtitle = f"{detector.name} at {detector.imgsz} px, budget {options.budget}, confidence {options.conf}"
     wanted = f"found as {run.config['to']}" if run.config["to"] else "not found any more"
     title = f"Attack: {run.config['target']} {wanted}"
     command = ["detguard", *run.config["arguments"]]
-    return render_page(title, subtitle, command, tables, {}, items, len(attacked) - len(items))
+    plots = {}
+    if options.smallest:
+        plots["Success over budget"] = least_budget_plot(least_budgets(attacked), options.budget.unit)
+    return render_page(title, subtitle, command, tables, plots, items, len(attacked) - len(items))
 
 
 def _item(run: Run, record: Record) -> Item | None:

@@ -120,6 +120,20 @@ def budget_plot(metrics: Metrics) -> str:
         return _svg(figure)
 
 
+def least_budget_plot(least: Sequence[float | None], unit: str) -> str:
+    """Share of photos that fool over the budget, from the least one of each; None: more than was tried."""
+    with _figure(6.4, 3.2) as figure:
+        axis = figure.subplots()
+        reached = sorted(size for size in least if size is not None)
+        shares = [100 * (number + 1) / len(least) for number in range(len(reached))]
+        axis.step([0, *reached], [0, *shares], where="post", lw=2.2, color=COLOURS[0])
+        axis.set_xlabel(f"budget, {unit}")
+        axis.set_ylabel(f"% of {len(least)} photos that fool")
+        axis.set_xlim(0)
+        axis.set_ylim(0, 102)
+        return _svg(figure)
+
+
 def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
     """One bar per kind of photos, divided by the gate's mean weights."""
     with _figure(7.5, 0.9 + 0.26 * len(shares)) as figure:

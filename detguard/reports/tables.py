@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from math import inf
 from statistics import mean, median
 
 from rich.table import Table as TerminalTable
 
+from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import THRESHOLDS
 from detguard.detections import Detections
 from detguard.reports.page import Table
@@ -49,8 +51,16 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
     return Table(title, head, rows, note)
 
 
-def attack_summary(records: Sequence[Record]) -> list[list[str]]:
-    """Rows of name and value: photos, objects, iterations, budget used, image quality and time of an attack run."""
+def least_budgets(attacked: Sequence[Record]) -> list[float | None]:
+    """Of each photo the budget that its saved file uses; None where even the whole budget did not fool."""
+    return [r["used"] if r["status"] == "fooled" else None for r in attacked]
+
+
+def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[list[str]]:
+    """Rows of name and value: photos, objects, iterations, budget used, image quality and time of an attack run.
+
+    options: of the run.
+    """
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     statuses = Counter(r["status"] for r in records)
     skipped = [
@@ -68,10 +78,22 @@ def attack_summary(records: Sequence[Record]) -> list[list[str]]:
             ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])],
             ["iterations", f"median {median(steps):g}, mean {mean(steps):.1f}, most {max(steps)}"],
             ["largest difference", f"{max(r['difference'] for r in attacked)} of 255 levels"],
+            ["budget used", f"at most {max(r['used'] for r in attacked):.4g} of {options.budget}"],
+            *([["least budget", _least(attacked)]] if options.smallest else []),
             ["PSNR, SSIM", quality],
             ["time", f"{sum(seconds):.1f} s, {mean(seconds):.1f} s per photo"],
         ]
     return rows
+
+
+def _least(attacked: Sequence[Record]) -> str:
+    """Like "median 2, most 5", photos that no budget fooled counted as more than the largest."""
+    least = least_budgets(attacked)
+    sizes = [inf if size is None else size for size in least]
+    middle, more = median(sizes), sizes.count(inf)
+    words = [f"median {middle:.4g}" if middle < inf else "median over the whole budget"]
+    words += [f"most {max(size for size in sizes if size < inf):.4g}"] if more < len(sizes) else []
+    return ", ".join(words + ([f"not reached by {more} of {len(sizes)} photos"] if more else []))
 
 
 def terminal_table(table: Table) -> TerminalTable:

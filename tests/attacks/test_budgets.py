@@ -97,3 +97,35 @@ def test_photos_of_two_shapes_are_not_compared(kind):
 def test_what_is_no_budget_is_refused(norm, eps):
     with pytest.raises(DetguardError, match="--norm" if norm == "l1" else "--eps"):
         parse_budget(norm, eps)
+
+
+MASKS = {"inside": (slice(3, 6), slice(2, 5)), "outside": None, "0,0,4,0,4,8,0,8": (slice(0, 9), slice(0, 5))}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("norm", sorted(BUDGETS))
+def test_a_masked_budget_is_spent_in_its_part_only(mask, norm):
+    original, wild = photo_and_wild(1, 50)
+    budget = parse_budget(norm, 4, mask).on((9, 7), torch.tensor([[2.0, 3.04, 4.9, 5.5]]))
+    levels = torch.from_numpy(original).float()
+    part = np.zeros((9, 7), bool)
+    if mask == "outside":
+        part[:] = True
+        part[MASKS["inside"]] = False
+    else:
+        part[MASKS[mask]] = True
+    for x in (budget.project(wild, levels), budget.start(levels, 3), levels + budget.direction(wild - levels)):
+        assert ((x != levels).any(2).numpy() <= part).all()
+    saved = budget.levels(budget.project(wild, levels), levels).to(torch.uint8).numpy()
+    assert (saved[part] != original[part]).any()
+    assert budget.used(saved, original) <= 4
+    where = np.argwhere(~part)[0]
+    saved[tuple(where)] ^= 1
+    assert budget.used(saved, original) == float("inf")
+    assert parse_budget(**budget.config()).config() == budget.config() == {"norm": norm, "eps": 4, "mask": mask}
+
+
+@pytest.mark.parametrize("mask", ["", "middle", "1,2,3", "1,2,3,4,5,x", "-1,0,4,4,5,5"])
+def test_what_is_no_mask_is_refused(mask):
+    with pytest.raises(DetguardError, match="--mask"):
+        parse_budget("linf", 4, mask)

@@ -70,7 +70,7 @@ def test_verify_judges_the_files_anew(attacked):
     result = detguard("verify", run, "--transforms", "jpeg:90", cwd=run)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "jpeg:90" in result.stdout
-    assert "most of the budget used: 4 of 4 of 255 levels" in result.stdout
+    assert "most of the budget used: 4 of 4 levels of 255" in result.stdout
 
 
 def test_verify_notices_a_file_that_no_longer_fools(attacked, tmp_path):

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import strategies as st
 from mutations import mutated, odd_tree
 
+from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import plan_attack
 from detguard.cli.evaluate import plan as plan_evaluation
 from detguard.hardening.adapt import Adaptation
@@ -24,7 +25,7 @@ CONFIGS = {
     "attack": {
         "detector": DETECTOR, "target": "person", "to": None, "strict": False, "transforms": "median:3,jpeg:75",
         "attack": {
-            "norm": "linf", "rule": "apgd",
+            "norm": "linf", "rule": "apgd", "mask": "inside", "smallest": True,
             "conf": 0.25, "iou": 0.7, "eps": 4, "step": 1.0, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
             "gradient": "exact", "momentum": 0.0, "random_start": True, "margin": 0.05, "seed": 0, "batch": 1,
         },
@@ -71,7 +72,7 @@ MEMBER = {
 RECORDS = {
     "attack": {
         "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "difference": 4,
-        "used": 4.0, "draws": {}, "psnr": 40.0, "ssim": 0.9,
+        "used": 4.0, "eps": 4.0, "draws": {}, "psnr": 40.0, "ssim": 0.9,
         "objects": [FOUND | {"outcome": "vanished"}], "detections": {"before": [FOUND], "after": []},
         "members": {"photo": MEMBER, "median:3": MEMBER}, "files": {"photo": "adversarial/a.png"}, "seconds": 1.0,
     },
@@ -119,7 +120,7 @@ def use(run, detector):
     if run.config["command"] == "attack":
         attacked = [r for r in records if r["status"] in ("fooled", "failed")]
         survival_table(attacked, "")
-        attack_summary(records)
+        attack_summary(records, AttackOptions.from_config(run.config["attack"]))
     elif run.config["command"] == "harden":
         hardening_page(run)
     elif run.config["command"] == "adapt":
