@@ -57,8 +57,9 @@ def attack(
     files = [str(file) for file in find_photos([photos])]
     base = AttackOptions(**{"steps": 60, **options})
     config = {
-        "detector": detector_config(detector, str(model)), "target": target, "to": to, "strict": False,
-        "transforms": transforms, "photos": files, "arguments": [],
+        "detector": detector_config(detector, str(model)), "goal": "vanish" if to is None else "mislabel",
+        "target": target, "to": to, "strict": False, "object": None, "box": None, "keep_others": False, "loss": "logit",
+        "count": None, "transforms": transforms, "photos": files, "arguments": [],
         "attack": {name: value for name, value in base.__dict__.items() if name != "stop"},
     }  # fmt: skip
     config["attack"]["weights"] = list(base.weights) if base.weights else None

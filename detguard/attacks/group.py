@@ -18,7 +18,7 @@ from detguard import DetguardError
 from detguard.attacks.budget import linf_bounds, project_linf, random_start
 from detguard.detections import Detections, suppress
 from detguard.detectors.base import Detector, to_photo
-from detguard.objectives import Objective
+from detguard.objectives.base import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
 from detguard.transforms.base import GradientRule, Transform
 
@@ -31,7 +31,8 @@ class AttackOptions:
 
     conf: confidence that counts as found; eps: budget, step: per iteration, both in levels;
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
-    found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group;
+    found at `conf * (1 - margin)` either, and what is wanted is found as far over `conf`, which buys survival of
+    transforms that were not in the group;
     stop: end as soon as all are fooled; without it all `steps` are made and the one of lowest loss counts.
     """
 
@@ -69,6 +70,7 @@ class Attempt:
     clean: Detections
     letterbox: Letterbox
     objects: Detections
+    attacked: Tensor
     bounds: tuple[Tensor, Tensor]
     x: Tensor
     aim: Any = None
@@ -150,7 +152,7 @@ def _begin(
     else:
         x = torch.from_numpy(photo).to(detector.device).float()
     objects = Detections(letterbox.boxes_to_frame(clean.boxes), clean.scores, clean.classes)
-    return Attempt(key, photo, clean, letterbox, objects, bounds, x)
+    return Attempt(key, photo, clean, letterbox, objects, objective.attacked(clean), bounds, x)
 
 
 def _iterate(
@@ -162,6 +164,8 @@ def _iterate(
 ) -> None:
     """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
     conf = options.conf * (1 - options.margin)
+    # What is to be found must be as far over the confidence, what is not as far under it.
+    sure = 1 - (1 - options.conf) * (1 - options.margin)
     members = 1 + len(transforms)
     shown = [attempt.levels for attempt in attempts]
 
@@ -174,9 +178,13 @@ def _iterate(
     found = suppress(candidates, conf, options.iou) if options.stop else []
     for i, attempt in enumerate(attempts):
         group = found[i * members : (i + 1) * members]
-        attempt.fooled = [objective.success(attempt.clean, to_photo(d, attempt.letterbox)) for d in group]
+        placed = [to_photo(d, attempt.letterbox) for d in group]
+        attempt.fooled = [objective.success(attempt.clean, d) for d in placed]
+        if objective.raises:
+            both = zip(attempt.fooled, placed, strict=True)
+            attempt.fooled = [fooled and objective.success(attempt.clean, d.above(sure)) for fooled, d in both]
         if attempt.aim is None:
-            attempt.aim = objective.aim(candidates[i * members : i * members + 1], attempt.objects)
+            attempt.aim = objective.aim(candidates[i * members : i * members + 1], attempt.objects, attempt.attacked)
         attempt.failed = not attempt.done and attempt.steps >= options.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:

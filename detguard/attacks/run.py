@@ -16,7 +16,8 @@ from detguard.attacks.budget import largest_difference
 from detguard.attacks.group import AttackOptions, Attempt, attack_group
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
-from detguard.objectives import Mislabel, Objective, Vanish, outcomes
+from detguard.objectives.base import Objective, new, outcomes
+from detguard.objectives.parse import parse_goal
 from detguard.photos import Photo, encode_png, read_photo
 from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
@@ -45,18 +46,7 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     Raises:
         DetguardError: unknown class or transform, or weights that do not match the group.
     """
-    targets = tuple(dict.fromkeys(detector.class_index(name) for name in config["target"].split(",") if name.strip()))
-    if not targets:
-        raise DetguardError("--target: name at least one class, as in person,bus")
-    objective: Objective
-    if config["to"] is None:
-        objective = Vanish(targets, config["strict"])
-    elif config["strict"]:
-        raise DetguardError("--strict: goes with vanishing objects, not with --to")
-    else:
-        objective = Mislabel(targets, detector.class_index(config["to"]))
-        if objective.to in targets:
-            raise DetguardError(f"--to {config['to']}: is a target itself; name another class")
+    objective = parse_goal(config, detector)
     transforms = parse_transforms(config["transforms"])
     weights = config["attack"]["weights"]
     options = AttackOptions(**config["attack"] | {"weights": tuple(weights) if weights else None})
@@ -84,7 +74,7 @@ def attack_photos(
             begin = time.perf_counter()
             # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
             clean = job.detector.predict(photo, lowest_threshold(job.options.conf), job.options.iou)
-            if not len(clean.above(job.options.conf).of(job.objective.targets)):
+            if job.objective.needs_target and not job.objective.attacked(clean.above(job.options.conf)).any():
                 unattackable.append(_append(job.run, {"key": key, "photo": str(file), "status": "no-target"}))
                 continue
             started[key] = begin, clean
@@ -143,10 +133,13 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         )
     lowest = lowest_threshold(job.options.conf)
     found = {name: job.detector.predict(run.path(path), lowest, job.options.iou) for name, path in names.items()}
-    members = {name: judge(job.objective, clean, detections, job.options.conf) for name, detections in found.items()}
-    objects = attempt.clean.of(job.objective.targets)
+    names_of = job.detector.class_names
+    members = {
+        name: judge(job.objective, clean, detections, job.options.conf, names_of) for name, detections in found.items()
+    }
+    objects = attempt.clean[job.objective.attacked(attempt.clean)]
     after = found[PHOTO].above(job.options.conf)
-    overlay = before_after(attempt.photo, attempt.clean, saved, after, job.detector.class_names)
+    overlay = before_after(attempt.photo, attempt.clean, saved, after, names_of)
     run.write(f"overlays/{key}.png", encode_png(overlay))
     return {
         "key": key,
@@ -158,36 +151,40 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         "ssim": round(structural_similarity(saved, attempt.photo), 4),
         "objects": [
             record | {"outcome": outcome}
-            for record, outcome in zip(objects.records(job.detector.class_names), outcomes(objects, after), strict=True)
+            for record, outcome in zip(objects.records(names_of), outcomes(objects, after), strict=True)
         ],
-        "detections": {
-            "before": attempt.clean.records(job.detector.class_names),
-            "after": after.records(job.detector.class_names),
-        },
+        "clean": attempt.clean.records(names_of),
         "members": members,
         "files": names,
     }
 
 
-def judge(objective: Objective, clean: Detections, found: Detections, conf: float) -> Record:
+def judge(
+    objective: Objective, clean: Detections, found: Detections, conf: float, class_names: dict[int, str]
+) -> Record:
     """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
 
-    confidence: of the best detection of a target class that is left; objects_gone: at each of THRESHOLDS, how many
-    of the attacked objects vanished or were relabelled, and how many there were.
+    confidence: of the best detection of a target class; objects_gone: at each of THRESHOLDS, how many of the attacked
+    objects vanished or were relabelled, and how many there were; detections: what is found at `conf`, and whether that
+    is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before.
     """
     left = found.of(objective.targets).scores
     success: dict[str, bool | None] = {}
     gone: dict[str, list[int]] = {}
     for threshold in THRESHOLDS:
         before, after = clean.above(threshold), found.above(threshold)
-        attacked = before.of(objective.targets)
-        success[f"{threshold:g}"] = objective.success(before, after) if len(attacked) else None
+        attacked = before[objective.attacked(before)]
+        something = len(attacked) or not objective.needs_target
+        success[f"{threshold:g}"] = objective.success(before, after) if something else None
         gone[f"{threshold:g}"] = [sum(o != "kept" for o in outcomes(attacked, after)), len(attacked)]
+    before, after = clean.above(conf), found.above(conf)
+    wrong = new(before, after).tolist()
     return {
-        "fooled": objective.success(clean.above(conf), found.above(conf)),
+        "fooled": objective.success(before, after),
         "confidence": round(float(left.max()), 4) if len(left) else 0.0,
         "success": success,
         "objects_gone": gone,
+        "detections": [record | {"wrong": one} for record, one in zip(after.records(class_names), wrong, strict=True)],
     }
 
 
@@ -200,7 +197,8 @@ def structural_similarity(a: Photo, b: Photo) -> float:
 def verify_run(run: Run, detector: Detector, objective: Objective, transforms: Sequence[Transform]) -> Iterator[Record]:
     """Judge the saved files of a run anew, and the adversarial photos after further `transforms`.
 
-    Yields per attacked photo: key, group (names of its members), members (name -> `judge`), difference; or key, error.
+    Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), difference; or key,
+    error.
     """
     conf, iou = float(run.config["attack"]["conf"]), float(run.config["attack"]["iou"])
     lowest = lowest_threshold(conf)
@@ -221,5 +219,11 @@ def verify_run(run: Run, detector: Detector, objective: Objective, transforms: S
         except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue
-        members = {name: judge(objective, clean, d, conf) for name, d in found.items()}
-        yield {"key": record["key"], "group": list(paths), "members": members, "difference": difference}
+        members = {name: judge(objective, clean, d, conf, detector.class_names) for name, d in found.items()}
+        yield {
+            "key": record["key"],
+            "photo": record["photo"],
+            "group": list(paths),
+            "members": members,
+            "difference": difference,
+        }

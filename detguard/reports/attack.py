@@ -1,7 +1,11 @@
 """The page of an attack run."""
 
+from collections import Counter
+
 from detguard import DetguardError
+from detguard.attacks.run import PHOTO
 from detguard.detectors.base import Detector
+from detguard.objectives.parse import wanted
 from detguard.photos import read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
 from detguard.reports.tables import attack_summary, survival_table
@@ -11,16 +15,15 @@ from detguard.runs import Record, Run
 def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     """report.html of an attack run, from its records; photos that can no longer be read are left out."""
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
-    rate = survival_table(attacked, f"Success rate: {run.config['target']}")
+    rate = survival_table(attacked, f"Success rate: {wanted(run.config)}")
     tables = [Table("Result", ["", ""], attack_summary(records)), rate]
     items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record))]
     attack = run.config["attack"]
     subtitle = (
         f"{detector.name} at {detector.imgsz} px, budget {attack['eps']} of 255 levels, confidence {attack['conf']}"
     )
-    wanted = f"found as {run.config['to']}" if run.config["to"] else "not found any more"
-    title = f"Attack: {run.config['target']} {wanted}"
     command = ["detguard", *run.config["arguments"]]
+    title = f"Attack: {wanted(run.config)}"
     return render_page(title, subtitle, command, tables, {}, items, len(attacked) - len(items))
 
 
@@ -29,10 +32,12 @@ def _item(run: Run, record: Record) -> Item | None:
         before, after = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
     except DetguardError:
         return None
-    gone = sum(o["outcome"] != "kept" for o in record["objects"])
-    note = (
-        f"{gone} of {len(record['objects'])} objects gone, {record['iterations']} iterations, "
-        f"{record['difference']} levels, {record['psnr']} dB"
+    found = record["members"][PHOTO]["detections"]
+    fates = Counter(o["outcome"] for o in record["objects"])
+    reached = [f"{count} of {len(record['objects'])} objects {fate}" for fate, count in sorted(fates.items())]
+    if new := sum(d["wrong"] for d in found):
+        reached.append(f"{new} of {len(found)} detections wrong")
+    note = ", ".join(
+        [*reached, f"{record['iterations']} iterations", f"{record['difference']} levels", f"{record['psnr']} dB"]
     )
-    found = record["detections"]
-    return gallery_item(record["key"], record["status"], note, before, found["before"], after, found["after"])
+    return gallery_item(record["key"], record["status"], note, before, record["clean"], after, found)

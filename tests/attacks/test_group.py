@@ -178,9 +178,9 @@ class Scripted(Vanish):
         self.successes.append(1)
         return self.told[len(self.successes) - 1] if self.told else super().success(clean, found)
 
-    def aim(self, candidates, objects):
+    def aim(self, candidates, objects, attacked):
         self.aims.append(1)
-        return super().aim(candidates, objects)
+        return super().aim(candidates, objects, attacked)
 
 
 def scripted(detector, photo, objective, spec="none", **options):

@@ -17,6 +17,7 @@ from detguard.transforms.parse import parse_transforms
 
 PERSONS = Vanish((0,))
 OPTIONS = AttackOptions(steps=40)
+NAMES = {0: "person", 1: "bus"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_further_transforms_are_judged_on_the_adversarial_photo(attacked, bundle
     (verified,) = verify_run(run, bundled, PERSONS, [jpeg])
     original, saved = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
     clean = bundled.predict(original, 0.05)
-    of_saved, of_original = (judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25) for p in (saved, original))
+    of_saved, of_original = (judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25, bundled.class_names) for p in (saved, original))
     assert of_saved != of_original
     assert verified["members"]["jpeg:95"] == of_saved
 
@@ -55,7 +56,7 @@ def test_every_member_is_judged_from_its_own_file(attacked, bundled):
     clean = bundled.predict(read_photo(record["photo"]), 0.05)
     for name, file in record["files"].items():
         found = bundled.predict(run.path(file), 0.05)
-        assert record["members"][name] == judge(PERSONS, clean, found, 0.25), name
+        assert record["members"][name] == judge(PERSONS, clean, found, 0.25, bundled.class_names), name
 
 
 def test_a_photo_that_fools_only_before_it_is_filtered_has_failed(attacked, bundled, tmp_path):
@@ -100,11 +101,12 @@ def found(*rows):
 def test_a_member_is_judged_at_each_threshold_over_what_was_found_there():
     clean = found((0, 0.4, 0, 0, 50, 50), (0, 0.2, 100, 0, 150, 50))
     after = found((1, 0.3, 0, 0, 50, 50), (0, 0.15, 100, 0, 150, 50))
-    judged = judge(PERSONS, clean, after, 0.25)
+    judged = judge(PERSONS, clean, after, 0.25, NAMES)
     assert judged == {
         "fooled": True,
         "confidence": 0.15,
         "success": {"0.05": False, "0.1": False, "0.25": True, "0.5": None},
         "objects_gone": {"0.05": [1, 2], "0.1": [1, 2], "0.25": [1, 1], "0.5": [0, 0]},
+        "detections": [{"class": "bus", "confidence": 0.3, "box": [0, 0, 50, 50], "wrong": True}],
     }
-    assert not judge(PERSONS, clean, after, 0.12)["fooled"]
+    assert not judge(PERSONS, clean, after, 0.12, NAMES)["fooled"]

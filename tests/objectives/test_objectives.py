@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detguard.detections import Candidates, Detections
-from detguard.objectives import Degrade, Mislabel, Outrank, Vanish, outcomes
+from detguard.objectives import Degrade, Mislabel, Outrank, Vanish
+from detguard.objectives.base import outcomes
 from detguard.photos import frames_tensor
 
 PERSON, BUS, TRAIN = 0, 1, 2
