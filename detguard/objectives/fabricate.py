@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, stack
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
 from typing_extensions import override
 
 from detguard.detections import Candidates, Detections
-from detguard.objectives.base import UNFOUND, Goal, Scene, Wish, near, new, pick
+from detguard.objectives.base import UNFOUND, Goal, Scene, Wish, new, pick
 
 # Places at which an object is tried to be raised, for each that is wanted; the candidates that they are chosen from;
 # and their largest overlap.
@@ -47,9 +47,12 @@ class Fabricate(Goal):
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Places:
         """The best candidates of the target classes that lie on no object, apart from each other."""
         logits, boxes = pick(candidates.logits[0].detach(), self.targets), candidates.boxes[0].detach()
-        free = logits.masked_fill(near(boxes, objects).any(1)[:, None], UNFOUND).flatten()
+        # Well apart from the objects, for boxes move.
+        taken = (box_iou(boxes, objects.boxes.to(boxes)) > APART).any(1)
+        free = logits.masked_fill(taken[:, None], UNFOUND).flatten()
         best = free.topk(min(CHOICE, len(free)))
         chosen = nms(boxes[best.indices // len(self.targets)], best.values, APART)[: PLACES * self.count]
+        chosen = chosen[best.values[chosen] > UNFOUND]
         return Places(objects[attacked], objects[~attacked], best.indices[chosen])
 
     @override

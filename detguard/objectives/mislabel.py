@@ -17,16 +17,23 @@ from detguard.objectives.base import (
     Goal,
     Scene,
     Wish,
-    best_other,
+    near,
     on_class,
     outcomes,
     pick,
+    raise_on,
     required,
 )
 
+# Instead of a class: any but an object's own.
 OTHER = -1
-# Candidates of an object on which the new class is raised.
-CANDIDATES = 10
+
+
+@dataclass(frozen=True)
+class Renamed(Scene):
+    """The objects of a frame, and the classes, [K], that those that are attacked are to become."""
+
+    classes: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,17 @@ class Mislabel(Goal):
         return torch.tensor(self.to, device=classes.device)[which]
 
     @override
-    def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
+    def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Renamed:
+        """The objects; for OTHER the class that comes second where the object was found, and no other from then on."""
+        scene = super().aim(candidates, objects, attacked)
+        logits, own = candidates.logits[0].detach(), scene.attacked.classes.to(candidates.logits.device)
+        finder = pick(logits, own).masked_fill(~near(candidates.boxes[0], scene.attacked), UNFOUND).argmax(0)  # [K]
+        second = logits[finder].scatter(1, own[:, None], -torch.inf).argmax(1)
+        to = self.becomes(own)
+        return Renamed(scene.attacked, scene.others, torch.where(to == OTHER, second, to))
+
+    @override
+    def own_loss(self, candidates: Candidates, aims: Sequence[Renamed], conf: float) -> Tensor:
         """Hidden classes under the threshold; on each object's best candidates, `to` over it and over the rest."""
         where = None
         if not self.only.all:
@@ -71,23 +88,10 @@ class Mislabel(Goal):
                 [on_class(b, scene.attacked, self.hidden) for b, scene in zip(candidates.boxes, aims, strict=True)]
             )
         losses = [
-            self._on_objects(logits, boxes, scene.attacked, conf)
+            raise_on(self.by, logits, boxes, scene.attacked, scene.classes, conf)
             for logits, boxes, scene in zip(candidates.logits, candidates.boxes, aims, strict=True)
         ]
         return self.by.lower(pick(candidates.logits, self.hidden), conf, where) + torch.stack(losses)
-
-    def _on_objects(self, logits: Tensor, boxes: Tensor, attacked: Detections, conf: float) -> Tensor:
-        own = attacked.classes.to(logits.device)
-        to = self.becomes(own)
-        other = (to == OTHER)[:, None]
-        new = torch.where(other, best_other(logits.detach(), own).T, pick(logits.detach(), to.clamp(min=0)).T)  # [K, N]
-        # Far better than just in place: the box moves while the class changes.
-        rank = new.sigmoid() + 2 * box_iou(attacked.boxes.to(boxes), boxes.detach()).clamp(max=0.85)
-        best = logits[rank.topk(min(CANDIDATES, len(boxes)), 1).indices]  # [K, CANDIDATES, C]
-        index = torch.arange(logits.shape[1], device=logits.device)
-        wanted = torch.where(other, index != own[:, None], index == to[:, None])[:, None]  # [K, 1, C]
-        raised, rest = best.masked_fill(~wanted, UNFOUND).amax(2), best.masked_fill(wanted, UNFOUND).amax(2)
-        return self.by.higher(raised, conf) + self.by.under(rest, raised)
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:

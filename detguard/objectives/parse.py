@@ -29,7 +29,7 @@ def complete(goal: str | None, target: str | None, to: str | None, selected: boo
         goal = Mislabel.kind if to is not None or ARROW in (target or "") else Vanish.kind
     if goal not in GOALS:
         raise DetguardError(f"--goal '{goal}': expected one of {', '.join(GOALS)}")
-    return goal, target or (ALL if selected else GOALS[goal].default)
+    return goal, (ALL if selected else GOALS[goal].default) if target is None else target
 
 
 def parse_goal(config: Mapping[str, Any], detector: Detector) -> Goal:
@@ -86,15 +86,14 @@ def _pairs(target: str, to: str | None, detector: Detector) -> dict[int, int | N
 
 def wanted(config: Mapping[str, Any]) -> str:
     """What a run wants in words, as "person not found any more", from its config."""
-    target, to = config["target"].replace(ARROW, " found as "), config["to"]
-    target = "every class" if target == ALL else target
-    words = [target]
+    names = [name.strip().replace(ARROW, f" {Mislabel.wanted} ") for name in config["target"].split(",")]
+    words, to = ["every class" if names == [ALL] else ", ".join(names)], config["to"]
     if config["goal"] != Mislabel.kind:
         words.append(GOALS[config["goal"]].wanted)
     elif to is not None:
         words.append(f"{Mislabel.wanted} {'any other class' if to == ANY_OTHER else to}")
-    if config["count"] is not None:
-        words.append(f"(at least {config['count']})")
+    if count := config["count"] or getattr(GOALS[config["goal"]], "count", None):
+        words.append(f"(at least {count})")
     if config["object"]:
         words.append(f"(object {', '.join(map(str, config['object']))})")
     if config["box"]:

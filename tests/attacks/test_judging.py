@@ -3,21 +3,28 @@
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
 from detguard import DetguardError
 from detguard.attacks.group import AttackOptions, attack_group
-from detguard.attacks.run import Job, attack_photos, judge, save_attempt, verify_run
+from detguard.attacks.run import Job, attack_photos, judge, plan_attack, save_attempt, verify_run
 from detguard.detections import Detections
-from detguard.objectives import Vanish
+from detguard.objectives import Fabricate, Vanish
 from detguard.photos import encode_png, read_photo
+from detguard.reports.attack import attack_page
 from detguard.runs import Run
 from detguard.transforms.parse import parse_transforms
 
 PERSONS = Vanish((0,))
 OPTIONS = AttackOptions(steps=40)
 NAMES = {0: "person", 1: "bus"}
+CONFIG = {
+    "goal": "vanish", "target": "person", "to": None, "strict": False, "object": None, "box": None,
+    "keep_others": False, "loss": "logit", "count": None, "transforms": "none",
+    "attack": {"conf": 0.25, "iou": 0.7, "eps": 16, "weights": None}, "arguments": [],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,9 @@ def test_further_transforms_are_judged_on_the_adversarial_photo(attacked, bundle
     (verified,) = verify_run(run, bundled, PERSONS, [jpeg])
     original, saved = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
     clean = bundled.predict(original, 0.05)
-    of_saved, of_original = (judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25, bundled.class_names) for p in (saved, original))
+    of_saved, of_original = (
+        judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25, bundled.class_names) for p in (saved, original)
+    )
     assert of_saved != of_original
     assert verified["members"]["jpeg:95"] == of_saved
 
@@ -90,6 +99,25 @@ def test_what_is_found_below_the_confidence_is_no_target(attacked, bundled, tmp_
     job = Job(bundled, PERSONS, [], AttackOptions(conf=0.99, steps=1), Run.create("attack", tmp_path / "run", {}))
     (other,) = attack_photos(job, {"bus": Path(record["photo"])})
     assert other["status"] == "no-target"
+
+
+def test_something_is_made_of_nothing_where_there_is_no_target(bundled, tmp_path):
+    (tmp_path / "grey.png").write_bytes(encode_png(np.full((96, 96, 3), 128, np.uint8)))
+    config = CONFIG | {"goal": "fabricate", "count": 2}
+    run = Run.create("attack", tmp_path / "run", config)
+    options = AttackOptions(eps=16, step=2, steps=60, margin=0)
+    goal, _, _ = plan_attack(config, bundled)
+    assert goal == Fabricate((0,), 2)
+    (record,) = attack_photos(Job(bundled, goal, [], options, run), {"grey": tmp_path / "grey.png"})
+    assert record["status"] == "fooled"
+    assert not record["clean"]
+    assert not record["objects"]
+    found = record["members"]["photo"]["detections"]
+    assert sum(d["wrong"] for d in found) == len(found) >= 2
+    page = attack_page(run, [record], bundled).decode()
+    assert "Attack: person found where there is none (at least 2)" in page
+    assert f"0 before, {len(found)} after, {len(found)} of them wrong" in page
+    assert "objects" not in page.partition("<body>")[2].partition("<script>")[0]
 
 
 def found(*rows):
