@@ -59,9 +59,9 @@ def attack(
     files = [str(file) for file in find_photos([photos])]
     base = AttackOptions(**{"steps": 60, "budget": Linf(eps), **options})
     config = {
-        "detector": detector_config(detector, str(model)), "target": target, "to": to, "strict": False,
-        "transforms": transforms, "photos": files, "arguments": [],
-        "attack": base.config(),
+        "detector": detector_config(detector, str(model)), "goal": "vanish" if to is None else "mislabel",
+        "target": target, "to": to, "strict": False, "object": None, "box": None, "keep_others": False, "loss": "logit",
+        "count": None, "transforms": transforms, "photos": files, "arguments": [], "attack": base.config(),
     }  # fmt: skip
     plan = plan_attack(config, detector)
     folder = Path("runs/benchmarks") / name

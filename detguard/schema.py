@@ -107,9 +107,15 @@ COMMON = {"command": text, "arguments": texts, "versions": {"*": text}}
 CONFIGS: dict[str, dict[str, Any]] = {
     "attack": {
         "detector": DETECTOR,
+        "goal": one_of("vanish", "mislabel", "untargeted", "fabricate", "flood"),
         "target": text,
         "to": Maybe(text),
         "strict": flag,
+        "object": Maybe(Items(whole(1), 1)),
+        "box": Maybe(Items(real(), 4, 4)),
+        "keep_others": flag,
+        "loss": one_of("logit", "confidence"),
+        "count": Maybe(whole(1, 300)),
         "transforms": text,
         "attack": {
             "conf": real(0.001, 0.999),
@@ -215,6 +221,7 @@ JUDGED = {
     "confidence": real(),
     "success": dict.fromkeys(_LEVELS, Maybe(flag)),
     "objects_gone": dict.fromkeys(_LEVELS, Items(whole(0), 2, 2)),
+    "detections": Items(DETECTION | {"wrong": flag}),
 }
 ATTACKED = {
     "key": text,
@@ -227,7 +234,7 @@ ATTACKED = {
     "psnr": real(),
     "ssim": real(),
     "objects": Items(DETECTION | {"outcome": one_of("vanished", "relabelled", "kept")}),
-    "detections": {"before": Items(DETECTION), "after": Items(DETECTION)},
+    "clean": Items(DETECTION),
     "members": {"photo": JUDGED, "*": JUDGED},
     "files": {"photo": text, "*": text},
     "draws": {"*": text},

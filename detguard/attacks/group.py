@@ -21,9 +21,9 @@ from detguard.attacks.budgets import Budget, Linf, parse_budget
 from detguard.attacks.steps import Rule, rule_named
 from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.base import Detector, to_photo
-from detguard.objectives import Objective
+from detguard.objectives.base import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
-from detguard.transforms.base import GradientRule, Transform
+from detguard.transforms.base import GradientRule, Transform, seen
 
 Aggregate = Literal["mean", "weighted", "max"]
 DEFAULT = Linf(4)
@@ -38,7 +38,8 @@ class AttackOptions:
     conf: confidence that counts as found; budget: how far the photo may go; rule: how it moves, one of `RULES`, and
     step: how far per iteration, in the unit of the budget;
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
-    found at `conf * (1 - margin)` either, which buys survival of transforms that were not in the group;
+    found at `conf * (1 - margin)` either, and what is wanted is found as far over `conf`, which buys survival of
+    transforms that were not in the group;
     smallest: search for the least budget that fools; stop: end as soon as all are fooled, of random members `STEADY`
     draws in a row; without it all `steps` are made and the one of lowest loss counts.
     """
@@ -113,15 +114,22 @@ class Member:
         """What the detector is shown."""
         return self.letterbox(self.transform(photo) if self.transform else photo)
 
-    def seen(self, found: Detections) -> Detections:
-        """What was found in the photo as it lies in the picture."""
-        return self.transform.moved(found, self.shape) if self.transform else found
+    def seen(self, attempt: "Attempt") -> tuple[Detections, Tensor]:
+        """What was found in the clean photo as it lies in the picture, and which of that is attacked."""
+        return seen(self.transform, self.shape, attempt.clean, attempt.attacked)
 
-    def aim(self, objective: Objective, candidates: Candidates, clean: Detections) -> Any:
+    def aim(self, objective: Objective, candidates: Candidates, attempt: "Attempt") -> Any:
         """What the objective needs to know of the frame, of which `candidates` are."""
-        seen = self.seen(clean)
-        placed = Detections(self.letterbox.boxes_to_frame(seen.boxes), seen.scores, seen.classes)
-        return objective.aim(candidates, placed)
+        clean, attacked = self.seen(attempt)
+        placed = Detections(self.letterbox.boxes_to_frame(clean.boxes), clean.scores, clean.classes)
+        return objective.aim(candidates, placed, attacked)
+
+    def fooled(self, objective: Objective, attempt: "Attempt", found: Detections, sure: float) -> bool:
+        """Whether `found` in the picture is what is wanted; where something is to be found, over `sure` as well."""
+        clean, attacked = self.seen(attempt)
+        return objective.success(clean, found, attacked) and (
+            not objective.raises or objective.success(clean, found.above(sure), attacked)
+        )
 
     def pull_back(self, photo: Photo, gradient: Tensor, options: "AttackOptions") -> Tensor:
         """Gradient at the frame, [3, H', W'], at the photo, [3, H, W]."""
@@ -141,6 +149,7 @@ class Attempt:
     key: str
     photo: Photo
     clean: Detections
+    attacked: Tensor
     original: Tensor
     x: Tensor
     rule: Rule
@@ -241,7 +250,8 @@ def _begin(
     options: AttackOptions,
 ) -> Attempt:
     shape = (photo.shape[0], photo.shape[1])
-    budget = options.budget.on(shape, clean.of(objective.targets).boxes)
+    attacked = objective.attacked(clean)
+    budget = options.budget.on(shape, clean[attacked].boxes)
     original = torch.from_numpy(photo).to(detector.device).float()
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original
@@ -249,7 +259,8 @@ def _begin(
     members = [Member.of(detector, transform, shape) for transform in (None, *transforms)]
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
-    return Attempt(key, photo, clean, original, x, rule, rng, members, [None] * len(members), enough=enough)
+    aims: list[Any] = [None] * len(members)
+    return Attempt(key, photo, clean, attacked, original, x, rule, rng, members, aims, enough=enough)
 
 
 def _draw(detector: Detector, attempt: Attempt, transforms: Sequence[Transform]) -> None:
@@ -270,6 +281,8 @@ def _iterate(
 ) -> None:
     """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
     conf = options.conf * (1 - options.margin)
+    # What is to be found must be as far over the confidence, what is not as far under it.
+    sure = 1 - (1 - options.conf) * (1 - options.margin)
     count = 1 + len(transforms)
     for attempt in attempts:
         _draw(detector, attempt, transforms)
@@ -280,8 +293,7 @@ def _iterate(
     for numbers, _, candidates in passes:
         for i, found in zip(numbers, suppress(candidates, conf, options.iou) if options.stop else (), strict=False):
             attempt, member = attempts[i // count], attempts[i // count].members[i % count]
-            reached = objective.success(member.seen(attempt.clean), to_photo(found, member.letterbox))
-            attempt.fooled[i % count] = reached
+            attempt.fooled[i % count] = member.fooled(objective, attempt, to_photo(found, member.letterbox), sure)
         for k, i in enumerate(numbers):
             _take_aim(attempts[i // count], i % count, objective, candidates[k : k + 1])
     for attempt in attempts:
@@ -335,7 +347,7 @@ def _take_aim(attempt: Attempt, number: int, objective: Objective, candidates: C
     if number and not member.moves:
         attempt.aims[number] = attempt.aims[0]
     elif attempt.aims[number] is None:
-        attempt.aims[number] = member.aim(objective, candidates, attempt.clean)
+        attempt.aims[number] = member.aim(objective, candidates, attempt)
 
 
 def _losses(objective: Objective, passes: Sequence[Pass], aims: Sequence[Any], conf: float) -> Tensor:

@@ -17,12 +17,13 @@ from detguard.attacks.group import AttackOptions, Attempt, attack_group
 from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
-from detguard.objectives import Mislabel, Objective, Vanish, outcomes
+from detguard.objectives.base import Objective, new, outcomes
+from detguard.objectives.parse import parse_goal
 from detguard.photos import Photo, encode_png, photo_seed, read_photo
 from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, misfit
-from detguard.transforms.base import Transform
+from detguard.transforms.base import Transform, seen
 from detguard.transforms.parse import parse_transforms
 
 THRESHOLDS = (0.05, 0.1, 0.25, 0.5)
@@ -48,18 +49,7 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     Raises:
         DetguardError: unknown class or transform, or weights that do not match the group.
     """
-    targets = tuple(dict.fromkeys(detector.class_index(name) for name in config["target"].split(",") if name.strip()))
-    if not targets:
-        raise DetguardError("--target: name at least one class, as in person,bus")
-    objective: Objective
-    if config["to"] is None:
-        objective = Vanish(targets, config["strict"])
-    elif config["strict"]:
-        raise DetguardError("--strict: goes with vanishing objects, not with --to")
-    else:
-        objective = Mislabel(targets, detector.class_index(config["to"]))
-        if objective.to in targets:
-            raise DetguardError(f"--to {config['to']}: is a target itself; name another class")
+    objective = parse_goal(config, detector)
     transforms = parse_transforms(config["transforms"])
     options = AttackOptions.from_config(config["attack"])
     options.check(1 + len(transforms))
@@ -86,7 +76,7 @@ def attack_photos(
             begin = time.perf_counter()
             # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
             clean = job.detector.predict(photo, lowest_threshold(job.options.conf), job.options.iou)
-            if not len(clean.above(job.options.conf).of(job.objective.targets)):
+            if job.objective.needs_target and not job.objective.attacked(clean.above(job.options.conf)).any():
                 unattackable.append(_append(job.run, {"key": key, "photo": str(file), "status": "no-target"}))
                 continue
             started[key] = begin, clean
@@ -145,13 +135,14 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
     lowest = lowest_threshold(job.options.conf)
     found = {name: job.detector.predict(run.path(path), lowest, job.options.iou) for name, path in names.items()}
+    names_of = job.detector.class_names
     members = {
-        name: judge(job.objective, _moved(clean, drawn.get(name), saved), detections, job.options.conf)
+        name: judge(job.objective, clean, detections, job.options.conf, names_of, drawn.get(name), saved.shape)
         for name, detections in found.items()
     }
-    objects = attempt.clean.of(job.objective.targets)
+    objects = attempt.clean[attempt.attacked]
     after = found[PHOTO].above(job.options.conf)
-    overlay = before_after(attempt.photo, attempt.clean, saved, after, job.detector.class_names)
+    overlay = before_after(attempt.photo, attempt.clean, saved, after, names_of)
     run.write(f"overlays/{key}.png", encode_png(overlay))
     return {
         "key": key,
@@ -165,42 +156,53 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         "ssim": round(structural_similarity(saved, attempt.photo), 4),
         "objects": [
             record | {"outcome": outcome}
-            for record, outcome in zip(objects.records(job.detector.class_names), outcomes(objects, after), strict=True)
+            for record, outcome in zip(objects.records(names_of), outcomes(objects, after), strict=True)
         ],
-        "detections": {
-            "before": attempt.clean.records(job.detector.class_names),
-            "after": after.records(job.detector.class_names),
-        },
+        "clean": attempt.clean.records(names_of),
         "members": members,
         "files": names,
         "draws": {name: str(t) for name, t in drawn.items() if str(t) != name},
     }
 
 
-def _moved(clean: Detections, transform: Transform | None, photo: Photo) -> Detections:
-    """What was found in the clean photo as it lies in what a transform makes of it."""
-    return transform.moved(clean, (photo.shape[0], photo.shape[1])) if transform else clean
-
-
-def judge(objective: Objective, clean: Detections, found: Detections, conf: float) -> Record:
+def judge(
+    objective: Objective,
+    clean: Detections,
+    found: Detections,
+    conf: float,
+    class_names: dict[int, str],
+    transform: Transform | None = None,
+    shape: Sequence[int] = (),
+) -> Record:
     """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
 
-    confidence: of the best detection of a target class that is left; objects_gone: at each of THRESHOLDS, how many
-    of the attacked objects vanished or were relabelled, and how many there were.
+    confidence: of the best detection of a target class; objects_gone: at each of THRESHOLDS, how many of the attacked
+    objects vanished or were relabelled, and how many there were; detections: what is found at `conf`, and whether that
+    is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the member and
+    of the photo, where `found` lies in a picture that a transform made of it.
     """
     left = found.of(objective.targets).scores
     success: dict[str, bool | None] = {}
     gone: dict[str, list[int]] = {}
+
+    def before(threshold: float) -> tuple[Detections, torch.Tensor]:
+        over = clean.above(threshold)
+        return seen(transform, (shape[0], shape[1]) if transform else (0, 0), over, objective.attacked(over))
+
     for threshold in THRESHOLDS:
-        before, after = clean.above(threshold), found.above(threshold)
-        attacked = before.of(objective.targets)
-        success[f"{threshold:g}"] = objective.success(before, after) if len(attacked) else None
-        gone[f"{threshold:g}"] = [sum(o != "kept" for o in outcomes(attacked, after)), len(attacked)]
+        (objects, attacked), after = before(threshold), found.above(threshold)
+        something = bool(attacked.any()) or not objective.needs_target
+        success[f"{threshold:g}"] = objective.success(objects, after, attacked) if something else None
+        fates = outcomes(objects[attacked], after)
+        gone[f"{threshold:g}"] = [sum(fate != "kept" for fate in fates), len(fates)]
+    (objects, attacked), after = before(conf), found.above(conf)
+    wrong = new(objects, after).tolist()
     return {
-        "fooled": objective.success(clean.above(conf), found.above(conf)),
+        "fooled": objective.success(objects, after, attacked),
         "confidence": round(float(left.max()), 4) if len(left) else 0.0,
         "success": success,
         "objects_gone": gone,
+        "detections": [record | {"wrong": one} for record, one in zip(after.records(class_names), wrong, strict=True)],
     }
 
 
@@ -215,8 +217,8 @@ def verify_run(
 ) -> Iterator[Record]:
     """Judge the saved files of a run anew, and the adversarial photos after further `transforms`.
 
-    Yields per attacked photo: key, group (names of its members), members (name -> `judge`), used (of the budget); or
-    key, error. What is random in a transform is drawn by the photo's key, otherwise than the attack drew it.
+    Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), used (of the
+    budget); or key, error. What is random in a transform is drawn by the photo's key, not as the attack drew it.
     """
     conf, iou = float(run.config["attack"]["conf"]), float(run.config["attack"]["iou"])
     lowest = lowest_threshold(conf)
@@ -242,7 +244,15 @@ def verify_run(
             yield {"key": str(record.get("key")), "error": str(error)}
             continue
         shown_as = group | further
+        names_of = detector.class_names
         members = {
-            name: judge(objective, _moved(clean, shown_as.get(name), original), d, conf) for name, d in found.items()
+            name: judge(objective, clean, d, conf, names_of, shown_as.get(name), original.shape)
+            for name, d in found.items()
         }
-        yield {"key": record["key"], "group": list(paths), "members": members, "used": used}
+        yield {
+            "key": record["key"],
+            "photo": record["photo"],
+            "group": list(paths),
+            "members": members,
+            "used": used,
+        }

@@ -6,7 +6,7 @@ from dataclasses import replace
 from detguard.attacks.group import AttackOptions, Attempt, attack_group
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
-from detguard.objectives import Objective
+from detguard.objectives.base import Objective
 from detguard.photos import Photo
 from detguard.transforms.base import Transform
 

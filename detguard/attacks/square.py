@@ -9,7 +9,7 @@ import torch
 from detguard.attacks.budgets import Linf
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector
-from detguard.objectives import Objective
+from detguard.objectives.base import Objective
 from detguard.photos import Photo, frames_tensor
 
 CONF = 0.25
@@ -39,7 +39,7 @@ def square_attack(
             )
 
     clean = query(photos)
-    aims = [objective.aim(clean[i : i + 1], o) for i, o in enumerate(placed)]
+    aims = [objective.aim(clean[i : i + 1], o, objective.attacked(o)) for i, o in enumerate(placed)]
     best, lowest = list(photos), objective.loss(clean, aims, CONF)
     for number in range(queries):
         if number == 0:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -44,17 +45,55 @@ if TYPE_CHECKING:
 
 `detguard attack bus.jpg --target bus --to train --model yolo11n`: the bus is found as a train
 
+`detguard attack bus.jpg --object 3 --keep-others`: the third object that `detect` lists vanishes, the others stay
+
+`detguard attack empty.jpg --goal fabricate`: a person is found where there is none
+
 `detguard attack --resume runs/attack/001`: go on with a run that was stopped"""
 )
 def attack(
     photos: Annotated[
         list[str] | None, typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")
     ] = None,
-    target: Annotated[str, typer.Option(help="Classes to attack, comma-separated.")] = "person",
-    to: Annotated[str | None, typer.Option(help="Have the objects found as this class instead of vanish.")] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GOAL",
+            help="vanish: objects are not found; mislabel: found as --to; untargeted: gone or of another class; "
+            "fabricate: found where there are none; flood: found in masses. Default: vanish, with --to mislabel.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help='Classes to attack, comma-separated, or all; "person->car,bus->train" says what each is found as. '
+            "Default: person; all for untargeted, flood, --object and --box."
+        ),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Have the objects found as this class; other: as any but their own.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Nothing else may be found in the place of a vanished object.")
     ] = False,
+    objects: Annotated[
+        str | None, typer.Option("--object", help="Attack only these, by their numbers in `detguard detect`, as 1,3.")
+    ] = None,
+    box: Annotated[
+        str | None,
+        typer.Option(metavar="X1,Y1,X2,Y2", help="Attack only objects whose middle lies in this box, photo pixels."),
+    ] = None,
+    keep_others: Annotated[
+        bool, typer.Option("--keep-others", help="All that is not attacked must still be found, as what it was.")
+    ] = False,
+    loss: Annotated[
+        Literal["logit", "confidence"],
+        typer.Option(help="How candidates are weighed: by logits, which do not saturate, or by plain confidence."),
+    ] = "logit",
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, max=300, help="Objects to find: new ones for fabricate (1), in all for flood (100)."),
+    ] = None,
     model: Model = "detguard-n",
     imgsz: ImageSize = None,
     conf: Confidence = 0.25,
@@ -126,12 +165,15 @@ def attack(
 ) -> None:
     """Change photos a little, so that the detector no longer finds the target, in the saved file and its transforms.
 
+    Or finds it as something else, or what is not there: --goal.
+
     Exit code: 0 all succeeded, 1 some attacks failed, 2 wrong use or unreadable input (the rest is still done).
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
     from detguard.attacks.run import Job, plan_attack
     from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.objectives.parse import complete
     from detguard.photos import find_photos
     from detguard.runs import Run
 
@@ -145,41 +187,63 @@ def attack(
     else:
         if not photos:
             raise DetguardError("PHOTO: give at least one photo, folder or pattern (or --resume RUN)")
+        goal, target = complete(goal, target, to, selected=bool(objects or box))
         files = [str(file) for file in find_photos(photos)]
         with err.status("Loading the detector"):
             detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
+        shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
             conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
             step=step or (1 if norm == "linf" else max(eps / 5, 1e-4)), aggregate=aggregate,
-            weights=parse_weights(weights), gradient=gradient, momentum=momentum, random_start=random_start,
-            margin=margin, seed=seed, batch=batch,
+            weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
+            random_start=random_start, margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
         config = {
-            "detector": detector_config(detector, model), "target": target, "to": to, "strict": strict,
-            "transforms": transforms, "attack": options.config(), "photos": files, "arguments": sys.argv[1:],
+            "detector": detector_config(detector, model), "goal": goal, "target": target, "to": to, "strict": strict,
+            "object": places(objects), "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others,
+            "loss": loss, "count": count, "transforms": transforms, "attack": options.config(), "photos": files,
+            "arguments": sys.argv[1:],
         }  # fmt: skip
         plan = plan_attack(config, detector)
         run = Run.create("attack", out_folder, config)
     sys.exit(run_attack(Job(detector, *plan, run)))
 
 
-def parse_weights(text: str | None) -> tuple[float, ...] | None:
-    """From "1,1,2" to (1.0, 1.0, 2.0).
+def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
+    """From "1,1,2" to [1.0, 1.0, 2.0]; count: how many there must be, any by default.
 
     Raises:
-        DetguardError: not numbers.
+        DetguardError: not numbers, or not so many.
     """
     if text is None:
         return None
     try:
-        return tuple(float(weight) for weight in text.split(","))
+        read = [float(number) for number in text.split(",")]
     except ValueError:
-        raise DetguardError(f"--weights '{text}': expected numbers, as in 1,1,2") from None
+        read = []
+    if not read or not all(map(isfinite, read)) or count not in (None, len(read)):
+        raise DetguardError(f"{option} '{text}': expected {count or ''} numbers, as in {example}".replace("  ", " "))
+    return read
+
+
+def places(text: str | None) -> list[int] | None:
+    """From "1,3" to [1, 3], of --object.
+
+    Raises:
+        DetguardError: not whole numbers from 1.
+    """
+    read = numbers("--object", text, "1,3")
+    if read is None:
+        return None
+    if not all(number >= 1 and number == int(number) for number in read):
+        raise DetguardError(f"--object '{text}': expected whole numbers from 1, as in 1,3")
+    return [int(number) for number in read]
 
 
 def run_attack(job: "Job") -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
     from detguard.attacks.run import attack_photos
+    from detguard.objectives.parse import wanted
     from detguard.reports.attack import attack_page
     from detguard.reports.tables import attack_summary, survival_table, terminal_list, terminal_table
     from detguard.runs import photo_keys
@@ -192,7 +256,6 @@ def run_attack(job: "Job") -> int:
     done = {r["key"] for r in records}
     files = photo_keys([Path(p) for p in job.run.config["photos"]])
     waiting = {key: file for key, file in files.items() if key not in done}
-    target = job.run.config["target"]
     with progress_bar(MofNCompleteColumn()) as progress:
         task = progress.add_task("attack", total=len(files), completed=len(done))
 
@@ -209,14 +272,16 @@ def run_attack(job: "Job") -> int:
                     show_error(record["error"])
                 elif record["status"] == "no-target":
                     out.print(
-                        f"{record['photo']}: no {target} found, nothing to attack", highlight=False, soft_wrap=True
+                        f"{record['photo']}: nothing found to attack ({wanted(job.run.config)})",
+                        highlight=False,
+                        soft_wrap=True,
                     )
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard attack --resume {job.run.folder}")
             return 130
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.print(terminal_table(survival_table(attacked, f"{target}: success rate")))
+        out.print(terminal_table(survival_table(attacked, f"{wanted(job.run.config)}: success rate")))
         job.run.write("report.html", attack_page(job.run, records, job.detector))
     out.print(terminal_list(attack_summary(records, job.options)))
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
@@ -283,11 +348,16 @@ def detect(
 
 `detguard verify runs/attack/001`: judge the saved files of a run once more
 
-`detguard verify runs/attack/001 --transforms jpeg:40,gaussian:3,resize:0.5`: and after these"""
+`detguard verify runs/attack/001 --transforms jpeg:40,gaussian:3,resize:0.5`: and after these
+
+`detguard verify runs/attack/001 --json > judged.jsonl`: what is found on each photo and each copy of it, with boxes"""
 )
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of an attack run.", metavar="RUN")],
     transforms: Annotated[str, typer.Option(help="Further transforms of the adversarial photo.")] = "none",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per photo, with what is found on each member.")
+    ] = False,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -316,10 +386,13 @@ def verify(
             code = 2
         else:
             records.append(record)
+            if as_json:
+                print(json.dumps(record))
     if records:
-        out.print(terminal_table(survival_table(records, f"{folder}: success rate")))
         used = max(r["used"] for r in records)
-        out.print(f"most of the budget used: {used:.4g} of {options.budget}")
+        if not as_json:
+            out.print(terminal_table(survival_table(records, f"{folder}: success rate")))
+            out.print(f"most of the budget used: {used:.4g} of {options.budget}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
         code = code or int(used > options.budget.eps or not all(group))
     sys.exit(code)

@@ -14,7 +14,8 @@ from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.cache import pack
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.views import Batch, Subject, View
-from detguard.objectives import Degrade, Objective, Outrank, Vanish
+from detguard.objectives.base import Objective
+from detguard.objectives.parse import KINDS
 from detguard.photos import Photo, decode_photo, encode_png, photo_seed
 from detguard.training_loss import GAINS
 
@@ -49,18 +50,16 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
     class, box, all: the training loss or its parts; vanish: the confidence of any of the classes; rank: objects under
     what is not there.
     """
-    if name == "vanish":
-        return Vanish(tuple(targets))
     kind, _, value = name.partition(":")
-    if kind == "rank" and (not value or value.isdigit()):
-        return Outrank(tuple(targets))
+    if name == "vanish" or (kind == "rank" and (not value or value.isdigit())):
+        return KINDS[kind](tuple(targets))
     if kind in ("gate", "route") and value.isdigit():
         robust = detector.model.robust if isinstance(detector, GatedDetector) else -1
-        return Degrade(tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=robust)
+        return KINDS["degrade"](tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=robust)
     parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS), "dense": tuple(GAINS)}
     if name not in parts:
         raise DetguardError(f"--attacks '{name}': expected some of {', '.join(ATTACKS)}")
-    return Degrade(tuple(targets), parts[name])
+    return KINDS["degrade"](tuple(targets), parts[name])
 
 
 @dataclass(frozen=True)

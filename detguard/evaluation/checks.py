@@ -104,7 +104,7 @@ def zero_gradient_share(subject: Subject) -> float:
             frames = frames_tensor([box(photo)], subject.detector.device).requires_grad_()
             candidates = subject.detector.candidates(frames)
             placed = replace(objects, boxes=box.boxes_to_frame(objects.boxes))
-            loss = objective.loss(candidates, [objective.aim(candidates, placed)], 0.25)
+            loss = objective.loss(candidates, [objective.aim(candidates, placed, objective.attacked(placed))], 0.25)
             (gradient,) = torch.autograd.grad(loss.sum(), frames)
             (top, left), (height, width) = box.offset, box.resized
             inner = gradient[..., top : top + height, left : left + width]

@@ -1,8 +1,12 @@
 """The page of an attack run."""
 
+from collections import Counter
+
 from detguard import DetguardError
 from detguard.attacks.group import AttackOptions
+from detguard.attacks.run import PHOTO
 from detguard.detectors.base import Detector
+from detguard.objectives.parse import wanted
 from detguard.photos import read_photo
 from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
 from detguard.reports.plots import least_budget_plot
@@ -14,13 +18,12 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     """report.html of an attack run, from its records; photos that can no longer be read are left out."""
     options = AttackOptions.from_config(run.config["attack"])
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
-    rate = survival_table(attacked, f"Success rate: {run.config['target']}")
+    rate = survival_table(attacked, f"Success rate: {wanted(run.config)}")
     tables = [Table("Result", ["", ""], attack_summary(records, options)), rate]
     items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record))]
     subtitle = f"{detector.name} at {detector.imgsz} px, budget {options.budget}, confidence {options.conf}"
-    wanted = f"found as {run.config['to']}" if run.config["to"] else "not found any more"
-    title = f"Attack: {run.config['target']} {wanted}"
     command = ["detguard", *run.config["arguments"]]
+    title = f"Attack: {wanted(run.config)}"
     plots = {}
     if options.smallest:
         plots["Success over budget"] = least_budget_plot(least_budgets(attacked), options.budget.unit)
@@ -32,10 +35,12 @@ def _item(run: Run, record: Record) -> Item | None:
         before, after = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
     except DetguardError:
         return None
-    gone = sum(o["outcome"] != "kept" for o in record["objects"])
-    note = (
-        f"{gone} of {len(record['objects'])} objects gone, {record['iterations']} iterations, "
-        f"{record['difference']} levels, {record['psnr']} dB"
+    found = record["members"][PHOTO]["detections"]
+    fates = Counter(o["outcome"] for o in record["objects"])
+    reached = [f"{count} of {len(record['objects'])} objects {fate}" for fate, count in sorted(fates.items())]
+    if new := sum(d["wrong"] for d in found):
+        reached.append(f"{new} of {len(found)} detections wrong")
+    note = ", ".join(
+        [*reached, f"{record['iterations']} iterations", f"{record['difference']} levels", f"{record['psnr']} dB"]
     )
-    found = record["detections"]
-    return gallery_item(record["key"], record["status"], note, before, found["before"], after, found["after"])
+    return gallery_item(record["key"], record["status"], note, before, record["clean"], after, found)

@@ -8,7 +8,7 @@ from statistics import mean, median
 from rich.table import Table as TerminalTable
 
 from detguard.attacks.group import AttackOptions
-from detguard.attacks.run import THRESHOLDS
+from detguard.attacks.run import PHOTO, THRESHOLDS
 from detguard.detections import Detections
 from detguard.reports.page import Table
 from detguard.runs import Record
@@ -31,7 +31,7 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
     names = list(dict.fromkeys(name for r in records for name in r["members"]))
     rows = [
         [
-            "photo (png)" if name == "photo" else name,
+            "photo (png)" if name == PHOTO else name,
             *(
                 rate([r["members"][name]["success"][f"{t:g}"] for r in records if name in r["members"]])
                 for t in THRESHOLDS
@@ -39,8 +39,10 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
         ]
         for name in names
     ]
-    gone = [[r["members"]["photo"]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
-    rows.append(["objects (png)", *(share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)])
+    gone = [[r["members"][PHOTO]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
+    if any(number for pairs in gone for _, number in pairs):
+        shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
+        rows.append(["objects gone (png)", *shares])
     if len(names) > 1:
         together: list[str] = []
         for t in THRESHOLDS:
@@ -57,7 +59,7 @@ def least_budgets(attacked: Sequence[Record]) -> list[float | None]:
 
 
 def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[list[str]]:
-    """Rows of name and value: photos, objects, iterations, budget used, image quality and time of an attack run.
+    """Rows of name and value: photos, objects, detections, iterations, budget used, image quality and time of a run.
 
     options: of the run.
     """
@@ -74,8 +76,14 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
         steps = [r["iterations"] for r in attacked]
         quality = f"{mean(r['psnr'] for r in attacked):.1f} dB, {mean(r['ssim'] for r in attacked):.3f}"
         seconds = [r["seconds"] for r in attacked]
+        found = [d for r in attacked for d in r["members"][PHOTO]["detections"]]
+        before, wrong = sum(len(r["clean"]) for r in attacked), sum(d["wrong"] for d in found)
+        if fates:
+            rows.append(
+                ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])]
+            )
         rows += [
-            ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])],
+            ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong"],
             ["iterations", f"median {median(steps):g}, mean {mean(steps):.1f}, most {max(steps)}"],
             ["largest difference", f"{max(r['difference'] for r in attacked)} of 255 levels"],
             ["budget used", f"at most {max(r['used'] for r in attacked):.4g} of {options.budget}"],
@@ -115,9 +123,9 @@ def terminal_list(rows: Sequence[Sequence[str]]) -> TerminalTable:
 
 
 def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> TerminalTable:
-    """One row per detection: class, confidence, box in photo pixels."""
+    """One row per detection: its number, best first, from 1; class, confidence, box in photo pixels."""
     rows = [
-        [record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"])]
-        for record in detections.records(class_names)
+        [str(number), record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"])]
+        for number, record in enumerate(detections.records(class_names), 1)
     ]
-    return terminal_table(Table(file, ("class", "confidence", "x1", "y1", "x2", "y2"), rows))
+    return terminal_table(Table(file, ("number", "class", "confidence", "x1", "y1", "x2", "y2"), rows))

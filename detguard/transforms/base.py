@@ -61,15 +61,21 @@ class Transform(ABC):
         """The bytes of a file (of `suffix`) that holds the transformed photo."""
         return encode_png(self(photo))
 
-    def moved(self, found: Detections, shape: tuple[int, int]) -> Detections:
-        """What was found in a photo of (height, width), as it lies in the picture, without what that hardly shows."""
-        warp = self.warp(shape)
-        if warp is None or not len(found):
-            return found
-        boxes, high, wide = warp.boxes(found.boxes), *warp.picture
-        shown = boxes.clamp(min=0).minimum(boxes.new_tensor([wide, high, wide, high]))
-        share = _area(shown) / _area(boxes).clamp(min=1e-6)
-        return replace(found, boxes=shown)[share >= VISIBLE]
+
+def seen(
+    transform: Transform | None, shape: tuple[int, int], clean: Detections, attacked: Tensor
+) -> tuple[Detections, Tensor]:
+    """What was found in a photo of (height, width) as it lies in the picture that a transform makes of it.
+
+    Objects that the picture hardly shows are left out. attacked: which of `clean`, bool [K]; returned for what is left.
+    """
+    warp = transform.warp(shape) if transform else None
+    if warp is None or not len(clean):
+        return clean, attacked
+    boxes, high, wide = warp.boxes(clean.boxes), *warp.picture
+    shown = boxes.clamp(min=0).minimum(boxes.new_tensor([wide, high, wide, high]))
+    visible = _area(shown) / _area(boxes).clamp(min=1e-6) >= VISIBLE
+    return replace(clean, boxes=shown)[visible], attacked[visible]
 
 
 def _area(boxes: Tensor) -> Tensor:

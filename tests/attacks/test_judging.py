@@ -3,20 +3,29 @@
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
 from detguard import DetguardError
+from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, Member, attack_group
-from detguard.attacks.run import Job, attack_photos, judge, save_attempt, verify_run
+from detguard.attacks.run import Job, attack_photos, judge, plan_attack, save_attempt, verify_run
 from detguard.detections import Detections
-from detguard.objectives import Vanish
+from detguard.objectives import Fabricate, Vanish
 from detguard.photos import encode_png, read_photo
+from detguard.reports.attack import attack_page
 from detguard.runs import Run
 from detguard.transforms.parse import parse_transforms
 
 PERSONS = Vanish((0,))
 OPTIONS = AttackOptions(steps=40)
+NAMES = {0: "person", 1: "bus"}
+CONFIG = {
+    "goal": "vanish", "target": "person", "to": None, "strict": False, "object": None, "box": None,
+    "keep_others": False, "loss": "logit", "count": None, "transforms": "none",
+    "attack": AttackOptions(budget=Linf(16)).config(), "arguments": [],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,9 @@ def test_further_transforms_are_judged_on_the_adversarial_photo(attacked, bundle
     (verified,) = verify_run(run, bundled, PERSONS, [jpeg], OPTIONS.budget)
     original, saved = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
     clean = bundled.predict(original, 0.05)
-    of_saved, of_original = (judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25) for p in (saved, original))
+    of_saved, of_original = (
+        judge(PERSONS, clean, bundled.predict(jpeg(p), 0.05), 0.25, bundled.class_names) for p in (saved, original)
+    )
     assert of_saved != of_original
     assert verified["members"]["jpeg:95"] == of_saved
 
@@ -55,7 +66,7 @@ def test_every_member_is_judged_from_its_own_file(attacked, bundled):
     clean = bundled.predict(read_photo(record["photo"]), 0.05)
     for name, file in record["files"].items():
         found = bundled.predict(run.path(file), 0.05)
-        assert record["members"][name] == judge(PERSONS, clean, found, 0.25), name
+        assert record["members"][name] == judge(PERSONS, clean, found, 0.25, bundled.class_names), name
 
 
 def test_a_photo_that_fools_only_before_it_is_filtered_has_failed(attacked, bundled, tmp_path):
@@ -92,6 +103,25 @@ def test_what_is_found_below_the_confidence_is_no_target(attacked, bundled, tmp_
     assert other["status"] == "no-target"
 
 
+def test_something_is_made_of_nothing_where_there_is_no_target(bundled, tmp_path):
+    (tmp_path / "grey.png").write_bytes(encode_png(np.full((96, 96, 3), 128, np.uint8)))
+    config = CONFIG | {"goal": "fabricate", "count": 2}
+    run = Run.create("attack", tmp_path / "run", config)
+    options = AttackOptions(budget=Linf(16), step=2, steps=60, margin=0)
+    goal, _, _ = plan_attack(config, bundled)
+    assert goal == Fabricate((0,), 2)
+    (record,) = attack_photos(Job(bundled, goal, [], options, run), {"grey": tmp_path / "grey.png"})
+    assert record["status"] == "fooled"
+    assert not record["clean"]
+    assert not record["objects"]
+    found = record["members"]["photo"]["detections"]
+    assert sum(d["wrong"] for d in found) == len(found) >= 2
+    page = attack_page(run, [record], bundled).decode()
+    assert "Attack: person found where there is none (at least 2)" in page
+    assert f"0 before, {len(found)} after, {len(found)} of them wrong" in page
+    assert "objects" not in page.partition("<body>")[2].partition("<script>")[0]
+
+
 def found(*rows):
     """Rows of (class, score, x1, y1, x2, y2)."""
     table = torch.tensor(rows, dtype=torch.float32).view(-1, 6)
@@ -101,11 +131,12 @@ def found(*rows):
 def test_a_member_is_judged_at_each_threshold_over_what_was_found_there():
     clean = found((0, 0.4, 0, 0, 50, 50), (0, 0.2, 100, 0, 150, 50))
     after = found((1, 0.3, 0, 0, 50, 50), (0, 0.15, 100, 0, 150, 50))
-    judged = judge(PERSONS, clean, after, 0.25)
+    judged = judge(PERSONS, clean, after, 0.25, NAMES)
     assert judged == {
         "fooled": True,
         "confidence": 0.15,
         "success": {"0.05": False, "0.1": False, "0.25": True, "0.5": None},
         "objects_gone": {"0.05": [1, 2], "0.1": [1, 2], "0.25": [1, 1], "0.5": [0, 0]},
+        "detections": [{"class": "bus", "confidence": 0.3, "box": [0, 0, 50, 50], "wrong": True}],
     }
-    assert not judge(PERSONS, clean, after, 0.12)["fooled"]
+    assert not judge(PERSONS, clean, after, 0.12, NAMES)["fooled"]

@@ -61,7 +61,7 @@ def test_the_gradient_reaches_the_photo(untrained, photo, name):
     frames = frames_tensor([photo, photo[::-1].copy()]).requires_grad_()
     candidates = untrained.candidates(frames)
     objective = Vanish((0, 1)) if name == "vanish" else attack_objective(name, [0, 1], untrained)
-    aims = [objective.aim(candidates[i : i + 1], objects) for i in range(2)]
+    aims = [objective.aim(candidates[i : i + 1], objects, objective.attacked(objects)) for i in range(2)]
     gradients = torch.autograd.grad(objective.loss(candidates, aims, 1e-6).sum(), frames)[0]
     assert torch.isfinite(gradients).all()
     assert (gradients.abs().amax((1, 2, 3)) > 0).all()

@@ -73,6 +73,17 @@ def test_verify_judges_the_files_anew(attacked):
     assert "most of the budget used: 4 of 4 levels of 255" in result.stdout
 
 
+def test_verify_writes_what_is_found_on_every_member_as_json(attacked):
+    run, _ = attacked
+    (line,) = detguard("verify", run, "--json", "--transforms", "jpeg:90", cwd=run).stdout.splitlines()
+    told, (record,) = json.loads(line), records(run)
+    assert told["photo"] == str(BUS)
+    assert set(told["members"]) == {"photo", "median:3", "jpeg:75", "jpeg:90"}
+    for name, judged in record["members"].items():
+        assert told["members"][name] == judged, name
+    assert {"class", "confidence", "box", "wrong"} == set(record["members"]["jpeg:75"]["detections"][0])
+
+
 def test_verify_notices_a_file_that_no_longer_fools(attacked, tmp_path):
     run, _ = attacked
     copy = tmp_path / "run"
@@ -139,6 +150,9 @@ def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
         (["attack", BUS, "--transforms", "jpg:75"], "jpeg:75"),
         (["attack", BUS, "--model", "gone.pt"], "gone.pt"),
         (["attack", BUS, "--to", "person"], "is a target itself"),
+        (["attack", BUS, "--goal", "flod"], "expected one of vanish, mislabel"),
+        (["attack", BUS, "--box", "1,2,3"], "--box '1,2,3': expected 4 numbers"),
+        (["attack", BUS, "--object", "0"], "whole numbers from 1"),
         (["attack", "nothing/*.jpg"], "no photos here"),
         (["attack"], "PHOTO"),
         (["attack", BUS, "--aggregate", "weighted"], "--weights"),

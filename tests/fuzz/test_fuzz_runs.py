@@ -23,7 +23,8 @@ from detguard.runs import Run
 DETECTOR = {"model": "detguard-n", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}
 CONFIGS = {
     "attack": {
-        "detector": DETECTOR, "target": "person", "to": None, "strict": False, "transforms": "median:3,jpeg:75",
+        "detector": DETECTOR, "goal": "vanish", "target": "person", "to": None, "strict": False, "object": [1, 2],
+        "box": [0, 0, 9.5, 9], "keep_others": True, "loss": "logit", "count": None, "transforms": "median:3,jpeg:75",
         "attack": {
             "norm": "linf", "rule": "apgd", "mask": "inside", "smallest": True,
             "conf": 0.25, "iou": 0.7, "eps": 4, "step": 1.0, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
@@ -68,12 +69,13 @@ MEMBER = {
     "confidence": 0.0,
     "success": dict.fromkeys(LEVELS, True),
     "objects_gone": {level: [1, 2] for level in LEVELS},
+    "detections": [FOUND | {"wrong": True}],
 }
 RECORDS = {
     "attack": {
         "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "difference": 4,
         "used": 4.0, "eps": 4.0, "draws": {}, "psnr": 40.0, "ssim": 0.9,
-        "objects": [FOUND | {"outcome": "vanished"}], "detections": {"before": [FOUND], "after": []},
+        "objects": [FOUND | {"outcome": "vanished"}], "clean": [FOUND],
         "members": {"photo": MEMBER, "median:3": MEMBER}, "files": {"photo": "adversarial/a.png"}, "seconds": 1.0,
     },
     "harden": {"stage": "joint", "batch": 20, "photos_per_second": 3.0, "loss": 1.0, "gate hard 0": 0.5, "hard": 2.0},
@@ -176,4 +178,4 @@ def bundled_classes():
     from detguard.detectors.load import load_detector
 
     detector = load_detector()
-    return SimpleNamespace(class_index=detector.class_index, name=detector.name)
+    return SimpleNamespace(class_index=detector.class_index, class_names=detector.class_names, name=detector.name)

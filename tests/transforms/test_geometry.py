@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from detguard import DetguardError
 from detguard.detections import Detections
+from detguard.transforms.base import seen
 from detguard.transforms.parse import parse_transforms
 
 MOVING = ("rotate:7", "crop:0.8", "flip:h", "flip:v", "stretch:1.3", "perspective:0.2", "perspective:-0.2")
@@ -41,11 +42,11 @@ def test_boxes_go_where_pixels_go(spec):
     photo, transform = np.zeros((200, 160, 3), np.uint8), only(spec)
     photo[80:120, 50:90] = 255
     box = torch.tensor([[50.0, 80.0, 90.0, 120.0]])
-    found = transform.moved(Detections(box, torch.ones(1), torch.zeros(1, dtype=torch.int64)), (200, 160))
+    found, _ = seen(transform, (200, 160), Detections(box, torch.ones(1), torch.zeros(1).long()), torch.ones(1).bool())
     rows, columns = (transform(photo)[..., 0] > 128).nonzero()
-    seen = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+    there = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
     # A turned square sticks out of its ellipse.
-    assert torch.allclose(found.boxes[0], seen, atol=4)
+    assert torch.allclose(found.boxes[0], there, atol=4)
 
 
 @pytest.mark.parametrize("spec", MOVING)
@@ -67,9 +68,10 @@ def test_whole_pixels_stay_what_they_are(spec, same):
 def test_objects_that_a_picture_hardly_shows_do_not_count_in_it():
     boxes = torch.tensor([[0.0, 0, 40, 40], [80, 80, 120, 120], [30, 80, 70, 120]])
     found = Detections(boxes, torch.ones(3), torch.arange(3))
-    seen = only("crop:0.5").moved(found, (200, 160))
-    assert seen.classes.tolist() == [1, 2]
-    assert seen.boxes.tolist() == [[40, 30, 80, 70], [0, 30, 30, 70]]
+    left, attacked = seen(only("crop:0.5"), (200, 160), found, torch.tensor([True, False, True]))
+    assert left.classes.tolist() == [1, 2]
+    assert left.boxes.tolist() == [[40, 30, 80, 70], [0, 30, 30, 70]]
+    assert attacked.tolist() == [False, True]
 
 
 def test_a_range_draws_within_its_ends_and_names_what_it_drew():

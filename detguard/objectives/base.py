@@ -1,0 +1,317 @@
+"""What every objective offers, and what goals share: which objects are attacked, and what becomes of the others."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, softplus
+from torchvision.ops import box_iou
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.detections import Candidates, Detections
+
+Outcome = Literal["kept", "vanished", "relabelled"]
+SAME_OBJECT_IOU = 0.5
+# A candidate this far below the threshold (in logits) has no part in the loss: thousands of background
+# candidates would otherwise outweigh the few that matter.
+REACH = 3.0
+# The logit of a candidate that does not count.
+UNFOUND = -30.0
+# Candidates of an object on which a class is raised.
+CANDIDATES = 10
+
+
+class Objective(ABC):
+    """What the attacker wants. `targets` are the class indices of the objects that are attacked.
+
+    kind: what it is called in `parse.KINDS`; needs_target: there is nothing to do on a photo without such an object.
+    """
+
+    kind: ClassVar[str]
+    needs_target: ClassVar[bool] = True
+    targets: tuple[int, ...]
+
+    @property
+    def raises(self) -> bool:
+        """Whether something is to be found, so that the margin of the search lies over the confidence as well."""
+        return False
+
+    def attacked(self, clean: Detections) -> Tensor:
+        """Which detections of the clean photo are attacked, bool [K]; photo pixels."""
+        return torch.isin(clean.classes, torch.tensor(self.targets, dtype=torch.int64))
+
+    @abstractmethod
+    def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Any:
+        """What `loss` needs to know of one frame, fixed at its first pass.
+
+        objects: of the clean photo, frame pixels; attacked: which of them, bool [K], by `attacked`.
+        """
+
+    @abstractmethod
+    def loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
+        """Loss [B] of frames with their `aims`, lower is better for the attacker; conf: what counts as found."""
+
+    @abstractmethod
+    def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
+        """Whether `found` is what the attacker wanted; `clean` are the detections of the photo before. Same pixels.
+
+        attacked: which of `clean`, bool [K]; by default all that are by `attacked`, which only the whole photo tells.
+        """
+
+
+class LogitLoss:
+    """Works on logits, so that it does not fade where a sigmoid saturates."""
+
+    def lower(self, logits: Tensor, conf: float, where: Tensor | None = None) -> Tensor:
+        """[B] of logits [B, ...]: how far they are over the threshold (softplus), summed over those within reach.
+
+        where: those that count, of a shape that broadcasts.
+        """
+        over = over_threshold(logits, conf)
+        return (over if where is None else over * where).flatten(1).sum(1)
+
+    def higher(self, logits: Tensor, conf: float) -> Tensor:
+        """Scalar: how far logits of any shape are from a logit over the threshold (softplus), summed."""
+        return softplus(math.log(conf / (1 - conf)) + 1 - logits).sum()
+
+    def under(self, logits: Tensor, others: Tensor) -> Tensor:
+        """Scalar: how far logits are from a logit under the `others` of their shape (softplus), summed."""
+        return softplus(logits - others + 1).sum()
+
+
+class ConfidenceLoss(LogitLoss):
+    """The plain confidences, means of sigmoids; their gradient fades where the detector is sure."""
+
+    @override
+    def lower(self, logits: Tensor, conf: float, where: Tensor | None = None) -> Tensor:
+        """[B]: the mean confidence of those within reach of the threshold."""
+        counted = within_reach(logits, conf) if where is None else within_reach(logits, conf) & where
+        return (logits.sigmoid() * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+
+    @override
+    def higher(self, logits: Tensor, conf: float) -> Tensor:
+        """Scalar: what the mean confidence lacks of 1."""
+        return (1 - logits.sigmoid()).sum() / max(1, logits.numel())
+
+    @override
+    def under(self, logits: Tensor, others: Tensor) -> Tensor:
+        """Scalar: the mean difference of confidences."""
+        return (logits.sigmoid() - others.sigmoid()).sum() / max(1, logits.numel())
+
+
+LOSSES: dict[str, LogitLoss] = {"logit": LogitLoss(), "confidence": ConfidenceLoss()}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some of a photo's objects; by default all.
+
+    numbers: places in the clean detections, best first, from 1; box: x1, y1, x2, y2 in photo pixels, in which the
+    middle of an object lies.
+    """
+
+    numbers: tuple[int, ...] = ()
+    box: tuple[float, ...] | None = None
+
+    @property
+    def all(self) -> bool:
+        """Whether nothing is left out."""
+        return not self.numbers and self.box is None
+
+    def of(self, clean: Detections) -> Tensor:
+        """Which are selected, bool [K]."""
+        selected = torch.ones(len(clean), dtype=torch.bool)
+        if self.numbers:
+            selected &= torch.isin(torch.arange(1, len(clean) + 1), torch.tensor(self.numbers))
+        if self.box is not None:
+            x, y = ((clean.boxes[:, :2] + clean.boxes[:, 2:]) / 2).unbind(1)
+            x1, y1, x2, y2 = self.box
+            selected &= (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)
+        return selected
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The objects of a frame, frame pixels: those that are attacked, and the others."""
+
+    attacked: Detections
+    others: Detections
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the options of `detguard attack` ask for, as class indices; common: the fields that all goals share."""
+
+    targets: tuple[int, ...]
+    to: tuple[int, ...] | None
+    strict: bool
+    count: int | None
+    common: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal(Objective):
+    """A goal of `detguard attack`.
+
+    wanted: for titles, after the names of the targets; takes: options that it knows beside those of all goals;
+    default: the targets where none are named; only: the objects that are attacked, where not all of the targets are;
+    keep_others: all other objects must still be found in their places (IoU >= 0.5) as what they were;
+    measure: by which logits become a loss, one of LOSSES.
+    """
+
+    wanted: ClassVar[str]
+    takes: ClassVar[frozenset[str]] = frozenset()
+    default: ClassVar[str] = "person"
+    targets: tuple[int, ...]
+    only: Selection = field(default=Selection(), kw_only=True)
+    keep_others: bool = field(default=False, kw_only=True)
+    measure: str = field(default="logit", kw_only=True)
+
+    @classmethod
+    def parse(cls, wish: Wish) -> "Goal":
+        """The goal that `wish` describes, whose options it takes.
+
+        Raises:
+            DetguardError: they do not go together.
+        """
+        return cls(wish.targets, **wish.common)
+
+    @property
+    @override
+    def raises(self) -> bool:
+        return self.keep_others
+
+    @property
+    def by(self) -> LogitLoss:
+        """The loss that `measure` names."""
+        return LOSSES[self.measure]
+
+    @override
+    def attacked(self, clean: Detections) -> Tensor:
+        if not self.needs_target:
+            return torch.zeros(len(clean), dtype=torch.bool)
+        return super().attacked(clean) & self.only.of(clean)
+
+    @override
+    def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Scene:
+        """The objects, as the clean photo has them."""
+        return Scene(objects[attacked], objects[~attacked])
+
+    @override
+    def loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
+        """The goal's own loss; with `keep_others`, the others' classes are raised on them, too."""
+        loss = self.own_loss(candidates, aims, conf)
+        if not self.keep_others:
+            return loss
+        held = [
+            raise_on(self.by, logits, boxes, scene.others, scene.others.classes, conf)
+            for logits, boxes, scene in zip(candidates.logits, candidates.boxes, aims, strict=True)
+        ]
+        return loss + torch.stack(held)
+
+    @abstractmethod
+    def own_loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
+        """Loss [B], the others left aside."""
+
+    @override
+    def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
+        """The goal's own success; with `keep_others`, the others are kept, too."""
+        attacked = self.attacked(clean) if attacked is None else attacked
+        if self.keep_others and set(outcomes(clean[~attacked], found)) - {"kept"}:
+            return False
+        return self.own_success(clean, clean[attacked], found)
+
+    @abstractmethod
+    def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
+        """Whether `found` is what is wanted, the others left aside; `attacked` are some of the `clean` detections."""
+
+
+def required(value: Any, option: str, goal: str) -> Any:
+    """A value that a goal cannot do without.
+
+    Raises:
+        DetguardError: it is None.
+    """
+    if value is None:
+        raise DetguardError(f"--goal {goal}: give {option}, too")
+    return value
+
+
+def pick(logits: Tensor, classes: Sequence[int] | Tensor) -> Tensor:
+    """The columns of some classes, [..., len(classes)]; `index_select`, whose backward is the quick one."""
+    return logits.index_select(-1, torch.as_tensor(classes, dtype=torch.int64, device=logits.device))
+
+
+def within_reach(logits: Tensor, conf: float) -> Tensor:
+    """Which logits are over that of `conf`, or little under it; bool, same shape."""
+    return logits.detach() - torch.logit(torch.tensor(conf, device=logits.device)) > -REACH
+
+
+def over_threshold(logits: Tensor, conf: float) -> Tensor:
+    """Softplus of logits over that of `conf`, zero beyond reach; same shape."""
+    excess = logits - torch.logit(torch.tensor(conf, device=logits.device))
+    return softplus(excess) * (excess.detach() > -REACH)
+
+
+def near(boxes: Tensor, objects: Detections) -> Tensor:
+    """Which candidates, boxes [N, 4], lie on which objects of their frame (IoU >= 0.5): bool [N, K]."""
+    return box_iou(boxes.detach(), objects.boxes.to(boxes)) >= SAME_OBJECT_IOU
+
+
+def near_any(boxes: Tensor, objects: Sequence[Detections]) -> Tensor:
+    """Which candidates, boxes [B, N, 4], lie on some object of their frame: bool [B, N]."""
+    return torch.stack([near(b, o).any(1) for b, o in zip(boxes, objects, strict=True)])
+
+
+def on_class(boxes: Tensor, objects: Detections, classes: Sequence[int] | Tensor) -> Tensor:
+    """Which candidates, boxes [N, 4], lie on an object of which of the `classes`: bool [N, len(classes)]."""
+    of_class = objects.classes == torch.as_tensor(classes, dtype=torch.int64)[:, None]
+    return (near(boxes, objects)[:, None] & of_class.to(boxes.device)).any(2)
+
+
+def best_other(logits: Tensor, classes: Tensor) -> Tensor:
+    """The best logit of each candidate but for one class, [N, K] of logits [N, C] and classes [K]."""
+    values, indices = pad(logits, (0, 1), value=UNFOUND).topk(2, 1)
+    return torch.where(indices[:, :1] == classes.to(logits.device), values[:, 1:], values[:, :1])
+
+
+def raise_on(by: LogitLoss, logits: Tensor, boxes: Tensor, objects: Detections, classes: Tensor, conf: float) -> Tensor:
+    """Scalar: on each object's best candidates a class is raised over the threshold and over the rest.
+
+    logits [N, C] and boxes [N, 4] of one frame; classes: one for each object, [K].
+    """
+    # Far better than just in place: the box moves while the class changes.
+    rank = pick(logits.detach(), classes).T.sigmoid() + 2 * box_iou(objects.boxes.to(boxes), boxes.detach()).clamp(
+        max=0.85
+    )
+    best = logits[rank.topk(min(CANDIDATES, len(boxes)), 1).indices]  # [K, CANDIDATES, C]
+    wanted = torch.arange(logits.shape[1], device=logits.device) == classes.to(logits.device)[:, None]  # [K, C]
+    raised = best.masked_fill(~wanted[:, None], UNFOUND).amax(2)
+    rest = best.masked_fill(wanted[:, None], UNFOUND).amax(2)
+    return by.higher(raised, conf) + by.under(rest, raised)
+
+
+def outcomes(objects: Detections, found: Detections) -> list[Outcome]:
+    """What became of each attacked object (of the clean photo): kept, vanished, or relabelled as another class.
+
+    kept: a detection of its class overlaps it (IoU >= 0.5); relabelled: only detections of other classes do.
+    """
+    if not len(found):
+        return ["vanished"] * len(objects)
+    on = box_iou(objects.boxes, found.boxes) >= SAME_OBJECT_IOU
+    same = on & (objects.classes[:, None] == found.classes[None])
+    return [
+        "kept" if s else "relabelled" if n else "vanished"
+        for s, n in zip(same.any(1).tolist(), on.any(1).tolist(), strict=True)
+    ]
+
+
+def new(clean: Detections, found: Detections) -> Tensor:
+    """Which of `found` have no clean detection of their class in their place (IoU >= 0.5): bool [N]."""
+    same = clean.classes == found.classes[:, None]
+    return ~((box_iou(found.boxes, clean.boxes) >= SAME_OBJECT_IOU) & same).any(1)

@@ -1,0 +1,102 @@
+from types import SimpleNamespace
+
+import pytest
+
+from detguard import DetguardError
+from detguard.detectors.base import Detector
+from detguard.objectives import Fabricate, Flood, Mislabel, Untargeted, Vanish
+from detguard.objectives.base import Selection
+from detguard.objectives.mislabel import OTHER
+from detguard.objectives.parse import complete, parse_goal, wanted
+
+PLAIN = {
+    "goal": "vanish", "target": "person", "to": None, "strict": False, "object": None, "box": None,
+    "keep_others": False, "loss": "logit", "count": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """All that is asked of a detector: three classes."""
+    names = {0: "person", 1: "bus", 2: "train"}
+    detector = SimpleNamespace(class_names=names, name="three")
+    detector.class_index = lambda name: Detector.class_index(detector, name)
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("options", "goal"),
+    [
+        ({}, Vanish((0,))),
+        ({"target": "bus, person", "strict": True}, Vanish((1, 0), True)),
+        ({"goal": "mislabel", "target": "person,bus", "to": "train"}, Mislabel((0, 1), (2, 2))),
+        ({"goal": "mislabel", "target": "person->bus,bus->person"}, Mislabel((0, 1), (1, 0))),
+        ({"goal": "mislabel", "target": "person->bus,train", "to": "other"}, Mislabel((0, 2), (1, OTHER))),
+        ({"goal": "untargeted", "target": "all"}, Untargeted((0, 1, 2))),
+        ({"goal": "fabricate"}, Fabricate((0,), 1)),
+        ({"goal": "fabricate", "count": 7, "keep_others": True}, Fabricate((0,), 7, keep_others=True)),
+        ({"goal": "flood", "target": "all"}, Flood((0, 1, 2), 100)),
+        ({"object": [3, 1]}, Vanish((0,), only=Selection((3, 1)))),
+        (
+            {"box": [1, 2, 3, 4], "loss": "confidence"},
+            Vanish((0,), only=Selection((), (1, 2, 3, 4)), measure="confidence"),
+        ),
+    ],
+)
+def test_options_become_goals(classes, options, goal):
+    assert parse_goal(PLAIN | options, classes) == goal
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target": "persn"}, "did you mean 'person'"),
+        ({"target": " ,"}, "name at least one class"),
+        ({"target": "person->bus"}, "an arrow goes with --goal mislabel"),
+        ({"to": "bus"}, "--to: goes with --goal mislabel, not with vanish"),
+        ({"goal": "mislabel"}, "give --to CLASS"),
+        ({"goal": "mislabel", "to": "person"}, "is a target itself"),
+        ({"goal": "mislabel", "target": "person->bus,train"}, "--to says what the others"),
+        ({"goal": "untargeted", "strict": True}, "--strict: goes with --goal vanish, not"),
+        ({"goal": "fabricate", "object": [1]}, "--object: goes with --goal vanish or mislabel or untargeted"),
+        ({"goal": "flood", "box": [1, 2, 3, 4]}, "--box: goes with"),
+        ({"count": 3}, "--count: goes with --goal fabricate or flood"),
+        ({"box": [3, 2, 1, 4]}, "x1 < x2"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told(classes, options, reason):
+    with pytest.raises(DetguardError, match=reason.replace("(", r"\(")):
+        parse_goal(PLAIN | options, classes)
+
+
+def test_a_detector_of_one_class_has_no_other():
+    one = SimpleNamespace(class_names={0: "person"}, name="one", class_index=lambda name: 0)
+    with pytest.raises(DetguardError, match="one class only"):
+        parse_goal(PLAIN | {"goal": "mislabel", "to": "other"}, one)
+
+
+def test_what_is_not_said_is_understood():
+    assert complete(None, None, None, False) == ("vanish", "person")
+    assert complete(None, None, None, True) == ("vanish", "all")
+    assert complete(None, "bus", "train", False) == ("mislabel", "bus")
+    assert complete(None, "bus->train", None, False) == ("mislabel", "bus->train")
+    assert complete("untargeted", None, None, False) == ("untargeted", "all")
+    assert complete("flood", "bus", None, False) == ("flood", "bus")
+    with pytest.raises(DetguardError, match="expected one of vanish, mislabel"):
+        complete("flod", None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "person not found any more"),
+        ({"target": "all", "object": [2]}, "every class not found any more (object 2)"),
+        ({"goal": "mislabel", "to": "other", "keep_others": True}, "person found as any other class, the rest stays"),
+        ({"goal": "mislabel", "target": "person->bus,bus->train"}, "person found as bus, bus found as train"),
+        ({"goal": "flood", "target": "all"}, "every class found in masses (at least 100)"),
+        ({"goal": "fabricate", "count": 3}, "person found where there is none (at least 3)"),
+        ({"box": [1.0, 2.5, 3.0, 4.0]}, "person not found any more (within 1, 2.5, 3, 4)"),
+    ],
+)
+def test_titles_say_what_is_wanted(options, words):
+    assert wanted(PLAIN | options) == words
