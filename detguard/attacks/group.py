@@ -9,7 +9,7 @@ the detector is shown at every step. How far it may go (`budgets.py`), how it mo
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -91,44 +91,56 @@ class AttackOptions:
 
 
 @dataclass(frozen=True)
-class Member:
-    """What one transform, as it is drawn, makes of a photo of one shape; None stands for the photo itself."""
+class Victim:
+    """A detector that is to be fooled, and what is wanted of it, in its own classes."""
 
+    detector: Detector
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class Member:
+    """A photo, or what a transform as it is drawn makes of it, before one of the detectors.
+
+    clean, attacked: what that detector found in the clean photo, as it lies in the picture, and which of it is
+    attacked. moves: whether pixels are elsewhere in the picture.
+    """
+
+    victim: Victim
     transform: Transform | None
     shape: tuple[int, int]
     letterbox: Letterbox
+    clean: Detections
+    attacked: Tensor
     moves: bool
+
+    @classmethod
+    def of(cls, victim: Victim, transform: Transform | None, shape: tuple[int, int], clean: Detections) -> "Member":
+        """That of a photo of (height, width), in which the detector found `clean`."""
+        warp = transform.warp(shape) if transform else None
+        letterbox = victim.detector.letterbox(warp.picture if warp else shape)
+        there, attacked = seen(transform, shape, clean, victim.objective.attacked(clean))
+        return cls(victim, transform, shape, letterbox, there, attacked, warp is not None)
 
     @property
     def straight(self) -> bool:
         """Whether a gradient at the picture may be taken for one at the photo."""
         return self.transform is None or self.transform.straight
 
-    @classmethod
-    def of(cls, detector: Detector, transform: Transform | None, shape: tuple[int, int]) -> "Member":
-        """That of a photo of (height, width)."""
-        warp = transform.warp(shape) if transform else None
-        return cls(transform, shape, detector.letterbox(warp.picture if warp else shape), warp is not None)
-
     def frame(self, photo: Photo) -> Photo:
         """What the detector is shown."""
         return self.letterbox(self.transform(photo) if self.transform else photo)
 
-    def seen(self, attempt: "Attempt") -> tuple[Detections, Tensor]:
-        """What was found in the clean photo as it lies in the picture, and which of that is attacked."""
-        return seen(self.transform, self.shape, attempt.clean, attempt.attacked)
-
-    def aim(self, objective: Objective, candidates: Candidates, attempt: "Attempt") -> Any:
+    def aim(self, candidates: Candidates) -> Any:
         """What the objective needs to know of the frame, of which `candidates` are."""
-        clean, attacked = self.seen(attempt)
-        placed = Detections(self.letterbox.boxes_to_frame(clean.boxes), clean.scores, clean.classes)
-        return objective.aim(candidates, placed, attacked)
+        boxes = self.letterbox.boxes_to_frame(self.clean.boxes)
+        return self.victim.objective.aim(candidates, replace(self.clean, boxes=boxes), self.attacked)
 
-    def fooled(self, objective: Objective, attempt: "Attempt", found: Detections, sure: float) -> bool:
-        """Whether `found` in the picture is what is wanted; where something is to be found, over `sure` as well."""
-        clean, attacked = self.seen(attempt)
-        return objective.success(clean, found, attacked) and (
-            not objective.raises or objective.success(clean, found.above(sure), attacked)
+    def fooled(self, found: Detections, sure: float) -> bool:
+        """Whether `found` in the frame is what is wanted; where something is to be found, over `sure` as well."""
+        objective, found = self.victim.objective, to_photo(found, self.letterbox)
+        return objective.success(self.clean, found, self.attacked) and (
+            not objective.raises or objective.success(self.clean, found.above(sure), self.attacked)
         )
 
     def pull_back(self, photo: Photo, gradient: Tensor, options: "AttackOptions") -> Tensor:
@@ -137,19 +149,18 @@ class Member:
         # gradient is spread to the pixels that the letterbox does not read. Exact rules find such pixels themselves.
         exact = options.gradient == "exact"
         gradient = self.letterbox.pull_back(gradient, spread=not exact)
-        return (
-            self.transform.pull_back(photo, gradient) if self.transform and (exact or not self.straight) else gradient
-        )
+        if self.transform is None or (self.straight and not exact):
+            return gradient
+        return self.transform.pull_back(photo, gradient)
 
 
 @dataclass
 class Attempt:
-    """The attack on one photo as it stands."""
+    """The attack on one photo as it stands; clean_by: what each detector found in the clean photo."""
 
     key: str
     photo: Photo
-    clean: Detections
-    attacked: Tensor
+    clean_by: list[Detections]
     original: Tensor
     x: Tensor
     rule: Rule
@@ -179,7 +190,22 @@ class Attempt:
     def drawn(self) -> list[Transform]:
         """The transforms of the group as they were drawn for `adversarial`."""
         members = self.members if self.best is None or self.done else self.best_members
-        return [member.transform for member in members if member.transform]
+        return [member.transform for member in members[: self.group] if member.transform]
+
+    @property
+    def group(self) -> int:
+        """How many members each detector is shown: the photo, then its transforms."""
+        return len(self.members) // len(self.clean_by)
+
+    @property
+    def clean(self) -> Detections:
+        """What the first detector found in the clean photo."""
+        return self.clean_by[0]
+
+    @property
+    def attacked(self) -> Tensor:
+        """Which of `clean` are attacked, bool [K]."""
+        return self.members[0].attacked
 
     @property
     def levels(self) -> Photo:
@@ -202,8 +228,11 @@ def attack_group(
     transforms: Sequence[Transform],
     options: AttackOptions,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,
+    also: Sequence[Victim] = (),
 ) -> Iterator[Attempt]:
     """Attack photos, given as (key, `uint8 [H, W, 3]`, clean detections); yields each attempt as it ends.
+
+    also: further detectors, all of which the same photo and its transforms must fool.
 
     Up to `options.batch` photos of one frame shape share a forward and a backward; a finished photo leaves and the
     next takes its place; `on_step` is shown the active ones after every step. The key seeds a photo's random start,
@@ -213,6 +242,7 @@ def attack_group(
         DetguardError: `weights` do not match the group.
     """
     options.check(1 + len(transforms))
+    victims = [Victim(detector, objective), *also]
     waiting: dict[tuple[int, int], deque[Attempt]] = defaultdict(deque)
     source = iter(photos)
     exhausted = False
@@ -222,14 +252,14 @@ def attack_group(
             if (item := next(source, None)) is None:
                 exhausted = True
             else:
-                attempt = _begin(detector, *item, objective, transforms, options)
+                attempt = _begin(victims, *item, transforms, options)
                 waiting[attempt.members[0].letterbox.frame].append(attempt)
         shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
         if shape is None:
             return
         queue = waiting[shape]
         active = [queue[i] for i in range(min(options.batch, len(queue)))]
-        _iterate(detector, active, objective, transforms, options)
+        _iterate(active, transforms, options)
         if on_step:
             on_step(active)
         for attempt in active:
@@ -241,68 +271,66 @@ def attack_group(
 
 
 def _begin(
-    detector: Detector,
+    victims: Sequence[Victim],
     key: str,
     photo: Photo,
     clean: Detections,
-    objective: Objective,
     transforms: Sequence[Transform],
     options: AttackOptions,
 ) -> Attempt:
     shape = (photo.shape[0], photo.shape[1])
-    attacked = objective.attacked(clean)
-    budget = options.budget.on(shape, clean[attacked].boxes)
-    original = torch.from_numpy(photo).to(detector.device).float()
+    found = [clean, *(victim.detector.predict(photo, options.conf, options.iou) for victim in victims[1:])]
+    members = [
+        Member.of(victim, transform, shape, there)
+        for victim, there in zip(victims, found, strict=True)
+        for transform in (None, *transforms)
+    ]
+    budget = options.budget.on(shape, clean[members[0].attacked].boxes)
+    original = torch.from_numpy(photo).to(victims[0].detector.device).float()
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original
     rule = rule_named(options.rule)(budget, original, options.step, options.steps, options.momentum)
-    members = [Member.of(detector, transform, shape) for transform in (None, *transforms)]
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
-    aims: list[Any] = [None] * len(members)
-    return Attempt(key, photo, clean, attacked, original, x, rule, rng, members, aims, enough=enough)
+    return Attempt(key, photo, found, original, x, rule, rng, members, [None] * len(members), enough=enough)
 
 
-def _draw(detector: Detector, attempt: Attempt, transforms: Sequence[Transform]) -> None:
-    """Draw anew what is random among the members; what is aimed at in their frames moves with them."""
+def _draw(attempt: Attempt, transforms: Sequence[Transform]) -> None:
+    """Draw anew what is random among the members, the same before each detector; what is aimed at moves with it."""
     for number, transform in enumerate(transforms, 1):
         drawn = transform.draw(attempt.rng)
         if drawn is not transform:
-            attempt.members[number] = Member.of(detector, drawn, attempt.members[0].shape)
-            attempt.aims[number] = None
+            for i, clean in enumerate(attempt.clean_by):
+                place = i * attempt.group + number
+                member = attempt.members[place]
+                attempt.members[place] = Member.of(member.victim, drawn, member.shape, clean)
+                attempt.aims[place] = None
 
 
-def _iterate(
-    detector: Detector,
-    attempts: Sequence[Attempt],
-    objective: Objective,
-    transforms: Sequence[Transform],
-    options: AttackOptions,
-) -> None:
+def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], options: AttackOptions) -> None:
     """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
     conf = options.conf * (1 - options.margin)
     # What is to be found must be as far over the confidence, what is not as far under it.
     sure = 1 - (1 - options.conf) * (1 - options.margin)
-    count = 1 + len(transforms)
     for attempt in attempts:
-        _draw(detector, attempt, transforms)
-    shown = [attempt.levels for attempt in attempts]
-    passes = _look(detector, [m.frame(photo) for a, photo in zip(attempts, shown, strict=True) for m in a.members])
+        _draw(attempt, transforms)
+    shown, count = [attempt.levels for attempt in attempts], len(attempts[0].members)
+    members = [(member, photo) for a, photo in zip(attempts, shown, strict=True) for member in a.members]
+    passes = _look(members)
     for attempt in attempts:
         attempt.fooled = [False] * count if options.stop else []
     for numbers, _, candidates in passes:
         for i, found in zip(numbers, suppress(candidates, conf, options.iou) if options.stop else (), strict=False):
-            attempt, member = attempts[i // count], attempts[i // count].members[i % count]
-            attempt.fooled[i % count] = member.fooled(objective, attempt, to_photo(found, member.letterbox), sure)
+            attempts[i // count].fooled[i % count] = members[i][0].fooled(found, sure)
         for k, i in enumerate(numbers):
-            _take_aim(attempts[i // count], i % count, objective, candidates[k : k + 1])
+            _take_aim(attempts[i // count], i % count, candidates[k : k + 1])
     for attempt in attempts:
         attempt.in_a_row = attempt.in_a_row + 1 if attempt.fooled and all(attempt.fooled) else 0
         attempt.failed = not attempt.done and attempt.steps >= options.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    losses = _losses(objective, passes, [aim for attempt in attempts for aim in attempt.aims], conf)
+    losses = _losses(passes, members, [aim for attempt in attempts for aim in attempt.aims], conf)
     losses = losses.view(-1, count).sum(1)
     told = losses.tolist()
     for i in running:
@@ -325,34 +353,41 @@ def _iterate(
             attempt.steps += 1
 
 
-# Frames of one shape, by their numbers in the group of all, as the detector took them, and what it proposes.
+# Frames of one shape before one detector, by their numbers among all, as it took them, and what it proposes.
 Pass = tuple[list[int], Tensor, Candidates]
 
 
-def _look(detector: Detector, frames: Sequence[Photo]) -> list[Pass]:
-    """One forward for all frames of each shape; as a rule they have the same."""
-    shapes: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, frame in enumerate(frames):
-        shapes[frame.shape].append(number)
+def _look(members: Sequence[tuple[Member, Photo]]) -> list[Pass]:
+    """One forward for all frames of each detector and shape; as a rule there is one of both."""
+    frames = [member.frame(photo) for member, photo in members]
+    alike: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+    for number, ((member, _), frame) in enumerate(zip(members, frames, strict=True)):
+        alike[id(member.victim.detector), frame.shape].append(number)
     passes = []
-    for numbers in shapes.values():
+    for numbers in alike.values():
+        detector = members[numbers[0]][0].victim.detector
         batch = frames_tensor([frames[number] for number in numbers], detector.device).requires_grad_()
         passes.append((numbers, batch, detector.candidates(batch)))
     return passes
 
 
-def _take_aim(attempt: Attempt, number: int, objective: Objective, candidates: Candidates) -> None:
+def _take_aim(attempt: Attempt, number: int, candidates: Candidates) -> None:
     """What is aimed at is fixed at the first pass; where pixels stay where they are, it is what it is in the photo."""
-    member = attempt.members[number]
-    if number and not member.moves:
-        attempt.aims[number] = attempt.aims[0]
+    photo = number - number % attempt.group
+    if number != photo and not attempt.members[number].moves:
+        attempt.aims[number] = attempt.aims[photo]
     elif attempt.aims[number] is None:
-        attempt.aims[number] = member.aim(objective, candidates, attempt)
+        attempt.aims[number] = attempt.members[number].aim(candidates)
 
 
-def _losses(objective: Objective, passes: Sequence[Pass], aims: Sequence[Any], conf: float) -> Tensor:
+def _losses(
+    passes: Sequence[Pass], members: Sequence[tuple[Member, Photo]], aims: Sequence[Any], conf: float
+) -> Tensor:
     """The loss of each frame, in the order of their numbers."""
-    losses = [objective.loss(candidates, [aims[i] for i in numbers], conf) for numbers, _, candidates in passes]
+    losses = [
+        members[numbers[0]][0].victim.objective.loss(candidates, [aims[i] for i in numbers], conf)
+        for numbers, _, candidates in passes
+    ]
     if len(passes) == 1:
         return losses[0]
     order = torch.tensor([i for numbers, *_ in passes for i in numbers]).argsort()
@@ -367,14 +402,18 @@ def photo_gradient(
         back = [m.pull_back(photo, g, options) for m, g in zip(members, gradients, strict=True)]
         stacked = torch.stack(back)
         return stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
-    weights = options.weights or (1.0,) * len(members)
-    shares = [weight / sum(weights) for weight in weights]
-    # Straight through, members whose pixels stay share the letterbox of the photo, and all is linear: aggregated
-    # first, only one gradient is brought back.
-    alike = [options.gradient == "straight-through" and member.straight for member in members]
-    alone = [(member, g * w) for member, g, w, a in zip(members, gradients, shares, alike, strict=True) if not a]
-    if any(alike):
-        alone.append((members[0], _sum([g * w for g, w, a in zip(gradients, shares, alike, strict=True) if a])))
+    weights = options.weights or (1.0,)
+    weights = weights * (len(members) // len(weights))  # the same before each detector
+    alone: list[tuple[Member, Tensor]] = []
+    alike: dict[Letterbox, tuple[Member, list[Tensor]]] = {}
+    for member, gradient, weight in zip(members, gradients, weights, strict=True):
+        share = gradient * (weight / sum(weights))
+        if options.gradient == "straight-through" and member.straight:
+            # All is linear: those of one letterbox are aggregated first, and only one is brought back.
+            alike.setdefault(member.letterbox, (member, []))[1].append(share)
+        else:
+            alone.append((member, share))
+    alone += [(member, _sum(shares)) for member, shares in alike.values()]
     return _sum([member.pull_back(photo, gradient, options) for member, gradient in alone])
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from detguard import DetguardError
 from detguard.attacks.budgets import L2, Linf, largest_difference
-from detguard.attacks.group import STEADY, AttackOptions, Member, attack_group, photo_gradient, photo_seed
+from detguard.attacks.group import STEADY, AttackOptions, Member, Victim, attack_group, photo_gradient, photo_seed
+from detguard.detectors.load import load_detector
 from detguard.objectives import Vanish
 from detguard.objectives.base import outcomes
 from detguard.photos import Letterbox
@@ -24,7 +26,8 @@ def test_a_photos_seed_depends_on_the_run_and_on_the_photo():
 def plain_members(letterbox, specs="", number=0):
     """Members of a photo that its letterbox fits: the photo, transforms by specs, and more of the photo."""
     transforms = [None, *parse_transforms(specs), *[None] * number]
-    return [Member(transform, letterbox.photo, letterbox, False) for transform in transforms]
+    nobody: Any = None
+    return [Member(nobody, transform, letterbox.photo, letterbox, nobody, nobody, False) for transform in transforms]
 
 
 def gradients_of(letterbox, number):
@@ -58,7 +61,9 @@ def test_exact_gradients_go_through_the_transforms(bus):
 
 def test_gradients_of_moved_pixels_are_brought_back_before_they_become_one(bundled, small):
     (flip,) = parse_transforms("flip:h")
-    members = [Member.of(bundled, transform, small.shape[:2]) for transform in (None, flip)]
+    clean = bundled.predict(small, 0.25)
+    victim = Victim(bundled, Vanish((0,)))
+    members = [Member.of(victim, transform, small.shape[:2], clean) for transform in (None, flip)]
     assert members[1].moves
     gradient = gradients_of(members[0].letterbox, 1)[0].float()
     whole = photo_gradient([gradient, gradient.flip(2)], small, members, AttackOptions())
@@ -286,3 +291,19 @@ def test_random_members_count_as_fooled_after_some_draws_in_a_row(bundled, small
     (attempt,) = attack_group(bundled, source, always, parse_transforms(spec), AttackOptions())
     assert attempt.done
     assert attempt.steps == steps
+
+
+def test_one_photo_fools_two_detectors_each_in_its_own_classes(bundled, small):
+    other = load_detector("detguard-n-hard")
+    clean = bundled.predict(small, 0.25)
+    assert len(other.predict(small, 0.25).of([0]))
+    options = AttackOptions(budget=Linf(16), step=2, steps=60)
+    also = [Victim(other, Vanish((0, 4)))]
+    source, group = [("bus", small, clean)], parse_transforms("median:3")
+    (attempt,) = attack_group(bundled, source, Vanish((0,)), group, options, also=also)
+    assert attempt.done
+    assert len(attempt.fooled) == 4
+    assert [str(transform) for transform in attempt.drawn] == ["median:3"]
+    for picture in (attempt.adversarial, group[0](attempt.adversarial)):
+        assert not len(bundled.predict(picture, 0.25).of([0]))
+        assert not len(other.predict(picture, 0.25).of([0, 4]))

@@ -75,7 +75,9 @@ def test_a_photo_that_fools_only_before_it_is_filtered_has_failed(attacked, bund
     clean = bundled.predict(photo, 0.05)
     (attempt,) = attack_group(bundled, [("bus", photo, clean.above(0.25))], PERSONS, [], OPTIONS)
     job = Job(bundled, PERSONS, parse_transforms("median:5,jpeg:40"), OPTIONS, Run(tmp_path, {}))
-    attempt.members += [Member.of(bundled, transform, photo.shape[:2]) for transform in job.transforms]
+    attempt.members += [
+        Member.of(attempt.members[0].victim, transform, photo.shape[:2], attempt.clean) for transform in job.transforms
+    ]
     saved = save_attempt(job, attempt, tmp_path / "bus.png", clean)
     assert [saved["members"][name]["fooled"] for name in ("photo", "median:5", "jpeg:40")].count(False) in (1, 2)
     assert saved["members"]["photo"]["fooled"]
