@@ -107,6 +107,7 @@ COMMON = {"command": text, "arguments": texts, "versions": {"*": text}}
 CONFIGS: dict[str, dict[str, Any]] = {
     "attack": {
         "detector": DETECTOR,
+        "also": Items(DETECTOR),
         "goal": one_of("vanish", "mislabel", "untargeted", "fabricate", "flood"),
         "target": text,
         "to": Maybe(text),
@@ -238,6 +239,7 @@ ATTACKED = {
     "members": {"photo": JUDGED, "*": JUDGED},
     "files": {"photo": text, "*": text},
     "draws": {"*": text},
+    "also": {"*": {"photo": JUDGED, "*": JUDGED}},
     "seconds": real(0),
 }
 PASSED_OVER = {

@@ -13,7 +13,7 @@ from kornia.metrics import ssim
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget, largest_difference
-from detguard.attacks.group import AttackOptions, Attempt, attack_group
+from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group
 from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
@@ -34,13 +34,14 @@ VERIFY_SEED = 2**31
 
 @dataclass(frozen=True)
 class Job:
-    """One attack run: what is attacked, how, and where its results go."""
+    """One attack run: what is attacked, how, and where its results go; also: further detectors to be fooled as well."""
 
     detector: Detector
     objective: Objective
     transforms: Sequence[Transform]
     options: AttackOptions
     run: Run
+    also: Sequence[Victim] = ()
 
 
 def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, list[Transform], AttackOptions]:
@@ -54,6 +55,20 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     options = AttackOptions.from_config(config["attack"])
     options.check(1 + len(transforms))
     return objective, transforms, options
+
+
+def further_victims(config: dict[str, Any], detectors: Sequence[Detector]) -> list[Victim]:
+    """What a run's config wants of further detectors.
+
+    Raises:
+        DetguardError: one of them lacks a class, objects are chosen by numbers, or two detectors have one name.
+    """
+    if detectors and config["object"]:
+        raise DetguardError("--object: numbers what one detector finds; with several --model, choose by --box")
+    names = [Path(config["detector"]["model"]).stem, *(detector.name for detector in detectors)]
+    if len(set(names)) < len(names):
+        raise DetguardError(f"--model: {', '.join(names)}; each must have a name of its own")
+    return [Victim(detector, parse_goal(config, detector)) for detector in detectors]
 
 
 def attack_photos(
@@ -83,7 +98,8 @@ def attack_photos(
             yield key, photo, clean.above(job.options.conf)
 
     search = attack_smallest if job.options.smallest else attack_group
-    for attempt in search(job.detector, readable(), job.objective, job.transforms, job.options, on_step):
+    asked = (job.objective, job.transforms, job.options, on_step, job.also)
+    for attempt in search(job.detector, readable(), *asked):
         yield from unattackable
         unattackable.clear()
         file = files[attempt.key]
@@ -140,6 +156,8 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         name: judge(job.objective, clean, detections, job.options.conf, names_of, drawn.get(name), saved.shape)
         for name, detections in found.items()
     }
+    also = {victim.detector.name: judge_files(victim, attempt, names, drawn, job) for victim in job.also}
+    judged = [*members.values(), *(member for of_one in also.values() for member in of_one.values())]
     objects = attempt.clean[attempt.attacked]
     after = found[PHOTO].above(job.options.conf)
     overlay = before_after(attempt.photo, attempt.clean, saved, after, names_of)
@@ -147,7 +165,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
     return {
         "key": key,
         "photo": str(file),
-        "status": "fooled" if all(m["fooled"] for m in members.values()) else "failed",
+        "status": "fooled" if all(member["fooled"] for member in judged) else "failed",
         "iterations": attempt.steps,
         "difference": largest_difference(saved, attempt.photo),
         "used": round(used, 3),
@@ -160,8 +178,29 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         ],
         "clean": attempt.clean.records(names_of),
         "members": members,
+        "also": also,
         "files": names,
         "draws": {name: str(t) for name, t in drawn.items() if str(t) != name},
+    }
+
+
+def judge_files(
+    victim: Victim, attempt: Attempt, files: dict[str, str], drawn: dict[str, Transform], job: Job
+) -> dict[str, Record]:
+    """What `judge` says of each saved member of a group before a further detector."""
+    detector, lowest = victim.detector, lowest_threshold(job.options.conf)
+    clean = detector.predict(attempt.photo, lowest, job.options.iou)
+    return {
+        name: judge(
+            victim.objective,
+            clean,
+            detector.predict(job.run.path(path), lowest, job.options.iou),
+            job.options.conf,
+            detector.class_names,
+            drawn.get(name),
+            attempt.photo.shape,
+        )
+        for name, path in files.items()
     }
 
 
@@ -218,7 +257,8 @@ def verify_run(
     """Judge the saved files of a run anew, and the adversarial photos after further `transforms`.
 
     Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), used (of the
-    budget); or key, error. What is random in a transform is drawn by the photo's key, not as the attack drew it.
+    budget); or key, error; or key, skipped: another detector than the one attacked, which finds no target in the clean
+    photo. What is random in a transform is drawn by the photo's key, not as the attack drew it.
     """
     conf, iou = float(run.config["attack"]["conf"]), float(run.config["attack"]["iou"])
     lowest = lowest_threshold(conf)
@@ -233,6 +273,9 @@ def verify_run(
             saved = {name: read_photo(path) for name, path in paths.items()}[PHOTO]
             original = read_photo(record["photo"])
             clean = detector.predict(original, lowest, iou)
+            if objective.needs_target and not objective.attacked(clean.above(conf)).any():
+                yield {"key": record["key"], "skipped": "no target"}
+                continue
             found = {name: detector.predict(path, lowest, iou) for name, path in paths.items()}
             rng = np.random.default_rng(photo_seed(record["key"], VERIFY_SEED))
             further = {str(t): t.draw(rng) for t in transforms if str(t) not in found}

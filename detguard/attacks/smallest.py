@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from detguard.attacks.group import AttackOptions, Attempt, attack_group
+from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.objectives.base import Objective
@@ -18,6 +18,7 @@ def attack_smallest(
     transforms: Sequence[Transform],
     options: AttackOptions,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,
+    also: Sequence[Victim] = (),
 ) -> Iterator[Attempt]:
     """As `attack_group`, with the least budget up to that of `options` by which the attack succeeds: by bisection.
 
@@ -26,12 +27,12 @@ def attack_smallest(
     """
     whole = options.budget.eps
     for item in photos:
-        best = _attempt(detector, item, objective, transforms, options, on_step)
+        best = _attempt(detector, item, objective, transforms, options, on_step, also)
         steps, low, high = best.steps, 0.0, best.used if best.done else 0.0
         while (eps := options.budget.between(low, high)) is not None:
             step = max(options.step * eps / whole, options.step / 10)
             tried = replace(options, budget=replace(options.budget, eps=eps), step=step)
-            found = _attempt(detector, item, objective, transforms, tried, on_step)
+            found = _attempt(detector, item, objective, transforms, tried, on_step, also)
             steps += found.steps
             if found.done:
                 best, high = found, found.used
@@ -48,5 +49,6 @@ def _attempt(
     transforms: Sequence[Transform],
     options: AttackOptions,
     on_step: Callable[[Sequence[Attempt]], None] | None,
+    also: Sequence[Victim],
 ) -> Attempt:
-    return next(attack_group(detector, [item], objective, transforms, options, on_step))
+    return next(attack_group(detector, [item], objective, transforms, options, on_step, also))

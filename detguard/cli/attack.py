@@ -94,7 +94,13 @@ def attack(
         int | None,
         typer.Option(min=1, max=300, help="Objects to find: new ones for fabricate (1), in all for flood (100)."),
     ] = None,
-    model: Model = "detguard-n",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Bundled name, .pt or .safetensors file, or a name of Ultralytics or torchvision such as yolo11n; "
+            "repeatable: the same photo must fool all of them. [default: detguard-n]"
+        ),
+    ] = None,
     imgsz: ImageSize = None,
     conf: Confidence = 0.25,
     eps: Annotated[
@@ -171,7 +177,7 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
-    from detguard.attacks.run import Job, plan_attack
+    from detguard.attacks.run import Job, further_victims, plan_attack
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.objectives.parse import complete
     from detguard.photos import find_photos
@@ -183,6 +189,7 @@ def attack(
         run = Run.resume(resume, "attack")
         with err.status("Loading the detector"):
             detector = load_configured(run.config["detector"], trust, device)
+            others = [load_configured(one, trust, device) for one in run.config["also"]]
         plan = plan_attack(run.config, detector)
     else:
         if not photos:
@@ -190,7 +197,10 @@ def attack(
         goal, target = complete(goal, target, to, selected=bool(objects or box))
         files = [str(file) for file in find_photos(photos)]
         with err.status("Loading the detector"):
-            detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
+            models = model or ["detguard-n"]
+            detector, *others = (
+                load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion) for name in models
+            )
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
             conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
@@ -199,14 +209,17 @@ def attack(
             random_start=random_start, margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
         config = {
-            "detector": detector_config(detector, model), "goal": goal, "target": target, "to": to, "strict": strict,
+            "detector": detector_config(detector, models[0]),
+            "also": [detector_config(other, name) for other, name in zip(others, models[1:], strict=True)],
+            "goal": goal, "target": target, "to": to, "strict": strict,
             "object": places(objects), "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others,
             "loss": loss, "count": count, "transforms": transforms, "attack": options.config(), "photos": files,
             "arguments": sys.argv[1:],
         }  # fmt: skip
         plan = plan_attack(config, detector)
+        further_victims(config, others)  # a wrong option leaves no run behind
         run = Run.create("attack", out_folder, config)
-    sys.exit(run_attack(Job(detector, *plan, run)))
+    sys.exit(run_attack(Job(detector, *plan, run, further_victims(run.config, others))))
 
 
 def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
@@ -358,25 +371,33 @@ def verify(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per photo, with what is found on each member.")
     ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Judge by this detector, not the one attacked: do the photos fool it, too?")
+    ] = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
     """Read the saved files of an attack again, run the detector on each, and print survival per transform.
 
+    With --model another detector judges, on the photos in which it finds the target before the attack.
+
     Exit code: 0 every file of the group still fools the detector within its budget, 1 not, 2 unreadable files.
     """
     from detguard.attacks.run import plan_attack, verify_run
-    from detguard.detectors.load import load_configured
+    from detguard.detectors.load import load_configured, load_detector
     from detguard.reports.tables import survival_table, terminal_table
     from detguard.runs import Run
     from detguard.transforms.parse import parse_transforms
 
     run = Run.open(folder, "attack")
+    if model and run.config["object"]:
+        raise DetguardError("--model: the run chose its objects by what its own detector found (--object)")
     extra = parse_transforms(transforms)
     with err.status("Loading the detector"):
-        detector = load_configured(run.config["detector"], trust, device)
+        other = None if model is None else load_detector(model, trust=trust, device=device)
+        detector = other or load_configured(run.config["detector"], trust, device)
     objective, _, options = plan_attack(run.config, detector)
-    records, code = [], 0
+    records, code, without = [], 0, 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
     for record in track(
         verify_run(run, detector, objective, extra, options.budget), "verify", total, console=err, transient=True
@@ -384,14 +405,18 @@ def verify(
         if "error" in record:
             show_error(f"{folder}: {record['key']}: {record['error']}")
             code = 2
+        elif "skipped" in record:
+            without += 1
         else:
             records.append(record)
             if as_json:
                 print(json.dumps(record))
+    if without:
+        err.print(f"{without} photos left out: {detector.name} finds no target in them before the attack")
     if records:
         used = max(r["used"] for r in records)
         if not as_json:
-            out.print(terminal_table(survival_table(records, f"{folder}: success rate")))
+            out.print(terminal_table(survival_table(records, f"{folder}: success rate, judged by {detector.name}")))
             out.print(f"most of the budget used: {used:.4g} of {options.budget}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
         code = code or int(used > options.budget.eps or not all(group))

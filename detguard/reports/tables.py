@@ -13,6 +13,8 @@ from detguard.detections import Detections
 from detguard.reports.page import Table
 from detguard.runs import Record
 
+PHOTO_ROW = "photo (png)"
+
 
 def rate(values: Sequence[bool | None]) -> str:
     """Like "98 % (49/50)" of the values that are not None."""
@@ -28,15 +30,10 @@ def share(part: int, whole: int) -> str:
 def survival_table(records: Sequence[Record], title: str) -> Table:
     """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold."""
     head = ["judged from file", *(f"conf {t:g}" for t in THRESHOLDS)]
-    names = list(dict.fromkeys(name for r in records for name in r["members"]))
+    judged = [_judged(r) for r in records]
+    names = list(dict.fromkeys(name for one in judged for name in one))
     rows = [
-        [
-            "photo (png)" if name == PHOTO else name,
-            *(
-                rate([r["members"][name]["success"][f"{t:g}"] for r in records if name in r["members"]])
-                for t in THRESHOLDS
-            ),
-        ]
+        [name, *(rate([one[name]["success"][f"{t:g}"] for one in judged if name in one]) for t in THRESHOLDS)]
         for name in names
     ]
     gone = [[r["members"][PHOTO]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
@@ -46,11 +43,19 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
     if len(names) > 1:
         together: list[str] = []
         for t in THRESHOLDS:
-            values = [[m["success"][f"{t:g}"] for m in r["members"].values()] for r in records]
+            values = [[m["success"][f"{t:g}"] for m in one.values()] for one in judged]
             together.append(rate([None if None in v else all(v) for v in values]))
         rows.append(["all members", *together])
     note = "Photos that fool the detector at each confidence; - where nothing was found."
     return Table(title, head, rows, note)
+
+
+def _judged(record: Record) -> dict[str, Record]:
+    """The members of a photo by the names of their rows, those before further detectors behind their own."""
+    rows = {PHOTO_ROW if name == PHOTO else name: member for name, member in record["members"].items()}
+    for detector, members in record.get("also", {}).items():
+        rows |= {f"{PHOTO_ROW if name == PHOTO else name}, {detector}": one for name, one in members.items()}
+    return rows
 
 
 def least_budgets(attacked: Sequence[Record]) -> list[float | None]:

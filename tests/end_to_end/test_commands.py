@@ -73,6 +73,31 @@ def test_verify_judges_the_files_anew(attacked):
     assert "most of the budget used: 4 of 4 levels of 255" in result.stdout
 
 
+def test_one_photo_fools_two_detectors_inside_the_objects_and_its_random_members(tmp_path):
+    small = tmp_path / "bus.png"
+    Image.open(BUS).resize((240, 320)).save(small)
+    models = ("--model", "detguard-n", "--model", "detguard-n-hard")
+    options = ("--mask", "inside", "--eps", 32, "--step", 4, "--transforms", "rotate:-4..4", "--imgsz", 320)
+    result = detguard("attack", small, *models, *options, "--out", "run", cwd=tmp_path)
+    (record,) = records(tmp_path / "run")
+    assert record["also"]["detguard-n-hard"].keys() == record["members"].keys() == {"photo", "rotate:-4..4"}
+    assert (record["status"] == "fooled") == (result.returncode == 0)
+    assert record["also"]["detguard-n-hard"]["photo"]["fooled"]
+    assert record["members"]["photo"]["fooled"]
+    assert "photo (png), detguard-n-hard" in result.stdout
+    drawn = record["draws"]["rotate:-4..4"]
+    assert record["files"]["rotate:-4..4"] == f"group/bus/{drawn.replace(':', '-')}.png"
+    inside = np.zeros((320, 240), bool)
+    for box in (o["box"] for o in record["objects"]):
+        inside[max(int(box[1]), 0) : int(box[3]) + 1, max(int(box[0]), 0) : int(box[2]) + 1] = True
+    changed = (read_photo(tmp_path / "run/adversarial/bus.png") != read_photo(small)).any(2)
+    assert changed.any()
+    assert not (changed & ~inside).any()
+    judged = detguard("verify", "run", "--model", "detguard-n-hard", "--json", cwd=tmp_path)
+    (line,) = map(json.loads, judged.stdout.splitlines())
+    assert line["members"] == record["also"]["detguard-n-hard"]
+
+
 def test_verify_writes_what_is_found_on_every_member_as_json(attacked):
     run, _ = attacked
     (line,) = detguard("verify", run, "--json", "--transforms", "jpeg:90", cwd=run).stdout.splitlines()

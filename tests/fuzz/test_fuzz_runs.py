@@ -23,7 +23,8 @@ from detguard.runs import Run
 DETECTOR = {"model": "detguard-n", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}
 CONFIGS = {
     "attack": {
-        "detector": DETECTOR, "goal": "vanish", "target": "person", "to": None, "strict": False, "object": [1, 2],
+        "detector": DETECTOR, "also": [DETECTOR],
+        "goal": "vanish", "target": "person", "to": None, "strict": False, "object": [1, 2],
         "box": [0, 0, 9.5, 9], "keep_others": True, "loss": "logit", "count": None, "transforms": "median:3,jpeg:75",
         "attack": {
             "norm": "linf", "rule": "apgd", "mask": "inside", "smallest": True,
@@ -74,7 +75,8 @@ MEMBER = {
 RECORDS = {
     "attack": {
         "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "difference": 4,
-        "used": 4.0, "eps": 4.0, "draws": {}, "psnr": 40.0, "ssim": 0.9,
+        "used": 4.0, "eps": 4.0, "draws": {"rotate:1..2": "rotate:1"}, "also": {"other": {"photo": MEMBER}},
+        "psnr": 40.0, "ssim": 0.9,
         "objects": [FOUND | {"outcome": "vanished"}], "clean": [FOUND],
         "members": {"photo": MEMBER, "median:3": MEMBER}, "files": {"photo": "adversarial/a.png"}, "seconds": 1.0,
     },
