@@ -59,7 +59,8 @@ def attack(
     files = [str(file) for file in find_photos([photos])]
     base = AttackOptions(**{"steps": 60, "budget": Linf(eps), **options})
     config = {
-        "detector": detector_config(detector, str(model)), "also": [], "goal": "vanish" if to is None else "mislabel",
+        "detector": detector_config(detector, str(model)), "also": [], "samples": False,
+        "goal": "vanish" if to is None else "mislabel",
         "target": target, "to": to, "strict": False, "object": None, "box": None, "keep_others": False, "loss": "logit",
         "count": None, "transforms": transforms, "photos": files, "arguments": [], "attack": base.config(),
     }  # fmt: skip

@@ -108,6 +108,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "attack": {
         "detector": DETECTOR,
         "also": Items(DETECTOR),
+        "samples": flag,
         "goal": one_of("vanish", "mislabel", "untargeted", "fabricate", "flood"),
         "target": text,
         "to": Maybe(text),

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import MofNCompleteColumn, track
@@ -55,6 +55,14 @@ def attack(
     photos: Annotated[
         list[str] | None, typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Photos of a data.yaml, a COCO json or a folder, instead of PHOTO; the run then holds what was made "
+            "of them as a data set, samples/data.yaml, with their labels, or what was found in the clean photos."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "val",
     goal: Annotated[
         str | None,
         typer.Option(
@@ -178,13 +186,14 @@ def attack(
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
     from detguard.attacks.run import Job, further_victims, plan_attack
+    from detguard.cli.harden import LABELLED, as_lines, is_folder, read_labelled
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.objectives.parse import complete
     from detguard.photos import find_photos
     from detguard.runs import Run
 
     if resume:
-        if photos:
+        if photos or data:
             raise DetguardError("--resume: takes its photos and options from the run; give no others")
         run = Run.resume(resume, "attack")
         with err.status("Loading the detector"):
@@ -192,15 +201,22 @@ def attack(
             others = [load_configured(one, trust, device) for one in run.config["also"]]
         plan = plan_attack(run.config, detector)
     else:
-        if not photos:
-            raise DetguardError("PHOTO: give at least one photo, folder or pattern (or --resume RUN)")
+        if bool(photos) == bool(data):
+            raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
         goal, target = complete(goal, target, to, selected=bool(objects or box))
-        files = [str(file) for file in find_photos(photos)]
+        files = [str(file) for file in find_photos(photos)] if photos else []
         with err.status("Loading the detector"):
             models = model or ["detguard-n"]
             detector, *others = (
                 load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion) for name in models
             )
+        kept = {}
+        if data and is_folder(data):
+            files = [str(file) for file in find_photos([data])]
+        elif data:
+            labelled = read_labelled(data, split, detector.class_names)
+            files = [str(one.file) for one in labelled]
+            kept = {LABELLED: as_lines(labelled, detector.class_names)}
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
             conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
@@ -214,11 +230,11 @@ def attack(
             "goal": goal, "target": target, "to": to, "strict": strict,
             "object": places(objects), "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others,
             "loss": loss, "count": count, "transforms": transforms, "attack": options.config(), "photos": files,
-            "arguments": sys.argv[1:],
+            "samples": data is not None, "arguments": sys.argv[1:],
         }  # fmt: skip
         plan = plan_attack(config, detector)
         further_victims(config, others)  # a wrong option leaves no run behind
-        run = Run.create("attack", out_folder, config)
+        run = Run.create("attack", out_folder, config, kept)
     sys.exit(run_attack(Job(detector, *plan, run, further_victims(run.config, others))))
 
 
@@ -297,10 +313,31 @@ def run_attack(job: "Job") -> int:
         out.print(terminal_table(survival_table(attacked, f"{wanted(job.run.config)}: success rate")))
         job.run.write("report.html", attack_page(job.run, records, job.detector))
     out.print(terminal_list(attack_summary(records, job.options)))
+    if attacked and job.run.config["samples"]:
+        show_samples(job, attacked, files)
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
     out.print(f"results: {job.run.folder}{page}", highlight=False, soft_wrap=True)
     statuses = {r["status"] for r in records}
     return 2 if "error" in statuses else 1 if "failed" in statuses else 0
+
+
+def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Path]) -> None:
+    """Write what was made of the photos as a data set, and say where."""
+    from detguard.attacks.samples import FOLDER, write_samples
+    from detguard.cli.harden import LABELLED, read_labelled
+
+    names, labels = job.detector.class_names, {}
+    kept = job.run.folder / LABELLED
+    if kept.is_file():
+        by_file = {str(one.file): one.objects for one in read_labelled(str(kept), "", names)}
+        labels = {key: by_file[str(file)] for key, file in files.items() if str(file) in by_file}
+    count = write_samples(job.run, attacked, labels, names)
+    out.print(
+        f"samples: {count} images, {'labelled as the data set' if labels else 'labels are what was found before'}, "
+        f"{job.run.folder / FOLDER / 'data.yaml'}; photos without target are left out",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from ultralytics.utils import ASSETS
 
+from detguard.data.dataset import read_dataset
 from detguard.detectors.load import load_detector
 from detguard.photos import read_photo
 
@@ -96,6 +97,30 @@ def test_one_photo_fools_two_detectors_inside_the_objects_and_its_random_members
     judged = detguard("verify", "run", "--model", "detguard-n-hard", "--json", cwd=tmp_path)
     (line,) = map(json.loads, judged.stdout.splitlines())
     assert line["members"] == record["also"]["detguard-n-hard"]
+
+
+def test_samples_are_a_data_set_whose_labels_went_with_the_pixels(tmp_path):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "labels").mkdir()
+    Image.open(BUS).resize((240, 320)).save(tmp_path / "data/images/bus.png")
+    (tmp_path / "data/labels/bus.txt").write_text("0 0.25 0.5 0.1 0.4\n1 0.5 0.4 0.8 0.5\n")
+    (tmp_path / "data/data.yaml").write_text("path: .\ntrain: images\nval: images\nnames: [person, bus]\n")
+    options = ("--data", "data/data.yaml", "--transforms", "flip:h,jpeg:60", "--eps", 16, "--step", 2)
+    result = detguard("attack", *options, "--out", "run", cwd=tmp_path)
+    assert "samples: 3 images" in result.stdout, result.stdout + result.stderr
+    names = load_detector().class_names
+    made = read_dataset(tmp_path / "run/samples/data.yaml", "val")
+    assert [file.name for file in made.files.values()] == ["bus--flip-h.png", "bus--jpeg-60.jpg", "bus--photo.png"]
+    found = {
+        file.stem: {names[c]: box for c, box in zip(o.classes.tolist(), o.boxes.tolist(), strict=True)}
+        for image, file in made.files.items()
+        for o in [made.objects(image, made.category_ids(names))]
+    }
+    assert found["bus--photo"]["person"] == pytest.approx([48, 96, 72, 224], abs=0.1)
+    assert found["bus--jpeg-60"] == found["bus--photo"]
+    assert found["bus--flip-h"]["person"] == pytest.approx([168, 96, 192, 224], abs=0.1)
+    json_of_coco = read_dataset(tmp_path / "run/samples/instances.json", "val", tmp_path / "run/samples/images")
+    assert len(json_of_coco.annotations.anns) == 6
 
 
 def test_verify_writes_what_is_found_on_every_member_as_json(attacked):

@@ -23,7 +23,7 @@ from detguard.runs import Run
 DETECTOR = {"model": "detguard-n", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}
 CONFIGS = {
     "attack": {
-        "detector": DETECTOR, "also": [DETECTOR],
+        "detector": DETECTOR, "also": [DETECTOR], "samples": True,
         "goal": "vanish", "target": "person", "to": None, "strict": False, "object": [1, 2],
         "box": [0, 0, 9.5, 9], "keep_others": True, "loss": "logit", "count": None, "transforms": "median:3,jpeg:75",
         "attack": {
