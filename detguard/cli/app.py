@@ -62,7 +62,9 @@ def device_name(name: str) -> str:
 def warned(trust: bool) -> bool:
     """The option --trust, with one line of what it means."""
     if trust:
-        show_warning("--trust: a .pt is unpickled and may run any code on this machine; for files of your own only")
+        show_warning(
+            "--trust: a .pt is unpickled, a module:factory is called; both may run any code: for your own only"
+        )
     return trust
 
 
@@ -78,7 +80,10 @@ ImageSize = Annotated[
 Confidence = Annotated[
     float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
 ]
-Trust = Annotated[bool, typer.Option("--trust", callback=warned, help="Unpickle a .pt: it may run any code.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", callback=warned, help="Unpickle a .pt, or call a module:factory: they may run any code."),
+]
 EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
 TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")

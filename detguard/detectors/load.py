@@ -37,13 +37,15 @@ def load_detector(
     end_to_end: the head without NMS of YOLOv10 and YOLO26.
     top_k, fusion: experts that a gated ensemble asks per photo, and how they become one answer; by default as it was
     made.
-    trust: unpickle a .pt, which lets it run any code, instead of reading it as data.
+    trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
+    name like `module:factory` means.
 
     Raises:
         DetguardError: no such weights, or they are damaged, of another kind, or would execute code.
     """
     import torch
 
+    from detguard.detectors.custom import is_custom, load_custom
     from detguard.detectors.fusion import parse_fusion
     from detguard.detectors.gated import GatedDetector, GatedNetwork
     from detguard.detectors.torchvision import TorchvisionDetector
@@ -54,6 +56,10 @@ def load_detector(
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
         raise DetguardError(f"--device {device}: cannot be used ({reason})") from error
+    if is_custom(name):
+        if imgsz or end_to_end or top_k or fusion:
+            raise DetguardError(f"{name}: is made by your own function; --imgsz, --end-to-end and such are up to it")
+        return load_custom(str(name), trust, device)
     model, size = load_model(name, trust)
     if isinstance(model, GatedNetwork):
         if end_to_end:
@@ -100,7 +106,10 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = "
             raise DetguardError("config.yaml: its detector is not described as detguard does; start a new run")
     if not isinstance(top_k, int | None) or not isinstance(fusion, str | None) or imgsz not in SIZES:
         raise DetguardError("config.yaml: its detector has an odd imgsz, top_k or fusion; start a new run")
-    detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
+    from detguard.detectors.custom import is_custom
+
+    size = None if is_custom(model) else imgsz
+    detector = load_detector(model, size, trust, device, end_to_end, top_k, fusion)
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
     return detector

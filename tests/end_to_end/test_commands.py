@@ -346,4 +346,4 @@ def test_help_teaches_by_example(tmp_path, command):
 
 def test_trust_says_in_one_line_what_it_means(tmp_path):
     done = detguard("detect", "gone.jpg", "--trust", cwd=tmp_path)
-    assert "warning: --trust: a .pt is unpickled and may run any code" in done.stderr
+    assert "warning: --trust: a .pt is unpickled, a module:factory is called; both may run any code" in done.stderr

@@ -1,0 +1,54 @@
+"""`detguard check-detector`: does a detector keep what every detector promises?"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from detguard.cli.app import Device, ImageSize, Trust, app, err, out
+
+
+@app.command(
+    epilog="""Examples:
+
+`detguard check-detector adapter:make --trust`: the detector that `make("cpu")` of your adapter.py returns
+
+`detguard check-detector yolo11n --photo street.jpg`"""
+)
+def check_detector(
+    model: Annotated[
+        str, typer.Argument(help="module:factory, or anything that --model takes elsewhere.", metavar="MODEL")
+    ],
+    photo: Annotated[
+        Path | None, typer.Option(help="A photo in which something is found; default: one that Ultralytics ships.")
+    ] = None,
+    conf: Annotated[float, typer.Option(min=0.001, max=0.999, help="What is found over it is compared.")] = 0.05,
+    imgsz: ImageSize = None,
+    device: Device = "cpu",
+    trust: Trust = False,
+) -> None:
+    """Test on a photo that what is attacked is what users run, that the gradient reaches it, and that nothing changes.
+
+    Exit code: 0 all promises are kept, 1 some are not.
+    """
+    from ultralytics.utils import ASSETS
+
+    from detguard.detectors.contract import check_contract
+    from detguard.detectors.load import load_detector
+    from detguard.photos import read_photo
+    from detguard.reports.page import Table
+    from detguard.reports.tables import terminal_table
+
+    with err.status("Loading the detector"):
+        detector = load_detector(model, imgsz, trust, device)
+    promises = list(check_contract(detector, read_photo(photo or ASSETS / "bus.jpg"), conf))
+    rows = [
+        [p.name, "kept" if p.wrong is None else "BROKEN", p.wrong or "", p.remedy if p.wrong else ""] for p in promises
+    ]
+    out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
+    broken = sum(p.wrong is not None for p in promises)
+    out.print(
+        f"{broken} of {len(promises)} broken" if broken else f"all {len(promises)} kept: it can be attacked and judged"
+    )
+    sys.exit(1 if broken else 0)

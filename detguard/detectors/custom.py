@@ -1,0 +1,37 @@
+"""Detectors of other families, by a module of the user's own: `module:factory` names a function that returns one."""
+
+import importlib
+import sys
+from pathlib import Path
+
+from detguard import DetguardError, first_line
+from detguard.detectors.base import Detector
+
+
+def is_custom(name: str | Path) -> bool:
+    """Whether a name is one of a module and a function in it."""
+    module, colon, factory = str(name).rpartition(":")
+    return bool(colon) and factory.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def load_custom(name: str, trust: bool, device: str = "cpu") -> Detector:
+    """The detector that a function returns; its module is looked for in the working folder, too.
+
+    factory: takes the torch device as its only argument.
+
+    Raises:
+        DetguardError: it is not trusted to run, cannot be imported, or returns something else.
+    """
+    if not trust:
+        raise DetguardError(f"{name}: would run code of yours; if you wrote it or trust it, give --trust")
+    module, _, factory = name.rpartition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(module), factory)(device)
+    except Exception as error:  # it is the user's own code that runs here
+        raise DetguardError(f"{name}: cannot be made ({type(error).__name__}: {first_line(error)})") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(made, Detector):
+        raise DetguardError(f"{name}: returned {type(made).__name__}; expected a detguard.detectors.base.Detector")
+    return made

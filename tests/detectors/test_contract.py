@@ -1,0 +1,139 @@
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+from typing_extensions import override
+
+import detguard
+from detguard import DetguardError
+from detguard.cli import main
+from detguard.detections import Candidates
+from detguard.detectors.contract import PROMISES, check_contract
+from detguard.detectors.custom import is_custom
+from detguard.detectors.load import detector_config, load_configured, load_detector
+from detguard.detectors.ultralytics import UltralyticsDetector
+
+EXAMPLES = Path(detguard.__file__).parent.parent / "examples"
+SHAPES, SOMETHING, GRADIENT, PATHS, STATE, BATCH, SETTINGS = PROMISES
+
+
+@pytest.fixture(scope="module")
+def small(bus):
+    return cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+
+
+class Fewer(UltralyticsDetector):
+    @override
+    def candidates(self, frames):
+        found = super().candidates(frames)
+        return Candidates(found.logits[..., :-1], found.boxes)
+
+
+class Shy(UltralyticsDetector):
+    @override
+    def candidates(self, frames):
+        found = super().candidates(frames)
+        return Candidates(found.logits - 30, found.boxes)
+
+    @override
+    def predict(self, source, conf, iou=0.7):
+        return self.detect([source], conf, iou)[0]
+
+
+class Detached(UltralyticsDetector):
+    @override
+    def candidates(self, frames):
+        found = super().candidates(frames.detach())
+        return Candidates(found.logits + 0 * frames.mean(), found.boxes)
+
+
+class Shifted(UltralyticsDetector):
+    @override
+    def predict(self, source, conf, iou=0.7):
+        found = super().predict(source, conf, iou)
+        found.boxes.add_(2)
+        return found
+
+
+class Learning(UltralyticsDetector):
+    @override
+    def candidates(self, frames):
+        next(self.model.buffers()).add_(1e-6)
+        return super().candidates(frames)
+
+
+class Sociable(UltralyticsDetector):
+    @override
+    def candidates(self, frames):
+        found = super().candidates(frames)
+        return Candidates(found.logits - found.logits.mean((0, 1)), found.boxes)
+
+
+class Stubborn(UltralyticsDetector):
+    @override
+    def predict(self, source, conf, iou=0.7):
+        return super().predict(source, conf, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "broken"),
+    [
+        (Fewer, SHAPES), (Shy, SOMETHING), (Detached, GRADIENT), (Shifted, PATHS), (Learning, STATE),
+        (Sociable, BATCH), (Stubborn, SETTINGS), (UltralyticsDetector, None),
+    ],
+)  # fmt: skip
+def test_each_promise_is_missed_where_it_is_broken(bundled, small, kind, broken):
+    detector = kind(bundled.model, "one", 320)
+    wrong = {promise.name: promise.wrong for promise in check_contract(detector, small) if promise.wrong}
+    assert (broken in wrong) if broken else not wrong
+
+
+def run(*arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["detguard", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code or 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.chdir(EXAMPLES)
+    yield "adapter:make"
+    sys.modules.pop("adapter", None)
+
+
+def test_the_example_keeps_all_promises_and_is_attacked(example, monkeypatch, capsys, tmp_path, small):
+    code, shown = run("check-detector", example, "--trust", "--conf", 0.3, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, shown
+    assert "all 7 kept" in shown
+    file, folder = tmp_path / "bus.png", tmp_path / "run"
+    cv2.imwrite(str(file), small[..., ::-1])
+    options = ("--model", example, "--trust", "--conf", 0.3, "--steps", 2, "--transforms", "none", "--out", folder)
+    code, shown = run("attack", file, *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert code in (0, 1), shown
+    assert (folder / "adversarial/bus.png").is_file() or "no person found" in shown
+
+
+def test_a_module_is_not_imported_without_trust_not_even_by_a_run(example):
+    with pytest.raises(DetguardError, match="--trust"):
+        load_detector(example)
+    assert "adapter" not in sys.modules
+    detector = load_detector(example, trust=True)
+    config = detector_config(detector, example)
+    sys.modules.pop("adapter")
+    with pytest.raises(DetguardError, match="--trust"):
+        load_configured(config)
+    assert "adapter" not in sys.modules
+    assert load_configured(config, trust=True).class_names == detector.class_names
+
+
+@pytest.mark.parametrize("name", ["nowhere:make", "adapter:nothing", "adapter:torch", "adapter:Path"])
+def test_what_makes_no_detector_is_refused(example, name):
+    with pytest.raises(DetguardError, match=name):
+        load_detector(name, trust=True)
+
+
+@pytest.mark.parametrize("name", ["yolo11n", "a/b.pt", "adapter", "adapter:", ":make", "a b:make", "weights/x:y.pt"])
+def test_names_of_weights_are_no_modules(name):
+    assert not is_custom(name)
