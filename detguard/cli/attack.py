@@ -114,8 +114,10 @@ def attack(
     eps: Annotated[
         float,
         typer.Option(
+            min=0,
+            max=1e5,
             help="Budget: largest change of a pixel value, levels of 255; of --norm l2, of the whole photo, black to "
-            "white counted as 1."
+            "white counted as 1.",
         ),
     ] = 4,
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="How the budget is measured.")] = "linf",
@@ -131,7 +133,9 @@ def attack(
     ] = False,
     step: Annotated[
         float | None,
-        typer.Option(min=0.0001, help="Change per iteration, in the unit of --eps; default: 1 level, of l2 a fifth."),
+        typer.Option(
+            min=0.0001, max=1e5, help="Change per iteration, in the unit of --eps; default: 1 level, of l2 a fifth."
+        ),
     ] = None,
     rule: Annotated[
         Literal["steepest", "sign", "normalized", "raw", "adam", "apgd"],
