@@ -1,6 +1,16 @@
 """Attack object detectors, harden them, and prove both in COCO numbers."""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detguard.attacks.budgets import L2, Linf, Masked
+    from detguard.detectors.load import load_detector
+    from detguard.workflows.attack import attack, verify
+    from detguard.workflows.evaluate import evaluate
+
+__all__ = ["L2", "DetguardError", "Linf", "Masked", "attack", "evaluate", "load_detector", "verify"]
 
 __version__ = "0.1.0"
 
@@ -19,3 +29,21 @@ class DetguardError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error says in its first line, or its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Where the rest is: imported when it is first asked for, as torch and the detectors take seconds.
+_PLACES = {
+    "L2": "attacks.budgets",
+    "Linf": "attacks.budgets",
+    "Masked": "attacks.budgets",
+    "attack": "workflows.attack",
+    "evaluate": "workflows.evaluate",
+    "load_detector": "detectors.load",
+    "verify": "workflows.attack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'detguard' has no attribute '{name}'")
+    return getattr(import_module(f"detguard.{_PLACES[name]}"), name)

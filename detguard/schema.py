@@ -126,7 +126,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "mask": Maybe(text),
             "smallest": flag,
             "eps": real(0),
-            "step": real(0.0001, 1e6),
+            "step": Maybe(real(0.0001, 1e6)),
             "rule": text,
             "steps": whole(1),
             "aggregate": one_of("mean", "weighted", "max"),

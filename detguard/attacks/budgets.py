@@ -57,6 +57,11 @@ class Budget(ABC):
         """`x`, which is within the budget, in whole levels as it would be saved, and still within it: float32."""
         return x.round()
 
+    @property
+    @abstractmethod
+    def step(self) -> float:
+        """The usual length of a step, in the unit of `eps`."""
+
     @abstractmethod
     def between(self, low: float, high: float) -> float | None:
         """A size between one that is too small and one that is enough; None: nothing is to be gained any more."""
@@ -93,6 +98,11 @@ class Linf(Budget):
     def project(self, x: Tensor, original: Tensor, white: float = WHITE) -> Tensor:
         reach = self.eps * white / WHITE
         return torch.maximum(x, original - reach).minimum(original + reach).clamp_(0, white)
+
+    @property
+    @override
+    def step(self) -> float:
+        return 1
 
     @override
     def between(self, low: float, high: float) -> float | None:
@@ -142,6 +152,11 @@ class L2(Budget):
                 return original + rounded
             change = change / over.clamp(min=1).to(change)
         return original + (x - original).trunc()
+
+    @property
+    @override
+    def step(self) -> float:
+        return max(self.eps / 5, 1e-4)
 
     @override
     def between(self, low: float, high: float) -> float | None:
@@ -227,6 +242,11 @@ class Masked(Budget):
     @override
     def levels(self, x: Tensor, original: Tensor) -> Tensor:
         return self.within.levels(x, original)
+
+    @property
+    @override
+    def step(self) -> float:
+        return self.within.step
 
     @override
     def between(self, low: float, high: float) -> float | None:

@@ -36,7 +36,7 @@ class AttackOptions:
     """How to search.
 
     conf: confidence that counts as found; budget: how far the photo may go; rule: how it moves, one of `RULES`, and
-    step: how far per iteration, in the unit of the budget;
+    step: how far per iteration, in the unit of the budget, by default its own;
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
     found at `conf * (1 - margin)` either, and what is wanted is found as far over `conf`, which buys survival of
     transforms that were not in the group;
@@ -46,7 +46,7 @@ class AttackOptions:
 
     conf: float = 0.25
     budget: Budget = DEFAULT
-    step: float = 1
+    step: float | None = None
     steps: int = 100
     rule: str = "steepest"
     aggregate: Aggregate = "mean"
@@ -59,6 +59,11 @@ class AttackOptions:
     batch: int = 1
     smallest: bool = False
     stop: bool = True
+
+    @property
+    def length(self) -> float:
+        """How far a step goes, in the unit of the budget."""
+        return self.step or self.budget.step
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AttackOptions":
@@ -288,7 +293,7 @@ def _begin(
     original = torch.from_numpy(photo).to(victims[0].detector.device).float()
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original
-    rule = rule_named(options.rule)(budget, original, options.step, options.steps, options.momentum)
+    rule = rule_named(options.rule)(budget, original, options.length, options.steps, options.momentum)
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
     return Attempt(key, photo, found, original, x, rule, rng, members, [None] * len(members), enough=enough)

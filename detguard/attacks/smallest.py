@@ -30,7 +30,7 @@ def attack_smallest(
         best = _attempt(detector, item, objective, transforms, options, on_step, also)
         steps, low, high = best.steps, 0.0, best.used if best.done else 0.0
         while (eps := options.budget.between(low, high)) is not None:
-            step = max(options.step * eps / whole, options.step / 10)
+            step = max(options.length * eps / whole, options.length / 10)
             tried = replace(options, budget=replace(options.budget, eps=eps), step=step)
             found = _attempt(detector, item, objective, transforms, tried, on_step, also)
             steps += found.steps

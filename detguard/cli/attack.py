@@ -191,57 +191,48 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
-    from detguard.attacks.run import Job, further_victims, plan_attack
     from detguard.cli.harden import LABELLED, as_lines, is_folder, read_labelled
-    from detguard.detectors.load import detector_config, load_configured, load_detector
-    from detguard.objectives.parse import complete
+    from detguard.detectors.load import load_configured, load_detector
     from detguard.photos import find_photos
     from detguard.runs import Run
+    from detguard.workflows.attack import attack_config, attack_job
 
     if resume:
         if photos or data:
             raise DetguardError("--resume: takes its photos and options from the run; give no others")
         run = Run.resume(resume, "attack")
         with err.status("Loading the detector"):
-            detector = load_configured(run.config["detector"], trust, device)
-            others = [load_configured(one, trust, device) for one in run.config["also"]]
-        plan = plan_attack(run.config, detector)
+            detectors = [load_configured(one, trust, device) for one in (run.config["detector"], *run.config["also"])]
     else:
         if bool(photos) == bool(data):
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
-        goal, target = complete(goal, target, to, selected=bool(objects or box))
         files = [str(file) for file in find_photos(photos)] if photos else []
+        shares = numbers("--weights", weights, "1,1,2")
+        options = AttackOptions(
+            conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
+            step=step, aggregate=aggregate,
+            weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
+            random_start=random_start, margin=margin, seed=seed, batch=batch,
+        )  # fmt: skip
         with err.status("Loading the detector"):
-            models = model or ["detguard-n"]
-            detector, *others = (
-                load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou) for name in models
-            )
+            detectors = [
+                load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+                for name in model or ["detguard-n"]
+            ]
         kept = {}
         if data and is_folder(data):
             files = [str(file) for file in find_photos([data])]
         elif data:
-            labelled = read_labelled(data, split, detector.class_names)
+            labelled = read_labelled(data, split, detectors[0].class_names)
             files = [str(one.file) for one in labelled]
-            kept = {LABELLED: as_lines(labelled, detector.class_names)}
-        shares = numbers("--weights", weights, "1,1,2")
-        options = AttackOptions(
-            conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
-            step=step or (1 if norm == "linf" else max(eps / 5, 1e-4)), aggregate=aggregate,
-            weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
-            random_start=random_start, margin=margin, seed=seed, batch=batch,
+            kept = {LABELLED: as_lines(labelled, detectors[0].class_names)}
+        config = attack_config(
+            detectors, options, goal=goal, target=target, to=to, strict=strict, objects=places(objects),
+            box=numbers("--box", box, "10,20,200,300", 4), keep_others=keep_others, loss=loss, count=count,
+            transforms=transforms, samples=data is not None, arguments=sys.argv[1:],
         )  # fmt: skip
-        config = {
-            "detector": detector_config(detector, models[0]),
-            "also": [detector_config(other, name) for other, name in zip(others, models[1:], strict=True)],
-            "goal": goal, "target": target, "to": to, "strict": strict,
-            "object": places(objects), "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others,
-            "loss": loss, "count": count, "transforms": transforms, "attack": options.config(), "photos": files,
-            "samples": data is not None, "arguments": sys.argv[1:],
-        }  # fmt: skip
-        plan = plan_attack(config, detector)
-        further_victims(config, others)  # a wrong option leaves no run behind
-        run = Run.create("attack", out_folder, config, kept)
-    sys.exit(run_attack(Job(detector, *plan, run, further_victims(run.config, others))))
+        run = Run.create("attack", out_folder, config | {"photos": files}, kept)
+    sys.exit(run_attack(attack_job(run, detectors)))
 
 
 def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
@@ -427,25 +418,21 @@ def verify(
 
     Exit code: 0 every file of the group still fools the detector within its budget, 1 not, 2 unreadable files.
     """
-    from detguard.attacks.run import plan_attack, verify_run
+    from detguard.attacks.group import AttackOptions
     from detguard.detectors.load import load_configured, load_detector
     from detguard.reports.tables import survival_table, terminal_table
     from detguard.runs import Run
-    from detguard.transforms.parse import parse_transforms
+    from detguard.workflows.attack import verify as judge_run
 
     run = Run.open(folder, "attack")
-    if model and run.config["object"]:
-        raise DetguardError("--model: the run chose its objects by what its own detector found (--object)")
-    extra = parse_transforms(transforms)
     with err.status("Loading the detector"):
         other = None if model is None else load_detector(model, trust=trust, device=device)
         detector = other or load_configured(run.config["detector"], trust, device)
-    objective, _, options = plan_attack(run.config, detector)
+    judged = judge_run(folder, detector, transforms=transforms)
+    budget = AttackOptions.from_config(run.config["attack"]).budget
     records, code, without = [], 0, 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
-    for record in track(
-        verify_run(run, detector, objective, extra, options.budget), "verify", total, console=err, transient=True
-    ):
+    for record in track(judged, "verify", total, console=err, transient=True):
         if "error" in record:
             show_error(f"{folder}: {record['key']}: {record['error']}")
             code = 2
@@ -461,7 +448,7 @@ def verify(
         used = max(r["used"] for r in records)
         if not as_json:
             out.print(terminal_table(survival_table(records, f"{folder}: success rate, judged by {detector.name}")))
-            out.print(f"most of the budget used: {used:.4g} of {options.budget}")
+            out.print(f"most of the budget used: {used:.4g} of {budget}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
-        code = code or int(used > options.budget.eps or not all(group))
+        code = code or int(used > budget.eps or not all(group))
     sys.exit(code)

@@ -27,10 +27,7 @@ from detguard.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from detguard.data.dataset import Dataset
-    from detguard.detectors.base import Detector
     from detguard.evaluation.run import Protocols
     from detguard.evaluation.views import Subject
     from detguard.runs import Run
@@ -105,6 +102,7 @@ def evaluate(
     """
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.runs import Run
+    from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
 
     run: Run | None = None
     if resume:
@@ -128,7 +126,7 @@ def evaluate(
             },
             "evaluate": {
                 "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
-                "eps": whole_numbers("--eps", eps), "steps": steps or 20, "restarts": restarts or 1,
+                "eps": whole_numbers("--eps", eps), "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
                 "attacks": names(attacks), "queries": queries, "seed": seed,
             },
             "arguments": sys.argv[1:],
@@ -136,11 +134,11 @@ def evaluate(
         plan(config["evaluate"], len(models))
         with err.status("Loading the detectors"):
             detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou) for name in models]
-        if any(detector.hardened for detector in detectors):  # a defence, to be judged harder
-            config["evaluate"] |= {"steps": steps or 40, "restarts": restarts or 2}
+        config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
-    subjects = load_subjects(detectors, config["data"])
+    with err.status("Reading the annotations"):
+        subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
     sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
 
 
@@ -159,42 +157,6 @@ def whole_numbers(option: str, text: str) -> list[int]:
         return [int(number) for number in names(text)]
     except ValueError:
         raise DetguardError(f"{option} '{text}': expected whole numbers, as in 2,4") from None
-
-
-def plan(options: dict[str, Any], detectors: int) -> "Protocols":
-    """The protocols that a run's config asks for, of so many detectors."""
-    from detguard.evaluation.run import Protocols
-
-    as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    wanted = Protocols(**as_given)
-    if "transfer" in wanted.protocols and detectors < 2:
-        raise DetguardError("--protocols transfer: needs two detectors or more, --model A --model B")
-    return wanted
-
-
-def load_subjects(detectors: "Sequence[Detector]", source: dict[str, Any]) -> "list[Subject]":
-    """The detectors on the data set that a run's config names, each with a name of its own."""
-    from detguard.data.dataset import read_dataset
-    from detguard.evaluation.cache import Cache
-    from detguard.evaluation.views import Subject
-
-    images = Path(source["images"]) if source["images"] else None
-    with err.status("Reading the annotations"):
-        dataset = read_dataset(source["source"], source["split"], images, source["limit"])
-    show_warnings(dataset)
-    subjects: list[Subject] = []
-    cache = Cache(told=show_warning)
-    for detector in detectors:
-        taken = [s.detector.name for s in subjects].count(detector.name)
-        name = f"{detector.name}#{taken + 1}" if taken else detector.name
-        ids = dataset.category_ids(detector.class_names, source["classes"])
-        if not {a["category_id"] for a in dataset.annotations.anns.values()} & set(ids.values()):
-            raise DetguardError(f"{source['source']}: none of its labelled objects is of a class that is evaluated")
-        subjects.append(Subject(name, detector, dataset, ids, cache))
-    if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
-        counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
-        show_warning(f"the detectors know different classes of {dataset.name} ({counts}); --classes makes them equal")
-    return subjects
 
 
 def show_warnings(dataset: "Dataset") -> None:

@@ -21,13 +21,14 @@ from detguard.photos import Letterbox, Photo, frames_tensor
 class Detector(ABC):
     """A frozen detector in eval mode.
 
-    name: as the user gave it; class_names: class index -> name; imgsz: longest side of a frame, in pixels;
-    hardened: whether it is a defence, which is judged by stronger attacks; experts: the names of those that answer
-    together, of gated ensembles, and robust: the number of the adversarial one;
-    device: where its frames go; iou: overlap over which NMS drops the worse of two boxes, as the family has it.
+    name: what it is called; source: the name or file that `load_detector` made it of; class_names: class index ->
+    name; imgsz: longest side of a frame, in pixels; device: where its frames go; iou: overlap over which NMS drops the
+    worse of two boxes, as the family has it; hardened: whether it is a defence, which is judged by stronger attacks;
+    experts: the names of those that answer together, of gated ensembles, and robust: the number of the adversarial one.
     """
 
     name: str
+    source: str = ""
     class_names: dict[int, str]
     imgsz: int
     model: nn.Module

@@ -60,6 +60,7 @@ def load_detector(
         detector = load_custom(str(name), trust, device)
     else:
         detector = _of_weights(name, imgsz, trust, device, end_to_end, top_k, fusion)
+    detector.source = str(name)
     detector.iou = detector.iou if iou is None else iou
     return detector
 

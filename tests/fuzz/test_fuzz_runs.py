@@ -10,7 +10,6 @@ from mutations import mutated, odd_tree
 
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import plan_attack
-from detguard.cli.evaluate import plan as plan_evaluation
 from detguard.hardening.adapt import Adaptation
 from detguard.hardening.monitor import Monitor
 from detguard.hardening.run import Plan
@@ -19,6 +18,7 @@ from detguard.reports.hardening import hardening_page
 from detguard.reports.monitoring import monitor_page, timeline_table, windows
 from detguard.reports.tables import attack_summary, survival_table
 from detguard.runs import Run
+from detguard.workflows.evaluate import plan as plan_evaluation
 
 DETECTOR = {"model": "detguard-n", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}
 CONFIGS = {

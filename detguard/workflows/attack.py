@@ -1,0 +1,247 @@
+"""Attack photos and judge what was saved, from Python."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from detguard import DetguardError
+from detguard.attacks.budgets import Budget
+from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
+from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, plan_attack, verify_run
+from detguard.detectors.base import Detector
+from detguard.detectors.load import detector_config
+from detguard.objectives.parse import complete, parse_goal
+from detguard.photos import Photo, encode_png, read_photo
+from detguard.runs import Record, Run, photo_keys
+from detguard.transforms.base import Transform
+from detguard.transforms.parse import parse_transforms
+
+GROUP = "median:3,jpeg:75"
+# What a photo may be given as.
+Source = str | Path | Photo | Image.Image | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one photo. key: its name; record: all that is known of it, as in results.jsonl of a run.
+
+    folder: of the run, which is gone when all results were taken, unless `out` named it; what was read stays.
+    """
+
+    key: str
+    record: Record
+    folder: Path
+
+    @property
+    def status(self) -> str:
+        """fooled, failed, no-target (nothing to attack was found), or error."""
+        return str(self.record["status"])
+
+    @property
+    def success(self) -> bool:
+        """Whether the saved photo and every saved member of its group fool the detector, judged from their files."""
+        return self.status == "fooled"
+
+    @cached_property
+    def photo(self) -> Photo:
+        """The adversarial photo as it was read back, `uint8 [H, W, 3]` RGB.
+
+        Raises:
+            DetguardError: there is none, as nothing was attacked, or its folder is gone.
+        """
+        return self._read(PHOTO)
+
+    @cached_property
+    def group(self) -> dict[str, Photo]:
+        """Its transformed copies by their specs, as they were read back, `uint8 [H', W', 3]` RGB each."""
+        return {name: self._read(name) for name in self.record.get("files", {}) if name != PHOTO}
+
+    @property
+    def members(self) -> dict[str, Record]:
+        """What was judged of the photo and of each copy: fooled, confidence left, and what is found."""
+        return self.record.get("members", {})
+
+    def _read(self, name: str) -> Photo:
+        if "files" not in self.record:
+            raise DetguardError(f"{self.key}: {self.status}; there is no adversarial photo")
+        return read_photo(self.folder / self.record["files"][name])
+
+
+def attack_config(
+    detectors: Sequence[Detector],
+    options: AttackOptions,
+    *,
+    goal: str | None = None,
+    target: str | None = None,
+    to: str | None = None,
+    strict: bool = False,
+    objects: Sequence[int] | None = None,
+    box: Sequence[float] | None = None,
+    keep_others: bool = False,
+    loss: str = "logit",
+    count: int | None = None,
+    transforms: str | Sequence[Transform] = GROUP,
+    samples: bool = False,
+    arguments: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What a run keeps of an attack, checked; the keywords are the options of `detguard attack`.
+
+    Raises:
+        DetguardError: a class, a goal or a transform is not known, or options do not go together.
+    """
+    goal, target = complete(goal, target, to, selected=bool(objects or box))
+    specs = transforms if isinstance(transforms, str) else ",".join(map(str, transforms)) or "none"
+    config = {
+        "detector": detector_config(detectors[0], detectors[0].source),
+        "also": [detector_config(other, other.source) for other in detectors[1:]],
+        "samples": samples,
+        "goal": goal,
+        "target": target,
+        "to": to,
+        "strict": strict,
+        "object": list(objects) if objects else None,
+        "box": list(box) if box else None,
+        "keep_others": keep_others,
+        "loss": loss,
+        "count": count,
+        "transforms": specs,
+        "attack": options.config(),
+        "arguments": list(arguments),
+    }
+    plan_attack(config, detectors[0])
+    further_victims(config, detectors[1:])
+    return config
+
+
+def attack_job(run: Run, detectors: Sequence[Detector]) -> Job:
+    """The attack that a run asks for, on its detectors."""
+    return Job(detectors[0], *plan_attack(run.config, detectors[0]), run, further_victims(run.config, detectors[1:]))
+
+
+def attack(
+    detector: Detector | Sequence[Detector],
+    photos: Source | Iterable[Source],
+    *,
+    budget: Budget = DEFAULT,
+    out: str | Path | None = None,
+    on_step: Callable[[Sequence[Attempt]], None] | None = None,
+    **options: Any,
+) -> Iterator[Result]:
+    """Attack photos one by one; each result is judged from its saved files by the detector's own predict path.
+
+    Args:
+        detector: what is attacked, by `load_detector`; several must all be fooled by the same photo.
+        photos: paths, `uint8 [H, W, 3]` RGB arrays, PIL images, or tensors [3, H, W] RGB: uint8, or floats in 0..1.
+        budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
+        out: folder of a run as `detguard attack` writes it; by default a temporary one.
+        on_step: shown the attacks that are under way after each of their steps.
+        options: as of the command line, with its defaults: `goal`, `target`, `to`, `strict`, `objects`, `box`,
+            `keep_others`, `loss`, `count`, `transforms`; and the fields of `AttackOptions`: `conf`, `step`, `steps`,
+            `rule`, `aggregate`, `weights`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`, `seed` and
+            `batch`.
+
+    Raises:
+        DetguardError: an option is wrong, a class is not known, or a photo is of no kind above.
+
+    Example:
+        >>> import detguard
+        >>> detector = detguard.load_detector("detguard-n")
+        >>> for result in detguard.attack(detector, "bus.jpg", target="person", budget=detguard.Linf(8)):
+        ...     print(result.key, result.success, result.photo.shape)  # doctest: +SKIP
+    """
+    detectors = [detector] if isinstance(detector, Detector) else list(detector)
+    known = set(AttackOptions.__dataclass_fields__) - {"budget", "stop"}
+    search = AttackOptions(budget=budget, **{name: value for name, value in options.items() if name in known})
+    config = attack_config(detectors, search, **{name: value for name, value in options.items() if name not in known})
+    return _attack(detectors, _listed(photos), config, None if out is None else Path(out), on_step)
+
+
+def _attack(
+    detectors: Sequence[Detector],
+    photos: list[Source],
+    config: dict[str, Any],
+    out: Path | None,
+    on_step: Callable[[Sequence[Attempt]], None] | None,
+) -> Iterator[Result]:
+    folder = out or Path(tempfile.mkdtemp(prefix="detguard-"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [_file(photo, folder / "inputs", number) for number, photo in enumerate(photos, 1)]
+        run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]})
+        for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
+            yield Result(record["key"], record, folder)
+    finally:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listed(photos: Source | Iterable[Source]) -> list[Source]:
+    if isinstance(photos, str | Path | Image.Image):
+        return [photos]
+    return [photos] if isinstance(photos, np.ndarray | torch.Tensor) and photos.ndim == 3 else list(photos)
+
+
+def _file(photo: Source, folder: Path, number: int) -> Path:
+    """The file of a photo, written as PNG if it is in memory."""
+    if isinstance(photo, str | Path):
+        return Path(photo)
+    folder.mkdir(exist_ok=True)
+    file = folder / f"photo-{number:03}.png"
+    file.write_bytes(encode_png(as_photo(photo)))
+    return file
+
+
+def as_photo(photo: Source) -> Photo:
+    """A photo of any kind as `uint8 [H, W, 3]` RGB.
+
+    Raises:
+        DetguardError: its shape or its values are not those of one.
+    """
+    if isinstance(photo, str | Path):
+        return read_photo(photo)
+    if isinstance(photo, Image.Image):
+        return np.asarray(photo.convert("RGB"))
+    if isinstance(photo, torch.Tensor):
+        if photo.ndim != 3 or photo.shape[0] != 3:
+            raise DetguardError(f"photo: a tensor of shape {tuple(photo.shape)}; expected [3, H, W]")
+        if photo.is_floating_point():
+            if not bool(((photo >= 0) & (photo <= 1)).all()):
+                raise DetguardError("photo: a tensor of floats outside 0..1; divide by 255, or give uint8")
+            photo = (photo * 255).round().to(torch.uint8)
+        photo = photo.detach().cpu().permute(1, 2, 0).contiguous().numpy()
+    if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+        shown = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
+        raise DetguardError(
+            f"photo: {shown}; expected a path, a uint8 array [H, W, 3] RGB, a PIL image, or a tensor [3, H, W]"
+        )
+    return np.ascontiguousarray(photo)
+
+
+def verify(
+    run: str | Path,
+    detector: Detector,
+    *,
+    transforms: str | Sequence[Transform] = "none",
+) -> Iterator[Record]:
+    """Judge the saved files of a run anew, by the detector that was attacked or by another, and after more transforms.
+
+    Yields a record per attacked photo: `members`, each with `fooled` and what is found, and `used`, of the budget;
+    `error` where files cannot be read, `skipped` where this detector finds no target before the attack.
+
+    Raises:
+        DetguardError: there is no such run, or the detector lacks a class that it names.
+    """
+    opened = Run.open(Path(run), "attack")
+    if opened.config["object"] and detector.state_hash() != opened.config["detector"]["sha256"]:
+        raise DetguardError("--model: the run chose its objects by what its own detector found (--object)")
+    more = parse_transforms(transforms) if isinstance(transforms, str) else list(transforms)
+    options = AttackOptions.from_config(opened.config["attack"])
+    return verify_run(opened, detector, parse_goal(opened.config, detector), more, options.budget)

@@ -1,0 +1,122 @@
+"""Measure detectors in COCO numbers, from Python."""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from detguard import DetguardError
+from detguard.data.dataset import Dataset, read_dataset
+from detguard.detectors.base import Detector
+from detguard.detectors.load import detector_config
+from detguard.evaluation.cache import DEFAULT, Cache
+from detguard.evaluation.run import Protocols
+from detguard.evaluation.run import evaluate as run_protocols
+from detguard.evaluation.views import Subject
+from detguard.runs import Run
+
+# White-box steps and starts: of detectors, and where one of them is a defence.
+STEPS, RESTARTS = (20, 40), (1, 2)
+
+
+def plan(options: dict[str, Any], detectors: int) -> Protocols:
+    """The protocols that a run's config asks for, of so many detectors."""
+    as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    wanted = Protocols(**as_given)
+    if "transfer" in wanted.protocols and detectors < 2:
+        raise DetguardError("--protocols transfer: needs two detectors or more, --model A --model B")
+    return wanted
+
+
+def strength(detectors: Sequence[Detector], steps: int | None, restarts: int | None) -> dict[str, int]:
+    """Steps and starts of the white-box attacks where they are not told: a defence is judged harder."""
+    hard = any(detector.hardened for detector in detectors)
+    return {"steps": steps or STEPS[hard], "restarts": restarts or RESTARTS[hard]}
+
+
+def load_subjects(
+    detectors: Sequence[Detector],
+    source: dict[str, Any],
+    told: Callable[[str], object] = warnings.warn,
+    cache: Path = DEFAULT,
+    on_data: Callable[[Dataset], object] | None = None,
+) -> list[Subject]:
+    """The detectors on the data set that a run's config names, each with a name of its own.
+
+    told: what is told that is no error; on_data: shown the data set when it is read.
+    """
+    images = Path(source["images"]) if source["images"] else None
+    dataset = read_dataset(source["source"], source["split"], images, source["limit"])
+    if on_data:
+        on_data(dataset)
+    subjects: list[Subject] = []
+    kept = Cache(cache, told=told)
+    for detector in detectors:
+        taken = [s.detector.name for s in subjects].count(detector.name)
+        name = f"{detector.name}#{taken + 1}" if taken else detector.name
+        ids = dataset.category_ids(detector.class_names, source["classes"])
+        if not {a["category_id"] for a in dataset.annotations.anns.values()} & set(ids.values()):
+            raise DetguardError(f"{source['source']}: none of its labelled objects is of a class that is evaluated")
+        subjects.append(Subject(name, detector, dataset, ids, kept))
+    if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
+        counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
+        told(f"the detectors know different classes of {dataset.name} ({counts}); --classes makes them equal")
+    return subjects
+
+
+def evaluate(
+    detector: Detector | Sequence[Detector],
+    data: str | Path,
+    *,
+    split: str = "val",
+    images: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+    out: str | Path | None = None,
+    cache: str | Path = DEFAULT,
+    on_progress: Callable[[str, int], None] | None = None,
+    **protocols: Any,
+) -> dict[str, dict[str, Any]]:
+    """COCO metrics of one or several detectors on clean, corrupted and attacked photos, by name: as in metrics.json.
+
+    Args:
+        detector: by `load_detector`.
+        data: a data.yaml, a COCO instances json (with the folder of its `images`), or coco, coco128, voc.
+        split: of a data.yaml; classes: only these; limit: only the first so many photos.
+        steps, restarts: of each white-box attack; by default 20 and 1, where a detector is a defence 40 and 2.
+        out: folder for metrics.json, per_class.csv and what was found; by default none is kept.
+        cache: SQLite file of what was found before, which is not done again.
+        on_progress: told what is being shown and how many forward passes are done.
+        protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`, `seed`.
+
+    Raises:
+        DetguardError: the data cannot be read, or an option is wrong.
+
+    Example:
+        >>> import detguard
+        >>> detector = detguard.load_detector("detguard-n")
+        >>> metrics = detguard.evaluate(detector, "coco128", protocols=("clean", "attack"))  # doctest: +SKIP
+        >>> metrics["detguard-n"]["attack"]["AP50"]  # doctest: +SKIP
+    """
+    detectors = [detector] if isinstance(detector, Detector) else list(detector)
+    wanted = plan(protocols | strength(detectors, steps, restarts), len(detectors))
+    source = {
+        "source": str(data),
+        "split": split,
+        "images": None if images is None else str(images),
+        "classes": None if classes is None else list(classes),
+        "limit": limit,
+    }
+    subjects = load_subjects(detectors, source, cache=Path(cache))
+    with tempfile.TemporaryDirectory() as temporary:
+        config = {
+            "detectors": [detector_config(one, one.source) for one in detectors],
+            "data": source,
+            "evaluate": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()},
+            "arguments": [],
+        }
+        run = Run.create("evaluate", Path(out or temporary), config)
+        return run_protocols(subjects, wanted, run, on_progress).metrics
