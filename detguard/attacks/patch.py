@@ -55,11 +55,13 @@ class Stage:
     objects: Detections
 
 
-def stages(detector: Detector, photos: Sequence[tuple[Path, Detections | None]], conf: float) -> list[Stage]:
-    """The photos with their labelled objects, photo pixels, or without labels with what the detector finds.
+def stages(
+    detector: Detector, photos: Sequence[tuple[Path, Detections | None]], objective: Objective, conf: float
+) -> list[Stage]:
+    """The photos that have objects to attack: labelled ones, photo pixels, or without labels what the detector finds.
 
     Raises:
-        DetguardError: a photo cannot be read.
+        DetguardError: there are none, or a photo cannot be read.
     """
     made = []
     for file, objects in photos:
@@ -70,7 +72,10 @@ def stages(detector: Detector, photos: Sequence[tuple[Path, Detections | None]],
             shape = photo_size(file)[::-1]
         letterbox = detector.letterbox((shape[0], shape[1]))
         boxes = letterbox.boxes_to_frame(objects.boxes)
-        made.append(Stage(file, letterbox, Detections(boxes, objects.scores, objects.classes)))
+        if objective.attacked(objects).any():
+            made.append(Stage(file, letterbox, Detections(boxes, objects.scores, objects.classes)))
+    if not made:
+        raise DetguardError("--target: no photo has such an object; give other photos, or label them")
     return made
 
 
@@ -79,19 +84,13 @@ def train_patch(
     photos: Sequence[Stage],
     objective: Objective,
     options: PatchOptions,
-    on_step: Callable[[int, float | None], bool] | None = None,
+    on_step: Callable[[float, dict[str, float] | None], bool] | None = None,
 ) -> Photo:
     """Learn one patch, `uint8 [S, S, 3]`, whose loss is low on all photos, however it appears there.
 
-    on_step: told of how many photos were shown, and at every tenth step of the mean loss since the last time; ends the
-    training when it returns True.
-
-    Raises:
-        DetguardError: no photo has an object that is attacked.
+    photos: by `stages`, at least one. on_step: told of the share that is done, 0..1, and at every tenth step of batch,
+    photos shown so far, and mean loss since the last time; ends the training when it returns True.
     """
-    photos = [one for one in photos if objective.attacked(one.objects).any()]
-    if not photos:
-        raise DetguardError("--target: no photo has such an object; give others, or label them")
     frames: dict[tuple[int, int], list[Stage]] = {}
     for one in photos:
         frames.setdefault(one.letterbox.frame, []).append(one)
@@ -106,7 +105,7 @@ def train_patch(
     while (share := _done(options, shown, started)) < 1:
         adam.param_groups[0]["lr"] = options.rate * (1 - share)
         # A photo first and then others of its frame shape, so that all are drawn alike.
-        alike = frames[photos[rng.integers(len(photos))].letterbox.frame]
+        alike = frames[photos[int(rng.integers(len(photos)))].letterbox.frame]
         batch = [alike[i] for i in rng.permutation(len(alike))[: options.batch]]
         loss = patch_loss(detector, batch, objective, patch, options, rng, generator)
         adam.zero_grad()
@@ -115,10 +114,11 @@ def train_patch(
         with torch.no_grad():
             patch.clamp_(*PRINTABLE)
         shown, step, since = shown + len(batch), step + 1, since + loss.detach()
-        told = None
+        record = None
         if step % RECORD_EVERY == 0:
-            told, since = float(since) / RECORD_EVERY, torch.zeros_like(since)
-        if on_step and on_step(shown, told):
+            record = {"batch": step, "photos": shown, "loss": float(since) / RECORD_EVERY}
+            since = torch.zeros_like(since)
+        if on_step and on_step(min(1, _done(options, shown, started)), record):
             break
     return (patch.detach() * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
@@ -141,7 +141,7 @@ def patch_loss(
 ) -> Tensor:
     """Scalar: the loss of photos of one frame shape with the patch, float32 [3, S, S], on each object that is attacked.
 
-    Each object's look is drawn from `rng`, its noise from `generator`. The loss of a photo is per object, so that a crowd
+    Each object's look is drawn from `rng`, its noise from `generator`. A photo's loss is per object: a crowd
     does not outweigh the others.
     """
     attacked = [objective.attacked(one.objects) for one in batch]

@@ -13,6 +13,7 @@ from detguard.cli.app import (
     Fusion,
     ImageSize,
     OutFolder,
+    PatchSize,
     Resume,
     Seed,
     TopK,
@@ -46,6 +47,8 @@ MOST_SHOWN = 3
 `detguard evaluate --model yolo11n --model yolov8n --data my/data.yaml --protocols clean,corruptions`
 
 `detguard evaluate --model best.pt --data instances_val.json --protocols attack,blackbox,checks --eps 2,4,8`
+
+`detguard evaluate --data coco128 --protocols clean --patch runs/patch/001/patch.png`: what a patch does to persons
 
 `detguard evaluate --resume runs/evaluate/001`: go on with a run that was stopped"""
 )
@@ -87,6 +90,12 @@ def evaluate(
         ),
     ] = "class,box,all,vanish,rank",
     queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
+    patch: Annotated[
+        Path | None,
+        typer.Option(help="A patch, as of detguard patch, to be judged on every labelled object of a class."),
+    ] = None,
+    patch_target: Annotated[str, typer.Option(help="The class that wears the patch.")] = "person",
+    patch_size: PatchSize = 0.3,
     seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -103,6 +112,7 @@ def evaluate(
     """
     from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.evaluation.patches import check_patch
     from detguard.runs import Run
 
     run: Run | None = None
@@ -129,6 +139,7 @@ def evaluate(
                 "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
                 "eps": whole_numbers("--eps", eps), "steps": steps or 20, "restarts": restarts or 1,
                 "attacks": names(attacks), "queries": queries, "seed": seed,
+                "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
@@ -140,6 +151,8 @@ def evaluate(
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
     subjects = load_subjects(detectors, config["data"])
+    for subject in subjects:  # a wrong patch leaves no run behind
+        check_patch(subject, wanted.patches(subject.detector))
     sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
 
 
