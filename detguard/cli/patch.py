@@ -147,12 +147,12 @@ def run_patch(
         made = train_patch(detector, photos, objective, options, on_step)
     run.write(PATCH, printable_png(made, run.config["print_cm"]))
     run.write("report.html", patch_page(run, detector, objective, photos, made))
-    file = run.path(PATCH)
+    file, worn = run.path(PATCH), detector.class_names[objective.targets[0]]
     if stopped:
         out.print("stopped early; the patch is what it was then")
     out.print(
-        f"results: {file}, open {run.folder / 'report.html'}; judge it on other photos: "
-        f"detguard evaluate --protocols clean --patch {file} --data ...",
+        f"results: {file}, open {run.folder / 'report.html'}; judge it on other photos: detguard evaluate "
+        f"--protocols clean --patch {file} --patch-target '{worn}' --patch-size {options.size:g} --data ...",
         highlight=False,
         soft_wrap=True,
     )
