@@ -126,9 +126,11 @@ def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, multi_
     order = scores.argsort(descending=True, stable=True)
     # What survives NMS depends on better candidates only: the first thousand usually hold all that is kept.
     for best in (order[: 4 * MAX_DETECTIONS], order):
-        # Classes are kept apart by an offset larger than any photo, which makes one NMS of many.
-        apart = boxes[index[best]] + classes[best, None] * 7680.0
-        kept = best[nms(apart, scores[best], iou)[:MAX_DETECTIONS]]
+        # Classes are kept apart by more than the boxes reach, which makes one NMS of many: with a thousand boxes of 80
+        # classes torchvision's `batched_nms` takes five times as long. In doubles, or large photos lose digits.
+        found = boxes[index[best]].double()
+        apart = found + classes[best, None] * (found.amax() - found.amin() + 1 if len(best) else 0)
+        kept = best[nms(apart, scores[best].double(), iou)[:MAX_DETECTIONS]]
         if len(kept) == MAX_DETECTIONS or len(best) == len(order):
             break
     return Detections(boxes[index[kept]].cpu(), scores[kept].cpu(), classes[kept].cpu())

@@ -100,6 +100,7 @@ DETECTOR = {
     "end_to_end": flag,
     "top_k?": Maybe(whole(1)),
     "fusion?": Maybe(text),
+    "iou?": real(0, 1),
     "sha256": text,
 }
 COMMON = {"command": text, "arguments": texts, "versions": {"*": text}}
@@ -121,7 +122,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "transforms": text,
         "attack": {
             "conf": real(0.001, 0.999),
-            "iou": real(0, 1),
             "norm": text,
             "mask": Maybe(text),
             "smallest": flag,

@@ -40,7 +40,7 @@ class Mine(Detector):
         boxes = self.model.box_coder.decode_single(raw["bbox_regression"].flatten(0, 1), places)
         return Candidates(raw["cls_logits"][..., 1:], boxes.view(len(frames), -1, 4))
 
-    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         """What users of the detector see; yours calls its own public function, so that both ways can be compared."""
         photo = read_photo(source) if isinstance(source, Path) else source
         return self.detect([photo], conf, iou)[0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import batched_nms
 from ultralytics.utils.nms import non_max_suppression
 
 from detguard.detections import Candidates, suppress
@@ -58,3 +59,20 @@ def test_evaluation_may_ask_any_family_for_every_class_over_the_threshold():
     candidates = Candidates(torch.tensor([[[2.0, 1.0, -5.0]]]), torch.tensor([[[0.0, 0, 10, 10]]]))
     (found,) = suppress(candidates, 0.25, 0.7, multi_label=True)
     assert found.classes.tolist() == [0, 1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([100.0, 9000.0, 60000.0]))
+def test_classes_are_kept_apart_on_photos_of_any_size(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(1, 60, 2, generator=generator) * size - 0.1 * size
+    boxes = torch.cat([corners, corners + size * (0.1 + 0.3 * torch.rand(1, 60, 2, generator=generator))], 2)
+    logits = 4 * torch.rand(1, 60, 5, generator=generator) - 2
+    (found,) = suppress(Candidates(logits, boxes), 0.3, 0.5, multi_label=True)
+    scores = logits[0].sigmoid()
+    index, classes = (scores > 0.3).nonzero(as_tuple=True)
+    kept = batched_nms(boxes[0, index], scores[index, classes], classes, 0.5)
+    ours, wanted = sorted(zip(found.classes.tolist(), found.scores.tolist(), strict=True)), scores[index, classes]
+    theirs = sorted(zip(classes[kept].tolist(), wanted[kept].tolist(), strict=True))
+    assert [one for one, _ in ours] == [one for one, _ in theirs]
+    assert torch.allclose(torch.tensor([one for _, one in ours]), torch.tensor([one for _, one in theirs]))

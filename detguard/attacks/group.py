@@ -45,7 +45,6 @@ class AttackOptions:
     """
 
     conf: float = 0.25
-    iou: float = 0.7
     budget: Budget = DEFAULT
     step: float = 1
     steps: int = 100
@@ -279,7 +278,7 @@ def _begin(
     options: AttackOptions,
 ) -> Attempt:
     shape = (photo.shape[0], photo.shape[1])
-    found = [clean, *(victim.detector.predict(photo, options.conf, options.iou) for victim in victims[1:])]
+    found = [clean, *(victim.detector.predict(photo, options.conf) for victim in victims[1:])]
     members = [
         Member.of(victim, transform, shape, there)
         for victim, there in zip(victims, found, strict=True)
@@ -320,7 +319,8 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     for attempt in attempts:
         attempt.fooled = [False] * count if options.stop else []
     for numbers, _, candidates in passes:
-        for i, found in zip(numbers, suppress(candidates, conf, options.iou) if options.stop else (), strict=False):
+        iou = members[numbers[0]][0].victim.detector.iou
+        for i, found in zip(numbers, suppress(candidates, conf, iou) if options.stop else (), strict=False):
             attempts[i // count].fooled[i % count] = members[i][0].fooled(found, sure)
         for k, i in enumerate(numbers):
             _take_aim(attempts[i // count], i % count, candidates[k : k + 1])

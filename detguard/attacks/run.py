@@ -90,7 +90,7 @@ def attack_photos(
                 continue
             begin = time.perf_counter()
             # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
-            clean = job.detector.predict(photo, lowest_threshold(job.options.conf), job.options.iou)
+            clean = job.detector.predict(photo, lowest_threshold(job.options.conf))
             if job.objective.needs_target and not job.objective.attacked(clean.above(job.options.conf)).any():
                 unattackable.append(_append(job.run, {"key": key, "photo": str(file), "status": "no-target"}))
                 continue
@@ -150,7 +150,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
     if used > budget.eps:
         raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
     lowest = lowest_threshold(job.options.conf)
-    found = {name: job.detector.predict(run.path(path), lowest, job.options.iou) for name, path in names.items()}
+    found = {name: job.detector.predict(run.path(path), lowest) for name, path in names.items()}
     names_of = job.detector.class_names
     members = {
         name: judge(job.objective, clean, detections, job.options.conf, names_of, drawn.get(name), saved.shape)
@@ -189,12 +189,12 @@ def judge_files(
 ) -> dict[str, Record]:
     """What `judge` says of each saved member of a group before a further detector."""
     detector, lowest = victim.detector, lowest_threshold(job.options.conf)
-    clean = detector.predict(attempt.photo, lowest, job.options.iou)
+    clean = detector.predict(attempt.photo, lowest)
     return {
         name: judge(
             victim.objective,
             clean,
-            detector.predict(job.run.path(path), lowest, job.options.iou),
+            detector.predict(job.run.path(path), lowest),
             job.options.conf,
             detector.class_names,
             drawn.get(name),
@@ -260,7 +260,7 @@ def verify_run(
     budget); or key, error; or key, skipped: another detector than the one attacked, which finds no target in the clean
     photo. What is random in a transform is drawn by the photo's key, not as the attack drew it.
     """
-    conf, iou = float(run.config["attack"]["conf"]), float(run.config["attack"]["iou"])
+    conf = float(run.config["attack"]["conf"])
     lowest = lowest_threshold(conf)
     for record in run.records(checked=False):
         if record.get("status") not in ("fooled", "failed"):
@@ -272,14 +272,14 @@ def verify_run(
             # Reading says clearly what is wrong with a damaged file, which the predict path does not.
             saved = {name: read_photo(path) for name, path in paths.items()}[PHOTO]
             original = read_photo(record["photo"])
-            clean = detector.predict(original, lowest, iou)
+            clean = detector.predict(original, lowest)
             if objective.needs_target and not objective.attacked(clean.above(conf)).any():
                 yield {"key": record["key"], "skipped": "no target"}
                 continue
-            found = {name: detector.predict(path, lowest, iou) for name, path in paths.items()}
+            found = {name: detector.predict(path, lowest) for name, path in paths.items()}
             rng = np.random.default_rng(photo_seed(record["key"], VERIFY_SEED))
             further = {str(t): t.draw(rng) for t in transforms if str(t) not in found}
-            found |= {name: detector.predict(t(saved), lowest, iou) for name, t in further.items()}
+            found |= {name: detector.predict(t(saved), lowest) for name, t in further.items()}
             group = {name: parse_transforms(record["draws"].get(name, name))[0] for name in paths if name != PHOTO}
             attacked = torch.tensor([o["box"] for o in record["objects"]]).view(-1, 4)
             used = budget.on((original.shape[0], original.shape[1]), attacked).used(saved, original)

@@ -85,6 +85,12 @@ Trust = Annotated[
     typer.Option("--trust", callback=warned, help="Unpickle a .pt, or call a module:factory: they may run any code."),
 ]
 EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
+NmsIou = Annotated[
+    float | None,
+    typer.Option(
+        "--iou", min=0, max=1, help="Overlap over which NMS drops the worse of two boxes; default: the family's own."
+    ),
+]
 TopK = Annotated[
     int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
 ]

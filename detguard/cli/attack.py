@@ -18,6 +18,7 @@ from detguard.cli.app import (
     Fusion,
     ImageSize,
     Model,
+    NmsIou,
     OutFolder,
     Resume,
     Seed,
@@ -178,6 +179,7 @@ def attack(
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
+    iou: NmsIou = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -212,7 +214,7 @@ def attack(
         with err.status("Loading the detector"):
             models = model or ["detguard-n"]
             detector, *others = (
-                load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion) for name in models
+                load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou) for name in models
             )
         kept = {}
         if data and is_folder(data):
@@ -361,6 +363,7 @@ def detect(
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
+    iou: NmsIou = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -373,7 +376,7 @@ def detect(
 
     files = photo_keys(find_photos(photos))
     with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
+        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
     run = Run.create("detect", out_folder, config)
     code = 0

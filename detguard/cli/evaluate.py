@@ -12,6 +12,7 @@ from detguard.cli.app import (
     EndToEnd,
     Fusion,
     ImageSize,
+    NmsIou,
     OutFolder,
     PatchSize,
     Resume,
@@ -102,6 +103,7 @@ def evaluate(
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
+    iou: NmsIou = None,
     device: Device = "cpu",
     trust: Trust = False,
 ) -> None:
@@ -110,7 +112,6 @@ def evaluate(
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
-    from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.evaluation.patches import check_patch
     from detguard.runs import Run
@@ -145,8 +146,8 @@ def evaluate(
         }  # fmt: skip
         plan(config["evaluate"], len(models))
         with err.status("Loading the detectors"):
-            detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion) for name in models]
-        if any(isinstance(detector, GatedDetector) for detector in detectors):  # a defence, to be judged harder
+            detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou) for name in models]
+        if any(detector.hardened for detector in detectors):  # a defence, to be judged harder
             config["evaluate"] |= {"steps": steps or 40, "restarts": restarts or 2}
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))

@@ -45,7 +45,6 @@ def export(
 
     Exit code: 0 the same is found, 1 not (do not use the file), 2 wrong use.
     """
-    from detguard.detectors.gated import GatedDetector
     from detguard.export.check import BOXES, PHOTOS, SCORES
     from detguard.export.run import check_file, default_file, plan_export
     from detguard.export.run import export as write
@@ -58,7 +57,7 @@ def export(
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []
     with err.status("Loading the detector"):
         wanted = plan_export(model, kind, shown, imgsz, nms, conf, iou, dynamic, end_to_end, top_k, trust)
-    if isinstance(wanted.detector, GatedDetector) and wanted.detector.model.top_k:
+    if wanted.detector.experts and wanted.detector.model.top_k:
         show_warning("all experts are computed in the file: --top-k decides what is found, not how fast")
     with err.status("Exporting and checking"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing, whose result is checked

@@ -77,7 +77,6 @@ def monitor(
     Writes the photos of every drop to dropped.jsonl, which detguard adapt takes, and a page with the timeline.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
     """
-    from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.runs import Run
 
@@ -92,7 +91,7 @@ def monitor(
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
         watched = load_detector(model, imgsz, trust, device, top_k=top_k, fusion=fusion)
-    if on_drift == "adapt" and not isinstance(watched, GatedDetector):
+    if on_drift == "adapt" and not watched.hardened:
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     for source in replay or []:  # wrong data are told now, not when the stream has ended
         if not is_folder(source):

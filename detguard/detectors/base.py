@@ -22,7 +22,9 @@ class Detector(ABC):
     """A frozen detector in eval mode.
 
     name: as the user gave it; class_names: class index -> name; imgsz: longest side of a frame, in pixels;
-    device: where its frames go.
+    hardened: whether it is a defence, which is judged by stronger attacks; experts: the names of those that answer
+    together, of gated ensembles, and robust: the number of the adversarial one;
+    device: where its frames go; iou: overlap over which NMS drops the worse of two boxes, as the family has it.
     """
 
     name: str
@@ -30,7 +32,15 @@ class Detector(ABC):
     imgsz: int
     model: nn.Module
     device: torch.device
+    iou: float = 0.7
     end_to_end: bool = False
+    hardened: bool = False
+    experts: tuple[str, ...] = ()
+    robust: int = -1
+
+    def variants(self) -> dict[str, "Detector"]:
+        """What an attack should also go through, by name: ways in which the same detector gives other gradients."""
+        return {}
 
     @abstractmethod
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
@@ -41,11 +51,14 @@ class Detector(ABC):
         """Candidates of frames, float32 [B, 3, H, W], 0..1, RGB; differentiable with respect to the frames."""
 
     @abstractmethod
-    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
-        """Detections of one file or photo by the family's own public predict path, in photo pixels."""
+    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
+        """Detections of one file or photo by the family's own public predict path, in photo pixels.
+
+        iou: of NMS, by default the detector's.
+        """
 
     def detect(
-        self, photos: Sequence[Photo], conf: float = 0.25, iou: float = 0.7, multi_label: bool = False
+        self, photos: Sequence[Photo], conf: float = 0.25, iou: float | None = None, multi_label: bool = False
     ) -> list[Detections]:
         """Detections of photos, `uint8 [H, W, 3]`, by the tensor path that attacks use, in photo pixels.
 
@@ -58,7 +71,7 @@ class Detector(ABC):
             with torch.no_grad():
                 frames = [box(photo) for box, photo in zip(boxes, batch, strict=True)]
                 candidates = self.candidates(frames_tensor(frames, self.device))
-            detections = suppress(candidates, conf, iou, multi_label)
+            detections = suppress(candidates, conf, self.iou if iou is None else iou, multi_label)
             found += [to_photo(d, box) for d, box in zip(detections, boxes, strict=True)]
         return found
 

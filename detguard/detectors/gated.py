@@ -248,6 +248,8 @@ class GatedNetwork(nn.Module):
 class GatedDetector(Detector):
     """A frozen gated ensemble; `route` forces one expert, so that attacks can try each way through it."""
 
+    hardened = True
+
     def __init__(self, network: GatedNetwork, name: str, imgsz: int, device: str = "cpu") -> None:
         self.name, self.class_names = name, network.class_names
         self.stride = max(int(network.head.stride.max()), 32)
@@ -255,11 +257,20 @@ class GatedDetector(Detector):
         self.model: Any = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.route: int | None = None
+        # One expert alone answers as any detector does.
+        self.experts = tuple(network.names) if len(network.names) > 1 else ()
+        self.robust = network.robust
+
+    @override
+    def variants(self) -> dict[str, Detector]:
+        """route:I, each expert alone, whatever the gate says; dense, all experts, where top-k leaves some out."""
+        routes: dict[str, Detector] = {f"route:{i}": self.through(i) for i in range(len(self.experts))}
+        return routes | ({"dense": self.dense()} if self.experts and self.model.top_k else {})
 
     def through(self, route: int) -> "GatedDetector":
         """The same network through one expert alone."""
         forced = copy.copy(self)
-        forced.route, forced.name = route, f"{self.name}, {self.model.names[route]} expert"
+        forced.route, forced.name, forced.experts = route, f"{self.name}, {self.model.names[route]} expert", ()
         return forced
 
     @override
@@ -289,7 +300,7 @@ class GatedDetector(Detector):
         return replace(decode(self.model.head, raw, gate), experts=experts)
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         photo = read_photo(source) if isinstance(source, Path) else source
         return self.detect([photo], conf, iou)[0]
 

@@ -30,6 +30,7 @@ def load_detector(
     end_to_end: bool = False,
     top_k: int | None = None,
     fusion: str | None = None,
+    iou: float | None = None,
 ) -> "Detector":
     """A ready detector by bundled name, by file (.pt, .safetensors), by Ultralytics' name ("yolo11n") or torchvision's.
 
@@ -37,6 +38,7 @@ def load_detector(
     end_to_end: the head without NMS of YOLOv10 and YOLO26.
     top_k, fusion: experts that a gated ensemble asks per photo, and how they become one answer; by default as it was
     made.
+    iou: overlap over which NMS drops the worse of two boxes; by default the family's own.
     trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
     name like `module:factory` means.
 
@@ -46,10 +48,6 @@ def load_detector(
     import torch
 
     from detguard.detectors.custom import is_custom, load_custom
-    from detguard.detectors.fusion import parse_fusion
-    from detguard.detectors.gated import GatedDetector, GatedNetwork
-    from detguard.detectors.torchvision import TorchvisionDetector
-    from detguard.detectors.ultralytics import UltralyticsDetector
 
     try:
         torch.zeros(1, device=device)
@@ -59,7 +57,28 @@ def load_detector(
     if is_custom(name):
         if imgsz or end_to_end or top_k or fusion:
             raise DetguardError(f"{name}: is made by your own function; --imgsz, --end-to-end and such are up to it")
-        return load_custom(str(name), trust, device)
+        detector = load_custom(str(name), trust, device)
+    else:
+        detector = _of_weights(name, imgsz, trust, device, end_to_end, top_k, fusion)
+    detector.iou = detector.iou if iou is None else iou
+    return detector
+
+
+def _of_weights(
+    name: str | Path,
+    imgsz: int | None,
+    trust: bool,
+    device: str,
+    end_to_end: bool,
+    top_k: int | None,
+    fusion: str | None,
+) -> "Detector":
+    """The detector of weights, by the family that they are of."""
+    from detguard.detectors.fusion import parse_fusion
+    from detguard.detectors.gated import GatedDetector, GatedNetwork
+    from detguard.detectors.torchvision import TorchvisionDetector
+    from detguard.detectors.ultralytics import UltralyticsDetector
+
     model, size = load_model(name, trust)
     if isinstance(model, GatedNetwork):
         if end_to_end:
@@ -89,6 +108,7 @@ def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
         "end_to_end": detector.end_to_end,
         "top_k": experts and (network.top_k or experts),
         "fusion": experts and network.fusion,
+        "iou": detector.iou,
         "sha256": detector.state_hash(),
     }
 
@@ -101,15 +121,16 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = "
     """
     match config:
         case {"model": str(model), "imgsz": int(imgsz), "end_to_end": bool(end_to_end), "sha256": str()}:
-            top_k, fusion = config.get("top_k"), config.get("fusion")
+            top_k, fusion, iou = config.get("top_k"), config.get("fusion"), config.get("iou")
         case _:
             raise DetguardError("config.yaml: its detector is not described as detguard does; start a new run")
-    if not isinstance(top_k, int | None) or not isinstance(fusion, str | None) or imgsz not in SIZES:
-        raise DetguardError("config.yaml: its detector has an odd imgsz, top_k or fusion; start a new run")
+    odd = not isinstance(top_k, int | None) or not isinstance(fusion, str | None) or imgsz not in SIZES
+    if odd or not isinstance(iou, int | float | None) or not 0 <= (iou or 0) <= 1:
+        raise DetguardError("config.yaml: its detector has an odd imgsz, top_k, fusion or iou; start a new run")
     from detguard.detectors.custom import is_custom
 
     size = None if is_custom(model) else imgsz
-    detector = load_detector(model, size, trust, device, end_to_end, top_k, fusion)
+    detector = load_detector(model, size, trust, device, end_to_end, top_k, fusion, iou)
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
     return detector

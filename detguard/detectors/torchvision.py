@@ -102,6 +102,7 @@ class TorchvisionDetector(Detector):
         self.name = name
         self.model: Any = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
+        self.iou = float(self.model.nms_thresh)
         classes = [(number, text) for number, text in enumerate(model.outputs) if text not in NO_CLASS]
         self.class_names = dict(enumerate(text for _, text in classes))
         self.outputs = torch.tensor([number for number, _ in classes], device=self.device)
@@ -150,9 +151,9 @@ class TorchvisionDetector(Detector):
         return logits
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         photo = read_photo(source) if isinstance(source, Path) else source
-        self.model.score_thresh, self.model.nms_thresh = conf, iou
+        self.model.score_thresh, self.model.nms_thresh = conf, self.iou if iou is None else iou
         self.model.detections_per_img = MAX_DETECTIONS
         with torch.no_grad():
             (found,) = self.model(list(frames_tensor([photo], self.device)))

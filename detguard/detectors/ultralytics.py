@@ -75,7 +75,7 @@ class UltralyticsDetector(Detector):
         return decode(head, raw)
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float = 0.7) -> Detections:
+    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         if self._predictor is None:
             family = RTDETRPredictor if self.stretch else DetectionPredictor
             overrides = {
@@ -90,7 +90,7 @@ class UltralyticsDetector(Detector):
             threads = torch.get_num_threads()
             self._predictor.setup_model(model=self.model, verbose=False)
             torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
-        self._predictor.args.conf, self._predictor.args.iou = conf, iou
+        self._predictor.args.conf, self._predictor.args.iou = conf, self.iou if iou is None else iou
         if isinstance(source, Path) and (source.suffix not in PLAIN or "*" in str(source.absolute())):
             source = read_photo(source)
         bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()

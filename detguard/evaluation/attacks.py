@@ -10,7 +10,6 @@ from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.attacks.square import square_attack
 from detguard.detectors.base import Detector
-from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.cache import pack
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.views import Batch, Subject, View
@@ -37,11 +36,11 @@ def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
     route:I, rank:I: the whole loss, or the order, of expert I alone, whatever the gate says and however it is fused;
     dense: the whole loss of all experts, where top-k leaves some out.
     """
-    if not isinstance(detector, GatedDetector) or len(detector.model.names) < 2:
-        return tuple(names)
-    routes = [f"{kind}:{i}" for kind in ("route", "rank") for i in range(len(detector.model.names))]
-    dense = ["dense"] if detector.model.top_k else []
-    return (*names, *(f"gate:{weight}" for weight in GATE_TERMS), *routes, *dense)
+    ways = list(detector.variants())
+    routes = [way for way in ways if way.startswith("route:")]
+    gate = [f"gate:{weight}" for weight in GATE_TERMS] if detector.experts else []
+    ranks = [way.replace("route:", "rank:") for way in routes]
+    return (*names, *gate, *routes, *ranks, *(way for way in ways if way not in routes))
 
 
 def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> Objective:
@@ -54,8 +53,7 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
     if name == "vanish" or (kind == "rank" and (not value or value.isdigit())):
         return KINDS[kind](tuple(targets))
     if kind in ("gate", "route") and value.isdigit():
-        robust = detector.model.robust if isinstance(detector, GatedDetector) else -1
-        return KINDS["degrade"](tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=robust)
+        return KINDS["degrade"](tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=detector.robust)
     parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS), "dense": tuple(GAINS)}
     if name not in parts:
         raise DetguardError(f"--attacks '{name}': expected some of {', '.join(ATTACKS)}")
@@ -152,11 +150,7 @@ class AttackSet(View):
             for image, photo, objects in zip(batch.images, batch.photos, batch.objects, strict=True)
         ]
         done: dict[str, Photo] = {}
-        detector = subject.detector
-        if isinstance(detector, GatedDetector) and name.startswith(("route:", "rank:")):
-            detector = detector.through(int(name.partition(":")[2]))
-        elif isinstance(detector, GatedDetector) and name == "dense":
-            detector = detector.dense()
+        detector = subject.detector.variants().get(name.replace("rank:", "route:"), subject.detector)
         for attempt in attack_group(detector, photos, objective, [], options):
             done[attempt.key] = attempt.adversarial
         return [done[key] for key, _, _ in photos]

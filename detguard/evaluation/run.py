@@ -11,7 +11,6 @@ from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
-from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
@@ -173,7 +172,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
             file = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
             run.write(file, json.dumps(shown).encode())
         metrics = metrics_of(subject, shown, sizes)
-        if isinstance(detector, GatedDetector) and len(detector.model.names) > 1:
+        if detector.experts:
             gate[label] = expert_shares(seen)
         evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
         return metrics
@@ -236,8 +235,8 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         found["patch"] = {"class": name, "size": wanted.patch_size, "file": wanted.patch, "shown": of_class}
     if "checks" in wanted.protocols:
         found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
-    if isinstance(detector, GatedDetector) and gate:
-        found["gate"] = {"experts": detector.model.names, "shares": gate}
+    if gate:
+        found["gate"] = {"experts": list(detector.experts), "shares": gate}
     evaluation.metrics[subject.name] = found
 
 

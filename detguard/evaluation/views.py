@@ -26,7 +26,6 @@ from detguard.photos import Photo, photo_seed, read_photo
 LOWEST_CONFIDENCE = 0.001
 # Boxes that a user would see.
 SHOWN_CONFIDENCE = 0.25
-IOU = 0.7
 BATCH = 8
 
 
@@ -44,7 +43,7 @@ class Subject:
     def state(self) -> list[object]:
         """All that its detections depend on but the photo."""
         detector = self.detector
-        return [detector.state_hash(), detector.imgsz, detector.end_to_end, detector.device.type]
+        return [detector.state_hash(), detector.imgsz, detector.end_to_end, detector.device.type, detector.iou]
 
     @cached_property
     def hashes(self) -> dict[int, str]:
@@ -72,7 +71,7 @@ class Subject:
 
     def detect(self, photos: Sequence[Photo]) -> list[Detections]:
         """What COCO scores."""
-        return self.detector.detect(photos, LOWEST_CONFIDENCE, IOU, multi_label=True)
+        return self.detector.detect(photos, LOWEST_CONFIDENCE, multi_label=True)
 
     def batches(self) -> list[list[int]]:
         """Image ids in batches of one frame shape, the same in every run."""

@@ -14,7 +14,6 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from detguard.detections import Candidates, suppress
 from detguard.detectors.base import Detector
-from detguard.detectors.gated import GatedDetector
 from detguard.export.base import Deployment, Runtime
 from detguard.photos import PADDING_LEVEL, Photo, frames_tensor, read_photo
 
@@ -80,8 +79,8 @@ def check(wanted: Deployment, run: Runtime) -> Verdict:
         for frames in wanted.frames:
             compare(run(frames), detector.candidates(frames), wanted, verdict)
         ways: dict[str, Callable[[Tensor], Any]] = {"the file": run, "detguard": detector.candidates}
-        if isinstance(detector, GatedDetector) and len(detector.model.names) > 1:
-            ways[f"{detector.model.names[0]} expert alone"] = detector.through(0).candidates
+        if detector.experts:
+            ways[f"{detector.experts[0]} expert alone"] = detector.variants()["route:0"].candidates
         verdict.milliseconds = {name: milliseconds(way, wanted.frames) for name, way in ways.items()}
     return verdict
 

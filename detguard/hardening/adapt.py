@@ -20,7 +20,7 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
 from detguard.detectors.ultralytics import decode, run_layers
 from detguard.evaluation.coco import f1, metrics_of_photos
-from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
@@ -265,7 +265,7 @@ def batch_losses(
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
-        labels += list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, IOU)]
+        labels += list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
         shown, first = old.shown, counts.old - counts.attacked
         rows = slice(len(ranks.rows(0, first)), len(shown))
         if rows.stop > rows.start:
@@ -313,8 +313,7 @@ def hold_out(labelled: Sequence[Labelled]) -> tuple[list[Labelled], list[Labelle
 def judge(detector: Detector, labelled: Sequence[Labelled]) -> dict[str, float | None]:
     """Mean F1 (IoU .50, confidence .25), AP and AP50 of a detector on labelled photos."""
     found = [
-        one.counted(detector.detect([read_photo(one.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)[0])
-        for one in labelled
+        one.counted(detector.detect([read_photo(one.file)], LOWEST_CONFIDENCE, multi_label=True)[0]) for one in labelled
     ]
     scores = [f1(one.objects, seen.above(SHOWN_CONFIDENCE)) for one, seen in zip(labelled, found, strict=True)]
     stats = metrics_of_photos([one.objects for one in labelled], found).stats

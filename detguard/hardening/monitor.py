@@ -17,7 +17,7 @@ from detguard.data.stream import Labelled, as_line
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.coco import f1, metrics_of_photos
-from detguard.evaluation.views import IOU, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.photos import PhotoError, read_photo
 from detguard.runs import Record, Run
 
@@ -145,7 +145,7 @@ def observe(
             if isinstance(labelled, DataError):
                 raise labelled
             record |= as_line(labelled, detector.class_names)
-            (found,) = detector.detect([read_photo(labelled.file)], LOWEST_CONFIDENCE, IOU, multi_label=True)
+            (found,) = detector.detect([read_photo(labelled.file)], LOWEST_CONFIDENCE, multi_label=True)
         except (DataError, PhotoError) as error:
             record["error"] = str(error)
         else:

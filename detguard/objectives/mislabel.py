@@ -81,17 +81,20 @@ class Mislabel(Goal):
 
     @override
     def own_loss(self, candidates: Candidates, aims: Sequence[Renamed], conf: float) -> Tensor:
-        """Hidden classes under the threshold; on each object's best candidates, `to` over it and over the rest."""
-        where = None
-        if not self.only.all:
-            where = torch.stack(
-                [on_class(b, scene.attacked, self.hidden) for b, scene in zip(candidates.boxes, aims, strict=True)]
-            )
+        """Targets under the threshold on their objects, and hidden ones everywhere; new classes raised on the objects.
+
+        Raised on each object's best candidates, over the threshold and over the rest.
+        """
+        where = torch.stack(
+            [on_class(b, scene.attacked, self.targets) for b, scene in zip(candidates.boxes, aims, strict=True)]
+        )
+        if self.only.all:
+            where |= torch.tensor([target in self.hidden for target in self.targets], device=where.device)
         losses = [
             raise_on(self.by, logits, boxes, scene.attacked, scene.classes, conf)
             for logits, boxes, scene in zip(candidates.logits, candidates.boxes, aims, strict=True)
         ]
-        return self.by.lower(pick(candidates.logits, self.hidden), conf, where) + torch.stack(losses)
+        return self.by.lower(pick(candidates.logits, self.targets), conf, where) + torch.stack(losses)
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:

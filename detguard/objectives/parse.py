@@ -87,7 +87,7 @@ def _pairs(target: str, to: str | None, detector: Detector) -> dict[int, int | N
 def wanted(config: Mapping[str, Any]) -> str:
     """What a run wants in words, as "person not found any more", from its config."""
     names = [name.strip().replace(ARROW, f" {Mislabel.wanted} ") for name in config["target"].split(",")]
-    words, to = ["every class" if names == [ALL] else ", ".join(names)], config["to"]
+    words, to = ["objects of all classes" if names == [ALL] else ", ".join(names)], config["to"]
     if config["goal"] != Mislabel.kind:
         words.append(GOALS[config["goal"]].wanted)
     elif to is not None:

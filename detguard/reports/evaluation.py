@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detguard.detections import Detections
-from detguard.detectors.gated import GatedDetector
 from detguard.evaluation.attacks import WORST
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
@@ -207,8 +206,8 @@ def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
         scores = [f1(objects, found) for found in (clean, after)]
         note = f"{view.name}: " if view else ""
         note += f"{_count(objects)} labelled, F1 {scores[0]:.2f}" + (f" to {scores[1]:.2f}" if view else "")
-        if isinstance(subject.detector, GatedDetector):
-            spoke = [_speaker(found, subject.detector.model.names) for found in (clean, after)]
+        if subject.detector.experts:
+            spoke = [_speaker(found, subject.detector.experts) for found in (clean, after)]
             note += f"; spoke: {spoke[0]}" + (f", then {spoke[1]}" if view else "")
         yield gallery_item(
             f"{subject.name}: {file.name}",

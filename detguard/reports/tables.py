@@ -39,7 +39,7 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
     gone = [[r["members"][PHOTO]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
     if any(number for pairs in gone for _, number in pairs):
         shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
-        rows.append(["objects gone (png)", *shares])
+        rows.append(["objects not kept (png)", *shares])
     if len(names) > 1:
         together: list[str] = []
         for t in THRESHOLDS:

@@ -33,7 +33,7 @@ def attacked(tmp_path_factory, bundled, bus):
     """The run of an attack on a small photo, and its one record."""
     folder = tmp_path_factory.mktemp("attacked")
     (folder / "bus.png").write_bytes(encode_png(cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)))
-    run = Run.create("attack", folder / "run", {"attack": {"conf": OPTIONS.conf, "iou": OPTIONS.iou}})
+    run = Run.create("attack", folder / "run", {"attack": {"conf": OPTIONS.conf}})
     job = Job(bundled, PERSONS, parse_transforms("median:3"), OPTIONS, run)
     (record,) = attack_photos(job, {"bus": folder / "bus.png"})
     assert record["status"] == "fooled"

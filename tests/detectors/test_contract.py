@@ -37,7 +37,7 @@ class Shy(UltralyticsDetector):
         return Candidates(found.logits - 30, found.boxes)
 
     @override
-    def predict(self, source, conf, iou=0.7):
+    def predict(self, source, conf, iou=None):
         return self.detect([source], conf, iou)[0]
 
 
@@ -50,7 +50,7 @@ class Detached(UltralyticsDetector):
 
 class Shifted(UltralyticsDetector):
     @override
-    def predict(self, source, conf, iou=0.7):
+    def predict(self, source, conf, iou=None):
         found = super().predict(source, conf, iou)
         found.boxes.add_(2)
         return found
@@ -72,7 +72,7 @@ class Sociable(UltralyticsDetector):
 
 class Stubborn(UltralyticsDetector):
     @override
-    def predict(self, source, conf, iou=0.7):
+    def predict(self, source, conf, iou=None):
         return super().predict(source, conf, 0.7)
 
 

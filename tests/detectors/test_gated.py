@@ -250,3 +250,12 @@ def test_there_is_an_end_to_growing(bundled_model):
     made = network(bundled_model, split=HEAD)
     with pytest.raises(DetguardError, match="at most 64"):
         made.grow(["more"] * 62, 0)
+
+
+def test_variants_are_each_expert_and_what_top_k_leaves_out(bus):
+    detector = load_detector("detguard-n-hard")
+    assert detector.experts == ("normal", "hard", "adversarial")
+    assert list(detector.variants()) == ["route:0", "route:1", "route:2"]
+    assert detector.variants()["route:1"].experts == ()
+    assert list(load_detector("detguard-n-hard", top_k=1).variants())[-1] == "dense"
+    assert load_detector().variants() == {}

@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detguard import DetguardError
-from detguard.detectors.load import build_model, fused, load_detector, load_model, weights_folder
+from detguard.detectors.load import (
+    build_model,
+    detector_config,
+    fused,
+    load_configured,
+    load_detector,
+    load_model,
+    weights_folder,
+)
 
 
 class Command:
@@ -243,3 +251,14 @@ def test_segmentation_models_are_refused(tmp_path):
 def test_scales_are_told_by_the_name():
     small, large = (sum(p.numel() for p in build_model(f"yolo11{s}.yaml", ["a"]).parameters()) for s in "ns")
     assert large > 2 * small
+
+
+def test_an_overlap_of_nms_is_kept_with_the_run_and_changes_what_is_found(bus):
+    loose, usual = load_detector(iou=0.95), load_detector()
+    assert len(loose.predict(bus, 0.25)) > len(usual.predict(bus, 0.25)) == len(usual.predict(bus, 0.25, 0.7))
+    assert len(loose.detect([bus], 0.25)[0]) == len(loose.predict(bus, 0.25))
+    again = load_configured(detector_config(loose, "detguard-n"))
+    assert again.iou == 0.95
+    assert load_configured({k: v for k, v in detector_config(usual, "detguard-n").items() if k != "iou"}).iou == 0.7
+    with pytest.raises(DetguardError, match="iou"):
+        load_configured(detector_config(usual, "detguard-n") | {"iou": 7})

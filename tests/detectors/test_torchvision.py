@@ -55,6 +55,14 @@ def test_the_tensor_path_is_the_public_predict_path(untrained, photo):
     assert torch.allclose(ours.boxes, theirs.boxes, atol=0.05)
 
 
+def test_nms_is_the_networks_own_unless_told(untrained, photo):
+    of_network = untrained_network(untrained.name).nms_thresh
+    assert untrained.iou == of_network < 0.7
+    conf = untrained.detect([photo], conf=1e-6)[0].scores[30:32].mean().item()
+    for found in (untrained.predict(photo, conf), untrained.detect([photo], conf)[0]):
+        assert torch.allclose(found.scores, untrained.predict(photo, conf, of_network).scores, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["all", "vanish"])
 def test_the_gradient_reaches_the_photo(untrained, photo, name):
     objects = untrained.detect([photo], 1e-6)[0][:3]

@@ -137,7 +137,7 @@ def small(bus):
         Vanish((0,), only=Selection((2,)), keep_others=True),
         Vanish((0,), measure="confidence"),
         Mislabel((0,), (1,)),
-        Mislabel((0,), (OTHER,), only=Selection((2,))),
+        Mislabel((0,), (OTHER,), only=Selection((1,))),
         Untargeted((0, 1, 2, 3, 4)),
         Fabricate((0,), 2, keep_others=True),
         Flood((0, 1, 2, 3, 4), 40),

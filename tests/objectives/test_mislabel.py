@@ -69,3 +69,13 @@ def test_mislabel_to_other_raises_the_class_that_comes_second_where_the_object_w
     assert aim.classes.tolist() == [3]
     _, gradient = loss_and_gradient(goal, logits, boxes, [aim])
     assert gradient[0, 0, 3] < 0 < gradient[0, 0, BUS]
+
+
+def test_mislabel_lowers_the_old_class_on_every_candidate_of_the_object_whatever_it_becomes():
+    logits = torch.full((1, 15, 4), -9.0)
+    logits[0, :, BUS] = 3.0
+    boxes = torch.tensor([20.0, 20, 60, 60]).repeat(1, 15, 1)
+    boxes[0, 14] += 200
+    for goal in (Mislabel((BUS,), (OTHER,)), Mislabel((PERSON, BUS), (BUS, PERSON))):
+        _, gradient = loss_and_gradient(goal, logits, boxes, [AS_TRAIN])
+        assert (gradient[0, :, BUS] > 0).tolist() == [True] * 14 + [False]

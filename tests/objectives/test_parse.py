@@ -90,10 +90,10 @@ def test_what_is_not_said_is_understood():
     ("options", "words"),
     [
         ({}, "person not found any more"),
-        ({"target": "all", "object": [2]}, "every class not found any more (object 2)"),
+        ({"target": "all", "object": [2]}, "objects of all classes not found any more (object 2)"),
         ({"goal": "mislabel", "to": "other", "keep_others": True}, "person found as any other class, the rest stays"),
         ({"goal": "mislabel", "target": "person->bus,bus->train"}, "person found as bus, bus found as train"),
-        ({"goal": "flood", "target": "all"}, "every class found in masses (at least 100)"),
+        ({"goal": "flood", "target": "all"}, "objects of all classes found in masses (at least 100)"),
         ({"goal": "fabricate", "count": 3}, "person found where there is none (at least 3)"),
         ({"box": [1.0, 2.5, 3.0, 4.0]}, "person not found any more (within 1, 2.5, 3, 4)"),
     ],
