@@ -14,6 +14,7 @@ from detguard.cli.app import (
     Fusion,
     ImageSize,
     Model,
+    NmsIou,
     OutFolder,
     PatchSize,
     Seed,
@@ -74,6 +75,7 @@ def patch(
     conf: Confidence = 0.25,
     seed: Seed = 0,
     out_folder: OutFolder = None,
+    iou: NmsIou = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
@@ -92,7 +94,7 @@ def patch(
 
     options = PatchOptions(size, pixels, photos, hours, rate, batch, conf, seed)
     with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion)
+        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     targets = tuple(detector.class_index(name) for name in target.split(",") if name.strip())
     if not targets:
         raise DetguardError("--target: name at least one class, as in person,bus")
