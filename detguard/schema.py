@@ -158,6 +158,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "attacks": texts,
             "queries": whole(1),
             "seed": whole(),
+            "patch?": Maybe(text),
+            "patch_target?": text,
+            "patch_size?": real(0.01, 2),
         },
     },
     "harden": {
@@ -205,6 +208,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "why": text,
         "corruptions": texts,
         "replayed": texts,
+    },
+    "patch": {
+        "detector": DETECTOR,
+        "data": texts,
+        "split": text,
+        "target": text,
+        "patch": {
+            "size": real(0.01, 2),
+            "pixels": whole(8, 4096),
+            "photos": whole(1),
+            "hours": Maybe(real(0, 1e6)),
+            "rate": real(0, 1),
+            "batch": whole(1),
+            "conf": real(0.001, 0.999),
+            "seed": whole(),
+        },
+        "print_cm": real(0.1, 1e4),
     },
     "monitor": {
         "detector": DETECTOR,
@@ -261,6 +281,7 @@ RECORDS: dict[str, Any] = {
     "detect": {"key": text, "photo": text, "detections": Items(DETECTION)},
     "harden": Either((TRAINED, VALIDATED, SET_BACK)),
     "adapt": Either((TRAINED, SET_BACK)),
+    "patch": {"stage": text, "batch": whole(1), "photos": whole(1), "loss": measured},
     "monitor": Either(
         (
             SHOWN | {"f1": real(), "confidence": real(), "entropy": Maybe(measured), "began": Maybe(whole(1))},

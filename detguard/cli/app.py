@@ -107,6 +107,9 @@ Workers = Annotated[
     int | None, typer.Option(min=1, max=256, help="Processes that make training batches; default: one per core.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all that is random.")]
+PatchSize = Annotated[
+    float, typer.Option(min=0.01, max=2, help="Side of a patch, as a share of the root of the area of an object's box.")
+]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
 ]

@@ -14,6 +14,7 @@ from detguard.cli.app import (
     ImageSize,
     NmsIou,
     OutFolder,
+    PatchSize,
     Resume,
     Seed,
     TopK,
@@ -44,6 +45,8 @@ MOST_SHOWN = 3
 `detguard evaluate --model yolo11n --model yolov8n --data my/data.yaml --protocols clean,corruptions`
 
 `detguard evaluate --model best.pt --data instances_val.json --protocols attack,blackbox,checks --eps 2,4,8`
+
+`detguard evaluate --data coco128 --protocols clean --patch runs/patch/001/patch.png`: what a patch does to persons
 
 `detguard evaluate --resume runs/evaluate/001`: go on with a run that was stopped"""
 )
@@ -85,6 +88,12 @@ def evaluate(
         ),
     ] = "class,box,all,vanish,rank",
     queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
+    patch: Annotated[
+        Path | None,
+        typer.Option(help="A patch, as of detguard patch, to be judged on every labelled object of a class."),
+    ] = None,
+    patch_target: Annotated[str, typer.Option(help="The class that wears the patch.")] = "person",
+    patch_size: PatchSize = 0.3,
     seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -101,6 +110,7 @@ def evaluate(
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
     from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.evaluation.patches import check_patch
     from detguard.runs import Run
     from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
 
@@ -128,6 +138,7 @@ def evaluate(
                 "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
                 "eps": whole_numbers("--eps", eps), "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
                 "attacks": names(attacks), "queries": queries, "seed": seed,
+                "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
@@ -139,6 +150,8 @@ def evaluate(
     wanted = plan(config["evaluate"], len(detectors))
     with err.status("Reading the annotations"):
         subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
+    for subject in subjects:  # a wrong patch leaves no run behind
+        check_patch(subject, wanted.patches(subject.detector))
     sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
 
 

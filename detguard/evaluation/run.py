@@ -14,6 +14,7 @@ from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
+from detguard.evaluation.patches import Patched, patched
 from detguard.evaluation.score import expert_shares, metrics_of, results
 from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, results_of
 from detguard.runs import Run
@@ -27,6 +28,8 @@ WRITTEN_SEVERITY = 3
 class Protocols:
     """What is measured and how; the options of `detguard evaluate`. eps: budgets in levels, the last one leads.
 
+    patch: file of a patch to be judged on the labelled objects of the class `patch_target`, of the size `patch_size`.
+
     Raises:
         DetguardError: an option is not one of those known.
     """
@@ -39,6 +42,9 @@ class Protocols:
     attacks: tuple[str, ...] = ATTACKS
     queries: int = 200
     seed: int = 0
+    patch: str | None = None
+    patch_target: str = "person"
+    patch_size: float = 0.3
 
     def __post_init__(self) -> None:
         for name in self.protocols:
@@ -73,6 +79,12 @@ class Protocols:
         """The Square attack at the leading budget."""
         return BlackBox(self.eps[-1], self.queries, self.seed)
 
+    def patches(self, detector: Detector) -> list[Patched]:
+        """The patch and those that mean nothing, if one is judged."""
+        if self.patch is None:
+            return []
+        return patched(self.patch, detector.class_index(self.patch_target), self.patch_size, self.seed)
+
     def views(self, detector: Detector) -> list[View]:
         """What is shown of all photos, transfer left out; the clean photos always, to compare with."""
         views: list[View] = [Clean()]
@@ -82,6 +94,7 @@ class Protocols:
         elif "transfer" in self.protocols:
             views.append(self.attack_sets(detector)[-1])
         views += [self.blackbox] if "blackbox" in self.protocols else []
+        views += self.patches(detector)
         return views
 
 
@@ -164,8 +177,8 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
         return metrics
 
-    metrics = measure(Clean(), "clean", sizes=True)
-    clean, curves["clean"] = metrics.stats, metrics.precision
+    unchanged = measure(Clean(), "clean", sizes=True)
+    clean, curves["clean"] = unchanged.stats, unchanged.precision
     found: dict[str, Any] = {
         "setting": {
             "data": dataset.name,
@@ -213,6 +226,13 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         metrics = measure(wanted.blackbox, "blackbox")
         curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
         found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
+    if wanted.patch is not None:
+        name = detector.class_names[detector.class_index(wanted.patch_target)]
+        of_class = {"clean": unchanged.per_class.get(name)}
+        for worn in wanted.patches(detector):
+            metrics = measure(worn, worn.name)
+            of_class[worn.kind] = metrics.per_class.get(name)
+        found["patch"] = {"class": name, "size": wanted.patch_size, "file": wanted.patch, "shown": of_class}
     if "checks" in wanted.protocols:
         found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
     if gate:

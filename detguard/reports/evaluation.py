@@ -27,6 +27,12 @@ def _checks(found: dict[str, Any]) -> str:
     return f"failed: {', '.join(failed)}" if failed else "passed"
 
 
+def _of_class(found: dict[str, Any], kind: str, stat: str) -> float | None:
+    """AP or AP50 of the class that wears a patch, with one kind of patch; None: no such object is labelled."""
+    row: dict[str, float | None] | None = found["patch"]["shown"][kind]
+    return row[stat] if row else None
+
+
 COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("clean", "clean AP", lambda m: number(m["clean"]["AP"])),
     ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
@@ -37,6 +43,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
     ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
     ("blackbox", "black box AP", lambda m: number(m["blackbox"]["AP"])),
+    ("patch", "patch AP", lambda m: f"{number(_of_class(m, 'patch', 'AP'))} ({m['patch']['class']})"),
     ("checks", "checks", _checks),
 )
 # What figures are of; in the title of a table whose models have it in common.
@@ -107,6 +114,20 @@ def tables(metrics: Metrics) -> list[Table]:
             else f"AP at severity {severities[0]}."
         )
         made.append(Table("Corruptions", head, rows, note))
+    patched = {name: m for name, m in metrics.items() if "patch" in m}
+    if patched:
+        first_patch = next(iter(patched.values()))["patch"]
+        kinds = list(first_patch["shown"])
+        rows = [
+            [name, *(number(_of_class(m, kind, stat)) for stat in ("AP", "AP50") for kind in kinds)]
+            for name, m in patched.items()
+        ]
+        head = ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in kinds)]
+        note = (
+            f"On each labelled {first_patch['class']}, with a side of {first_patch['size']:g} of the root of its box's "
+            "area; grey and random tell what covering as much of it does alone."
+        )
+        made.append(Table(f"Patch: AP of {first_patch['class']}", head, rows, note))
     for name, m in metrics.items():
         if "gate" in m:
             shares = gate_by_kind(m["gate"]["shares"])
@@ -147,7 +168,7 @@ def evaluation_page(
     """report.html of an evaluate run."""
     data = subjects[0].dataset
     each = max(1, MOST_PHOTOS // len(subjects))
-    changed = bool({"attack", "transfer", "corruptions"} & set(wanted.protocols))
+    changed = wanted.patch is not None or bool({"attack", "transfer", "corruptions"} & set(wanted.protocols))
     sides = ("before", "after") if changed else ("labelled", "found")
     items = [item for subject in subjects for item in _gallery(subject, _shown_view(subject, wanted), each)]
     shown = f"{data.name}, {len(data.files)} photos"
@@ -164,6 +185,8 @@ def evaluation_page(
 
 def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
     """What the gallery shows beside the clean photos, if anything."""
+    if wanted.patch is not None:
+        return wanted.patches(subject.detector)[-1]
     if {"attack", "transfer"} & set(wanted.protocols):
         return wanted.attack_sets(subject.detector)[-1]
     return wanted.corruptions[-1] if "corruptions" in wanted.protocols else None

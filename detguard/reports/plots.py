@@ -1,5 +1,6 @@
 """Plots of evaluate runs, each as the text of one SVG."""
 
+import base64
 import io
 import re
 import warnings
@@ -14,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from detguard.detectors.gated import EXPERTS
 from detguard.files import printable
+from detguard.photos import Photo, encode_png
 
 Metrics = dict[str, dict[str, Any]]
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
@@ -194,6 +196,16 @@ def timeline_plot(rows: list[dict[str, Any]], alarms: list[tuple[int, int]]) -> 
         axis.set_ylim(0)
         _legend(figure, axis)
         return _svg(figure)
+
+
+def picture(photo: Photo) -> str:
+    """A small photo among the plots, pixel by pixel."""
+    height, width = photo.shape[:2]
+    data = base64.b64encode(encode_png(photo)).decode()
+    return (
+        f'<svg viewBox="0 0 {width} {height}" style="max-width:256px;image-rendering:pixelated">'
+        f'<image width="{width}" height="{height}" href="data:image/png;base64,{data}"/></svg>'
+    )
 
 
 def precision_plot(curves: dict[str, dict[str, list[float]]]) -> str:

@@ -45,13 +45,13 @@ class Warp:
     def pull_back(self, gradient: Tensor) -> Tensor:
         """Gradient at the picture, [3, H', W'], at the photo, [3, H, W]: the adjoint but for OpenCV's rounding."""
         planes = gradient.new_zeros(1, 3, *self.photo)
-        places = self._places.to(gradient)
+        places = self.places.to(gradient)
         return torch.ops.aten.grid_sampler_2d_backward(
             gradient[None].contiguous(), planes, places, 0, 0, False, [True, False]
         )[0][0]
 
     @cached_property
-    def _places(self) -> Tensor:
+    def places(self) -> Tensor:
         """Where each pixel of the picture lies in the photo, float32 [1, H', W', 2], -1..1 from edge to edge."""
         y, x = np.mgrid[: self.picture[0], : self.picture[1]] + 0.5
         places = np.linalg.inv(self.matrix) @ np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
