@@ -47,12 +47,12 @@ PATCH = "patch.png"
 )
 def patch(
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="A data.yaml or COCO json, whose labels say where targets are, or photos, where the detector says it; "
             "may be given several times."
         ),
-    ],
+    ] = None,
     split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "train",
     target: Annotated[str, typer.Option(help="Classes that wear the patch and are to vanish, comma-separated.")] = (
         "person"
@@ -67,7 +67,7 @@ def patch(
     photos: Annotated[
         int, typer.Option(min=1, help="Photos that are shown, counted again when they come again.")
     ] = 4000,
-    hours: Annotated[float | None, typer.Option(min=0.001, help="Learn so long instead.")] = None,
+    hours: Annotated[float | None, typer.Option(min=0.001, max=10_000, help="Learn so long instead.")] = None,
     rate: Annotated[
         float, typer.Option(min=0.0001, max=1, help="Of Adam, in 0..1 of brightness; falls to zero.")
     ] = 0.03,
@@ -92,6 +92,8 @@ def patch(
     from detguard.objectives import Vanish
     from detguard.runs import Run
 
+    if not data:
+        raise DetguardError("--data: give photos, a data.yaml or a COCO instances json")
     options = PatchOptions(size, pixels, photos, hours, rate, batch, conf, seed)
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
