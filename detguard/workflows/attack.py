@@ -1,16 +1,18 @@
 """Attack photos and judge what was saved, from Python."""
 
+import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget
@@ -18,8 +20,9 @@ from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
 from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, plan_attack, verify_run
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
+from detguard.files import write_file
 from detguard.objectives.parse import complete, parse_goal
-from detguard.photos import Photo, encode_png, read_photo
+from detguard.photos import Photo, decode_photo, encode_png, read_photo
 from detguard.runs import Record, Run, photo_keys
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
@@ -33,7 +36,7 @@ Source = str | Path | Photo | Image.Image | torch.Tensor
 class Result:
     """What became of one photo. key: its name; record: all that is known of it, as in results.jsonl of a run.
 
-    folder: of the run, which is gone when all results were taken, unless `out` named it; what was read stays.
+    folder: of the run; where `out` names none it is gone when all results were taken, and photos are in memory.
     """
 
     key: str
@@ -55,7 +58,7 @@ class Result:
         """The adversarial photo as it was read back, `uint8 [H, W, 3]` RGB.
 
         Raises:
-            DetguardError: there is none, as nothing was attacked, or its folder is gone.
+            DetguardError: there is none, as nothing was attacked, or its file is gone.
         """
         return self._read(PHOTO)
 
@@ -68,6 +71,18 @@ class Result:
     def members(self) -> dict[str, Record]:
         """What was judged of the photo and of each copy: fooled, confidence left, and what is found."""
         return self.record.get("members", {})
+
+    @property
+    def used(self) -> float:
+        """How much of the budget the saved photo uses, in its unit; 0 where nothing was attacked."""
+        return float(self.record.get("used", 0))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adversarial photo as PNG; returns its path."""
+        file = Path(folder) / f"{self.key}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, encode_png(self.photo))
+        return file
 
     def _read(self, name: str) -> Photo:
         if "files" not in self.record:
@@ -159,25 +174,37 @@ def attack(
     """
     detectors = [detector] if isinstance(detector, Detector) else list(detector)
     known = set(AttackOptions.__dataclass_fields__) - {"budget", "stop"}
+    others = {name for name, one in signature(attack_config).parameters.items() if one.kind is one.KEYWORD_ONLY}
+    if unknown := sorted(set(options) - known - others):
+        raise TypeError(f"attack() got an unexpected keyword argument '{unknown[0]}'")
     search = AttackOptions(budget=budget, **{name: value for name, value in options.items() if name in known})
     config = attack_config(detectors, search, **{name: value for name, value in options.items() if name not in known})
-    return _attack(detectors, _listed(photos), config, None if out is None else Path(out), on_step)
+    given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]
+    if not given:
+        raise DetguardError("photos: expected at least one")
+    return _attack(detectors, given, config, None if out is None else Path(out), on_step)
 
 
 def _attack(
     detectors: Sequence[Detector],
-    photos: list[Source],
+    photos: Sequence[str | Path | bytes],
     config: dict[str, Any],
     out: Path | None,
     on_step: Callable[[Sequence[Attempt]], None] | None,
 ) -> Iterator[Result]:
     folder = out or Path(tempfile.mkdtemp(prefix="detguard-"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [_file(photo, folder / "inputs", number) for number, photo in enumerate(photos, 1)]
-        run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]})
+        names = [f"inputs/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
+        inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
+        files = [
+            folder / name if isinstance(one, bytes) else Path(one) for name, one in zip(names, photos, strict=True)
+        ]
+        run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)
         for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
-            yield Result(record["key"], record, folder)
+            result = Result(record["key"], record, folder)
+            if out is None and "files" in record:  # read while they are there
+                result.photo, result.group  # noqa: B018
+            yield result
     finally:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -186,17 +213,7 @@ def _attack(
 def _listed(photos: Source | Iterable[Source]) -> list[Source]:
     if isinstance(photos, str | Path | Image.Image):
         return [photos]
-    return [photos] if isinstance(photos, np.ndarray | torch.Tensor) and photos.ndim == 3 else list(photos)
-
-
-def _file(photo: Source, folder: Path, number: int) -> Path:
-    """The file of a photo, written as PNG if it is in memory."""
-    if isinstance(photo, str | Path):
-        return Path(photo)
-    folder.mkdir(exist_ok=True)
-    file = folder / f"photo-{number:03}.png"
-    file.write_bytes(encode_png(as_photo(photo)))
-    return file
+    return [photos] if isinstance(photos, np.ndarray | torch.Tensor) and photos.ndim < 4 else list(photos)
 
 
 def as_photo(photo: Source) -> Photo:
@@ -208,7 +225,11 @@ def as_photo(photo: Source) -> Photo:
     if isinstance(photo, str | Path):
         return read_photo(photo)
     if isinstance(photo, Image.Image):
-        return np.asarray(photo.convert("RGB"))
+        if photo.mode[0] in "IF":  # more than 8 bits, which files are read with, scaled down
+            stream = io.BytesIO()
+            photo.save(stream, "PNG")
+            return decode_photo(stream.getvalue())
+        return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
     if isinstance(photo, torch.Tensor):
         if photo.ndim != 3 or photo.shape[0] != 3:
             raise DetguardError(f"photo: a tensor of shape {tuple(photo.shape)}; expected [3, H, W]")

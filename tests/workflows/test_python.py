@@ -43,18 +43,35 @@ def test_an_attack_yields_what_a_run_holds(bundled, small, file, tmp_path):
     assert np.array_equal(read_photo(tmp_path / "run/adversarial/bus.png"), result.photo)
 
 
-def test_photos_in_memory_are_attacked_like_files_and_leave_nothing_behind(bundled, small, file):
+def test_photos_in_memory_are_attacked_like_files_and_leave_nothing_behind(bundled, small, file, tmp_path):
     (of_file,) = detguard.attack(bundled, str(file), **OPTIONS)
     planes = torch.from_numpy(small).permute(2, 0, 1)
-    results = []
-    for result in detguard.attack(bundled, [small, Image.fromarray(small), planes, planes / 255], **OPTIONS):
-        result.photo  # noqa: B018 - read while it is there
-        results.append(result)
+    results = list(detguard.attack(bundled, [small, Image.fromarray(small), planes, planes / 255], **OPTIONS))
     assert [result.key for result in results] == ["photo-001", "photo-002", "photo-003", "photo-004"]
     assert all(result.success and result.photo.shape == small.shape for result in results)
     assert not results[0].folder.exists()
-    with pytest.raises(DetguardError):
-        of_file.photo  # noqa: B018
+    assert results[0].group.keys() == {"median:3", "flip:h"}
+    assert read_photo(of_file.save(tmp_path / "out")).shape == small.shape
+    assert results[0].used == of_file.used > 0
+
+
+def test_a_run_that_is_there_is_left_as_it_is(bundled, small, tmp_path):
+    options = {"transforms": "none", "steps": 1, "out": tmp_path / "run"}
+    list(detguard.attack(bundled, small, **options))
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(DetguardError, match="already holds a run"):
+        list(detguard.attack(bundled, 255 - small, **options))
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_images_of_pillow_are_what_their_files_are_read_as(tmp_path, small):
+    turned, deep = tmp_path / "turned.jpg", tmp_path / "deep.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(small).save(turned, exif=exif, quality=95)
+    cv2.imwrite(str(deep), np.full((16, 20, 3), 30000, np.uint16)[..., 0])
+    for path in (turned, deep):
+        assert np.abs(as_photo(Image.open(path)).astype(int) - read_photo(path)).max() <= 2
 
 
 def test_a_single_array_is_one_photo(bundled, small):
@@ -86,8 +103,11 @@ def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_p
     for options in ({"target": "unicorn"}, {"transforms": "blur:3"}, {"rule": "none"}, {"goal": "win"}):
         with pytest.raises(DetguardError):
             detguard.attack(bundled, small, out=tmp_path / "run", **options)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"attack\(\) got .*'epsilon'"):
         detguard.attack(bundled, small, epsilon=4)
+    for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7]):
+        with pytest.raises(DetguardError, match="photo"):
+            detguard.attack(bundled, nothing, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
