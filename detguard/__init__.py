@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detguard.attacks.budgets import L2, Linf, Masked
     from detguard.detectors.load import load_detector
-    from detguard.workflows.attack import attack, verify
+    from detguard.workflows.attack import Result, attack, verify
     from detguard.workflows.evaluate import evaluate
 
-__all__ = ["L2", "DetguardError", "Linf", "Masked", "attack", "evaluate", "load_detector", "verify"]
+__all__ = ["L2", "DetguardError", "Linf", "Masked", "Result", "attack", "evaluate", "load_detector", "verify"]
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ _PLACES = {
     "L2": "attacks.budgets",
     "Linf": "attacks.budgets",
     "Masked": "attacks.budgets",
+    "Result": "workflows.attack",
     "attack": "workflows.attack",
     "evaluate": "workflows.evaluate",
     "load_detector": "detectors.load",

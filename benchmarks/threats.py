@@ -1,0 +1,186 @@
+"""What attacks reach, by goal and threat: python benchmarks/threats.py matrix | geometry | transfer | smallest.
+
+Photos are the first of coco256 val in which the detector finds a person over .25; figures are judged from saved files.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import typer
+
+import detguard
+from detguard.attacks.budgets import L2, Linf, parse_budget
+from detguard.detectors.base import Detector
+from detguard.engine import keep_freed_memory
+from detguard.photos import find_photos, read_photo
+from detguard.reports.tables import rate
+from detguard.transforms.parse import parse_transforms
+
+app = typer.Typer()
+SHARED = Path("../shared")
+PHOTOS = SHARED / "data/coco256/images/val"
+GOALS: dict[str, dict[str, Any]] = {
+    "vanish": {},
+    "vanish, others stay": {"keep_others": True},
+    "mislabel": {"to": "car"},
+    "untargeted": {"goal": "untargeted"},
+    "fabricate": {"goal": "fabricate", "count": 2},
+    "flood": {"goal": "flood", "count": 60},
+}
+THREATS: dict[str, dict[str, Any]] = {
+    "L-inf 8": {"budget": Linf(8), "step": 2},
+    "L-inf 8, apgd": {"budget": Linf(8), "rule": "apgd"},
+    "L2 8": {"budget": L2(8)},
+    "L-inf 16 inside": {"budget": parse_budget("linf", 16, "inside"), "step": 3},
+}
+
+
+def with_person(detector: Detector, most: int) -> list[Path]:
+    """The first photos in which the detector finds a person."""
+    found = []
+    for file in find_photos([PHOTOS]):
+        if len(detector.predict(read_photo(file), 0.25).of([detector.class_index("person")])):
+            found.append(file)
+            if len(found) == most:
+                break
+    return found
+
+
+def row(cells: list[str]) -> None:
+    """One row of a table in markdown."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def header(cells: list[str]) -> None:
+    """The first two rows."""
+    row(cells)
+    print("|---" * len(cells) + "|")
+
+
+def made(detector: Detector, files: list[Path], **options: Any) -> tuple[list[detguard.Result], float]:
+    """Results of an attack, and seconds per photo."""
+    begun = time.perf_counter()
+    results = list(detguard.attack(detector, files, **options))
+    return results, (time.perf_counter() - begun) / len(files)
+
+
+@app.command()
+def matrix(model: str = "detguard-n", most: int = 12, steps: int = 60) -> None:
+    """Success from file, mean iterations and seconds per photo of each goal by each threat; no group."""
+    keep_freed_memory()
+    detector = detguard.load_detector(model)
+    files = with_person(detector, most)
+    print(
+        f"{model} at {detector.imgsz} px, {len(files)} photos, {steps} iterations, {torch.get_num_threads()} threads\n"
+    )
+    header(["goal", *THREATS])
+    for goal, wish in GOALS.items():
+        cells = []
+        for threat in THREATS.values():
+            if (
+                "mask" in threat["budget"].config()
+                and threat["budget"].config()["mask"]
+                and goal in ("fabricate", "flood")
+            ):
+                cells.append("no objects to be inside of")
+                continue
+            results, seconds = made(detector, files, transforms="none", steps=steps, **threat, **wish)
+            attacked = [r for r in results if r.members]
+            iterations = mean(r.record["iterations"] for r in attacked)
+            cells.append(f"{rate([r.success for r in attacked])}, {iterations:.0f} it, {seconds:.1f} s")
+        row([goal, *cells])
+
+
+FIXED = "median:3,jpeg:75,rotate:5,crop:0.9,brightness:0.2"
+RANGES = "median:3,jpeg:75,rotate:-8..8,crop:0.8..1,brightness:-0.3..0.3,motion:3..9,noise:4..10"
+UNSEEN = "rotate:3,rotate:8,crop:0.85,motion:7,noise:8"
+GROUPS = {"default": "median:3,jpeg:75", "fixed": FIXED, "ranges": RANGES}
+
+
+def judged(detector: Detector, results: list[detguard.Result], specs: str) -> Iterator[str]:
+    """The share of photos that fool after each transform, where its picture of the clean photo shows the target."""
+    person = detector.class_index("person")
+    for transform in parse_transforms(specs):
+        kept = []
+        for result in results:
+            clean = read_photo(result.record["photo"])
+            if len(detector.predict(transform(clean), 0.25).of([person])):
+                kept.append(not len(detector.predict(transform(result.photo), 0.25).of([person])))
+        yield rate(kept)
+
+
+@app.command()
+def geometry(model: str = "detguard-n", most: int = 12, steps: int = 100, eps: int = 8) -> None:
+    """Survival of transforms that moved pixels: the default group, one of fixed transforms, one of ranges."""
+    keep_freed_memory()
+    detector = detguard.load_detector(model)
+    files = with_person(detector, most)
+    print(f"{model} at {detector.imgsz} px, {len(files)} photos, eps {eps}, at most {steps} iterations\n")
+    header(["group", "photo", *FIXED.split(","), *UNSEEN.split(","), "iterations", "s per photo"])
+    for name, group in GROUPS.items():
+        results, seconds = made(detector, files, transforms=group, budget=Linf(eps), steps=steps)
+        cells = [rate([r.members["photo"]["fooled"] for r in results]), *judged(detector, results, f"{FIXED},{UNSEEN}")]
+        iterations = mean(r.record["iterations"] for r in results)
+        row([f"{name}: `{group}`", *cells, f"{iterations:.1f}", f"{seconds:.1f}"])
+
+
+@app.command()
+def transfer(
+    first: str = "yolo11n", second: str = "yolov8n", third: str = "detguard-n", most: int = 12, eps: int = 8
+) -> None:
+    """Photos made for one detector before another that was not attacked: plain, momentum, diverse, two at once."""
+    keep_freed_memory()
+    names = {
+        name: name if name.startswith("detguard") else f"{SHARED}/weights/{name}-coco.pt"
+        for name in (first, second, third)
+    }
+    detectors = {name: detguard.load_detector(file, 320) for name, file in names.items()}
+    header(["made for", "how", "fools its own", "fools the other", "s per photo"])
+    diverse = "median:3,jpeg:75,stretch:0.9..1.1,crop:0.8..1"
+    for source, target in ((first, second), (second, first)):
+        own, other = detectors[source], detectors[target]
+        files = [f for f in with_person(own, most) if len(other.predict(read_photo(f), 0.25).of([0]))]
+        ways: dict[str, tuple[Any, dict[str, Any]]] = {
+            "plain": (own, {"transforms": "none"}),
+            "momentum": (own, {"transforms": "none", "momentum": 1.0, "margin": 0.9}),
+            "momentum, diverse group": (own, {"transforms": diverse, "momentum": 1.0, "margin": 0.9}),
+            f"the same, and {third}": (
+                [own, detectors[third]],
+                {"transforms": diverse, "momentum": 1.0, "margin": 0.9},
+            ),
+        }
+        for way, (attacked, options) in ways.items():
+            results, seconds = made(attacked, files, budget=Linf(eps), steps=60, **options)
+            fools = [not len(other.predict(r.photo, 0.25).of([0])) for r in results]
+            row(
+                [
+                    source,
+                    way,
+                    rate([r.members["photo"]["fooled"] for r in results]),
+                    f"{target}: {rate(fools)}",
+                    f"{seconds:.1f}",
+                ]
+            )
+
+
+@app.command()
+def smallest(most: int = 12, steps: int = 40) -> None:
+    """The least budget by which persons vanish from the photo alone, median over photos."""
+    keep_freed_memory()
+    header(["detector", "budget", "least, median", "fooled", "s per photo"])
+    for model in ("detguard-n", "detguard-n-hard"):
+        detector = detguard.load_detector(model)
+        files = with_person(detector, most)
+        for budget in (Linf(16), L2(16)):
+            results, seconds = made(detector, files, transforms="none", budget=budget, smallest=True, steps=steps)
+            used = sorted(r.used if r.success else float("inf") for r in results)
+            median = (used[(len(used) - 1) // 2] + used[len(used) // 2]) / 2
+            row([model, budget.kind, f"{median:.3g}", rate([r.success for r in results]), f"{seconds:.1f}"])
+
+
+if __name__ == "__main__":
+    app()
