@@ -3,6 +3,7 @@ from scenes import BUS, CLEAN, PERSON, SCENE, TRAIN, detections, loss_and_gradie
 
 from detguard.detections import Candidates
 from detguard.objectives import Mislabel
+from detguard.objectives.base import Selection
 from detguard.objectives.mislabel import OTHER, Renamed
 
 AS_TRAIN = Renamed(SCENE.attacked, SCENE.others, torch.tensor([TRAIN]))
@@ -79,3 +80,12 @@ def test_mislabel_lowers_the_old_class_on_every_candidate_of_the_object_whatever
     for goal in (Mislabel((BUS,), (OTHER,)), Mislabel((PERSON, BUS), (BUS, PERSON))):
         _, gradient = loss_and_gradient(goal, logits, boxes, [AS_TRAIN])
         assert (gradient[0, :, BUS] > 0).tolist() == [True] * 14 + [False]
+
+
+def test_mislabel_lowers_a_class_that_nothing_becomes_elsewhere_too_if_all_are_attacked():
+    logits, boxes = torch.full((1, 1, 4), 2.0), torch.tensor([[[200.0, 200, 240, 240]]])
+    away = Renamed(SCENE.attacked[:0], SCENE.others, torch.zeros(0, dtype=torch.int64))
+    _, gradient = loss_and_gradient(Mislabel((BUS,), (TRAIN,)), logits, boxes, [away])
+    assert gradient[0, 0, BUS] > 0
+    _, gradient = loss_and_gradient(Mislabel((BUS,), (TRAIN,), only=Selection((1,))), logits, boxes, [away])
+    assert gradient[0, 0, BUS] == 0
