@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,53 @@ class Detector(ABC):
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"it knows: {', '.join(self.class_names.values())}"
         raise DetguardError(f"class '{name}': {self.name} has no such class; {hint}")
+
+
+class Family(ABC):
+    """What loading needs to know of detectors of one kind; `families.py` lists them all.
+
+    options: of `load_detector`, those that it takes.
+    """
+
+    options: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def known(self) -> str:
+        """Its official names, or some of them, for errors."""
+        return ""
+
+    @abstractmethod
+    def owns(self, network: nn.Module) -> bool:
+        """Whether a network is of this family, if it is of none before it in the list."""
+
+    @abstractmethod
+    def detector(self, network: Any, name: str, imgsz: int, device: str, **options: Any) -> Detector:
+        """The detector that runs a network of the family."""
+
+    def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
+        """The network, with random weights, that the json of a .safetensors calls so; None: not of this family.
+
+        Reads no file but of the library that the family comes from. classes: the names of the network's outputs.
+        """
+        return None
+
+    def fetch(self, name: str) -> Path | None:
+        """The file of official weights, downloaded where it is not here yet; None: no name of this family.
+
+        Raises:
+            DetguardError: it is not here and cannot be downloaded.
+        """
+        return None
+
+    def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
+        """The network of official weights, known to be what `name` says, and the frame size that it was made for.
+
+        trust: as of `load_detector`.
+
+        Raises:
+            DetguardError: it is something else.
+        """
+        raise NotImplementedError
 
 
 def architecture(network: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:

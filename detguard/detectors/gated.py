@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.detections import Candidates, Detections
-from detguard.detectors.base import Detector
+from detguard.detectors.base import Detector, Family
 from detguard.detectors.fusion import Fusion, parse_fusion
 from detguard.detectors.sparse import add_sparse, drop_sparse, fit_sparse
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
@@ -303,6 +303,33 @@ class GatedDetector(Detector):
     def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         photo = read_photo(source) if isinstance(source, Path) else source
         return self.detect([photo], conf, iou)[0]
+
+
+class Gated(Family):
+    """Gated ensembles: known by the card beside their weights, and by no official name."""
+
+    options: ClassVar = frozenset({"top_k", "fusion"})
+
+    @override
+    def owns(self, network: nn.Module) -> bool:
+        return isinstance(network, GatedNetwork)
+
+    @override
+    def detector(
+        self,
+        network: GatedNetwork,
+        name: str,
+        imgsz: int,
+        device: str,
+        top_k: int | None = None,
+        fusion: str | None = None,
+        **options: Any,
+    ) -> GatedDetector:
+        if top_k:
+            network.top_k = top_k if top_k < len(network.names) else None
+        if fusion:
+            network.fusion = str(parse_fusion(fusion))
+        return GatedDetector(network, name, imgsz, device)
 
 
 def gated_card(network: GatedNetwork) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +9,22 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from detguard import DetguardError, first_line
-from detguard.detectors.checkpoint import MAX_BYTES, Archive
+from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
-from detguard.detectors.recipe import MOST_CLASSES, SIZES, class_names, frame_size
+from detguard.detectors.recipe import SIZES, class_names, frame_size
 from detguard.files import is_file, read_json, write_file
 
 if TYPE_CHECKING:
-    from detguard.detectors.base import Detector
+    from detguard.detectors.base import Detector, Family
     from detguard.detectors.gated import GatedNetwork
 
 BUNDLED = "detguard-n"
+# What a detector is that does not take an option.
+LACKS = {
+    "end_to_end": "has no head that works without NMS",
+    "top_k": "is no gated ensemble, it has no experts to choose from",
+    "fusion": "is no gated ensemble, it has no experts to choose from",
+}
 
 
 def load_detector(
@@ -59,44 +64,22 @@ def load_detector(
             raise DetguardError(f"{name}: is made by your own function; --imgsz, --end-to-end and such are up to it")
         detector = load_custom(str(name), trust, device)
     else:
-        detector = _of_weights(name, imgsz, trust, device, end_to_end, top_k, fusion)
+        detector = _of_weights(name, imgsz, trust, device, end_to_end=end_to_end, top_k=top_k, fusion=fusion)
     detector.source = str(name)
     detector.iou = detector.iou if iou is None else iou
     return detector
 
 
-def _of_weights(
-    name: str | Path,
-    imgsz: int | None,
-    trust: bool,
-    device: str,
-    end_to_end: bool,
-    top_k: int | None,
-    fusion: str | None,
-) -> "Detector":
+def _of_weights(name: str | Path, imgsz: int | None, trust: bool, device: str, **options: Any) -> "Detector":
     """The detector of weights, by the family that they are of."""
-    from detguard.detectors.fusion import parse_fusion
-    from detguard.detectors.gated import GatedDetector, GatedNetwork
-    from detguard.detectors.torchvision import TorchvisionDetector
-    from detguard.detectors.ultralytics import UltralyticsDetector
+    from detguard.detectors.families import FAMILIES
 
     model, size = load_model(name, trust)
-    if isinstance(model, GatedNetwork):
-        if end_to_end:
-            raise DetguardError(f"--end-to-end: {name} is a gated ensemble, whose heads all need NMS")
-        if top_k:
-            model.top_k = top_k if top_k < len(model.names) else None
-        if fusion:
-            model.fusion = str(parse_fusion(fusion))
-        return GatedDetector(model, Path(name).stem, imgsz or size, device)
-    if top_k or fusion:
-        option = "--top-k" if top_k else "--fusion"
-        raise DetguardError(f"{option}: {name} is no gated ensemble, it has no experts to choose from")
-    if hasattr(model, "outputs"):
-        if end_to_end:
-            raise DetguardError(f"--end-to-end: {name} has no head that works without NMS")
-        return TorchvisionDetector(model, Path(name).stem, imgsz or size, device)
-    return UltralyticsDetector(model, Path(name).stem, imgsz or size, device, end_to_end)
+    family = next(family for family in FAMILIES if family.owns(model))
+    given = {option: value for option, value in options.items() if value}
+    for option in sorted(given.keys() - family.options):
+        raise DetguardError(f"--{option.replace('_', '-')}: {name} {LACKS[option]}")
+    return family.detector(model, Path(name).stem, imgsz or size, device, **given)
 
 
 def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
@@ -139,40 +122,14 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = "
 
 def load_model(name: str | Path = BUNDLED, trust: bool = False) -> tuple[nn.Module, int]:
     """The unfused, trainable network of a detector and the frame size it was made for; see `load_detector`."""
-    from detguard.detectors.torchvision import ARCHITECTURES, frame_size, official_torchvision
+    from detguard.detectors.rebuild import read_checkpoint
 
-    if name in ARCHITECTURES:
-        model = official_torchvision(str(name))
-        return model, frame_size(model)
-    file = find_weights(name)
+    file, family = _find(name)
     if file.stat().st_size > MAX_BYTES:
         raise DetguardError(f"{file}: over {MAX_BYTES >> 30} GiB, too large for weights of a detector")
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    model, size = _read_checkpoint(file, trust)
-    if str(name) != str(file):
-        check_official(file, model)
-    return model, size
-
-
-def check_official(file: Path, model: Any) -> None:
-    """See that what was found by an official name is that network: anybody can put a file where downloads are kept.
-
-    Ultralytics publishes no hashes; size and classes are compared with what the name says.
-
-    Raises:
-        DetguardError: it is another.
-    """
-    from ultralytics.nn.tasks import guess_model_scale
-    from ultralytics.utils import ROOT, YAML
-
-    coco = YAML.load(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
-    recipe = getattr(model, "yaml", {})
-    scale, given = guess_model_scale(file), recipe.get("scale")
-    if given and scale and scale != given:
-        raise DetguardError(f"{file}: its network is of size {given}; delete it, and it will be downloaded again")
-    if "oiv7" not in file.stem and model.names != coco:
-        raise DetguardError(f"{file}: its classes are not COCO's; delete it, and it will be downloaded again")
+    if family is not None:
+        return family.read(str(name), file, trust)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else read_checkpoint(file, trust)
 
 
 def weights_folder() -> Path:
@@ -182,44 +139,37 @@ def weights_folder() -> Path:
 
 
 def find_weights(name: str | Path) -> Path:
-    """The file of a detector by path, by bundled name, or by an official name that Ultralytics downloads.
+    """The file of a detector by path, by bundled name, or by an official name, which may be downloaded.
 
     Raises:
         DetguardError: nothing of that name, here or (when it is official) online.
     """
+    return _find(name)[0]
+
+
+def _find(name: str | Path) -> "tuple[Path, Family | None]":
+    """The file of a detector, and the family of which its name is an official one."""
     file = Path(name)
     if is_file(file):
         if file.suffix not in (".pt", ".safetensors"):
             raise DetguardError(f"{file}: weights end in .pt or .safetensors")
-        return file
+        return file, None
     if is_file(bundled := weights_folder() / f"{name}.safetensors") and file.name == str(name):
-        return bundled
-    from ultralytics.utils import SETTINGS
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+        return bundled, None
+    from detguard.detectors.families import FAMILIES
 
-    from detguard.detectors.torchvision import ARCHITECTURES
+    for family in FAMILIES:
+        if (found := family.fetch(str(name))) is not None:
+            return found, family
+    bundled_names = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
+    raise DetguardError(f"{name}: no such file, bundled detector ({bundled_names}) or official name ({_known()})")
 
-    official = file.name if file.suffix else f"{file.name}.pt"
-    if file.name != str(name) or official not in GITHUB_ASSETS_NAMES:
-        known = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
-        raise DetguardError(
-            f"{name}: no such file, bundled detector ({known}), Ultralytics name (yolo11n, ...) or torchvision name "
-            f"({', '.join(ARCHITECTURES)})"
-        )
-    if (cached := Path(SETTINGS["weights_dir"]) / official).is_file():
-        return cached
-    try:
-        found = Path(attempt_download_asset(official))
-    except Exception as error:  # whatever the network layers raise, the user's remedy is the same
-        found = Path()
-        reason = first_line(error).encode("ascii", "ignore").decode().strip()
-    else:
-        reason = "download failed"
-    if not found.is_file():
-        raise DetguardError(
-            f"{name}: cannot be downloaded ({reason}); go online or give a file, --model path/to/{official}"
-        )
-    return found
+
+def _known() -> str:
+    """The official names, as errors tell them."""
+    from detguard.detectors.families import FAMILIES
+
+    return ", ".join(family.known for family in FAMILIES if family.known)
 
 
 def read_card(name: str | Path) -> dict[str, Any]:
@@ -271,27 +221,12 @@ def build_model(architecture: str, classes: list[str]) -> nn.Module:
     Raises:
         DetguardError: neither ships such an architecture.
     """
-    from detguard.detectors.torchvision import ARCHITECTURES, build_torchvision
+    from detguard.detectors.families import FAMILIES
 
-    if architecture in ARCHITECTURES and 1 < len(classes) <= MOST_CLASSES:
-        return build_torchvision(architecture, classes)
-    from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, guess_model_scale
-    from ultralytics.utils import ROOT, YAML
-
-    shipped = {p.name: p for p in (ROOT / "cfg" / "models").rglob("*.yaml")}
-    scale = guess_model_scale(architecture)
-    generic = architecture if architecture in shipped else re.sub(rf"(\d+){scale}", r"\1", architecture, count=1)
-    if generic not in shipped or not 0 < len(classes) <= MOST_CLASSES:
-        raise DetguardError(
-            f"{architecture}: not an architecture that Ultralytics ships (like yolo11n.yaml), nor one of torchvision's "
-            f"({', '.join(ARCHITECTURES)})"
-        )
-    family = RTDETRDetectionModel if "rtdetr" in architecture else DetectionModel
-    recipe = YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture}
-    model = family(recipe, nc=len(classes), verbose=False)
-    model.names = dict(enumerate(classes))
-    model.task = "detect"  # type: ignore[assignment]
-    return model
+    for family in FAMILIES:
+        if (model := family.build(architecture, classes)) is not None:
+            return model
+    raise DetguardError(f"{architecture}: not an architecture that is known: {_known()}")
 
 
 def fused(model: nn.Module) -> Any:
@@ -311,27 +246,3 @@ def save_gated(network: "GatedNetwork", like: dict[str, Any], file: Path) -> Non
     # First the json: weights without it could not be loaded by anyone who finds them after a kill.
     write_file(file.with_suffix(".json"), (json.dumps(like | {"gated": gated_card(network)}, indent=2) + "\n").encode())
     write_file(file, save(tensors))
-
-
-def _read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
-    from detguard.detectors.rebuild import rebuild
-
-    if trust:
-        return _unpickle(file)
-    with Archive(file) as archive:
-        return rebuild(archive)
-
-
-def _unpickle(file: Path) -> tuple[nn.Module, int]:
-    """The network of a checkpoint that is trusted to run whatever code it likes, such as that of its own classes."""
-    import torch
-
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-        model = checkpoint.get("ema") or checkpoint.get("model")
-        if not isinstance(model, nn.Module) or not hasattr(model, "names"):
-            raise Damaged("holds no Ultralytics model")
-        arguments = getattr(model, "args", None)
-        return model.float(), frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
-    except Exception as error:  # it is the file's own code that runs here
-        raise DetguardError(f"{file}: damaged, or not a checkpoint ({first_line(error)})") from error

@@ -2,11 +2,12 @@
 
 Nothing of the file becomes a part of the network but numbers: the recipe, Ultralytics' `yaml`, is checked to be a list
 of known layers with literal arguments; what is built of it is given the file's tensors by name, and compared, module by
-module, with what the file says that it holds.
+module, with what the file says that it holds. The one exception is a file that the user trusts to run any code.
 """
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from ultralytics.nn.modules.head import Detect, RTDETRDecoder
 from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, parse_model
 from ultralytics.utils.torch_utils import initialize_weights
 
-from detguard import first_line
+from detguard import DetguardError, first_line
 from detguard.detectors.checkpoint import Archive
 from detguard.detectors.pickles import Damaged, Record, Stored, Unknown
 from detguard.detectors.recipe import MAX_NAME, RENAMED, check_recipe, class_names, frame_size
 from detguard.detectors.ultralytics import inputs_of, run_layers
 
-FAMILIES = {
+NETWORKS = {
     "ultralytics.nn.tasks.DetectionModel": DetectionModel,
     "ultralytics.nn.tasks.YOLOv10DetectionModel": DetectionModel,
     "ultralytics.nn.tasks.RTDETRDetectionModel": RTDETRDetectionModel,
@@ -39,6 +40,27 @@ IGNORED = {
 }  # fmt: skip
 
 
+def read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
+    """The network of a checkpoint, as `rebuild` makes it, or unpickled where its file is trusted to run any code."""
+    if trust:
+        return _unpickle(file)
+    with Archive(file) as archive:
+        return rebuild(archive)
+
+
+def _unpickle(file: Path) -> tuple[nn.Module, int]:
+    """The network of a checkpoint that is trusted to run whatever code it likes, such as that of its own classes."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        model = checkpoint.get("ema") or checkpoint.get("model")
+        if not isinstance(model, nn.Module) or not hasattr(model, "names"):
+            raise Damaged("holds no Ultralytics model")
+        arguments = getattr(model, "args", None)
+        return model.float(), frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
+    except Exception as error:  # it is the file's own code that runs here
+        raise DetguardError(f"{file}: damaged, or not a checkpoint ({first_line(error)})") from error
+
+
 def rebuild(archive: Archive) -> tuple[nn.Module, int]:
     """The unfused network of a checkpoint, float32, and the frame size that it was made for.
 
@@ -50,14 +72,14 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
     try:
         if not isinstance(record, Record) or not isinstance(record.state, dict):
             raise Damaged("holds no Ultralytics model")
-        if record.kind not in FAMILIES:
+        if record.kind not in NETWORKS:
             raise Unknown(_what_it_is(record.kind))
         state = record.state
         recipe = check_recipe(state.get("yaml"))
         names = class_names(state.get("names"), recipe["nc"])
         size = frame_size(state.get("args"))
         saved = dict(_tree(_child(record, "model")))
-        model = build(FAMILIES[record.kind], recipe, len(saved))
+        model = build(NETWORKS[record.kind], recipe, len(saved))
         pairs = list(_pairs(saved, model.model))
         fill(model, {f"model.{path}": archive.tensor(stored) for path, stored in _tensors(saved)}, "its yaml")
         find_strides(model)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from typing_extensions import override
 
 from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
-from detguard.detectors.base import Detector, to_photo
+from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.checkpoint import MAX_BYTES
+from detguard.detectors.recipe import MOST_CLASSES
 from detguard.files import is_file, read_file
 from detguard.photos import Letterbox, Photo, frames_tensor, read_photo
 
@@ -29,39 +32,6 @@ ARCHITECTURES = (
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # Outputs of torchvision's networks that stand for no class.
 NO_CLASS = ("__background__", "N/A")
-
-
-def build_torchvision(architecture: str, outputs: list[str]) -> nn.Module:
-    """A network with random weights by one of `ARCHITECTURES`.
-
-    outputs: names of its class outputs in order, with "__background__" first as torchvision has them.
-    """
-    model: Any = get_model(architecture, weights=None, weights_backbone=None, num_classes=len(outputs))
-    model.outputs = outputs
-    return model
-
-
-def official_torchvision(architecture: str) -> nn.Module:
-    """The COCO-trained network that torchvision downloads by the name of its architecture, or has downloaded before.
-
-    Raises:
-        DetguardError: it is not here and cannot be downloaded, or the file is not what torchvision published.
-    """
-    weights = get_model_weights(architecture).DEFAULT
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    try:
-        if not is_file(file):
-            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        check_published(file)
-        with weights_only():
-            model: Any = get_model(architecture, weights=weights, progress=False)
-    except Exception as error:  # whatever the network layers and the unpickler raise, the user's remedy is the same
-        reason = first_line(error)
-        raise DetguardError(
-            f"{architecture}: cannot be downloaded or read ({reason}); go online, or put torchvision's file at {file}"
-        ) from error
-    model.outputs = weights.meta["categories"]
-    return model
 
 
 def check_published(file: Path) -> None:
@@ -180,3 +150,71 @@ def softmax_logits(logits: Tensor) -> Tensor:
     log_p = logits - log_total
     rest = log_total + torch.log1p(-log_p.exp().masked_fill(best, 0))
     return logits - torch.where(best, others, rest)
+
+
+@dataclass(frozen=True)
+class Torchvision(Family):
+    """Networks that torchvision builds by the names `architectures`, of the types `networks`; run by `kind`.
+
+    The names of a network's outputs, "__background__" first as torchvision has them, become its `outputs`.
+    """
+
+    architectures: tuple[str, ...]
+    networks: tuple[type[nn.Module], ...]
+    kind: type[TorchvisionDetector]
+
+    @property
+    @override
+    def known(self) -> str:
+        return ", ".join(self.architectures)
+
+    @override
+    def owns(self, network: nn.Module) -> bool:
+        return isinstance(network, self.networks)
+
+    @override
+    def detector(self, network: Any, name: str, imgsz: int, device: str, **options: Any) -> Detector:
+        return self.kind(network, name, imgsz, device)
+
+    @override
+    def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
+        if architecture not in self.architectures or not 1 < len(classes) <= MOST_CLASSES:
+            return None
+        model: Any = get_model(architecture, weights=None, weights_backbone=None, num_classes=len(classes))
+        model.outputs = classes
+        return model
+
+    @override
+    def fetch(self, name: str) -> Path | None:
+        if name not in self.architectures:
+            return None
+        weights = get_model_weights(name).DEFAULT
+        with _published(name) as file:
+            if not is_file(file):
+                weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            check_published(file)
+        return file
+
+    @override
+    def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
+        weights = get_model_weights(name).DEFAULT
+        with _published(name), weights_only():
+            model: Any = get_model(name, weights=weights, progress=False)
+        model.outputs = weights.meta["categories"]
+        return model, frame_size(model)
+
+
+@contextmanager
+def _published(architecture: str) -> Iterator[Path]:
+    """Where torchvision keeps its COCO-trained weights; what goes wrong with them meanwhile becomes one line."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(get_model_weights(architecture).DEFAULT.url).name
+    try:
+        yield file
+    except Exception as error:  # whatever the network layers and the unpickler raise, the user's remedy is the same
+        reason = first_line(error)
+        raise DetguardError(
+            f"{architecture}: cannot be downloaded or read ({reason}); go online, or put torchvision's file at {file}"
+        ) from error
+
+
+ONE_STAGE = Torchvision(ARCHITECTURES, (RetinaNet, FCOS, SSD), TorchvisionDetector)

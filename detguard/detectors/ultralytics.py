@@ -2,22 +2,27 @@
 
 import copy
 import math
+import re
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 from ultralytics.models.rtdetr.predict import RTDETRPredictor
 from ultralytics.models.yolo.detect import DetectionPredictor
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder
+from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, guess_model_scale
+from ultralytics.utils import ROOT, SETTINGS, YAML
+from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import dist2bbox
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
-from detguard.detectors.base import Detector
+from detguard.detectors.base import Detector, Family
+from detguard.detectors.recipe import MOST_CLASSES
 from detguard.photos import Letterbox, Photo, read_photo
 
 # Of files with other names, Ultralytics may read a pattern, a list of files or streams, a film, or further pages.
@@ -152,3 +157,84 @@ def _places(maps: Sequence[Tensor], strides: Sequence[float]) -> tuple[Tensor, T
         points.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], 2).view(-1, 2))
         of_points.append(found.new_full((height * width, 1), stride))
     return torch.cat(points), torch.cat(of_points)
+
+
+class Ultralytics(Family):
+    """All that has a box detection head of Ultralytics'."""
+
+    options: ClassVar = frozenset({"end_to_end"})
+
+    @property
+    @override
+    def known(self) -> str:
+        return "yolo11n (in a json yolo11n.yaml) and others of Ultralytics"
+
+    @override
+    def owns(self, network: nn.Module) -> bool:
+        return hasattr(network, "names")
+
+    @override
+    def detector(
+        self, network: Any, name: str, imgsz: int, device: str, end_to_end: bool = False, **options: Any
+    ) -> UltralyticsDetector:
+        return UltralyticsDetector(network, name, imgsz, device, end_to_end)
+
+    @override
+    def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
+        """By the name of one of Ultralytics' own yaml files."""
+        shipped = {p.name: p for p in (ROOT / "cfg" / "models").rglob("*.yaml")}
+        scale = guess_model_scale(architecture)
+        generic = architecture if architecture in shipped else re.sub(rf"(\d+){scale}", r"\1", architecture, count=1)
+        if generic not in shipped or not 0 < len(classes) <= MOST_CLASSES:
+            return None
+        kind = RTDETRDetectionModel if "rtdetr" in architecture else DetectionModel
+        recipe = YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture}
+        model = kind(recipe, nc=len(classes), verbose=False)
+        model.names = dict(enumerate(classes))
+        model.task = "detect"  # type: ignore[assignment]
+        return model
+
+    @override
+    def fetch(self, name: str) -> Path | None:
+        official = name if Path(name).suffix else f"{name}.pt"
+        if Path(name).name != name or official not in GITHUB_ASSETS_NAMES:
+            return None
+        if (cached := Path(SETTINGS["weights_dir"]) / official).is_file():
+            return cached
+        try:
+            found = Path(attempt_download_asset(official))
+        except Exception as error:  # whatever the network layers raise, the user's remedy is the same
+            found = Path()
+            reason = first_line(error).encode("ascii", "ignore").decode().strip()
+        else:
+            reason = "download failed"
+        if not found.is_file():
+            raise DetguardError(
+                f"{name}: cannot be downloaded ({reason}); go online or give a file, --model path/to/{official}"
+            )
+        return found
+
+    @override
+    def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
+        from detguard.detectors.rebuild import read_checkpoint
+
+        model, size = read_checkpoint(file, trust)
+        check_official(file, model)
+        return model, size
+
+
+def check_official(file: Path, model: Any) -> None:
+    """See that what was found by an official name is that network: anybody can put a file where downloads are kept.
+
+    Ultralytics publishes no hashes; size and classes are compared with what the name says.
+
+    Raises:
+        DetguardError: it is another.
+    """
+    coco = YAML.load(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
+    recipe = getattr(model, "yaml", {})
+    scale, given = guess_model_scale(file), recipe.get("scale")
+    if given and scale and scale != given:
+        raise DetguardError(f"{file}: its network is of size {given}; delete it, and it will be downloaded again")
+    if "oiv7" not in file.stem and model.names != coco:
+        raise DetguardError(f"{file}: its classes are not COCO's; delete it, and it will be downloaded again")

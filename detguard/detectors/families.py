@@ -1,0 +1,9 @@
+"""The families of detectors. A new one is its file, which says what `base.Family` asks, and its line here."""
+
+from detguard.detectors.base import Family
+from detguard.detectors.gated import Gated
+from detguard.detectors.torchvision import ONE_STAGE
+from detguard.detectors.ultralytics import Ultralytics
+
+# A network is of the first that owns it.
+FAMILIES: tuple[Family, ...] = (Gated(), ONE_STAGE, Ultralytics())

@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from detguard import DetguardError
+from detguard.detectors import families
+from detguard.detectors.base import Detector, Family
+from detguard.detectors.load import build_model, load_detector
+
+
+class Dots(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+class DotsDetector(Detector):
+    def __init__(self, model, name, imgsz):
+        self.model, self.name, self.imgsz = model, name, imgsz
+        self.class_names = dict(enumerate(model.classes))
+
+    letterbox = candidates = predict = None
+
+
+class DotsFamily(Family):
+    """A family with one architecture and one official name."""
+
+    known = "dots1"
+    file = Path()
+
+    def owns(self, network):
+        return isinstance(network, Dots)
+
+    def detector(self, network, name, imgsz, device, **options):
+        return DotsDetector(network, name, imgsz)
+
+    def build(self, architecture, classes):
+        return Dots(classes) if architecture == "dots" else None
+
+    def fetch(self, name):
+        return self.file if name == "dots1" else None
+
+    def read(self, name, file, trust):
+        return Dots(["dot"]), 96
+
+
+@pytest.fixture
+def dots(monkeypatch, tmp_path):
+    family = DotsFamily()
+    family.file = tmp_path / "official.bin"
+    family.file.touch()
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES[:-1], family, families.FAMILIES[-1]))
+
+
+def test_a_family_is_its_line_in_the_list(dots, tmp_path):
+    save_file(Dots([]).state_dict(), tmp_path / "own.safetensors")
+    (tmp_path / "own.json").write_text(json.dumps({"architecture": "dots", "classes": ["a", "b"], "imgsz": 64}))
+    own, official = load_detector(tmp_path / "own.safetensors"), load_detector("dots1")
+    assert isinstance(own, DotsDetector)
+    assert (own.name, own.imgsz, own.class_names) == ("own", 64, {0: "a", 1: "b"})
+    assert (official.name, official.imgsz, official.class_names) == ("dots1", 96, {0: "dot"})
+    for unknown in (load_detector, lambda name: build_model(name, ["a"])):
+        with pytest.raises(DetguardError, match=r"nowhere: .*\(?dots1"):
+            unknown("nowhere")
+
+
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"fusion": "average:0"}, {"end_to_end": True}], ids=str)
+def test_options_that_a_family_does_not_take_are_refused(dots, option):
+    with pytest.raises(DetguardError, match=f"--{next(iter(option)).replace('_', '-')}: dots1"):
+        load_detector("dots1", **option)
+
+
+def test_a_gated_ensemble_has_no_head_without_nms():
+    with pytest.raises(DetguardError, match="--end-to-end: detguard-n-hard"):
+        load_detector("detguard-n-hard", end_to_end=True)
