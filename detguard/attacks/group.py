@@ -24,6 +24,7 @@ from detguard.detectors.base import Detector, to_photo
 from detguard.objectives.base import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
 from detguard.transforms.base import GradientRule, Transform, seen
+from detguard.transforms.warp import Warp
 
 Aggregate = Literal["mean", "weighted", "max"]
 DEFAULT = Linf(4)
@@ -107,7 +108,7 @@ class Member:
     """A photo, or what a transform as it is drawn makes of it, before one of the detectors.
 
     clean, attacked: what that detector found in the clean photo, as it lies in the picture, and which of it is
-    attacked. moves: whether pixels are elsewhere in the picture.
+    attacked. warp: where pixels are, if elsewhere in the picture.
     """
 
     victim: Victim
@@ -116,7 +117,7 @@ class Member:
     letterbox: Letterbox
     clean: Detections
     attacked: Tensor
-    moves: bool
+    warp: Warp | None
 
     @classmethod
     def of(cls, victim: Victim, transform: Transform | None, shape: tuple[int, int], clean: Detections) -> "Member":
@@ -124,7 +125,7 @@ class Member:
         warp = transform.warp(shape) if transform else None
         letterbox = victim.detector.letterbox(warp.picture if warp else shape)
         there, attacked = seen(transform, shape, clean, victim.objective.attacked(clean))
-        return cls(victim, transform, shape, letterbox, there, attacked, warp is not None)
+        return cls(victim, transform, shape, letterbox, there, attacked, warp)
 
     @property
     def straight(self) -> bool:
@@ -155,6 +156,8 @@ class Member:
         gradient = self.letterbox.pull_back(gradient, spread=not exact)
         if self.transform is None or (self.straight and not exact):
             return gradient
+        if self.warp is not None:  # that of the member, for it knows its places already
+            return self.warp.pull_back(gradient)
         return self.transform.pull_back(photo, gradient)
 
 
@@ -379,7 +382,7 @@ def _look(members: Sequence[tuple[Member, Photo]]) -> list[Pass]:
 def _take_aim(attempt: Attempt, number: int, candidates: Candidates) -> None:
     """What is aimed at is fixed at the first pass; where pixels stay where they are, it is what it is in the photo."""
     photo = number - number % attempt.group
-    if number != photo and not attempt.members[number].moves:
+    if number != photo and attempt.members[number].warp is None:
         attempt.aims[number] = attempt.aims[photo]
     elif attempt.aims[number] is None:
         attempt.aims[number] = attempt.members[number].aim(candidates)

@@ -1,7 +1,7 @@
 """Attack many photos into a run folder, and judge the saved files by the detector's own public predict path."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,14 +149,21 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
     used = budget.used(saved, attempt.photo)
     if used > budget.eps:
         raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
-    lowest = lowest_threshold(job.options.conf)
-    found = {name: job.detector.predict(run.path(path), lowest) for name, path in names.items()}
-    names_of = job.detector.class_names
-    members = {
-        name: judge(job.objective, clean, detections, job.options.conf, names_of, drawn.get(name), saved.shape)
-        for name, detections in found.items()
+    paths = {name: run.path(path) for name, path in names.items()}
+    found = find_in(job.detector, paths, job.options.conf)
+    members = judge_members(Victim(job.detector, job.objective), clean, found, job.options.conf, drawn, saved)
+    also = {
+        victim.detector.name: judge_members(
+            victim,
+            victim.detector.predict(attempt.photo, lowest_threshold(job.options.conf)),
+            find_in(victim.detector, paths, job.options.conf),
+            job.options.conf,
+            drawn,
+            saved,
+        )
+        for victim in job.also
     }
-    also = {victim.detector.name: judge_files(victim, attempt, names, drawn, job) for victim in job.also}
+    names_of = job.detector.class_names
     judged = [*members.values(), *(member for of_one in also.values() for member in of_one.values())]
     objects = attempt.clean[attempt.attacked]
     after = found[PHOTO].above(job.options.conf)
@@ -184,24 +191,37 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
     }
 
 
-def judge_files(
-    victim: Victim, attempt: Attempt, files: dict[str, str], drawn: dict[str, Transform], job: Job
+def find_in(detector: Detector, paths: Mapping[str, Path], conf: float) -> dict[str, Detections]:
+    """What a detector finds in files, by their names, down to all THRESHOLDS."""
+    return {name: detector.predict(path, lowest_threshold(conf)) for name, path in paths.items()}
+
+
+def judge_members(
+    victim: Victim,
+    clean: Detections,
+    found: Mapping[str, Detections],
+    conf: float,
+    drawn: Mapping[str, Transform],
+    photo: Photo,
 ) -> dict[str, Record]:
-    """What `judge` says of each saved member of a group before a further detector."""
-    detector, lowest = victim.detector, lowest_threshold(job.options.conf)
-    clean = detector.predict(attempt.photo, lowest)
+    """What `judge` says of each member of a group, by what was found in it; drawn: the transforms of members."""
+    shape, names = (photo.shape[0], photo.shape[1]), victim.detector.class_names
     return {
-        name: judge(
-            victim.objective,
-            clean,
-            detector.predict(job.run.path(path), lowest),
-            job.options.conf,
-            detector.class_names,
-            drawn.get(name),
-            attempt.photo.shape,
-        )
-        for name, path in files.items()
+        name: judge(victim.objective, clean, one, conf, names, drawn.get(name), shape) for name, one in found.items()
     }
+
+
+def drawn_transforms(record: Record) -> dict[str, Transform]:
+    """The transforms of the members of a record, as they were drawn.
+
+    Raises:
+        DetguardError: a member is called by no transform.
+    """
+    specs = {name: record["draws"].get(name, name) for name in record["files"] if name != PHOTO}
+    parsed = {name: parse_transforms(spec) for name, spec in specs.items()}
+    if wrong := [name for name, transforms in parsed.items() if len(transforms) != 1]:
+        raise RunError(f"not a record that detguard wrote (files.{wrong[0]}: expected one transform)")
+    return {name: transforms[0] for name, transforms in parsed.items()}
 
 
 def judge(
@@ -211,7 +231,7 @@ def judge(
     conf: float,
     class_names: dict[int, str],
     transform: Transform | None = None,
-    shape: Sequence[int] = (),
+    shape: tuple[int, int] = (0, 0),
 ) -> Record:
     """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
 
@@ -226,7 +246,7 @@ def judge(
 
     def before(threshold: float) -> tuple[Detections, torch.Tensor]:
         over = clean.above(threshold)
-        return seen(transform, (shape[0], shape[1]) if transform else (0, 0), over, objective.attacked(over))
+        return seen(transform, shape, over, objective.attacked(over))
 
     for threshold in THRESHOLDS:
         (objects, attacked), after = before(threshold), found.above(threshold)
@@ -276,22 +296,17 @@ def verify_run(
             if objective.needs_target and not objective.attacked(clean.above(conf)).any():
                 yield {"key": record["key"], "skipped": "no target"}
                 continue
-            found = {name: detector.predict(path, lowest) for name, path in paths.items()}
+            found = find_in(detector, paths, conf)
             rng = np.random.default_rng(photo_seed(record["key"], VERIFY_SEED))
             further = {str(t): t.draw(rng) for t in transforms if str(t) not in found}
             found |= {name: detector.predict(t(saved), lowest) for name, t in further.items()}
-            group = {name: parse_transforms(record["draws"].get(name, name))[0] for name in paths if name != PHOTO}
+            shown_as = drawn_transforms(record) | further
             attacked = torch.tensor([o["box"] for o in record["objects"]]).view(-1, 4)
             used = budget.on((original.shape[0], original.shape[1]), attacked).used(saved, original)
         except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue
-        shown_as = group | further
-        names_of = detector.class_names
-        members = {
-            name: judge(objective, clean, d, conf, names_of, shown_as.get(name), original.shape)
-            for name, d in found.items()
-        }
+        members = judge_members(Victim(detector, objective), clean, found, conf, shown_as, original)
         yield {
             "key": record["key"],
             "photo": record["photo"],

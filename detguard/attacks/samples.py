@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import yaml
 
-from detguard.attacks.run import PHOTO
+from detguard.attacks.run import PHOTO, drawn_transforms
 from detguard.detections import Detections
 from detguard.photos import photo_size
 from detguard.runs import Record, Run
 from detguard.transforms.base import seen
-from detguard.transforms.parse import parse_transforms
 
 FOLDER = "samples"
 
@@ -34,9 +33,9 @@ def write_samples(
         objects = labels.get(key)
         if objects is None:
             objects = from_records(record["clean"], index)
+        drawn = drawn_transforms(record)
         for name, file in files.items():
-            transform = None if name == PHOTO else parse_transforms(record["draws"].get(name, name))[0]
-            here, _ = seen(transform, (height, width), objects, torch.ones(len(objects), dtype=torch.bool))
+            here, _ = seen(drawn.get(name), (height, width), objects, torch.ones(len(objects), dtype=torch.bool))
             source = run.path(file)
             stem = f"{key}--{PHOTO if name == PHOTO else source.stem}"
             run.write(f"{FOLDER}/images/{stem}{source.suffix}", source.read_bytes())

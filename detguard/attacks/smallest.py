@@ -26,13 +26,17 @@ def attack_smallest(
     `steps` are those of all of the photo's attempts together.
     """
     whole = options.budget.eps
+
+    def attempt(item: tuple[str, Photo, Detections], tried: AttackOptions) -> Attempt:
+        return next(attack_group(detector, [item], objective, transforms, tried, on_step, also))
+
     for item in photos:
-        best = _attempt(detector, item, objective, transforms, options, on_step, also)
+        best = attempt(item, options)
         steps, low, high = best.steps, 0.0, best.used if best.done else 0.0
         while (eps := options.budget.between(low, high)) is not None:
             step = max(options.length * eps / whole, options.length / 10)
             tried = replace(options, budget=replace(options.budget, eps=eps), step=step)
-            found = _attempt(detector, item, objective, transforms, tried, on_step, also)
+            found = attempt(item, tried)
             steps += found.steps
             if found.done:
                 best, high = found, found.used
@@ -40,15 +44,3 @@ def attack_smallest(
                 low = eps
         best.steps = steps
         yield best
-
-
-def _attempt(
-    detector: Detector,
-    item: tuple[str, Photo, Detections],
-    objective: Objective,
-    transforms: Sequence[Transform],
-    options: AttackOptions,
-    on_step: Callable[[Sequence[Attempt]], None] | None,
-    also: Sequence[Victim],
-) -> Attempt:
-    return next(attack_group(detector, [item], objective, transforms, options, on_step, also))

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from detguard.detections import Detections
-from detguard.photos import Photo, encode_png
+from detguard.photos import Photo, decode_photo, encode_png
 from detguard.transforms.warp import Warp
 
 # straight-through: the gradient goes to the same place of the photo unchanged, which is the attack method's own
@@ -32,9 +32,10 @@ class Transform(ABC):
     whole: ClassVar[bool] = False
     straight: ClassVar[bool] = True
 
-    @abstractmethod
     def __str__(self) -> str:
-        """The spec, e.g. `jpeg:75`."""
+        """The spec, e.g. `jpeg:75`: the kind and its only field."""
+        (value,) = vars(self).values()
+        return f"{self.kind}:{value}" if isinstance(value, str) else f"{self.kind}:{value:g}"
 
     @classmethod
     @abstractmethod
@@ -45,9 +46,9 @@ class Transform(ABC):
     def __call__(self, photo: Photo) -> Photo:
         """Transform `uint8 [H, W, 3]` RGB, to the same shape unless it has a `warp`."""
 
-    @abstractmethod
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
-        """Gradient [3, H', W'] at the output -> at `photo`, [3, H, W]; exact or by a surrogate, named there."""
+        """Gradient [3, H', W'] at the output -> at `photo`, [3, H, W]: exact, by a surrogate, or straight through."""
+        return gradient
 
     def draw(self, rng: np.random.Generator) -> "Transform":
         """The transform with all that is random in it drawn: itself, unless something is."""
@@ -80,6 +81,19 @@ def seen(
 
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+
+
+class Encoded(Transform):
+    """A transform that is what its own kind of file makes of a photo, so that the saved member is what the loop saw."""
+
+    @override
+    def __call__(self, photo: Photo) -> Photo:
+        return decode_photo(self.encode(photo))
+
+    @abstractmethod
+    @override
+    def encode(self, photo: Photo) -> bytes:
+        """The bytes of the file itself."""
 
 
 class Geometric(Transform):

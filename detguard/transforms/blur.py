@@ -24,9 +24,6 @@ class Median(Transform):
     example = "median:3"
     whole = True
 
-    def __str__(self) -> str:
-        return f"median:{self.size}"
-
     @classmethod
     def parse(cls, value: str) -> "Median":
         """`median:K` with K 3, 5 or 7."""
@@ -67,9 +64,6 @@ class Gaussian(Transform):
     kind = "gaussian"
     example = "gaussian:3"
     whole = True
-
-    def __str__(self) -> str:
-        return f"gaussian:{self.size}"
 
     @classmethod
     def parse(cls, value: str) -> "Gaussian":
@@ -126,9 +120,6 @@ class Motion(Kernel):
     example = "motion:7"
     whole = True
 
-    def __str__(self) -> str:
-        return f"motion:{self.length}"
-
     @classmethod
     def parse(cls, value: str) -> "Motion":
         """`motion:K` with K odd, 3..63 pixels."""
@@ -149,9 +140,6 @@ class Defocus(Kernel):
     kind = "defocus"
     example = "defocus:5"
     whole = True
-
-    def __str__(self) -> str:
-        return f"defocus:{self.size}"
 
     @classmethod
     def parse(cls, value: str) -> "Defocus":

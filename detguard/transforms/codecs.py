@@ -5,25 +5,15 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from torch import Tensor
 from typing_extensions import override
 
 from detguard import DetguardError
-from detguard.photos import Photo, decode_photo
-from detguard.transforms.base import Transform, whole_number
-
-
-class Codec(Transform):
-    """A transform that encodes and decodes."""
-
-    @override
-    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
-        """Straight through."""
-        return gradient
+from detguard.photos import Photo
+from detguard.transforms.base import Encoded, Transform, whole_number
 
 
 @dataclass(frozen=True)
-class Webp(Codec):
+class Webp(Encoded):
     """Encode and decode by libwebp at a quality of 1..100."""
 
     quality: int
@@ -32,36 +22,25 @@ class Webp(Codec):
     suffix = ".webp"
     whole = True
 
-    def __str__(self) -> str:
-        return f"webp:{self.quality}"
-
     @classmethod
     def parse(cls, value: str) -> "Webp":
         """`webp:Q` with Q 1..100."""
         return cls(whole_number(value, 1, 100, "a quality"))
 
     @override
-    def __call__(self, photo: Photo) -> Photo:
-        return decode_photo(self.encode(photo))
-
-    @override
     def encode(self, photo: Photo) -> bytes:
-        """The bytes of the .webp file itself, so that the saved member is what the loop saw."""
         bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
         return cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, self.quality])[1].tobytes()
 
 
 @dataclass(frozen=True)
-class H264(Codec):
+class H264(Transform):
     """The first frame of a film, by libx264 at a constant rate factor: what a camera's stream leaves of a photo."""
 
     factor: int
     kind = "h264"
     example = "h264:28"
     whole = True
-
-    def __str__(self) -> str:
-        return f"h264:{self.factor}"
 
     @classmethod
     def parse(cls, value: str) -> "H264":

@@ -48,9 +48,6 @@ class Brightness(Curve):
     kind = "brightness"
     example = "brightness:0.2"
 
-    def __str__(self) -> str:
-        return f"brightness:{self.share:g}"
-
     @classmethod
     def parse(cls, value: str) -> "Brightness":
         """`brightness:S` with S -0.9..3; below 0 is darker."""
@@ -68,9 +65,6 @@ class Contrast(Curve):
     share: float
     kind = "contrast"
     example = "contrast:-0.3"
-
-    def __str__(self) -> str:
-        return f"contrast:{self.share:g}"
 
     @classmethod
     def parse(cls, value: str) -> "Contrast":
@@ -90,9 +84,6 @@ class Gamma(Curve):
     kind = "gamma"
     example = "gamma:1.5"
 
-    def __str__(self) -> str:
-        return f"gamma:{self.exponent:g}"
-
     @classmethod
     def parse(cls, value: str) -> "Gamma":
         """`gamma:G` with G 0.2..5; over 1 is darker."""
@@ -111,9 +102,6 @@ class Posterize(Curve):
     kind = "posterize"
     example = "posterize:4"
     whole = True
-
-    def __str__(self) -> str:
-        return f"posterize:{self.bits}"
 
     @classmethod
     def parse(cls, value: str) -> "Posterize":
@@ -139,9 +127,6 @@ class Invert(Curve):
     example = "invert:1"
     straight = False
 
-    def __str__(self) -> str:
-        return f"invert:{self.share:g}"
-
     @classmethod
     def parse(cls, value: str) -> "Invert":
         """`invert:S` with S 0..1."""
@@ -160,9 +145,6 @@ class Hue(Transform):
     kind = "hue"
     example = "hue:15"
     straight = False
-
-    def __str__(self) -> str:
-        return f"hue:{self.degrees:g}"
 
     @classmethod
     def parse(cls, value: str) -> "Hue":

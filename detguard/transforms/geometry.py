@@ -18,9 +18,6 @@ class Rotate(Geometric):
     kind = "rotate"
     example = "rotate:5"
 
-    def __str__(self) -> str:
-        return f"rotate:{self.degrees:g}"
-
     @classmethod
     def parse(cls, value: str) -> "Rotate":
         """`rotate:D` with D degrees, -180..180."""
@@ -39,9 +36,6 @@ class Crop(Geometric):
     share: float
     kind = "crop"
     example = "crop:0.9"
-
-    def __str__(self) -> str:
-        return f"crop:{self.share:g}"
 
     @classmethod
     def parse(cls, value: str) -> "Crop":
@@ -65,9 +59,6 @@ class Flip(Geometric):
     kind = "flip"
     example = "flip:h"
 
-    def __str__(self) -> str:
-        return f"flip:{self.way}"
-
     @classmethod
     def parse(cls, value: str) -> "Flip":
         """`flip:h` left to right, `flip:v` top to bottom."""
@@ -88,9 +79,6 @@ class Stretch(Geometric):
     kind = "stretch"
     example = "stretch:1.1"
 
-    def __str__(self) -> str:
-        return f"stretch:{self.factor:g}"
-
     @classmethod
     def parse(cls, value: str) -> "Stretch":
         """`stretch:F` with F over 0.25, up to 4."""
@@ -109,9 +97,6 @@ class Perspective(Geometric):
     share: float
     kind = "perspective"
     example = "perspective:0.1"
-
-    def __str__(self) -> str:
-        return f"perspective:{self.share:g}"
 
     @classmethod
     def parse(cls, value: str) -> "Perspective":

@@ -8,12 +8,12 @@ from kornia.enhance import jpeg_codec_differentiable
 from torch import Tensor
 from typing_extensions import override
 
-from detguard.photos import Photo, decode_photo, encode_jpeg
-from detguard.transforms.base import Transform, whole_number
+from detguard.photos import Photo, encode_jpeg
+from detguard.transforms.base import Encoded, whole_number
 
 
 @dataclass(frozen=True)
-class Jpeg(Transform):
+class Jpeg(Encoded):
     """Encode and decode at a quality of 1..100. The surrogate gradient is that of a JPEG with smooth rounding."""
 
     quality: int
@@ -22,21 +22,13 @@ class Jpeg(Transform):
     whole = True
     suffix = ".jpg"
 
-    def __str__(self) -> str:
-        return f"jpeg:{self.quality}"
-
     @classmethod
     def parse(cls, value: str) -> "Jpeg":
         """`jpeg:Q` with Q 1..100."""
         return cls(whole_number(value, 1, 100, "a quality"))
 
     @override
-    def __call__(self, photo: Photo) -> Photo:
-        return decode_photo(self.encode(photo))
-
-    @override
     def encode(self, photo: Photo) -> bytes:
-        """The bytes of the .jpg file itself, so that the saved member is what the loop saw."""
         return encode_jpeg(photo, self.quality)
 
     @override

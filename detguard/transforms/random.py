@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from typing_extensions import override
 
 from detguard.photos import Photo
@@ -42,11 +41,6 @@ class Seeded(Transform):
     @override
     def __call__(self, photo: Photo) -> Photo:
         return self.apply(photo, self.seed or 0)
-
-    @override
-    def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
-        """Straight through."""
-        return gradient
 
 
 def _seed(value: str) -> tuple[str, int | None]:

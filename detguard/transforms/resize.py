@@ -19,9 +19,6 @@ class Resize(Transform):
     kind = "resize"
     example = "resize:0.5"
 
-    def __str__(self) -> str:
-        return f"resize:{self.factor:g}"
-
     @classmethod
     def parse(cls, value: str) -> "Resize":
         """`resize:F` with F over 0.05, up to 4."""

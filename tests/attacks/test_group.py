@@ -27,7 +27,7 @@ def plain_members(letterbox, specs="", number=0):
     """Members of a photo that its letterbox fits: the photo, transforms by specs, and more of the photo."""
     transforms = [None, *parse_transforms(specs), *[None] * number]
     nobody: Any = None
-    return [Member(nobody, transform, letterbox.photo, letterbox, nobody, nobody, False) for transform in transforms]
+    return [Member(nobody, transform, letterbox.photo, letterbox, nobody, nobody, None) for transform in transforms]
 
 
 def gradients_of(letterbox, number):
@@ -64,7 +64,7 @@ def test_gradients_of_moved_pixels_are_brought_back_before_they_become_one(bundl
     clean = bundled.predict(small, 0.25)
     victim = Victim(bundled, Vanish((0,)))
     members = [Member.of(victim, transform, small.shape[:2], clean) for transform in (None, flip)]
-    assert members[1].moves
+    assert members[1].warp is not None
     gradient = gradients_of(members[0].letterbox, 1)[0].float()
     whole = photo_gradient([gradient, gradient.flip(2)], small, members, AttackOptions())
     alone = photo_gradient([gradient], small, members[:1], AttackOptions())

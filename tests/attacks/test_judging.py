@@ -142,3 +142,14 @@ def test_a_member_is_judged_at_each_threshold_over_what_was_found_there():
         "detections": [{"class": "bus", "confidence": 0.3, "box": [0, 0, 50, 50], "wrong": True}],
     }
     assert not judge(PERSONS, clean, after, 0.12, NAMES)["fooled"]
+
+
+@pytest.mark.parametrize("name", ["none", "network", "median:4"])
+def test_a_record_whose_member_is_called_by_no_transform_is_an_error_of_that_photo(attacked, bundled, tmp_path, name):
+    run, record = attacked
+    forged = Run(tmp_path, run.config)
+    for file in record["files"].values():
+        forged.write(file, run.path(file).read_bytes())
+    forged.append(record | {"files": {"photo": record["files"]["photo"], name: record["files"]["median:3"]}})
+    (verified,) = verify_run(forged, bundled, PERSONS, [], OPTIONS.budget)
+    assert name in verified["error"]
