@@ -47,6 +47,15 @@ def test_a_file_of_any_name_is_written_whole(tmp_path, length):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "a.safetensors", b"data")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("name", ["x" * 256, "a\0b"])
 def test_a_name_that_cannot_be_written_is_an_error(tmp_path, name):
     with pytest.raises(FileError, match="cannot be written"):
