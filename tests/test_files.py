@@ -63,6 +63,12 @@ def test_a_name_that_cannot_be_written_is_an_error(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_where_a_folder_should_be_is_named_as_the_reason(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(FileError, match=r"b: cannot be written \(.*a is not a folder\)"):
+        write_file(tmp_path / "a" / "b", b"data")
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(b"old")
