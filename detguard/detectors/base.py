@@ -162,7 +162,7 @@ def architecture(network: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
 # Attributes that do not decide what a layer computes in eval mode, or that change from frame to frame.
 PASSING = {
     "training", "inplace", "dropout", "momentum", "export", "format", "dynamic", "shape", "shapes", "max_det",
-    "score_thresh", "nms_thresh", "detections_per_img", "scales", "type", "np", "nc", "task", "pt_path",
+    "score_thresh", "nms_thresh", "detections_per_img", "type", "np", "nc", "task", "pt_path",
 }  # fmt: skip
 
 

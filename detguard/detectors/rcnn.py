@@ -20,6 +20,8 @@ ARCHITECTURES = (
 )  # fmt: skip
 # The logit of a candidate that there is not, and the side of a box under which torchvision drops it, network's pixels.
 NOTHING, SMALLEST = -30.0, 1e-2
+# Of whole strides of any backbone.
+SQUARE = (256, 256)
 
 
 class RcnnDetector(TorchvisionDetector):
@@ -33,6 +35,10 @@ class RcnnDetector(TorchvisionDetector):
         # Masks and keypoints come of the boxes found, and change none of them.
         model.roi_heads.mask_roi_pool = model.roi_heads.keypoint_roi_pool = None
         super().__init__(model, name, imgsz, device)
+        # The pool takes its scales from the first photo that it sees, wrong ones from a strip that is mostly padding.
+        with torch.no_grad():
+            features = self.model.backbone(torch.zeros(1, 3, *SQUARE, device=self.device))
+            model.roi_heads.box_roi_pool(features, [torch.zeros(1, 4, device=self.device)], [SQUARE])
 
     @property
     @override

@@ -101,6 +101,15 @@ def test_photos_of_few_proposals_have_as_many_candidates_as_others(smallest, pho
         assert torch.allclose(together.boxes[i], alone.boxes[0], atol=1e-2)
 
 
+def test_what_a_photo_gives_does_not_depend_on_the_first_one(smallest, photo):
+    network = untrained_network(SMALLEST, photo)
+    network.roi_heads.box_roi_pool.scales = None  # as of a network that has seen nothing yet
+    other = RcnnDetector(network, SMALLEST, 160)
+    other.detect([cv2.resize(photo, (960, 36))], 1e-3)
+    (before,), (after,) = smallest.detect([photo], 1e-3), other.detect([photo], 1e-3)
+    assert torch.equal(before.scores, after.scores)
+
+
 def test_a_photo_without_any_proposal_is_one_of_nothing(smallest, photo, monkeypatch):
     monkeypatch.setattr(smallest.model.rpn, "score_thresh", 2.0)
     assert smallest.candidates(frames_tensor([photo])).boxes.shape == (1, PROPOSALS, 2, 4)
