@@ -32,7 +32,7 @@ class Candidates:
     """What a detector proposes for a batch of frames.
 
     logits: float32 [B, N, C], class confidence before the sigmoid.
-    boxes: float32 [B, N, 4] xyxy, frame pixels.
+    boxes: float32 [B, N, 4] xyxy, frame pixels; or [B, N, C, 4], where each class has its own (heads of two stages).
     end_to_end: the head needs no NMS (YOLOv10, YOLO26, RT-DETR): the best MAX_DETECTIONS scores are the detections.
     multi_label: users see one of every class over the threshold, not of the best class only (torchvision).
     anchors: where the candidates come from, for families that have them.
@@ -54,6 +54,11 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.logits)
+
+    @property
+    def best_boxes(self) -> Tensor:
+        """One box for each candidate, [B, N, 4]: where each class has its own, that of the best class."""
+        return self.boxes if self.boxes.ndim == 3 else boxes_as(self.boxes, self.logits.argmax(2))
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class Detections:
         ]
 
 
+def boxes_as(boxes: Tensor, classes: Tensor) -> Tensor:
+    """The boxes, [..., 4], of candidates that are of the `classes`, int64 [...]; boxes: [..., 4] or [..., C, 4]."""
+    return boxes if boxes.ndim == classes.ndim + 1 else boxes.take_along_dim(classes[..., None, None], -2).squeeze(-2)
+
+
 def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool = False) -> list[Detections]:
     """The detections of each frame in the batch, in *frame* pixels: threshold, then per-class NMS.
 
@@ -128,16 +138,17 @@ def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, multi_
     for best in (order[: 4 * MAX_DETECTIONS], order):
         # Classes are kept apart by more than the boxes reach, which makes one NMS of many: with a thousand boxes of 80
         # classes torchvision's `batched_nms` takes five times as long. In doubles, or large photos lose digits.
-        found = boxes[index[best]].double()
+        found = boxes_as(boxes[index[best]], classes[best]).double()
         apart = found + classes[best, None] * (found.amax() - found.amin() + 1 if len(best) else 0)
         kept = best[nms(apart, scores[best].double(), iou)[:MAX_DETECTIONS]]
         if len(kept) == MAX_DETECTIONS or len(best) == len(order):
             break
-    return Detections(boxes[index[kept]].cpu(), scores[kept].cpu(), classes[kept].cpu())
+    return Detections(boxes_as(boxes[index[kept]], classes[kept]).cpu(), scores[kept].cpu(), classes[kept].cpu())
 
 
 def _best(logits: Tensor, boxes: Tensor, conf: float) -> Detections:
     scores, index = logits.sigmoid().flatten().topk(min(MAX_DETECTIONS, logits.numel()))
     keep = scores > conf
     scores, index = scores[keep], index[keep]
-    return Detections(boxes[index // logits.shape[1]].cpu(), scores.cpu(), (index % logits.shape[1]).cpu())
+    candidate, classes = index // logits.shape[1], index % logits.shape[1]
+    return Detections(boxes_as(boxes[candidate], classes).cpu(), scores.cpu(), classes.cpu())

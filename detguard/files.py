@@ -106,7 +106,10 @@ def write_file(file: Path, data: bytes) -> None:
     except (OSError, ValueError) as error:
         with suppress(OSError, ValueError):
             partial.unlink(missing_ok=True)
-        raise FileError(f"{file}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileExistsError):  # of the folder's name, as `mkdir` says it
+            reason = f"{file.parent} is not a folder"
+        raise FileError(f"{file}: cannot be written ({reason})") from error
 
 
 def read_json(file: str | Path, most: int = MAX_TEXT) -> Any:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import TaskAlignedAssigner, bbox2dist
 
-from detguard.detections import Candidates, Detections
+from detguard.detections import Candidates, Detections, boxes_as
 
 GAINS = {"class": 0.5, "box": 7.5, "distance": 1.5}
 
@@ -48,7 +48,7 @@ def assign(candidates: Candidates, objects: Sequence[Detections]) -> Assignment:
     anchors = candidates.anchors
     if anchors is None and len(candidates) > 1:  # without anchors the points differ from frame to frame
         return Assignment.stack([assign(candidates[i : i + 1], objects[i : i + 1]) for i in range(len(candidates))])
-    logits, boxes = candidates.logits.detach().float(), candidates.boxes.detach().float()
+    logits, boxes = candidates.logits.detach().float(), candidates.best_boxes.detach().float()
     # They come from the CPU, and nothing but the assigner's own lists of pairs is read back.
     labels = pad_sequence([o.classes for o in objects], batch_first=True).to(logits.device)
     wanted = pad_sequence([o.boxes for o in objects], batch_first=True).to(boxes)
@@ -85,7 +85,7 @@ def detection_loss(candidates: Candidates, assignment: Assignment, known: Tensor
 
     norm = per_frame(weights).clamp(min=1)
     wanted = per_frame(logits[frames, found, assignment.classes] * weights)
-    boxes = candidates.boxes.float()[frames, found]
+    boxes = boxes_as(candidates.boxes.float()[frames, found], assignment.classes)
     negatives = binary_cross_entropy(logits, torch.zeros(1, device=logits.device))
     overlap = bbox_iou(boxes, assignment.boxes, xywh=False, CIoU=True).squeeze(-1)
     losses = {

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from train_bundled import ARCHITECTURE, CLASSES, SIZE, SOURCES, training_files
 
@@ -23,6 +23,7 @@ from detguard.detectors.load import load_detector, load_model, read_card, save_g
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Clean, Subject, fill
+from detguard.files import write_file
 from detguard.hardening.run import MEASURED
 
 app = typer.Typer()
@@ -94,8 +95,7 @@ def publish(tensors: dict[str, Tensor], card: dict[str, Any], file: Path, shared
     """Write weights in half precision, and the card with their figures on clean photos beside them."""
     # Counters of batch norm are whole numbers and stay.
     halves = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in tensors.items()}
-    file.parent.mkdir(exist_ok=True)
-    save_file(halves, file)
+    write_file(file, save(halves))  # `save_file` would leave a file that nobody else may read
     write_card(file, card)
     measured(file, shared)
 

@@ -76,3 +76,18 @@ def test_classes_are_kept_apart_on_photos_of_any_size(seed, size):
     theirs = sorted(zip(classes[kept].tolist(), wanted[kept].tolist(), strict=True))
     assert [one for one, _ in ours] == [one for one, _ in theirs]
     assert torch.allclose(torch.tensor([one for _, one in ours]), torch.tensor([one for _, one in theirs]))
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+@pytest.mark.parametrize("end_to_end", [True, False])
+def test_where_each_class_has_its_own_box_a_detection_has_that_of_its_class(multi_label, end_to_end):
+    boxes = torch.tensor([[[[0.0, 0, 10, 10], [20, 0, 30, 10]], [[0, 1, 10, 11], [40, 0, 50, 10]]]])
+    candidates = Candidates(torch.tensor([[[2.0, 1.0], [1.5, 3.0]]]), boxes, end_to_end, multi_label=multi_label)
+    (found,) = suppress(candidates, 0.25, 0.7)
+    kept = [(1, [40, 0, 50, 10]), (0, [0, 0, 10, 10])]  # best first
+    if end_to_end:
+        kept += [(0, [0, 1, 10, 11]), (1, [20, 0, 30, 10])]
+    elif multi_label:
+        kept += [(1, [20, 0, 30, 10])]
+    assert list(zip(found.classes.tolist(), found.boxes.tolist(), strict=True)) == kept
+    assert candidates.best_boxes.tolist() == [[[0, 0, 10, 10], [40, 0, 50, 10]]]

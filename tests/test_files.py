@@ -47,11 +47,26 @@ def test_a_file_of_any_name_is_written_whole(tmp_path, length):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "a.safetensors", b"data")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("name", ["x" * 256, "a\0b"])
 def test_a_name_that_cannot_be_written_is_an_error(tmp_path, name):
     with pytest.raises(FileError, match="cannot be written"):
         write_file(tmp_path / name, b"data")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_where_a_folder_should_be_is_named_as_the_reason(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(FileError, match=r"b: cannot be written \(.*a is not a folder\)"):
+        write_file(tmp_path / "a" / "b", b"data")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

@@ -117,3 +117,15 @@ def test_classes_that_are_not_labelled_do_not_count(scene):
     whole = [detection_loss(c, assign(candidates, [kept]))["class"] for c in (candidates, sure)]
     assert len({float(value) for value in masked}) == 1
     assert whole[1] > whole[0] + 1
+
+
+def test_where_each_class_has_its_own_box_that_of_the_object_counts(scene):
+    candidates, objects = scene
+    assignment = assign(candidates, [objects])
+    wanted = detection_loss(candidates, assignment)
+    own = candidates.boxes[:, :, None].repeat(1, 1, candidates.logits.shape[2], 1)
+    each = replace(candidates, boxes=own)
+    assert torch.equal(assign(each, [objects]).candidates, assignment.candidates)
+    own[..., [c for c in range(own.shape[2]) if c not in objects.classes.tolist()], :] += 50
+    for name, loss in detection_loss(each, assignment).items():
+        assert torch.equal(loss, wanted[name])

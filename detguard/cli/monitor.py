@@ -14,6 +14,7 @@ from detguard.cli.app import (
     Fusion,
     ImageSize,
     Model,
+    NmsIou,
     OutFolder,
     Resume,
     TopK,
@@ -63,6 +64,7 @@ def monitor(
     imgsz: ImageSize = None,
     top_k: TopK = None,
     fusion: Fusion = None,
+    iou: NmsIou = None,
     out_folder: OutFolder = None,
     on_drift: Annotated[
         Literal["tell", "adapt"], typer.Option(help="adapt: then teach an ensemble what made its accuracy drop.")
@@ -90,7 +92,7 @@ def monitor(
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
-        watched = load_detector(model, imgsz, trust, device, top_k=top_k, fusion=fusion)
+        watched = load_detector(model, imgsz, trust, device, top_k=top_k, fusion=fusion, iou=iou)
     if on_drift == "adapt" and not watched.hardened:
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     for source in replay or []:  # wrong data are told now, not when the stream has ended

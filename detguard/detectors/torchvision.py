@@ -1,4 +1,4 @@
-"""Torchvision's one-stage detectors: RetinaNet, FCOS and SSD."""
+"""Torchvision's detectors: what all have in common, and those of one stage, RetinaNet, FCOS and SSD."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ ARCHITECTURES = (
 )  # fmt: skip
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # Outputs of torchvision's networks that stand for no class.
-NO_CLASS = ("__background__", "N/A")
+NO_CLASS = ("__background__", "no person", "N/A")
 
 
 def check_published(file: Path) -> None:
@@ -72,7 +72,7 @@ class TorchvisionDetector(Detector):
         self.name = name
         self.model: Any = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
-        self.iou = float(self.model.nms_thresh)
+        self.iou = float(self.last_stage.nms_thresh)
         classes = [(number, text) for number, text in enumerate(model.outputs) if text not in NO_CLASS]
         self.class_names = dict(enumerate(text for _, text in classes))
         self.outputs = torch.tensor([number for number, _ in classes], device=self.device)
@@ -82,6 +82,11 @@ class TorchvisionDetector(Detector):
         if imgsz != frame_size(model):
             resize.min_size, resize.max_size = (imgsz,), imgsz
         self.imgsz = imgsz
+
+    @property
+    def last_stage(self) -> Any:
+        """The part of the network that chooses what users see, by thresholds of its own."""
+        return self.model
 
     @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
@@ -123,8 +128,9 @@ class TorchvisionDetector(Detector):
     @override
     def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         photo = read_photo(source) if isinstance(source, Path) else source
-        self.model.score_thresh, self.model.nms_thresh = conf, self.iou if iou is None else iou
-        self.model.detections_per_img = MAX_DETECTIONS
+        stage = self.last_stage
+        stage.score_thresh, stage.nms_thresh = conf, self.iou if iou is None else iou
+        stage.detections_per_img = MAX_DETECTIONS
         with torch.no_grad():
             (found,) = self.model(list(frames_tensor([photo], self.device)))
         known = torch.isin(found["labels"], self.outputs)

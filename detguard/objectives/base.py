@@ -210,7 +210,7 @@ class Goal(Objective):
             return loss
         held = [
             raise_on(self.by, logits, boxes, scene.others, scene.others.classes, conf)
-            for logits, boxes, scene in zip(candidates.logits, candidates.boxes, aims, strict=True)
+            for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True)
         ]
         return loss + torch.stack(held)
 

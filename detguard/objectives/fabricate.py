@@ -46,7 +46,7 @@ class Fabricate(Goal):
     @override
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Places:
         """The best candidates of the target classes that lie on no object, apart from each other."""
-        logits, boxes = pick(candidates.logits[0].detach(), self.targets), candidates.boxes[0].detach()
+        logits, boxes = pick(candidates.logits[0].detach(), self.targets), candidates.best_boxes[0].detach()
         # Well apart from the objects, for boxes move.
         taken = (box_iou(boxes, objects.boxes.to(boxes)) > APART).any(1)
         free = logits.masked_fill(taken[:, None], UNFOUND).flatten()

@@ -74,7 +74,8 @@ class Mislabel(Goal):
         """The objects; for OTHER the class that comes second where the object was found, and no other from then on."""
         scene = super().aim(candidates, objects, attacked)
         logits, own = candidates.logits[0].detach(), scene.attacked.classes.to(candidates.logits.device)
-        finder = pick(logits, own).masked_fill(~near(candidates.boxes[0], scene.attacked), UNFOUND).argmax(0)  # [K]
+        on = near(candidates.best_boxes[0], scene.attacked)
+        finder = pick(logits, own).masked_fill(~on, UNFOUND).argmax(0)  # [K]
         second = logits[finder].scatter(1, own[:, None], -torch.inf).argmax(1)
         to = self.becomes(own)
         return Renamed(scene.attacked, scene.others, torch.where(to == OTHER, second, to))
@@ -86,13 +87,13 @@ class Mislabel(Goal):
         Raised on each object's best candidates, over the threshold and over the rest.
         """
         where = torch.stack(
-            [on_class(b, scene.attacked, self.targets) for b, scene in zip(candidates.boxes, aims, strict=True)]
+            [on_class(b, scene.attacked, self.targets) for b, scene in zip(candidates.best_boxes, aims, strict=True)]
         )
         if self.only.all:
             where |= torch.tensor([target in self.hidden for target in self.targets], device=where.device)
         losses = [
             raise_on(self.by, logits, boxes, scene.attacked, scene.classes, conf)
-            for logits, boxes, scene in zip(candidates.logits, candidates.boxes, aims, strict=True)
+            for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True)
         ]
         return self.by.lower(pick(candidates.logits, self.targets), conf, where) + torch.stack(losses)
 

@@ -35,7 +35,7 @@ class Outrank(Objective):
         others of the classes in the photo, or of all targets where it has none.
         """
         losses = []
-        for logits, boxes, objects in zip(candidates.logits, candidates.boxes, aims, strict=True):
+        for logits, boxes, objects in zip(candidates.logits, candidates.best_boxes, aims, strict=True):
             of_objects = pick(logits, objects.classes)  # [N, K]
             # Of an object that nothing lies on any more there is nothing left to push down.
             found = of_objects.masked_fill(~near(boxes, objects), UNFOUND).logsumexp(0).clamp(min=LOWEST)

@@ -28,7 +28,7 @@ class Untargeted(Goal):
         ranked = not (candidates.multi_label or candidates.end_to_end)
         threshold = torch.logit(torch.tensor(conf, device=candidates.logits.device))
         losses = []
-        for logits, boxes, scene in zip(candidates.logits, candidates.boxes, aims, strict=True):
+        for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True):
             own = pick(logits, scene.attacked.classes)  # [N, K]
             if ranked:
                 own = own - (best_other(logits, scene.attacked.classes) - threshold).clamp(min=0)

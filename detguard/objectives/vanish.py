@@ -35,12 +35,15 @@ class Vanish(Goal):
         where = None
         if not self.only.all:
             where = torch.stack(
-                [on_class(b, scene.attacked, self.targets) for b, scene in zip(candidates.boxes, aims, strict=True)]
+                [
+                    on_class(b, scene.attacked, self.targets)
+                    for b, scene in zip(candidates.best_boxes, aims, strict=True)
+                ]
             )
         loss = self.by.lower(pick(candidates.logits, self.targets), conf, where)
         if not self.strict:
             return loss
-        on = near_any(candidates.boxes, [scene.attacked for scene in aims])
+        on = near_any(candidates.best_boxes, [scene.attacked for scene in aims])
         return loss + self.by.lower(candidates.logits, conf, on[..., None])
 
     @override

@@ -132,6 +132,12 @@ def test_it_saves_without_code_and_loads_as_a_detector(bundled_model, bundled, b
     assert torch.equal(again.predict(bus, 0.25).boxes, again.detect([bus])[0].boxes)
 
 
+def test_saved_weights_have_the_rights_of_any_new_file(bundled_model, tmp_path):
+    save_gated(network(bundled_model), {}, tmp_path / "hard.safetensors")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "hard.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -46,9 +46,10 @@ def test_a_drop_is_told_with_its_photos(stream):
 
 
 def test_a_stopped_run_goes_on_to_the_same_records(tiny_data, tmp_path):
-    command = ("monitor", "--stream", tiny_data, "--imgsz", 160, "--out", "run")
+    command = ("monitor", "--stream", tiny_data, "--imgsz", 160, "--iou", 0.6, "--out", "run")
     whole = detguard(*command, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
+    assert "  iou: 0.6\n" in (tmp_path / "run/config.yaml").read_text()
     file = tmp_path / "run/results.jsonl"
     records = file.read_text()
     assert len(records.splitlines()) == 4
