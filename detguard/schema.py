@@ -103,6 +103,20 @@ DETECTOR = {
     "iou?": real(0, 1),
     "sha256": text,
 }
+LEARNED = {
+    "detector": DETECTOR,
+    "data": texts,
+    "split": text,
+    "target": text,
+    "learning": {
+        "photos": whole(1),
+        "hours": Maybe(real(0, 1e6)),
+        "rate": real(0, 1),
+        "batch": whole(1),
+        "conf": real(0.001, 0.999),
+        "seed": whole(),
+    },
+}
 COMMON = {"command": text, "arguments": texts, "versions": {"*": text}}
 # config.yaml, by command.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -161,6 +175,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "patch?": Maybe(text),
             "patch_target?": text,
             "patch_size?": real(0.01, 2),
+            "universal?": Maybe(text),
         },
     },
     "harden": {
@@ -209,23 +224,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "corruptions": texts,
         "replayed": texts,
     },
-    "patch": {
-        "detector": DETECTOR,
-        "data": texts,
-        "split": text,
-        "target": text,
-        "patch": {
-            "size": real(0.01, 2),
-            "pixels": whole(8, 4096),
-            "photos": whole(1),
-            "hours": Maybe(real(0, 1e6)),
-            "rate": real(0, 1),
-            "batch": whole(1),
-            "conf": real(0.001, 0.999),
-            "seed": whole(),
-        },
-        "print_cm": real(0.1, 1e4),
-    },
+    "patch": LEARNED | {"picture": {"size": real(0.01, 2), "pixels": whole(8, 4096)}, "print_cm": real(0.1, 1e4)},
+    "universal": LEARNED | {"picture": {"eps": whole(1, 127), "pixels": whole(8, 4096)}},
     "monitor": {
         "detector": DETECTOR,
         "stream": {"source": text, "split": text, "images": Maybe(text)},
@@ -275,13 +275,15 @@ TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*":
 # Of photos that were held out, and of having gone back to a batch.
 VALIDATED = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}
 SET_BACK = {"stage": text, "batch": whole(0), "diverged": whole(1), "setbacks": whole(1)}
+LEARNT = {"stage": text, "batch": whole(1), "photos": whole(1), "loss": measured}
 # A line of results.jsonl, by command.
 RECORDS: dict[str, Any] = {
     "attack": Either((ATTACKED, PASSED_OVER)),
     "detect": {"key": text, "photo": text, "detections": Items(DETECTION)},
     "harden": Either((TRAINED, VALIDATED, SET_BACK)),
     "adapt": Either((TRAINED, SET_BACK)),
-    "patch": {"stage": text, "batch": whole(1), "photos": whole(1), "loss": measured},
+    "patch": LEARNT,
+    "universal": LEARNT,
     "monitor": Either(
         (
             SHOWN | {"f1": real(), "confidence": real(), "entropy": Maybe(measured), "began": Maybe(whole(1))},

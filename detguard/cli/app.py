@@ -82,7 +82,9 @@ Confidence = Annotated[
 ]
 Trust = Annotated[
     bool,
-    typer.Option("--trust", callback=warned, help="Unpickle a .pt, or call a module:factory: they may run any code."),
+    typer.Option(
+        "--trust", callback=warned, help="Unpickle a .pt, or call a module:factory, either of which may run any code."
+    ),
 ]
 EndToEnd = Annotated[bool, typer.Option("--end-to-end", help="Use the head without NMS of YOLOv10 and YOLO26.")]
 NmsIou = Annotated[

@@ -48,6 +48,8 @@ MOST_SHOWN = 3
 
 `detguard evaluate --data coco128 --protocols clean --patch runs/patch/001/patch.png`: what a patch does to persons
 
+`detguard evaluate --data coco128 --protocols clean --universal runs/universal/001/universal.png`: what one change does
+
 `detguard evaluate --resume runs/evaluate/001`: go on with a run that was stopped"""
 )
 def evaluate(
@@ -94,6 +96,9 @@ def evaluate(
     ] = None,
     patch_target: Annotated[str, typer.Option(help="The class that wears the patch.")] = "person",
     patch_size: PatchSize = 0.3,
+    universal: Annotated[
+        Path | None, typer.Option(help="A perturbation, as of detguard universal, to be added to every photo.")
+    ] = None,
     seed: Seed = 0,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -110,7 +115,7 @@ def evaluate(
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
     from detguard.detectors.load import detector_config, load_configured, load_detector
-    from detguard.evaluation.patches import check_patch
+    from detguard.evaluation.pictures import check_pictures
     from detguard.runs import Run
     from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
 
@@ -139,6 +144,7 @@ def evaluate(
                 "eps": whole_numbers("--eps", eps), "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
                 "attacks": names(attacks), "queries": queries, "seed": seed,
                 "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
+                "universal": str(universal) if universal else None,
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
@@ -151,7 +157,7 @@ def evaluate(
     with err.status("Reading the annotations"):
         subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
     for subject in subjects:  # a wrong patch leaves no run behind
-        check_patch(subject, wanted.patches(subject.detector))
+        check_pictures(subject, wanted.patches(subject.detector))
     sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
 
 

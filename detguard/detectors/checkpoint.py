@@ -144,3 +144,23 @@ def read_state(file: Path) -> Any:
     """
     with Archive(file) as archive:
         return archive.plain(archive.root)
+
+
+def same_form(value: Any, like: Any) -> bool:
+    """Whether a value from a file, whose tensors are on the CPU, is built like another.
+
+    That is, of the same containers, keys and types, and tensors of the same shape, wherever those of the other are.
+    """
+    if isinstance(like, Tensor):
+        if not isinstance(value, Tensor) or value.device.type != "cpu":
+            return False
+        return all(getattr(value, name) == getattr(like, name) for name in ("shape", "dtype", "layout"))
+    if isinstance(like, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == like.keys()
+            and all(same_form(value[key], one) for key, one in like.items())
+        )
+    if isinstance(like, list):
+        return isinstance(value, list) and len(value) == len(like) and all(map(same_form, value, like))
+    return type(value) is type(like)

@@ -14,7 +14,7 @@ from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
-from detguard.evaluation.patches import Patched, patched
+from detguard.evaluation.pictures import Changed, patched, perturbed
 from detguard.evaluation.score import expert_shares, metrics_of, results
 from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, results_of
 from detguard.runs import Run
@@ -28,7 +28,8 @@ WRITTEN_SEVERITY = 3
 class Protocols:
     """What is measured and how; the options of `detguard evaluate`. eps: budgets in levels, the last one leads.
 
-    patch: file of a patch to be judged on the labelled objects of the class `patch_target`, of the size `patch_size`.
+    patch: file of a patch to be judged on the labelled objects of the class `patch_target`, of the size `patch_size`;
+    universal: file of a perturbation to be judged on all photos.
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -45,6 +46,7 @@ class Protocols:
     patch: str | None = None
     patch_target: str = "person"
     patch_size: float = 0.3
+    universal: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.protocols:
@@ -79,11 +81,16 @@ class Protocols:
         """The Square attack at the leading budget."""
         return BlackBox(self.eps[-1], self.queries, self.seed)
 
-    def patches(self, detector: Detector) -> list[Patched]:
+    def patches(self, detector: Detector) -> list[Changed]:
         """The patch and those that mean nothing, if one is judged."""
         if self.patch is None:
             return []
         return patched(self.patch, detector.class_index(self.patch_target), self.patch_size, self.seed)
+
+    @property
+    def perturbations(self) -> list[Changed]:
+        """The universal perturbation and random signs, if one is judged."""
+        return [] if self.universal is None else perturbed(self.universal, self.seed)
 
     def views(self, detector: Detector) -> list[View]:
         """What is shown of all photos, transfer left out; the clean photos always, to compare with."""
@@ -94,8 +101,7 @@ class Protocols:
         elif "transfer" in self.protocols:
             views.append(self.attack_sets(detector)[-1])
         views += [self.blackbox] if "blackbox" in self.protocols else []
-        views += self.patches(detector)
-        return views
+        return views + self.patches(detector) + self.perturbations
 
 
 @dataclass
@@ -231,8 +237,12 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         of_class = {"clean": unchanged.per_class.get(name)}
         for worn in wanted.patches(detector):
             metrics = measure(worn, worn.name)
-            of_class[worn.kind] = metrics.per_class.get(name)
+            of_class[worn.label] = metrics.per_class.get(name)
         found["patch"] = {"class": name, "size": wanted.patch_size, "file": wanted.patch, "shown": of_class}
+    if added := wanted.perturbations:
+        shown = {"clean": clean} | {view.label: measure(view, view.name).stats for view in added}
+        (eps,) = {view.how.bounds[1] for view in added}
+        found["universal"] = {"eps": round(eps * 255), "file": wanted.universal, "shown": shown}
     if "checks" in wanted.protocols:
         found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
     if gate:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from detguard import DetguardError
 from detguard.data.ahead import AheadError
-from detguard.detectors.checkpoint import MAX_BYTES, read_state
+from detguard.detectors.checkpoint import MAX_BYTES, read_state, same_form
 from detguard.detectors.gated import GatedNetwork
 from detguard.files import read_file, write_file
-from detguard.hardening.optimizer import Optimizer, same_form
+from detguard.hardening.optimizer import Optimizer
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
 

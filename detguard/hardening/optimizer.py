@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detguard.detectors.checkpoint import same_form
 from detguard.engine import bf16_helps
 from detguard.ranks import ALONE, Ranks
 
@@ -101,26 +102,6 @@ class Optimizer:
         self.sizes = {id(p): size for p, size in zip(self.learned, state["sizes"], strict=True)}
         if self.adam:  # its options are ours
             self.adam.load_state_dict(self.adam.state_dict() | {"state": state["adam"]["state"]})
-
-
-def same_form(value: Any, like: Any) -> bool:
-    """Whether a value from a file, whose tensors are on the CPU, is built like another.
-
-    That is, of the same containers, keys and types, and tensors of the same shape, wherever those of the other are.
-    """
-    if isinstance(like, Tensor):
-        if not isinstance(value, Tensor) or value.device.type != "cpu":
-            return False
-        return all(getattr(value, name) == getattr(like, name) for name in ("shape", "dtype", "layout"))
-    if isinstance(like, dict):
-        return (
-            isinstance(value, dict)
-            and value.keys() == like.keys()
-            and all(same_form(value[key], one) for key, one in like.items())
-        )
-    if isinstance(like, list):
-        return isinstance(value, list) and len(value) == len(like) and all(map(same_form, value, like))
-    return type(value) is type(like)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

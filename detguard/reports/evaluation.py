@@ -44,6 +44,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
     ("blackbox", "black box AP", lambda m: number(m["blackbox"]["AP"])),
     ("patch", "patch AP", lambda m: f"{number(_of_class(m, 'patch', 'AP'))} ({m['patch']['class']})"),
+    ("universal", "universal AP", lambda m: f"{number(m['universal']['shown']['universal']['AP'])}"),
     ("checks", "checks", _checks),
 )
 # What figures are of; in the title of a table whose models have it in common.
@@ -128,6 +129,16 @@ def tables(metrics: Metrics) -> list[Table]:
             "area; grey and random tell what covering as much of it does alone."
         )
         made.append(Table(f"Patch: AP of {first_patch['class']}", head, rows, note))
+    perturbed = {name: m["universal"] for name, m in metrics.items() if "universal" in m}
+    if perturbed:
+        first_universal = next(iter(perturbed.values()))
+        rows = [
+            [name, *(number(row[stat]) for stat in ("AP", "AP50") for row in m["shown"].values())]
+            for name, m in perturbed.items()
+        ]
+        head = ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in first_universal["shown"])]
+        note = f"One change for all photos, of at most {first_universal['eps']} levels; random: signs of that size."
+        made.append(Table("Universal perturbation", head, rows, note))
     for name, m in metrics.items():
         if "gate" in m:
             shares = gate_by_kind(m["gate"]["shares"])
@@ -168,7 +179,9 @@ def evaluation_page(
     """report.html of an evaluate run."""
     data = subjects[0].dataset
     each = max(1, MOST_PHOTOS // len(subjects))
-    changed = wanted.patch is not None or bool({"attack", "transfer", "corruptions"} & set(wanted.protocols))
+    changed = bool(wanted.patch or wanted.universal) or bool(
+        {"attack", "transfer", "corruptions"} & set(wanted.protocols)
+    )
     sides = ("before", "after") if changed else ("labelled", "found")
     items = [item for subject in subjects for item in _gallery(subject, _shown_view(subject, wanted), each)]
     shown = f"{data.name}, {len(data.files)} photos"
@@ -187,6 +200,8 @@ def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
     """What the gallery shows beside the clean photos, if anything."""
     if wanted.patch is not None:
         return wanted.patches(subject.detector)[-1]
+    if wanted.universal is not None:
+        return wanted.perturbations[-1]
     if {"attack", "transfer"} & set(wanted.protocols):
         return wanted.attack_sets(subject.detector)[-1]
     return wanted.corruptions[-1] if "corruptions" in wanted.protocols else None

@@ -11,7 +11,7 @@ from detguard.data.dataset import Dataset, read_dataset
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.evaluation.cache import DEFAULT, Cache
-from detguard.evaluation.patches import check_patch
+from detguard.evaluation.pictures import check_pictures
 from detguard.evaluation.run import Protocols
 from detguard.evaluation.run import evaluate as run_protocols
 from detguard.evaluation.views import Subject
@@ -92,7 +92,7 @@ def evaluate(
         cache: SQLite file of what was found before, which is not done again.
         on_progress: told what is being shown and how many forward passes are done.
         protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
-            `seed`, `patch`, `patch_target`, `patch_size`.
+            `seed`, `patch`, `patch_target`, `patch_size`, `universal`.
 
     Raises:
         DetguardError: the data cannot be read, or an option is wrong.
@@ -114,7 +114,7 @@ def evaluate(
     }
     subjects = load_subjects(detectors, source, cache=Path(cache))
     for subject in subjects:
-        check_patch(subject, wanted.patches(subject.detector))
+        check_pictures(subject, wanted.patches(subject.detector))
     with tempfile.TemporaryDirectory() as temporary:
         config = {
             "detectors": [detector_config(one, one.source) for one in detectors],

@@ -4,7 +4,7 @@ import pytest
 from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.evaluation.cache import Cache
-from detguard.evaluation.patches import check_patch, patched
+from detguard.evaluation.pictures import check_pictures, patched, perturbed
 from detguard.evaluation.run import Protocols, evaluate
 from detguard.evaluation.views import Batch, Subject
 from detguard.photos import encode_png
@@ -28,7 +28,7 @@ def file(tmp_path):
 def test_each_patch_covers_the_same_pixels_of_labelled_objects_alone(subject, file):
     batch = Batch(subject, list(subject.dataset.files))
     person = subject.detector.class_index("person")
-    shown = {view.kind: view.show(batch) for view in patched(file, person, 0.4, 0)}
+    shown = {view.label: view.show(batch) for view in patched(file, person, 0.4, 0)}
     assert list(shown) == ["grey", "random", "patch"]
     for i, (photo, objects) in enumerate(zip(batch.photos, batch.objects, strict=True)):
         covered = {kind: (photos[i] != photo).any(2) for kind, photos in shown.items()}
@@ -75,4 +75,33 @@ def test_a_class_that_is_not_evaluated_is_refused(subject, file):
     person = subject.detector.class_index("person")
     subject.category_ids = {k: v for k, v in subject.category_ids.items() if k != person}
     with pytest.raises(DetguardError, match="--patch-target person: not evaluated"):
-        check_patch(subject, patched(file, person, 0.3, 0))
+        check_pictures(subject, patched(file, person, 0.3, 0))
+
+
+def test_the_ap_is_told_of_clean_random_and_universal(subject, file, tmp_path):
+    wanted = Protocols(protocols=("clean",), universal=file)
+    evaluation = evaluate([subject], wanted, Run.create("evaluate", tmp_path / "run", {}))
+    found = evaluation.metrics["bundled"]["universal"]
+    assert found["eps"] == 128
+    assert list(found["shown"]) == ["clean", "random", "universal"]
+    assert found["shown"]["clean"]["AP"] > 0.9 > found["shown"]["universal"]["AP"]
+    (table,) = [table for table in tables(evaluation.metrics) if table.title == "Universal perturbation"]
+    assert len(table.rows[0]) == 1 + 2 * 3
+    assert "universal AP" in headline(evaluation.metrics, "").head
+    page = evaluation_page([subject], evaluation, wanted, ["detguard"]).decode()
+    assert page.count("universal: ") >= 2
+
+
+def test_random_signs_use_the_budget_of_the_perturbation(subject, tmp_path):
+    picture = np.random.default_rng(0).integers(125, 132, (320, 320, 3), dtype=np.uint8)
+    (tmp_path / "u.png").write_bytes(encode_png(picture))
+    batch = Batch(subject, list(subject.dataset.files))
+    for view in perturbed(str(tmp_path / "u.png"), 0):
+        for shown, photo in zip(view.show(batch), batch.photos, strict=True):
+            assert 1 <= np.abs(shown.astype(int) - photo).max() <= 3
+
+
+def test_a_perturbation_that_changes_nothing_is_refused(tmp_path):
+    (tmp_path / "u.png").write_bytes(encode_png(np.full((32, 32, 3), 128, np.uint8)))
+    with pytest.raises(DetguardError, match=r"--universal .*u\.png: changes nothing"):
+        perturbed(str(tmp_path / "u.png"), 0)

@@ -1,0 +1,44 @@
+"""The page of a run of `detguard patch` or `detguard universal`."""
+
+from detguard.attacks.pictures import Picture, Stage
+from detguard.detectors.base import Detector
+from detguard.objectives.base import Objective
+from detguard.photos import Photo, read_photo
+from detguard.reports.page import Item, gallery_item, render_page
+from detguard.reports.plots import picture as plotted
+from detguard.reports.plots import training_plot
+from detguard.runs import Run
+
+MOST_SHOWN = 12
+
+
+def picture_page(
+    run: Run, detector: Detector, objective: Objective, photos: list[Stage], kind: Picture, picture: Photo
+) -> bytes:
+    """report.html of the run: the picture, its loss, and photos that it learned on, without and with it."""
+    config = run.config
+    records = run.records()
+    printed = f", {config['print_cm']:g} x {config['print_cm']:g} cm when printed" if "print_cm" in config else ""
+    plots = {f"The {kind.kind} picture{printed}": plotted(picture)}
+    if records:
+        plots["Loss per object"] = training_plot(records, ("loss",))
+    items = [_item(run, detector, objective, photo, kind, picture) for photo in photos[:MOST_SHOWN]]
+    subtitle = (
+        f"{detector.name} at {detector.imgsz} px; the photos below are some that it learned on: "
+        f"detguard evaluate --{kind.kind} judges it on others"
+    )
+    command = ["detguard", *config["arguments"]]
+    title = f"{kind.kind.capitalize()}: {config['target']} not found any more"
+    return render_page(title, subtitle, command, [], plots, items, len(photos) - len(items))
+
+
+def _item(run: Run, detector: Detector, objective: Objective, stage: Stage, kind: Picture, picture: Photo) -> Item:
+    photo = read_photo(stage.file)
+    boxes = stage.letterbox.boxes_to_photo(stage.objects.boxes[stage.attacked])
+    shown = kind.on_photo(photo, picture, boxes)
+    conf = run.config["learning"]["conf"]
+    before, after = (one.of(objective.targets) for one in detector.detect([photo, shown], conf))
+    outcome = "all gone" if not len(after) else "fewer" if len(after) < len(before) else "not fewer"
+    note = f"{len(boxes)} attacked; found: {len(before)}, then {len(after)}"
+    names = detector.class_names
+    return gallery_item(stage.file.name, outcome, note, photo, before.records(names), shown, after.records(names))

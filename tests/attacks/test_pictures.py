@@ -1,0 +1,136 @@
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from detguard import DetguardError
+from detguard.attacks.budgets import largest_difference
+from detguard.attacks.patch import Patch, printable_png, total_variation
+from detguard.attacks.pictures import Learning, learn_picture, picture_loss, stages
+from detguard.attacks.universal import Universal, largest_change, stretched
+from detguard.detectors.load import load_detector
+from detguard.objectives import Vanish
+
+SMALL = Learning(photos=24, batch=2, rate=0.1)
+PATCH = Patch(size=0.5, pixels=32)
+NOISE = Universal(eps=8, pixels=96)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load_detector(imgsz=96)
+
+
+@pytest.fixture(scope="module")
+def photos(small, tmp_path_factory, bus_file):
+    """The bus and its mirror image, 96 px, with what is found there."""
+    folder = tmp_path_factory.mktemp("photos")
+    bus = cv2.resize(cv2.imread(str(bus_file)), (72, 96), interpolation=cv2.INTER_AREA)
+    for name, photo in (("a", bus), ("b", bus[:, ::-1])):
+        cv2.imwrite(str(folder / f"{name}.png"), photo)
+    files: list[tuple[Path, None]] = [(folder / f"{name}.png", None) for name in "ab"]
+    return stages(small, files, Vanish((small.class_index("person"),)), 0.1)
+
+
+def goal_of(detector):
+    return Vanish((detector.class_index("person"),))
+
+
+def expected_loss(detector, photos, kind, picture):
+    """The mean of a picture, [3, S, S], over the same draws."""
+    rng = np.random.default_rng(7)
+    with torch.no_grad():
+        losses = [
+            float(picture_loss(detector, photos, goal_of(detector), kind, picture, SMALL.conf, rng)) for _ in range(4)
+        ]
+    return sum(losses) / len(losses)
+
+
+def test_a_few_steps_lower_the_loss_however_the_patch_appears(small, photos):
+    told = []
+    learned = learn_picture(small, photos, goal_of(small), PATCH, SMALL, lambda *one: told.append(one))
+    assert learned.shape == (32, 32, 3)
+    square = torch.from_numpy(learned).permute(2, 0, 1).float() / 255
+    grey = torch.full_like(square, 0.5)
+    assert expected_loss(small, photos, PATCH, square) < 0.9 * expected_loss(small, photos, PATCH, grey)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1][0] == 1
+    assert [record["photos"] for _, record in told if record] == [20]
+
+
+def test_a_few_steps_of_a_universal_perturbation_lower_the_loss_within_its_budget(small, photos):
+    learned = learn_picture(small, photos, goal_of(small), NOISE, SMALL)
+    assert largest_change(learned) == 8
+    change = (torch.from_numpy(learned).permute(2, 0, 1).float() - 128) / 255
+    start = NOISE.start(torch.Generator().manual_seed(0))
+    assert expected_loss(small, photos, NOISE, change) < 0.7 * expected_loss(small, photos, NOISE, start)
+
+
+def test_a_universal_perturbation_reaches_all_of_the_photo_and_no_padding(small, photos):
+    stage = photos[0]
+    frame = torch.full((3, *stage.letterbox.frame), 0.5)
+    changed = NOISE.change(frame, torch.full((3, 96, 96), 8 / 255), stage, np.random.default_rng(0))
+    (height, width), (top, left) = stage.letterbox.resized, stage.letterbox.offset
+    inside = torch.zeros(stage.letterbox.frame, dtype=torch.bool)
+    inside[top : top + height, left : left + width] = True
+    assert not inside.all()
+    assert torch.equal((changed != frame).all(0), inside)
+
+
+@given(st.integers(1, 127), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_no_photo_is_changed_by_more_than_the_budget(eps, height, width, seed):
+    rng = np.random.default_rng(seed)
+    kind = Universal(eps, 16)
+    picture = rng.integers(128 - eps, 129 + eps, (16, 16, 3)).astype(np.uint8)
+    photo = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    changed = kind.on_photo(photo, picture, torch.zeros(0, 4))
+    assert largest_difference(changed, photo) <= eps
+    assert torch.allclose(stretched(torch.full((3, 16, 16), 5.0), (height, width)), torch.tensor(5.0))
+
+
+@pytest.mark.parametrize("kind", [PATCH, NOISE], ids=["patch", "universal"])
+def test_stopped_and_gone_on_with_it_is_learned_as_in_one_go(small, photos, tmp_path, kind):
+    whole = learn_picture(small, photos, goal_of(small), kind, SMALL)
+    calls, file = [], tmp_path / "state.pt"
+    early = learn_picture(
+        small, photos, goal_of(small), kind, SMALL, lambda *one: calls.append(one) or len(calls) == 5, file
+    )
+    assert len(calls) == 5
+    assert not (early == whole).all()
+    assert (learn_picture(small, photos, goal_of(small), kind, SMALL, checkpoint=file) == whole).all()
+    assert (learn_picture(small, photos, goal_of(small), kind, SMALL, checkpoint=file) == whole).all()
+
+
+def test_the_state_of_another_picture_is_refused(small, photos, tmp_path):
+    file = tmp_path / "state.pt"
+    short = Learning(photos=2, batch=2)
+    learn_picture(small, photos, goal_of(small), PATCH, short, checkpoint=file)
+    with pytest.raises(DetguardError, match="not a state of this run; delete it to begin again"):
+        learn_picture(small, photos, goal_of(small), Patch(pixels=16), short, checkpoint=file)
+
+
+def test_colours_can_be_printed(small, photos):
+    learned = learn_picture(small, photos, goal_of(small), Patch(pixels=16), Learning(photos=4, batch=2, rate=1.0))
+    assert (learned.min(), learned.max()) == (13, 242)
+
+
+def test_photos_without_the_target_are_an_error(small, photos):
+    with pytest.raises(DetguardError, match="--target: no photo has such an object"):
+        stages(small, [(one.file, one.objects) for one in photos], Vanish((small.class_index("sheep"),)), 0.1)
+
+
+def test_total_variation_is_the_mean_difference_of_neighbours():
+    stripes = torch.tensor([0.0, 1.0]).repeat(4).expand(3, 8, 8)
+    assert float(total_variation(stripes)) == 1
+
+
+def test_it_is_printed_in_its_size():
+    image = Image.open(io.BytesIO(printable_png(np.zeros((128, 128, 3), np.uint8), 20)))
+    assert 128 / image.info["dpi"][0] * 2.54 == pytest.approx(20, rel=1e-3)

@@ -1,0 +1,75 @@
+"""`detguard patch` and `universal` as a user runs them, and their judgement on labelled photos."""
+
+import json
+import signal
+import subprocess
+
+from program import command, detguard
+
+
+def test_a_patch_is_made_and_judged(tmp_path, tiny_data):
+    quick = ("--imgsz", 96, "--size", 0.6, "--pixels", 32, "--photos", 24, "--batch", 2, "--conf", 0.1)
+    result = detguard("patch", "--data", tiny_data, *quick, "--out", "made", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "made/results.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["batch"] == 10
+    page = (tmp_path / "made/report.html").read_text()
+    assert "20 x 20 cm when printed" in page
+    assert page.count('class="card item"') >= 2
+    assert page.count("<svg") == 2
+    options = ("--imgsz", 96, "--protocols", "clean", "--patch", "made/patch.png", "--patch-size", 0.6)
+    judged = detguard("evaluate", "--data", tiny_data, *options, "--out", "judged", cwd=tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    assert "Patch: AP of person" in judged.stdout
+    found = json.loads((tmp_path / "judged/metrics.json").read_text())["detguard-n"]["patch"]
+    assert list(found["shown"]) == ["clean", "grey", "random", "patch"]
+    again = detguard("evaluate", "--resume", "judged", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_without_labels_targets_are_what_is_found(tmp_path, bus_file):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/bus.jpg").write_bytes(bus_file.read_bytes())
+    quick = ("--imgsz", 160, "--pixels", 16, "--photos", 1, "--batch", 1)
+    result = detguard("patch", "--data", "photos", *quick, "--out", "made", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "made/patch.png").exists()
+    wrong = detguard("patch", "--data", "photos", "--target", "sheep", *quick, cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --target: no photo has such an object")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_universal_perturbation_is_made_and_judged(tmp_path, tiny_data):
+    quick = ("--imgsz", 96, "--eps", 12, "--photos", 24, "--batch", 2, "--conf", 0.1)
+    result = detguard("universal", "--data", tiny_data, *quick, "--out", "made", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Universal: all not found any more" in (tmp_path / "made/report.html").read_text()
+    options = ("--imgsz", 96, "--protocols", "clean", "--universal", "made/universal.png")
+    judged = detguard("evaluate", "--data", tiny_data, *options, "--out", "judged", cwd=tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    assert "of at most 12 levels" in judged.stdout
+    found = json.loads((tmp_path / "judged/metrics.json").read_text())["detguard-n"]["universal"]
+    assert found["shown"]["universal"]["AP"] < found["shown"]["clean"]["AP"]
+
+
+def test_stopped_it_is_gone_on_with(tmp_path, tiny_data):
+    options = ("--imgsz", 96, "--pixels", 32, "--photos", 2000, "--batch", 2, "--conf", 0.1)
+    started = command("patch", "--data", tiny_data, *options, "--out", "made")
+    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    records = tmp_path / "made/results.jsonl"
+    while not (records.exists() and records.read_text().count("\n") > 1):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "go on with: detguard patch --resume made" in told
+    assert (tmp_path / "made/patch.png").exists()
+    before = len(records.read_text().splitlines())
+    config = (tmp_path / "made/config.yaml").read_text()
+    (tmp_path / "made/config.yaml").write_text(config.replace("photos: 2000", f"photos: {before * 20 + 40}"))
+    again = detguard("patch", "--resume", "made", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    batches = [json.loads(line)["batch"] for line in records.read_text().splitlines()]
+    assert batches == [10 * number for number in range(1, len(batches) + 1)]
+    assert len(batches) > before
