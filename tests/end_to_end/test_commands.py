@@ -236,10 +236,11 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
     assert not proof.exists()
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
-    def little_space():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+def little_space():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     result = detguard("attack", BUS, "--out", "run", cwd=tmp_path, preexec_fn=little_space)
     assert result.returncode == 2
     assert "bus.png: cannot be written" in result.stderr
