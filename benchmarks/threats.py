@@ -114,10 +114,12 @@ def judged(detector: Detector, results: list[detguard.Result], specs: str) -> It
 
 
 @app.command()
-def geometry(model: str = "detguard-n", most: int = 12, steps: int = 100, eps: int = 8) -> None:
+def geometry(
+    model: str = "detguard-n", imgsz: int | None = None, most: int = 12, steps: int = 100, eps: int = 8
+) -> None:
     """Survival of transforms that moved pixels: the default group, one of fixed transforms, one of ranges."""
     keep_freed_memory()
-    detector = detguard.load_detector(model)
+    detector = detguard.load_detector(model, imgsz)
     files = with_person(detector, most)
     print(f"{model} at {detector.imgsz} px, {len(files)} photos, eps {eps}, at most {steps} iterations\n")
     header(["group", "photo", *FIXED.split(","), *UNSEEN.split(","), "iterations", "s per photo"])
@@ -168,18 +170,20 @@ def transfer(
 
 
 @app.command()
-def smallest(most: int = 12, steps: int = 40) -> None:
-    """The least budget by which persons vanish from the photo alone, median over photos."""
+def smallest(model: list[str] = ["detguard-n", "detguard-n-hard"], most: int = 12, steps: int = 40) -> None:  # noqa: B006
+    """The least budget by which persons vanish from the photo alone, median over photos, by two rules."""
     keep_freed_memory()
-    header(["detector", "budget", "least, median", "fooled", "s per photo"])
-    for model in ("detguard-n", "detguard-n-hard"):
-        detector = detguard.load_detector(model)
+    header(["detector", "budget", "rule", "least, median", "fooled", "s per photo"])
+    for name in model:
+        detector = detguard.load_detector(name)
         files = with_person(detector, most)
-        for budget in (Linf(16), L2(16)):
-            results, seconds = made(detector, files, transforms="none", budget=budget, smallest=True, steps=steps)
+        for budget, rule in ((Linf(32), "steepest"), (L2(32), "steepest"), (L2(32), "apgd")):
+            options: dict[str, Any] = {"budget": budget, "rule": rule, "smallest": True, "steps": steps}
+            results, seconds = made(detector, files, transforms="none", **options)
             used = sorted(r.used if r.success else float("inf") for r in results)
             median = (used[(len(used) - 1) // 2] + used[len(used) // 2]) / 2
-            row([model, budget.kind, f"{median:.3g}", rate([r.success for r in results]), f"{seconds:.1f}"])
+            fooled = rate([r.success for r in results])
+            row([f"{detector.name}, {detector.imgsz} px", budget.kind, rule, f"{median:.3g}", fooled, f"{seconds:.1f}"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The program as a user runs it: a process of its own, started as a fork of one that has imported what takes seconds."""
+"""The program as a user runs it: a process of its own, forked from one that has imported what takes seconds."""
 
 import io
 import multiprocessing

@@ -264,7 +264,7 @@ def same(record):
 def test_a_run_killed_half_way_resumes_to_the_same_records(tmp_path):
     for i, left in enumerate((0, 60, 120, 180)):
         Image.open(BUS).crop((left, 0, 810, 1080)).save(tmp_path / f"p{i}.png")
-    options = ["--random-start", "--seed", 5]
+    options = ["--random-start", "--seed", 5, "--imgsz", 192, "--steps", 12]
     unbroken = detguard("attack", tmp_path, *options, "--out", "whole", cwd=tmp_path)
     assert unbroken.returncode in (0, 1), unbroken.stderr
     command = program.command("attack", tmp_path, *options, "--out", "broken")
