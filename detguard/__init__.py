@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detguard.attacks.budgets import L2, Linf, Masked
     from detguard.detectors.load import load_detector
+    from detguard.workflows.adapt import Adapted, adapt
     from detguard.workflows.attack import Result, attack, verify
     from detguard.workflows.evaluate import evaluate
+    from detguard.workflows.harden import Trained, harden
+    from detguard.workflows.monitor import monitor
 
-__all__ = ["L2", "DetguardError", "Linf", "Masked", "Result", "attack", "evaluate", "load_detector", "verify"]
+__all__ = [
+    "L2", "Adapted", "DetguardError", "Linf", "Masked", "Result", "Trained", "adapt", "attack", "evaluate", "harden",
+    "load_detector", "monitor", "verify",
+]  # fmt: skip
 
 __version__ = "0.1.0"
 
@@ -23,7 +29,10 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 class DetguardError(Exception):
-    """Something the user can mend: the message names the file or option, what was expected and what to do."""
+    """Something the user can mend: the message names the file or option, what was expected and what to do.
+
+    Options are named as fields in backticks, as `keep_others`; the command line shows them as it has them.
+    """
 
 
 def first_line(error: BaseException) -> str:
@@ -37,9 +46,14 @@ _PLACES = {
     "Linf": "attacks.budgets",
     "Masked": "attacks.budgets",
     "Result": "workflows.attack",
+    "Adapted": "workflows.adapt",
+    "Trained": "workflows.harden",
+    "adapt": "workflows.adapt",
     "attack": "workflows.attack",
     "evaluate": "workflows.evaluate",
+    "harden": "workflows.harden",
     "load_detector": "detectors.load",
+    "monitor": "workflows.monitor",
     "verify": "workflows.attack",
 }
 

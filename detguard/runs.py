@@ -3,18 +3,21 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from detguard import DetguardError, __version__
 from detguard.files import MAX_ANNOTATIONS, PARTIAL, FileError, parse_json, read_file, read_yaml, write_file
 from detguard.schema import CONFIGS, RECORDS, misfit
+
+if TYPE_CHECKING:
+    from detguard.ranks import Ranks
 
 try:
     import fcntl
@@ -212,6 +215,18 @@ class Run:
     def keep(self, records: list[Record]) -> None:
         """Replace results.jsonl by `records`: the start of a resumed run."""
         self.write("results.jsonl", b"".join(map(_line, records)))
+
+
+def shared_run(ranks: "Ranks", make: Callable[[], Run]) -> Run:
+    """The run that the first rank makes or resumes; the others only know it."""
+    mine: list[Run] = []
+
+    def told() -> tuple[Path, dict[str, Any]]:
+        mine.append(make())
+        return mine[0].folder, mine[0].config
+
+    folder, config = ranks.given(told)
+    return mine[0] if mine else Run(folder, config)
 
 
 def next_free(parent: Path) -> Path:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from detguard import DetguardError
+
 MOST = 2**63 - 1
 
 
@@ -67,6 +69,17 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
         if wrong := misfit(one, named.get(key, shape.get("*")), f"{inner}{key}"):
             return wrong
     return None
+
+
+def check(values: dict[str, Any], shape: Any) -> None:
+    """See that options have values that a run can hold.
+
+    Raises:
+        DetguardError: one has not.
+    """
+    if wrong := misfit(values, shape):
+        name, _, expected = wrong.partition(":")
+        raise DetguardError(f"`{name}`:{expected}")
 
 
 def whole(least: int = -MOST, most: int = MOST) -> Kind:

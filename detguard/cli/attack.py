@@ -30,6 +30,7 @@ from detguard.cli.app import (
     progress_bar,
     show_error,
 )
+from detguard.cli.evaluate import show_warnings
 
 # Torch and the detectors take seconds to import: only commands that need them do, so that --help is quick.
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
-    from detguard.cli.harden import LABELLED, as_lines, is_folder, read_labelled
+    from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured, load_detector
     from detguard.photos import find_photos
     from detguard.runs import Run
@@ -220,10 +221,10 @@ def attack(
                 for name in model or ["detguard-n"]
             ]
         kept = {}
-        if data and is_folder(data):
+        if data and unlabelled(data):
             files = [str(file) for file in find_photos([data])]
         elif data:
-            labelled = read_labelled(data, split, detectors[0].class_names)
+            labelled = read_labelled(data, split, detectors[0].class_names, show_warnings)
             files = [str(one.file) for one in labelled]
             kept = {LABELLED: as_lines(labelled, detectors[0].class_names)}
         config = attack_config(
@@ -321,7 +322,7 @@ def run_attack(job: "Job") -> int:
 def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Path]) -> None:
     """Write what was made of the photos as a data set, and say where."""
     from detguard.attacks.samples import FOLDER, write_samples
-    from detguard.cli.harden import LABELLED, read_labelled
+    from detguard.data.sources import LABELLED, read_labelled
 
     names, labels = job.detector.class_names, {}
     kept = job.run.folder / LABELLED

@@ -26,6 +26,7 @@ from detguard.cli.app import (
     progress_bar,
     stop_signals,
 )
+from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
     from detguard.attacks.patch import PatchOptions, Stage
@@ -118,15 +119,16 @@ def wearers(detector: "Detector", sources: list[str], split: str, objective: "Ob
         DetguardError: there are none, or a photo cannot be read.
     """
     from detguard.attacks.patch import stages
-    from detguard.cli.harden import is_folder, read_labelled
+    from detguard.data.sources import read_labelled, unlabelled
     from detguard.photos import find_photos
 
     photos: list[Any] = []
     for source in sources:
-        if is_folder(source):
+        if unlabelled(source):
             photos += [(file, None) for file in find_photos([source])]
         else:
-            photos += [(one.file, one.objects) for one in read_labelled(source, split, detector.class_names)]
+            labelled = read_labelled(source, split, detector.class_names, show_warnings)
+            photos += [(one.file, one.objects) for one in labelled]
     return stages(detector, photos, objective, conf)
 
 

@@ -112,6 +112,14 @@ class Plan:
         parse_fusion(self.fusion)
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> "Plan":
+        """Of options by name; those that are left out, or None, are what the recipe and the attack have them be."""
+        told = {name: value for name, value in told.items() if value is not None}
+        told.setdefault("attack", "pgd" if told.get("recipe") == "mtd" else cls.attack)
+        told.setdefault("steps", 1 if told["attack"] == "fgsm" else cls.steps)
+        return cls(**told)
+
     @property
     def experts(self) -> tuple[str, ...]:
         """The experts of the ensemble; the baselines have one."""
