@@ -240,7 +240,7 @@ def judge(
     is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the member and
     of the photo, where `found` lies in a picture that a transform made of it.
     """
-    left = found.of(objective.targets).scores
+    left = found.of(objective.classes).scores
     success: dict[str, bool | None] = {}
     gone: dict[str, list[int]] = {}
 

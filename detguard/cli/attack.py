@@ -194,6 +194,7 @@ def attack(
     from detguard.attacks.group import AttackOptions
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured, load_detector
+    from detguard.objectives.parse import read_goal
     from detguard.photos import find_photos
     from detguard.runs import Run
     from detguard.workflows.attack import attack_config, attack_job
@@ -215,6 +216,10 @@ def attack(
             weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
             random_start=random_start, margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
+        objective = read_goal({
+            "goal": goal, "target": target, "to": to, "strict": strict, "object": places(objects),
+            "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others, "loss": loss, "count": count,
+        })  # fmt: skip
         with err.status("Loading the detector"):
             detectors = [
                 load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou)
@@ -228,9 +233,8 @@ def attack(
             files = [str(one.file) for one in labelled]
             kept = {LABELLED: as_lines(labelled, detectors[0].class_names)}
         config = attack_config(
-            detectors, options, goal=goal, target=target, to=to, strict=strict, objects=places(objects),
-            box=numbers("--box", box, "10,20,200,300", 4), keep_others=keep_others, loss=loss, count=count,
-            transforms=transforms, samples=data is not None, arguments=sys.argv[1:],
+            detectors, options, objective=objective, transforms=transforms, samples=data is not None,
+            arguments=sys.argv[1:],
         )  # fmt: skip
         run = Run.create("attack", out_folder, config | {"photos": files}, kept)
     sys.exit(run_attack(attack_job(run, detectors)))

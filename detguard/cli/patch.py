@@ -153,7 +153,7 @@ def run_patch(
         made = train_patch(detector, photos, objective, options, on_step)
     run.write(PATCH, printable_png(made, run.config["print_cm"]))
     run.write("report.html", patch_page(run, detector, objective, photos, made))
-    file, worn = run.path(PATCH), detector.class_names[objective.targets[0]]
+    file, worn = run.path(PATCH), detector.class_names[objective.classes[0]]
     if stopped:
         out.print("stopped early; the patch is what it was then")
     out.print(

@@ -34,7 +34,7 @@ def _item(detector: Detector, objective: Objective, stage: Stage, patch: Photo, 
     attacked = objective.attacked(stage.objects)
     boxes = stage.letterbox.boxes_to_photo(stage.objects.boxes[attacked])
     shown = paste_on_photo(photo, patch, boxes, options["size"])
-    before, after = (one.of(objective.targets) for one in detector.detect([photo, shown], options["conf"]))
+    before, after = (one.of(objective.classes) for one in detector.detect([photo, shown], options["conf"]))
     outcome = "all gone" if not len(after) else "fewer" if len(after) < len(before) else "not fewer"
     note = f"{len(boxes)} wear it; found: {len(before)}, then {len(after)}"
     names = detector.class_names

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,17 @@ from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, pla
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.files import write_file
-from detguard.objectives.parse import complete, parse_goal
+from detguard.objectives import Vanish
+from detguard.objectives.base import Goal
+from detguard.objectives.parse import parse_goal
 from detguard.photos import Photo, decode_photo, encode_png, read_photo
 from detguard.runs import Record, Run, photo_keys
+from detguard.schema import CONFIGS, check
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
 
 GROUP = "median:3,jpeg:75"
+OBJECTIVE = Vanish()
 # What a photo may be given as.
 Source = str | Path | Photo | Image.Image | torch.Tensor
 
@@ -94,43 +97,28 @@ def attack_config(
     detectors: Sequence[Detector],
     options: AttackOptions,
     *,
-    goal: str | None = None,
-    target: str | None = None,
-    to: str | None = None,
-    strict: bool = False,
-    objects: Sequence[int] | None = None,
-    box: Sequence[float] | None = None,
-    keep_others: bool = False,
-    loss: str = "logit",
-    count: int | None = None,
+    objective: Goal = OBJECTIVE,
     transforms: str | Sequence[Transform] = GROUP,
     samples: bool = False,
     arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a run keeps of an attack, checked; the keywords are the options of `detguard attack`.
+    """What a run keeps of an attack, checked.
 
     Raises:
         DetguardError: a class, a goal or a transform is not known, or options do not go together.
     """
-    goal, target = complete(goal, target, to, selected=bool(objects or box))
     specs = transforms if isinstance(transforms, str) else ",".join(map(str, transforms)) or "none"
     config = {
         "detector": detector_config(detectors[0], detectors[0].source),
         "also": [detector_config(other, other.source) for other in detectors[1:]],
         "samples": samples,
-        "goal": goal,
-        "target": target,
-        "to": to,
-        "strict": strict,
-        "object": list(objects) if objects else None,
-        "box": list(box) if box else None,
-        "keep_others": keep_others,
-        "loss": loss,
-        "count": count,
+        **objective.words(detectors[0].class_names),
         "transforms": specs,
         "attack": options.config(),
         "arguments": list(arguments),
     }
+    check(config["attack"], CONFIGS["attack"]["attack"])
+    check(config, {name: CONFIGS["attack"][name] for name in config})
     plan_attack(config, detectors[0])
     further_victims(config, detectors[1:])
     return config
@@ -145,6 +133,8 @@ def attack(
     detector: Detector | Sequence[Detector],
     photos: Source | Iterable[Source],
     *,
+    objective: Goal = OBJECTIVE,
+    transforms: str | Sequence[Transform] = GROUP,
     budget: Budget = DEFAULT,
     out: str | Path | None = None,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,
@@ -155,13 +145,14 @@ def attack(
     Args:
         detector: what is attacked, by `load_detector`; several must all be fooled by the same photo.
         photos: paths, `uint8 [H, W, 3]` RGB arrays, PIL images, or tensors [3, H, W] RGB: uint8, or floats in 0..1.
+        objective: what is wanted: `Vanish("person")`, `Mislabel({"person": "car"})`, `Untargeted()`,
+            `Fabricate("person", count=2)` or `Flood()`, each with `only=Selection(...)` or `keep_others=True`.
+        transforms: the group beside the photo, as of the command line; "none" for none.
         budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
         out: folder of a run as `detguard attack` writes it; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
-        options: as of the command line, with its defaults: `goal`, `target`, `to`, `strict`, `objects`, `box`,
-            `keep_others`, `loss`, `count`, `transforms`; and the fields of `AttackOptions`: `conf`, `step`, `steps`,
-            `rule`, `aggregate`, `weights`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`, `seed` and
-            `batch`.
+        options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `gradient`,
+            `momentum`, `random_start`, `margin`, `smallest`, `seed` and `batch`.
 
     Raises:
         DetguardError: an option is wrong, a class is not known, or a photo is of no kind above.
@@ -169,16 +160,15 @@ def attack(
     Example:
         >>> import detguard
         >>> detector = detguard.load_detector("detguard-n")
-        >>> for result in detguard.attack(detector, "bus.jpg", target="person", budget=detguard.Linf(8)):
+        >>> person = detguard.Vanish("person")
+        >>> for result in detguard.attack(detector, "bus.jpg", objective=person, budget=detguard.Linf(8)):
         ...     print(result.key, result.success, result.photo.shape)  # doctest: +SKIP
     """
     detectors = [detector] if isinstance(detector, Detector) else list(detector)
-    known = set(AttackOptions.__dataclass_fields__) - {"budget", "stop"}
-    others = {name for name, one in signature(attack_config).parameters.items() if one.kind is one.KEYWORD_ONLY}
-    if unknown := sorted(set(options) - known - others):
+    if unknown := sorted(set(options) - (AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"})):
         raise TypeError(f"attack() got an unexpected keyword argument '{unknown[0]}'")
-    search = AttackOptions(budget=budget, **{name: value for name, value in options.items() if name in known})
-    config = attack_config(detectors, search, **{name: value for name, value in options.items() if name not in known})
+    search = AttackOptions(budget=budget, **options)
+    config = attack_config(detectors, search, objective=objective, transforms=transforms)
     given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]
     if not given:
         raise DetguardError("photos: expected at least one")
