@@ -70,7 +70,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"{error.filename}: cannot be made a folder ({error.strerror}); choose another --out"
+                f"{error.filename}: cannot be made a folder ({error.strerror}); choose another `out`"
             ) from error
         versions = {name: version(name) for name in ("torch", "ultralytics", "opencv-python")}
         config = {"command": command, **config, "versions": {"detguard": __version__, **versions}}
@@ -78,7 +78,7 @@ class Run:
         run.claim()
         _sweep(folder.iterdir())
         if (folder / "config.yaml").exists():
-            raise RunError(f"{folder}: already holds a run; choose another --out or continue it with --resume {folder}")
+            raise RunError(f"{folder}: already holds a run; choose another `out` or continue it with `resume` {folder}")
         for name, data in (files or {}).items():
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.
@@ -151,7 +151,7 @@ class Run:
             RunError: the name leads out of the run's folder, or the folder is gone.
         """
         if self.gone:
-            raise RunError(f"{self.folder}: is gone; put it back and go on with --resume")
+            raise RunError(f"{self.folder}: is gone; put it back and go on with `resume`")
         try:
             inside = (self.folder / name).resolve().is_relative_to(self.folder.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, of null bytes

@@ -1,5 +1,6 @@
 """What the files of a run hold, by command. A stranger may have written them: they are checked before they are used."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
@@ -78,8 +79,7 @@ def check(values: dict[str, Any], shape: Any) -> None:
         DetguardError: one has not.
     """
     if wrong := misfit(values, shape):
-        name, _, expected = wrong.partition(":")
-        raise DetguardError(f"`{name}`:{expected}")
+        raise DetguardError(re.sub(r"^\w+", r"`\g<0>`", wrong))
 
 
 def whole(least: int = -MOST, most: int = MOST) -> Kind:

@@ -88,11 +88,11 @@ class AttackOptions:
         """Raise DetguardError if there is no such rule, or the weights do not match the `members` of the group."""
         rule_named(self.rule)
         if (self.weights is not None) != (self.aggregate == "weighted"):
-            raise DetguardError("--weights: goes with --aggregate weighted, and that with --weights")
+            raise DetguardError("`weights`: goes with `aggregate` weighted, and that with `weights`")
         if self.weights is not None and len(self.weights) != members:
-            raise DetguardError(f"--weights: expected {members} numbers, one for the photo and each transform")
+            raise DetguardError(f"`weights`: expected {members} numbers, one for the photo and each transform")
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):  # nor NaN
-            raise DetguardError("--weights: expected numbers of 0 or more, not all 0, as in 1,1,2")
+            raise DetguardError("`weights`: expected numbers of 0 or more, not all 0, as in 1,1,2")
 
 
 @dataclass(frozen=True)

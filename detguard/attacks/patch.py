@@ -75,7 +75,7 @@ def stages(
         if objective.attacked(objects).any():
             made.append(Stage(file, letterbox, Detections(boxes, objects.scores, objects.classes)))
     if not made:
-        raise DetguardError("--target: no photo has such an object; give other photos, or label them")
+        raise DetguardError("`targets`: no photo has such an object; give other photos, or label them")
     return made
 
 

@@ -64,10 +64,10 @@ def further_victims(config: dict[str, Any], detectors: Sequence[Detector]) -> li
         DetguardError: one of them lacks a class, objects are chosen by numbers, or two detectors have one name.
     """
     if detectors and config["object"]:
-        raise DetguardError("--object: numbers what one detector finds; with several --model, choose by --box")
+        raise DetguardError("`objects`: numbers what one detector finds; with several `detector`, choose by `box`")
     names = [Path(config["detector"]["model"]).stem, *(detector.name for detector in detectors)]
     if len(set(names)) < len(names):
-        raise DetguardError(f"--model: {', '.join(names)}; each must have a name of its own")
+        raise DetguardError(f"`detector`: {', '.join(names)}; each must have a name of its own")
     return [Victim(detector, parse_goal(config, detector)) for detector in detectors]
 
 

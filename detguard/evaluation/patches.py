@@ -63,7 +63,7 @@ def patched(file: str, target: int, size: float, seed: int) -> list[Patched]:
     patch = read_photo(file)
     side = len(patch)
     if side != patch.shape[1]:
-        raise DetguardError(f"--patch {file}: {patch.shape[1]} x {side} px; expected a square, as detguard patch makes")
+        raise DetguardError(f"`patch` {file}: {patch.shape[1]} x {side} px; expected a square, as detguard patch makes")
     rng = np.random.default_rng(photo_seed(RANDOM, seed))
     places = np.arange(side) * SQUARES // side
     noise = rng.integers(0, 256, (SQUARES, SQUARES, 3), dtype=np.uint8)[places][:, places]
@@ -84,4 +84,4 @@ def check_patch(subject: Subject, views: Sequence[Patched]) -> None:
         if view.target not in subject.category_ids:
             known = ", ".join(subject.detector.class_names[index] for index in sorted(subject.category_ids))
             name = subject.detector.class_names[view.target]
-            raise DetguardError(f"--patch-target {name}: not evaluated on {subject.dataset.name}; it has: {known}")
+            raise DetguardError(f"`patch_target` {name}: not evaluated on {subject.dataset.name}; it has: {known}")

@@ -49,20 +49,20 @@ class Protocols:
     def __post_init__(self) -> None:
         for name in self.protocols:
             if name not in PROTOCOLS:
-                raise DetguardError(f"--protocols '{name}': expected some of {', '.join(PROTOCOLS)}")
+                raise DetguardError(f"`protocols` '{name}': expected some of {', '.join(PROTOCOLS)}")
         for severity in self.severities:
             if severity not in SEVERITIES:
-                raise DetguardError(f"--severities {severity}: expected some of 1,2,3,4,5")
+                raise DetguardError(f"`severities` {severity}: expected some of 1,2,3,4,5")
         for eps in self.eps:
             if not 0 < eps <= 255:
-                raise DetguardError(f"--eps {eps}: expected whole levels of 1..255")
+                raise DetguardError(f"`eps` {eps}: expected whole levels of 1..255")
         for attack in self.attacks:
             if attack not in ATTACKS:
-                raise DetguardError(f"--attacks '{attack}': expected some of {', '.join(ATTACKS)}")
+                raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
         for name in ("protocols", "severities", "eps", "attacks"):  # what is said twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.protocols and self.severities and self.eps and self.attacks):
-            raise DetguardError("--protocols, --severities, --eps, --attacks: each needs at least one value")
+            raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")
 
     def attack_sets(self, detector: Detector) -> list[AttackSet]:
         """The white-box attacks on a detector, by rising budget as given; on a gated one, those that know it too."""

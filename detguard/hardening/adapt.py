@@ -63,9 +63,9 @@ class Adaptation:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
+            raise DetguardError(f"`mode` {self.mode}: expected one of {', '.join(MODES)}")
         if self.mode == "frozen" and not self.experts:
-            raise DetguardError("--experts 0: in --mode frozen only new experts learn; add some, or use --mode full")
+            raise DetguardError("`experts` 0: in `mode` frozen only new experts learn; add some, or use `mode` full")
 
     @property
     def number(self) -> int:
@@ -93,8 +93,8 @@ def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
     """
     if len(network.names) + plan.experts > most:
         raise DetguardError(
-            f"--max-experts {most}: the ensemble has {len(network.names)} and would get {plan.experts} more; allow "
-            "more (an ensemble made with --top-k still asks few), or adapt those that it has: --experts 0 --mode full"
+            f"`max_experts` {most}: the ensemble has {len(network.names)} and would get {plan.experts} more; allow "
+            "more (an ensemble made with `top_k` still asks few), or adapt those that it has: `experts` 0 `mode` full"
         )
 
 

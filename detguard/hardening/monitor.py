@@ -61,7 +61,7 @@ class Monitor:
 
     def __post_init__(self) -> None:
         if self.kind not in DRIFT:
-            raise DetguardError(f"--detector {self.kind}: expected one of {', '.join(DRIFT)}")
+            raise DetguardError(f"`drift` {self.kind}: expected one of {', '.join(DRIFT)}")
         self._drift = DRIFT[self.kind](self.window)
 
     def add(self, value: float) -> int | None:

@@ -117,10 +117,10 @@ def attack_config(
         "attack": options.config(),
         "arguments": list(arguments),
     }
-    check(config["attack"], CONFIGS["attack"]["attack"])
-    check(config, {name: CONFIGS["attack"][name] for name in config})
     plan_attack(config, detectors[0])
     further_victims(config, detectors[1:])
+    check(config["attack"], CONFIGS["attack"]["attack"])
+    check(config, {name: CONFIGS["attack"][name] for name in config})
     return config
 
 
@@ -252,7 +252,7 @@ def verify(
     """
     opened = Run.open(Path(run), "attack")
     if opened.config["object"] and detector.state_hash() != opened.config["detector"]["sha256"]:
-        raise DetguardError("--model: the run chose its objects by what its own detector found (--object)")
+        raise DetguardError("`detector`: the run chose its objects by what its own detector found (`objects`)")
     more = parse_transforms(transforms) if isinstance(transforms, str) else list(transforms)
     options = AttackOptions.from_config(opened.config["attack"])
     return verify_run(opened, detector, parse_goal(opened.config, detector), more, options.budget)

@@ -26,7 +26,7 @@ def plan(options: dict[str, Any], detectors: int) -> Protocols:
     as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     wanted = Protocols(**as_given)
     if "transfer" in wanted.protocols and detectors < 2:
-        raise DetguardError("--protocols transfer: needs two detectors or more, --model A --model B")
+        raise DetguardError("`protocols` transfer: needs two detectors or more, `detector` A `detector` B")
     return wanted
 
 
@@ -62,7 +62,7 @@ def load_subjects(
         subjects.append(Subject(name, detector, dataset, ids, kept))
     if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
         counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
-        told(f"the detectors know different classes of {dataset.name} ({counts}); --classes makes them equal")
+        told(f"the detectors know different classes of {dataset.name} ({counts}); `classes` makes them equal")
     return subjects
 
 

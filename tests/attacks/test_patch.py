@@ -67,7 +67,7 @@ def test_it_ends_when_it_is_told_to(small, photos):
 
 
 def test_photos_without_the_target_are_an_error(small, photos):
-    with pytest.raises(DetguardError, match="--target: no photo has such an object"):
+    with pytest.raises(DetguardError, match="`targets`: no photo has such an object"):
         stages(small, [(one.file, one.objects) for one in photos], Vanish((small.class_index("sheep"),)), 0.1)
 
 

@@ -74,5 +74,5 @@ def test_a_patch_that_is_not_square_is_refused(tmp_path):
 def test_a_class_that_is_not_evaluated_is_refused(subject, file):
     person = subject.detector.class_index("person")
     subject.category_ids = {k: v for k, v in subject.category_ids.items() if k != person}
-    with pytest.raises(DetguardError, match="--patch-target person: not evaluated"):
+    with pytest.raises(DetguardError, match="`patch_target` person: not evaluated"):
         check_patch(subject, patched(file, person, 0.3, 0))

@@ -100,7 +100,12 @@ def test_what_is_no_photo_is_refused(photo):
 
 
 def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_path):
-    for options in ({"objective": detguard.Vanish("unicorn")}, {"transforms": "blur:3"}, {"rule": "none"}, {"steps": 0}):
+    for options in (
+        {"objective": detguard.Vanish("unicorn")},
+        {"transforms": "blur:3"},
+        {"rule": "none"},
+        {"steps": 0},
+    ):
         with pytest.raises(DetguardError):
             detguard.attack(bundled, small, out=tmp_path / "run", **options)
     with pytest.raises(TypeError, match=r"attack\(\) got .*'epsilon'"):
