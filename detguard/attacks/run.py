@@ -1,7 +1,7 @@
 """Attack many photos into a run folder, and judge the saved files by the detector's own public predict path."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,9 +272,14 @@ def structural_similarity(a: Photo, b: Photo) -> float:
 
 
 def verify_run(
-    run: Run, detector: Detector, objective: Objective, transforms: Sequence[Transform], budget: Budget
+    run: Run,
+    detector: Detector,
+    objective: Objective,
+    transforms: Sequence[Transform],
+    budget: Budget,
+    keys: Collection[str] | None = None,
 ) -> Iterator[Record]:
-    """Judge the saved files of a run anew, and the adversarial photos after further `transforms`.
+    """Judge the saved files of a run anew, by default all, and the adversarial photos after further `transforms`.
 
     Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), used (of the
     budget); or key, error; or key, skipped: another detector than the one attacked, which finds no target in the clean
@@ -283,7 +288,7 @@ def verify_run(
     conf = float(run.config["attack"]["conf"])
     lowest = lowest_threshold(conf)
     for record in run.records(checked=False):
-        if record.get("status") not in ("fooled", "failed"):
+        if record.get("status") not in ("fooled", "failed") or (keys is not None and record["key"] not in keys):
             continue
         try:
             if wrong := misfit(record, ATTACKED):

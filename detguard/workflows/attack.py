@@ -3,8 +3,9 @@
 import io
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ Source = str | Path | Photo | Image.Image | torch.Tensor
 class Result:
     """What became of one photo. key: its name; record: all that is known of it, as in results.jsonl of a run.
 
-    folder: of the run; where `out` names none it is gone when all results were taken, and photos are in memory.
+    folder: of the run; where `out` names none it is gone with the last of the results.
     """
 
     key: str
     record: Record
     folder: Path
+    kept: object = field(default=None, repr=False, compare=False)
 
     @property
     def status(self) -> str:
@@ -91,6 +93,14 @@ class Result:
         if "files" not in self.record:
             raise DetguardError(f"{self.key}: {self.status}; there is no adversarial photo")
         return read_photo(self.folder / self.record["files"][name])
+
+
+class Temporary:
+    """A folder that is there as long as this is."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="detguard-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def attack_config(
@@ -182,22 +192,14 @@ def _attack(
     out: Path | None,
     on_step: Callable[[Sequence[Attempt]], None] | None,
 ) -> Iterator[Result]:
-    folder = out or Path(tempfile.mkdtemp(prefix="detguard-"))
-    try:
-        names = [f"inputs/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
-        inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
-        files = [
-            folder / name if isinstance(one, bytes) else Path(one) for name, one in zip(names, photos, strict=True)
-        ]
-        run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)
-        for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
-            result = Result(record["key"], record, folder)
-            if out is None and "files" in record:  # read while they are there
-                result.photo, result.group  # noqa: B018
-            yield result
-    finally:
-        if out is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    kept = Temporary() if out is None else None
+    folder = kept.folder if kept else Path(str(out))
+    names = [f"inputs/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
+    inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
+    files = [folder / name if isinstance(one, bytes) else Path(one) for name, one in zip(names, photos, strict=True)]
+    run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)
+    for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
+        yield Result(record["key"], record, folder, kept)
 
 
 def _listed(photos: Source | Iterable[Source]) -> list[Source]:
@@ -237,12 +239,14 @@ def as_photo(photo: Source) -> Photo:
 
 
 def verify(
-    run: str | Path,
+    run: str | Path | Result | Iterable[Result],
     detector: Detector,
     *,
     transforms: str | Sequence[Transform] = "none",
 ) -> Iterator[Record]:
-    """Judge the saved files of a run anew, by the detector that was attacked or by another, and after more transforms.
+    """Judge what was saved anew, by the detector that was attacked or by another, and after more transforms.
+
+    run: the folder of one, or results of `attack`.
 
     Yields a record per attacked photo: `members`, each with `fooled` and what is found, and `used`, of the budget;
     `error` where files cannot be read, `skipped` where this detector finds no target before the attack.
@@ -250,9 +254,21 @@ def verify(
     Raises:
         DetguardError: there is no such run, or the detector lacks a class that it names.
     """
-    opened = Run.open(Path(run), "attack")
+    results = [run] if isinstance(run, Result) else [] if isinstance(run, str | Path) else list(run)
+    folders = {Path(run)} if isinstance(run, str | Path) else {result.folder for result in results}
+    if len(folders) != 1:
+        raise DetguardError("`run`: expected a run's folder, or results of one attack")
+    opened = Run.open(folders.pop(), "attack")
     if opened.config["object"] and detector.state_hash() != opened.config["detector"]["sha256"]:
         raise DetguardError("`detector`: the run chose its objects by what its own detector found (`objects`)")
     more = parse_transforms(transforms) if isinstance(transforms, str) else list(transforms)
     options = AttackOptions.from_config(opened.config["attack"])
-    return verify_run(opened, detector, parse_goal(opened.config, detector), more, options.budget)
+    keys = {result.key for result in results} if results else None
+    judged = verify_run(opened, detector, parse_goal(opened.config, detector), more, options.budget, keys)
+    return _while_kept(judged, results)
+
+
+def _while_kept(records: Iterator[Record], results: Sequence[Result]) -> Iterator[Record]:
+    """Records, while the files of the results are there."""
+    yield from records
+    del results
