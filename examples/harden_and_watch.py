@@ -1,4 +1,4 @@
-"""Harden a detector; watch it as night falls; teach the night: `python examples/harden_and_watch.py photos/ runs/mine`."""
+"""Harden a detector, watch as night falls, teach the night: `python examples/harden_and_watch.py photos/ runs/mine`."""
 
 import sys
 from pathlib import Path

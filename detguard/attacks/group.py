@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.attacks.budgets import Budget, Linf, parse_budget
 from detguard.attacks.steps import Rule, rule_named
 from detguard.detections import Candidates, Detections, suppress
@@ -27,7 +27,7 @@ from detguard.transforms.base import GradientRule, Transform, seen
 from detguard.transforms.warp import Warp
 
 Aggregate = Literal["mean", "weighted", "max"]
-DEFAULT = Linf(4)
+DEFAULT = Linf(defaults.Attack.eps)
 # Draws in a row that must be fooled before a group with random members counts as fooled.
 STEADY = 5
 
@@ -45,19 +45,19 @@ class AttackOptions:
     draws in a row; without it all `steps` are made and the one of lowest loss counts.
     """
 
-    conf: float = 0.25
+    conf: float = defaults.Attack.conf
     budget: Budget = DEFAULT
     step: float | None = None
-    steps: int = 100
-    rule: str = "steepest"
-    aggregate: Aggregate = "mean"
+    steps: int = defaults.Attack.steps
+    rule: str = defaults.Attack.rule
+    aggregate: Aggregate = defaults.Attack.aggregate
     weights: tuple[float, ...] | None = None
-    gradient: GradientRule = "straight-through"
-    momentum: float = 0.0
+    gradient: GradientRule = defaults.Attack.gradient
+    momentum: float = defaults.Attack.momentum
     random_start: bool = False
-    margin: float = 0.05
-    seed: int = 0
-    batch: int = 1
+    margin: float = defaults.Attack.margin
+    seed: int = defaults.Attack.seed
+    batch: int = defaults.Attack.batch
     smallest: bool = False
     stop: bool = True
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Device,
     OutFolder,
@@ -51,21 +51,23 @@ def adapt(
         typer.Option(help="Labelled photos of a new kind: a data.yaml, a COCO json or JSON lines; repeatable."),
     ] = None,
     replay: Replay = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "train",
-    experts: Annotated[int, typer.Option(min=0, help="New experts.")] = 1,
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Adapt.split,
+    experts: Annotated[int, typer.Option(min=0, help="New experts.")] = defaults.Adapt.experts,
     mode: Annotated[
         Literal["auto", "full", "frozen"],
         typer.Option(
             help="full: all learns; frozen: new experts and their gate rows; auto: by how many photos are new."
         ),
-    ] = "auto",
+    ] = defaults.Adapt.mode,
     init: Annotated[
         Literal["best", "fresh"], typer.Option(help="New experts start as the best old one, or from random weights.")
-    ] = "best",
+    ] = defaults.Adapt.init,
     keep: Annotated[
         float, typer.Option("--lambda", min=0, max=1e6, help="Weight of staying what old experts were, in --mode full.")
-    ] = 1.0,
-    max_experts: Annotated[int, typer.Option(min=1, max=64, help="Refuse to grow beyond so many experts.")] = 12,
+    ] = defaults.Adapt.keep,
+    max_experts: Annotated[
+        int, typer.Option(min=1, max=64, help="Refuse to grow beyond so many experts.")
+    ] = defaults.Adapt.max_experts,
     photos: Annotated[
         int | None,
         typer.Option(min=1, help="Photos to see, new and old, with repeats; default: 50 per new photo, 5,000 at most."),
@@ -73,9 +75,9 @@ def adapt(
     corruptions: Annotated[
         str | None, typer.Option(help="Kinds of corruptions of old photos; default: those that it was hardened with.")
     ] = None,
-    batch: Batch = 16,
-    rate: Rate = 1e-3,
-    seed: Seed = 0,
+    batch: Batch = defaults.Adapt.batch,
+    rate: Rate = defaults.Adapt.rate,
+    seed: Seed = defaults.Adapt.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
     device: Device = "cpu",

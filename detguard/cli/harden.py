@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Device,
     Fusion,
@@ -51,7 +51,7 @@ Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rat
 `detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
 )
 def harden(
-    model: Model = "detguard-n",
+    model: Model = defaults.MODEL,
     data: Annotated[
         list[str] | None, typer.Option(help="Folder or pattern of photos, or a data.yaml or COCO json; repeatable.")
     ] = None,
@@ -61,14 +61,14 @@ def harden(
             help="gated: experts and a gate; baselines of one network: pgd, attacked; mtd, by the worse of an attack "
             "on classes and one on boxes; finetune, not attacked."
         ),
-    ] = "gated",
+    ] = defaults.Harden.recipe,
     learn: Annotated[
         Literal["teacher", "labels", "both"],
         typer.Option(
             help="What is wanted of changed photos: what --teacher says of the clean ones, the labels of --data, or "
             "both."
         ),
-    ] = "teacher",
+    ] = defaults.Harden.learn,
     pretrain: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,15 +86,17 @@ def harden(
     mode: Annotated[
         Literal["full", "freeze-first"],
         typer.Option(help="What the joint stage trains: everything, or the adversarial expert and the gate."),
-    ] = "freeze-first",
+    ] = defaults.Harden.mode,
     split: Annotated[
         str,
         typer.Option(
             help="What experts do not share: backbone (whole networks, of which all but the adversarial start "
             "undefended), neck (and head), head, or from layer N."
         ),
-    ] = "backbone",
-    photos: Annotated[int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")] = 100_000,
+    ] = defaults.Harden.split,
+    photos: Annotated[
+        int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")
+    ] = defaults.Harden.photos,
     hours: Annotated[
         float | None,
         typer.Option(min=0.01, max=10_000, help="Hours to train in all stages together, instead of --photos."),
@@ -117,11 +119,15 @@ def harden(
             "free, by mtd pgd."
         ),
     ] = None,
-    eps: Annotated[float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")] = 4,
+    eps: Annotated[
+        float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")
+    ] = defaults.Harden.eps,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
-    mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
+    mix: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")
+    ] = defaults.Harden.mix,
     top_k: TopK = None,
-    fusion: Fusion = "bounded:0.25",
+    fusion: Fusion = defaults.Harden.fusion,
     sparse: Annotated[
         float,
         typer.Option(
@@ -130,11 +136,11 @@ def harden(
             help="In the end, values of the adversarial expert within so many standard deviations of the mean of their "
             "channel are set to it, which leaves attacks less to move; 0: not.",
         ),
-    ] = 0.2,
+    ] = defaults.Harden.sparse,
     corruptions: Corruptions = None,
-    batch: Batch = 32,
-    rate: Rate = 3e-3,
-    seed: Seed = 0,
+    batch: Batch = defaults.Harden.batch,
+    rate: Rate = defaults.Harden.rate,
+    seed: Seed = defaults.Harden.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
     device: Device = "cpu",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.cli.adapt import Replay, run_adaptation, start_adaptation
 from detguard.cli.app import (
     Device,
@@ -45,19 +45,21 @@ if TYPE_CHECKING:
 `detguard monitor --resume runs/monitor/001`: go on with a stream that was stopped"""
 )
 def monitor(
-    model: Model = "detguard-n",
+    model: Model = defaults.MODEL,
     stream: Annotated[
         str | None,
         typer.Option(help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}]}."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "val",
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Monitor.split,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
     ] = None,
     detector: Annotated[
         Literal["adwin", "page-hinkley", "kswin"], typer.Option(help="What tells a drop from chance.")
-    ] = "adwin",
-    window: Annotated[int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")] = 32,
+    ] = defaults.Monitor.drift,
+    window: Annotated[
+        int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")
+    ] = defaults.Monitor.window,
     imgsz: ImageSize = None,
     top_k: TopK = None,
     fusion: Fusion = None,

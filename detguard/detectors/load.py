@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save
 from torch import nn
 
-from detguard import DetguardError, first_line
+from detguard import DetguardError, defaults, first_line
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from detguard.detectors.base import Detector, Family
     from detguard.detectors.gated import GatedNetwork
 
-BUNDLED = "detguard-n"
+BUNDLED = defaults.MODEL
 # What a detector is that does not take an option.
 LACKS = {
     "end_to_end": "has no head that works without NMS",

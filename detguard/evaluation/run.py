@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
@@ -34,17 +34,17 @@ class Protocols:
         DetguardError: an option is not one of those known.
     """
 
-    protocols: tuple[str, ...] = ("clean", "corruptions", "attack")
-    severities: tuple[int, ...] = SEVERITIES
-    eps: tuple[int, ...] = (4,)
+    protocols: tuple[str, ...] = defaults.Evaluate.protocols
+    severities: tuple[int, ...] = defaults.Evaluate.severities
+    eps: tuple[int, ...] = defaults.Evaluate.eps
     steps: int = 20
     restarts: int = 1
-    attacks: tuple[str, ...] = ATTACKS
-    queries: int = 200
-    seed: int = 0
+    attacks: tuple[str, ...] = defaults.Evaluate.attacks
+    queries: int = defaults.Evaluate.queries
+    seed: int = defaults.Evaluate.seed
     patch: str | None = None
-    patch_target: str = "person"
-    patch_size: float = 0.3
+    patch_target: str = defaults.Evaluate.patch_target
+    patch_size: float = defaults.Evaluate.patch_size
 
     def __post_init__(self) -> None:
         for name in self.protocols:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.stream import Labelled
 from detguard.detections import suppress
@@ -51,14 +51,14 @@ class Adaptation:
         DetguardError: an option is not one of those known.
     """
 
-    experts: int = 1
+    experts: int = defaults.Adapt.experts
     mode: str = "full"
-    init: str = "best"
-    keep: float = 1.0
+    init: str = defaults.Adapt.init
+    keep: float = defaults.Adapt.keep
     photos: int = 5_000
-    batch: int = 16
-    rate: float = 1e-3
-    seed: int = 0
+    batch: int = defaults.Adapt.batch
+    rate: float = defaults.Adapt.rate
+    seed: int = defaults.Adapt.seed
     eps: float = Adversary.eps
 
     def __post_init__(self) -> None:

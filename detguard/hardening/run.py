@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, batches
 from detguard.detectors.base import Detector
 from detguard.detectors.fusion import parse_fusion
@@ -73,24 +73,24 @@ class Plan:
         DetguardError: an option is not one of those known.
     """
 
-    recipe: str = "gated"
-    learn: str = "teacher"
+    recipe: str = defaults.Harden.recipe
+    learn: str = defaults.Harden.learn
     pretrain: bool = False
-    mode: str = "freeze-first"
-    split: str = "backbone"
-    photos: int = 100_000
+    mode: str = defaults.Harden.mode
+    split: str = defaults.Harden.split
+    photos: int = defaults.Harden.photos
     hours: float | None = None
     crop: int | None = None
     attack: str = "free"
-    eps: float = 4.0
+    eps: float = defaults.Harden.eps
     steps: int = 2
-    mix: float = 0.2
+    mix: float = defaults.Harden.mix
     top_k: int | None = None
-    fusion: str = "bounded:0.25"
-    sparse: float = 0.2
-    batch: int = 32
-    rate: float = 3e-3
-    seed: int = 0
+    fusion: str = defaults.Harden.fusion
+    sparse: float = defaults.Harden.sparse
+    batch: int = defaults.Harden.batch
+    rate: float = defaults.Harden.rate
+    seed: int = defaults.Harden.seed
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad, softplus
 from torchvision.ops import box_iou
 from typing_extensions import override
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector
 
@@ -185,7 +185,7 @@ class Goal(Objective):
     targets: Any = None
     only: Selection = field(default=Selection(), kw_only=True)
     keep_others: bool = field(default=False, kw_only=True)
-    measure: str = field(default="logit", kw_only=True)
+    measure: str = field(default=defaults.Attack.measure, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.needs_target and not self.only.all:

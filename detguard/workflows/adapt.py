@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, read_photos
 from detguard.data.corruptions import chosen_kinds
 from detguard.data.sources import OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
@@ -27,8 +27,7 @@ from detguard.workflows.harden import Sources, Trained, listed, named
 
 # Photos seen by default: so many for each new one, and at most.
 VIEWS, MOST_VIEWS = 50, 5_000
-MOST_EXPERTS = 12
-AUTO = "auto"
+AUTO = defaults.Adapt.mode
 # Of a run, its new photos and the old ones that are labelled.
 KEPT = ("new.jsonl", "replay.jsonl")
 # By kind of photos, new and old: F1, AP and AP50.
@@ -99,8 +98,8 @@ class Adapting:
         ranks: Ranks,
         *,
         replay: Sequence[str] = (),
-        split: str = "train",
-        max_experts: int = MOST_EXPERTS,
+        split: str = defaults.Adapt.split,
+        max_experts: int = defaults.Adapt.max_experts,
         corruptions: Sequence[str] | None = None,
         out: Path | None = None,
         trust: bool = False,
@@ -213,8 +212,8 @@ def adapt(
     new: Sources | None = None,
     *,
     replay: Sources | None = None,
-    split: str = "train",
-    max_experts: int = MOST_EXPERTS,
+    split: str = defaults.Adapt.split,
+    max_experts: int = defaults.Adapt.max_experts,
     corruptions: Sequence[str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,

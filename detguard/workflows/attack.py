@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.attacks.budgets import Budget
 from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
 from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, plan_attack, verify_run
@@ -30,7 +30,6 @@ from detguard.schema import CONFIGS, check
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
 
-GROUP = "median:3,jpeg:75"
 OBJECTIVE = Vanish()
 # What a photo may be given as.
 Source = str | Path | Photo | Image.Image | torch.Tensor
@@ -108,7 +107,7 @@ def attack_config(
     options: AttackOptions,
     *,
     objective: Goal = OBJECTIVE,
-    transforms: str | Sequence[Transform] = GROUP,
+    transforms: str | Sequence[Transform] = defaults.Attack.transforms,
     samples: bool = False,
     arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -144,7 +143,7 @@ def attack(
     photos: Source | Iterable[Source],
     *,
     objective: Goal = OBJECTIVE,
-    transforms: str | Sequence[Transform] = GROUP,
+    transforms: str | Sequence[Transform] = defaults.Attack.transforms,
     budget: Budget = DEFAULT,
     out: str | Path | None = None,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.dataset import Dataset, read_dataset
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
@@ -70,7 +70,7 @@ def evaluate(
     detector: Detector | Sequence[Detector],
     data: str | Path,
     *,
-    split: str = "val",
+    split: str = defaults.Evaluate.split,
     images: str | Path | None = None,
     classes: Sequence[str] | None = None,
     limit: int | None = None,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from detguard import defaults
 from detguard.data.sources import OnData, read_labelled, warn_of
 from detguard.data.stream import Labelled, from_records
 from detguard.detectors.base import Detector
@@ -43,9 +44,9 @@ def monitor(
     detector: Detector,
     photos: str | Path | Iterable[Mapping[str, Any]],
     *,
-    drift: str = Monitor.kind,
-    window: int = Monitor.window,
-    split: str = "val",
+    drift: str = defaults.Monitor.drift,
+    window: int = defaults.Monitor.window,
+    split: str = defaults.Monitor.split,
     images: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Iterator[Record]:
