@@ -16,6 +16,7 @@ import detguard
 from detguard.attacks.budgets import L2, Linf, parse_budget
 from detguard.detectors.base import Detector
 from detguard.engine import keep_freed_memory
+from detguard.objectives import Fabricate, Flood, Mislabel, Untargeted, Vanish
 from detguard.photos import find_photos, read_photo
 from detguard.reports.tables import rate
 from detguard.transforms.parse import parse_transforms
@@ -25,11 +26,11 @@ SHARED = Path("../shared")
 PHOTOS = SHARED / "data/coco256/images/val"
 GOALS: dict[str, dict[str, Any]] = {
     "vanish": {},
-    "vanish, others stay": {"keep_others": True},
-    "mislabel": {"to": "car"},
-    "untargeted": {"goal": "untargeted"},
-    "fabricate": {"goal": "fabricate", "count": 2},
-    "flood": {"goal": "flood", "count": 60},
+    "vanish, others stay": {"objective": Vanish(keep_others=True)},
+    "mislabel": {"objective": Mislabel({"person": "car"})},
+    "untargeted": {"objective": Untargeted()},
+    "fabricate": {"objective": Fabricate(count=2)},
+    "flood": {"objective": Flood(count=60)},
 }
 THREATS: dict[str, dict[str, Any]] = {
     "L-inf 8": {"budget": Linf(8), "step": 2},

@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detguard.attacks.budgets import L2, Linf, Masked
     from detguard.detectors.load import load_detector
+    from detguard.objectives import Fabricate, Flood, Mislabel, Untargeted, Vanish
+    from detguard.objectives.base import Selection
+    from detguard.workflows.adapt import Adapted, adapt
     from detguard.workflows.attack import Result, attack, verify
     from detguard.workflows.evaluate import evaluate
+    from detguard.workflows.harden import Trained, harden
+    from detguard.workflows.monitor import monitor
 
-__all__ = ["L2", "DetguardError", "Linf", "Masked", "Result", "attack", "evaluate", "load_detector", "verify"]
+__all__ = [
+    "L2", "Adapted", "DetguardError", "Fabricate", "Flood", "Linf", "Masked", "Mislabel", "Result", "Selection",
+    "Trained", "Untargeted", "Vanish", "adapt", "attack", "evaluate", "harden", "load_detector", "monitor", "verify",
+]  # fmt: skip
 
 __version__ = "0.1.0"
 
@@ -23,7 +31,10 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 class DetguardError(Exception):
-    """Something the user can mend: the message names the file or option, what was expected and what to do."""
+    """Something the user can mend: the message names the file or option, what was expected and what to do.
+
+    Options are named as fields in backticks, as `keep_others`; the command line shows them as it has them.
+    """
 
 
 def first_line(error: BaseException) -> str:
@@ -32,16 +43,18 @@ def first_line(error: BaseException) -> str:
 
 
 # Where the rest is: imported when it is first asked for, as torch and the detectors take seconds.
-_PLACES = {
-    "L2": "attacks.budgets",
-    "Linf": "attacks.budgets",
-    "Masked": "attacks.budgets",
-    "Result": "workflows.attack",
-    "attack": "workflows.attack",
-    "evaluate": "workflows.evaluate",
-    "load_detector": "detectors.load",
-    "verify": "workflows.attack",
+_MODULES = {
+    "attacks.budgets": ("L2", "Linf", "Masked"),
+    "detectors.load": ("load_detector",),
+    "objectives": ("Fabricate", "Flood", "Mislabel", "Untargeted", "Vanish"),
+    "objectives.base": ("Selection",),
+    "workflows.adapt": ("Adapted", "adapt"),
+    "workflows.attack": ("Result", "attack", "verify"),
+    "workflows.evaluate": ("evaluate",),
+    "workflows.harden": ("Trained", "harden"),
+    "workflows.monitor": ("monitor",),
 }
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

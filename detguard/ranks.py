@@ -42,12 +42,12 @@ class Ranks:
         if count == 1:
             return cls(torch.device(device))
         if ":" in device:
-            raise DetguardError(f"--device {device}: {count} processes get a GPU each; give --device cuda")
+            raise DetguardError(f"`device` {device}: {count} processes get a GPU each; give `device` cuda")
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")
         if state.device.type != device or state.num_processes != count:
-            raise DetguardError(f"--device {device}: {count} processes cannot train on it here; found {state.device}")
+            raise DetguardError(f"`device` {device}: {count} processes cannot train on it here; found {state.device}")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         return cls(state.device, state.process_index, count, local, dist.new_group(backend="gloo"))
 

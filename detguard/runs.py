@@ -3,18 +3,21 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from detguard import DetguardError, __version__
 from detguard.files import MAX_ANNOTATIONS, PARTIAL, FileError, parse_json, read_file, read_yaml, write_file
 from detguard.schema import CONFIGS, RECORDS, misfit
+
+if TYPE_CHECKING:
+    from detguard.ranks import Ranks
 
 try:
     import fcntl
@@ -67,7 +70,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"{error.filename}: cannot be made a folder ({error.strerror}); choose another --out"
+                f"{error.filename}: cannot be made a folder ({error.strerror}); choose another `out`"
             ) from error
         versions = {name: version(name) for name in ("torch", "ultralytics", "opencv-python")}
         config = {"command": command, **config, "versions": {"detguard": __version__, **versions}}
@@ -75,7 +78,7 @@ class Run:
         run.claim()
         _sweep(folder.iterdir())
         if (folder / "config.yaml").exists():
-            raise RunError(f"{folder}: already holds a run; choose another --out or continue it with --resume {folder}")
+            raise RunError(f"{folder}: already holds a run; choose another `out` or continue it with `resume` {folder}")
         for name, data in (files or {}).items():
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.
@@ -148,7 +151,7 @@ class Run:
             RunError: the name leads out of the run's folder, or the folder is gone.
         """
         if self.gone:
-            raise RunError(f"{self.folder}: is gone; put it back and go on with --resume")
+            raise RunError(f"{self.folder}: is gone; put it back and go on with `resume`")
         try:
             inside = (self.folder / name).resolve().is_relative_to(self.folder.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, of null bytes
@@ -212,6 +215,18 @@ class Run:
     def keep(self, records: list[Record]) -> None:
         """Replace results.jsonl by `records`: the start of a resumed run."""
         self.write("results.jsonl", b"".join(map(_line, records)))
+
+
+def shared_run(ranks: "Ranks", make: Callable[[], Run]) -> Run:
+    """The run that the first rank makes or resumes; the others only know it."""
+    mine: list[Run] = []
+
+    def told() -> tuple[Path, dict[str, Any]]:
+        mine.append(make())
+        return mine[0].folder, mine[0].config
+
+    folder, config = ranks.given(told)
+    return mine[0] if mine else Run(folder, config)
 
 
 def next_free(parent: Path) -> Path:

@@ -1,9 +1,12 @@
 """What the files of a run hold, by command. A stranger may have written them: they are checked before they are used."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
+
+from detguard import DetguardError
 
 MOST = 2**63 - 1
 
@@ -67,6 +70,16 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
         if wrong := misfit(one, named.get(key, shape.get("*")), f"{inner}{key}"):
             return wrong
     return None
+
+
+def check(values: dict[str, Any], shape: Any) -> None:
+    """See that options have values that a run can hold.
+
+    Raises:
+        DetguardError: one has not.
+    """
+    if wrong := misfit(values, shape):
+        raise DetguardError(re.sub(r"^\w+", r"`\g<0>`", wrong))
 
 
 def whole(least: int = -MOST, most: int = MOST) -> Kind:

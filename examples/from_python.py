@@ -12,8 +12,15 @@ import detguard
 def main(photo: str, folder: str) -> dict[str, float]:
     """Attack a photo for detguard-n, save the result, and return what is left of the target, by member."""
     detector = detguard.load_detector("detguard-n")
-    options = {"target": "person", "transforms": "median:3,jpeg:75", "budget": detguard.Linf(8)}
-    for result in detguard.attack(detector, photo, out=folder, **options):
+    attacked = detguard.attack(
+        detector,
+        photo,
+        objective=detguard.Vanish("person"),
+        transforms="median:3,jpeg:75",
+        budget=detguard.Linf(8),
+        out=folder,
+    )
+    for result in attacked:
         print(f"{result.key}: {result.status} after {result.record.get('iterations')} iterations")
         if result.status in ("fooled", "failed"):
             Image.fromarray(result.photo).save(Path(folder) / "adversarial.png")

@@ -271,11 +271,11 @@ def parse_budget(norm: str, eps: float, mask: str | None = None) -> Budget:
         DetguardError: no such kind, or a size that it does not have.
     """
     if norm not in BUDGETS:
-        raise DetguardError(f"--norm {norm}: expected one of {', '.join(BUDGETS)}")
+        raise DetguardError(f"`norm` {norm}: expected one of {', '.join(BUDGETS)}")
     if norm == Linf.kind and (eps != round(eps) or not 0 <= eps <= WHITE):
-        raise DetguardError(f"--eps {eps:g}: expected whole levels of 0..255, as files hold no others")
+        raise DetguardError(f"`eps` {eps:g}: expected whole levels of 0..255, as files hold no others")
     if not 0 <= eps < math.inf:
-        raise DetguardError(f"--eps {eps:g}: expected a number of 0 or more")
+        raise DetguardError(f"`eps` {eps:g}: expected a number of 0 or more")
     budget = BUDGETS[norm](eps)
     return budget if mask is None else Masked.of(budget, _parse_mask(mask))
 
@@ -289,7 +289,7 @@ def _parse_mask(mask: str) -> str | tuple[float, ...]:
         corners = ()
     if len(corners) < 6 or len(corners) % 2 or not all(0 <= number <= 1e5 for number in corners):
         raise DetguardError(
-            f"--mask '{mask}': expected inside, outside, or the corners x1,y1,x2,y2,x3,y3,... in pixels"
+            f"`mask` '{mask}': expected inside, outside, or the corners x1,y1,x2,y2,x3,y3,... in pixels"
         )
     return corners
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.attacks.budgets import Budget, Linf, parse_budget
 from detguard.attacks.steps import Rule, rule_named
 from detguard.detections import Candidates, Detections, suppress
@@ -27,7 +27,7 @@ from detguard.transforms.base import GradientRule, Transform, seen
 from detguard.transforms.warp import Warp
 
 Aggregate = Literal["mean", "weighted", "max"]
-DEFAULT = Linf(4)
+DEFAULT = Linf(defaults.Attack.eps)
 # Draws in a row that must be fooled before a group with random members counts as fooled.
 STEADY = 5
 
@@ -45,19 +45,19 @@ class AttackOptions:
     draws in a row; without it all `steps` are made and the one of lowest loss counts.
     """
 
-    conf: float = 0.25
+    conf: float = defaults.Attack.conf
     budget: Budget = DEFAULT
     step: float | None = None
-    steps: int = 100
-    rule: str = "steepest"
-    aggregate: Aggregate = "mean"
+    steps: int = defaults.Attack.steps
+    rule: str = defaults.Attack.rule
+    aggregate: Aggregate = defaults.Attack.aggregate
     weights: tuple[float, ...] | None = None
-    gradient: GradientRule = "straight-through"
-    momentum: float = 0.0
+    gradient: GradientRule = defaults.Attack.gradient
+    momentum: float = defaults.Attack.momentum
     random_start: bool = False
-    margin: float = 0.05
-    seed: int = 0
-    batch: int = 1
+    margin: float = defaults.Attack.margin
+    seed: int = defaults.Attack.seed
+    batch: int = defaults.Attack.batch
     smallest: bool = False
     stop: bool = True
 
@@ -88,11 +88,11 @@ class AttackOptions:
         """Raise DetguardError if there is no such rule, or the weights do not match the `members` of the group."""
         rule_named(self.rule)
         if (self.weights is not None) != (self.aggregate == "weighted"):
-            raise DetguardError("--weights: goes with --aggregate weighted, and that with --weights")
+            raise DetguardError("`weights`: goes with `aggregate` weighted, and that with `weights`")
         if self.weights is not None and len(self.weights) != members:
-            raise DetguardError(f"--weights: expected {members} numbers, one for the photo and each transform")
+            raise DetguardError(f"`weights`: expected {members} numbers, one for the photo and each transform")
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):  # nor NaN
-            raise DetguardError("--weights: expected numbers of 0 or more, not all 0, as in 1,1,2")
+            raise DetguardError("`weights`: expected numbers of 0 or more, not all 0, as in 1,1,2")
 
 
 @dataclass(frozen=True)

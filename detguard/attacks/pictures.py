@@ -112,7 +112,7 @@ def stages(
         if (attacked := objective.attacked(objects)).any():
             made.append(Stage(file, letterbox, placed, attacked))
     if not made:
-        raise DetguardError("--target: no photo has such an object; give other photos, or label them")
+        raise DetguardError("`target`: no photo has such an object; give other photos, or label them")
     return made
 
 

@@ -1,7 +1,7 @@
 """Attack many photos into a run folder, and judge the saved files by the detector's own public predict path."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,10 @@ def further_victims(config: dict[str, Any], detectors: Sequence[Detector]) -> li
         DetguardError: one of them lacks a class, objects are chosen by numbers, or two detectors have one name.
     """
     if detectors and config["object"]:
-        raise DetguardError("--object: numbers what one detector finds; with several --model, choose by --box")
+        raise DetguardError("`objects`: numbers what one detector finds; with several `detector`, choose by `box`")
     names = [Path(config["detector"]["model"]).stem, *(detector.name for detector in detectors)]
     if len(set(names)) < len(names):
-        raise DetguardError(f"--model: {', '.join(names)}; each must have a name of its own")
+        raise DetguardError(f"`detector`: {', '.join(names)}; each must have a name of its own")
     return [Victim(detector, parse_goal(config, detector)) for detector in detectors]
 
 
@@ -240,7 +240,7 @@ def judge(
     is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the member and
     of the photo, where `found` lies in a picture that a transform made of it.
     """
-    left = found.of(objective.targets).scores
+    left = found.of(objective.classes).scores
     success: dict[str, bool | None] = {}
     gone: dict[str, list[int]] = {}
 
@@ -272,9 +272,14 @@ def structural_similarity(a: Photo, b: Photo) -> float:
 
 
 def verify_run(
-    run: Run, detector: Detector, objective: Objective, transforms: Sequence[Transform], budget: Budget
+    run: Run,
+    detector: Detector,
+    objective: Objective,
+    transforms: Sequence[Transform],
+    budget: Budget,
+    keys: Collection[str] | None = None,
 ) -> Iterator[Record]:
-    """Judge the saved files of a run anew, and the adversarial photos after further `transforms`.
+    """Judge the saved files of a run anew, by default all, and the adversarial photos after further `transforms`.
 
     Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), used (of the
     budget); or key, error; or key, skipped: another detector than the one attacked, which finds no target in the clean
@@ -283,7 +288,7 @@ def verify_run(
     conf = float(run.config["attack"]["conf"])
     lowest = lowest_threshold(conf)
     for record in run.records(checked=False):
-        if record.get("status") not in ("fooled", "failed"):
+        if record.get("status") not in ("fooled", "failed") or (keys is not None and record["key"] not in keys):
             continue
         try:
             if wrong := misfit(record, ATTACKED):

@@ -172,5 +172,5 @@ def rule_named(name: str) -> type[Rule]:
         DetguardError: there is none of that name.
     """
     if name not in RULES:
-        raise DetguardError(f"--rule {name}: expected one of {', '.join(RULES)}")
+        raise DetguardError(f"`rule` {name}: expected one of {', '.join(RULES)}")
     return RULES[name]

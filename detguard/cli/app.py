@@ -4,7 +4,6 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +20,6 @@ from detguard.files import printable
 
 if TYPE_CHECKING:
     from detguard.ranks import Ranks
-    from detguard.runs import Run
 
 
 class Terminal(Console):
@@ -48,6 +46,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Attack object detectors, harden them, and prove both in COCO numbers.",
 )
+# Fields whose options are called otherwise.
+OPTIONS = {
+    "detector": "model", "drift": "detector", "keep": "lambda", "measure": "loss", "objects": "object",
+    "targets": "target",
+}  # fmt: skip
 out = Terminal()
 err = Terminal(stderr=True)
 
@@ -135,14 +138,19 @@ def main() -> None:
         sys.exit(2)
 
 
+def with_dashes(message: str) -> str:
+    """A message in which fields are named in backticks, as `keep_others`, with the options that set them."""
+    return re.sub(r"`([a-z][a-z_]*)`", lambda m: "--" + OPTIONS.get(m[1], m[1]).replace("_", "-"), message)
+
+
 def show_error(message: str) -> None:
     """One line on stderr."""
-    err.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+    err.print(f"error: {with_dashes(message)}", style="red", highlight=False, soft_wrap=True)
 
 
 def show_warning(message: str) -> None:
     """One line on stderr."""
-    err.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+    err.print(f"warning: {with_dashes(message)}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def stop_signals() -> list[int]:
@@ -160,20 +168,6 @@ def start_ranks(device: str) -> "Ranks":
     ranks = Ranks.start(device)
     out.quiet = err.quiet = not ranks.first
     return ranks
-
-
-def shared_run(ranks: "Ranks", make: "Callable[[], Run]") -> "Run":
-    """The run that the first rank makes or resumes; the others only know it."""
-    from detguard.runs import Run
-
-    mine: list[Run] = []
-
-    def told() -> tuple[Path, dict[str, Any]]:
-        mine.append(make())
-        return mine[0].folder, mine[0].config
-
-    folder, config = ranks.given(told)
-    return mine[0] if mine else Run(folder, config)
 
 
 @app.callback(invoke_without_command=True)

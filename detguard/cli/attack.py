@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import MofNCompleteColumn, track
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Confidence,
     Device,
@@ -30,6 +30,7 @@ from detguard.cli.app import (
     progress_bar,
     show_error,
 )
+from detguard.cli.evaluate import show_warnings
 
 # Torch and the detectors take seconds to import: only commands that need them do, so that --help is quick.
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def attack(
             "of them as a data set, samples/data.yaml, with their labels, or what was found in the clean photos."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "val",
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Evaluate.split,
     goal: Annotated[
         str | None,
         typer.Option(
@@ -98,7 +99,7 @@ def attack(
     loss: Annotated[
         Literal["logit", "confidence"],
         typer.Option(help="How candidates are weighed: by logits, which do not saturate, or by plain confidence."),
-    ] = "logit",
+    ] = defaults.Attack.measure,
     count: Annotated[
         int | None,
         typer.Option(min=1, max=300, help="Objects to find: new ones for fabricate (1), in all for flood (100)."),
@@ -111,7 +112,7 @@ def attack(
         ),
     ] = None,
     imgsz: ImageSize = None,
-    conf: Confidence = 0.25,
+    conf: Confidence = defaults.Attack.conf,
     eps: Annotated[
         float,
         typer.Option(
@@ -120,8 +121,8 @@ def attack(
             help="Budget: largest change of a pixel value, levels of 255; of --norm l2, of the whole photo, black to "
             "white counted as 1.",
         ),
-    ] = 4,
-    norm: Annotated[Literal["linf", "l2"], typer.Option(help="How the budget is measured.")] = "linf",
+    ] = defaults.Attack.eps,
+    norm: Annotated[Literal["linf", "l2"], typer.Option(help="How the budget is measured.")] = defaults.Attack.norm,
     mask: Annotated[
         str | None,
         typer.Option(
@@ -143,8 +144,8 @@ def attack(
         typer.Option(
             help="How it moves: steepest is by signs in linf and along the gradient in l2; apgd finds its own steps."
         ),
-    ] = "steepest",
-    steps: Annotated[int, typer.Option(min=1, help="Most iterations.")] = 100,
+    ] = defaults.Attack.rule,
+    steps: Annotated[int, typer.Option(min=1, help="Most iterations.")] = defaults.Attack.steps,
     transforms: Annotated[
         str,
         typer.Option(
@@ -153,16 +154,18 @@ def attack(
             "contrast:S, gamma:G, hue:D, invert:S, posterize:B, noise:S, corrupt:fog-2, albumentations:NAME. A..B "
             "instead of a number draws one anew in each iteration. Or a preset: network, driving, print."
         ),
-    ] = "median:3,jpeg:75",
+    ] = defaults.Attack.transforms,
     aggregate: Annotated[
         Literal["mean", "weighted", "max"],
         typer.Option(help="How the members' gradients become one: mean, weighted or max."),
-    ] = "mean",
+    ] = defaults.Attack.aggregate,
     weights: Annotated[str | None, typer.Option(help="For --aggregate weighted: photo first, e.g. 1,1,2.")] = None,
     gradient: Annotated[
         Literal["straight-through", "exact"], typer.Option(help="Through transforms: straight-through or exact.")
-    ] = "straight-through",
-    momentum: Annotated[float, typer.Option(min=0, max=1, help="Share of earlier gradients in each step.")] = 0,
+    ] = defaults.Attack.gradient,
+    momentum: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of earlier gradients in each step.")
+    ] = defaults.Attack.momentum,
     random_start: Annotated[
         bool, typer.Option("--random-start", help="Start from random noise within the budget.")
     ] = False,
@@ -171,9 +174,9 @@ def attack(
         typer.Option(
             min=0, max=0.99, help="Search until confidence is this share under --conf: survives more transforms."
         ),
-    ] = 0.05,
-    seed: Seed = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Photos attacked at once.")] = 1,
+    ] = defaults.Attack.margin,
+    seed: Seed = defaults.Attack.seed,
+    batch: Annotated[int, typer.Option(min=1, help="Photos attacked at once.")] = defaults.Attack.batch,
     out_folder: OutFolder = None,
     resume: Resume = None,
     end_to_end: EndToEnd = False,
@@ -191,8 +194,9 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
-    from detguard.cli.harden import LABELLED, as_lines, is_folder, read_labelled
+    from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured, load_detector
+    from detguard.objectives.parse import read_goal
     from detguard.photos import find_photos
     from detguard.runs import Run
     from detguard.workflows.attack import attack_config, attack_job
@@ -214,22 +218,25 @@ def attack(
             weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
             random_start=random_start, margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
+        objective = read_goal({
+            "goal": goal, "target": target, "to": to, "strict": strict, "object": places(objects),
+            "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others, "loss": loss, "count": count,
+        })  # fmt: skip
         with err.status("Loading the detector"):
             detectors = [
                 load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou)
-                for name in model or ["detguard-n"]
+                for name in model or [defaults.MODEL]
             ]
         kept = {}
-        if data and is_folder(data):
+        if data and unlabelled(data):
             files = [str(file) for file in find_photos([data])]
         elif data:
-            labelled = read_labelled(data, split, detectors[0].class_names)
+            labelled = read_labelled(data, split, detectors[0].class_names, show_warnings)
             files = [str(one.file) for one in labelled]
             kept = {LABELLED: as_lines(labelled, detectors[0].class_names)}
         config = attack_config(
-            detectors, options, goal=goal, target=target, to=to, strict=strict, objects=places(objects),
-            box=numbers("--box", box, "10,20,200,300", 4), keep_others=keep_others, loss=loss, count=count,
-            transforms=transforms, samples=data is not None, arguments=sys.argv[1:],
+            detectors, options, objective=objective, transforms=transforms, samples=data is not None,
+            arguments=sys.argv[1:],
         )  # fmt: skip
         run = Run.create("attack", out_folder, config | {"photos": files}, kept)
     sys.exit(run_attack(attack_job(run, detectors)))
@@ -321,7 +328,7 @@ def run_attack(job: "Job") -> int:
 def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Path]) -> None:
     """Write what was made of the photos as a data set, and say where."""
     from detguard.attacks.samples import FOLDER, write_samples
-    from detguard.cli.harden import LABELLED, read_labelled
+    from detguard.data.sources import LABELLED, read_labelled
 
     names, labels = job.detector.class_names, {}
     kept = job.run.folder / LABELLED
@@ -346,9 +353,9 @@ def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Pa
 )
 def detect(
     photos: Annotated[list[str], typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")],
-    model: Model = "detguard-n",
+    model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
-    conf: Confidence = 0.25,
+    conf: Confidence = defaults.Attack.conf,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")] = False,
     out_folder: OutFolder = None,
     end_to_end: EndToEnd = False,

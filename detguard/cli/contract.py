@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from detguard.cli.app import Device, ImageSize, Trust, app, err, out
+from detguard.cli.app import Device, ImageSize, Trust, app, err, out, with_dashes
 
 
 @app.command(
@@ -44,7 +44,8 @@ def check_detector(
         detector = load_detector(model, imgsz, trust, device)
     promises = list(check_contract(detector, read_photo(photo or ASSETS / "bus.jpg"), conf))
     rows = [
-        [p.name, "kept" if p.wrong is None else "BROKEN", p.wrong or "", p.remedy if p.wrong else ""] for p in promises
+        [p.name, "kept" if p.wrong is None else "BROKEN", with_dashes(p.wrong or ""), p.remedy if p.wrong else ""]
+        for p in promises
     ]
     out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
     broken = sum(p.wrong is not None for p in promises)

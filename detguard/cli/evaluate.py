@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Device,
     EndToEnd,
@@ -63,7 +63,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="A data.yaml (Ultralytics), a COCO instances json, or coco, coco128, voc.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "val",
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Evaluate.split,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
     ] = None,
@@ -72,9 +72,13 @@ def evaluate(
     imgsz: ImageSize = None,
     protocols: Annotated[
         str, typer.Option(help="What to measure: clean, corruptions, attack, transfer, blackbox, checks.")
-    ] = "clean,corruptions,attack",
-    severities: Annotated[str, typer.Option(help="Of the corruptions, 1 to 5.")] = "1,2,3,4,5",
-    eps: Annotated[str, typer.Option(help="Attack budgets in levels of 255; the last one leads.")] = "4",
+    ] = ",".join(defaults.Evaluate.protocols),
+    severities: Annotated[str, typer.Option(help="Of the corruptions, 1 to 5.")] = ",".join(
+        map(str, defaults.Evaluate.severities)
+    ),
+    eps: Annotated[str, typer.Option(help="Attack budgets in levels of 255; the last one leads.")] = ",".join(
+        map(str, defaults.Evaluate.eps)
+    ),
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of each white-box attack; default: 20, of an ensemble 40.")
     ] = None,
@@ -88,18 +92,20 @@ def evaluate(
             help="White-box attacks: on the loss (class, box, all), on confidence (vanish), and on the order of what "
             "is found (rank)."
         ),
-    ] = "class,box,all,vanish,rank",
-    queries: Annotated[int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")] = 200,
+    ] = ",".join(defaults.Evaluate.attacks),
+    queries: Annotated[
+        int, typer.Option(min=1, help="Forward passes of the black-box attack per photo.")
+    ] = defaults.Evaluate.queries,
     patch: Annotated[
         Path | None,
         typer.Option(help="A patch, as of detguard patch, to be judged on every labelled object of a class."),
     ] = None,
-    patch_target: Annotated[str, typer.Option(help="The class that wears the patch.")] = "person",
-    patch_size: PatchSize = 0.3,
+    patch_target: Annotated[str, typer.Option(help="The class that wears the patch.")] = defaults.Evaluate.patch_target,
+    patch_size: PatchSize = defaults.Evaluate.patch_size,
     universal: Annotated[
         Path | None, typer.Option(help="A perturbation, as of detguard universal, to be added to every photo.")
     ] = None,
-    seed: Seed = 0,
+    seed: Seed = defaults.Evaluate.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
     end_to_end: EndToEnd = False,
@@ -132,7 +138,7 @@ def evaluate(
     else:
         if not data:
             raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
-        models = model or ["detguard-n"]
+        models = model or [defaults.MODEL]
         config = {
             "detectors": [],
             "data": {

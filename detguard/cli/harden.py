@@ -1,14 +1,11 @@
 """`detguard harden`: parse, call, show."""
 
-import glob
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Device,
     Fusion,
@@ -23,7 +20,6 @@ from detguard.cli.app import (
     err,
     out,
     progress_bar,
-    shared_run,
     show_error,
     show_warning,
     start_ranks,
@@ -32,14 +28,8 @@ from detguard.cli.app import (
 from detguard.cli.evaluate import names, show_warnings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from detguard.workflows.harden import Hardening
 
-    from detguard.data.stream import Labelled
-    from detguard.ranks import Ranks
-    from detguard.runs import Run
-
-# Of a run that learns labels, its photos with them.
-LABELLED = "labelled.jsonl"
 Corruptions = Annotated[
     str | None, typer.Option(help="Kinds of corruptions of hard photos, as in fog,snow; default: all 15.")
 ]
@@ -61,7 +51,7 @@ Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rat
 `detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
 )
 def harden(
-    model: Model = "detguard-n",
+    model: Model = defaults.MODEL,
     data: Annotated[
         list[str] | None, typer.Option(help="Folder or pattern of photos, or a data.yaml or COCO json; repeatable.")
     ] = None,
@@ -71,14 +61,14 @@ def harden(
             help="gated: experts and a gate; baselines of one network: pgd, attacked; mtd, by the worse of an attack "
             "on classes and one on boxes; finetune, not attacked."
         ),
-    ] = "gated",
+    ] = defaults.Harden.recipe,
     learn: Annotated[
         Literal["teacher", "labels", "both"],
         typer.Option(
             help="What is wanted of changed photos: what --teacher says of the clean ones, the labels of --data, or "
             "both."
         ),
-    ] = "teacher",
+    ] = defaults.Harden.learn,
     pretrain: Annotated[
         list[str] | None,
         typer.Option(
@@ -96,15 +86,17 @@ def harden(
     mode: Annotated[
         Literal["full", "freeze-first"],
         typer.Option(help="What the joint stage trains: everything, or the adversarial expert and the gate."),
-    ] = "freeze-first",
+    ] = defaults.Harden.mode,
     split: Annotated[
         str,
         typer.Option(
             help="What experts do not share: backbone (whole networks, of which all but the adversarial start "
             "undefended), neck (and head), head, or from layer N."
         ),
-    ] = "backbone",
-    photos: Annotated[int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")] = 100_000,
+    ] = defaults.Harden.split,
+    photos: Annotated[
+        int, typer.Option(min=1, help="Photos to see in all stages together, with repeats.")
+    ] = defaults.Harden.photos,
     hours: Annotated[
         float | None,
         typer.Option(min=0.01, max=10_000, help="Hours to train in all stages together, instead of --photos."),
@@ -127,11 +119,15 @@ def harden(
             "free, by mtd pgd."
         ),
     ] = None,
-    eps: Annotated[float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")] = 4,
+    eps: Annotated[
+        float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")
+    ] = defaults.Harden.eps,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
-    mix: Annotated[float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")] = 0.2,
+    mix: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")
+    ] = defaults.Harden.mix,
     top_k: TopK = None,
-    fusion: Fusion = "bounded:0.25",
+    fusion: Fusion = defaults.Harden.fusion,
     sparse: Annotated[
         float,
         typer.Option(
@@ -140,11 +136,11 @@ def harden(
             help="In the end, values of the adversarial expert within so many standard deviations of the mean of their "
             "channel are set to it, which leaves attacks less to move; 0: not.",
         ),
-    ] = 0.2,
+    ] = defaults.Harden.sparse,
     corruptions: Corruptions = None,
-    batch: Batch = 32,
-    rate: Rate = 3e-3,
-    seed: Seed = 0,
+    batch: Batch = defaults.Harden.batch,
+    rate: Rate = defaults.Harden.rate,
+    seed: Seed = defaults.Harden.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
     device: Device = "cpu",
@@ -157,122 +153,32 @@ def harden(
     with --learn what labels say.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
-    from detguard.detectors.gated import GatedNetwork
-    from detguard.detectors.load import detector_config, load_configured, load_detector, load_model
-    from detguard.hardening.run import Plan, check_teacher, split_layer
-    from detguard.runs import Run
+    from detguard.workflows.harden import Hardening
 
     if resume:
         if data:
             raise DetguardError("--resume: takes its model, data and options from the run; give no others")
         ranks = start_ranks(device)
-        run = shared_run(ranks, lambda: Run.resume(resume, "harden"))
         with err.status("Loading the detector"):
-            _, imitated = (load_configured(one, trust, str(ranks.device)) for one in run.config["detectors"])
-            network = load_model(run.config["model"], trust)[0]
-        sys.exit(run_hardening(run, network, imitated, ranks, workers))
-    if not data:
-        raise DetguardError("--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)")
-    # What a recipe or an attack cannot be without.
-    attack = attack or ("pgd" if recipe == "mtd" else "free")
-    steps = steps or (1 if attack == "fgsm" else 2)
-    plan: dict[str, Any] = {
-        "recipe": recipe, "learn": learn, "pretrain": bool(pretrain), "mode": mode, "split": split, "photos": photos,
-        "hours": hours, "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k,
-        "fusion": fusion, "sparse": sparse, "batch": batch, "rate": rate, "seed": seed,
-    }  # fmt: skip
-    Plan(**plan)  # a wrong option leaves no run behind
-    ranks = start_ranks(device)
-    with err.status("Loading the detector"):
-        network = load_model(model, trust)[0]
-        given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
-        check_teacher(network, imitated, teacher or model, recipe, bool(pretrain))
-        if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
-            plan["split"] = split = str(network.split)
-        split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, split)
-    class_names = known_classes(network)
-    labelled = labelled_photos(data, learn, class_names) if learn != "teacher" else []
-    files = [] if labelled else [str(file) for source in data for file in photo_files(source)]
-    config = {
-        "model": model,
-        "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
-        "harden": plan,
-        "corruptions": list(chosen_kinds(corruptions)),
-        "arguments": sys.argv[1:],
-        "photos": files,
-        "pretrain": [str(file) for source in pretrain or [] for file in photo_files(source)],
-    }
-    kept = {LABELLED: as_lines(labelled, class_names)} if labelled else {}
-    run = shared_run(ranks, lambda: Run.create("harden", out_folder, config, kept))
-    sys.exit(run_hardening(run, network, imitated, ranks, workers))
-
-
-def known_classes(network: Any) -> dict[int, str]:
-    """The classes of a network to be hardened, by number; hardened ones keep them under another name."""
-    from detguard.detectors.gated import GatedNetwork
-
-    return network.class_names if isinstance(network, GatedNetwork) else network.names
-
-
-def chosen_kinds(text: str | None) -> tuple[str, ...]:
-    """The kinds of corruptions that an option names, by default all.
-
-    Raises:
-        DetguardError: one of them is not known.
-    """
-    from detguard.data.corruptions import KINDS
-
-    kinds = tuple(KINDS) if text is None else tuple(names(text))
-    if not kinds or not set(kinds) <= KINDS.keys():
-        raise DetguardError(f"--corruptions {text}: expected some of {', '.join(KINDS)}")
-    return kinds
-
-
-def photo_files(source: str) -> list[Path]:
-    """The photos of a folder, a pattern or a data set's training split; folders `images/train` and the like too."""
-    from detguard.photos import find_photos
-
-    if Path(source).suffix in (".yaml", ".yml", ".json"):
-        from detguard.data.dataset import read_dataset
-
-        return list(read_dataset(source, "train").files.values())
-    return find_photos([source])
-
-
-def labelled_photos(sources: list[str], learn: str, class_names: dict[int, str]) -> "list[Labelled]":
-    """The labelled photos of --data, in the detector's class indices.
-
-    Raises:
-        DetguardError: some of it has no labels.
-    """
-    for source in filter(is_folder, sources):
-        raise DetguardError(f"--learn {learn}: {source} has no labels; give a data.yaml or a COCO json (--data)")
-    return [one for source in sources for one in read_labelled(source, "train", class_names)]
-
-
-def is_folder(source: str) -> bool:
-    """Whether a source is a folder or pattern of photos, without labels."""
-    path = Path(source)
-    return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
-
-
-def as_lines(photos: "Sequence[Labelled]", class_names: dict[int, str]) -> bytes:
-    """Labelled photos as a run keeps them, for `read_labelled`."""
-    from detguard.data.stream import as_line
-
-    return "".join(json.dumps(as_line(one, class_names)) + "\n" for one in photos).encode()
-
-
-def read_labelled(source: str, split: str, class_names: dict[int, str]) -> "list[Labelled]":
-    """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices."""
-    from detguard.data.dataset import read_dataset
-    from detguard.data.stream import in_order, read_lines
-
-    if Path(source).suffix == ".jsonl":
-        return read_lines(source, class_names)
-    dataset = read_dataset(source, split)
-    show_warnings(dataset)
-    return list(in_order(dataset, dataset.category_ids(class_names)))
+            job = Hardening.resume(resume, ranks, trust)
+    else:
+        if not data:
+            raise DetguardError(
+                "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
+            )
+        plan: dict[str, Any] = {
+            "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
+            "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion,
+            "sparse": sparse, "batch": batch, "rate": rate, "seed": seed,
+        }  # fmt: skip
+        ranks = start_ranks(device)
+        with err.status("Loading the detector"):
+            job = Hardening.begin(
+                model, data, plan, ranks, teacher=teacher, pretrain=pretrain or [], imgsz=imgsz,
+                corruptions=None if corruptions is None else names(corruptions), out=out_folder, trust=trust,
+                arguments=sys.argv[1:], on_data=show_warnings,
+            )  # fmt: skip
+    sys.exit(run_hardening(job, workers))
 
 
 def last_loss(losses: dict[str, float]) -> str:
@@ -288,71 +194,31 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
         show_warning(f"{name}: diverged at batch {at:.0f}; it went back to its checkpoint, at half the rate")
 
 
-def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", workers: int | None) -> int:
-    """Train what the run has not finished, with the network and teacher of its config; returns the exit code."""
-    from detguard.data.batches import read_photos
-    from detguard.detectors.gated import GatedNetwork
-    from detguard.detectors.load import read_card
-    from detguard.hardening.run import Plan, harden, passes
-    from detguard.hardening.train import Setting
-    from detguard.hardening.validation import Validation, file_of, hold_out
+def run_hardening(job: "Hardening", workers: int | None) -> int:
+    """Train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.hardening import hardening_page
 
-    config = run.config
-    plan, imgsz = Plan(**config["harden"]), config["detectors"][0]["imgsz"]
-    class_names = known_classes(network)
+    run = job.run
     with err.status("Loading the photos"):
-        photos: Sequence[Any] = [Path(file) for file in config["photos"]]
-        if plan.learn != "teacher":  # as the run keeps them
-            photos = ranks.given(lambda: read_labelled(str(run.folder / LABELLED), "", class_names))
-        trained, held_out = hold_out(photos)
-        source, broken = read_photos([(trained, 1.0)], imgsz)
-        held, first = Validation.of(held_out, imgsz), None
-        if plan.pretrain:
-            kept = {file_of(one).name for one in held_out}
-            files = [file for name in config.get("pretrain", []) if (file := Path(name)).name not in kept]
-            first, unread = read_photos([(files, 1.0)], imgsz)
-            broken += unread
-    for message in broken:
+        job.load(workers)
+    for message in job.unread:
         show_error(message)
-    gated = isinstance(network, GatedNetwork)
-    made_of = read_card(config["model"])["architecture"] if gated else str(network.yaml.get("yaml_file", ""))
-    card: dict[str, Any] = {
-        "architecture": Path(made_of).name,
-        "classes": list(class_names.values()),
-        "imgsz": imgsz,
-        "licence": "AGPL-3.0-or-later",
-        "hardened": {
-            "from": Path(config["model"]).stem,
-            "teacher": teacher.name,
-            "corruptions": config["corruptions"],
-            **config["harden"],
-        },
-    }
-    kinds = chosen_kinds(",".join(config["corruptions"]))
-    setting = Setting.on(ranks, workers, plan.batch, imgsz, plan.seed, kinds)
     stopped = stop_signals()
-    # In forward-backward passes or seconds, so that the time left is right in stages with and without attacks.
-    stages = plan.stages(network)
-    costs = {s.name: s.seconds or passes(s, imgsz) * (s.number or 0) for s in stages}
-    starts = {stage.name: sum(costs[before.name] for before in stages[:i]) for i, stage in enumerate(stages)}
     with progress_bar() as progress:
         setbacks = dict[str, list[float]]()
-        task = progress.add_task("harden", total=sum(costs.values()))
+        task = progress.add_task("harden", total=1.0)
 
-        def on_batch(name: str, done: float, losses: dict[str, float]) -> bool:
-            done = starts[name] + costs[name] * done
+        def on_stage(name: str, done: float, losses: dict[str, float]) -> bool:
             progress.update(task, completed=done, description=f"{name}{last_loss(losses)}")
             show_setback(name, losses, setbacks.setdefault(name, []))
             return bool(stopped)
 
         try:
-            made = harden(network, card, teacher, source, plan, setting, run, on_batch, held, first)
+            made = job.train(on_stage).weights
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
             return 130
-    ranks.end()
-    if not ranks.first:
+    if not job.ranks.first:
         return 0
     run.write("report.html", hardening_page(run))
     out.print(
@@ -360,4 +226,4 @@ def run_hardening(run: "Run", network: Any, teacher: Any, ranks: "Ranks", worker
         highlight=False,
         soft_wrap=True,
     )
-    return 2 if broken else 0
+    return 2 if job.unread else 0

@@ -1,14 +1,13 @@
 """`detguard monitor`: parse, call, show."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from detguard import DetguardError
-from detguard.cli.adapt import Replay, resume_adaptation, start_adaptation
+from detguard import DetguardError, defaults
+from detguard.cli.adapt import Replay, run_adaptation, start_adaptation
 from detguard.cli.app import (
     Device,
     Fusion,
@@ -26,16 +25,14 @@ from detguard.cli.app import (
     show_error,
     start_ranks,
 )
-from detguard.cli.harden import is_folder, read_labelled
+from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from detguard.data.stream import Labelled
     from detguard.detectors.base import Detector
-    from detguard.runs import Record, Run
-
-DROPPED = "dropped.jsonl"
+    from detguard.runs import Run
 
 
 @app.command(
@@ -48,19 +45,21 @@ DROPPED = "dropped.jsonl"
 `detguard monitor --resume runs/monitor/001`: go on with a stream that was stopped"""
 )
 def monitor(
-    model: Model = "detguard-n",
+    model: Model = defaults.MODEL,
     stream: Annotated[
         str | None,
         typer.Option(help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}]}."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = "val",
+    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Monitor.split,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
     ] = None,
     detector: Annotated[
         Literal["adwin", "page-hinkley", "kswin"], typer.Option(help="What tells a drop from chance.")
-    ] = "adwin",
-    window: Annotated[int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")] = 32,
+    ] = defaults.Monitor.drift,
+    window: Annotated[
+        int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")
+    ] = defaults.Monitor.window,
     imgsz: ImageSize = None,
     top_k: TopK = None,
     fusion: Fusion = None,
@@ -79,8 +78,10 @@ def monitor(
     Writes the photos of every drop to dropped.jsonl, which detguard adapt takes, and a page with the timeline.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
     """
+    from detguard.data.sources import read_labelled, unlabelled
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.runs import Run
+    from detguard.workflows.monitor import LIVE, open_stream
 
     if resume:
         if stream:
@@ -96,8 +97,8 @@ def monitor(
     if on_drift == "adapt" and not watched.hardened:
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     for source in replay or []:  # wrong data are told now, not when the stream has ended
-        if not is_folder(source):
-            read_labelled(source, "train", watched.class_names)
+        if not unlabelled(source):
+            read_labelled(source, "train", watched.class_names, show_warnings)
     config: dict[str, Any] = {
         "detector": detector_config(watched, model),
         "stream": {"source": stream, "split": split, "images": str(images) if images else None},
@@ -106,17 +107,9 @@ def monitor(
         "replay": replay or [],
         "arguments": sys.argv[1:],
     }
-    list_photos = open_stream(config["stream"], watched) if stream != "-" else None  # wrong data leave no run behind
-    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, list_photos, trust))
-
-
-def open_stream(source: dict[str, Any], detector: "Detector") -> "Sequence[Labelled]":
-    """The labelled photos of a data set, in order."""
-    from detguard.data.dataset import read_dataset
-    from detguard.data.stream import in_order
-
-    dataset = read_dataset(source["source"], source["split"], Path(source["images"]) if source["images"] else None)
-    return list(in_order(dataset, dataset.category_ids(detector.class_names)))
+    # Wrong data leave no run behind.
+    listed = None if stream == LIVE else open_stream(config["stream"], watched, show_warnings)
+    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, listed, trust))
 
 
 def watch(
@@ -127,12 +120,12 @@ def watch(
     from detguard.hardening.monitor import observe
     from detguard.reports.monitoring import monitor_page, timeline_table, windows
     from detguard.reports.tables import terminal_table
-    from detguard.runs import Run
+    from detguard.workflows.monitor import DROPPED, LIVE, open_stream, write_dropped
 
     source, options = run.config["stream"], run.config["monitor"]
-    live = source["source"] == "-"
+    live = source["source"] == LIVE
     if photos is None and not live:
-        photos = open_stream(source, detector)
+        photos = open_stream(source, detector, show_warnings)
     shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names) if photos is None else photos
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
@@ -159,19 +152,12 @@ def watch(
         return code
     folder, new = run.folder / "adapted", [str(run.folder / DROPPED)]
     if (folder / "config.yaml").exists():
-        failed = resume_adaptation(Run.resume(folder, "adapt"), trust, start_ranks(device))
-    else:
-        model, plan = run.config["detector"]["model"], {"mode": "auto"}
+        from detguard.workflows.adapt import Adapting
+
         ranks = start_ranks(device)
-        failed = start_adaptation(model, new, run.config["replay"], plan, ranks, out_folder=folder, trust=trust)
-    return failed or code
-
-
-def write_dropped(run: "Run", records: "list[Record]") -> tuple[int, int]:
-    """Write the photos of every drop to dropped.jsonl; returns how many drops there are and how many photos."""
-    drops = [r for r in records if r.get("began") is not None]
-    seen = [r for r in records if "f1" in r]
-    dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
-    lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in dropped.values()]
-    run.write(DROPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return len(drops), len(dropped)
+        with err.status("Loading the ensemble"):
+            job = Adapting.resume(folder, ranks, trust)
+    else:
+        model, replay = run.config["detector"]["model"], run.config["replay"]
+        job = start_adaptation(model, new, {}, start_ranks(device), replay=replay, out=folder, trust=trust)
+    return run_adaptation(job) or code

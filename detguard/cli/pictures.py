@@ -28,6 +28,7 @@ from detguard.cli.app import (
     progress_bar,
     stop_signals,
 )
+from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
     from detguard.attacks.pictures import Learning, Picture, Stage
@@ -204,22 +205,18 @@ def attacked_photos(detector: "Detector", config: dict[str, Any]) -> "tuple[Obje
         DetguardError: there are none, or a photo cannot be read.
     """
     from detguard.attacks.pictures import stages
-    from detguard.cli.harden import is_folder, read_labelled
+    from detguard.data.sources import read_labelled, unlabelled
     from detguard.objectives import Vanish
     from detguard.photos import find_photos
 
-    names = [name for name in config["target"].split(",") if name.strip()]
-    if not names:
-        raise DetguardError("--target: name at least one class, as in person,bus")
-    every = names == ["all"]
-    objective = Vanish(tuple(detector.class_names) if every else tuple(detector.class_index(name) for name in names))
+    objective = Vanish([name.strip() for name in config["target"].split(",") if name.strip()]).on(detector)
     photos: list[Any] = []
     with err.status("Looking for targets"):
         for source in config["data"]:
-            if is_folder(source):
+            if unlabelled(source):
                 photos += [(file, None) for file in find_photos([source])]
             else:
-                labelled = read_labelled(source, config["split"], detector.class_names)
+                labelled = read_labelled(source, config["split"], detector.class_names, show_warnings)
                 photos += [(one.file, one.objects) for one in labelled]
         return objective, stages(detector, photos, objective, config["learning"]["conf"])
 
@@ -260,7 +257,7 @@ def learn(
         )
     judged = f"--{kind.kind} {file}"
     if kind.kind == "patch":
-        worn = detector.class_names[objective.targets[0]]
+        worn = detector.class_names[objective.classes[0]]
         judged += f" --patch-target '{worn}' --patch-size {run.config['picture']['size']:g}"
     out.print(
         f"results: {file}, open {run.folder / 'report.html'}; judge it on other photos: detguard evaluate "

@@ -57,7 +57,7 @@ def ahead(
                 raise AheadError(
                     f"a process that makes training batches was killed or hung {ATTEMPTS} times at batch {number + 1}; "
                     "see that there is memory for it, in containers shared memory too (--shm-size), or give fewer "
-                    "--workers, and go on with --resume"
+                    "`workers`, and go on with `resume`"
                 ) from None
         finally:
             makers.end()

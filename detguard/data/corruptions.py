@@ -5,7 +5,7 @@ to detection: at the photo's own resolution, boxes unchanged. Albumentations mak
 `KINDS` says where ours differ. Evaluation and the training of hard images share this one definition.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from detguard import DetguardError
 from detguard.photos import Photo
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -224,3 +225,15 @@ KINDS: dict[str, Kind] = {
         _library(lambda i: A.ImageCompression(quality_range=((25, 18, 15, 10, 7)[i],) * 2, p=1)),
     ),
 }
+
+
+def chosen_kinds(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds of corruptions of these names, by default all.
+
+    Raises:
+        DetguardError: one of them is not known, or there is none.
+    """
+    kinds = tuple(KINDS) if names is None else tuple(names)
+    if not kinds or not set(kinds) <= KINDS.keys():
+        raise DetguardError(f"`corruptions` {','.join(kinds)}: expected some of {', '.join(KINDS)}")
+    return kinds

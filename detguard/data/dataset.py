@@ -57,10 +57,10 @@ class Dataset:
         if only is not None:
             names = {class_names[index] for index in shared}
             if missing := [name for name in only if name not in names]:
-                raise DataError(f"--classes: the detector and {self.name} do not both know {', '.join(missing)}")
+                raise DataError(f"`classes`: the detector and {self.name} do not both know {', '.join(missing)}")
             shared = {index: category for index, category in shared.items() if class_names[index] in only}
         if len(set(shared.values())) < len(shared):
-            raise DataError(f"{self.name}: the detector has several classes of one name; leave them out by --classes")
+            raise DataError(f"{self.name}: the detector has several classes of one name; leave them out by `classes`")
         if not shared:
             raise DataError(f"{self.name}: has no class in common with the detector; name its classes as it does")
         return shared
@@ -98,7 +98,7 @@ def read_dataset(
         root = _root(config, file)
         if split not in config or config[split] is None:
             parts = ", ".join(k for k in ("train", "val", "test") if config.get(k)) or "none"
-            raise DataError(f"{file}: has no split '{split}' (it has: {parts}); choose one with --split")
+            raise DataError(f"{file}: has no split '{split}' (it has: {parts}); choose one with `split`")
         annotations = config.get("annotations") or {}
         if isinstance(annotations, dict) and split in annotations:
             folder, listed = (

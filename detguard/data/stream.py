@@ -1,7 +1,7 @@
 """Labelled photos in the order in which they came."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,7 +62,7 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def from_lines(
-    lines: Iterable[bytes], class_names: dict[int, str], source: str = "--stream"
+    lines: Iterable[bytes], class_names: dict[int, str], source: str = "`stream`"
 ) -> Iterator[Labelled | DataError]:
     """Photos from JSON lines: {"photo": "a.jpg", "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}.
 
@@ -70,19 +70,19 @@ def from_lines(
     those that are labelled, if not all are. A line that is not such an object is given as the error that names it by
     its number. source: where the lines are from, for errors.
     """
-    index = {name: number for number, name in class_names.items()}
-    if len(index) < len(class_names):
-        raise DataError(f"{source}: the detector has several classes of one name, which labels cannot tell apart")
+    index = _index(class_names, source)
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield _labelled(line, index)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            yield DataError(
-                f'{source} line {number}: expected {{"photo": "a.jpg", "objects": [{{"class": "person", '
-                f'"box": [x1, y1, x2, y2]}}]}} ({type(error).__name__}: {error!s:.100})'
-            )
+        if line.strip():
+            yield _labelled(line, index, f"{source} line {number}")
+
+
+def from_records(
+    records: Iterable[Mapping[str, Any]], class_names: dict[int, str], source: str = "`photos`"
+) -> Iterator[Labelled | DataError]:
+    """Photos from mappings such as lines are, as `from_lines`."""
+    index = _index(class_names, source)
+    for number, record in enumerate(records, 1):
+        yield _labelled(record, index, f"{source} {number}")
 
 
 def read_lines(file: str | Path, class_names: dict[int, str]) -> list[Labelled]:
@@ -99,10 +99,30 @@ def read_lines(file: str | Path, class_names: dict[int, str]) -> list[Labelled]:
     return photos
 
 
-def _labelled(line: bytes, index: dict[str, int]) -> Labelled:
+def _index(class_names: dict[int, str], source: str) -> dict[str, int]:
+    index = {name: number for number, name in class_names.items()}
+    if len(index) < len(class_names):
+        raise DataError(f"{source}: the detector has several classes of one name, which labels cannot tell apart")
+    return index
+
+
+def _labelled(one: bytes | Mapping[str, Any], index: dict[str, int], where: str) -> Labelled | DataError:
+    try:
+        return _read(_parsed(one) if isinstance(one, bytes) else one, index)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        return DataError(
+            f'{where}: expected {{"photo": "a.jpg", "objects": [{{"class": "person", '
+            f'"box": [x1, y1, x2, y2]}}]}} ({type(error).__name__}: {error!s:.100})'
+        )
+
+
+def _parsed(line: bytes) -> Any:
     if len(line) > MAX_LINE:
         raise ValueError(f"over {MAX_LINE >> 20} MiB")
-    record = parse_json(line.decode("utf-8-sig"))
+    return parse_json(line.decode("utf-8-sig"))
+
+
+def _read(record: Any, index: dict[str, int]) -> Labelled:
     name, objects, classes = record["photo"], record["objects"], record.get("classes")
     if b"\0" in os.fsencode(name):  # which no file can be called, as is what cannot be encoded
         raise ValueError("a name with a null byte")

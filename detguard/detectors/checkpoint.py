@@ -61,7 +61,7 @@ class Archive:
     def refused(self, error: Exception) -> CheckpointError:
         """The error of this file for what is wrong with it."""
         if isinstance(error, Unknown):
-            return CheckpointError(f"{self.file}: refused, {error}; add --trust if you know where it comes from")
+            return CheckpointError(f"{self.file}: refused, {error}; add `trust` if you know where it comes from")
         return CheckpointError(f"{self.file}: damaged, or not a checkpoint ({first_line(error)})")
 
     def _read_root(self) -> Any:

@@ -57,7 +57,7 @@ def _shapes(detector: Detector, photo: Photo, conf: float) -> str | None:
 
 def _something(detector: Detector, photo: Photo, conf: float) -> str | None:
     return (
-        None if len(detector.predict(photo, conf)) else f"nothing over {conf}: give another --photo or a lower --conf"
+        None if len(detector.predict(photo, conf)) else f"nothing over {conf}: give another `photo` or a lower `conf`"
     )
 
 

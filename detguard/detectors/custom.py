@@ -23,7 +23,7 @@ def load_custom(name: str, trust: bool, device: str = "cpu") -> Detector:
         DetguardError: it is not trusted to run, cannot be imported, or returns something else.
     """
     if not trust:
-        raise DetguardError(f"{name}: would run code of yours; if you wrote it or trust it, give --trust")
+        raise DetguardError(f"{name}: would run code of yours; if you wrote it or trust it, give `trust`")
     module, _, factory = name.rpartition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:

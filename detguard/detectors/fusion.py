@@ -115,7 +115,7 @@ def parse_fusion(text: str) -> Fusion:
         except ValueError:
             pass
     known = ", ".join(f"{rule.name}:0..{rule.most:g}" for rule in RULES.values())
-    raise DetguardError(f"--fusion {text}: expected one of {known}")
+    raise DetguardError(f"`fusion` {text}: expected one of {known}")
 
 
 def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:

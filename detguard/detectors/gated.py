@@ -95,7 +95,7 @@ class GatedNetwork(nn.Module):
         super().__init__()
         layers = list(model.model)
         if not 0 <= split < len(layers):
-            raise DetguardError(f"--split {split}: expected 0 (whole networks) to {len(layers) - 1} (heads only)")
+            raise DetguardError(f"`split` {split}: expected 0 (whole networks) to {len(layers) - 1} (heads only)")
         if not 1 <= len(names) <= MOST_EXPERTS or gate_on not in GATES:
             raise DetguardError(f"a gated ensemble has 1 to {MOST_EXPERTS} experts and a gate on one of {GATES}")
         self.split, self.names, self.gate_on, self.fusion = split, list(names), gate_on, str(parse_fusion(fusion))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save
 from torch import nn
 
-from detguard import DetguardError, first_line
+from detguard import DetguardError, defaults, first_line
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from detguard.detectors.base import Detector, Family
     from detguard.detectors.gated import GatedNetwork
 
-BUNDLED = "detguard-n"
+BUNDLED = defaults.MODEL
 # What a detector is that does not take an option.
 LACKS = {
     "end_to_end": "has no head that works without NMS",
@@ -58,10 +58,10 @@ def load_detector(
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
-        raise DetguardError(f"--device {device}: cannot be used ({reason})") from error
+        raise DetguardError(f"`device` {device}: cannot be used ({reason})") from error
     if is_custom(name):
         if imgsz or end_to_end or top_k or fusion:
-            raise DetguardError(f"{name}: is made by your own function; --imgsz, --end-to-end and such are up to it")
+            raise DetguardError(f"{name}: is made by your own function; `imgsz`, `end_to_end` and such are up to it")
         detector = load_custom(str(name), trust, device)
     else:
         detector = _of_weights(name, imgsz, trust, device, end_to_end=end_to_end, top_k=top_k, fusion=fusion)
@@ -78,7 +78,7 @@ def _of_weights(name: str | Path, imgsz: int | None, trust: bool, device: str, *
     family = next(family for family in FAMILIES if family.owns(model))
     given = {option: value for option, value in options.items() if value}
     for option in sorted(given.keys() - family.options):
-        raise DetguardError(f"--{option.replace('_', '-')}: {name} {LACKS[option]}")
+        raise DetguardError(f"`{option}`: {name} {LACKS[option]}")
     return family.detector(model, Path(name).stem, imgsz or size, device, **given)
 
 

@@ -78,7 +78,7 @@ class TorchvisionDetector(Detector):
         self.outputs = torch.tensor([number for number, _ in classes], device=self.device)
         resize = self.model.transform
         if resize.fixed_size and imgsz != (size := max(resize.fixed_size)):
-            raise DetguardError(f"--imgsz {imgsz}: {name} has frames of {size} px only")
+            raise DetguardError(f"`imgsz` {imgsz}: {name} has frames of {size} px only")
         if imgsz != frame_size(model):
             resize.min_size, resize.max_size = (imgsz,), imgsz
         self.imgsz = imgsz

@@ -46,7 +46,7 @@ class UltralyticsDetector(Detector):
         frozen: Any = copy.deepcopy(model).float().eval()
         two_heads = getattr(frozen.model[-1], "one2one_cv2", None) is not None
         if end_to_end and not two_heads:
-            raise DetguardError(f"--end-to-end: {name} has no head that works without NMS")
+            raise DetguardError(f"`end_to_end`: {name} has no head that works without NMS")
         if two_heads:
             frozen.end2end = end_to_end
         self.end_to_end = end_to_end
@@ -210,7 +210,7 @@ class Ultralytics(Family):
             reason = "download failed"
         if not found.is_file():
             raise DetguardError(
-                f"{name}: cannot be downloaded ({reason}); go online or give a file, --model path/to/{official}"
+                f"{name}: cannot be downloaded ({reason}); go online or give a file, `detector` path/to/{official}"
             )
         return found
 

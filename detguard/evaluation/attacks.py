@@ -56,7 +56,7 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
         return KINDS["degrade"](tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=detector.robust)
     parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS), "dense": tuple(GAINS)}
     if name not in parts:
-        raise DetguardError(f"--attacks '{name}': expected some of {', '.join(ATTACKS)}")
+        raise DetguardError(f"`attacks` '{name}': expected some of {', '.join(ATTACKS)}")
     return KINDS["degrade"](tuple(targets), parts[name])
 
 

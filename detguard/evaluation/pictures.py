@@ -63,7 +63,7 @@ def patched(file: str, target: int, size: float, seed: int) -> list[Changed]:
     Raises:
         DetguardError: the file cannot be read, or is not square.
     """
-    patch = _read_square("--patch", file)
+    patch = _read_square("`patch`", file)
     places = np.arange(len(patch)) * SQUARES // len(patch)
     noise = _random(seed).integers(0, 256, (SQUARES, SQUARES, 3), dtype=np.uint8)[places][:, places]
     images = {GREY: np.full_like(patch, GREY_LEVEL), RANDOM: noise, Patch.kind: patch}
@@ -76,10 +76,10 @@ def perturbed(file: str, seed: int) -> list[Changed]:
     Raises:
         DetguardError: the file cannot be read, is not square, or changes nothing.
     """
-    perturbation = _read_square("--universal", file)
+    perturbation = _read_square("`universal`", file)
     eps = largest_change(perturbation)
     if not eps:
-        raise DetguardError(f"--universal {file}: changes nothing; expected one that detguard universal has made")
+        raise DetguardError(f"`universal` {file}: changes nothing; expected one that detguard universal has made")
     signs = NOTHING + eps * _random(seed).choice(np.array([-1, 1]), perturbation.shape)
     images = {RANDOM: signs.astype(np.uint8), Universal.kind: perturbation}
     return _views(Universal(eps, len(perturbation)), (), images)
@@ -111,4 +111,4 @@ def check_pictures(subject: Subject, views: Sequence[Changed]) -> None:
     for target in {target for view in views for target in view.targets} - subject.category_ids.keys():
         known = ", ".join(subject.detector.class_names[index] for index in sorted(subject.category_ids))
         name = subject.detector.class_names[target]
-        raise DetguardError(f"--patch-target {name}: not evaluated on {subject.dataset.name}; it has: {known}")
+        raise DetguardError(f"`patch_target` {name}: not evaluated on {subject.dataset.name}; it has: {known}")

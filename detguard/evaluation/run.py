@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
@@ -35,36 +35,36 @@ class Protocols:
         DetguardError: an option is not one of those known.
     """
 
-    protocols: tuple[str, ...] = ("clean", "corruptions", "attack")
-    severities: tuple[int, ...] = SEVERITIES
-    eps: tuple[int, ...] = (4,)
+    protocols: tuple[str, ...] = defaults.Evaluate.protocols
+    severities: tuple[int, ...] = defaults.Evaluate.severities
+    eps: tuple[int, ...] = defaults.Evaluate.eps
     steps: int = 20
     restarts: int = 1
-    attacks: tuple[str, ...] = ATTACKS
-    queries: int = 200
-    seed: int = 0
+    attacks: tuple[str, ...] = defaults.Evaluate.attacks
+    queries: int = defaults.Evaluate.queries
+    seed: int = defaults.Evaluate.seed
     patch: str | None = None
-    patch_target: str = "person"
-    patch_size: float = 0.3
+    patch_target: str = defaults.Evaluate.patch_target
+    patch_size: float = defaults.Evaluate.patch_size
     universal: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.protocols:
             if name not in PROTOCOLS:
-                raise DetguardError(f"--protocols '{name}': expected some of {', '.join(PROTOCOLS)}")
+                raise DetguardError(f"`protocols` '{name}': expected some of {', '.join(PROTOCOLS)}")
         for severity in self.severities:
             if severity not in SEVERITIES:
-                raise DetguardError(f"--severities {severity}: expected some of 1,2,3,4,5")
+                raise DetguardError(f"`severities` {severity}: expected some of 1,2,3,4,5")
         for eps in self.eps:
             if not 0 < eps <= 255:
-                raise DetguardError(f"--eps {eps}: expected whole levels of 1..255")
+                raise DetguardError(f"`eps` {eps}: expected whole levels of 1..255")
         for attack in self.attacks:
             if attack not in ATTACKS:
-                raise DetguardError(f"--attacks '{attack}': expected some of {', '.join(ATTACKS)}")
+                raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
         for name in ("protocols", "severities", "eps", "attacks"):  # what is said twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.protocols and self.severities and self.eps and self.attacks):
-            raise DetguardError("--protocols, --severities, --eps, --attacks: each needs at least one value")
+            raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")
 
     def attack_sets(self, detector: Detector) -> list[AttackSet]:
         """The white-box attacks on a detector, by rising budget as given; on a gated one, those that know it too."""

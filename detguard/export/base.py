@@ -90,4 +90,4 @@ class Format(ABC):
         """
         if missing := [package for package in self.packages if find_spec(package) is None]:
             what = " and ".join(missing)
-            raise DetguardError(f"--format {name}: needs {what}; pip install 'detguard[{self.extra}]'")
+            raise DetguardError(f"`format` {name}: needs {what}; pip install 'detguard[{self.extra}]'")

@@ -78,12 +78,12 @@ def unfused(hardened: GatedNetwork, architecture: str, frames: Sequence[Tensor])
         DetguardError: there are several experts, or a part of the architecture is not there any more.
     """
     if hardened.sparse:
-        raise DetguardError("--format pt: Ultralytics has no layers of mean sparsity; harden --sparse 0, or use onnx")
+        raise DetguardError("`format` pt: Ultralytics has no layers of mean sparsity; harden `sparse` 0, or use onnx")
     model: Any = build_model(architecture, list(hardened.class_names.values()))
     if getattr(model.model[-1], "one2one_cv2", None) is not None:
         # Its head without NMS went when it was hardened.
         if type(model.model[-1]) is not Detect:
-            raise DetguardError(f"--format pt: {architecture} has a second head, which hardening drops; use onnx")
+            raise DetguardError(f"`format` pt: {architecture} has a second head, which hardening drops; use onnx")
         model = type(model)(model.yaml | {"end2end": False}, nc=len(hardened.class_names), verbose=False)
     model.names, model.task = hardened.class_names, "detect"
     layers = nn.ModuleList(hardened.single().model)

@@ -48,20 +48,20 @@ def plan_export(
     """
     FORMATS[kind].check_packages(kind)
     if kind == "pt" and (nms or not dynamic or end_to_end):
-        option = "--nms" if nms else "--end-to-end" if end_to_end else "--static"
+        option = "`nms`" if nms else "`end_to_end`" if end_to_end else "`static`"
         raise DetguardError(
-            f"{option}: not of a .pt, where YOLO(file) decides; leave it out or choose another --format"
+            f"{option}: not of a .pt, where YOLO(file) decides; leave it out or choose another `format`"
         )
     if nms and end_to_end:
-        raise DetguardError("--nms: the head of --end-to-end needs none; leave one of them out")
+        raise DetguardError("`nms`: the head of `end_to_end` needs none; leave one of them out")
     detector = load_detector(model, imgsz, trust, end_to_end=end_to_end, top_k=top_k)
     network: Any = detector.model
     architecture = ""
     if isinstance(network, GatedNetwork):
         if kind == "pt" and len(network.names) > 1:
             raise DetguardError(
-                f"--format pt: {model} is an ensemble of {len(network.names)} experts, and Ultralytics' .pt holds one "
-                "network; choose --format onnx, which YOLO(file) runs too, or harden one network (--recipe pgd)"
+                f"`format` pt: {model} is an ensemble of {len(network.names)} experts, and Ultralytics' .pt holds one "
+                "network; choose `format` onnx, which YOLO(file) runs too, or harden one network (`recipe` pgd)"
             )
         architecture = str(read_card(model)["architecture"])
     elif not isinstance(detector, UltralyticsDetector) or detector.stretch:
@@ -86,9 +86,9 @@ def check_file(file: Path, model: str, kind: str) -> None:
     """
     suffix = FORMATS[kind].suffix
     if not file.name.endswith(suffix):
-        raise DetguardError(f"--out {file}: expected a name that ends in {suffix} for --format {kind}")
+        raise DetguardError(f"`out` {file}: expected a name that ends in {suffix} for `format` {kind}")
     if kind == "pt" and is_file(file) and file.samefile(find_weights(model)):
-        raise DetguardError(f"--out {file}: would be written over the model itself; give another name")
+        raise DetguardError(f"`out` {file}: would be written over the model itself; give another name")
 
 
 def export(wanted: Deployment, kind: str, file: Path) -> Verdict:
@@ -105,4 +105,4 @@ def export(wanted: Deployment, kind: str, file: Path) -> Verdict:
         raise
     except Exception as error:  # whatever an exporter or a runtime raises of a network that it does not know
         reason = first_line(error)
-        raise DetguardError(f"--format {kind}: {wanted.detector.name} cannot be exported ({reason})") from error
+        raise DetguardError(f"`format` {kind}: {wanted.detector.name} cannot be exported ({reason})") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.stream import Labelled
 from detguard.detections import suppress
@@ -51,21 +51,21 @@ class Adaptation:
         DetguardError: an option is not one of those known.
     """
 
-    experts: int = 1
+    experts: int = defaults.Adapt.experts
     mode: str = "full"
-    init: str = "best"
-    keep: float = 1.0
+    init: str = defaults.Adapt.init
+    keep: float = defaults.Adapt.keep
     photos: int = 5_000
-    batch: int = 16
-    rate: float = 1e-3
-    seed: int = 0
+    batch: int = defaults.Adapt.batch
+    rate: float = defaults.Adapt.rate
+    seed: int = defaults.Adapt.seed
     eps: float = Adversary.eps
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
+            raise DetguardError(f"`mode` {self.mode}: expected one of {', '.join(MODES)}")
         if self.mode == "frozen" and not self.experts:
-            raise DetguardError("--experts 0: in --mode frozen only new experts learn; add some, or use --mode full")
+            raise DetguardError("`experts` 0: in `mode` frozen only new experts learn; add some, or use `mode` full")
 
     @property
     def number(self) -> int:
@@ -93,8 +93,8 @@ def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
     """
     if len(network.names) + plan.experts > most:
         raise DetguardError(
-            f"--max-experts {most}: the ensemble has {len(network.names)} and would get {plan.experts} more; allow "
-            "more (an ensemble made with --top-k still asks few), or adapt those that it has: --experts 0 --mode full"
+            f"`max_experts` {most}: the ensemble has {len(network.names)} and would get {plan.experts} more; allow "
+            "more (an ensemble made with `top_k` still asks few), or adapt those that it has: `experts` 0 `mode` full"
         )
 
 

@@ -29,9 +29,9 @@ class Adversary:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise DetguardError(f"--attack {self.method}: expected one of {', '.join(METHODS)}")
+            raise DetguardError(f"`attack` {self.method}: expected one of {', '.join(METHODS)}")
         if self.method == "fgsm" and self.steps != 1:
-            raise DetguardError(f"--steps {self.steps}: fgsm has one; several steps are pgd")
+            raise DetguardError(f"`steps` {self.steps}: fgsm has one; several steps are pgd")
 
     @property
     def step(self) -> float:

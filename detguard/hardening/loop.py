@@ -249,7 +249,7 @@ def train(
             if setbacks > SETBACKS:
                 raise DetguardError(
                     f"{log.stage}: the loss grew out of all bounds at batch {worst} ({loss:.3g}), after going back "
-                    f"{SETBACKS} times; start anew with a lower --rate or a smaller --eps"
+                    f"{SETBACKS} times; start anew with a lower `rate` or a smaller `eps`"
                 )
             at.setbacks, began = setbacks, time.monotonic() - at.spent
             log.told = {"diverged": worst, "setbacks": setbacks}

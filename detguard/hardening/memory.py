@@ -34,9 +34,9 @@ def check_memory(
     if batch * of_frame <= free:
         return
     fits = int(free / of_frame)
-    advice = f"--batch {fits} fits" if fits > 1 else "train on smaller frames"
+    advice = f"`batch` {fits} fits" if fits > 1 else "train on smaller frames"
     raise DetguardError(
-        f"--batch {batch}: a step on frames of {size} px takes about {batch * of_frame / 1e9:.1f} GB, of which "
+        f"`batch` {batch}: a step on frames of {size} px takes about {batch * of_frame / 1e9:.1f} GB, of which "
         f"{free / 1e9:.1f} are free; {advice}"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from river.drift import ADWIN, KSWIN, PageHinkley
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, as_line
 from detguard.detections import Detections
@@ -55,13 +55,13 @@ class Monitor:
         DetguardError: no such kind.
     """
 
-    kind: str = "adwin"
-    window: int = 32
+    kind: str = defaults.Monitor.drift
+    window: int = defaults.Monitor.window
     values: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.kind not in DRIFT:
-            raise DetguardError(f"--detector {self.kind}: expected one of {', '.join(DRIFT)}")
+            raise DetguardError(f"`drift` {self.kind}: expected one of {', '.join(DRIFT)}")
         self._drift = DRIFT[self.kind](self.window)
 
     def add(self, value: float) -> int | None:

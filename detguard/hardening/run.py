@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, batches
 from detguard.detectors.base import Detector
 from detguard.detectors.fusion import parse_fusion
@@ -73,44 +73,52 @@ class Plan:
         DetguardError: an option is not one of those known.
     """
 
-    recipe: str = "gated"
-    learn: str = "teacher"
+    recipe: str = defaults.Harden.recipe
+    learn: str = defaults.Harden.learn
     pretrain: bool = False
-    mode: str = "freeze-first"
-    split: str = "backbone"
-    photos: int = 100_000
+    mode: str = defaults.Harden.mode
+    split: str = defaults.Harden.split
+    photos: int = defaults.Harden.photos
     hours: float | None = None
     crop: int | None = None
     attack: str = "free"
-    eps: float = 4.0
+    eps: float = defaults.Harden.eps
     steps: int = 2
-    mix: float = 0.2
+    mix: float = defaults.Harden.mix
     top_k: int | None = None
-    fusion: str = "bounded:0.25"
-    sparse: float = 0.2
-    batch: int = 32
-    rate: float = 3e-3
-    seed: int = 0
+    fusion: str = defaults.Harden.fusion
+    sparse: float = defaults.Harden.sparse
+    batch: int = defaults.Harden.batch
+    rate: float = defaults.Harden.rate
+    seed: int = defaults.Harden.seed
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
-            raise DetguardError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
+            raise DetguardError(f"`recipe` {self.recipe}: expected one of {', '.join(RECIPES)}")
         if self.pretrain and "pretrain" not in RECIPES[self.recipe]:
-            raise DetguardError(f"--pretrain: --recipe {self.recipe} sees no attacks; leave one of them out")
+            raise DetguardError(f"`pretrain`: `recipe` {self.recipe} sees no attacks; leave one of them out")
         if self.learn not in LEARN:
-            raise DetguardError(f"--learn {self.learn}: expected one of {', '.join(LEARN)}")
+            raise DetguardError(f"`learn` {self.learn}: expected one of {', '.join(LEARN)}")
         if self.mode not in MODES:
-            raise DetguardError(f"--mode {self.mode}: expected one of {', '.join(MODES)}")
+            raise DetguardError(f"`mode` {self.mode}: expected one of {', '.join(MODES)}")
         if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
-            raise DetguardError(f"--top-k {self.top_k}: expected 1 to {len(self.experts)}, the number of experts")
+            raise DetguardError(f"`top_k` {self.top_k}: expected 1 to {len(self.experts)}, the number of experts")
         if self.crop is not None and self.crop % STRIDE:
-            raise DetguardError(f"--crop {self.crop}: expected a multiple of {STRIDE}, the stride of detectors")
+            raise DetguardError(f"`crop` {self.crop}: expected a multiple of {STRIDE}, the stride of detectors")
         if self.recipe == "mtd" and self.attack != "pgd":
-            raise DetguardError(f"--attack {self.attack}: --recipe mtd chooses between two attacks, which pgd makes")
+            raise DetguardError(f"`attack` {self.attack}: `recipe` mtd chooses between two attacks, which pgd makes")
         if not 0 <= self.sparse <= 1:
-            raise DetguardError(f"--sparse {self.sparse:g}: expected 0 (none) to 1 standard deviations")
+            raise DetguardError(f"`sparse` {self.sparse:g}: expected 0 (none) to 1 standard deviations")
         parse_fusion(self.fusion)
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> "Plan":
+        """Of options by name; those that are left out, or None, are what the recipe and the attack have them be."""
+        told = {name: value for name, value in told.items() if value is not None}
+        told.setdefault("attack", "pgd" if told.get("recipe") == "mtd" else cls.attack)
+        told.setdefault("steps", 1 if told["attack"] == "fgsm" else cls.steps)
+        return cls(**told)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -203,7 +211,7 @@ def split_layer(model: Any, split: str) -> int:
     if split in named:
         return named[split]
     if not split.isdigit() or int(split) > last:
-        raise DetguardError(f"--split {split}: expected head, neck, backbone or the number of a layer, 0 to {last}")
+        raise DetguardError(f"`split` {split}: expected head, neck, backbone or the number of a layer, 0 to {last}")
     return int(split)
 
 
@@ -217,29 +225,31 @@ def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated
         DetguardError: it is not of a family that can be hardened, has another kind of head, or lacks classes.
     """
     if not isinstance(model, (GatedNetwork, DetectionModel)):
-        raise DetguardError(f"--model: only Ultralytics' YOLO families can be hardened, not a {type(model).__name__}")
+        raise DetguardError(
+            f"`detector`: only Ultralytics' YOLO families can be hardened, not a {type(model).__name__}"
+        )
     if isinstance(model, GatedNetwork) and len(model.names) > 1 and model.names != list(EXPERTS):
-        raise DetguardError(f"--model: has the experts {', '.join(model.names)}; detguard adapt goes on with others")
+        raise DetguardError(f"`detector`: has the experts {', '.join(model.names)}; detguard adapt goes on with others")
     if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
-        raise DetguardError(f"{name}: expected a detector of Ultralytics' YOLO families, not hardened (--teacher)")
+        raise DetguardError(f"{name}: expected a detector of Ultralytics' YOLO families, not hardened (`teacher`)")
     base: Any = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
     theirs_model: Any = teacher.model
     heads = [base.model[-1], theirs_model.model[-1]]
     ours, theirs = ((head.stride.tolist(), head.reg_max, head.end2end) for head in heads)
     if ours != theirs:
-        raise DetguardError(f"--teacher {name}: its boxes are made in another way than --model's; expected its family")
+        raise DetguardError(f"`teacher` {name}: boxes are made in another way than `detector`'s; expected its family")
     if lacking := set(base.names.values()) - set(teacher.class_names.values()):
-        raise DetguardError(f"--teacher {name}: lacks classes that --model has: {', '.join(sorted(lacking))}")
+        raise DetguardError(f"`teacher` {name}: lacks classes that `detector` has: {', '.join(sorted(lacking))}")
     if pretrain and isinstance(model, GatedNetwork):
-        raise DetguardError("--pretrain: --model is hardened already, with its backbone; leave one of them out")
+        raise DetguardError("`pretrain`: `detector` is hardened already, with its backbone; leave one of them out")
     if pretrain and not same_layers(base, teacher.model, heads=False):
         raise DetguardError(
-            f"--pretrain: --teacher {name} has other feature maps; expected the architecture of --model"
+            f"`pretrain`: `teacher` {name} has other feature maps; expected the architecture of `detector`"
         )
     alone = isinstance(model, GatedNetwork) and len(model.names) == 1
     if alone and recipe == "gated" and not same_layers(base, narrowed(teacher.model, list(base.names.values()))):
         raise DetguardError(
-            f"--teacher {name}: expected the architecture and classes of --model, whose undefended experts it is"
+            f"`teacher` {name}: expected the architecture and classes of `detector`, whose undefended experts it is"
         )
 
 

@@ -96,7 +96,7 @@ class Setting:
             DetguardError: there are more ranks than photos in a batch.
         """
         if batch < ranks.count:
-            raise DetguardError(f"--batch {batch}: fewer photos than the {ranks.count} processes that train")
+            raise DetguardError(f"`batch` {batch}: fewer photos than the {ranks.count} processes that train")
         workers = workers or max(1, cores() // ranks.local)
         return cls(batch, size, seed, bf16_helps(ranks.device), cls.save_every, corruptions, workers, ranks)
 

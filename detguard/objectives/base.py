@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from torch.nn.functional import pad, softplus
 from torchvision.ops import box_iou
 from typing_extensions import override
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.detections import Candidates, Detections
+from detguard.detectors.base import Detector
 
+# Instead of a class's name: every one that a detector knows, and any but an object's own.
+ALL, OTHER = "all", "other"
+# Between the names of classes in words, and from one to what it is to be found as.
+SEPARATOR, ARROW = ",", "->"
 Outcome = Literal["kept", "vanished", "relabelled"]
 SAME_OBJECT_IOU = 0.5
 # A candidate this far below the threshold (in logits) has no part in the loss: thousands of background
@@ -27,14 +32,19 @@ CANDIDATES = 10
 
 
 class Objective(ABC):
-    """What the attacker wants. `targets` are the class indices of the objects that are attacked.
+    """What the attacker wants. `targets` are the classes of the objects that are attacked.
 
     kind: what it is called in `parse.KINDS`; needs_target: there is nothing to do on a photo without such an object.
     """
 
     kind: ClassVar[str]
     needs_target: ClassVar[bool] = True
-    targets: tuple[int, ...]
+    targets: Any
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The class indices of the targets."""
+        return self.targets
 
     @property
     def raises(self) -> bool:
@@ -43,7 +53,7 @@ class Objective(ABC):
 
     def attacked(self, clean: Detections) -> Tensor:
         """Which detections of the clean photo are attacked, bool [K]; photo pixels."""
-        return torch.isin(clean.classes, torch.tensor(self.targets, dtype=torch.int64))
+        return torch.isin(clean.classes, torch.tensor(self.classes, dtype=torch.int64))
 
     @abstractmethod
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Any:
@@ -111,23 +121,34 @@ LOSSES: dict[str, LogitLoss] = {"logit": LogitLoss(), "confidence": ConfidenceLo
 class Selection:
     """Some of a photo's objects; by default all.
 
-    numbers: places in the clean detections, best first, from 1; box: x1, y1, x2, y2 in photo pixels, in which the
+    objects: places in the clean detections, best first, from 1; box: x1, y1, x2, y2 in photo pixels, in which the
     middle of an object lies.
+
+    Raises:
+        DetguardError: these are none.
     """
 
-    numbers: tuple[int, ...] = ()
+    objects: tuple[int, ...] = ()
     box: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if any(number < 1 for number in self.objects):
+            raise DetguardError("`objects`: expected whole numbers from 1")
+        if self.box is not None and not (
+            len(self.box) == 4 and self.box[0] < self.box[2] and self.box[1] < self.box[3]
+        ):
+            raise DetguardError("`box`: expected x1,y1,x2,y2 with x1 < x2 and y1 < y2, pixels of the photo")
 
     @property
     def all(self) -> bool:
         """Whether nothing is left out."""
-        return not self.numbers and self.box is None
+        return not self.objects and self.box is None
 
     def of(self, clean: Detections) -> Tensor:
         """Which are selected, bool [K]."""
         selected = torch.ones(len(clean), dtype=torch.bool)
-        if self.numbers:
-            selected &= torch.isin(torch.arange(1, len(clean) + 1), torch.tensor(self.numbers))
+        if self.objects:
+            selected &= torch.isin(torch.arange(1, len(clean) + 1), torch.tensor(self.objects))
         if self.box is not None:
             x, y = ((clean.boxes[:, :2] + clean.boxes[:, 2:]) / 2).unbind(1)
             x1, y1, x2, y2 = self.box
@@ -144,42 +165,70 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the options of `detguard attack` ask for, as class indices; common: the fields that all goals share."""
-
-    targets: tuple[int, ...]
-    to: tuple[int, ...] | None
-    strict: bool
-    count: int | None
-    common: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Goal(Objective):
     """A goal of `detguard attack`.
 
-    wanted: for titles, after the names of the targets; takes: options that it knows beside those of all goals;
-    default: the targets where none are named; only: the objects that are attacked, where not all of the targets are;
-    keep_others: all other objects must still be found in their places (IoU >= 0.5) as what they were;
-    measure: by which logits become a loss, one of LOSSES.
+    wanted: for titles, after the names of the targets; takes: words of the command that it knows beside those of all
+    goals; default: the targets where none are named and no objects selected.
+
+    targets: by name, by index or ALL; of one that is used, by index: see `on`. only: the objects that are attacked,
+    where not all of the targets are; keep_others: all other objects must still be found in their places (IoU >= 0.5) as
+    what they were; measure: by which logits become a loss, one of LOSSES.
+
+    Raises:
+        DetguardError: these do not go together.
     """
 
     wanted: ClassVar[str]
     takes: ClassVar[frozenset[str]] = frozenset()
     default: ClassVar[str] = "person"
-    targets: tuple[int, ...]
+    targets: Any = None
     only: Selection = field(default=Selection(), kw_only=True)
     keep_others: bool = field(default=False, kw_only=True)
-    measure: str = field(default="logit", kw_only=True)
+    measure: str = field(default=defaults.Attack.measure, kw_only=True)
 
-    @classmethod
-    def parse(cls, wish: Wish) -> "Goal":
-        """The goal that `wish` describes, whose options it takes.
+    def __post_init__(self) -> None:
+        if not self.needs_target and not self.only.all:
+            raise DetguardError(f"`only`: {self.kind} attacks no objects that could be selected")
+        if self.measure not in LOSSES:
+            raise DetguardError(f"`measure` {self.measure}: expected one of {', '.join(LOSSES)}")
+        targets = (self.default if self.only.all else ALL) if self.targets is None else self.targets
+        object.__setattr__(self, "targets", (targets,) if isinstance(targets, str | int) else tuple(targets))
+        if not self.targets:
+            raise DetguardError("`targets`: name at least one class, as in person,bus, or all")
+
+    @property
+    @override
+    def classes(self) -> tuple[int, ...]:
+        if not all(isinstance(target, int) for target in self.targets):
+            raise TypeError(f"{self}: knows its classes by name; use what `on` gives for a detector")
+        return self.targets
+
+    def on(self, detector: Detector) -> Self:
+        """The same goal with the class indices of a detector.
 
         Raises:
-            DetguardError: they do not go together.
+            DetguardError: it has no such class, or cannot be fooled so.
         """
-        return cls(wish.targets, **wish.common)
+        return replace(self, targets=tuple(dict.fromkeys(i for one in self.targets for i in indices(one, detector))))
+
+    def words(self, class_names: Mapping[int, str]) -> dict[str, Any]:
+        """What a run keeps of a goal, in the words of the command line; class_names: of targets that are indices.
+
+        Raises:
+            DetguardError: a class cannot be named so.
+        """
+        return {
+            "goal": self.kind,
+            "target": ",".join(in_words(target, class_names) for target in self.targets),
+            "to": None,
+            "strict": getattr(self, "strict", False),
+            "object": list(self.only.objects) or None,
+            "box": list(self.only.box) if self.only.box else None,
+            "keep_others": self.keep_others,
+            "loss": self.measure,
+            "count": getattr(self, "count", None),
+        }
 
     @property
     @override
@@ -231,15 +280,27 @@ class Goal(Objective):
         """Whether `found` is what is wanted, the others left aside; `attacked` are some of the `clean` detections."""
 
 
-def required(value: Any, option: str, goal: str) -> Any:
-    """A value that a goal cannot do without.
+def indices(target: str | int, detector: Detector) -> list[int]:
+    """The class indices of one target.
 
     Raises:
-        DetguardError: it is None.
+        DetguardError: no such class.
     """
-    if value is None:
-        raise DetguardError(f"--goal {goal}: give {option}, too")
-    return value
+    if isinstance(target, int):
+        return [target]
+    return list(detector.class_names) if target.strip().lower() == ALL else [detector.class_index(target)]
+
+
+def in_words(target: str | int, class_names: Mapping[int, str]) -> str:
+    """A class as the command line names it.
+
+    Raises:
+        DetguardError: it cannot.
+    """
+    name = class_names[target] if isinstance(target, int) else target
+    if SEPARATOR in name or ARROW in name:
+        raise DetguardError(f"`targets` '{name}': classes whose names hold {SEPARATOR} or {ARROW} cannot be attacked")
+    return name
 
 
 def pick(logits: Tensor, classes: Sequence[int] | Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torchvision.ops import box_iou, nms
 from typing_extensions import override
 
 from detguard.detections import Candidates, Detections
-from detguard.objectives.base import UNFOUND, Goal, Scene, Wish, new, pick
+from detguard.objectives.base import UNFOUND, Goal, Scene, new, pick
 
 # Places at which an object is tried to be raised, for each that is wanted; the candidates that they are chosen from;
 # and their largest overlap.
@@ -30,13 +30,8 @@ class Fabricate(Goal):
     kind: ClassVar[str] = "fabricate"
     needs_target: ClassVar[bool] = False
     wanted: ClassVar[str] = "found where there is none"
-    takes: ClassVar[frozenset[str]] = frozenset({"--count"})
+    takes: ClassVar[frozenset[str]] = frozenset({"count"})
     count: int = 1
-
-    @override
-    @classmethod
-    def parse(cls, wish: Wish) -> "Fabricate":
-        return cls(wish.targets, wish.count or 1, **wish.common)
 
     @property
     @override
@@ -46,22 +41,22 @@ class Fabricate(Goal):
     @override
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Places:
         """The best candidates of the target classes that lie on no object, apart from each other."""
-        logits, boxes = pick(candidates.logits[0].detach(), self.targets), candidates.best_boxes[0].detach()
+        logits, boxes = pick(candidates.logits[0].detach(), self.classes), candidates.best_boxes[0].detach()
         # Well apart from the objects, for boxes move.
         taken = (box_iou(boxes, objects.boxes.to(boxes)) > APART).any(1)
         free = logits.masked_fill(taken[:, None], UNFOUND).flatten()
         best = free.topk(min(CHOICE, len(free)))
-        chosen = nms(boxes[best.indices // len(self.targets)], best.values, APART)[: PLACES * self.count]
+        chosen = nms(boxes[best.indices // len(self.classes)], best.values, APART)[: PLACES * self.count]
         chosen = chosen[best.values[chosen] > UNFOUND]
         return Places(objects[attacked], objects[~attacked], best.indices[chosen])
 
     @override
     def own_loss(self, candidates: Candidates, aims: Sequence[Places], conf: float) -> Tensor:
         """The target classes are raised over the threshold at the places that were chosen."""
-        logits = pick(candidates.logits, self.targets).flatten(1)
+        logits = pick(candidates.logits, self.classes).flatten(1)
         return stack([self.by.higher(one[places.index], conf) for one, places in zip(logits, aims, strict=True)])
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
         """Enough detections of the target classes are new."""
-        return len(found[new(clean, found)].of(self.targets)) >= self.count
+        return len(found[new(clean, found)].of(self.classes)) >= self.count

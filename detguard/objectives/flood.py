@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from detguard.detections import Candidates, Detections
-from detguard.objectives.base import Goal, Scene, Wish, pick
+from detguard.objectives.base import Goal, Scene, pick
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,10 @@ class Flood(Goal):
     kind: ClassVar[str] = "flood"
     needs_target: ClassVar[bool] = False
     wanted: ClassVar[str] = "found in masses"
-    takes: ClassVar[frozenset[str]] = frozenset({"--count"})
+    takes: ClassVar[frozenset[str]] = frozenset({"count"})
     default: ClassVar[str] = "all"
     # What every family can answer: some stop at a hundred detections.
     count: int = 100
-
-    @override
-    @classmethod
-    def parse(cls, wish: Wish) -> "Flood":
-        return cls(wish.targets, wish.count or cls.count, **wish.common)
 
     @property
     @override
@@ -37,10 +32,10 @@ class Flood(Goal):
     @override
     def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
         """The best target class of every candidate is raised over the threshold."""
-        best = pick(candidates.logits, self.targets).amax(2)
+        best = pick(candidates.logits, self.classes).amax(2)
         return torch.stack([self.by.higher(one, conf) for one in best])
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
         """Enough is found."""
-        return len(found.of(self.targets)) >= self.count
+        return len(found.of(self.classes)) >= self.count

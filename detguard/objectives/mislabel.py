@@ -1,8 +1,8 @@
 """Objects are found as another class."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,22 +11,26 @@ from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.detections import Candidates, Detections
+from detguard.detectors.base import Detector
 from detguard.objectives.base import (
+    ARROW,
+    OTHER,
     SAME_OBJECT_IOU,
+    SEPARATOR,
     UNFOUND,
     Goal,
     Scene,
-    Wish,
+    in_words,
+    indices,
     near,
     on_class,
     outcomes,
     pick,
     raise_on,
-    required,
 )
 
-# Instead of a class: any but an object's own.
-OTHER = -1
+# Instead of an index: any but an object's own.
+ANY = -1
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,53 @@ class Renamed(Scene):
 class Mislabel(Goal):
     """Every attacked object is found in its place (IoU >= 0.5) as another class, and no longer as its own.
 
-    to: for each of the targets the class index that it becomes, or OTHER: any but its own. A class that becomes one
-    that is not attacked itself is found nowhere any more, if no objects are selected.
+    targets: what each becomes, as {"person": "car", "bus": OTHER}; or only the targets, and in `to` what they become,
+    one for all or one for each; of one that is used by index, or ANY. A class that becomes one that is not attacked
+    itself is found nowhere any more, if no objects are selected.
     """
 
     kind: ClassVar[str] = "mislabel"
     wanted: ClassVar[str] = "found as"
-    takes: ClassVar[frozenset[str]] = frozenset({"--to", "--object", "--box"})
-    to: tuple[int, ...]
+    takes: ClassVar[frozenset[str]] = frozenset({"to", "object", "box"})
+    to: Any = None
+
+    def __post_init__(self) -> None:
+        to = self.to
+        if isinstance(self.targets, Mapping):
+            if to is not None:
+                raise DetguardError("`to`: the targets say already what they become; leave one of them out")
+            object.__setattr__(self, "to", tuple(self.targets.values()))
+        super().__post_init__()
+        if to is None and self.to is None:
+            raise DetguardError(f"`goal` {self.kind}: give `to`, the class that objects are found as")
+        if isinstance(self.to, str | int):
+            object.__setattr__(self, "to", (self.to,) * len(self.targets))
+        object.__setattr__(self, "to", tuple(self.to))
+        if len(self.to) != len(self.targets):
+            raise DetguardError(f"`to`: expected one class for all targets or one for each, {len(self.targets)}")
 
     @override
-    @classmethod
-    def parse(cls, wish: Wish) -> "Mislabel":
-        return cls(wish.targets, required(wish.to, "--to CLASS", cls.kind), **wish.common)
+    def on(self, detector: Detector) -> "Mislabel":
+        names, pairs = detector.class_names, dict[int, int]()
+        for target, to in zip(self.targets, self.to, strict=True):
+            other = isinstance(to, str) and to.strip().lower() == OTHER
+            (becomes,) = [ANY] if other else indices(to, detector)
+            if becomes == ANY and len(names) < 2:
+                raise DetguardError("`to` other: the detector knows one class only")
+            pairs |= dict.fromkeys(indices(target, detector), becomes)
+        for target, becomes in pairs.items():
+            if target == becomes:
+                raise DetguardError(f"`to` {names[target]}: is a target itself; name another class")
+        return replace(self, targets=tuple(pairs), to=tuple(pairs.values()))
+
+    @override
+    def words(self, class_names: Mapping[int, str]) -> dict[str, Any]:
+        words, names = super().words(class_names), {ANY: OTHER, **class_names}
+        to = [in_words(one, names) for one in self.to]
+        if len(set(to)) == 1:
+            return words | {"to": to[0]}
+        pairs = zip(words["target"].split(SEPARATOR), to, strict=True)
+        return words | {"target": SEPARATOR.join(f"{target}{ARROW}{one}" for target, one in pairs)}
 
     @property
     @override
@@ -62,23 +100,23 @@ class Mislabel(Goal):
     @property
     def hidden(self) -> tuple[int, ...]:
         """Target classes that nothing becomes."""
-        return tuple(t for t, to in zip(self.targets, self.to, strict=True) if to != OTHER and t not in self.to)
+        return tuple(t for t, to in zip(self.classes, self.to, strict=True) if to != ANY and t not in self.to)
 
     def becomes(self, classes: Tensor) -> Tensor:
         """The class that each of the target `classes`, [K], becomes."""
-        which = (classes[:, None] == torch.tensor(self.targets, device=classes.device)).int().argmax(1)
+        which = (classes[:, None] == torch.tensor(self.classes, device=classes.device)).int().argmax(1)
         return torch.tensor(self.to, device=classes.device)[which]
 
     @override
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Renamed:
-        """The objects; for OTHER the class that comes second where the object was found, and no other from then on."""
+        """The objects; for ANY the class that comes second where the object was found, and no other from then on."""
         scene = super().aim(candidates, objects, attacked)
         logits, own = candidates.logits[0].detach(), scene.attacked.classes.to(candidates.logits.device)
         on = near(candidates.best_boxes[0], scene.attacked)
         finder = pick(logits, own).masked_fill(~on, UNFOUND).argmax(0)  # [K]
         second = logits[finder].scatter(1, own[:, None], -torch.inf).argmax(1)
         to = self.becomes(own)
-        return Renamed(scene.attacked, scene.others, torch.where(to == OTHER, second, to))
+        return Renamed(scene.attacked, scene.others, torch.where(to == ANY, second, to))
 
     @override
     def own_loss(self, candidates: Candidates, aims: Sequence[Renamed], conf: float) -> Tensor:
@@ -87,15 +125,15 @@ class Mislabel(Goal):
         Raised on each object's best candidates, over the threshold and over the rest.
         """
         where = torch.stack(
-            [on_class(b, scene.attacked, self.targets) for b, scene in zip(candidates.best_boxes, aims, strict=True)]
+            [on_class(b, scene.attacked, self.classes) for b, scene in zip(candidates.best_boxes, aims, strict=True)]
         )
         if self.only.all:
-            where |= torch.tensor([target in self.hidden for target in self.targets], device=where.device)
+            where |= torch.tensor([target in self.hidden for target in self.classes], device=where.device)
         losses = [
             raise_on(self.by, logits, boxes, scene.attacked, scene.classes, conf)
             for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True)
         ]
-        return self.by.lower(pick(candidates.logits, self.targets), conf, where) + torch.stack(losses)
+        return self.by.lower(pick(candidates.logits, self.classes), conf, where) + torch.stack(losses)
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
@@ -105,15 +143,6 @@ class Mislabel(Goal):
         if "kept" in outcomes(attacked, found):
             return False
         to = self.becomes(attacked.classes)[:, None]
-        wanted = (found.classes == to) | (to == OTHER)
+        wanted = (found.classes == to) | (to == ANY)
         placed = box_iou(attacked.boxes, found.boxes) >= SAME_OBJECT_IOU
         return bool((placed & wanted).any(1).all())
-
-
-def check_classes(targets: Sequence[int], to: Sequence[int], names: dict[int, str]) -> None:
-    """Raise DetguardError where a class is to become itself, or another and there is none."""
-    for target, other in zip(targets, to, strict=True):
-        if target == other:
-            raise DetguardError(f"--to {names[target]}: is a target itself; name another class")
-        if other == OTHER and len(names) < 2:
-            raise DetguardError("--to other: the detector knows one class only")

@@ -18,7 +18,7 @@ class Untargeted(Goal):
 
     kind: ClassVar[str] = "untargeted"
     wanted: ClassVar[str] = "gone or found as another class"
-    takes: ClassVar[frozenset[str]] = frozenset({"--object", "--box"})
+    takes: ClassVar[frozenset[str]] = frozenset({"object", "box"})
     default: ClassVar[str] = "all"
 
     @override

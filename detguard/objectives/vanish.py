@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from detguard.detections import Candidates, Detections
-from detguard.objectives.base import Goal, Scene, Wish, near_any, on_class, outcomes, pick
+from detguard.objectives.base import Goal, Scene, near_any, on_class, outcomes, pick
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,8 @@ class Vanish(Goal):
 
     kind: ClassVar[str] = "vanish"
     wanted: ClassVar[str] = "not found any more"
-    takes: ClassVar[frozenset[str]] = frozenset({"--strict", "--object", "--box"})
+    takes: ClassVar[frozenset[str]] = frozenset({"strict", "object", "box"})
     strict: bool = False
-
-    @override
-    @classmethod
-    def parse(cls, wish: Wish) -> "Vanish":
-        return cls(wish.targets, wish.strict, **wish.common)
 
     @override
     def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
@@ -36,11 +31,11 @@ class Vanish(Goal):
         if not self.only.all:
             where = torch.stack(
                 [
-                    on_class(b, scene.attacked, self.targets)
+                    on_class(b, scene.attacked, self.classes)
                     for b, scene in zip(candidates.best_boxes, aims, strict=True)
                 ]
             )
-        loss = self.by.lower(pick(candidates.logits, self.targets), conf, where)
+        loss = self.by.lower(pick(candidates.logits, self.classes), conf, where)
         if not self.strict:
             return loss
         on = near_any(candidates.best_boxes, [scene.attacked for scene in aims])
@@ -49,6 +44,6 @@ class Vanish(Goal):
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
         """No detection of a target class, or no selected object kept; with `strict`, none relabelled either."""
-        if self.only.all and len(found.of(self.targets)):
+        if self.only.all and len(found.of(self.classes)):
             return False
         return not {"kept", "relabelled" if self.strict else "kept"} & set(outcomes(attacked, found))

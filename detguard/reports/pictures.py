@@ -37,7 +37,7 @@ def _item(run: Run, detector: Detector, objective: Objective, stage: Stage, kind
     boxes = stage.letterbox.boxes_to_photo(stage.objects.boxes[stage.attacked])
     shown = kind.on_photo(photo, picture, boxes)
     conf = run.config["learning"]["conf"]
-    before, after = (one.of(objective.targets) for one in detector.detect([photo, shown], conf))
+    before, after = (one.of(objective.classes) for one in detector.detect([photo, shown], conf))
     outcome = "all gone" if not len(after) else "fewer" if len(after) < len(before) else "not fewer"
     note = f"{len(boxes)} attacked; found: {len(before)}, then {len(after)}"
     names = detector.class_names

@@ -3,10 +3,10 @@
 import io
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.attacks.budgets import Budget
 from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
 from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, plan_attack, verify_run
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.files import write_file
-from detguard.objectives.parse import complete, parse_goal
+from detguard.objectives import Vanish
+from detguard.objectives.base import Goal
+from detguard.objectives.parse import parse_goal
 from detguard.photos import Photo, decode_photo, encode_png, read_photo
 from detguard.runs import Record, Run, photo_keys
+from detguard.schema import CONFIGS, check
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
 
-GROUP = "median:3,jpeg:75"
+OBJECTIVE = Vanish()
 # What a photo may be given as.
 Source = str | Path | Photo | Image.Image | torch.Tensor
 
@@ -36,12 +39,13 @@ Source = str | Path | Photo | Image.Image | torch.Tensor
 class Result:
     """What became of one photo. key: its name; record: all that is known of it, as in results.jsonl of a run.
 
-    folder: of the run; where `out` names none it is gone when all results were taken, and photos are in memory.
+    folder: of the run; where `out` names none it is gone with the last of the results.
     """
 
     key: str
     record: Record
     folder: Path
+    kept: object = field(default=None, repr=False, compare=False)
 
     @property
     def status(self) -> str:
@@ -90,49 +94,42 @@ class Result:
         return read_photo(self.folder / self.record["files"][name])
 
 
+class Temporary:
+    """A folder that is there as long as this is."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="detguard-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
 def attack_config(
     detectors: Sequence[Detector],
     options: AttackOptions,
     *,
-    goal: str | None = None,
-    target: str | None = None,
-    to: str | None = None,
-    strict: bool = False,
-    objects: Sequence[int] | None = None,
-    box: Sequence[float] | None = None,
-    keep_others: bool = False,
-    loss: str = "logit",
-    count: int | None = None,
-    transforms: str | Sequence[Transform] = GROUP,
+    objective: Goal = OBJECTIVE,
+    transforms: str | Sequence[Transform] = defaults.Attack.transforms,
     samples: bool = False,
     arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a run keeps of an attack, checked; the keywords are the options of `detguard attack`.
+    """What a run keeps of an attack, checked.
 
     Raises:
         DetguardError: a class, a goal or a transform is not known, or options do not go together.
     """
-    goal, target = complete(goal, target, to, selected=bool(objects or box))
     specs = transforms if isinstance(transforms, str) else ",".join(map(str, transforms)) or "none"
     config = {
         "detector": detector_config(detectors[0], detectors[0].source),
         "also": [detector_config(other, other.source) for other in detectors[1:]],
         "samples": samples,
-        "goal": goal,
-        "target": target,
-        "to": to,
-        "strict": strict,
-        "object": list(objects) if objects else None,
-        "box": list(box) if box else None,
-        "keep_others": keep_others,
-        "loss": loss,
-        "count": count,
+        **objective.words(detectors[0].class_names),
         "transforms": specs,
         "attack": options.config(),
         "arguments": list(arguments),
     }
     plan_attack(config, detectors[0])
     further_victims(config, detectors[1:])
+    check(config["attack"], CONFIGS["attack"]["attack"])
+    check(config, {name: CONFIGS["attack"][name] for name in config})
     return config
 
 
@@ -145,6 +142,8 @@ def attack(
     detector: Detector | Sequence[Detector],
     photos: Source | Iterable[Source],
     *,
+    objective: Goal = OBJECTIVE,
+    transforms: str | Sequence[Transform] = defaults.Attack.transforms,
     budget: Budget = DEFAULT,
     out: str | Path | None = None,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,
@@ -155,13 +154,14 @@ def attack(
     Args:
         detector: what is attacked, by `load_detector`; several must all be fooled by the same photo.
         photos: paths, `uint8 [H, W, 3]` RGB arrays, PIL images, or tensors [3, H, W] RGB: uint8, or floats in 0..1.
+        objective: what is wanted: `Vanish("person")`, `Mislabel({"person": "car"})`, `Untargeted()`,
+            `Fabricate("person", count=2)` or `Flood()`, each with `only=Selection(...)` or `keep_others=True`.
+        transforms: the group beside the photo, as of the command line; "none" for none.
         budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
         out: folder of a run as `detguard attack` writes it; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
-        options: as of the command line, with its defaults: `goal`, `target`, `to`, `strict`, `objects`, `box`,
-            `keep_others`, `loss`, `count`, `transforms`; and the fields of `AttackOptions`: `conf`, `step`, `steps`,
-            `rule`, `aggregate`, `weights`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`, `seed` and
-            `batch`.
+        options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `gradient`,
+            `momentum`, `random_start`, `margin`, `smallest`, `seed` and `batch`.
 
     Raises:
         DetguardError: an option is wrong, a class is not known, or a photo is of no kind above.
@@ -169,16 +169,15 @@ def attack(
     Example:
         >>> import detguard
         >>> detector = detguard.load_detector("detguard-n")
-        >>> for result in detguard.attack(detector, "bus.jpg", target="person", budget=detguard.Linf(8)):
+        >>> person = detguard.Vanish("person")
+        >>> for result in detguard.attack(detector, "bus.jpg", objective=person, budget=detguard.Linf(8)):
         ...     print(result.key, result.success, result.photo.shape)  # doctest: +SKIP
     """
     detectors = [detector] if isinstance(detector, Detector) else list(detector)
-    known = set(AttackOptions.__dataclass_fields__) - {"budget", "stop"}
-    others = {name for name, one in signature(attack_config).parameters.items() if one.kind is one.KEYWORD_ONLY}
-    if unknown := sorted(set(options) - known - others):
+    if unknown := sorted(set(options) - (AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"})):
         raise TypeError(f"attack() got an unexpected keyword argument '{unknown[0]}'")
-    search = AttackOptions(budget=budget, **{name: value for name, value in options.items() if name in known})
-    config = attack_config(detectors, search, **{name: value for name, value in options.items() if name not in known})
+    search = AttackOptions(budget=budget, **options)
+    config = attack_config(detectors, search, objective=objective, transforms=transforms)
     given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]
     if not given:
         raise DetguardError("photos: expected at least one")
@@ -192,22 +191,14 @@ def _attack(
     out: Path | None,
     on_step: Callable[[Sequence[Attempt]], None] | None,
 ) -> Iterator[Result]:
-    folder = out or Path(tempfile.mkdtemp(prefix="detguard-"))
-    try:
-        names = [f"inputs/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
-        inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
-        files = [
-            folder / name if isinstance(one, bytes) else Path(one) for name, one in zip(names, photos, strict=True)
-        ]
-        run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)
-        for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
-            result = Result(record["key"], record, folder)
-            if out is None and "files" in record:  # read while they are there
-                result.photo, result.group  # noqa: B018
-            yield result
-    finally:
-        if out is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    kept = Temporary() if out is None else None
+    folder = kept.folder if kept else Path(str(out))
+    names = [f"inputs/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
+    inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
+    files = [folder / name if isinstance(one, bytes) else Path(one) for name, one in zip(names, photos, strict=True)]
+    run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)
+    for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
+        yield Result(record["key"], record, folder, kept)
 
 
 def _listed(photos: Source | Iterable[Source]) -> list[Source]:
@@ -247,12 +238,14 @@ def as_photo(photo: Source) -> Photo:
 
 
 def verify(
-    run: str | Path,
+    run: str | Path | Result | Iterable[Result],
     detector: Detector,
     *,
     transforms: str | Sequence[Transform] = "none",
 ) -> Iterator[Record]:
-    """Judge the saved files of a run anew, by the detector that was attacked or by another, and after more transforms.
+    """Judge what was saved anew, by the detector that was attacked or by another, and after more transforms.
+
+    run: the folder of one, or results of `attack`.
 
     Yields a record per attacked photo: `members`, each with `fooled` and what is found, and `used`, of the budget;
     `error` where files cannot be read, `skipped` where this detector finds no target before the attack.
@@ -260,9 +253,21 @@ def verify(
     Raises:
         DetguardError: there is no such run, or the detector lacks a class that it names.
     """
-    opened = Run.open(Path(run), "attack")
+    results = [run] if isinstance(run, Result) else [] if isinstance(run, str | Path) else list(run)
+    folders = {Path(run)} if isinstance(run, str | Path) else {result.folder for result in results}
+    if len(folders) != 1:
+        raise DetguardError("`run`: expected a run's folder, or results of one attack")
+    opened = Run.open(folders.pop(), "attack")
     if opened.config["object"] and detector.state_hash() != opened.config["detector"]["sha256"]:
-        raise DetguardError("--model: the run chose its objects by what its own detector found (--object)")
+        raise DetguardError("`detector`: the run chose its objects by what its own detector found (`objects`)")
     more = parse_transforms(transforms) if isinstance(transforms, str) else list(transforms)
     options = AttackOptions.from_config(opened.config["attack"])
-    return verify_run(opened, detector, parse_goal(opened.config, detector), more, options.budget)
+    keys = {result.key for result in results} if results else None
+    judged = verify_run(opened, detector, parse_goal(opened.config, detector), more, options.budget, keys)
+    return _while_kept(judged, results)
+
+
+def _while_kept(records: Iterator[Record], results: Sequence[Result]) -> Iterator[Record]:
+    """Records, while the files of the results are there."""
+    yield from records
+    del results

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.dataset import Dataset, read_dataset
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
@@ -26,7 +26,7 @@ def plan(options: dict[str, Any], detectors: int) -> Protocols:
     as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     wanted = Protocols(**as_given)
     if "transfer" in wanted.protocols and detectors < 2:
-        raise DetguardError("--protocols transfer: needs two detectors or more, --model A --model B")
+        raise DetguardError("`protocols` transfer: needs two detectors or more, `detector` A `detector` B")
     return wanted
 
 
@@ -62,7 +62,7 @@ def load_subjects(
         subjects.append(Subject(name, detector, dataset, ids, kept))
     if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
         counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
-        told(f"the detectors know different classes of {dataset.name} ({counts}); --classes makes them equal")
+        told(f"the detectors know different classes of {dataset.name} ({counts}); `classes` makes them equal")
     return subjects
 
 
@@ -70,7 +70,7 @@ def evaluate(
     detector: Detector | Sequence[Detector],
     data: str | Path,
     *,
-    split: str = "val",
+    split: str = defaults.Evaluate.split,
     images: str | Path | None = None,
     classes: Sequence[str] | None = None,
     limit: int | None = None,

@@ -95,7 +95,7 @@ def test_photos_of_two_shapes_are_not_compared(kind):
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 1.5), ("linf", 256), ("l2", -1), ("l2", float("nan")), ("l1", 4)])
 def test_what_is_no_budget_is_refused(norm, eps):
-    with pytest.raises(DetguardError, match="--norm" if norm == "l1" else "--eps"):
+    with pytest.raises(DetguardError, match="`norm`" if norm == "l1" else "`eps`"):
         parse_budget(norm, eps)
 
 
@@ -127,5 +127,5 @@ def test_a_masked_budget_is_spent_in_its_part_only(mask, norm):
 
 @pytest.mark.parametrize("mask", ["", "middle", "1,2,3", "1,2,3,4,5,x", "-1,0,4,4,5,5"])
 def test_what_is_no_mask_is_refused(mask):
-    with pytest.raises(DetguardError, match="--mask"):
+    with pytest.raises(DetguardError, match="`mask`"):
         parse_budget("linf", 4, mask)

@@ -80,7 +80,7 @@ def test_gradients_of_moved_pixels_are_brought_back_before_they_become_one(bundl
     ],
 )
 def test_weights_must_match_the_group(options):
-    with pytest.raises(DetguardError, match="--weights"):
+    with pytest.raises(DetguardError, match="`weights`"):
         options.check(2)
 
 

@@ -122,7 +122,7 @@ def test_colours_can_be_printed(small, photos):
 
 
 def test_photos_without_the_target_are_an_error(small, photos):
-    with pytest.raises(DetguardError, match="--target: no photo has such an object"):
+    with pytest.raises(DetguardError, match="`target`: no photo has such an object"):
         stages(small, [(one.file, one.objects) for one in photos], Vanish((small.class_index("sheep"),)), 0.1)
 
 

@@ -53,5 +53,5 @@ def test_auto_pgd_starts_with_twice_the_budget_and_ends_in_ever_smaller_steps():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(DetguardError, match="--rule"):
+    with pytest.raises(DetguardError, match="`rule`"):
         rule_named("lbfgs")

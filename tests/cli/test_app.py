@@ -11,7 +11,7 @@ from rich.progress import TextColumn
 from typer.main import get_command
 
 from detguard.cli import main
-from detguard.cli.app import Terminal, app, progress_bar
+from detguard.cli.app import Terminal, app, progress_bar, with_dashes
 from detguard.detectors.load import weights_folder
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
@@ -153,3 +153,10 @@ def test_attacks_that_cannot_be_are_one_line_and_leave_no_run(monkeypatch, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert arguments[-1].partition("=")[0] in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fields_that_errors_name_are_shown_as_the_options_that_set_them(monkeypatch, capsys, tmp_path, bus_file):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "attack", bus_file, "--goal", "flood", "--strict") == 2
+    assert "--strict: goes with --goal vanish" in capsys.readouterr().err
+    assert with_dashes("`keep_others`, `targets`: `A` file called ``") == "--keep-others, --target: `A` file called ``"

@@ -116,13 +116,13 @@ def test_the_example_keeps_all_promises_and_is_attacked(example, monkeypatch, ca
 
 
 def test_a_module_is_not_imported_without_trust_not_even_by_a_run(example):
-    with pytest.raises(DetguardError, match="--trust"):
+    with pytest.raises(DetguardError, match="`trust`"):
         load_detector(example)
     assert "adapter" not in sys.modules
     detector = load_detector(example, trust=True)
     config = detector_config(detector, example)
     sys.modules.pop("adapter")
-    with pytest.raises(DetguardError, match="--trust"):
+    with pytest.raises(DetguardError, match="`trust`"):
         load_configured(config)
     assert "adapter" not in sys.modules
     assert load_configured(config, trust=True).class_names == detector.class_names

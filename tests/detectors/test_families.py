@@ -71,10 +71,10 @@ def test_a_family_is_its_line_in_the_list(dots, tmp_path):
 
 @pytest.mark.parametrize("option", [{"top_k": 1}, {"fusion": "average:0"}, {"end_to_end": True}], ids=str)
 def test_options_that_a_family_does_not_take_are_refused(dots, option):
-    with pytest.raises(DetguardError, match=f"--{next(iter(option)).replace('_', '-')}: dots1"):
+    with pytest.raises(DetguardError, match=f"`{next(iter(option))}`: dots1"):
         load_detector("dots1", **option)
 
 
 def test_a_gated_ensemble_has_no_head_without_nms():
-    with pytest.raises(DetguardError, match="--end-to-end: detguard-n-hard"):
+    with pytest.raises(DetguardError, match="`end_to_end`: detguard-n-hard"):
         load_detector("detguard-n-hard", end_to_end=True)

@@ -118,5 +118,5 @@ def test_a_detector_is_loaded_with_another_rule(bus):
 
 
 def test_only_ensembles_have_one():
-    with pytest.raises(DetguardError, match="--fusion"):
+    with pytest.raises(DetguardError, match="`fusion`"):
         load_detector("detguard-n", fusion="average:0")

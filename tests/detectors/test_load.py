@@ -47,7 +47,7 @@ def hostile_checkpoint(file, command):
 def test_a_pickle_that_would_run_a_command_is_refused_and_does_not_run(tmp_path):
     file, proof = tmp_path / "evil.pt", tmp_path / "ran"
     hostile_checkpoint(file, f"touch {proof}")
-    with pytest.raises(DetguardError, match=r"refused.*--trust"):
+    with pytest.raises(DetguardError, match=r"refused.*`trust`"):
         load_detector(file)
     assert not proof.exists()
 

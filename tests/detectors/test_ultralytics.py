@@ -66,7 +66,7 @@ def test_end_to_end_heads_are_attacked_and_predicted_through_the_same_head(archi
 
 
 def test_a_detector_with_one_head_has_no_end_to_end_head():
-    with pytest.raises(DetguardError, match="--end-to-end"):
+    with pytest.raises(DetguardError, match="`end_to_end`"):
         UltralyticsDetector(build_model("yolov8n.yaml", ["person"]), "yolov8n", 128, end_to_end=True)
 
 

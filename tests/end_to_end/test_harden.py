@@ -59,7 +59,7 @@ def test_top_k_of_an_ensemble_can_be_chosen_where_it_is_used(hardened, bus_file)
     config = detector_config(one, str(file))
     assert config["top_k"] == 1
     assert load_configured(config).state_hash() == one.state_hash() != load_detector(file).state_hash()
-    with pytest.raises(DetguardError, match="--top-k"):
+    with pytest.raises(DetguardError, match="`top_k`"):
         load_detector("detguard-n", top_k=1)
 
 

@@ -74,7 +74,7 @@ def test_a_patch_that_is_not_square_is_refused(tmp_path):
 def test_a_class_that_is_not_evaluated_is_refused(subject, file):
     person = subject.detector.class_index("person")
     subject.category_ids = {k: v for k, v in subject.category_ids.items() if k != person}
-    with pytest.raises(DetguardError, match="--patch-target person: not evaluated"):
+    with pytest.raises(DetguardError, match="`patch_target` person: not evaluated"):
         check_pictures(subject, patched(file, person, 0.3, 0))
 
 
@@ -103,5 +103,5 @@ def test_random_signs_use_the_budget_of_the_perturbation(subject, tmp_path):
 
 def test_a_perturbation_that_changes_nothing_is_refused(tmp_path):
     (tmp_path / "u.png").write_bytes(encode_png(np.full((32, 32, 3), 128, np.uint8)))
-    with pytest.raises(DetguardError, match=r"--universal .*u\.png: changes nothing"):
+    with pytest.raises(DetguardError, match=r"`universal` .*u\.png: changes nothing"):
         perturbed(str(tmp_path / "u.png"), 0)

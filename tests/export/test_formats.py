@@ -250,6 +250,6 @@ def test_frames_have_the_strides_of_the_detector(bundled, photos):
 
 
 def test_an_ensemble_is_no_checkpoint(ensemble):
-    with pytest.raises(DetguardError, match=r"ensemble of 3 experts.* --format onnx"):
+    with pytest.raises(DetguardError, match=r"ensemble of 3 experts.* `format` onnx"):
         plan_export(str(ensemble), "pt")
     assert isinstance(load_detector(ensemble), GatedDetector)

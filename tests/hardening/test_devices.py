@@ -46,5 +46,5 @@ def test_without_bfloat16_passes_are_as_they_are():
 
 def test_several_processes_do_not_share_one_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DetguardError, match="--device cuda:0: 2 processes get a GPU each"):
+    with pytest.raises(DetguardError, match="`device` cuda:0: 2 processes get a GPU each"):
         Ranks.start("cuda:0")

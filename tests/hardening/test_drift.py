@@ -44,7 +44,7 @@ def test_a_steady_stream_raises_no_alarm(seed):
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(DetguardError, match="--detector magic"):
+    with pytest.raises(DetguardError, match="`drift` magic"):
         Monitor("magic")
 
 

@@ -114,7 +114,7 @@ def test_it_can_be_done_again_up_to_the_limit(network, train):
     train(replace(PLAN, photos=6, experts=2), folder="again")
     assert network.names[3:] == ["adapted 1", "adapted 2", "adapted 3"]
     check_growth(network, PLAN, 7)
-    with pytest.raises(DetguardError, match="--max-experts 6"):
+    with pytest.raises(DetguardError, match="`max_experts` 6"):
         check_growth(network, PLAN, 6)
 
 
@@ -167,5 +167,5 @@ def test_what_labels_cannot_tell_is_not_judged(bundled, bus_file):
 
 @pytest.mark.parametrize("options", [{"mode": "frozen", "experts": 0}, {"mode": "half"}])
 def test_wrong_plans_are_refused(options):
-    with pytest.raises(DetguardError, match="--"):
+    with pytest.raises(DetguardError, match="`"):
         Adaptation(**options)

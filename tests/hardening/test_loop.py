@@ -111,7 +111,7 @@ def test_a_loss_that_grows_tenfold_has_diverged_and_one_that_begins_at_none_has_
 
 
 def test_one_that_diverges_again_and_again_is_an_error(run):
-    with pytest.raises(DetguardError, match=r"a: the loss grew out of all bounds at batch 20 .*--rate"):
+    with pytest.raises(DetguardError, match=r"a: the loss grew out of all bounds at batch 20 .*`rate`"):
         trained(run, harm=lambda call: float("nan"))
     assert [r["setbacks"] for r in run.records()] == [1, 2, 3]
 

@@ -25,7 +25,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(network, monkey
     of_frame = PEAK * kept_bytes(network, loss(network)) * (640 / PROBE) ** 2
     monkeypatch.setattr(module, "memory_of", lambda device: round(10.5 * of_frame))
     check_memory(network, loss(network), 640, 10)
-    with pytest.raises(DetguardError, match=r"--batch 11: .* frames of 640 px .*; --batch 10 fits"):
+    with pytest.raises(DetguardError, match=r"`batch` 11: .* frames of 640 px .*; `batch` 10 fits"):
         check_memory(network, loss(network), 640, 11)
     with pytest.raises(DetguardError, match="smaller frames"):
         check_memory(network, loss(network), 6400, 2)

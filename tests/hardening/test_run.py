@@ -40,7 +40,7 @@ def test_a_backbone_learns_first_from_photos_of_its_own(bundled_model, bundled, 
 
 
 def test_a_backbone_does_not_learn_first_where_that_makes_no_sense(bundled, bundled_model):
-    with pytest.raises(DetguardError, match="--recipe finetune sees no attacks"):
+    with pytest.raises(DetguardError, match="`recipe` finetune sees no attacks"):
         Plan("finetune", pretrain=True)
     with pytest.raises(DetguardError, match="hardened already"):
         check_teacher(GatedNetwork(bundled.model, 0, ("pgd",)), bundled, "a.pt", "pgd", pretrain=True)
@@ -50,7 +50,7 @@ def test_a_backbone_does_not_learn_first_where_that_makes_no_sense(bundled, bund
 
 
 def test_frames_that_no_detector_takes_are_refused():
-    with pytest.raises(DetguardError, match="--crop 100"):
+    with pytest.raises(DetguardError, match="`crop` 100"):
         Plan(crop=100)
 
 
@@ -58,10 +58,10 @@ def test_only_a_detector_of_the_same_boxes_that_knows_all_classes_is_imitated(bu
     check_teacher(bundled_model, bundled, "a.pt")
     other_classes = GatedNetwork(bundled.model, 0, ("pgd",))
     other_classes.class_names = {**other_classes.class_names, 0: "wombat"}
-    with pytest.raises(DetguardError, match="lacks classes that --model has: wombat"):
+    with pytest.raises(DetguardError, match="lacks classes that `detector` has: wombat"):
         check_teacher(other_classes, bundled, "a.pt")
     without_bins = UltralyticsDetector(build_model("yolo26n.yaml", list(bundled.class_names.values())), "b", 64)
-    with pytest.raises(DetguardError, match="its boxes are made in another way"):
+    with pytest.raises(DetguardError, match="boxes are made in another way"):
         check_teacher(bundled_model, without_bins, "b.pt")
 
 

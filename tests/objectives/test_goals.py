@@ -14,7 +14,7 @@ from detguard.attacks.group import AttackOptions, attack_group
 from detguard.detections import Candidates
 from detguard.objectives import Fabricate, Flood, Mislabel, Untargeted, Vanish
 from detguard.objectives.base import Selection, new, outcomes
-from detguard.objectives.mislabel import OTHER
+from detguard.objectives.mislabel import ANY
 from detguard.objectives.parse import GOALS
 
 GOALS_OF_ALL_KINDS = [
@@ -22,7 +22,7 @@ GOALS_OF_ALL_KINDS = [
     Vanish((PERSON, BUS), True),
     Vanish((PERSON, BUS), only=Selection((1,))),
     Mislabel((BUS,), (TRAIN,)),
-    Mislabel((PERSON, BUS), (OTHER, PERSON), only=Selection((1, 2))),
+    Mislabel((PERSON, BUS), (ANY, PERSON), only=Selection((1, 2))),
     Untargeted((PERSON, BUS)),
     Fabricate((PERSON, TRAIN), 2),
     Flood((PERSON, BUS)),
@@ -137,7 +137,7 @@ def small(bus):
         Vanish((0,), only=Selection((2,)), keep_others=True),
         Vanish((0,), measure="confidence"),
         Mislabel((0,), (1,)),
-        Mislabel((0,), (OTHER,), only=Selection((1,))),
+        Mislabel((0,), (ANY,), only=Selection((1,))),
         Untargeted((0, 1, 2, 3, 4)),
         Fabricate((0,), 2, keep_others=True),
         Flood((0, 1, 2, 3, 4), 40),

@@ -4,7 +4,7 @@ from scenes import BUS, CLEAN, PERSON, SCENE, TRAIN, detections, loss_and_gradie
 from detguard.detections import Candidates
 from detguard.objectives import Mislabel
 from detguard.objectives.base import Selection
-from detguard.objectives.mislabel import OTHER, Renamed
+from detguard.objectives.mislabel import ANY, Renamed
 
 AS_TRAIN = Renamed(SCENE.attacked, SCENE.others, torch.tensor([TRAIN]))
 
@@ -53,7 +53,7 @@ def test_mislabel_takes_each_class_to_its_own():
 
 
 def test_mislabel_to_other_wants_any_class_but_the_objects_own_in_its_place():
-    goal = Mislabel((BUS,), (OTHER,))
+    goal = Mislabel((BUS,), (ANY,))
     for other in (PERSON, TRAIN):
         assert goal.success(CLEAN, detections((other, 0.5, 105, 0, 300, 100)))
     assert not goal.success(CLEAN, detections())
@@ -65,7 +65,7 @@ def test_mislabel_to_other_raises_the_class_that_comes_second_where_the_object_w
     logits[0, 0, BUS], logits[0, 0, 3] = 4.0, 1.0
     logits[0, 1, PERSON] = 6.0
     boxes = torch.stack([SCENE.attacked.boxes[0], SCENE.others.boxes[0]])[None]
-    goal = Mislabel((BUS,), (OTHER,))
+    goal = Mislabel((BUS,), (ANY,))
     aim = goal.aim(Candidates(logits, boxes), SCENE.attacked, goal.attacked(SCENE.attacked))
     assert aim.classes.tolist() == [3]
     _, gradient = loss_and_gradient(goal, logits, boxes, [aim])
@@ -77,7 +77,7 @@ def test_mislabel_lowers_the_old_class_on_every_candidate_of_the_object_whatever
     logits[0, :, BUS] = 3.0
     boxes = torch.tensor([20.0, 20, 60, 60]).repeat(1, 15, 1)
     boxes[0, 14] += 200
-    for goal in (Mislabel((BUS,), (OTHER,)), Mislabel((PERSON, BUS), (BUS, PERSON))):
+    for goal in (Mislabel((BUS,), (ANY,)), Mislabel((PERSON, BUS), (BUS, PERSON))):
         _, gradient = loss_and_gradient(goal, logits, boxes, [AS_TRAIN])
         assert (gradient[0, :, BUS] > 0).tolist() == [True] * 14 + [False]
 

@@ -6,8 +6,8 @@ from detguard import DetguardError
 from detguard.detectors.base import Detector
 from detguard.objectives import Fabricate, Flood, Mislabel, Untargeted, Vanish
 from detguard.objectives.base import Selection
-from detguard.objectives.mislabel import OTHER
-from detguard.objectives.parse import complete, parse_goal, wanted
+from detguard.objectives.mislabel import ANY
+from detguard.objectives.parse import parse_goal, read_goal, wanted
 
 PLAIN = {
     "goal": "vanish", "target": "person", "to": None, "strict": False, "object": None, "box": None,
@@ -31,7 +31,7 @@ def classes():
         ({"target": "bus, person", "strict": True}, Vanish((1, 0), True)),
         ({"goal": "mislabel", "target": "person,bus", "to": "train"}, Mislabel((0, 1), (2, 2))),
         ({"goal": "mislabel", "target": "person->bus,bus->person"}, Mislabel((0, 1), (1, 0))),
-        ({"goal": "mislabel", "target": "person->bus,train", "to": "other"}, Mislabel((0, 2), (1, OTHER))),
+        ({"goal": "mislabel", "target": "person->bus,train", "to": "other"}, Mislabel((0, 2), (1, ANY))),
         ({"goal": "untargeted", "target": "all"}, Untargeted((0, 1, 2))),
         ({"goal": "fabricate"}, Fabricate((0,), 1)),
         ({"goal": "fabricate", "count": 7, "keep_others": True}, Fabricate((0,), 7, keep_others=True)),
@@ -52,15 +52,15 @@ def test_options_become_goals(classes, options, goal):
     [
         ({"target": "persn"}, "did you mean 'person'"),
         ({"target": " ,"}, "name at least one class"),
-        ({"target": "person->bus"}, "an arrow goes with --goal mislabel"),
-        ({"to": "bus"}, "--to: goes with --goal mislabel, not with vanish"),
-        ({"goal": "mislabel"}, "give --to CLASS"),
+        ({"target": "person->bus"}, "an arrow goes with `goal` mislabel"),
+        ({"to": "bus"}, "`to`: goes with `goal` mislabel, not with vanish"),
+        ({"goal": "mislabel"}, "give `to`"),
         ({"goal": "mislabel", "to": "person"}, "is a target itself"),
-        ({"goal": "mislabel", "target": "person->bus,train"}, "--to says what the others"),
-        ({"goal": "untargeted", "strict": True}, "--strict: goes with --goal vanish, not"),
-        ({"goal": "fabricate", "object": [1]}, "--object: goes with --goal vanish or mislabel or untargeted"),
-        ({"goal": "flood", "box": [1, 2, 3, 4]}, "--box: goes with"),
-        ({"count": 3}, "--count: goes with --goal fabricate or flood"),
+        ({"goal": "mislabel", "target": "person->bus,train"}, "`to` says what the others"),
+        ({"goal": "untargeted", "strict": True}, "`strict`: goes with `goal` vanish, not"),
+        ({"goal": "fabricate", "object": [1]}, "`object`: goes with `goal` vanish or mislabel or untargeted"),
+        ({"goal": "flood", "box": [1, 2, 3, 4]}, "`box`: goes with"),
+        ({"count": 3}, "`count`: goes with `goal` fabricate or flood"),
         ({"box": [3, 2, 1, 4]}, "x1 < x2"),
     ],
 )
@@ -75,15 +75,64 @@ def test_a_detector_of_one_class_has_no_other():
         parse_goal(PLAIN | {"goal": "mislabel", "to": "other"}, one)
 
 
-def test_what_is_not_said_is_understood():
-    assert complete(None, None, None, False) == ("vanish", "person")
-    assert complete(None, None, None, True) == ("vanish", "all")
-    assert complete(None, "bus", "train", False) == ("mislabel", "bus")
-    assert complete(None, "bus->train", None, False) == ("mislabel", "bus->train")
-    assert complete("untargeted", None, None, False) == ("untargeted", "all")
-    assert complete("flood", "bus", None, False) == ("flood", "bus")
+@pytest.mark.parametrize(
+    ("words", "goal"),
+    [
+        ({}, Vanish("person")),
+        ({"object": [1]}, Vanish("all", only=Selection((1,)))),
+        ({"target": "bus", "to": "train"}, Mislabel({"bus": "train"})),
+        ({"target": "bus->train"}, Mislabel({"bus": "train"})),
+        ({"goal": "untargeted"}, Untargeted("all")),
+        ({"goal": "flood", "target": "bus"}, Flood("bus")),
+    ],
+)
+def test_what_is_not_said_is_understood(words, goal):
+    assert read_goal(PLAIN | {"goal": None, "target": None} | words) == goal
+
+
+def test_there_is_no_such_goal():
     with pytest.raises(DetguardError, match="expected one of vanish, mislabel"):
-        complete("flod", None, None, False)
+        read_goal(PLAIN | {"goal": "flod"})
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [
+        Vanish(), Vanish(["bus", "person"], True), Vanish(only=Selection((2, 1), (1.0, 2.0, 3.0, 4.0))),
+        Mislabel({"person": "bus", "bus": "other"}), Mislabel("bus", "train", keep_others=True),
+        Mislabel(["person", "bus"], "other"), Untargeted(measure="confidence"), Fabricate("bus", count=3), Flood(),
+    ],
+)  # fmt: skip
+def test_goals_are_kept_in_words(classes, goal):
+    assert read_goal(goal.words(classes.class_names)) == goal
+    assert parse_goal(goal.words(classes.class_names), classes) == goal.on(classes)
+    assert parse_goal(goal.on(classes).words(classes.class_names), classes) == goal.on(classes)
+
+
+def test_names_and_indices_mean_the_same_classes(classes):
+    assert Vanish(["all", "bus", 2]).on(classes) == Vanish((0, 1, 2))
+    assert Mislabel({"bus": 2, 0: "other"}).on(classes) == Mislabel((1, 0), (2, ANY))
+    assert Mislabel({"all": "other", "bus": "train"}).on(classes) == Mislabel((0, 1, 2), (ANY, 2, ANY))
+    with pytest.raises(TypeError, match="by name"):
+        Vanish("person").classes  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Vanish([]), "`targets`: name"),
+        (lambda: Vanish(measure="odd"), "`measure` odd"),
+        (lambda: Fabricate(only=Selection((1,))), "`only`: fabricate"),
+        (lambda: Mislabel("bus"), "give `to`"),
+        (lambda: Mislabel(["bus", "person"], ["train"]), "`to`: expected one class"),
+        (lambda: Mislabel({"bus": "train"}, "person"), "`to`: the targets say"),
+        (lambda: Selection((0,)), "`objects`: expected"),
+        (lambda: Vanish("a,b").words({}), "cannot be attacked"),
+    ],
+)
+def test_goals_that_cannot_be_are_refused(make, reason):
+    with pytest.raises(DetguardError, match=reason):
+        make()
 
 
 @pytest.mark.parametrize(

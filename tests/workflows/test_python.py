@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import json
 import subprocess
@@ -49,10 +50,14 @@ def test_photos_in_memory_are_attacked_like_files_and_leave_nothing_behind(bundl
     results = list(detguard.attack(bundled, [small, Image.fromarray(small), planes, planes / 255], **OPTIONS))
     assert [result.key for result in results] == ["photo-001", "photo-002", "photo-003", "photo-004"]
     assert all(result.success and result.photo.shape == small.shape for result in results)
-    assert not results[0].folder.exists()
     assert results[0].group.keys() == {"median:3", "flip:h"}
     assert read_photo(of_file.save(tmp_path / "out")).shape == small.shape
     assert results[0].used == of_file.used > 0
+    folder = results[0].folder
+    assert folder.exists()
+    del results
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_a_run_that_is_there_is_left_as_it_is(bundled, small, tmp_path):
@@ -100,7 +105,12 @@ def test_what_is_no_photo_is_refused(photo):
 
 
 def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_path):
-    for options in ({"target": "unicorn"}, {"transforms": "blur:3"}, {"rule": "none"}, {"goal": "win"}):
+    for options in (
+        {"objective": detguard.Vanish("unicorn")},
+        {"transforms": "blur:3"},
+        {"rule": "none"},
+        {"steps": 0},
+    ):
         with pytest.raises(DetguardError):
             detguard.attack(bundled, small, out=tmp_path / "run", **options)
     with pytest.raises(TypeError, match=r"attack\(\) got .*'epsilon'"):
@@ -120,6 +130,19 @@ def test_a_run_is_verified_by_its_own_detector_and_by_another(bundled, file, tmp
     assert other["members"] != result.members
 
 
+def test_results_are_verified_as_they_are(bundled, small, file):
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    results = list(detguard.attack(bundled, [small, grey, small[:, ::-1]], **OPTIONS))
+    (last,) = detguard.verify(results[2], bundled, transforms="jpeg:90")
+    assert last["key"] == results[2].key
+    assert {name: last["members"][name] for name in results[2].members} == results[2].members
+    assert [record["key"] for record in detguard.verify(iter(results), bundled)] == ["photo-001", "photo-003"]
+    other = list(detguard.attack(bundled, grey))
+    for wrong in (results + other, []):
+        with pytest.raises(DetguardError, match="results of one attack"):
+            detguard.verify(wrong, bundled)
+
+
 def test_evaluation_gives_the_metrics_that_it_writes(bundled, small, tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
@@ -134,15 +157,85 @@ def test_evaluation_gives_the_metrics_that_it_writes(bundled, small, tmp_path):
     assert metrics == json.loads((tmp_path / "run/metrics.json").read_text())
 
 
+def example(name):
+    path = Path(detguard.__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_example_runs(file, tmp_path, capsys):
-    path = Path(detguard.__file__).parent.parent / "examples" / "from_python.py"
-    spec = importlib.util.spec_from_file_location("from_python", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    left = example.main(str(file), str(tmp_path))
+    left = example("from_python").main(str(file), str(tmp_path))
     assert set(left) == {"photo", "median:3", "jpeg:75", "jpeg:50"}
     assert "bus: fooled" in capsys.readouterr().out
     assert (tmp_path / "adversarial.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def hardened(small, tmp_path_factory):
+    """What the other example makes of three photos: the folder and its result."""
+    folder = tmp_path_factory.mktemp("hardened")
+    (folder / "photos").mkdir()
+    for number, photo in enumerate((small, small[:, ::-1], small[40:])):
+        (folder / "photos" / f"{number}.png").write_bytes(encode_png(np.ascontiguousarray(photo)))
+    return folder, example("harden_and_watch").main(str(folder / "photos"), str(folder), quick=True)
+
+
+def test_a_detector_is_hardened_watched_and_taught(hardened):
+    folder, taught = hardened
+    assert detguard.load_detector(taught.weights).model.names == ["normal", "hard", "adversarial", "adapted 1"]
+    assert taught.folder == folder / "adapted"
+    assert taught.before["new"].keys() == taught.after["new"].keys() == {"F1", "AP", "AP50"}
+    assert taught.unread == []
+    began = [record["began"] for record in Run.open(folder / "watched", "monitor").records() if record["began"]]
+    assert began == [19]
+    assert all(Path(json.loads(line)["photo"]).is_file() for line in (folder / "watched/dropped.jsonl").open())
+
+
+def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
+    folder, _ = hardened
+    told = []
+    again = detguard.harden(resume=folder / "hardened", workers=1, on_stage=lambda *what: told.append(what))
+    assert again.weights == folder / "hardened/weights/sparse.safetensors"
+    assert told == []
+    assert detguard.adapt(resume=folder / "adapted", workers=1).weights.parent.parent == folder / "adapted"
+    options = {"imgsz": 64, "photos": 8, "batch": 4, "steps": 1, "recipe": "pgd", "workers": 1}
+    with pytest.raises(KeyboardInterrupt):
+        detguard.harden("detguard-n", folder / "photos", out=tmp_path / "run", on_stage=lambda *_: True, **options)
+    made = detguard.harden(resume=tmp_path / "run", workers=1)
+    assert made.weights.is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "named"),
+    [
+        (lambda: detguard.harden("detguard-n"), DetguardError, "`data`"),
+        (lambda: detguard.harden(data="photos"), DetguardError, "`detector`"),
+        (lambda: detguard.harden("detguard-n", "photos", photos=0), DetguardError, "`photos`: expected"),
+        (lambda: detguard.harden("detguard-n", "photos", corruptions=["rain"]), DetguardError, "`corruptions` rain"),
+        (lambda: detguard.harden("detguard-n", "photos", photo=1), TypeError, "'photo'"),
+        (lambda: detguard.harden("detguard-n", resume="runs/harden/1"), DetguardError, "`resume`"),
+        (lambda: detguard.adapt("detguard-n"), DetguardError, "`new`"),
+        (lambda: detguard.adapt("detguard-n", "new.jsonl"), DetguardError, "gated ensemble"),
+        (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps'"),
+    ],
+)
+def test_wrong_trainings_are_refused_by_the_name_of_the_field(call, error, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=named):
+        call()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_odd_photos_of_a_stream_are_told_and_the_watch_goes_on(bundled, small):
+    photos = [{"photo": small, "objects": []}, {"photo": small, "objects": [{"class": "person"}]}, {"photo": "a.png"}]
+    records = list(detguard.monitor(bundled, photos, window=8))
+    assert ["error" in record for record in records] == [False, True, True]
+    assert "`photos` 2: expected" in records[1]["error"]
+    for wrong, named in (({"window": 2}, "`window`"), ({"drift": "magic"}, "`drift` magic")):
+        with pytest.raises(DetguardError, match=named):
+            detguard.monitor(bundled, photos, **wrong)
 
 
 def test_importing_detguard_imports_no_torch_and_names_all_that_it_offers():

@@ -1,0 +1,76 @@
+"""What options are where nothing else is said, for Python and the command line. Light, so that --help is quick."""
+
+from typing import Final
+
+MODEL: Final = "detguard-n"
+
+
+class Attack:
+    """Of `attack`."""
+
+    conf: Final = 0.25
+    eps: Final = 4
+    norm: Final = "linf"
+    transforms: Final = "median:3,jpeg:75"
+    measure: Final = "logit"
+    rule: Final = "steepest"
+    steps: Final = 100
+    aggregate: Final = "mean"
+    gradient: Final = "straight-through"
+    momentum: Final = 0
+    margin: Final = 0.05
+    seed: Final = 0
+    batch: Final = 1
+
+
+class Evaluate:
+    """Of `evaluate`."""
+
+    split: Final = "val"
+    protocols: Final = ("clean", "corruptions", "attack")
+    severities: Final = (1, 2, 3, 4, 5)
+    eps: Final = (4,)
+    attacks: Final = ("class", "box", "all", "vanish", "rank")
+    queries: Final = 200
+    seed: Final = 0
+    patch_target: Final = "person"
+    patch_size: Final = 0.3
+
+
+class Harden:
+    """Of `harden`."""
+
+    recipe: Final = "gated"
+    learn: Final = "teacher"
+    mode: Final = "freeze-first"
+    split: Final = "backbone"
+    photos: Final = 100_000
+    eps: Final = 4
+    mix: Final = 0.2
+    fusion: Final = "bounded:0.25"
+    sparse: Final = 0.2
+    batch: Final = 32
+    rate: Final = 3e-3
+    seed: Final = 0
+
+
+class Adapt:
+    """Of `adapt`."""
+
+    split: Final = "train"
+    experts: Final = 1
+    mode: Final = "auto"
+    init: Final = "best"
+    keep: Final = 1.0
+    max_experts: Final = 12
+    batch: Final = 16
+    rate: Final = 1e-3
+    seed: Final = 0
+
+
+class Monitor:
+    """Of `monitor`."""
+
+    split: Final = "val"
+    drift: Final = "adwin"
+    window: Final = 32

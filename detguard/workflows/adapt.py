@@ -1,0 +1,268 @@
+"""Teach hardened ensembles photos of a new kind, from Python."""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from detguard import DetguardError, defaults
+from detguard.data.batches import PhotoSet, read_photos
+from detguard.data.corruptions import chosen_kinds
+from detguard.data.sources import OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
+from detguard.data.stream import Labelled
+from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedDetector, GatedNetwork
+from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, hold_out, judge
+from detguard.hardening.adapt import adapt as train_experts
+from detguard.hardening.loop import OnBatch
+from detguard.hardening.train import Setting
+from detguard.photos import PhotoError, read_photo
+from detguard.ranks import Ranks
+from detguard.runs import Run, shared_run
+from detguard.schema import CONFIGS, check
+from detguard.workflows.harden import Sources, Trained, listed, named
+
+# Photos seen by default: so many for each new one, and at most.
+VIEWS, MOST_VIEWS = 50, 5_000
+AUTO = defaults.Adapt.mode
+# Of a run, its new photos and the old ones that are labelled.
+KEPT = ("new.jsonl", "replay.jsonl")
+# By kind of photos, new and old: F1, AP and AP50.
+Figures = dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Adapted(Trained):
+    """What came of teaching; before, after: F1, AP and AP50 on labelled photos kept for that, `new` and `old`."""
+
+    before: Figures
+    after: Figures
+
+
+def load_ensemble(model: str, trust: bool) -> tuple[GatedNetwork, int]:
+    """A gated ensemble and the frame size that it was made for.
+
+    Raises:
+        DetguardError: it is none, or cannot be read.
+    """
+    network, imgsz = load_model(model, trust)
+    if not isinstance(network, GatedNetwork):
+        raise DetguardError(f"{model}: expected a gated ensemble; make one of it with detguard harden")
+    return network, imgsz
+
+
+def read_sources(
+    new: Sequence[str], replay: Sequence[str], split: str, class_names: dict[int, str], on_data: OnData
+) -> tuple[list[Labelled], list[Labelled], list[Path]]:
+    """New photos, and old ones with labels or without; a photo that is new is not replayed.
+
+    Raises:
+        DetguardError: there are none of a kind, or sources with labels and without.
+    """
+
+    def labelled(sources: Sequence[str]) -> list[Labelled]:
+        return [one for source in sources for one in read_labelled(source, split, class_names, on_data)]
+
+    shown = labelled(new)
+    if not shown:
+        raise DetguardError(f"`new` {', '.join(new)}: no photos there")
+    folders = [source for source in replay if unlabelled(source)]
+    if folders and len(folders) < len(replay):
+        raise DetguardError("`replay`: give labelled photos or folders, not both")
+    taken = {one.file.resolve() for one in shown}
+    old = [one for one in labelled([] if folders else replay) if one.file.resolve() not in taken]
+    files = [file for source in folders for file in photo_files(source) if file.resolve() not in taken]
+    if replay and not (old or files):
+        raise DetguardError(f"`replay` {', '.join(replay)}: no photos there but those that are new")
+    return shown, old, files
+
+
+@dataclass
+class Adapting:
+    """A run of `adapt`. network: the ensemble that learns; imgsz: of its frames; ranks: the first of them writes."""
+
+    run: Run
+    network: GatedNetwork
+    imgsz: int
+    ranks: Ranks
+
+    @classmethod
+    def begin(
+        cls,
+        model: str,
+        new: Sequence[str],
+        plan: dict[str, Any],
+        ranks: Ranks,
+        *,
+        replay: Sequence[str] = (),
+        split: str = defaults.Adapt.split,
+        max_experts: int = defaults.Adapt.max_experts,
+        corruptions: Sequence[str] | None = None,
+        out: Path | None = None,
+        trust: bool = False,
+        arguments: Sequence[str] = (),
+        told: Callable[[str], object] = warnings.warn,
+        on_data: OnData = warn_of,
+    ) -> "Adapting":
+        """A new run, once all that it asks for is known to go together.
+
+        plan: the fields of `Adaptation` that are told, or AUTO as its mode; told: what is told that is no error.
+
+        Raises:
+            DetguardError: it does not, or the ensemble or data cannot be read; no run is left behind.
+        """
+        network, imgsz = load_ensemble(model, trust)
+        sources = read_sources(new, replay, split, network.class_names, on_data)
+        count, why = len(sources[0]), "as told"
+        plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO) | plan
+        if plan["mode"] == AUTO:
+            plan["mode"], why = choose_mode(count)
+        if not replay:
+            told("without `replay` nothing tells the gate when not to ask the new experts")
+        if network.rule.number or network.rule.leads:
+            told(f"fusion {network.fusion} bounds what new experts may change of the adversarial one's answer")
+        hardened = read_card(model).get("hardened")
+        hardened = hardened if isinstance(hardened, dict) else {}
+        eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")
+        kinds = chosen_kinds(corruptions or (list(map(str, known)) if isinstance(known, list) else None))
+        adaptation = Adaptation(**plan, eps=eps)
+        check(asdict(adaptation), CONFIGS["adapt"]["adapt"])
+        check_growth(network, adaptation, max_experts)
+        config = {
+            "model": model,
+            "detector": detector_config(load_detector(model, imgsz, trust), model),
+            "data": {"new": list(new), "replay": list(replay), "split": split},
+            "adapt": asdict(adaptation),
+            "why": why,
+            "corruptions": list(kinds),
+            "arguments": list(arguments),
+            "replayed": [str(file) for file in sources[2]],
+        }
+        kept = {name: as_lines(photos, network.class_names) for name, photos in zip(KEPT, sources[:2], strict=True)}
+        return cls(shared_run(ranks, lambda: Run.create("adapt", out, config, kept)), network, imgsz, ranks)
+
+    @classmethod
+    def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Adapting":
+        """A run to go on with.
+
+        Raises:
+            DetguardError: there is none, or its ensemble is no longer what it was.
+        """
+        run = shared_run(ranks, lambda: Run.resume(folder, "adapt"))
+        load_configured(run.config["detector"], trust)
+        return cls(run, *load_ensemble(run.config["model"], trust), ranks)
+
+    def load(self, workers: int | None = None) -> None:
+        """Read the photos; `unread` then says which could not be. workers: processes that make batches."""
+        config, self.unread = self.run.config, list[str]()
+        names = self.network.class_names
+        # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
+        kept = self.ranks.given(lambda: [read_labelled(str(self.run.folder / name), "", names) for name in KEPT])
+        files = [Path(file) for file in config["replayed"]]
+        (shown, new_judged), (labelled, old_judged) = map(hold_out, kept)
+        self.new, unread = read_photos([(shown, 1.0)], self.imgsz, plain=True)
+        self.unread += unread
+        self.old: PhotoSet | None = None
+        if labelled or files:  # plain as well, or the gate would learn what augmentation looks like
+            self.old, unread = read_photos([(labelled or files, 1.0)], self.imgsz, plain=True)
+            self.unread += unread
+        self.judged = {"new": self._readable(new_judged), "old": self._readable(old_judged)}
+        self.plan = Adaptation(**config["adapt"])
+        kinds = chosen_kinds(config["corruptions"])
+        self.setting = Setting.on(self.ranks, workers, self.plan.batch, self.imgsz, self.plan.seed, kinds)
+        self.network.to(self.ranks.device)
+
+    def _readable(self, photos: Sequence[Labelled]) -> list[Labelled]:
+        readable = []
+        for one in photos:
+            try:
+                read_photo(one.file)
+            except PhotoError as error:
+                self.unread.append(str(error))
+            else:
+                readable.append(one)
+        return readable
+
+    def figures(self) -> Figures:
+        """How good the ensemble is as it is now, on photos that it does not learn from; told to the first rank."""
+        if not self.ranks.first:
+            return {}
+        detector = GatedDetector(copy.deepcopy(self.network), "", self.imgsz, str(self.ranks.device))
+        return {kind: judge(detector, photos) for kind, photos in self.judged.items() if photos}
+
+    def train(self, on_batch: OnBatch | None = None) -> Path:
+        """Grow and train what the run has not finished, after `load`; returns the file of the weights.
+
+        Raises:
+            KeyboardInterrupt: `on_batch` asked for it; `resume` goes on.
+        """
+        config = self.run.config
+        card = read_card(config["model"])
+        card |= {"adapted": [*card.get("adapted", []), config["adapt"] | {"from": Path(config["model"]).stem}]}
+        made = train_experts(self.network, card, self.new, self.old, self.plan, self.setting, self.run, on_batch)
+        self.ranks.end()
+        return made
+
+
+def adapt(
+    detector: Detector | str | Path | None = None,
+    new: Sources | None = None,
+    *,
+    replay: Sources | None = None,
+    split: str = defaults.Adapt.split,
+    max_experts: int = defaults.Adapt.max_experts,
+    corruptions: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    trust: bool = False,
+    on_batch: OnBatch | None = None,
+    **plan: Any,
+) -> Adapted:
+    """Teach a gated ensemble a new kind of photos by new experts, as `detguard adapt` does.
+
+    Args:
+        detector: the ensemble that `harden` made: its file, or by `load_detector`.
+        new: labelled photos of the new kind: data.yaml, COCO json or JSON lines, as `monitor` writes them.
+        replay: photos of kinds that it knows, as `new`, or folders of them; split: of a data.yaml.
+        max_experts: beyond so many it is not to grow.
+        corruptions: kinds that old photos are shown with, by default those that it was hardened with.
+        out, resume, device, workers, trust: as of `harden`.
+        on_batch: told the number of the batch, the share that is over, and the last losses; returns True to save and
+            stop.
+        plan: the fields of `Adaptation`: `experts`, `mode` (full, frozen, or by default auto: by how many photos are
+            new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000 at most), `batch`, `rate` and `seed`.
+
+    Raises:
+        DetguardError: the ensemble or photos cannot be read, or options do not go together.
+        KeyboardInterrupt: `on_batch` asked for it; go on with `resume`.
+
+    Example:
+        >>> import detguard
+        >>> made = detguard.adapt("hard.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
+        >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP
+    """
+    if unknown := sorted(set(plan) - (Adaptation.__dataclass_fields__.keys() - {"eps"})):
+        raise TypeError(f"adapt() got an unexpected keyword argument '{unknown[0]}'")
+    if resume is not None:
+        if detector or new or replay or corruptions or out or plan:
+            raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
+        job = Adapting.resume(Path(resume), Ranks.start(device), trust)
+    else:
+        model, sources = named(detector), listed(new)
+        if not sources:
+            raise DetguardError("`new`: give labelled photos: a data.yaml, a COCO json or a .jsonl file (or `resume`)")
+        job = Adapting.begin(
+            model, sources, plan, Ranks.start(device), replay=listed(replay), split=split, max_experts=max_experts,
+            corruptions=corruptions, out=None if out is None else Path(out), trust=trust,
+        )  # fmt: skip
+    job.load(workers)
+    for message in job.unread:
+        warnings.warn(message, stacklevel=2)
+    before = job.figures()
+    made = job.train(on_batch)
+    return Adapted(made, job.run.folder, job.unread, before, job.figures())

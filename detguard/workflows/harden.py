@@ -1,0 +1,249 @@
+"""Harden detectors, from Python."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from detguard import DetguardError
+from detguard.data.batches import PhotoSet, read_photos
+from detguard.data.corruptions import chosen_kinds
+from detguard.data.sources import LABELLED, OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
+from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.hardening.run import Plan, check_teacher, passes, split_layer
+from detguard.hardening.run import harden as train_stages
+from detguard.hardening.train import Setting
+from detguard.hardening.validation import Validation, file_of, hold_out
+from detguard.ranks import Ranks
+from detguard.runs import Run, shared_run
+from detguard.schema import CONFIGS, check
+
+Sources = str | Path | Sequence[str | Path]
+# Told the stage, the share of all stages that is over, and the losses of the last record; True saves and stops.
+OnStage = Callable[[str, float, dict[str, float]], object]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training.
+
+    weights: file for `load_detector`; folder: of the run; unread: what was wrong with photos that were left out.
+    """
+
+    weights: Path
+    folder: Path
+    unread: list[str]
+
+
+def listed(sources: Sources | None) -> list[str]:
+    """One source or several, as text."""
+    return [str(one) for one in ([sources] if isinstance(sources, str | Path) else sources or [])]
+
+
+def known_classes(network: Any) -> dict[int, str]:
+    """The classes of a network to be hardened, by number; hardened ones keep them under another name."""
+    return network.class_names if isinstance(network, GatedNetwork) else network.names
+
+
+@dataclass
+class Hardening:
+    """A run of `harden`. network: what learns; teacher: what it imitates; ranks: the first of them writes."""
+
+    run: Run
+    network: Any
+    teacher: Detector
+    ranks: Ranks
+
+    @classmethod
+    def begin(
+        cls,
+        model: str,
+        data: Sequence[str],
+        plan: dict[str, Any],
+        ranks: Ranks,
+        *,
+        teacher: str | None = None,
+        pretrain: Sequence[str] = (),
+        imgsz: int | None = None,
+        corruptions: Sequence[str] | None = None,
+        out: Path | None = None,
+        trust: bool = False,
+        arguments: Sequence[str] = (),
+        on_data: OnData = warn_of,
+    ) -> "Hardening":
+        """A new run, once all that it asks for is known to go together. plan: the fields of `Plan` that are told.
+
+        Raises:
+            DetguardError: it does not, or a detector or data cannot be read; no run is left behind.
+        """
+        wanted = Plan.of(plan | {"pretrain": bool(pretrain)})
+        check(asdict(wanted), CONFIGS["harden"]["harden"])
+        kinds = chosen_kinds(corruptions)
+        network = load_model(model, trust)[0]
+        given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
+        check_teacher(network, imitated, teacher or model, wanted.recipe, wanted.pretrain)
+        kept = asdict(wanted)
+        if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
+            kept["split"] = str(network.split)
+        split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, kept["split"])
+        names = known_classes(network)
+        learns_labels = wanted.learn != "teacher"
+        for source in filter(unlabelled, data if learns_labels else []):
+            raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
+        labelled = [one for source in data if learns_labels for one in read_labelled(source, "train", names, on_data)]
+        config = {
+            "model": model,
+            "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
+            "harden": kept,
+            "corruptions": list(kinds),
+            "arguments": list(arguments),
+            "photos": [] if labelled else [str(file) for source in data for file in photo_files(source)],
+            "pretrain": [str(file) for source in pretrain for file in photo_files(source)],
+        }
+        files = {LABELLED: as_lines(labelled, names)} if labelled else {}
+        return cls(shared_run(ranks, lambda: Run.create("harden", out, config, files)), network, imitated, ranks)
+
+    @classmethod
+    def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Hardening":
+        """A run to go on with.
+
+        Raises:
+            DetguardError: there is none, or its detectors are no longer what they were.
+        """
+        run = shared_run(ranks, lambda: Run.resume(folder, "harden"))
+        _, imitated = (load_configured(one, trust, str(ranks.device)) for one in run.config["detectors"])
+        return cls(run, load_model(run.config["model"], trust)[0], imitated, ranks)
+
+    def load(self, workers: int | None = None) -> None:
+        """Read the photos; `unread` then says which could not be. workers: processes that make batches."""
+        config = self.run.config
+        self.plan, imgsz = Plan(**config["harden"]), config["detectors"][0]["imgsz"]
+        names = known_classes(self.network)
+        photos: Sequence[Any] = [Path(file) for file in config["photos"]]
+        if self.plan.learn != "teacher":  # as the run keeps them
+            photos = self.ranks.given(lambda: read_labelled(str(self.run.folder / LABELLED), "", names))
+        trained, held_out = hold_out(photos)
+        self.source, self.unread = read_photos([(trained, 1.0)], imgsz)
+        self.held = Validation.of(held_out, imgsz)
+        self.first: PhotoSet | None = None
+        if self.plan.pretrain:
+            kept = {file_of(one).name for one in held_out}
+            files = [file for name in config.get("pretrain", []) if (file := Path(name)).name not in kept]
+            self.first, unread = read_photos([(files, 1.0)], imgsz)
+            self.unread += unread
+        kinds = chosen_kinds(config["corruptions"])
+        self.setting = Setting.on(self.ranks, workers, self.plan.batch, imgsz, self.plan.seed, kinds)
+
+    def card(self) -> dict[str, Any]:
+        """What the json beside the weights is to say."""
+        config = self.run.config
+        gated = isinstance(self.network, GatedNetwork)
+        made_of = read_card(config["model"])["architecture"] if gated else str(self.network.yaml.get("yaml_file", ""))
+        return {
+            "architecture": Path(made_of).name,
+            "classes": list(known_classes(self.network).values()),
+            "imgsz": config["detectors"][0]["imgsz"],
+            "licence": "AGPL-3.0-or-later",
+            "hardened": {
+                "from": Path(config["model"]).stem,
+                "teacher": self.teacher.name,
+                "corruptions": config["corruptions"],
+                **config["harden"],
+            },
+        }
+
+    def train(self, on_stage: OnStage | None = None) -> Trained:
+        """Train what the run has not finished, after `load`.
+
+        Raises:
+            KeyboardInterrupt: `on_stage` asked for it; `resume` goes on.
+        """
+        # In forward-backward passes or seconds, so that the time left is right in stages with and without attacks.
+        stages = self.plan.stages(self.network)
+        costs = {s.name: s.seconds or passes(s, self.setting.size) * (s.number or 0) for s in stages}
+        starts = {stage.name: sum(costs[before.name] for before in stages[:i]) for i, stage in enumerate(stages)}
+
+        def on_batch(name: str, done: float, losses: dict[str, float]) -> bool:
+            share = (starts[name] + costs[name] * done) / sum(costs.values())
+            return bool(on_stage and on_stage(name, share, losses))
+
+        asked = (self.network, self.card(), self.teacher, self.source, self.plan, self.setting, self.run, on_batch)
+        made = train_stages(*asked, self.held, self.first)
+        self.ranks.end()
+        return Trained(made, self.run.folder, self.unread)
+
+
+def harden(
+    detector: Detector | str | Path | None = None,
+    data: Sources | None = None,
+    *,
+    teacher: str | Path | None = None,
+    pretrain: Sources | None = None,
+    imgsz: int | None = None,
+    corruptions: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    trust: bool = False,
+    on_stage: OnStage | None = None,
+    **plan: Any,
+) -> Trained:
+    """Train a detector that holds up under attacks, as `detguard harden` does.
+
+    Args:
+        detector: a name or file, or by `load_detector` (then of its frames, where `imgsz` says no other).
+        data: folders or patterns of photos, or data.yaml or COCO json files.
+        teacher: detector to imitate, by default the same; pretrain: photos by which the backbone is made robust first.
+        imgsz: longest side of a frame, px; corruptions: kinds of hard photos, by default all.
+        out: folder of the run; by default the next of runs/harden/. resume: a run's folder, to go on with, instead of
+            all above and of `plan`.
+        device, workers: where to train, and the processes that make batches, by default one per core.
+        trust: as of `load_detector`.
+        on_stage: told the stage, the share of all that is over, and the last losses; returns True to save and stop.
+        plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
+            `steps`, `mix`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
+
+    Raises:
+        DetguardError: a detector or photos cannot be read, or options do not go together.
+        KeyboardInterrupt: `on_stage` asked for it; go on with `resume`.
+
+    Example:
+        >>> import detguard
+        >>> made = detguard.harden("detguard-n", "photos/", recipe="pgd", hours=2)  # doctest: +SKIP
+        >>> hardened = detguard.load_detector(made.weights)  # doctest: +SKIP
+    """
+    if unknown := sorted(set(plan) - (Plan.__dataclass_fields__.keys() - {"pretrain"})):
+        raise TypeError(f"harden() got an unexpected keyword argument '{unknown[0]}'")
+    if resume is not None:
+        if detector or data or teacher or pretrain or imgsz or corruptions or out or plan:
+            raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
+        job = Hardening.resume(Path(resume), Ranks.start(device), trust)
+    else:
+        model, sources = named(detector), listed(data)
+        if not sources:
+            raise DetguardError("`data`: give a folder or pattern of photos, a data.yaml or a COCO json (or `resume`)")
+        job = Hardening.begin(
+            model, sources, plan, Ranks.start(device), teacher=None if teacher is None else str(teacher),
+            pretrain=listed(pretrain), imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
+            corruptions=corruptions, out=None if out is None else Path(out), trust=trust,
+        )  # fmt: skip
+    job.load(workers)
+    for message in job.unread:
+        warnings.warn(message, stacklevel=2)
+    return job.train(on_stage)
+
+
+def named(detector: Detector | str | Path | None) -> str:
+    """The name or file of a detector.
+
+    Raises:
+        DetguardError: there is none.
+    """
+    name = detector.source if isinstance(detector, Detector) else str(detector or "")
+    if not name:
+        raise DetguardError("`detector`: give a name, a file, or a detector by load_detector (or `resume`)")
+    return name

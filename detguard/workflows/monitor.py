@@ -1,0 +1,121 @@
+"""Watch a detector's accuracy over labelled photos, from Python."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detguard import defaults
+from detguard.data.sources import OnData, read_labelled, warn_of
+from detguard.data.stream import Labelled, from_records
+from detguard.detectors.base import Detector
+from detguard.detectors.load import detector_config
+from detguard.hardening.monitor import Monitor, observe
+from detguard.photos import encode_png
+from detguard.runs import Record, Run
+from detguard.schema import CONFIGS, check
+from detguard.workflows.attack import as_photo
+
+# Of a run, the photos of its drops.
+DROPPED = "dropped.jsonl"
+# Instead of a data set: photos as they come.
+LIVE = "-"
+
+
+def open_stream(source: Mapping[str, Any], detector: Detector, on_data: OnData = warn_of) -> Sequence[Labelled]:
+    """The labelled photos of the data set that a run's config names, in order."""
+    images = Path(source["images"]) if source["images"] else None
+    return read_labelled(source["source"], source["split"], detector.class_names, on_data, images)
+
+
+def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
+    """Write the photos of every drop to dropped.jsonl; returns how many drops there are and how many photos."""
+    drops = [r for r in records if r.get("began") is not None]
+    seen = [r for r in records if "f1" in r]
+    dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
+    lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in dropped.values()]
+    run.write(DROPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return len(drops), len(dropped)
+
+
+def monitor(
+    detector: Detector,
+    photos: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    drift: str = defaults.Monitor.drift,
+    window: int = defaults.Monitor.window,
+    split: str = defaults.Monitor.split,
+    images: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Iterator[Record]:
+    """Watch accuracy photo by photo, and tell when it drops: photos of a new kind have come.
+
+    Yields a record per photo: `number`, `photo`, `objects`, `f1` against its labels, `confidence` and, of an ensemble,
+    the `entropy` of its gate; `began`, where accuracy has dropped, the number of the photo since which it has, else
+    None; `AP50` at the end of each window; or `error`, where a photo cannot be read or its labels are wrong.
+
+    Args:
+        detector: by `load_detector`.
+        photos: a data.yaml, a COCO json, a file of JSON lines; or photos as they come, {"photo": a path or a photo as
+            `attack` takes it, "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}, boxes in pixels.
+        drift: what tells a drop from chance: adwin, page-hinkley or kswin.
+        window: photos that a judgement needs, and that AP is over, 8 or more.
+        split: of a data.yaml; images: folder of the photos of a COCO json, by default beside it.
+        out: folder of a run as `detguard monitor` writes it, with the photos of every drop in dropped.jsonl, which
+            `adapt` takes; by default a temporary one.
+
+    Raises:
+        DetguardError: an option is wrong, or the data set cannot be read.
+
+    Example:
+        >>> import detguard
+        >>> detector = detguard.load_detector("detguard-n")
+        >>> for record in detguard.monitor(detector, "day/instances.json"):  # doctest: +SKIP
+        ...     if record.get("began"):
+        ...         print(f"accuracy has dropped since photo {record['began']}")
+    """
+    check({"window": window}, {"window": CONFIGS["monitor"]["monitor"]["window"]})
+    Monitor(drift, window)  # which knows the kinds
+    source = {
+        "source": str(photos) if isinstance(photos, str | Path) else LIVE,
+        "split": split,
+        "images": None if images is None else str(images),
+    }
+    config = {
+        "detector": detector_config(detector, detector.source),
+        "stream": source,
+        "monitor": {"detector": drift, "window": window},
+        "on_drift": "tell",
+        "replay": [],
+        "arguments": [],
+    }
+    shown = open_stream(source, detector) if isinstance(photos, str | Path) else photos
+    return _monitor(detector, shown, config, None if out is None else Path(out))
+
+
+def _monitor(detector: Detector, photos: Iterable[Any], config: dict[str, Any], out: Path | None) -> Iterator[Record]:
+    folder = out or Path(tempfile.mkdtemp(prefix="detguard-"))
+    try:
+        run = Run.create("monitor", folder, config)
+        if config["stream"]["source"] == LIVE:
+            given = (_on_disk(run, number, photo) for number, photo in enumerate(photos, 1))
+            photos = from_records(given, detector.class_names)
+        for record in observe(run, detector, photos, config["monitor"]["detector"], config["monitor"]["window"]):
+            if record.get("began") is not None:
+                write_dropped(run, run.records())
+            yield record
+    finally:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _on_disk(run: Run, number: int, photo: Mapping[str, Any]) -> dict[str, Any]:
+    """A labelled photo whose photo is a path: one in memory becomes a file of the run."""
+    source = photo["photo"]
+    if isinstance(source, str | Path):
+        return dict(photo) | {"photo": str(source)}
+    name = f"inputs/photo-{number:03}.png"
+    run.write(name, encode_png(as_photo(source)))
+    return dict(photo) | {"photo": str(run.path(name))}
