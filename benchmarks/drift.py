@@ -49,7 +49,9 @@ def main(
     for view, _ in track(views.values(), "showing", transient=True):
         fill(subject, [view])
     found = {
-        name: [quality(subject.objects(i), view.load(subject, i, part)).f1 for i in dataset.files]
+        name: [
+            f1 for i in dataset.files if (f1 := quality(subject.objects(i), view.load(subject, i, part)).f1) is not None
+        ]
         for name, (view, part) in views.items()
     }
     parts = [found["clean"], found["fog"] + found["low contrast"], found["PGD"]]

@@ -72,5 +72,5 @@ class Monitor:
     """Of `monitor`."""
 
     split: Final = "val"
-    drift: Final = "adwin"
+    drift: Final = "likelihood-ratio"
     window: Final = 32

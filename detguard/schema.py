@@ -299,7 +299,7 @@ RECORDS: dict[str, Any] = {
     "universal": LEARNT,
     "monitor": Either(
         (
-            SHOWN | {"f1": real(), "confidence": real(), "entropy": Maybe(measured), "began": Maybe(whole(1))},
+            SHOWN | {"f1": Maybe(real()), "confidence": real(), "entropy": Maybe(measured), "began": Maybe(whole(1))},
             SHOWN | {"error": text},
         )
     ),

@@ -55,7 +55,8 @@ def monitor(
         Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
     ] = None,
     detector: Annotated[
-        Literal["adwin", "page-hinkley", "kswin"], typer.Option(help="What tells a drop from chance.")
+        Literal["likelihood-ratio", "adwin", "page-hinkley", "kswin"],
+        typer.Option(help="What tells a drop from chance."),
     ] = defaults.Monitor.drift,
     window: Annotated[
         int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")
@@ -145,7 +146,10 @@ def watch(
     drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records))
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
-    told = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else "no drop"
+    judged = sum(r.get("f1") is not None for r in records)
+    calm = "no drop" if judged >= options["window"] else "too few to judge"
+    told = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
+    told = f"{told}; {judged} of {len(records)} photos have objects of classes that the detector knows"
     out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
     code = 2 if any("error" in r for r in records) else int(bool(drops))
     if not drops or run.config["on_drift"] != "adapt":

@@ -10,13 +10,16 @@ from detguard.runs import Record, Run
 
 
 def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
-    """Means of the photos of a stream by window: first and last photo, f1, AP50, hints, and the alarms in it."""
+    """Means of the photos of a stream by window: first and last photo, how many have known objects to be judged by, f1
+    of those, AP50, hints, and the alarms in it.
+    """
     made = []
     for start in range(0, len(records), size):
         part = [r for r in records[start : start + size] if "f1" in r]
         if not part:
             continue
         row: dict[str, Any] = {"first": part[0]["number"], "last": part[-1]["number"]}
+        row["judged"] = sum(r["f1"] is not None for r in part)
         for key in ("f1", "confidence", "entropy"):
             row[key] = mean(r[key] for r in part)
         row["AP50"] = next((r["AP50"] for r in records[start : start + size] if "AP50" in r), None)
@@ -28,10 +31,19 @@ def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
 def timeline_table(rows: list[dict[str, Any]]) -> Table:
     """One row per window."""
     hints = any(row["entropy"] is not None for row in rows)
-    head = ["photos", "F1", "AP50", "confidence (hint)", *(["gate entropy (hint)"] if hints else []), "alarm at"]
+    head = [
+        "photos",
+        "with objects",
+        "F1",
+        "AP50",
+        "confidence (hint)",
+        *(["gate entropy (hint)"] if hints else []),
+        "alarm at",
+    ]
     cells = [
         [
             f"{row['first']} to {row['last']}",
+            str(row["judged"]),
             number(row["f1"]),
             number(row["AP50"]),
             number(row["confidence"]),
@@ -40,7 +52,7 @@ def timeline_table(rows: list[dict[str, Any]]) -> Table:
         ]
         for row in rows
     ]
-    note = "F1 at IoU .50 and confidence .25, against the labels. Hints need no labels and raise no alarm."
+    note = "F1 at IoU .50 and confidence .25, of photos with known objects. Hints need no labels and raise no alarm."
     return Table("Windows", head, cells, note)
 
 

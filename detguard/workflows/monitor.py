@@ -60,7 +60,7 @@ def monitor(
         detector: by `load_detector`.
         photos: a data.yaml, a COCO json, a file of JSON lines; or photos as they come, {"photo": a path or a photo as
             `attack` takes it, "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}, boxes in pixels.
-        drift: what tells a drop from chance: adwin, page-hinkley or kswin.
+        drift: what tells a drop from chance: likelihood-ratio, adwin, page-hinkley or kswin.
         window: photos that a judgement needs, and that AP is over, 8 or more.
         split: of a data.yaml; images: folder of the photos of a COCO json, by default beside it.
         out: folder of a run as `detguard monitor` writes it, with the photos of every drop in dropped.jsonl, which
