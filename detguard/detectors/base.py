@@ -24,6 +24,7 @@ class Detector(ABC):
     name: what it is called; source: the name or file that `load_detector` made it of; class_names: class index ->
     name; imgsz: longest side of a frame, in pixels; device: where its frames go; iou: overlap over which NMS drops the
     worse of two boxes, as the family has it; hardened: whether it is a defence, which is judged by stronger attacks;
+    differentiable: whether candidates have a gradient at the frames; without one only black-box attacks are possible;
     experts: the names of those that answer together, of gated ensembles, and robust: the number of the adversarial one.
     """
 
@@ -35,6 +36,7 @@ class Detector(ABC):
     device: torch.device
     iou: float = 0.7
     end_to_end: bool = False
+    differentiable: bool = True
     hardened: bool = False
     experts: tuple[str, ...] = ()
     robust: int = -1
@@ -49,7 +51,10 @@ class Detector(ABC):
 
     @abstractmethod
     def candidates(self, frames: Tensor) -> Candidates:
-        """Candidates of frames, float32 [B, 3, H, W], 0..1, RGB; differentiable with respect to the frames."""
+        """Candidates of frames, float32 [B, 3, H, W], 0..1, RGB; differentiable with respect to the frames.
+
+        Where `differentiable` is false they need not be, and may be the detections over confidence .001 alone.
+        """
 
     @abstractmethod
     def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
