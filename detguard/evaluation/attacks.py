@@ -67,7 +67,8 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
 class AttackSet(View):
     """White-box PGD by several attacks and restarts, and the worst of them for each photo, as 8-bit photos.
 
-    eps: levels of 255; steps: of each, of SQUARE its queries. Part "worst" holds the detections of the worst attack on each photo, "photo" its PNG.
+    eps: levels of 255; steps: of each, of SQUARE its queries. Part "worst" holds the detections of the worst attack on
+    each photo, "photo" its PNG.
     """
 
     attacks: tuple[str, ...]
