@@ -61,8 +61,10 @@ def stages(
     """The photos that have objects to attack: labelled ones, photo pixels, or without labels what the detector finds.
 
     Raises:
-        DetguardError: there are none, or a photo cannot be read.
+        DetguardError: there are none, a photo cannot be read, or the detector has no gradient.
     """
+    if not detector.differentiable:
+        raise DetguardError(f"{detector.name}: has no gradient, by which a patch learns; give another --model")
     made = []
     for file, objects in photos:
         if objects is None:

@@ -160,11 +160,12 @@ def attack(
         on_step: shown the attacks that are under way after each of their steps.
         options: as of the command line, with its defaults: `goal`, `target`, `to`, `strict`, `objects`, `box`,
             `keep_others`, `loss`, `count`, `transforms`; and the fields of `AttackOptions`: `conf`, `step`, `steps`,
-            `rule`, `aggregate`, `weights`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`, `seed` and
-            `batch`.
+            `rule`, `aggregate`, `weights`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`, `black_box`,
+            `queries`, `seed` and `batch`.
 
     Raises:
-        DetguardError: an option is wrong, a class is not known, or a photo is of no kind above.
+        DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no
+            gradient and `black_box` is not asked for.
 
     Example:
         >>> import detguard

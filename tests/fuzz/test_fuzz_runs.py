@@ -180,4 +180,5 @@ def bundled_classes():
     from detguard.detectors.load import load_detector
 
     detector = load_detector()
-    return SimpleNamespace(class_index=detector.class_index, class_names=detector.class_names, name=detector.name)
+    asked = ("class_index", "class_names", "name", "differentiable")
+    return SimpleNamespace(**{name: getattr(detector, name) for name in asked})
