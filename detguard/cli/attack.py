@@ -108,8 +108,8 @@ def attack(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Bundled name, .pt or .safetensors file, or a name of Ultralytics or torchvision such as yolo11n; "
-            "repeatable: the same photo must fool all of them. [default: detguard-n]"
+            help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as "
+            "yolo11n; repeatable: the same photo must fool all of them. [default: detguard-n]"
         ),
     ] = None,
     imgsz: ImageSize = None,

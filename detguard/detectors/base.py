@@ -111,10 +111,11 @@ class Detector(ABC):
 class Family(ABC):
     """What loading needs to know of detectors of one kind; `families.py` lists them all.
 
-    options: of `load_detector`, those that it takes.
+    options: of `load_detector`, those that it takes; suffixes: of files that only this family reads, such as ".onnx".
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
+    suffixes: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def known(self) -> str:
@@ -146,6 +147,8 @@ class Family(ABC):
 
     def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
         """The network of official weights, known to be what `name` says, and the frame size that it was made for.
+
+        Or of a file that ends in one of `suffixes`.
 
         trust: as of `load_detector`.
 
