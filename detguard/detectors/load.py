@@ -37,7 +37,7 @@ def load_detector(
     fusion: str | None = None,
     iou: float | None = None,
 ) -> "Detector":
-    """A ready detector by bundled name, file (.pt, .safetensors, .onnx), or name of Ultralytics ("yolo11n") or torchvision.
+    """A detector by bundled name, file (.pt, .safetensors, .onnx), or name of Ultralytics or torchvision (yolo11n).
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
     end_to_end: the head without NMS of YOLOv10 and YOLO26.

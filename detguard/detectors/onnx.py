@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
-from ultralytics import YOLO
+from ultralytics.models.yolo.model import YOLO
 from ultralytics.utils.ops import xywh2xyxy
 
 from detguard import DetguardError, first_line
@@ -66,6 +66,7 @@ class OnnxDetector(Detector):
     """
 
     differentiable = False
+    model: OnnxNetwork
 
     def __init__(self, network: OnnxNetwork, name: str, imgsz: int, device: str = "cpu") -> None:
         import onnxruntime
@@ -91,7 +92,7 @@ class OnnxDetector(Detector):
         if not self.dynamic and imgsz != fixed:
             raise DetguardError(f"--imgsz {imgsz}: {name} was exported for frames of {fixed} px alone")
         self.imgsz = -(-imgsz // self.stride) * self.stride
-        self._yolo: YOLO | None = None
+        self._yolo: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         found = self._run(torch.zeros(1, 3, self.imgsz, self.imgsz))
         if found.ndim != 3 or (

@@ -79,7 +79,9 @@ def ultralytics_export(tmp_path, monkeypatch):
     def export(network, recipe, **options):
         monkeypatch.chdir(tmp_path)
         made = YOLO(recipe, task="detect")
-        made.model = copy.deepcopy(network) if network is not None else made.model
+        if network is not None:
+            made.model, args = copy.deepcopy(network), made.model.args
+            made.model.args = args
         return Path(made.export(format="onnx", imgsz=320, simplify=False, opset=17, verbose=False, **options))
 
     return export
@@ -143,13 +145,14 @@ def told(**changed):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (external, "another file"), (external_inside, "another file"), (custom, "operator 'Conv' of 'com.evil'"),
+        (external, "another file"), (external_inside, "another file"), (custom, "operator 'Constant' of 'com.evil'"),
         (endless, "a Loop"), (functions, "functions of its own"), (told(names=None), "says no names"),
         (told(names="__import__('os').getpid()"), "odd names"), (told(names="[" * 10**5), "odd names"),
         (told(names="{0: 'a'" + " " * (1 << 20) + "}"), "too much"), (told(names="{}"), "no names"),
         (told(names="{0: 'person'}"), r"its output is \[1, 17, 2100\], expected \[B, 5, N\]"),
         (told(names="{5: 'person'}"), "names for its 1 classes"), (told(task="segment"), "only box detection"),
-        (told(imgsz="[320, 640]"), "square"), (told(imgsz="[10**9]"), "odd imgsz"), (told(imgsz="9999999"), "frame size"),
+        (told(imgsz="[320, 640]"), "square"), (told(imgsz="[10**9]"), "odd imgsz"),
+        (told(imgsz="9999999"), "frame size"),
         (told(stride="0"), "odd stride"), (told(args="3"), "odd args"),
     ],
 )  # fmt: skip
