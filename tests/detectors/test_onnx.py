@@ -195,3 +195,20 @@ def test_frames_of_any_number_are_taken_by_a_graph_of_one(files):
     frames = torch.rand(2, 3, 320, 320)
     fixed, any_number = (load_detector(files[kind]).candidates(frames) for kind in ("fixed", "any"))
     assert torch.allclose(fixed.logits, any_number.logits, atol=1e-3)
+
+
+def test_what_needs_a_gradient_or_a_network_refuses_it(files, bundled_model, bus_file):
+    from detguard.attacks.patch import stages
+    from detguard.export.run import plan_export
+    from detguard.hardening.run import check_teacher
+    from detguard.objectives import Vanish
+
+    detector = load_detector(files["any"])
+    with pytest.raises(DetguardError, match="any: has no gradient, by which a patch learns"):
+        stages(detector, [(bus_file, None)], Vanish((0,)), 0.25)
+    with pytest.raises(DetguardError, match="only Ultralytics' YOLO families"):
+        plan_export(str(files["any"]), "onnx")
+    with pytest.raises(DetguardError, match="only Ultralytics' YOLO families can be hardened"):
+        check_teacher(detector.model, detector, "any.onnx", "gated", False)
+    with pytest.raises(DetguardError, match=r"any\.onnx: expected a detector of Ultralytics' YOLO families"):
+        check_teacher(bundled_model, detector, "any.onnx", "gated", False)
