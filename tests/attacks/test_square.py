@@ -10,7 +10,7 @@ import torch
 from detguard import DetguardError
 from detguard.attacks.budgets import L2, Linf, parse_budget
 from detguard.attacks.group import STEADY, AttackOptions, Victim, attack_group
-from detguard.attacks.square import share
+from detguard.attacks.square import Square, share
 from detguard.detections import Detections
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.objectives import Degrade, Vanish
@@ -129,6 +129,21 @@ def test_options_of_a_gradient_are_refused(name, value):
 def test_queries_are_of_a_black_box():
     with pytest.raises(DetguardError, match="--queries"):
         AttackOptions(queries=9).check(1)
+
+
+@pytest.mark.parametrize(("loss", "kept"), [(4.0, 0), (2.0, 1)])
+def test_it_goes_on_from_the_photo_of_lowest_loss(loss, kept):
+    original, nothing = torch.full((40, 40, 3), 128.0), torch.empty(0)
+    search = Square(Linf(8), original, 1, 50, seed=3)
+    best = search(original, nothing, 5.0)
+    proposed = search(best, nothing, 3.0)
+    after = search(proposed, nothing, loss)
+    rows, columns = (after != (best, proposed)[kept]).any(2).nonzero(as_tuple=True)
+    side = round((0.3 * share(2, 50)) ** 0.5 * 40)
+    assert 0 < len(rows) <= side**2
+    assert max(rows.max() - rows.min(), columns.max() - columns.min()) < side
+    other = (after != (proposed, best)[kept]).any(2).nonzero(as_tuple=True)[0]
+    assert len(other) > len(rows)
 
 
 def test_squares_halve_as_the_search_goes_on():
