@@ -13,6 +13,7 @@ class Attack:
     norm: Final = "linf"
     transforms: Final = "median:3,jpeg:75"
     measure: Final = "logit"
+    queries: Final = 5000
     rule: Final = "steepest"
     steps: Final = 100
     aggregate: Final = "mean"
@@ -35,6 +36,21 @@ class Evaluate:
     seed: Final = 0
     patch_target: Final = "person"
     patch_size: Final = 0.3
+
+
+class Picture:
+    """Of `patch` and `universal`."""
+
+    split: Final = "train"
+    size: Final = 0.3
+    pixels: Final = 128
+    print_cm: Final = 20
+    eps: Final = 8
+    photos: Final = 4000
+    rate: Final = 0.03
+    batch: Final = 8
+    conf: Final = 0.25
+    seed: Final = 0
 
 
 class Harden:

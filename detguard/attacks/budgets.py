@@ -6,7 +6,9 @@ other. Tensors are photos of any layout and number: the last three dimensions ar
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import cv2
@@ -57,6 +59,17 @@ class Budget(ABC):
         """`x`, which is within the budget, in whole levels as it would be saved, and still within it: float32."""
         return x.round()
 
+    @abstractmethod
+    def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:
+        """Where a random search of one photo, [H, W, 3] levels, starts: all of the budget, spread over the photo."""
+
+    @abstractmethod
+    def moved(self, x: Tensor, original: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+        """A proposal of a random search: `x`, which is within the budget, with one square changed, and still within it.
+
+        share: of the largest square's area, 1 at first.
+        """
+
     @property
     @abstractmethod
     def step(self) -> float:
@@ -79,6 +92,7 @@ class Budget(ABC):
 class Linf(Budget):
     """No value of a pixel changes by more than `eps` levels of 255."""
 
+    LARGEST: ClassVar[float] = 0.3
     kind = "linf"
     unit = "levels of 255"
     scale = 1.0
@@ -98,6 +112,26 @@ class Linf(Budget):
     def project(self, x: Tensor, original: Tensor, white: float = WHITE) -> Tensor:
         reach = self.eps * white / WHITE
         return torch.maximum(x, original - reach).minimum(original + reach).clamp_(0, white)
+
+    @override
+    def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:
+        """Vertical stripes at corners of the budget, each as wide as a 320th of the photo."""
+        width = original.shape[1]
+        wide = max(1, width // 320)
+        signs = rng.choice([-1, 1], (1, width // wide + 1, 3)).repeat(wide, 1)[:, :width]
+        return self._corner(original, signs)
+
+    @override
+    def moved(self, x: Tensor, original: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+        """One square of the photo at a corner of the budget."""
+        window = _window(_side(original, self.LARGEST * share), original, rng)
+        moved = x.clone()
+        moved[window] = self._corner(original[window], rng.choice([-1, 1], (3,)))
+        return moved
+
+    def _corner(self, original: Tensor, signs: np.ndarray) -> Tensor:
+        """In whole levels."""
+        return (original + math.floor(self.eps) * torch.from_numpy(signs).to(original)).clamp_(0, WHITE)
 
     @property
     @override
@@ -121,6 +155,7 @@ class L2(Budget):
     """
 
     NEAR: ClassVar[float] = 0.05
+    LARGEST: ClassVar[float] = 0.1
     kind = "l2"
     unit = "(Euclidean, black to white is 1)"
     scale = WHITE
@@ -152,6 +187,33 @@ class L2(Budget):
                 return original + rounded
             change = change / over.clamp(min=1).to(change)
         return original + (x - original).trunc()
+
+    @override
+    def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:
+        """Squares of a fifth of the shorter side, of random signs, which hold as much each."""
+        height, width = original.shape[:2]
+        side = max(1, min(height, width) // 5)
+        change = np.zeros((height, width, 3))
+        for top in range(height % side // 2, height - side + 1, side):
+            for left in range(width % side // 2, width - side + 1, side):
+                change[top : top + side, left : left + side] = _bump(side, rng) * rng.choice([-1, 1], 3)
+        direction = self.direction(torch.from_numpy(change).to(original))
+        return self.project(original + self.eps * WHITE * direction, original)
+
+    @override
+    def moved(self, x: Tensor, original: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+        """What one window holds of the change, and what is left of the budget, moves to another (their algorithm 3)."""
+        side = max(_side(original, self.LARGEST * share), min(3, *original.shape[:2]))
+        to, emptied = (_window(side, original, rng) for _ in range(2))
+        change = x - original
+        unspent = max((self.eps * WHITE) ** 2 - float(change.square().sum()), 0.0)
+        moved = change.clone()
+        moved[to], moved[emptied] = 0, 0
+        taken = (change - moved).square().sum((0, 1))
+        bump = torch.from_numpy(_bump(side, rng) * rng.choice([-1, 1], 3)).to(x)
+        shape = bump + change[to] / _length(change[to])
+        moved[to] = shape / _length(shape) * (taken + unspent / 3).sqrt()
+        return self.project(original + moved, original)
 
     @property
     @override
@@ -243,6 +305,31 @@ class Masked(Budget):
     def levels(self, x: Tensor, original: Tensor) -> Tensor:
         return self.within.levels(x, original)
 
+    @cached_property
+    def _bounds(self) -> tuple[slice, slice] | None:
+        """The smallest window with all of the part; None: there is nothing of it in the photo."""
+        assert self.mask is not None, "on() gives the mask"
+        rows, columns, _ = self.mask.nonzero(as_tuple=True)
+        if not len(rows):
+            return None
+        return slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1)
+
+    @override
+    def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:
+        return self._inside(original, original, lambda _, there: self.within.scattered(there, rng))
+
+    @override
+    def moved(self, x: Tensor, original: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+        return self._inside(x, original, lambda now, there: self.within.moved(now, there, share, rng))
+
+    def _inside(self, x: Tensor, original: Tensor, propose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What is proposed of the part's bounds, taken in the part itself."""
+        if (bounds := self._bounds) is None:
+            return x
+        proposed = original.clone()
+        proposed[bounds] = propose(x[bounds], original[bounds])
+        return torch.where(self._part(x), proposed, original)
+
     @property
     @override
     def step(self) -> float:
@@ -307,6 +394,44 @@ def largest_difference(photo: Photo, original: Photo) -> int:
 def _same_shape(photo: Photo, original: Photo) -> None:
     if photo.shape != original.shape:
         raise ValueError(f"shape {photo.shape} is not the original's {original.shape}")
+
+
+def _side(photo: Tensor, share: float) -> int:
+    """That of a square, if a `share` of the photo were one, as the shorter side has it."""
+    return max(1, round(math.sqrt(share) * min(photo.shape[:2])))
+
+
+def _window(side: int, photo: Tensor, rng: np.random.Generator) -> tuple[slice, slice]:
+    """A square somewhere in a photo."""
+    top, left = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _bump(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A square, [side, side, 1], of length 1: two halves of opposite signs, each highest in its middle.
+
+    Its values are those of Andriushchenko et al. (2020), equation 2.
+    """
+    half = side // 2
+    square = np.concatenate([_hill(half, side), -_hill(side - half, side)])
+    square /= np.linalg.norm(square)
+    return (square if rng.random() < 0.5 else square.T)[..., None]
+
+
+def _hill(height: int, width: int) -> np.ndarray:
+    """A rectangle of length 1 that falls off from its middle, [height, width]."""
+    if not height:
+        return np.zeros((height, width))
+    y, x = np.ogrid[:height, :width]
+    away = np.maximum(np.abs(y - height // 2), np.abs(x - width // 2))
+    falling = 1 / np.arange(1, away.max() + 2) ** 2
+    hill = falling[::-1].cumsum()[::-1][away]
+    return hill / np.linalg.norm(hill)
+
+
+def _length(change: Tensor) -> Tensor:
+    """That of each channel, [3], of a change [H, W, 3]."""
+    return torch.linalg.vector_norm(change, dim=(0, 1)).clamp(min=1e-30)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The transformation-robust group attack: fool the photo and all its transformed copies at once.
 
 Repeat: transform the adversarial photo, detect on it and on every copy in one batch, stop when all are fooled,
-else step against the aggregated gradient of their losses, within a budget. The 8-bit photo that would be saved is what
-the detector is shown at every step. How far it may go (`budgets.py`), how it moves (`steps.py`), what is wanted
+else step against the aggregated gradient of their losses, within a budget; in a black box, where there is no gradient,
+propose another photo and keep it if the aggregated loss is lower. The 8-bit photo that would be saved is what the
+detector is shown at every step. How far it may go (`budgets.py`), how it moves (`steps.py`), what is wanted
 (`objectives`) and where transforms take its pixels (`transforms`) are asked of these.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from detguard import DetguardError, defaults
 from detguard.attacks.budgets import Budget, Linf, parse_budget
+from detguard.attacks.square import Square
 from detguard.attacks.steps import Rule, rule_named
 from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.base import Detector, to_photo
@@ -30,6 +32,8 @@ Aggregate = Literal["mean", "weighted", "max"]
 DEFAULT = Linf(defaults.Attack.eps)
 # Draws in a row that must be fooled before a group with random members counts as fooled.
 STEADY = 5
+# Options that only a gradient has a use for.
+WHITE_BOX = ("smallest", "rule", "step", "steps", "momentum", "gradient", "random_start")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class AttackOptions:
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
     found at `conf * (1 - margin)` either, and what is wanted is found as far over `conf`, which buys survival of
     transforms that were not in the group;
+    black_box: search by losses alone (Square), with at most `queries` forwards of one frame per photo; all members of a
+    group are asked each time, and `WHITE_BOX` options are of no use;
     smallest: search for the least budget that fools; stop: end as soon as all are fooled, of random members `STEADY`
     draws in a row; without it all `steps` are made and the one of lowest loss counts.
     """
@@ -59,12 +65,23 @@ class AttackOptions:
     seed: int = defaults.Attack.seed
     batch: int = defaults.Attack.batch
     smallest: bool = False
+    black_box: bool = False
+    queries: int = defaults.Attack.queries
     stop: bool = True
 
     @property
     def length(self) -> float:
         """How far a step goes, in the unit of the budget."""
         return self.step or self.budget.step
+
+    @property
+    def moves(self) -> type[Rule]:
+        """How it moves."""
+        return Square if self.black_box else rule_named(self.rule)
+
+    def most(self, members: int) -> int:
+        """How many steps a photo shown to `members` may take; what it is after the last of them is shown, too."""
+        return max(self.queries // members - 1, 0) if self.black_box else self.steps
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AttackOptions":
@@ -84,15 +101,31 @@ class AttackOptions:
         weights = list(self.weights) if self.weights else None
         return self.budget.config() | kept | {"weights": weights}
 
-    def check(self, members: int) -> None:
-        """Raise DetguardError if there is no such rule, or the weights do not match the `members` of the group."""
+    def check(self, members: int, detectors: int = 1) -> None:
+        """Raise DetguardError if there is no such rule, options do not go together, or not with the group's `members`.
+
+        detectors: before which it is shown.
+        """
         rule_named(self.rule)
+        defaults = {one.name: one.default for one in fields(self)}
+        if self.black_box and (given := [name for name in WHITE_BOX if getattr(self, name) != defaults[name]]):
+            raise DetguardError(f"`{given[0]}`: does not go with `black_box`, which has no gradient")
+        if not self.black_box and self.queries != defaults["queries"]:
+            raise DetguardError("`queries`: goes with `black_box`; without it, `steps` bounds the search")
+        if self.black_box and self.most(members * detectors) < 1:
+            least = 2 * members * detectors
+            raise DetguardError(f"`queries` {self.queries}: expected {least} or more, to ask the group of it twice")
         if (self.weights is not None) != (self.aggregate == "weighted"):
             raise DetguardError("`weights`: goes with `aggregate` weighted, and that with `weights`")
         if self.weights is not None and len(self.weights) != members:
             raise DetguardError(f"`weights`: expected {members} numbers, one for the photo and each transform")
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):  # nor NaN
             raise DetguardError("`weights`: expected numbers of 0 or more, not all 0, as in 1,1,2")
+
+    def check_detector(self, detector: Detector) -> None:
+        """Raise DetguardError if the detector cannot be attacked so."""
+        if not (detector.differentiable or self.black_box):
+            raise DetguardError(f"{detector.name}: has no gradient; give `black_box`")
 
 
 @dataclass(frozen=True)
@@ -163,7 +196,10 @@ class Member:
 
 @dataclass
 class Attempt:
-    """The attack on one photo as it stands; clean_by: what each detector found in the clean photo."""
+    """The attack on one photo as it stands.
+
+    clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has asked for.
+    """
 
     key: str
     photo: Photo
@@ -175,6 +211,7 @@ class Attempt:
     members: list[Member]
     aims: list[Any]
     steps: int = 0
+    queries: int = 0
     fooled: list[bool] = field(default_factory=list)
     in_a_row: int = 0
     enough: int = 1
@@ -246,10 +283,12 @@ def attack_group(
     so that its result does not depend on its neighbours.
 
     Raises:
-        DetguardError: `weights` do not match the group.
+        DetguardError: `weights` do not match the group, or a detector has no gradient.
     """
-    options.check(1 + len(transforms))
     victims = [Victim(detector, objective), *also]
+    options.check(1 + len(transforms), len(victims))
+    for victim in victims:
+        options.check_detector(victim.detector)
     waiting: dict[tuple[int, int], deque[Attempt]] = defaultdict(deque)
     source = iter(photos)
     exhausted = False
@@ -296,7 +335,7 @@ def _begin(
     original = torch.from_numpy(photo).to(victims[0].detector.device).float()
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original
-    rule = rule_named(options.rule)(budget, original, options.length, options.steps, options.momentum)
+    rule = options.moves(budget, original, options.length, options.most(len(members)), options.momentum, seed)
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
     return Attempt(key, photo, found, original, x, rule, rng, members, [None] * len(members), enough=enough)
@@ -314,8 +353,15 @@ def _draw(attempt: Attempt, transforms: Sequence[Transform]) -> None:
                 attempt.aims[place] = None
 
 
+# Frames of one shape before one detector, by their numbers among all, as it took them, and what it proposes.
+Pass = tuple[list[int], Tensor, Candidates]
+
+
 def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], options: AttackOptions) -> None:
-    """One forward and at most one backward for all members of all attempts; updates the attempts in place."""
+    """One forward and at most one backward for all members of all attempts; updates the attempts in place.
+
+    In a black box nothing but the forward.
+    """
     conf = options.conf * (1 - options.margin)
     # What is to be found must be as far over the confidence, what is not as far under it.
     sure = 1 - (1 - options.conf) * (1 - options.margin)
@@ -323,8 +369,10 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
         _draw(attempt, transforms)
     shown, count = [attempt.levels for attempt in attempts], len(attempts[0].members)
     members = [(member, photo) for a, photo in zip(attempts, shown, strict=True) for member in a.members]
-    passes = _look(members)
+    with torch.set_grad_enabled(not options.black_box):
+        passes = _look(members)
     for attempt in attempts:
+        attempt.queries += count
         attempt.fooled = [False] * count if options.stop else []
     for numbers, _, candidates in passes:
         iou = members[numbers[0]][0].victim.detector.iou
@@ -334,13 +382,13 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
             _take_aim(attempts[i // count], i % count, candidates[k : k + 1])
     for attempt in attempts:
         attempt.in_a_row = attempt.in_a_row + 1 if attempt.fooled and all(attempt.fooled) else 0
-        attempt.failed = not attempt.done and attempt.steps >= options.steps
+        attempt.failed = not attempt.done and attempt.steps >= attempt.rule.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
     losses = _losses(passes, members, [aim for attempt in attempts for aim in attempt.aims], conf)
-    losses = losses.view(-1, count).sum(1)
-    told = losses.tolist()
+    losses = losses.view(-1, count)
+    told = (_aggregate(losses, options) if options.black_box else losses.sum(1)).tolist()
     for i in running:
         rank = (sum(attempts[i].fooled), -told[i])
         if attempts[i].best is None or rank > attempts[i].best_rank:
@@ -348,21 +396,33 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
             attempts[i].best_members = list(attempts[i].members)
     if all(attempts[i].failed for i in running):
         return
-    by_pass = torch.autograd.grad(losses[running].sum(), [frames for _, frames, _ in passes])
-    gradients = {
-        i: g for (numbers, *_), gs in zip(passes, by_pass, strict=True) for i, g in zip(numbers, gs, strict=True)
-    }
+    gradients = {} if options.black_box else _gradients(losses[running], passes)
     for i in running:
         attempt = attempts[i]
-        if not attempt.failed:
+        if attempt.failed:
+            continue
+        attempt.steps += 1
+        if not options.black_box:
             group = [gradients[i * count + member] for member in range(count)]
             gradient = photo_gradient(group, shown[i], attempt.members, options)
             attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), told[i])
-            attempt.steps += 1
+        elif not attempt.in_a_row:  # else the same photo is asked again, whether it fools other draws as well
+            attempt.x = attempt.rule(attempt.x, attempt.x.new_empty(0), told[i])
 
 
-# Frames of one shape before one detector, by their numbers among all, as it took them, and what it proposes.
-Pass = tuple[list[int], Tensor, Candidates]
+def _aggregate(losses: Tensor, options: AttackOptions) -> Tensor:
+    """The members' losses, [B, M], as one, [B]."""
+    if options.aggregate == "max":
+        return losses.amax(1)
+    weights = losses.new_tensor(options.weights or (1.0,))
+    weights = weights.repeat(losses.shape[1] // len(weights))  # the same before each detector
+    return losses @ (weights / weights.sum())
+
+
+def _gradients(losses: Tensor, passes: Sequence[Pass]) -> dict[int, Tensor]:
+    """That of all losses at each frame, [3, H', W'], by the frame's number."""
+    by_pass = torch.autograd.grad(losses.sum(), [frames for _, frames, _ in passes])
+    return {i: g for (numbers, *_), gs in zip(passes, by_pass, strict=True) for i, g in zip(numbers, gs, strict=True)}
 
 
 def _look(members: Sequence[tuple[Member, Photo]]) -> list[Pass]:
@@ -374,7 +434,8 @@ def _look(members: Sequence[tuple[Member, Photo]]) -> list[Pass]:
     passes = []
     for numbers in alike.values():
         detector = members[numbers[0]][0].victim.detector
-        batch = frames_tensor([frames[number] for number in numbers], detector.device).requires_grad_()
+        batch = frames_tensor([frames[number] for number in numbers], detector.device)
+        batch.requires_grad_(torch.is_grad_enabled())
         passes.append((numbers, batch, detector.candidates(batch)))
     return passes
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from detguard import defaults
 from detguard.attacks.pictures import Picture, Stage
 from detguard.photos import Photo
 from detguard.transforms.paste import Look, Spot, paste, paste_on_photo
@@ -26,8 +27,8 @@ class Patch(Picture):
     """A square that objects wear. size: its side, a share of the root of the area of an object's box; pixels: of it."""
 
     kind = "patch"
-    size: float = 0.3
-    pixels: int = 128
+    size: float = defaults.Picture.size
+    pixels: int = defaults.Picture.pixels
 
     @property
     @override

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.checkpoint import read_state, same_form
@@ -36,12 +36,12 @@ class Learning:
     the range of the picture's values, falling to zero; batch: photos of a step; conf: what counts as found.
     """
 
-    photos: int = 4000
+    photos: int = defaults.Picture.photos
     hours: float | None = None
-    rate: float = 0.03
-    batch: int = 8
-    conf: float = 0.25
-    seed: int = 0
+    rate: float = defaults.Picture.rate
+    batch: int = defaults.Picture.batch
+    conf: float = defaults.Picture.conf
+    seed: int = defaults.Picture.seed
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,10 @@ def stages(
     """The photos that have objects to attack: labelled ones, photo pixels, or without labels what the detector finds.
 
     Raises:
-        DetguardError: there are none, or a photo cannot be read.
+        DetguardError: there are none, a photo cannot be read, or the detector has no gradient.
     """
+    if not detector.differentiable:
+        raise DetguardError(f"{detector.name}: has no gradient, by which a picture learns; give another `model`")
     made = []
     for file, objects in photos:
         if objects is None:

@@ -48,12 +48,14 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     """What a run's config asks for, on this detector.
 
     Raises:
-        DetguardError: unknown class or transform, or weights that do not match the group.
+        DetguardError: unknown class or transform, options that do not go together or not with the group, or a detector
+            without a gradient where one is needed.
     """
     objective = parse_goal(config, detector)
     transforms = parse_transforms(config["transforms"])
     options = AttackOptions.from_config(config["attack"])
-    options.check(1 + len(transforms))
+    options.check(1 + len(transforms), 1 + len(config["also"]))
+    options.check_detector(detector)
     return objective, transforms, options
 
 
@@ -61,8 +63,11 @@ def further_victims(config: dict[str, Any], detectors: Sequence[Detector]) -> li
     """What a run's config wants of further detectors.
 
     Raises:
-        DetguardError: one of them lacks a class, objects are chosen by numbers, or two detectors have one name.
+        DetguardError: one of them lacks a class or a gradient that is needed, objects are chosen by numbers, or two
+            detectors have one name.
     """
+    for detector in detectors:
+        AttackOptions.from_config(config["attack"]).check_detector(detector)
     if detectors and config["object"]:
         raise DetguardError("`objects`: numbers what one detector finds; with several `detector`, choose by `box`")
     names = [Path(config["detector"]["model"]).stem, *(detector.name for detector in detectors)]
@@ -174,6 +179,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         "photo": str(file),
         "status": "fooled" if all(member["fooled"] for member in judged) else "failed",
         "iterations": attempt.steps,
+        "queries": attempt.queries,
         "difference": largest_difference(saved, attempt.photo),
         "used": round(used, 3),
         "eps": budget.eps,

@@ -23,7 +23,7 @@ def attack_smallest(
     """As `attack_group`, with the least budget up to that of `options` by which the attack succeeds: by bisection.
 
     Steps shrink with the budget. Where all of it is not enough, that failed attempt is what is yielded; an attempt's
-    `steps` are those of all of the photo's attempts together.
+    `steps` and `queries` are those of all of the photo's attempts together.
     """
     whole = options.budget.eps
 
@@ -32,15 +32,16 @@ def attack_smallest(
 
     for item in photos:
         best = attempt(item, options)
-        steps, low, high = best.steps, 0.0, best.used if best.done else 0.0
+        steps, queries = best.steps, best.queries
+        low, high = 0.0, best.used if best.done else 0.0
         while (eps := options.budget.between(low, high)) is not None:
             step = max(options.length * eps / whole, options.length / 10)
             tried = replace(options, budget=replace(options.budget, eps=eps), step=step)
             found = attempt(item, tried)
-            steps += found.steps
+            steps, queries = steps + found.steps, queries + found.queries
             if found.done:
                 best, high = found, found.used
             else:
                 low = eps
-        best.steps = steps
+        best.steps, best.queries = steps, queries
         yield best

@@ -4,6 +4,7 @@ line in `RULES`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,14 +19,17 @@ class Rule(ABC):
     """One photo's way through an attack: called once per step, in order, with what it has to know.
 
     budget, original: where it may go, from which photo, float32 [H, W, 3] levels; step: length of one, in the unit of
-    `eps`; steps: how many there will be at most; momentum: share of earlier gradients in each step.
+    `eps`; steps: how many there will be at most; momentum: share of earlier gradients in each step; seed: of what is
+    drawn at random; blind: whether it goes by losses alone.
     """
 
+    blind: ClassVar[bool] = False
     budget: Budget
     original: Tensor
     step: float
     steps: int
     momentum: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """What is kept from step to step."""
@@ -38,7 +42,10 @@ class Rule(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
-        """The next photo after `x` [H, W, 3], within the budget, where the loss of that `gradient` should be lower."""
+        """The next photo after `x` [H, W, 3], within the budget, where the loss of that `gradient` should be lower.
+
+        gradient: empty for a `blind` rule, for which none is computed.
+        """
 
     def gathered(self, gradient: Tensor) -> Tensor:
         """The gradient and what `momentum` keeps of earlier ones (Dong et al. 2018, eq. 6)."""

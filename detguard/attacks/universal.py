@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from typing_extensions import override
 
+from detguard import defaults
 from detguard.attacks.pictures import Picture, Stage
 from detguard.photos import Photo
 
@@ -23,7 +24,7 @@ class Universal(Picture):
     """
 
     kind = "universal"
-    eps: int = 8
+    eps: int = defaults.Picture.eps
     pixels: int = 640
 
     @property

@@ -74,7 +74,7 @@ def warned(trust: bool) -> bool:
 Model = Annotated[
     str,
     typer.Option(
-        help="Bundled name, .pt or .safetensors file, or a name of Ultralytics or torchvision such as yolo11n."
+        help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as yolo11n."
     ),
 ]
 ImageSize = Annotated[

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 `detguard attack empty.jpg --goal fabricate`: a person is found where there is none
 
+`detguard attack bus.jpg --black-box --eps 16 --queries 2000`: by scores alone, as of a detector that only predicts
+
 `detguard attack --resume runs/attack/001`: go on with a run that was stopped"""
 )
 def attack(
@@ -107,8 +109,8 @@ def attack(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Bundled name, .pt or .safetensors file, or a name of Ultralytics or torchvision such as yolo11n; "
-            "repeatable: the same photo must fool all of them. [default: detguard-n]"
+            help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as "
+            "yolo11n; repeatable: the same photo must fool all of them. [default: detguard-n]"
         ),
     ] = None,
     imgsz: ImageSize = None,
@@ -133,6 +135,13 @@ def attack(
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Search for the least budget up to --eps that fools, photo by photo.")
     ] = False,
+    black_box: Annotated[
+        bool,
+        typer.Option("--black-box", help="Search by the scores alone (Square attack), without a gradient."),
+    ] = False,
+    queries: Annotated[
+        int, typer.Option(min=2, help="Of --black-box: most forwards per photo, each of the photo or one copy of it.")
+    ] = defaults.Attack.queries,
     step: Annotated[
         float | None,
         typer.Option(
@@ -157,7 +166,7 @@ def attack(
     ] = defaults.Attack.transforms,
     aggregate: Annotated[
         Literal["mean", "weighted", "max"],
-        typer.Option(help="How the members' gradients become one: mean, weighted or max."),
+        typer.Option(help="How the members' gradients (or losses, of --black-box) become one: mean, weighted or max."),
     ] = defaults.Attack.aggregate,
     weights: Annotated[str | None, typer.Option(help="For --aggregate weighted: photo first, e.g. 1,1,2.")] = None,
     gradient: Annotated[
@@ -214,7 +223,7 @@ def attack(
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
             conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
-            step=step, aggregate=aggregate,
+            black_box=black_box, queries=queries, step=step, aggregate=aggregate,
             weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
             random_start=random_start, margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
@@ -295,7 +304,8 @@ def run_attack(job: "Job") -> int:
         def on_step(active: Sequence["Attempt"]) -> None:
             first = active[0]
             fooled = f"{sum(first.fooled)}/{len(first.fooled)} fooled"
-            progress.update(task, description=f"{first.key[:32]}: iteration {first.steps}, {fooled}")
+            count = f"{first.queries} queries" if job.options.black_box else f"iteration {first.steps}"
+            progress.update(task, description=f"{first.key[:32]}: {count}, {fooled}")
 
         try:
             for record in attack_photos(job, waiting, on_step):

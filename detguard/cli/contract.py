@@ -44,12 +44,20 @@ def check_detector(
         detector = load_detector(model, imgsz, trust, device)
     promises = list(check_contract(detector, read_photo(photo or ASSETS / "bus.jpg"), conf))
     rows = [
-        [p.name, "kept" if p.wrong is None else "BROKEN", with_dashes(p.wrong or ""), p.remedy if p.wrong else ""]
+        [
+            p.name,
+            "skipped" if p.skipped else "BROKEN" if p.wrong else "kept",
+            p.skipped or with_dashes(p.wrong or ""),
+            p.remedy if p.wrong else "",
+        ]
         for p in promises
     ]
     out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
-    broken = sum(p.wrong is not None for p in promises)
-    out.print(
-        f"{broken} of {len(promises)} broken" if broken else f"all {len(promises)} kept: it can be attacked and judged"
-    )
+    broken, skipped = sum(p.wrong is not None for p in promises), sum(p.skipped is not None for p in promises)
+    if broken:
+        out.print(f"{broken} of {len(promises)} broken")
+    elif skipped:
+        out.print(f"{len(promises) - skipped} kept, {skipped} skipped: it can be attacked by --black-box, and judged")
+    else:
+        out.print(f"all {len(promises)} kept: it can be attacked and judged")
     sys.exit(1 if broken else 0)

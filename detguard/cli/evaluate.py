@@ -57,7 +57,7 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Bundled name, .pt or .safetensors file, or an Ultralytics name; may be given several times."
+            help="Bundled name, .pt, .safetensors or .onnx file, or an Ultralytics name; may be given several times."
         ),
     ] = None,
     data: Annotated[

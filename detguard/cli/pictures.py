@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Confidence,
     Device,
@@ -65,23 +65,23 @@ Batch = Annotated[int, typer.Option(min=1, help="Photos of a step.")]
 )
 def patch(
     data: Data = None,
-    split: Split = "train",
+    split: Split = defaults.Picture.split,
     target: Annotated[str, typer.Option(help="Classes that wear the patch and are to vanish, comma-separated.")] = (
         "person"
     ),
-    model: Model = "detguard-n",
+    model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
-    size: PatchSize = 0.3,
-    pixels: Annotated[int, typer.Option(min=8, max=4096, help="Side of patch.png, px.")] = 128,
+    size: PatchSize = defaults.Picture.size,
+    pixels: Annotated[int, typer.Option(min=8, max=4096, help="Side of patch.png, px.")] = defaults.Picture.pixels,
     print_cm: Annotated[
         float, typer.Option(min=0.1, max=10_000, help="Side of the patch when it is printed, cm.")
-    ] = 20,
-    photos: Photos = 4000,
+    ] = defaults.Picture.print_cm,
+    photos: Photos = defaults.Picture.photos,
     hours: Hours = None,
-    rate: Rate = 0.03,
-    batch: Batch = 8,
-    conf: Confidence = 0.25,
-    seed: Seed = 0,
+    rate: Rate = defaults.Picture.rate,
+    batch: Batch = defaults.Picture.batch,
+    conf: Confidence = defaults.Picture.conf,
+    seed: Seed = defaults.Picture.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
     iou: NmsIou = None,
@@ -118,17 +118,19 @@ def patch(
 )
 def universal(
     data: Data = None,
-    split: Split = "train",
+    split: Split = defaults.Picture.split,
     target: Annotated[str, typer.Option(help="Classes that are to vanish, comma-separated, or all.")] = "all",
-    model: Model = "detguard-n",
+    model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
-    eps: Annotated[int, typer.Option(min=1, max=127, help="Largest change of a pixel value, levels of 255.")] = 8,
-    photos: Photos = 4000,
+    eps: Annotated[
+        int, typer.Option(min=1, max=127, help="Largest change of a pixel value, levels of 255.")
+    ] = defaults.Picture.eps,
+    photos: Photos = defaults.Picture.photos,
     hours: Hours = None,
-    rate: Rate = 0.03,
-    batch: Batch = 8,
-    conf: Confidence = 0.25,
-    seed: Seed = 0,
+    rate: Rate = defaults.Picture.rate,
+    batch: Batch = defaults.Picture.batch,
+    conf: Confidence = defaults.Picture.conf,
+    seed: Seed = defaults.Picture.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
     iou: NmsIou = None,

@@ -24,6 +24,7 @@ class Detector(ABC):
     name: what it is called; source: the name or file that `load_detector` made it of; class_names: class index ->
     name; imgsz: longest side of a frame, in pixels; device: where its frames go; iou: overlap over which NMS drops the
     worse of two boxes, as the family has it; hardened: whether it is a defence, which is judged by stronger attacks;
+    differentiable: whether candidates have a gradient at the frames; without one only black-box attacks are possible;
     experts: the names of those that answer together, of gated ensembles, and robust: the number of the adversarial one.
     """
 
@@ -35,6 +36,7 @@ class Detector(ABC):
     device: torch.device
     iou: float = 0.7
     end_to_end: bool = False
+    differentiable: bool = True
     hardened: bool = False
     experts: tuple[str, ...] = ()
     robust: int = -1
@@ -49,7 +51,10 @@ class Detector(ABC):
 
     @abstractmethod
     def candidates(self, frames: Tensor) -> Candidates:
-        """Candidates of frames, float32 [B, 3, H, W], 0..1, RGB; differentiable with respect to the frames."""
+        """Candidates of frames, float32 [B, 3, H, W], 0..1, RGB; differentiable with respect to the frames.
+
+        Where `differentiable` is false they need not be, and may be the detections over confidence .001 alone.
+        """
 
     @abstractmethod
     def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
@@ -106,10 +111,11 @@ class Detector(ABC):
 class Family(ABC):
     """What loading needs to know of detectors of one kind; `families.py` lists them all.
 
-    options: of `load_detector`, those that it takes.
+    options: of `load_detector`, those that it takes; suffixes: of files that only this family reads, such as ".onnx".
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
+    suffixes: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def known(self) -> str:
@@ -141,6 +147,8 @@ class Family(ABC):
 
     def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
         """The network of official weights, known to be what `name` says, and the frame size that it was made for.
+
+        Or of a file that ends in one of `suffixes`.
 
         trust: as of `load_detector`.
 

@@ -20,16 +20,23 @@ CONF = 0.05
 
 @dataclass(frozen=True)
 class Promise:
-    """One promise; remedy: what to look at where it is not kept, wrong: what was seen then."""
+    """One promise; remedy: what to look at where it is not kept, wrong: what was seen then.
+
+    skipped: why this detector does not make it.
+    """
 
     name: str
     remedy: str
     wrong: str | None = None
+    skipped: str | None = None
 
 
 def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iterator[Promise]:
     """Each promise, kept or not, on a photo, `uint8 [H, W, 3]`, in which something is found over `conf`."""
     for name, (test, remedy) in PROMISES.items():
+        if test is _gradient and not detector.differentiable:
+            yield Promise(name, remedy, skipped="it has none: black-box attacks only")
+            continue
         try:
             wrong = test(detector, photo, conf)
         except Exception as error:  # of somebody's detector
@@ -89,8 +96,10 @@ def _paths(detector: Detector, photo: Photo, conf: float) -> str | None:
 
 def _state(detector: Detector, photo: Photo, conf: float) -> str | None:
     before = detector.state_hash()
-    frames = _frames(detector, photo).requires_grad_()
-    detector.candidates(frames).logits.sum().backward()
+    frames = _frames(detector, photo).requires_grad_(detector.differentiable)
+    logits = detector.candidates(frames).logits
+    if detector.differentiable:
+        logits.sum().backward()
     detector.predict(photo, conf)
     if any(parameter.grad is not None for parameter in detector.model.parameters()):
         return "parameters got gradients: freeze them with requires_grad_(False)"

@@ -37,7 +37,7 @@ def load_detector(
     fusion: str | None = None,
     iou: float | None = None,
 ) -> "Detector":
-    """A ready detector by bundled name, by file (.pt, .safetensors), by Ultralytics' name ("yolo11n") or torchvision's.
+    """A detector by bundled name, file (.pt, .safetensors, .onnx), or name of Ultralytics or torchvision (yolo11n).
 
     imgsz: longest side of a frame in pixels; by default what the weights were made for.
     end_to_end: the head without NMS of YOLOv10 and YOLO26.
@@ -148,16 +148,19 @@ def find_weights(name: str | Path) -> Path:
 
 
 def _find(name: str | Path) -> "tuple[Path, Family | None]":
-    """The file of a detector, and the family of which its name is an official one."""
-    file = Path(name)
-    if is_file(file):
-        if file.suffix not in (".pt", ".safetensors"):
-            raise DetguardError(f"{file}: weights end in .pt or .safetensors")
-        return file, None
-    if is_file(bundled := weights_folder() / f"{name}.safetensors") and file.name == str(name):
-        return bundled, None
+    """The file of a detector, and the family of which its name is an official one, or that alone reads such files."""
     from detguard.detectors.families import FAMILIES
 
+    file = Path(name)
+    if is_file(file):
+        if file.suffix in (".pt", ".safetensors"):
+            return file, None
+        owners = {suffix: family for family in FAMILIES for suffix in family.suffixes}
+        if file.suffix not in owners:
+            raise DetguardError(f"{file}: weights end in .pt, .safetensors or {', '.join(sorted(owners))}")
+        return file, owners[file.suffix]
+    if is_file(bundled := weights_folder() / f"{name}.safetensors") and file.name == str(name):
+        return bundled, None
     for family in FAMILIES:
         if (found := family.fetch(str(name))) is not None:
             return found, family

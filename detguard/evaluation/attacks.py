@@ -8,17 +8,18 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, attack_group
-from detguard.attacks.square import square_attack
 from detguard.detectors.base import Detector
 from detguard.evaluation.cache import pack
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.views import Batch, Subject, View
 from detguard.objectives.base import Objective
 from detguard.objectives.parse import KINDS
-from detguard.photos import Photo, decode_photo, encode_png, photo_seed
+from detguard.photos import Photo, decode_photo, encode_png
 from detguard.training_loss import GAINS
 
 ATTACKS = ("class", "box", "all", "vanish", "rank")
+# Of what has no gradient, the only one.
+SQUARE = "square"
 WORST = "worst"
 PHOTO = "photo"
 # The vanish attack goes on until nothing is over this confidence: COCO counts detections far below .25.
@@ -30,12 +31,14 @@ GATE_TERMS = (1, 10, 100)
 
 
 def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
-    """The attacks `names`, and for a gated ensemble those that know of its gate.
+    """The attacks `names`, and for a gated ensemble those that know of its gate; SQUARE where there is no gradient.
 
     gate:W: the whole loss, and W times the logits by which the gate prefers its adversarial expert;
     route:I, rank:I: the whole loss, or the order, of expert I alone, whatever the gate says and however it is fused;
     dense: the whole loss of all experts, where top-k leaves some out.
     """
+    if not detector.differentiable:
+        return (SQUARE,)
     ways = list(detector.variants())
     routes = [way for way in ways if way.startswith("route:")]
     gate = [f"gate:{weight}" for weight in GATE_TERMS] if detector.experts else []
@@ -64,7 +67,8 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
 class AttackSet(View):
     """White-box PGD by several attacks and restarts, and the worst of them for each photo, as 8-bit photos.
 
-    eps, step: levels of 255. Part "worst" holds the detections of the worst attack on each photo, "photo" its PNG.
+    eps: levels of 255; steps: of each, of SQUARE its queries. Part "worst" holds the detections of the worst attack on
+    each photo, "photo" its PNG.
     """
 
     attacks: tuple[str, ...]
@@ -96,7 +100,7 @@ class AttackSet(View):
     @property
     @override
     def cost(self) -> int:
-        return len(self.runs) * (3 * self.steps + 2)
+        return len(self.runs) * ((1 if self.attacks == (SQUARE,) else 3) * self.steps + 2)
 
     @override
     def depends_on(self, subject: Subject, image: int) -> object:
@@ -131,6 +135,8 @@ class AttackSet(View):
     def attack(self, batch: Batch, name: str, restart: int) -> list[Photo]:
         """The photos of a batch after one attack; restart 0 starts at the photo, later ones at random."""
         subject = batch.subject
+        if name == SQUARE:
+            return square_photos(batch, self.eps, self.steps, self.seed + restart)
         options = AttackOptions(
             conf=VANISH_BELOW,
             budget=Linf(self.eps),
@@ -145,15 +151,26 @@ class AttackSet(View):
             stop=False,
         )
         objective = attack_objective(name, sorted(subject.category_ids), subject.detector)
-        photos = [
-            (subject.hashes[image], photo, objects)
-            for image, photo, objects in zip(batch.images, batch.photos, batch.objects, strict=True)
-        ]
-        done: dict[str, Photo] = {}
         detector = subject.detector.variants().get(name.replace("rank:", "route:"), subject.detector)
-        for attempt in attack_group(detector, photos, objective, [], options):
-            done[attempt.key] = attempt.adversarial
-        return [done[key] for key, _, _ in photos]
+        return attacked_photos(batch, detector, objective, options)
+
+
+def square_photos(batch: Batch, eps: int, queries: int, seed: int) -> list[Photo]:
+    """The photos of a batch after so many queries each of the Square attack on the whole training loss."""
+    subject = batch.subject
+    objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
+    options = AttackOptions(
+        budget=Linf(eps), black_box=True, queries=max(queries, 2), seed=seed, batch=len(batch.images), stop=False
+    )
+    return attacked_photos(batch, subject.detector, objective, options)
+
+
+def attacked_photos(batch: Batch, detector: Detector, objective: Objective, options: AttackOptions) -> list[Photo]:
+    """The photos of a batch after an attack on what is labelled in them."""
+    keys = [batch.subject.hashes[image] for image in batch.images]
+    found = attack_group(detector, zip(keys, batch.photos, batch.objects, strict=True), objective, [], options)
+    done = {attempt.key: attempt.adversarial for attempt in found}
+    return [done[key] for key in keys]
 
 
 def worst_photo(subject: Subject, attacks: AttackSet, image: int) -> Photo:
@@ -205,7 +222,7 @@ class BlackBox(View):
     @property
     @override
     def cost(self) -> int:
-        return self.queries + 2
+        return self.queries + 1
 
     @override
     def depends_on(self, subject: Subject, image: int) -> object:
@@ -213,9 +230,4 @@ class BlackBox(View):
 
     @override
     def show(self, batch: Batch) -> list[Photo]:
-        subject = batch.subject
-        objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
-        seeds = [photo_seed(subject.hashes[image], self.seed) for image in batch.images]
-        return square_attack(
-            subject.detector, batch.photos, batch.objects, objective, Linf(self.eps), self.queries, seeds
-        )
+        return square_photos(batch, self.eps, self.queries, self.seed)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +67,13 @@ class Protocols:
             raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")
 
     def attack_sets(self, detector: Detector) -> list[AttackSet]:
-        """The white-box attacks on a detector, by rising budget as given; on a gated one, those that know it too."""
+        """The white-box attacks on a detector, by rising budget as given; on a gated one, those that know it too.
+
+        Where there is no gradient, the Square attack alone.
+        """
         names = attacks_on(detector, self.attacks)
-        return [AttackSet(names, eps, self.steps, self.restarts, self.seed) for eps in self.eps]
+        steps, restarts = (self.steps, self.restarts) if detector.differentiable else (self.queries, 1)
+        return [AttackSet(names, eps, steps, restarts, self.seed) for eps in self.eps]
 
     @property
     def corruptions(self) -> list[Corrupted]:
@@ -121,8 +125,13 @@ def work(subjects: list[Subject], wanted: Protocols) -> Iterator[tuple[Subject, 
         for subject in subjects:
             yield subject, transfers(subject, subjects, wanted)
     if "checks" in wanted.protocols:
-        for subject in subjects:
+        for subject in checkable(subjects):
             yield first_photos(subject), check_views(wanted.attack_sets(subject.detector)[-1], wanted.queries)
+
+
+def checkable(subjects: Iterable[Subject]) -> list[Subject]:
+    """Those whose attacks go by a gradient, which the checks are of."""
+    return [subject for subject in subjects if subject.detector.differentiable]
 
 
 def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> list[View]:
@@ -218,8 +227,12 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
             budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
             budgets[str(attack.eps)]["attacks"] = parts
         leading = budgets[str(wanted.eps[-1])]
-        found["attack"] = {"AP": leading["AP"], "AP50": leading["AP50"], "eps": wanted.eps[-1], "steps": wanted.steps}
-        found["attack"] |= {"restarts": wanted.restarts, "seed": wanted.seed, "budgets": budgets}
+        found["attack"] = {"AP": leading["AP"], "AP50": leading["AP50"], "eps": wanted.eps[-1]}
+        if detector.differentiable:
+            found["attack"] |= {"steps": wanted.steps, "restarts": wanted.restarts}
+        else:
+            found["attack"] |= {"queries": wanted.queries}
+        found["attack"] |= {"seed": wanted.seed, "budgets": budgets}
     if "transfer" in wanted.protocols:
         rows = {
             view.source.name: measure(view, f"transfer from {view.source.name}").stats
@@ -243,7 +256,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         shown = {"clean": clean} | {view.label: measure(view, view.name).stats for view in added}
         (eps,) = {view.how.bounds[1] for view in added}
         found["universal"] = {"eps": round(eps * 255), "file": wanted.universal, "shown": shown}
-    if "checks" in wanted.protocols:
+    if "checks" in wanted.protocols and checkable([subject]):
         found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
     if gate:
         found["gate"] = {"experts": list(detector.experts), "shares": gate}

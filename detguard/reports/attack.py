@@ -20,8 +20,10 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     rate = survival_table(attacked, f"Success rate: {wanted(run.config)}")
     tables = [Table("Result", ["", ""], attack_summary(records, options)), rate]
-    items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record))]
+    items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record, options))]
     subtitle = f"{detector.name} at {detector.imgsz} px, budget {options.budget}, confidence {options.conf}"
+    if options.black_box:
+        subtitle += f", black box: at most {options.queries} queries"
     command = ["detguard", *run.config["arguments"]]
     title = f"Attack: {wanted(run.config)}"
     plots = {}
@@ -30,7 +32,7 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     return render_page(title, subtitle, command, tables, plots, items, len(attacked) - len(items))
 
 
-def _item(run: Run, record: Record) -> Item | None:
+def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
     try:
         before, after = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
     except DetguardError:
@@ -40,7 +42,6 @@ def _item(run: Run, record: Record) -> Item | None:
     reached = [f"{count} of {len(record['objects'])} objects {fate}" for fate, count in sorted(fates.items())]
     if new := sum(d["wrong"] for d in found):
         reached.append(f"{new} of {len(found)} detections wrong")
-    note = ", ".join(
-        [*reached, f"{record['iterations']} iterations", f"{record['difference']} levels", f"{record['psnr']} dB"]
-    )
+    spent = "queries" if options.black_box else "iterations"
+    note = ", ".join([*reached, f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"])
     return gallery_item(record["key"], record["status"], note, before, record["clean"], after, found)

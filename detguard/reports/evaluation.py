@@ -27,6 +27,13 @@ def _checks(found: dict[str, Any]) -> str:
     return f"failed: {', '.join(failed)}" if failed else "passed"
 
 
+def _strength(found: dict[str, Any]) -> str:
+    """How an attack was made; of what has no gradient, by the Square attack."""
+    attack = found["attack"]
+    spent = f"{attack['steps']} steps" if "steps" in attack else f"Square, {attack['queries']} queries"
+    return f"eps {attack['eps']}, {spent}"
+
+
 def _of_class(found: dict[str, Any], kind: str, stat: str) -> float | None:
     """AP or AP50 of the class that wears a patch, with one kind of patch; None: no such object is labelled."""
     row: dict[str, float | None] | None = found["patch"]["shown"][kind]
@@ -38,7 +45,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
     ("corruptions", "mPC", lambda m: number(m["corruptions"]["mPC"])),
     ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
-    ("attack", "attack", lambda m: f"eps {m['attack']['eps']}, {m['attack']['steps']} steps"),
+    ("attack", "attack", _strength),
     ("attack", "attacked AP", lambda m: number(m["attack"]["AP"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
     ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
@@ -72,6 +79,8 @@ def headline(metrics: Metrics, title: str) -> Table:
     note = "AP is COCO's AP (.50:.95)."
     if any("attack" in m for m in metrics.values()):
         note += " Attacked: the least of the worst case per photo and of each attack alone; eps in levels of 255."
+    if blind := [name for name, m in metrics.items() if "queries" in m.get("attack", {})]:
+        note += f" {', '.join(blind)}: no gradient, so that no white-box attack is made; Square goes by scores alone."
     if any("corruptions" in m for m in metrics.values()):
         note += " mPC: mean AP over the corruptions; rPC: its share of the clean AP."
     return Table(title, ["model", *(name for _, name, _ in columns)], rows, note)
@@ -90,11 +99,14 @@ def tables(metrics: Metrics) -> list[Table]:
             for run in runs
         ]
         first = next(iter(attacked.values()))
-        note = (
-            f"AP. PGD with {first['steps']} steps, {first['restarts']} start(s), seed {first['seed']}, on 8-bit photos."
-        )
+        note = f"AP, on 8-bit photos, seed {first['seed']}."
+        if white := next((a for a in attacked.values() if "steps" in a), None):
+            note += f" PGD with {white['steps']} steps, {white['restarts']} start(s)."
+        if black := next((a for a in attacked.values() if "queries" in a), None):
+            note += f" Square, of detectors without a gradient: {black['queries']} queries of scores."
+        title = "White-box attacks" if white else "Attacks without a gradient"
         heads = [f"{name}, eps {eps}" for name, eps, _ in budgets]
-        made.append(Table("White-box attacks", ["attack", *heads], rows, note))
+        made.append(Table(title, ["attack", *heads], rows, note))
     corrupted = {name: m["corruptions"]["kinds"] for name, m in metrics.items() if "corruptions" in m}
     if corrupted:
         first_kinds = next(iter(corrupted.values()))

@@ -64,7 +64,7 @@ def least_budgets(attacked: Sequence[Record]) -> list[float | None]:
 
 
 def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[list[str]]:
-    """Rows of name and value: photos, objects, detections, iterations, budget used, image quality and time of a run.
+    """Rows of name and value: photos, objects, detections, iterations or queries, budget, quality and time of a run.
 
     options: of the run.
     """
@@ -78,7 +78,7 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
     rows = [["photos", f"{statuses['fooled']} of {len(attacked)} fooled" + "".join(f", {s}" for s in skipped)]]
     if attacked:
         fates = Counter(o["outcome"] for r in attacked for o in r["objects"])
-        steps = [r["iterations"] for r in attacked]
+        spent = [r["queries" if options.black_box else "iterations"] for r in attacked]
         quality = f"{mean(r['psnr'] for r in attacked):.1f} dB, {mean(r['ssim'] for r in attacked):.3f}"
         seconds = [r["seconds"] for r in attacked]
         found = [d for r in attacked for d in r["members"][PHOTO]["detections"]]
@@ -89,7 +89,10 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
             )
         rows += [
             ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong"],
-            ["iterations", f"median {median(steps):g}, mean {mean(steps):.1f}, most {max(steps)}"],
+            [
+                f"queries (black box, at most {options.queries})" if options.black_box else "iterations",
+                f"median {median(spent):g}, mean {mean(spent):.1f}, most {max(spent)}",
+            ],
             ["largest difference", f"{max(r['difference'] for r in attacked)} of 255 levels"],
             ["budget used", f"at most {max(r['used'] for r in attacked):.4g} of {options.budget}"],
             *([["least budget", _least(attacked)]] if options.smallest else []),

@@ -161,10 +161,11 @@ def attack(
         out: folder of a run as `detguard attack` writes it; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
         options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `gradient`,
-            `momentum`, `random_start`, `margin`, `smallest`, `seed` and `batch`.
+            `momentum`, `random_start`, `margin`, `smallest`, `black_box`, `queries`, `seed` and `batch`.
 
     Raises:
-        DetguardError: an option is wrong, a class is not known, or a photo is of no kind above.
+        DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no
+            gradient and `black_box` is not asked for.
 
     Example:
         >>> import detguard

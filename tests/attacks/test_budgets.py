@@ -129,3 +129,61 @@ def test_a_masked_budget_is_spent_in_its_part_only(mask, norm):
 def test_what_is_no_mask_is_refused(mask):
     with pytest.raises(DetguardError, match="`mask`"):
         parse_budget("linf", 4, mask)
+
+
+CORNERS = "1,1,12,2,9,20"  # of a triangle
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(sorted(BUDGETS)),
+    st.sampled_from([None, "inside", "outside", CORNERS]),
+    st.sampled_from([0.0, 0.5, 2.0, 16.0, 200.0]),
+    st.sampled_from([(8, 8), (8, 30), (37, 23)]),
+)
+def test_every_proposal_of_a_random_search_keeps_the_budget(seed, norm, mask, eps, shape):
+    rng = np.random.default_rng(seed)
+    # Black and white among the pixels: a change must stay within their range, too.
+    photo = np.clip(rng.integers(-100, 356, (*shape, 3)), 0, 255).astype(np.uint8)
+    budget = parse_budget(norm, np.floor(eps) if norm == "linf" else eps, mask).on(
+        shape, torch.tensor([[2.0, 1, 7, 6]])
+    )
+    original = torch.from_numpy(photo).float()
+    x = budget.scattered(original, rng)
+    for share in (1, 1, 0.5, 0.1, 0.01, 0.001):
+        saved = budget.levels(x, original)
+        assert torch.equal(saved, saved.round())
+        assert saved.min() >= 0
+        assert saved.max() <= 255
+        assert budget.used(saved.to(torch.uint8).numpy(), photo) <= budget.eps
+        x = budget.moved(x, original, share, rng)
+
+
+@pytest.mark.parametrize("mask", [None, CORNERS])
+@pytest.mark.parametrize("norm", sorted(BUDGETS))
+def test_a_random_search_spends_nearly_all_of_the_budget(norm, mask):
+    photo, rng = np.full((40, 30, 3), 128, np.uint8), np.random.default_rng(0)
+    original = torch.from_numpy(photo).float()
+    budget = parse_budget(norm, 2, mask).on((40, 30), torch.zeros(0, 4))
+    x = budget.scattered(original, rng)
+    for _ in range(20):
+        x = budget.moved(x, original, 1, rng)
+        assert budget.used(budget.levels(x, original).to(torch.uint8).numpy(), photo) > (1.9 if mask is None else 0.2)
+
+
+def test_a_proposal_in_l2_empties_one_window_and_fills_another():
+    original, rng, budget = torch.full((60, 60, 3), 128.0), np.random.default_rng(1), L2(4)
+    x = budget.scattered(original, rng)
+    moved = budget.moved(x, original, 0.1, rng)
+    same = (moved == x).all(2)
+    assert 0.9 < same.float().mean() < 1
+    grown = (moved - original).square() > (x - original).square()
+    assert grown.any()
+    assert ((moved == original) & (x != original)).any()
+
+
+def test_a_part_that_is_not_in_the_photo_takes_no_proposal():
+    original, rng = torch.full((9, 9, 3), 100.0), np.random.default_rng(0)
+    budget = parse_budget("l2", 4, "20,20,30,20,30,30").on((9, 9), torch.zeros(0, 4))
+    assert torch.equal(budget.moved(budget.scattered(original, rng), original, 1, rng), original)

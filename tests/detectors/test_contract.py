@@ -89,6 +89,20 @@ def test_each_promise_is_missed_where_it_is_broken(bundled, small, kind, broken)
     assert (broken in wrong) if broken else not wrong
 
 
+class Blind(UltralyticsDetector):
+    differentiable = False
+
+    @override
+    def candidates(self, frames):
+        return super().candidates(frames.detach())
+
+
+def test_what_has_no_gradient_need_not_promise_one(bundled, small):
+    promises = list(check_contract(Blind(bundled.model, "one", 320), small))
+    assert [p.name for p in promises if p.skipped] == [GRADIENT]
+    assert not any(p.wrong for p in promises)
+
+
 def run(*arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["detguard", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:

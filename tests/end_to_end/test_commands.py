@@ -74,6 +74,32 @@ def test_verify_judges_the_files_anew(attacked):
     assert "most of the budget used: 4 of 4 levels of 255" in result.stdout
 
 
+def test_a_black_box_attack_counts_its_queries_and_is_resumed(tmp_path):
+    Image.open(BUS).resize((240, 320)).save(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    options = ("--mask", "inside", "--eps", 64, "--transforms", "flip:h", "--queries", 200)
+    result = detguard("attack", "a.png", "b.png", "--black-box", *options, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second = records(tmp_path / "run")
+    assert 4 <= first["queries"] == 2 * (first["iterations"] + 1) <= 200
+    assert 0 < first["used"] <= 64
+    assert "queries (black box, at most 200)" in result.stdout
+    page = (tmp_path / "run/report.html").read_text()
+    assert "black box: at most 200 queries" in page
+    assert f"{first['queries']} queries, " in page
+    (tmp_path / "run/results.jsonl").write_text(json.dumps(first) + "\n")
+    again = detguard("attack", "--resume", "run", cwd=tmp_path)
+    assert "1 photos done before" in again.stdout, again.stderr
+    assert [r | {"seconds": 0} for r in records(tmp_path / "run")] == [first | {"seconds": 0}, second | {"seconds": 0}]
+
+
+def test_options_of_a_gradient_are_refused_in_a_black_box(tmp_path):
+    result = detguard("attack", BUS, "--black-box", "--rule", "apgd", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--rule: does not go with --black-box" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_photo_fools_two_detectors_inside_the_objects_and_its_random_members(tmp_path):
     small = tmp_path / "bus.png"
     Image.open(BUS).resize((240, 320)).save(small)

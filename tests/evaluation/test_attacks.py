@@ -9,9 +9,12 @@ import torch
 from detguard.data.dataset import read_dataset
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused
+from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.evaluation.attacks import AttackSet, attacks_on
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.views import Batch, Subject
+from detguard.reports.evaluation import tables
+from detguard.workflows.evaluate import evaluate
 
 ATTACK = AttackSet(("all",), eps=4, steps=2)
 
@@ -65,3 +68,27 @@ def test_vanish_goes_on_below_the_confidence_that_users_see(gated, monkeypatch):
     attacked = photos(gated, "vanish")
     monkeypatch.setattr("detguard.evaluation.attacks.VANISH_BELOW", 0.25)
     assert not np.array_equal(attacked, photos(gated, "vanish"))
+
+
+class Blind(UltralyticsDetector):
+    differentiable = False
+
+    def candidates(self, frames):
+        assert not torch.is_grad_enabled()
+        return super().candidates(frames)
+
+
+def test_what_has_no_gradient_is_attacked_by_square_alone(bundled, bundled_model, tiny_data, tmp_path):
+    blind = Blind(bundled_model, "blind", 160)
+    plan = {"protocols": ("attack", "checks"), "eps": (16,), "queries": 8, "limit": 2}
+    metrics = evaluate(blind, tiny_data, cache=tmp_path / "c.sqlite", **plan)
+    found = metrics["blind"]
+    assert list(found["attack"]["budgets"]["16"]["attacks"]) == ["worst", "square-0"]
+    assert found["attack"]["queries"] == 8
+    assert not {"steps", "restarts"} & found["attack"].keys()
+    assert "checks" not in found
+    result, attacks = tables(metrics)
+    assert "eps 16, Square, 8 queries" in result.rows[0]
+    assert "blind: no gradient" in result.note
+    assert attacks.title == "Attacks without a gradient"
+    assert "PGD" not in attacks.note

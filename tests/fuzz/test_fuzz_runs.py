@@ -27,7 +27,7 @@ CONFIGS = {
         "goal": "vanish", "target": "person", "to": None, "strict": False, "object": [1, 2],
         "box": [0, 0, 9.5, 9], "keep_others": True, "loss": "logit", "count": None, "transforms": "median:3,jpeg:75",
         "attack": {
-            "norm": "linf", "rule": "apgd", "mask": "inside", "smallest": True,
+            "norm": "linf", "rule": "apgd", "mask": "inside", "smallest": True, "black_box": False, "queries": 5000,
             "conf": 0.25, "eps": 4, "step": 1.0, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
             "gradient": "exact", "momentum": 0.0, "random_start": True, "margin": 0.05, "seed": 0, "batch": 1,
         },
@@ -74,7 +74,7 @@ MEMBER = {
 }
 RECORDS = {
     "attack": {
-        "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "difference": 4,
+        "key": "a", "photo": "a.jpg", "status": "fooled", "iterations": 3, "queries": 12, "difference": 4,
         "used": 4.0, "eps": 4.0, "draws": {"rotate:1..2": "rotate:1"}, "also": {"other": {"photo": MEMBER}},
         "psnr": 40.0, "ssim": 0.9,
         "objects": [FOUND | {"outcome": "vanished"}], "clean": [FOUND],
@@ -180,4 +180,5 @@ def bundled_classes():
     from detguard.detectors.load import load_detector
 
     detector = load_detector()
-    return SimpleNamespace(class_index=detector.class_index, class_names=detector.class_names, name=detector.name)
+    asked = ("class_index", "class_names", "name", "differentiable")
+    return SimpleNamespace(**{name: getattr(detector, name) for name in asked})

@@ -1,0 +1,214 @@
+"""ONNX files as detectors: they find what the network finds that they were made of, and run nothing else."""
+
+import copy
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+import detguard
+from detguard import DetguardError
+from detguard.detectors.contract import check_contract
+from detguard.detectors.load import load_detector
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def small(bus):
+    return cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, small):
+    """The bundled detector as detguard exports it: for any frames, for one size, with NMS."""
+    from detguard.export.run import FORMATS, plan_export
+
+    folder = tmp_path_factory.mktemp("onnx")
+    kinds = {"any": {}, "fixed": {"dynamic": False}, "nms": {"nms": True, "conf": 0.04}}
+    for name, options in kinds.items():
+        wanted = plan_export("detguard-n", "onnx", [small], **options)
+        FORMATS["onnx"].write(wanted, folder / f"{name}.onnx")
+    return {name: folder / f"{name}.onnx" for name in kinds}
+
+
+def assert_same(found, known):
+    assert found.classes.tolist() == known.classes.tolist()
+    assert (found.boxes - known.boxes).abs().max() < 0.5
+    assert (found.scores - known.scores).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["any", "nms"])
+def test_it_finds_what_its_network_finds(files, bundled, bus, bus_file, kind):
+    detector = load_detector(files[kind])
+    known = bundled.predict(bus, 0.05)
+    assert len(known) > 3
+    assert_same(detector.predict(bus, 0.05), known)
+    assert_same(detector.predict(bus_file, 0.05), known)
+    assert_same(detector.detect([bus], 0.05)[0], known)
+    assert detector.class_names == bundled.class_names
+
+
+@pytest.mark.parametrize("kind", ["any", "fixed", "nms"])
+def test_it_keeps_the_promises_but_that_of_a_gradient(files, small, kind):
+    promises = list(check_contract(load_detector(files[kind]), small))
+    assert {p.name: p.wrong for p in promises if p.wrong} == {}
+    assert [p.name for p in promises if p.skipped] == ["the gradient reaches the photo"]
+
+
+def test_it_is_attacked_in_a_black_box_alone(files, small):
+    detector = load_detector(files["any"], imgsz=160)
+    before = detector.state_hash()
+    options = {"transforms": "none", "budget": detguard.Masked.of(detguard.Linf(64), "inside")}
+    with pytest.raises(DetguardError, match="any: has no gradient; give `black_box`"):
+        list(detguard.attack(detector, small, **options))
+    (result,) = detguard.attack(detector, small, black_box=True, queries=300, **options)
+    assert result.success
+    assert 2 <= result.record["queries"] <= 300
+    assert not len(load_detector(files["any"], imgsz=160).predict(result.photo, 0.25).of([0]))
+    assert detector.state_hash() == before != load_detector(files["nms"]).state_hash()
+
+
+@pytest.fixture
+def ultralytics_export(tmp_path, monkeypatch):
+    """A network as Ultralytics' own exporter writes it."""
+    from ultralytics import YOLO
+
+    def export(network, recipe, **options):
+        monkeypatch.chdir(tmp_path)
+        made = YOLO(recipe, task="detect")
+        if network is not None:
+            made.model, args = copy.deepcopy(network), made.model.args
+            made.model.args = args
+        return Path(made.export(format="onnx", imgsz=320, simplify=False, opset=17, verbose=False, **options))
+
+    return export
+
+
+def test_what_ultralytics_exports_is_read(ultralytics_export, bundled, bundled_model, small):
+    square = cv2.resize(small, (320, 320))  # fills a fixed frame as it does one of any size
+    detector = load_detector(ultralytics_export(bundled_model, "yolo11n.yaml"))
+    assert_same(detector.predict(square, 0.05), bundled.predict(square, 0.05))
+    assert_same(detector.detect([square], 0.05)[0], bundled.predict(square, 0.05))
+
+
+def test_a_head_without_nms_gives_detections(ultralytics_export, small):
+    detector = load_detector(ultralytics_export(None, "yolo26n.yaml"))
+    found = detector.detect([small], 0.0)[0]
+    assert len(found) == 300
+    promises = check_contract(detector, small, float(found.scores[100]))
+    assert {p.name: p.wrong for p in promises if p.wrong} == {}
+
+
+def test_a_fixed_frame_has_one_size(files):
+    with pytest.raises(DetguardError, match=r"`imgsz` 640: fixed was exported for frames of 320 px"):
+        load_detector(files["fixed"], imgsz=640)
+
+
+def external(model):
+    tensor = model.graph.initializer[0]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+
+
+def external_inside(model):
+    branch = onnx.GraphProto(name="branch")
+    external_tensor = branch.initializer.add(name="w", data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    external_tensor.external_data.add(key="location", value="../secret")
+    node = model.graph.node.add(op_type="If", name="if")
+    node.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH).g.CopyFrom(branch)
+
+
+def custom(model):
+    model.graph.node[0].domain = "com.evil"
+
+
+def endless(model):
+    model.graph.node.add(op_type="Loop")
+
+
+def functions(model):
+    model.functions.add(name="f", domain="mine")
+
+
+def told(**changed):
+    def change(model):
+        kept = {one.key: one.value for one in model.metadata_props} | changed
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, {key: value for key, value in kept.items() if value is not None})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (external, "another file"), (external_inside, "another file"), (custom, "operator 'Constant' of 'com.evil'"),
+        (endless, "a Loop"), (functions, "functions of its own"), (told(names=None), "says no names"),
+        (told(names="__import__('os').getpid()"), "odd names"), (told(names="[" * 10**5), "odd names"),
+        (told(names="{0: 'a'" + " " * (1 << 20) + "}"), "too much"), (told(names="{}"), "no names"),
+        (told(names="{0: 'person'}"), r"its output is \[1, 17, 2100\], expected \[B, 5, N\]"),
+        (told(names="{5: 'person'}"), "names for its 1 classes"), (told(task="segment"), "only box detection"),
+        (told(imgsz="[320, 640]"), "square"), (told(imgsz="[10**9]"), "odd imgsz"),
+        (told(imgsz="9999999"), "frame size"),
+        (told(stride="0"), "odd stride"), (told(args="3"), "odd args"),
+    ],
+)  # fmt: skip
+def test_what_a_file_may_not_say_is_refused(files, tmp_path, change, reason):
+    model = onnx.load(files["any"])
+    change(model)
+    file = tmp_path / "odd.onnx"
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(DetguardError, match=f"odd.*{reason}"):
+        load_detector(file)
+
+
+def test_what_a_file_says_beside_is_not_passed_on(files, tmp_path, small):
+    model = onnx.load(files["any"])
+    told(session="x", forward="x", channels="9", batch="900000")(model)
+    file = tmp_path / "odd.onnx"
+    file.write_bytes(model.SerializeToString())
+    assert len(load_detector(file).predict(small, 0.25))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x09", b"no model"])
+def test_what_is_no_onnx_is_refused(tmp_path, content):
+    (tmp_path / "odd.onnx").write_bytes(content)
+    with pytest.raises(DetguardError, match=r"odd\.onnx"):
+        load_detector(tmp_path / "odd.onnx")
+
+
+def test_without_its_packages_the_command_that_installs_them_is_told(files, monkeypatch):
+    monkeypatch.setattr("detguard.detectors.onnx.find_spec", lambda name: None if name == "onnxruntime" else 1)
+    with pytest.raises(DetguardError, match=r"needs onnxruntime; pip install 'detguard\[export\]'"):
+        load_detector(files["any"])
+
+
+def test_a_device_without_a_provider_is_refused(files):
+    with pytest.raises(DetguardError, match="`device` meta: onnxruntime has only the CPU here"):
+        load_detector(files["any"], device="meta")
+
+
+def test_frames_of_any_number_are_taken_by_a_graph_of_one(files):
+    frames = torch.rand(2, 3, 320, 320)
+    fixed, any_number = (load_detector(files[kind]).candidates(frames) for kind in ("fixed", "any"))
+    assert torch.allclose(fixed.logits, any_number.logits, atol=1e-3)
+
+
+def test_what_needs_a_gradient_or_a_network_refuses_it(files, bundled_model, bus_file):
+    from detguard.attacks.patch import stages
+    from detguard.export.run import plan_export
+    from detguard.hardening.run import check_teacher
+    from detguard.objectives import Vanish
+
+    detector = load_detector(files["any"])
+    with pytest.raises(DetguardError, match="any: has no gradient, by which a patch learns"):
+        stages(detector, [(bus_file, None)], Vanish((0,)), 0.25)
+    with pytest.raises(DetguardError, match="only Ultralytics' YOLO families"):
+        plan_export(str(files["any"]), "onnx")
+    with pytest.raises(DetguardError, match="only Ultralytics' YOLO families can be hardened"):
+        check_teacher(detector.model, detector, "any.onnx", "gated", False)
+    with pytest.raises(DetguardError, match=r"any\.onnx: expected a detector of Ultralytics' YOLO families"):
+        check_teacher(bundled_model, detector, "any.onnx", "gated", False)
