@@ -7,6 +7,7 @@ module, with what the file says that it holds. The one exception is a file that 
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ class _Shapes(DeviceContext):
         return super().__torch_function__(function, types, args, kwargs)
 
 
+@contextmanager
+def most_modules(most: int) -> Iterator[None]:
+    """Have no more than so many modules be put into others meanwhile.
+
+    Raises:
+        Damaged: more were to be.
+    """
+    left = most
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Damaged("its network is described as a larger one than detectors are")
+
+    counting = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        counting.remove()
+
+
 def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
     """The network of a checked recipe, on torch's meta device: without numbers, and whatever its size, without memory.
 
@@ -117,25 +140,14 @@ def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
     model: Any = family.__new__(family)
     nn.Module.__init__(model)
     # A network keeps fewer modules than it makes on its way, copies among them.
-    left = 4 * modules + 1000
-
-    def count(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Damaged("the yaml of its network describes a larger one")
-
-    counting = register_module_module_registration_hook(count)
     try:
-        with _Shapes("meta"):
+        with most_modules(4 * modules + 1000), _Shapes("meta"):
             model.model, model.save = parse_model(copy.deepcopy(recipe), ch=3, verbose=False)
             initialize_weights(model)
     except Damaged:
         raise
     except Exception as error:  # whatever layers raise that do not fit each other
         raise Damaged(f"no network can be made of its yaml ({first_line(error)[:MAX_NAME]})") from error
-    finally:
-        counting.remove()
     model.yaml, model.inplace = recipe | {"channels": 3}, True
     return model
 

@@ -76,7 +76,8 @@ class UltralyticsDetector(Detector):
         if isinstance(head, RTDETRDecoder):
             boxes, logits = raw[0].squeeze(0), raw[1].squeeze(0)
             height, width = frames.shape[2:]
-            return Candidates(logits, xywh2xyxy(boxes) * boxes.new_tensor([width, height] * 2), end_to_end=True)
+            boxes = xywh2xyxy(boxes) * boxes.new_tensor([width, height] * 2)
+            return Candidates(logits, boxes, end_to_end=True, multi_label=True)
         return decode(head, raw)
 
     @override
@@ -142,7 +143,8 @@ def decode(head: Any, raw: dict[str, Any], gate: Tensor | None = None) -> Candid
     boxes = dist2bbox(distances, anchors, xywh=False) * strides
     bins = raw["boxes"].unflatten(1, (4, -1)).permute(0, 3, 1, 2) if head.reg_max > 1 else None
     places = Anchors(anchors * strides, strides, bins)
-    return Candidates(raw["scores"].transpose(1, 2), boxes, head.end2end, places, gate)
+    logits = raw["scores"].transpose(1, 2)
+    return Candidates(logits, boxes, head.end2end, places, gate, multi_label=head.end2end)
 
 
 def _places(maps: Sequence[Tensor], strides: Sequence[float]) -> tuple[Tensor, Tensor]:
