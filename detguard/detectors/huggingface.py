@@ -296,7 +296,12 @@ def _network(described: Any, file: Path) -> Any:
             raise Damaged(f"its {CONFIG} describes a larger network than its weights are of")
         with _quiet():
             model, loaded = kind.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below
             )
     except Damaged:
         raise
