@@ -305,7 +305,9 @@ def _network(described: Any, file: Path) -> Any:
             )
     except Damaged:
         raise
-    except Exception as error:  # whatever layers raise that do not fit each other, or safetensors of a file that is none
+    except (
+        Exception
+    ) as error:  # whatever layers raise that do not fit each other, or safetensors of a file that is none
         raise Damaged(f"damaged, or no network can be made of its {CONFIG} ({first_line(error)[:MAX_NAME]})") from error
     odd = [*loaded["missing_keys"], *loaded["mismatched_keys"], *loaded["error_msgs"]]
     if odd:

@@ -22,13 +22,16 @@ from ultralytics.utils.torch_utils import initialize_weights
 from detguard import DetguardError, first_line
 from detguard.detectors.checkpoint import Archive
 from detguard.detectors.pickles import Damaged, Record, Stored, Unknown
-from detguard.detectors.recipe import MAX_NAME, RENAMED, check_recipe, class_names, frame_size
+from detguard.detectors.recipe import BOX_PARTS, MAX_NAME, RENAMED, WITH_MORE, check_recipe, class_names, frame_size
 from detguard.detectors.ultralytics import inputs_of, run_layers
 
 NETWORKS = {
     "ultralytics.nn.tasks.DetectionModel": DetectionModel,
     "ultralytics.nn.tasks.YOLOv10DetectionModel": DetectionModel,
     "ultralytics.nn.tasks.RTDETRDetectionModel": RTDETRDetectionModel,
+    # Of these, the boxes.
+    "ultralytics.nn.tasks.SegmentationModel": DetectionModel,
+    "ultralytics.nn.tasks.PoseModel": DetectionModel,
 }
 MOST_MODULES, MAX_WINDOW, MAX_GROWTH = 20_000, 64, 8
 # A frame to find strides by, and the most numbers that a layer may make of it: many times what real ones do.
@@ -79,7 +82,7 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
         recipe = check_recipe(state.get("yaml"))
         names = class_names(state.get("names"), recipe["nc"])
         size = frame_size(state.get("args"))
-        saved = dict(_tree(_child(record, "model")))
+        saved = _without_more(dict(_tree(_child(record, "model"))))
         model = build(NETWORKS[record.kind], recipe, len(saved))
         pairs = list(_pairs(saved, model.model))
         fill(model, {f"model.{path}": archive.tensor(stored) for path, stored in _tensors(saved)}, "its yaml")
@@ -92,9 +95,20 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
     return model, size
 
 
+def _without_more(saved: dict[str, Record]) -> dict[str, Record]:
+    """The modules of a file by path without those that find masks or keypoints."""
+    heads = [path for path, part in saved.items() if "." not in path and part.kind.rpartition(".")[2] in WITH_MORE]
+
+    def more(path: str) -> bool:
+        layer, _, part = path.partition(".")
+        return layer in heads and bool(part) and part.partition(".")[0] not in BOX_PARTS
+
+    return {path: part for path, part in saved.items() if not more(path)}
+
+
 def _what_it_is(kind: str) -> str:
     if kind.startswith("ultralytics.nn.tasks."):
-        return f"a {kind.rpartition('.')[2]}; only box detection can be attacked"
+        return f"of the kind {kind.rpartition('.')[2]}; only upright boxes can be attacked"
     return f"made with classes that detguard does not know: {kind}"
 
 
@@ -239,6 +253,7 @@ def _pairs(saved: dict[str, Record], model: nn.Module) -> Iterator[tuple[str, Re
 def _compare(path: str, record: Record, module: nn.Module, archive: Archive) -> None:
     """See that a module of the file computes what that of the network does, its tensors aside."""
     kind = record.kind.rpartition(".")[2]
+    kind = "Detect" if kind in WITH_MORE else kind
     if kind != type(module).__name__ and RENAMED.get(kind) != f"nn.{type(module).__name__}":
         raise Unknown(f"its network is not the one that its yaml makes here (model.{path} is a {kind[:MAX_NAME]})")
     for name, value in record.state.items():

@@ -19,7 +19,7 @@ from detguard.photos import frames_tensor
 transformers = pytest.importorskip("transformers", reason="needs the extra huggingface")
 
 NAMES = {0: "N/A", 1: "person", 2: "N/A", 3: "bus", 4: "dog"}  # not four, as a box has numbers
-WIDTHS, SIZE = [8, 8, 16, 16], 160
+WIDTHS, SIZE = [8, 8, 16, 16], 96
 RESNET = {"embedding_size": 8, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1], "layer_type": "basic"}
 ENCODER = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
@@ -59,9 +59,11 @@ def write(folder, kind, photo):
     """Random weights of a tiny network, so large that what it says of a photo varies as of a trained one."""
     torch.manual_seed(1)
     known = ARCHITECTURES[kind]
-    network = getattr(transformers, known.network)(getattr(transformers, known.config)(**settings(kind), id2label=NAMES))
+    network = getattr(transformers, known.network)(
+        getattr(transformers, known.config)(**settings(kind), id2label=NAMES)
+    )
     fixed = known.processor == "RTDetrImageProcessor"
-    size = {"height": SIZE, "width": SIZE} if fixed else {"shortest_edge": 96, "longest_edge": SIZE}
+    size = {"height": SIZE, "width": SIZE} if fixed else {"shortest_edge": 64, "longest_edge": SIZE}
     processor = getattr(transformers, known.processor)(size=size)
     inputs = processor(images=[photo, photo[::-1].copy()], return_tensors="pt")
     with torch.no_grad():
@@ -128,14 +130,14 @@ def test_it_keeps_what_every_detector_promises(untrained, photo):
 @pytest.mark.parametrize("name", ["all", "vanish", "rank"])
 def test_the_gradient_of_every_loss_reaches_the_photo(untrained, photo, name):
     objects = untrained.detect([photo], 1e-6)[0][:3]
-    frames = frames_tensor([photo, photo[::-1].copy()]).requires_grad_()
+    frames = frames_tensor([photo]).requires_grad_()
     candidates = untrained.candidates(frames)
     known = {"vanish": Vanish((0, 1)), "rank": Outrank((0, 1))}
     objective = known.get(name) or attack_objective(name, [0, 1, 2], untrained)
-    aims = [objective.aim(candidates[i : i + 1], objects, objective.attacked(objects)) for i in range(2)]
-    gradients = torch.autograd.grad(objective.loss(candidates, aims, 1e-6).sum(), frames)[0]
-    assert torch.isfinite(gradients).all()
-    assert (gradients.abs().amax((1, 2, 3)) > 0).all()
+    aims = [objective.aim(candidates, objects, objective.attacked(objects))]
+    gradient = torch.autograd.grad(objective.loss(candidates, aims, 1e-6).sum(), frames)[0]
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().max() > 0
 
 
 def test_a_query_of_a_softmax_is_found_once_and_one_of_sigmoids_for_every_class(folders, photo):
@@ -164,12 +166,12 @@ def test_what_users_hold_is_found_by_transformers_own_way(folders, photo):
     assert [load_detector(folder).class_names[int(k)] for k in ours.classes] == names
 
 
-@pytest.mark.parametrize(("kind", "imgsz", "longest"), [("detr", 120, 120), ("rt_detr", 100, 128), ("yolos", 128, 128)])
+@pytest.mark.parametrize(("kind", "imgsz", "longest"), [("detr", 80, 80), ("rt_detr", 100, 128), ("yolos", 128, 128)])
 def test_frames_of_another_size(folders, photo, kind, imgsz, longest):
     detector = load_detector(folders(kind), imgsz)
     shape = detector._inputs(frames_tensor([photo]))["pixel_values"].shape
     assert detector.imgsz == longest
-    # YOLOS cuts the shorter side to whole patches; DETR's shortest is 96 of 160, RT-DETR's frame a square.
+    # YOLOS cuts the shorter side to whole patches; RT-DETR fills whole strides.
     assert max(shape[2:]) <= longest
     assert load_configured(detector_config(detector, str(folders(kind)))).imgsz == longest
     assert {p.name: p.wrong for p in check_contract(detector, photo, between(detector, photo)) if p.wrong} == {}
@@ -195,7 +197,7 @@ ODD = {
     "another architecture": ({"config": {"model_type": "llama"}}, "no known architecture"),
     "no classes": ({"config": {"id2label": None}}, "names no classes"),
     "classes that are none": ({"config": {"id2label": {"0": ["person"]}}}, "text"),
-    "a larger network": ({"config": {"decoder_layers": 400}}, "not those|larger"),
+    "a larger network": ({"config": {"decoder_layers": 2000}}, "larger"),
     "a wider one": ({"config": {"encoder_ffn_dim": 1 << 30}}, "odd encoder_ffn_dim"),
     "a wide one": ({"config": {"encoder_ffn_dim": 1 << 14, "decoder_ffn_dim": 1 << 14}}, "not those|larger"),
     "queries without end": ({"config": {"num_queries": 9999}}, "over 2000 queries"),

@@ -236,18 +236,6 @@ def test_unknown_classes_suggest_the_nearest(bundled):
     assert bundled.class_index("PERSON") == 0
 
 
-def test_segmentation_models_are_refused(tmp_path):
-    from ultralytics.nn.tasks import SegmentationModel
-
-    model = SegmentationModel("yolov8n-seg.yaml", nc=2, verbose=False)
-    model.task = "segment"
-    buffer = io.BytesIO()
-    torch.save({"model": model}, buffer)
-    (tmp_path / "seg.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(DetguardError, match="only box detection"):
-        load_detector(tmp_path / "seg.pt")
-
-
 def test_scales_are_told_by_the_name():
     small, large = (sum(p.numel() for p in build_model(f"yolo11{s}.yaml", ["a"]).parameters()) for s in "ns")
     assert large > 2 * small
