@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +80,8 @@ UNUSED = {
 }  # fmt: skip
 LEGACY = {"use_timm_backbone", "backbone", "out_features", "out_indices"}
 RESIZING = {
-    "do_resize", "size", "max_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad",
-    "pad_size", "pad_and_return_pixel_mask", "resample",
+    "do_resize", "size", "max_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+    "do_pad", "pad_size", "pad_and_return_pixel_mask", "resample",
 }  # fmt: skip
 # Of Pillow: bilinear and bicubic.
 FILTERS = (2, 3)
@@ -259,11 +260,11 @@ def _downloaded(name: str) -> Path:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and no advice of Hugging Face's libraries meanwhile."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     before, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     disable_progress_bars()
     try:
