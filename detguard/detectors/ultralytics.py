@@ -1,4 +1,4 @@
-"""Ultralytics' detection models: YOLOv3, v5u, v6, v8, v9, v10, 11, 12, 26 and RT-DETR; boxes of segment and pose ones."""
+"""Ultralytics' detectors: YOLOv3, v5u, v6, v8, v9, v10, 11, 12, 26 and RT-DETR; boxes of segment and pose models."""
 
 import copy
 import math
