@@ -33,8 +33,9 @@ class Candidates:
 
     logits: float32 [B, N, C], class confidence before the sigmoid.
     boxes: float32 [B, N, 4] xyxy, frame pixels; or [B, N, C, 4], where each class has its own (heads of two stages).
-    end_to_end: the head needs no NMS (YOLOv10, YOLO26, RT-DETR): the best MAX_DETECTIONS scores are the detections.
-    multi_label: users see one of every class over the threshold, not of the best class only (torchvision).
+    end_to_end: the head needs no NMS (YOLOv10, YOLO26, DETRs): the best scores are the detections, at most
+    MAX_DETECTIONS and no more than there are candidates.
+    multi_label: users see one of every class over the threshold, not of the best class only (torchvision, RT-DETR).
     anchors: where the candidates come from, for families that have them.
     gate, experts: float32 [B, K], of gated ensembles: the gate's logits, and the weights that it gives the experts.
     """
@@ -109,12 +110,12 @@ def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool 
     """The detections of each frame in the batch, in *frame* pixels: threshold, then per-class NMS.
 
     As Ultralytics' predict path, a candidate counts for its best class only, or with `multi_label`, as its validation
-    and torchvision, for every class over the threshold. An end-to-end head skips NMS and may give one box two classes.
+    and torchvision, for every class over the threshold. An end-to-end head skips NMS.
     """
     multi_label = multi_label or candidates.multi_label
     with torch.no_grad():
         found = [
-            _best(logits.detach(), boxes.detach(), conf)
+            _best(logits.detach(), boxes.detach(), conf, multi_label)
             if candidates.end_to_end
             else _suppress_one(logits.detach(), boxes.detach(), conf, iou, multi_label)
             for logits, boxes in zip(candidates.logits, candidates.boxes, strict=True)
@@ -146,9 +147,11 @@ def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, multi_
     return Detections(boxes_as(boxes[index[kept]], classes[kept]).cpu(), scores[kept].cpu(), classes[kept].cpu())
 
 
-def _best(logits: Tensor, boxes: Tensor, conf: float) -> Detections:
-    scores, index = logits.sigmoid().flatten().topk(min(MAX_DETECTIONS, logits.numel()))
+def _best(logits: Tensor, boxes: Tensor, conf: float, multi_label: bool) -> Detections:
+    values, labels = (logits.flatten(), None) if multi_label else logits.max(1)
+    scores, index = values.sigmoid().topk(min(MAX_DETECTIONS, len(logits)))
     keep = scores > conf
     scores, index = scores[keep], index[keep]
-    candidate, classes = index // logits.shape[1], index % logits.shape[1]
+    candidate = index if labels is not None else index // logits.shape[1]
+    classes = labels[index] if labels is not None else index % logits.shape[1]
     return Detections(boxes_as(boxes[candidate], classes).cpu(), scores.cpu(), classes.cpu())

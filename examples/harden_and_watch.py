@@ -27,7 +27,7 @@ def main(photos: str, folder: str, quick: bool = False) -> detguard.Adapted:
     shown = list(zip(day, labels, strict=True)) * 6
     shown += [((photo * 0.02).astype(np.uint8), objects) for photo, objects in shown]
     stream = [{"photo": photo, "objects": objects} for photo, objects in shown]
-    for record in detguard.monitor(detector, stream, window=8, out=Path(folder) / "watched"):
+    for record in detguard.monitor(detector, stream, window=32, out=Path(folder) / "watched"):
         if record.get("began"):
             print(f"photo {record['number']}: accuracy has dropped since photo {record['began']}")
 

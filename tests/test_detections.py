@@ -32,10 +32,18 @@ def test_suppress_is_ultralytics_nms(seed, conf, iou):
 
 
 def test_an_end_to_end_head_keeps_overlapping_boxes_and_two_classes_of_one_box():
-    boxes = torch.tensor([[[0, 0, 10, 10.0], [0, 0, 10, 10.0]]])
-    logits = torch.tensor([[[3.0, 2.0], [1.0, -5.0]]])
-    assert len(suppress(Candidates(logits, boxes, end_to_end=True), 0.25, 0.7)[0]) == 3
+    boxes = torch.tensor([[[0, 0, 10, 10.0]] * 3])
+    logits = torch.tensor([[[3.0, 2.0], [1.0, -5.0], [-5.0, -5.0]]])
+    both = Candidates(logits, boxes, end_to_end=True, multi_label=True)
+    assert len(suppress(both, 0.25, 0.7)[0]) == 3
+    assert len(suppress(replace(both, multi_label=False), 0.25, 0.7)[0]) == 2
     assert len(suppress(Candidates(logits, boxes), 0.25, 0.7)[0]) == 1
+
+
+def test_an_end_to_end_head_finds_no_more_than_it_has_candidates():
+    boxes, logits = torch.zeros(1, 2, 4), torch.tensor([[[3.0, 2.0], [1.0, 0.5]]])
+    (found,) = suppress(Candidates(logits, boxes, end_to_end=True, multi_label=True), 0.25, 0.7)
+    assert found.classes.tolist() == [0, 1]
 
 
 def test_detections_above_and_of_select_by_confidence_and_class():
@@ -82,12 +90,15 @@ def test_classes_are_kept_apart_on_photos_of_any_size(seed, size):
 @pytest.mark.parametrize("end_to_end", [True, False])
 def test_where_each_class_has_its_own_box_a_detection_has_that_of_its_class(multi_label, end_to_end):
     boxes = torch.tensor([[[[0.0, 0, 10, 10], [20, 0, 30, 10]], [[0, 1, 10, 11], [40, 0, 50, 10]]]])
-    candidates = Candidates(torch.tensor([[[2.0, 1.0], [1.5, 3.0]]]), boxes, end_to_end, multi_label=multi_label)
+    logits, none = torch.tensor([[[2.0, 1.0], [1.5, 3.0]]]), torch.full((1, 2, 2), -9.0)
+    # As many more candidates of nothing: an end-to-end head finds no more than it has.
+    logits, boxes = torch.cat([logits, none], 1), torch.cat([boxes, boxes], 1)
+    candidates = Candidates(logits, boxes, end_to_end, multi_label=multi_label)
     (found,) = suppress(candidates, 0.25, 0.7)
     kept = [(1, [40, 0, 50, 10]), (0, [0, 0, 10, 10])]  # best first
-    if end_to_end:
+    if end_to_end and multi_label:
         kept += [(0, [0, 1, 10, 11]), (1, [20, 0, 30, 10])]
     elif multi_label:
         kept += [(1, [20, 0, 30, 10])]
     assert list(zip(found.classes.tolist(), found.boxes.tolist(), strict=True)) == kept
-    assert candidates.best_boxes.tolist() == [[[0, 0, 10, 10], [40, 0, 50, 10]]]
+    assert candidates.best_boxes[0, :2].tolist() == [[0, 0, 10, 10], [40, 0, 50, 10]]

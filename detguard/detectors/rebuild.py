@@ -7,6 +7,7 @@ module, with what the file says that it holds. The one exception is a file that 
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from ultralytics.utils.torch_utils import initialize_weights
 from detguard import DetguardError, first_line
 from detguard.detectors.checkpoint import Archive
 from detguard.detectors.pickles import Damaged, Record, Stored, Unknown
-from detguard.detectors.recipe import MAX_NAME, RENAMED, check_recipe, class_names, frame_size
+from detguard.detectors.recipe import BOX_PARTS, MAX_NAME, RENAMED, WITH_MORE, check_recipe, class_names, frame_size
 from detguard.detectors.ultralytics import inputs_of, run_layers
 
 NETWORKS = {
     "ultralytics.nn.tasks.DetectionModel": DetectionModel,
     "ultralytics.nn.tasks.YOLOv10DetectionModel": DetectionModel,
     "ultralytics.nn.tasks.RTDETRDetectionModel": RTDETRDetectionModel,
+    # Of these, the boxes.
+    "ultralytics.nn.tasks.SegmentationModel": DetectionModel,
+    "ultralytics.nn.tasks.PoseModel": DetectionModel,
 }
 MOST_MODULES, MAX_WINDOW, MAX_GROWTH = 20_000, 64, 8
 # A frame to find strides by, and the most numbers that a layer may make of it: many times what real ones do.
@@ -78,7 +82,7 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
         recipe = check_recipe(state.get("yaml"))
         names = class_names(state.get("names"), recipe["nc"])
         size = frame_size(state.get("args"))
-        saved = dict(_tree(_child(record, "model")))
+        saved = _without_more(dict(_tree(_child(record, "model"))))
         model = build(NETWORKS[record.kind], recipe, len(saved))
         pairs = list(_pairs(saved, model.model))
         fill(model, {f"model.{path}": archive.tensor(stored) for path, stored in _tensors(saved)}, "its yaml")
@@ -91,9 +95,20 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
     return model, size
 
 
+def _without_more(saved: dict[str, Record]) -> dict[str, Record]:
+    """The modules of a file by path without those that find masks or keypoints."""
+    heads = [path for path, part in saved.items() if "." not in path and part.kind.rpartition(".")[2] in WITH_MORE]
+
+    def more(path: str) -> bool:
+        layer, _, part = path.partition(".")
+        return layer in heads and bool(part) and part.partition(".")[0] not in BOX_PARTS
+
+    return {path: part for path, part in saved.items() if not more(path)}
+
+
 def _what_it_is(kind: str) -> str:
     if kind.startswith("ultralytics.nn.tasks."):
-        return f"a {kind.rpartition('.')[2]}; only box detection can be attacked"
+        return f"of the kind {kind.rpartition('.')[2]}; only upright boxes can be attacked"
     return f"made with classes that detguard does not know: {kind}"
 
 
@@ -104,6 +119,28 @@ class _Shapes(DeviceContext):
         if getattr(function, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return super().__torch_function__(function, types, args, kwargs)
+
+
+@contextmanager
+def most_modules(most: int) -> Iterator[None]:
+    """Have no more than so many modules be put into others meanwhile.
+
+    Raises:
+        Damaged: more were to be.
+    """
+    left = most
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Damaged("its network is described as a larger one than detectors are")
+
+    counting = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        counting.remove()
 
 
 def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
@@ -117,25 +154,14 @@ def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
     model: Any = family.__new__(family)
     nn.Module.__init__(model)
     # A network keeps fewer modules than it makes on its way, copies among them.
-    left = 4 * modules + 1000
-
-    def count(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Damaged("the yaml of its network describes a larger one")
-
-    counting = register_module_module_registration_hook(count)
     try:
-        with _Shapes("meta"):
+        with most_modules(4 * modules + 1000), _Shapes("meta"):
             model.model, model.save = parse_model(copy.deepcopy(recipe), ch=3, verbose=False)
             initialize_weights(model)
     except Damaged:
         raise
     except Exception as error:  # whatever layers raise that do not fit each other
         raise Damaged(f"no network can be made of its yaml ({first_line(error)[:MAX_NAME]})") from error
-    finally:
-        counting.remove()
     model.yaml, model.inplace = recipe | {"channels": 3}, True
     return model
 
@@ -227,6 +253,7 @@ def _pairs(saved: dict[str, Record], model: nn.Module) -> Iterator[tuple[str, Re
 def _compare(path: str, record: Record, module: nn.Module, archive: Archive) -> None:
     """See that a module of the file computes what that of the network does, its tensors aside."""
     kind = record.kind.rpartition(".")[2]
+    kind = "Detect" if kind in WITH_MORE else kind
     if kind != type(module).__name__ and RENAMED.get(kind) != f"nn.{type(module).__name__}":
         raise Unknown(f"its network is not the one that its yaml makes here (model.{path} is a {kind[:MAX_NAME]})")
     for name, value in record.state.items():

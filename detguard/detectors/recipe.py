@@ -7,6 +7,10 @@ from typing import Any
 from detguard.detectors.pickles import Damaged, Record, Unknown
 
 HEADS = ("Detect", "v10Detect", "RTDETRDecoder")
+# Heads that find boxes as `Detect` does, and say more of each by parts of their own, which change none of them.
+WITH_MORE = ("Segment", "Segment26", "Pose", "Pose26")
+# The parts of a `Detect`.
+BOX_PARTS = ("cv2", "cv3", "dfl", "one2one_cv2", "one2one_cv3")
 LAYERS = (
     "AConv", "ADown", "AIFI", "A2C2f", "Bottleneck", "BottleneckCSP", "C1", "C2", "C2PSA", "C2f", "C2fCIB", "C2fPSA",
     "C3", "C3Ghost", "C3TR", "C3k2", "C3x", "CBFuse", "CBLinear", "Concat", "Conv", "ConvTranspose", "DWConv",
@@ -34,6 +38,7 @@ def check_recipe(recipe: Any) -> dict[str, Any]:
     """
     if not isinstance(recipe, dict):
         raise Damaged("has no yaml of its network")
+    recipe = boxes_alone(recipe)
     parts = {name: recipe.get(name) for name in ("backbone", "head")}
     if not all(isinstance(part, list) and 0 < len(part) <= MOST_LAYERS for part in parts.values()):
         raise Damaged("the yaml of its network lists no layers")
@@ -57,8 +62,19 @@ def check_recipe(recipe: Any) -> dict[str, Any]:
             raise Unknown(f"made with an activation that detguard does not know: {str(activation)[:MAX_NAME]}")
         checked["activation"] = activation.strip()
     if checked["head"][-1][2] not in HEADS:
-        raise Unknown(f"made with a {checked['head'][-1][2]} head; only box detection can be attacked")
+        raise Unknown(f"made with a {checked['head'][-1][2]} head; only upright boxes can be attacked")
     return checked
+
+
+def boxes_alone(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A model yaml with a head that finds boxes only, where its own finds masks or keypoints of them, too."""
+    match recipe.get("head"):
+        case [*others, [source, repeats, str(name), [count, *_]]] if name in WITH_MORE:
+            named = str(recipe.get("yaml_file") or "")
+            for more in ("-seg", "-pose"):
+                named = named.replace(more, "")
+            return recipe | {"head": [*others, [source, repeats, "Detect", [count]]], "yaml_file": named}
+    return recipe
 
 
 def _number(

@@ -1,4 +1,4 @@
-"""Ultralytics' detection models: YOLOv3, v5u, v6, v8, v9, v10, 11, 12, 26 and RT-DETR."""
+"""Ultralytics' detectors: YOLOv3, v5u, v6, v8, v9, v10, 11, 12, 26 and RT-DETR; boxes of segment and pose models."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 from ultralytics.models.rtdetr.predict import RTDETRPredictor
 from ultralytics.models.yolo.detect import DetectionPredictor
-from ultralytics.nn.modules.head import Detect, RTDETRDecoder
+from ultralytics.nn.modules.head import OBB, Detect, Pose, RTDETRDecoder, Segment
 from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, guess_model_scale
 from ultralytics.utils import ROOT, SETTINGS, YAML
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
@@ -22,7 +22,7 @@ from ultralytics.utils.tal import dist2bbox
 from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
 from detguard.detectors.base import Detector, Family
-from detguard.detectors.recipe import MOST_CLASSES
+from detguard.detectors.recipe import MOST_CLASSES, boxes_alone
 from detguard.photos import Letterbox, Photo, read_photo
 
 # Of files with other names, Ultralytics may read a pattern, a list of files or streams, a film, or further pages.
@@ -55,8 +55,12 @@ class UltralyticsDetector(Detector):
         self.layers, self.save = list(frozen.model), set(frozen.save)
         self.device = torch.device(device)
         self.head: Any = frozen.model[-1]
-        if not isinstance(self.head, (Detect, RTDETRDecoder)) or getattr(frozen, "task", "detect") != "detect":
-            raise DetguardError(f"{name}: a {type(self.head).__name__} model; only box detection can be attacked")
+        more = isinstance(self.head, (Segment, Pose, OBB)) or getattr(frozen, "task", "detect") != "detect"
+        if more or not isinstance(self.head, (Detect, RTDETRDecoder)):
+            raise DetguardError(
+                f"{name}: a {type(self.head).__name__} model; only upright boxes can be attacked, those of segment and "
+                "pose models where they are read without --trust"
+            )
         self.stretch = isinstance(self.head, RTDETRDecoder)
         if not self.stretch:
             self.head.stride = self.head.stride.cpu()  # or a GPU would be waited for in every pass
@@ -76,7 +80,8 @@ class UltralyticsDetector(Detector):
         if isinstance(head, RTDETRDecoder):
             boxes, logits = raw[0].squeeze(0), raw[1].squeeze(0)
             height, width = frames.shape[2:]
-            return Candidates(logits, xywh2xyxy(boxes) * boxes.new_tensor([width, height] * 2), end_to_end=True)
+            boxes = xywh2xyxy(boxes) * boxes.new_tensor([width, height] * 2)
+            return Candidates(logits, boxes, end_to_end=True, multi_label=True)
         return decode(head, raw)
 
     @override
@@ -142,7 +147,8 @@ def decode(head: Any, raw: dict[str, Any], gate: Tensor | None = None) -> Candid
     boxes = dist2bbox(distances, anchors, xywh=False) * strides
     bins = raw["boxes"].unflatten(1, (4, -1)).permute(0, 3, 1, 2) if head.reg_max > 1 else None
     places = Anchors(anchors * strides, strides, bins)
-    return Candidates(raw["scores"].transpose(1, 2), boxes, head.end2end, places, gate)
+    logits = raw["scores"].transpose(1, 2)
+    return Candidates(logits, boxes, head.end2end, places, gate, multi_label=head.end2end)
 
 
 def _places(maps: Sequence[Tensor], strides: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -188,7 +194,7 @@ class Ultralytics(Family):
         if generic not in shipped or not 0 < len(classes) <= MOST_CLASSES:
             return None
         kind = RTDETRDetectionModel if "rtdetr" in architecture else DetectionModel
-        recipe = YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture}
+        recipe = boxes_alone(YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture})
         model = kind(recipe, nc=len(classes), verbose=False)
         model.names = dict(enumerate(classes))
         model.task = "detect"  # type: ignore[assignment]
@@ -236,5 +242,6 @@ def check_official(file: Path, model: Any) -> None:
     scale, given = guess_model_scale(file), recipe.get("scale")
     if given and scale and scale != given:
         raise DetguardError(f"{file}: its network is of size {given}; delete it, and it will be downloaded again")
-    if "oiv7" not in file.stem and model.names != coco:
+    known = {0: "person"} if file.stem.endswith("-pose") else coco
+    if "oiv7" not in file.stem and model.names != known:
         raise DetguardError(f"{file}: its classes are not COCO's; delete it, and it will be downloaded again")

@@ -25,7 +25,7 @@ class Untargeted(Goal):
     def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
         """On each object its class is lowered to the threshold, or under the best other class, which is nearer."""
         # Where candidates count for every class, another class takes nothing away from the object's own.
-        ranked = not (candidates.multi_label or candidates.end_to_end)
+        ranked = not candidates.multi_label
         threshold = torch.logit(torch.tensor(conf, device=candidates.logits.device))
         losses = []
         for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True):

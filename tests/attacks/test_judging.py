@@ -23,7 +23,7 @@ OPTIONS = AttackOptions(steps=40)
 NAMES = {0: "person", 1: "bus"}
 CONFIG = {
     "goal": "vanish", "target": "person", "to": None, "strict": False, "object": None, "box": None,
-    "keep_others": False, "loss": "logit", "count": None, "transforms": "none",
+    "keep_others": False, "loss": "logit", "count": None, "transforms": "none", "also": [],
     "attack": AttackOptions(budget=Linf(16)).config(), "arguments": [],
 }  # fmt: skip
 

@@ -1,5 +1,4 @@
 import copy
-import io
 import json
 import os
 import pickle
@@ -234,18 +233,6 @@ def test_unknown_classes_suggest_the_nearest(bundled):
     with pytest.raises(DetguardError, match="did you mean 'person'"):
         bundled.class_index("persn")
     assert bundled.class_index("PERSON") == 0
-
-
-def test_segmentation_models_are_refused(tmp_path):
-    from ultralytics.nn.tasks import SegmentationModel
-
-    model = SegmentationModel("yolov8n-seg.yaml", nc=2, verbose=False)
-    model.task = "segment"
-    buffer = io.BytesIO()
-    torch.save({"model": model}, buffer)
-    (tmp_path / "seg.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(DetguardError, match="only box detection"):
-        load_detector(tmp_path / "seg.pt")
 
 
 def test_scales_are_told_by_the_name():

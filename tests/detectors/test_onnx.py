@@ -198,7 +198,7 @@ def test_frames_of_any_number_are_taken_by_a_graph_of_one(files):
 
 
 def test_what_needs_a_gradient_or_a_network_refuses_it(files, bundled_model, bus_file):
-    from detguard.attacks.patch import stages
+    from detguard.attacks.pictures import stages
     from detguard.export.run import plan_export
     from detguard.hardening.run import check_teacher
     from detguard.objectives import Vanish
