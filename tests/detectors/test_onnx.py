@@ -204,7 +204,7 @@ def test_what_needs_a_gradient_or_a_network_refuses_it(files, bundled_model, bus
     from detguard.objectives import Vanish
 
     detector = load_detector(files["any"])
-    with pytest.raises(DetguardError, match="any: has no gradient, by which a patch learns"):
+    with pytest.raises(DetguardError, match="any: has no gradient, by which a picture learns"):
         stages(detector, [(bus_file, None)], Vanish((0,)), 0.25)
     with pytest.raises(DetguardError, match="only Ultralytics' YOLO families"):
         plan_export(str(files["any"]), "onnx")
