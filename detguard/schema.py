@@ -272,6 +272,7 @@ ATTACKED = {
     "psnr": real(),
     "ssim": real(),
     "objects": Items(DETECTION | {"outcome": one_of("vanished", "relabelled", "kept")}),
+    "candidates?": Items(whole(0), 2, 2),
     "clean": Items(DETECTION),
     "members": {"photo": JUDGED, "*": JUDGED},
     "files": {"photo": text, "*": text},

@@ -1,5 +1,6 @@
 """Attack many photos into a run folder, and judge the saved files by the detector's own public predict path."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.objectives.base import Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
-from detguard.photos import Photo, encode_png, photo_seed, read_photo
+from detguard.photos import Photo, encode_png, frames_tensor, photo_seed, read_photo
 from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, misfit
@@ -170,6 +171,9 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
     }
     names_of = job.detector.class_names
     judged = [*members.values(), *(member for of_one in also.values() for member in of_one.values())]
+    counted = {}
+    if job.objective.counts_candidates:
+        counted["candidates"] = candidates_over(job.detector, [attempt.photo, saved], job.options.conf)
     objects = attempt.clean[attempt.attacked]
     after = found[PHOTO].above(job.options.conf)
     overlay = before_after(attempt.photo, attempt.clean, saved, after, names_of)
@@ -194,7 +198,18 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         "also": also,
         "files": names,
         "draws": {name: str(t) for name, t in drawn.items() if str(t) != name},
-    }
+    } | counted
+
+
+def candidates_over(detector: Detector, photos: Sequence[Photo], conf: float) -> list[int]:
+    """How many candidates of each photo are over a confidence before NMS: what NMS and all after it take time for."""
+    counts = []
+    for photo in photos:
+        frame = detector.letterbox((photo.shape[0], photo.shape[1]))(photo)
+        with torch.no_grad():
+            logits = detector.candidates(frames_tensor([frame], detector.device)).logits
+        counts.append(int((logits.amax(2) > math.log(conf / (1 - conf))).sum()))
+    return counts
 
 
 def find_in(detector: Detector, paths: Mapping[str, Path], conf: float) -> dict[str, Detections]:

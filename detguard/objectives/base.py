@@ -34,11 +34,13 @@ CANDIDATES = 10
 class Objective(ABC):
     """What the attacker wants. `targets` are the classes of the objects that are attacked.
 
-    kind: what it is called in `parse.KINDS`; needs_target: there is nothing to do on a photo without such an object.
+    kind: what it is called in `parse.KINDS`; needs_target: there is nothing to do on a photo without such an object;
+    counts_candidates: how many there are before NMS is told of what was saved, too.
     """
 
     kind: ClassVar[str]
     needs_target: ClassVar[bool] = True
+    counts_candidates: ClassVar[bool] = False
     targets: Any
 
     @property

@@ -18,6 +18,7 @@ class Flood(Goal):
 
     kind: ClassVar[str] = "flood"
     needs_target: ClassVar[bool] = False
+    counts_candidates: ClassVar[bool] = True
     wanted: ClassVar[str] = "found in masses"
     takes: ClassVar[frozenset[str]] = frozenset({"count"})
     default: ClassVar[str] = "all"

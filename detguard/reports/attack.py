@@ -42,6 +42,8 @@ def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
     reached = [f"{count} of {len(record['objects'])} objects {fate}" for fate, count in sorted(fates.items())]
     if new := sum(d["wrong"] for d in found):
         reached.append(f"{new} of {len(found)} detections wrong")
+    if "candidates" in record:
+        reached.append("{} candidates before NMS, then {}".format(*record["candidates"]))
     spent = "queries" if options.black_box else "iterations"
     note = ", ".join([*reached, f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"])
     return gallery_item(record["key"], record["status"], note, before, record["clean"], after, found)

@@ -12,8 +12,8 @@ from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, Member, attack_group
 from detguard.attacks.run import Job, attack_photos, judge, plan_attack, save_attempt, verify_run
 from detguard.detections import Detections
-from detguard.objectives import Fabricate, Vanish
-from detguard.photos import encode_png, read_photo
+from detguard.objectives import Fabricate, Flood, Vanish
+from detguard.photos import encode_png, frames_tensor, read_photo
 from detguard.reports.attack import attack_page
 from detguard.runs import Run
 from detguard.transforms.parse import parse_transforms
@@ -118,6 +118,7 @@ def test_something_is_made_of_nothing_where_there_is_no_target(bundled, tmp_path
     assert not record["objects"]
     found = record["members"]["photo"]["detections"]
     assert sum(d["wrong"] for d in found) == len(found) >= 2
+    assert "candidates" not in record
     page = attack_page(run, [record], bundled).decode()
     assert "Attack: person found where there is none (at least 2)" in page
     assert f"0 before, {len(found)} after, {len(found)} of them wrong" in page
@@ -153,3 +154,18 @@ def test_a_record_whose_member_is_called_by_no_transform_is_an_error_of_that_pho
     forged.append(record | {"files": {"photo": record["files"]["photo"], name: record["files"]["median:3"]}})
     (verified,) = verify_run(forged, bundled, PERSONS, [], OPTIONS.budget)
     assert name in verified["error"]
+
+
+def test_of_a_flood_the_candidates_before_nms_are_told(bundled, bus, tmp_path):
+    small = cv2.resize(bus, (96, 128), interpolation=cv2.INTER_AREA)
+    (tmp_path / "bus.png").write_bytes(encode_png(small))
+    run = Run.create("attack", tmp_path / "run", CONFIG | {"goal": "flood", "target": "all"})
+    options = AttackOptions(budget=Linf(32), step=4, steps=10)
+    goal = Flood(tuple(bundled.class_names), 300)
+    (record,) = attack_photos(Job(bundled, goal, [], options, run), {"bus": tmp_path / "bus.png"})
+    before, after = record["candidates"]
+    photo = read_photo(run.path(record["files"]["photo"]))
+    frames = frames_tensor([bundled.letterbox((128, 96))(photo)])
+    assert after == int((bundled.candidates(frames).logits.sigmoid().amax(2) > 0.25).sum())
+    assert after > max(10 * before, len(record["members"]["photo"]["detections"]))
+    assert f"{before} candidates before NMS, then {after}" in attack_page(run, [record], bundled).decode()
