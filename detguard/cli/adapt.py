@@ -48,7 +48,10 @@ def adapt(
     model: Annotated[str | None, typer.Option(help="A gated ensemble, as detguard harden makes it.")] = None,
     new: Annotated[
         list[str] | None,
-        typer.Option(help="Labelled photos of a new kind: a data.yaml, a COCO json or JSON lines; repeatable."),
+        typer.Option(
+            help="Labelled photos of a new kind: a data.yaml, a COCO json, JSON lines, or a run of detguard attack --data; "
+            "repeatable."
+        ),
     ] = None,
     replay: Replay = None,
     split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Adapt.split,

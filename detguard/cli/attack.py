@@ -338,12 +338,13 @@ def run_attack(job: "Job") -> int:
 def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Path]) -> None:
     """Write what was made of the photos as a data set, and say where."""
     from detguard.attacks.samples import FOLDER, write_samples
-    from detguard.data.sources import LABELLED, read_labelled
+    from detguard.data.sources import LABELLED
+    from detguard.data.stream import read_lines
 
     names, labels = job.detector.class_names, {}
     kept = job.run.folder / LABELLED
     if kept.is_file():
-        by_file = {str(one.file): one.objects for one in read_labelled(str(kept), "", names)}
+        by_file = {str(one.file): one.objects for one in read_lines(kept, names)}
         labels = {key: by_file[str(file)] for key, file in files.items() if str(file) in by_file}
     count = write_samples(job.run, attacked, labels, names)
     out.print(

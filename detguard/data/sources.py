@@ -4,14 +4,19 @@ import glob
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from detguard import DetguardError
 from detguard.data.dataset import Dataset, read_dataset
 from detguard.data.stream import Labelled, as_line, in_order, read_lines
+from detguard.files import FileError, is_file, read_yaml
 from detguard.photos import find_photos
 
 # Of a run, its photos with their labels.
 LABELLED = "labelled.jsonl"
+# Of a run of `detguard attack --data`; and how far a path may be inside of a run.
+SAMPLES, DEEPEST = "samples/data.yaml", 5
 OnData = Callable[[Dataset], object]
 
 
@@ -21,14 +26,48 @@ def warn_of(dataset: Dataset) -> None:
         warnings.warn(f"{dataset.name}: {where.total} {kind}", stacklevel=2)
 
 
+def attack_run(path: Path) -> Path | None:
+    """The folder of the run of `detguard attack` that a path is, or is in."""
+    for folder in (path.absolute(), *path.absolute().parents)[:DEEPEST]:
+        if is_file(config := folder / "config.yaml"):
+            with suppress(FileError):  # of another program
+                found = read_yaml(config)
+                return folder if isinstance(found, dict) and found.get("command") == "attack" else None
+    return None
+
+
+def with_samples(source: str) -> str:
+    """A source of labelled photos; of a run of `detguard attack`, its samples, whose labels are those of clean photos.
+
+    Raises:
+        DetguardError: the run has none, or the source is another part of one: photos without their labels.
+    """
+    path = Path(source)
+    if (run := attack_run(path)) is None or (run / SAMPLES).parent in path.absolute().parents:
+        return source
+    if path.absolute() != run:
+        raise DetguardError(f"{source}: is a part of an attack, without the labels of its photos; give the run, {run}")
+    if not is_file(run / SAMPLES):
+        raise DetguardError(f"{source}: an attack without samples; make one with: detguard attack --data PHOTOS")
+    return str(run / SAMPLES)
+
+
 def unlabelled(source: str) -> bool:
     """Whether a source is a folder or pattern of photos, without labels."""
     path = Path(source)
+    if path.is_dir() and attack_run(path):
+        return False
     return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
 
 
 def photo_files(source: str) -> list[Path]:
-    """The photos of a folder, a pattern or a data set's training split; folders `images/train` and the like too."""
+    """The photos of a folder, a pattern or a data set's training split; folders `images/train` and the like too.
+
+    Raises:
+        DetguardError: they are of an attack: what a detector says of them is not what is to be learned.
+    """
+    if run := attack_run(Path(source)):
+        raise DetguardError(f"{source}: photos of an attack, {run}, which fool whoever labels them; give clean ones")
     if Path(source).suffix in (".yaml", ".yml", ".json"):
         return list(read_dataset(source, "train").files.values())
     return find_photos([source])
@@ -37,10 +76,11 @@ def photo_files(source: str) -> list[Path]:
 def read_labelled(
     source: str, split: str, class_names: dict[int, str], on_data: OnData = warn_of, images: Path | None = None
 ) -> list[Labelled]:
-    """The labelled photos of a data.yaml, a COCO json or a file of JSON lines, in the detector's class indices.
+    """The labelled photos of a data.yaml, a COCO json, a file of JSON lines or an attack run, in the detector's classes.
 
     on_data: shown a data set when it is read; images: folder of the photos of a COCO json, by default beside it.
     """
+    source = with_samples(source)
     if Path(source).suffix == ".jsonl":
         return read_lines(source, class_names)
     dataset = read_dataset(source, split, images)
