@@ -49,8 +49,8 @@ def adapt(
     new: Annotated[
         list[str] | None,
         typer.Option(
-            help="Labelled photos of a new kind: a data.yaml, a COCO json, JSON lines, or a run of detguard attack --data; "
-            "repeatable."
+            help="Labelled photos of a new kind: a data.yaml, a COCO json, JSON lines, or a run of detguard attack "
+            "--data; repeatable."
         ),
     ] = None,
     replay: Replay = None,

@@ -76,7 +76,7 @@ def photo_files(source: str) -> list[Path]:
 def read_labelled(
     source: str, split: str, class_names: dict[int, str], on_data: OnData = warn_of, images: Path | None = None
 ) -> list[Labelled]:
-    """The labelled photos of a data.yaml, a COCO json, a file of JSON lines or an attack run, in the detector's classes.
+    """The labelled photos of a data.yaml, a COCO json, a file of JSON lines or an attack run, by class indices.
 
     on_data: shown a data set when it is read; images: folder of the photos of a COCO json, by default beside it.
     """
