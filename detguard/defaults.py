@@ -90,3 +90,5 @@ class Monitor:
     split: Final = "val"
     drift: Final = "likelihood-ratio"
     window: Final = 32
+    gather: Final = 64
+    keep: Final = 256

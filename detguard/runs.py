@@ -14,7 +14,7 @@ import yaml
 
 from detguard import DetguardError, __version__
 from detguard.files import MAX_ANNOTATIONS, PARTIAL, FileError, parse_json, read_file, read_yaml, write_file
-from detguard.schema import CONFIGS, RECORDS, misfit
+from detguard.schema import CONFIGS, EVENTS, RECORDS, misfit
 
 if TYPE_CHECKING:
     from detguard.ranks import Ranks
@@ -27,6 +27,7 @@ except ImportError:  # not on Windows, where two processes on one run are not to
 Record = dict[str, Any]
 
 LOCK = ".lock"
+RESULTS = "results.jsonl"
 # Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
 LONGEST_KEY = 200
 
@@ -165,13 +166,13 @@ class Run:
         """Whether the folder was taken away."""
         return not self.folder.is_dir()
 
-    def append(self, record: Record) -> None:
-        """Add a record to results.jsonl, in a line of its own, and flush it to the disk.
+    def append(self, record: Record, name: str = RESULTS) -> None:
+        """Add a record to a file of records, in a line of its own, and flush it to the disk.
 
         Raises:
             RunError: the disk is full or the file cannot be written; then nothing is added. Or the folder is gone.
         """
-        file = self.path("results.jsonl")
+        file = self.path(name)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
             with FileIO(os.open(file, flags, 0o666), "a+") as stream:
@@ -188,15 +189,15 @@ class Run:
         except OSError as error:
             raise RunError(f"{file}: cannot be written ({error.strerror or error})") from error
 
-    def records(self, checked: bool = True) -> list[Record]:
-        """All whole records; a last line that a kill cut short is left out.
+    def records(self, checked: bool = True, name: str = RESULTS) -> list[Record]:
+        """All whole records of a file of them; a last line that a kill cut short is left out.
 
         checked: they have all fields that a record of the command has, of the right kind.
 
         Raises:
             RunError: a line before the last is not JSON or no such record.
         """
-        file = self.folder / "results.jsonl"
+        file = self.folder / name
         if not os.path.lexists(file):
             return []
         records = []
@@ -207,14 +208,14 @@ class Run:
                 raise RunError(f"{file}:{number}: not JSON ({error}); take the line out") from error
             if not isinstance(record, dict):
                 raise RunError(f"{file}:{number}: expected an object; take the line out")
-            if checked and (wrong := misfit(record, RECORDS[self.config["command"]])):
+            if checked and (wrong := misfit(record, EVENTS if name != RESULTS else RECORDS[self.config["command"]])):
                 raise RunError(f"{file}:{number}: not a line that detguard wrote ({wrong}); take it out")
             records.append(record)
         return records
 
     def keep(self, records: list[Record]) -> None:
         """Replace results.jsonl by `records`: the start of a resumed run."""
-        self.write("results.jsonl", b"".join(map(_line, records)))
+        self.write(RESULTS, b"".join(map(_line, records)))
 
 
 def shared_run(ranks: "Ranks", make: Callable[[], Run]) -> Run:

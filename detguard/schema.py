@@ -247,6 +247,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "monitor": {"detector": text, "window": whole(8, 10**6)},
         "on_drift": one_of("tell", "adapt"),
         "replay": texts,
+        "living": {"gather": whole(1, 10**6), "keep": whole(0, 10**6), "adapt": texts},
     },
 }
 CONFIGS = {command: COMMON | shape for command, shape in CONFIGS.items()}
@@ -293,6 +294,22 @@ TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*":
 VALIDATED = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}
 SET_BACK = {"stage": text, "batch": whole(0), "diverged": whole(1), "setbacks": whole(1)}
 LEARNT = {"stage": text, "batch": whole(1), "photos": whole(1), "loss": measured}
+FIGURES = {"*": {"*": Maybe(real())}}
+# A line of the events.jsonl of a monitor whose detector learns.
+EVENTS = Either(
+    (
+        {"event": one_of("gathering"), "number": whole(1), "began": whole(1)},
+        {"event": one_of("adapting"), "number": whole(1), "began": whole(1), "folder": text, "model": text},
+        {
+            "event": one_of("deployed", "kept", "rolled back"),
+            "number": whole(0),
+            "model": text,
+            "why": text,
+            "before": FIGURES,
+            "after": FIGURES,
+        },
+    )
+)
 # A line of results.jsonl, by command.
 RECORDS: dict[str, Any] = {
     "attack": Either((ATTACKED, PASSED_OVER)),

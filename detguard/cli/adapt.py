@@ -1,5 +1,6 @@
 """`detguard adapt`: parse, call, show."""
 
+import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -135,6 +136,7 @@ def run_adaptation(job: "Adapting", workers: int | None = None) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.adaptation import adaptation_page, judged_table
     from detguard.reports.tables import terminal_table
+    from detguard.workflows.adapt import FIGURES
 
     run = job.run
     with err.status("Loading the photos"):
@@ -162,6 +164,7 @@ def run_adaptation(job: "Adapting", workers: int | None = None) -> int:
         after = job.figures()
     if not job.ranks.first:
         return 0
+    run.write(FIGURES, (json.dumps({"before": before, "after": after}) + "\n").encode())
     run.write("report.html", adaptation_page(run, before, after))
     out.print(terminal_table(judged_table(before, after)))
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."

@@ -1,5 +1,6 @@
 """`detguard monitor`: parse, call, show."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError, defaults
-from detguard.cli.adapt import Replay, run_adaptation, start_adaptation
+from detguard.cli.adapt import Replay
 from detguard.cli.app import (
     Device,
     Fusion,
@@ -23,7 +24,6 @@ from detguard.cli.app import (
     out,
     progress_bar,
     show_error,
-    start_ranks,
 )
 from detguard.cli.evaluate import show_warnings
 
@@ -67,9 +67,26 @@ def monitor(
     iou: NmsIou = None,
     out_folder: OutFolder = None,
     on_drift: Annotated[
-        Literal["tell", "adapt"], typer.Option(help="adapt: then teach an ensemble what made its accuracy drop.")
+        Literal["tell", "adapt"],
+        typer.Option(
+            help="adapt: teach an ensemble what made its accuracy drop, while the stream goes on, and deploy what is "
+            "better on the new kind of photos and no worse on old ones."
+        ),
     ] = "tell",
+    gather: Annotated[
+        int, typer.Option(min=1, help="Of --on-drift adapt: photos of the new kind to gather before it is learned.")
+    ] = defaults.Monitor.gather,
+    keep: Annotated[
+        int, typer.Option(min=0, help="Of --on-drift adapt: photos before a drop, at random, that are replayed.")
+    ] = defaults.Monitor.keep,
+    adapt_options: Annotated[
+        str,
+        typer.Option("--adapt", metavar="OPTIONS", help='Further options of `detguard adapt`, as "--mode frozen".'),
+    ] = "",
     replay: Replay = None,
+    roll_back: Annotated[
+        bool, typer.Option("--roll-back", help="With --resume: first go back to the ensemble before the last one.")
+    ] = False,
     resume: Resume = None,
     device: Device = "cpu",
     trust: Trust = False,
@@ -77,6 +94,7 @@ def monitor(
     """Watch accuracy over a stream of labelled photos, and tell when it drops: photos of a new kind have come.
 
     Writes the photos of every drop to dropped.jsonl, which detguard adapt takes, and a page with the timeline.
+    With --on-drift adapt, photos must stay where they are, and events.jsonl tells what was deployed when, and why.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
     """
     from detguard.data.sources import read_labelled, unlabelled
@@ -90,14 +108,17 @@ def monitor(
         run = Run.resume(resume, "monitor")
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)
-        sys.exit(watch(run, watched, device, trust=trust))
+        sys.exit(watch(run, watched, device, roll_back=roll_back))
+    if roll_back:
+        raise DetguardError("--roll-back: goes with --resume")
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
         watched = load_detector(model, imgsz, trust, device, top_k=top_k, fusion=fusion, iou=iou)
     if on_drift == "adapt" and not watched.hardened:
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
-    for source in replay or []:  # wrong data are told now, not when the stream has ended
+    parsed = adapting_options(adapt_options)
+    for source in replay or []:  # wrong data are told now, not after a drop
         if not unlabelled(source):
             read_labelled(source, "train", watched.class_names, show_warnings)
     config: dict[str, Any] = {
@@ -106,32 +127,63 @@ def monitor(
         "monitor": {"detector": detector, "window": window},
         "on_drift": on_drift,
         "replay": replay or [],
+        "living": {"gather": gather, "keep": keep, "adapt": parsed},
         "arguments": sys.argv[1:],
     }
     # Wrong data leave no run behind.
     listed = None if stream == LIVE else open_stream(config["stream"], watched, show_warnings)
-    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, listed, trust))
+    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, listed))
+
+
+def adapting_options(text: str) -> list[str]:
+    """Options of `detguard adapt`, as from a shell, once it is known that it takes them.
+
+    Raises:
+        DetguardError: it does not.
+    """
+    from detguard.workflows.living import check_options
+
+    try:
+        parts = shlex.split(text)
+    except ValueError as error:
+        raise DetguardError(f"--adapt '{text}': {error}") from error
+    command = typer.main.get_group(app).commands["adapt"]
+    check_options(parts)
+    try:
+        command.make_context("adapt", list(parts))
+    except typer.TyperException as error:
+        raise DetguardError(f"--adapt '{text}': {error.format_message()}") from error
+    return parts
 
 
 def watch(
-    run: "Run", detector: "Detector", device: str, photos: "Sequence[Labelled] | None" = None, trust: bool = False
+    run: "Run",
+    detector: "Detector",
+    device: str,
+    photos: "Sequence[Labelled] | None" = None,
+    roll_back: bool = False,
 ) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
     from detguard.data.stream import from_lines, lines_of
     from detguard.hardening.monitor import observe
     from detguard.reports.monitoring import monitor_page, timeline_table, windows
     from detguard.reports.tables import terminal_table
+    from detguard.workflows.living import Living
     from detguard.workflows.monitor import DROPPED, LIVE, open_stream, write_dropped
 
     source, options = run.config["stream"], run.config["monitor"]
     live = source["source"] == LIVE
     if photos is None and not live:
         photos = open_stream(source, detector, show_warnings)
+    adapts = run.config["on_drift"] == "adapt"
+    living = Living(run, detector, device, lambda line: out.print(line, highlight=False, soft_wrap=True))
+    if roll_back:
+        living.roll_back()
     shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names) if photos is None else photos
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:
-            for record in observe(run, detector, shown, options["detector"], options["window"], again=not live):
+            for record in observe(run, living, shown, options["detector"], options["window"], again=not live):
                 progress.update(task, completed=record["number"])
                 if "error" in record:
                     show_error(record["error"])
@@ -139,7 +191,12 @@ def watch(
                     message = f"photo {record['number']}: accuracy has dropped since photo {record['began']}"
                     out.print(message, highlight=False, soft_wrap=True)
                     write_dropped(run, run.records())  # a live stream may never end
+                if adapts:
+                    living.saw(record)
+            if adapts:
+                living.end(lambda _: progress.update(task, description="the stream is over; adapting"))
         except KeyboardInterrupt:
+            living.stop()
             show_error(f"stopped; go on with: detguard monitor --resume {run.folder}")
             return 130
     records = run.records()
@@ -152,16 +209,4 @@ def watch(
     told = f"{told}; {judged} of {len(records)} photos have objects of classes that the detector knows"
     out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
     code = 2 if any("error" in r for r in records) else int(bool(drops))
-    if not drops or run.config["on_drift"] != "adapt":
-        return code
-    folder, new = run.folder / "adapted", [str(run.folder / DROPPED)]
-    if (folder / "config.yaml").exists():
-        from detguard.workflows.adapt import Adapting
-
-        ranks = start_ranks(device)
-        with err.status("Loading the ensemble"):
-            job = Adapting.resume(folder, ranks, trust)
-    else:
-        model, replay = run.config["detector"]["model"], run.config["replay"]
-        job = start_adaptation(model, new, {}, start_ranks(device), replay=replay, out=folder, trust=trust)
-    return run_adaptation(job) or code
+    return code

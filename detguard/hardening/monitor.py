@@ -161,12 +161,29 @@ def quality(objects: Detections, found: Detections) -> Quality:
     return Quality(f1(objects, seen) if len(objects) else None, confidence, entropy)
 
 
+class Deployment:
+    """Which detector sees which photo of a stream: here always the same."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.first = detector
+
+    def since(self, number: int) -> int:
+        """The number of the photo after which the detector of another one was deployed; 0: from the beginning."""
+        return 0
+
+    def at(self, number: int) -> Detector:
+        """The detector that sees a photo."""
+        return self.first
+
+
 def observe(
-    run: Run, detector: Detector, photos: Iterable[Labelled | DataError], kind: str, window: int, again: bool = True
+    run: Run, deployed: Deployment, photos: Iterable[Labelled | DataError], kind: str, window: int, again: bool = True
 ) -> Iterator[Record]:
-    """Watch a detector on photos in order, and append a record of each to the run: number, `as_line`, `Quality`, and
-    `began`, where accuracy has dropped, the number of the photo since which it has; AP50 at the end of each window.
+    """Watch what is deployed on photos in order, and append a record of each to the run: number, `as_line`, `Quality`,
+    and `began`, where accuracy has dropped, the number of the photo since which it has; AP50 at the end of each window.
     Photos without labels that are known are shown, and not judged.
+
+    A detector that takes another one's place is judged from there on.
 
     again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, and a
     line of a stream that is none, is a record with its error.
@@ -175,14 +192,19 @@ def observe(
     if again:  # from the start of a window, for its AP
         seen = seen[: len(seen) // window * window]
         run.keep(seen)
-    monitor, numbers = Monitor(kind, window), list[int]()
+    monitor, numbers, since = Monitor(kind, window), list[int](), 0
     for known in seen:
+        if deployed.since(known["number"]) != since:
+            monitor, numbers, since = Monitor(kind, window), [], deployed.since(known["number"])
         if known.get("f1") is not None:
             monitor.add(known["f1"])
             numbers.append(known["number"])
     shown: list[tuple[Detections, Detections]] = []
     for number, labelled in enumerate(islice(photos, len(seen) if again else 0, None), len(seen) + 1):
         record: Record = {"number": number, "photo": "", "objects": []}
+        detector = deployed.at(number)
+        if deployed.since(number) != since:
+            monitor, numbers, since = Monitor(kind, window), [], deployed.since(number)
         try:
             if isinstance(labelled, DataError):
                 raise labelled

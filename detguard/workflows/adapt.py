@@ -54,6 +54,10 @@ def load_ensemble(model: str, trust: bool) -> tuple[GatedNetwork, int]:
     return network, imgsz
 
 
+# Of a run, what the ensemble knew of photos before and after.
+FIGURES = "figures.json"
+
+
 def read_sources(
     new: Sequence[str], replay: Sequence[str], split: str, class_names: dict[int, str], on_data: OnData
 ) -> tuple[list[Labelled], list[Labelled], list[Path]]:

@@ -12,7 +12,7 @@ from detguard.data.sources import OnData, read_labelled, warn_of
 from detguard.data.stream import Labelled, from_records
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
-from detguard.hardening.monitor import Monitor, observe
+from detguard.hardening.monitor import Deployment, Monitor, observe
 from detguard.photos import encode_png
 from detguard.runs import Record, Run
 from detguard.schema import CONFIGS, check
@@ -89,6 +89,7 @@ def monitor(
         "monitor": {"detector": drift, "window": window},
         "on_drift": "tell",
         "replay": [],
+        "living": {"gather": defaults.Monitor.gather, "keep": defaults.Monitor.keep, "adapt": []},
         "arguments": [],
     }
     shown = open_stream(source, detector) if isinstance(photos, str | Path) else photos
@@ -102,7 +103,8 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: dict[str, Any], 
         if config["stream"]["source"] == LIVE:
             given = (_on_disk(run, number, photo) for number, photo in enumerate(photos, 1))
             photos = from_records(given, detector.class_names)
-        for record in observe(run, detector, photos, config["monitor"]["detector"], config["monitor"]["window"]):
+        kind, window = config["monitor"]["detector"], config["monitor"]["window"]
+        for record in observe(run, Deployment(detector), photos, kind, window):
             if record.get("began") is not None:
                 write_dropped(run, run.records())
             yield record

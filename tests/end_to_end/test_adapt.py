@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import threading
+import time
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
-from program import detguard
+from program import command, detguard
 from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
@@ -164,13 +167,73 @@ def test_unreadable_photos_are_named_and_the_rest_is_learned(place):
     assert load_detector(place / "some/weights/adapted.safetensors")
 
 
-def test_a_drop_can_be_adapted_to_at_once(place):
-    lines = (place / "day.jsonl").read_text() * 3 + (place / "dark.jsonl").read_text() * 3
+LIVING = ("--on-drift", "adapt", "--gather", 10, "--keep", 10, "--adapt", "--photos 160 --batch 8 --rate 3e-3")
+
+
+@pytest.fixture(scope="module")
+def lived(place):
+    """A live run whose stream turns dark and goes on until what was learned is deployed: its folder and its lines."""
+    day, dark = ((place / f"{kind}.jsonl").read_text().splitlines(keepends=True) for kind in ("day", "dark"))
     watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--window", 8, "--out", "watched")
-    result = detguard(*watched, "--on-drift", "adapt", "--replay", "day.jsonl", cwd=place, stdin=lines)
+    told, fed = [], [*day * 3, *dark * 2]
+    with subprocess.Popen(
+        command(*watched, *LIVING), cwd=place, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        listener = threading.Thread(target=lambda: told.extend(process.stdout))
+        listener.start()
+        process.stdin.writelines(fed)
+        until = time.monotonic() + 400
+        while not any("deployed" in line or "kept" in line for line in told) and time.monotonic() < until:
+            fed.append(dark[len(fed) % 10])
+            process.stdin.write(fed[-1])
+            time.sleep(0.5)
+        fed += dark
+        process.stdin.writelines(dark)
+        process.stdin.close()
+        listener.join(200)
+    assert process.returncode == 1
+    return place / "watched", fed
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_while_the_stream_goes_on_what_it_needs_is_learned_and_deployed(lived):
+    run, fed = lived
+    events, records = (lines_of(run / f"{name}.jsonl") for name in ("events", "results"))
+    assert [event["event"] for event in events[:3]] == ["gathering", "adapting", "deployed"]
+    gathering, adapting, deployed = events[:3]
+    assert abs(gathering["began"] - 31) <= 2
+    assert gathering["number"] <= adapting["number"] < deployed["number"]
+    # No photo is lost, and some were judged while another process learned.
+    assert [record["number"] for record in records] == list(range(1, len(fed) + 1))
+    assert deployed["number"] - adapting["number"] >= 3
+    assert len(lines_of(run / "adapted/001.new.jsonl")) == 10
+    assert len(lines_of(run / "adapted/001.replay.jsonl")) == 10
+    assert load_detector(run / "adapted/001/weights/adapted.safetensors").experts[3:] == ("adapted 1",)
+    before, after = (
+        [r["f1"] for r in records if first < r["number"] <= last]
+        for first, last in ((gathering["began"], deployed["number"]), (deployed["number"], len(fed)))
+    )
+    assert sum(after) / len(after) > sum(before) / len(before) + 0.1
+    assert deployed["after"]["new"]["F1"] > deployed["before"]["new"]["F1"]
+
+
+def test_what_was_deployed_can_be_taken_back(lived, place):
+    run, fed = lived
+    shutil.copytree(run, place / "back")
+    resume = ("monitor", "--resume", "back")
+    result = detguard(*resume, "--roll-back", cwd=place, stdin=fed[-1] * 3)
     assert result.returncode == 1, result.stderr
-    assert "adapted.safetensors" in result.stdout
-    assert load_detector(place / "watched/adapted/weights/adapted.safetensors").model.names[-1] == "adapted 1"
+    assert "rolled back to ensemble.safetensors" in result.stdout
+    records = lines_of(place / "back/results.jsonl")
+    assert [r["number"] for r in records[-3:]] == [len(fed) + n for n in (1, 2, 3)]
+    dark = [r for r in records if r["photo"] == records[-1]["photo"]]
+    assert records[-1]["f1"] == dark[0]["f1"]
+    again = detguard(*resume, "--roll-back", cwd=place, stdin="")
+    assert again.returncode == 2
+    assert "--roll-back: the run has deployed nothing that could be taken back" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ CONFIGS = {
     "monitor": {
         "detector": DETECTOR, "stream": {"source": "-", "split": "val", "images": None},
         "monitor": {"detector": "adwin", "window": 8}, "on_drift": "tell", "replay": [],
+        "living": {"gather": 4, "keep": 8, "adapt": []},
     },
 }  # fmt: skip
 FOUND = {"class": "person", "confidence": 0.9, "box": [1.0, 2.0, 30.0, 40.0]}

@@ -1,0 +1,239 @@
+"""A detector that learns while its stream goes on: what `detguard monitor --on-drift adapt` does after a drop.
+
+Another process adapts the ensemble to the photos since the drop, while the stream is read and judged as before. What it
+made takes the ensemble's place only where it is better on photos of the new kind, and no worse on those of old ones.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from detguard import DetguardError
+from detguard.detectors.base import Detector
+from detguard.detectors.load import load_detector
+from detguard.files import read_json
+from detguard.hardening.monitor import Deployment
+from detguard.runs import Record, Run
+from detguard.workflows.adapt import FIGURES
+
+EVENTS = "events.jsonl"
+# What may be lost of the F1 of old kinds: as much as chance moves it.
+LOST = 0.01
+# What becomes of an adaptation, and of a detector that it replaced.
+DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
+# Of the processes that adapt: the stream comes first.
+NICENESS = 5
+# Options of `detguard adapt` that a user may give; where it reads and writes is up to the monitor.
+OPTIONS = (
+    "--experts", "--mode", "--init", "--lambda", "--max-experts", "--photos", "--corruptions", "--batch", "--rate",
+    "--seed", "--workers",
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Living(Deployment):
+    """The ensembles of a stream, each adapted from the one before it.
+
+    run: of the monitor, whose config says how many photos are gathered after a drop (`gather`), how many old ones are
+    replayed (`keep`), and which options `detguard adapt` gets. told: what has happened, in a line.
+    """
+
+    run: Run
+    first: Detector
+    device: str = "cpu"
+    told: Callable[[str], object] = print
+    child: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.options = self.run.config["living"]
+        check_options(self.options["adapt"])
+        self.events = self.run.records(name=EVENTS)
+        self.seen = {record["number"]: record for record in self.run.records()}
+        self._loaded = ("", self.first)
+
+    @override
+    def since(self, number: int) -> int:
+        changes = [e["number"] for e in self.events if e["event"] in (DEPLOYED, ROLLED_BACK) and e["number"] < number]
+        return changes[-1] if changes else 0
+
+    def model(self, number: int) -> str:
+        """The file of the ensemble that sees a photo, or the name of the first one."""
+        changes = [e for e in self.events if e["event"] in (DEPLOYED, ROLLED_BACK) and e["number"] < number]
+        return str(changes[-1]["model"]) if changes else str(self.run.config["detector"]["model"])
+
+    @override
+    def at(self, number: int) -> Detector:
+        model = self.model(number)
+        if model == self.run.config["detector"]["model"]:
+            return self.first
+        if self._loaded[0] != model:
+            self._loaded = model, load_detector(model, self.first.imgsz, device=self.device, iou=self.first.iou)
+        return self._loaded[1]
+
+    @property
+    def last(self) -> Record:
+        """What has happened last."""
+        return self.events[-1] if self.events else {"event": ""}
+
+    def saw(self, record: Record) -> None:
+        """Do what is to be done after a photo: begin to gather after a drop, to adapt, or to deploy what was made."""
+        number = record["number"]
+        self.seen[number] = record
+        if self.last["event"] == "adapting":
+            if self.child is None:  # stopped before it was over
+                self._start(self.last)
+            elif self.child.poll() is not None:
+                self._judge(number)
+        elif self.last["event"] == "gathering":
+            if len(self._photos(self.last["began"], number)) >= self.options["gather"]:
+                self._adapt(number)
+        elif record.get("began") is not None and number > self.last.get("number", 0):
+            self._note({"event": "gathering", "number": number, "began": record["began"]})
+
+    def end(self, wait: Callable[[subprocess.Popen[bytes]], object] | None = None) -> None:
+        """The stream is over: adapt to what has been gathered, and wait for what is under way.
+
+        wait: is shown the process first.
+        """
+        number = max(self.seen, default=0)
+        if self.last["event"] == "gathering":
+            self._adapt(number)
+        if self.last["event"] == "adapting":
+            if self.child is None:
+                self._start(self.last)
+            assert self.child is not None
+            if wait:
+                wait(self.child)
+            self.child.wait()
+            self._judge(number)
+
+    def stop(self) -> None:
+        """Have the process that adapts save and end; a resumed run goes on with it."""
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(signal.SIGINT)
+            self.child.wait()
+
+    def roll_back(self) -> None:
+        """Have the ensemble before the last one deployed see the photos that follow.
+
+        Raises:
+            DetguardError: none was deployed.
+        """
+        deployed = [e for e in self.events if e["event"] == DEPLOYED]
+        undone = sum(e["event"] == ROLLED_BACK for e in self.events)
+        if len(deployed) <= undone:
+            raise DetguardError("`roll_back`: the run has deployed nothing that could be taken back")
+        number = max(self.seen, default=0)
+        models = [self.run.config["detector"]["model"], *(e["model"] for e in deployed)]
+        model = models[len(deployed) - undone - 1]
+        self._note({"event": ROLLED_BACK, "number": number, "model": model, "why": "", "before": {}, "after": {}})
+
+    def _photos(self, began: int, number: int) -> list[Record]:
+        """Those with known objects of a part of the stream."""
+        shown = (self.seen[n] for n in range(began, number + 1) if n in self.seen)
+        return [record for record in shown if record.get("f1") is not None]
+
+    def _adapt(self, number: int) -> None:
+        began = self.last["began"]
+        count = 1 + sum(e["event"] == "adapting" for e in self.events)
+        folder = f"adapted/{count:03d}"
+        known = self._photos(1, began - 1)
+        chosen = np.random.default_rng(count).permutation(len(known))[: self.options["keep"]]
+        self._write(f"{folder}.new.jsonl", self._photos(began, number))
+        self._write(f"{folder}.replay.jsonl", [known[i] for i in sorted(chosen)])
+        self._note(
+            {"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.model(number + 1)}
+        )
+        self._start(self.last)
+
+    def _write(self, name: str, records: Sequence[Record]) -> None:
+        lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in records]
+        self.run.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def _start(self, event: Record) -> None:
+        folder = self.run.path(event["folder"])
+        command = [sys.executable, "-m", "detguard.cli", "adapt", "--device", self.device]
+        if (folder / "config.yaml").exists():
+            command += ["--resume", str(folder)]
+        else:
+            command += ["--model", event["model"], "--new", f"{folder}.new.jsonl", "--out", str(folder)]
+            replayed = [str(source) for source in self.run.config["replay"]]
+            if Path(f"{folder}.replay.jsonl").stat().st_size:
+                replayed.append(f"{folder}.replay.jsonl")
+            command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
+        with Path(f"{folder}.log").open("ab") as log:
+            # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone.
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, self.child.pid, NICENESS)
+
+    def _judge(self, number: int) -> None:
+        assert self.child is not None
+        code, event, self.child = self.child.returncode, self.last, None
+        folder = self.run.path(event["folder"])
+        found: dict[str, Any] = {"before": {}, "after": {}}
+        if code in (0, 2) and (folder / FIGURES).exists():  # 2: some photos could not be read
+            found = read_json(folder / FIGURES)
+            fits, why = verdict(found["before"], found["after"])
+        else:
+            fits, why = False, f"adapting ended with exit code {code}, see {folder}.log"
+        made = str(folder / "weights" / "adapted.safetensors") if fits else event["model"]
+        note = {"event": DEPLOYED if fits else KEPT, "number": number, "model": made, "why": why}
+        self._note(note | {"before": found["before"], "after": found["after"]})
+
+    def _note(self, event: Record) -> None:
+        self.run.append(event, EVENTS)
+        self.events.append(event)
+        self.told(in_words(event))
+
+
+def check_options(parts: Sequence[str]) -> None:
+    """See that options of `detguard adapt` are some that a user may give.
+
+    Raises:
+        DetguardError: they are not.
+    """
+    for part in parts:
+        if part.startswith("--") and part.partition("=")[0] not in OPTIONS:
+            raise DetguardError(f"`adapt` {part}: expected some of {', '.join(OPTIONS)}")
+
+
+def verdict(before: dict[str, Any], after: dict[str, Any]) -> tuple[bool, str]:
+    """Whether what was made by adapting is to take the place of what it was made from, and why.
+
+    before, after: figures of photos that were not learned from, by kind, new and old.
+    """
+    if not {"new", "old"} <= before.keys() & after.keys():
+        missing = " and ".join(kind for kind in ("new", "old") if kind not in before)
+        return False, f"there are no {missing} photos to judge it by"
+    new, old = ((before[kind]["F1"] or 0.0, after[kind]["F1"] or 0.0) for kind in ("new", "old"))
+    why = f"F1 {new[0]:.3f} -> {new[1]:.3f} on new photos, {old[0]:.3f} -> {old[1]:.3f} on old ones"
+    return new[1] > new[0] and old[1] >= old[0] - LOST, why
+
+
+def in_words(event: Record) -> str:
+    """An event in a line."""
+    number = event["number"]
+    match event["event"]:
+        case "gathering":
+            return (
+                f"photo {number}: accuracy has dropped since photo {event['began']}; gathering photos of the new kind"
+            )
+        case "adapting":
+            return f"photo {number}: adapting to the photos since {event['began']}, {event['folder']}"
+        case "deployed":
+            return f"photo {number}: deployed {event['model']}: {event['why']}"
+        case "kept":
+            return f"photo {number}: kept {event['model']}: {event['why']}"
+    return f"photo {number}: rolled back to {event['model']}"
