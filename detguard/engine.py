@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,14 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def die_with(parent: int) -> None:
+    """Have this process, just started by `parent`, be killed when that one ends; elsewhere than on Linux do nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: to be sent when the parent ends
+        if os.getppid() != parent:
+            os._exit(0)  # it has ended
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

@@ -1,6 +1,5 @@
 """What takes long to make, made ahead by processes that live and die with this one."""
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detguard import DetguardError
+from detguard.engine import die_with
 
 Thing = TypeVar("Thing")
 # Seconds in which a thing must come, and how often in a row processes are started for one thing.
@@ -131,10 +131,7 @@ class _Makers:
 
 def _settle(parent: int, _: int) -> None:
     """Have a process that was just started die with its parent, and leave signals to it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: to be sent when the parent ends
-        if os.getppid() != parent:
-            os._exit(0)  # it has ended
+    die_with(parent)
     # Ctrl-C and the like, which all processes of a group get, are for the parent alone: it saves, then ends us.
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

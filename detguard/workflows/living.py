@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.detectors.base import Detector
 from detguard.detectors.load import load_detector
+from detguard.engine import die_with
 from detguard.files import read_json
 from detguard.hardening.monitor import Deployment
 from detguard.runs import Record, Run
@@ -171,9 +173,14 @@ class Living(Deployment):
                 replayed.append(f"{folder}.replay.jsonl")
             command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
         with Path(f"{folder}.log").open("ab") as log:
-            # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone.
+            # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; and never left behind.
             self.child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=partial(die_with, os.getpid()),
             )
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, self.child.pid, NICENESS)

@@ -220,6 +220,29 @@ def test_while_the_stream_goes_on_what_it_needs_is_learned_and_deployed(lived):
     assert deployed["after"]["new"]["F1"] > deployed["before"]["new"]["F1"]
 
 
+def test_killed_while_it_adapts_it_goes_on_to_deploy(place):
+    day, dark = ((place / f"{kind}.jsonl").read_text().splitlines(keepends=True) for kind in ("day", "dark"))
+    watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--window", 8, "--out", "killed")
+    with subprocess.Popen(
+        command(*watched, *LIVING), cwd=place, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        process.stdin.writelines([*day * 3, *dark * 2])
+        process.stdin.flush()
+        assert any("adapting to the photos" in line for line in process.stdout)
+        learned = place / "killed/adapted/001/results.jsonl"
+        until = time.monotonic() + 200
+        while not learned.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        process.kill()
+    resumed = detguard("monitor", "--resume", "killed", cwd=place, stdin="".join(dark[:3]))
+    assert resumed.returncode == 1, resumed.stderr
+    assert "at work on this run" not in (place / "killed/adapted/001.log").read_text()
+    events = [event["event"] for event in lines_of(place / "killed/events.jsonl")]
+    assert events == ["gathering", "adapting", "deployed"]
+    records = lines_of(place / "killed/results.jsonl")
+    assert [r["number"] for r in records] == list(range(1, len(records) + 1))
+
+
 def test_what_was_deployed_can_be_taken_back(lived, place):
     run, fed = lived
     shutil.copytree(run, place / "back")
