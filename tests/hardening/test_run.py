@@ -8,13 +8,28 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.run import Plan, check_teacher, harden, narrowed, passes
-from detguard.hardening.train import ADVERSARIAL, Setting
+from detguard.hardening.train import ADVERSARIAL, HARD, Setting
 from detguard.runs import Run
 
 
 def test_plain_fine_tuning_sees_no_attacks():
     (stage,) = Plan(recipe="finetune", attack="pgd").stages()
     assert stage.share[ADVERSARIAL] == 0
+
+
+@pytest.mark.parametrize("split", ["backbone", "neck"])
+@pytest.mark.parametrize("mix", [0.0, 0.2, 0.5])
+def test_mix_is_the_share_of_other_kinds_that_an_expert_sees(mix, split):
+    shares = {stage.name: stage.share for stage in Plan(mix=mix, split=split).stages()}
+    assert shares["adversarial"][ADVERSARIAL] == pytest.approx(1 - mix)
+    assert shares["hard"][HARD] == pytest.approx(1 - mix)
+    assert all(sum(share) == pytest.approx(1) for share in shares.values())
+
+
+def test_the_joint_stage_alone_attacks_the_gate_as_well_by_margins_in_turn():
+    margins = {stage.name: stage.margins for stage in Plan().stages()}
+    assert max(margins.pop("joint")) > 1
+    assert set(margins.values()) == {(0.0,)}
 
 
 @pytest.mark.parametrize("plan", [Plan(pretrain=True), Plan("pgd", pretrain=True), Plan(pretrain=True, split="neck")])
