@@ -201,7 +201,7 @@ def watch(
             return 130
     records = run.records()
     drops, dropped = write_dropped(run, records)
-    run.write("report.html", monitor_page(run, records))
+    run.write("report.html", monitor_page(run, records, living.events))
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     judged = sum(r.get("f1") is not None for r in records)
     calm = "no drop" if judged >= options["window"] else "too few to judge"

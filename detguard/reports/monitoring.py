@@ -7,6 +7,7 @@ from detguard.reports.evaluation import number
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import timeline_plot
 from detguard.runs import Record, Run
+from detguard.workflows.living import DEPLOYED, ROLLED_BACK, in_words
 
 
 def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
@@ -56,14 +57,26 @@ def timeline_table(rows: list[dict[str, Any]]) -> Table:
     return Table("Windows", head, cells, note)
 
 
-def monitor_page(run: Run, records: list[Record]) -> bytes:
-    """report.html of a monitor run."""
+def events_table(events: list[Record]) -> Table:
+    """What was learned from a stream and what became of it, in words."""
+    rows = [[event["event"], in_words(event).replace("\n", " ")] for event in events]
+    note = (
+        "What is better on photos of the new kind, and no worse on old ones, takes over; F1 of photos not learned from."
+    )
+    return Table("Events", ["event", "what"], rows, note)
+
+
+def monitor_page(run: Run, records: list[Record], events: list[Record]) -> bytes:
+    """report.html of a monitor run; events: of one whose detector learns."""
     options = run.config["monitor"]
     rows = windows(records, options["window"])
     alarms = [r for r in records if r.get("began") is not None]
     subtitle = f"{len(records)} photos, {len(alarms)} alarm(s); {options['detector']}, windows of {options['window']}"
-    plots = (
-        {"Accuracy over the stream": timeline_plot(rows, [(r["began"], r["number"]) for r in alarms])} if rows else {}
-    )
+    deployed = [event["number"] for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]
+    plots = {}
+    if rows:
+        line = timeline_plot(rows, [(r["began"], r["number"]) for r in alarms], deployed)
+        plots["Accuracy over the stream"] = line
     title = f"Monitor: {run.config['detector']['model']}"
-    return render_page(title, subtitle, ["detguard", *run.config["arguments"]], [timeline_table(rows)], plots, [])
+    tables = [events_table(events)] * bool(events) + [timeline_table(rows)]
+    return render_page(title, subtitle, ["detguard", *run.config["arguments"]], tables, plots, [])

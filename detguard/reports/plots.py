@@ -173,8 +173,11 @@ def training_plot(records: list[dict[str, Any]], kinds: Sequence[str] = EXPERTS)
         return _svg(figure)
 
 
-def timeline_plot(rows: list[dict[str, Any]], alarms: list[tuple[int, int]]) -> str:
-    """Accuracy and hints by window over a stream; each alarm a line where it came, shaded from where the drop began."""
+def timeline_plot(rows: list[dict[str, Any]], alarms: list[tuple[int, int]], deployed: Sequence[int] = ()) -> str:
+    """Accuracy and hints by window over a stream; each alarm a line where it came, shaded from where the drop began.
+
+    deployed: after which photos another detector took over; dashed lines.
+    """
     with _figure(9, 3.8) as figure:
         axis = figure.subplots()
         at = [(row["first"] + row["last"]) / 2 for row in rows]
@@ -192,6 +195,10 @@ def timeline_plot(rows: list[dict[str, Any]], alarms: list[tuple[int, int]]) -> 
             axis.axvspan(began, number, color="#be185d", alpha=0.12, lw=0)
             axis.axvline(number, color="#be185d", lw=1.4)
         axis.plot([], [], color="#be185d", lw=1.4, label="alarm")
+        for number in deployed:
+            axis.axvline(number + 0.5, color="#15803d", lw=1.4, ls="--")
+        if deployed:
+            axis.plot([], [], color="#15803d", lw=1.4, ls="--", label="another detector")
         axis.set_xlabel("photo")
         axis.set_ylim(0)
         _legend(figure, axis)

@@ -132,7 +132,7 @@ def use(run, detector):
         adaptation_page(run, {}, {})
     else:
         timeline_table(windows(records, 8))
-        monitor_page(run, records)
+        monitor_page(run, records, [])
 
 
 def test_configs_of_runs(fuzz, tmp_path, bundled_classes):
