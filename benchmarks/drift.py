@@ -1,4 +1,5 @@
-"""Delay and false alarms of the drift detectors on real streams: clean photos, fog and low contrast, attacked ones.
+"""Delay and false alarms of the drift detectors on real streams: clean photos, fog and low contrast, attacked ones;
+a collapse after 40 photos; slow decay.
 
     python benchmarks/drift.py --model ../shared/weights/yolo11n-coco.pt
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from detguard.data.corruptions import SEVERITIES
 from detguard.data.dataset import read_dataset
 from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
@@ -45,6 +47,8 @@ def main(
         "fog": (Corrupted("fog", 5, 0), ""),
         "low contrast": (Corrupted("contrast", 4, 0), ""),
         "PGD": (AttackSet(("all",), 4, 10), WORST),
+        "least contrast": (Corrupted("contrast", 5, 0), ""),
+        **{f"noise {severity}": (Corrupted("gaussian_noise", severity, 0), "") for severity in SEVERITIES},
     }
     for view, _ in track(views.values(), "showing", transient=True):
         fill(subject, [view])
@@ -57,24 +61,31 @@ def main(
     parts = [found["clean"], found["fog"] + found["low contrast"], found["PGD"]]
     means = ", ".join(f"{name} {np.mean(values):.2f}" for name, values in found.items())
     table = Table(title=f"{detector.name}, {imgsz} px, window {window}; mean F1: {means}; {streams} orders, seed 0")
-    heads = ("false alarms, clean twice over", "first change: delay", "missed", "second change: delay", "missed")
+    changes = ("first change", "second change", "collapse, 40 + 40", "decay, 200 photos")
+    heads = ("false alarms, clean twice over", *(head for change in changes for head in (f"{change}: delay", "missed")))
     for column in ("detector", *heads):
         table.add_column(column, justify="left" if column == "detector" else "right")
     for kind in DRIFT:
         rng = np.random.default_rng(0)
         false = 0
-        delays: tuple[list[int], list[int]] = ([], [])
+        delays: tuple[list[int], ...] = ([], [], [], [])
         for _ in range(streams):
             false += len(list(alarms(kind, window, [*rng.permutation(parts[0]), *rng.permutation(parts[0])])))
             drawn = [list(rng.permutation(part))[: len(parts[0])] for part in parts]
             told = list(alarms(kind, window, [*drawn[0], *drawn[1], *drawn[2]]))
-            for change, part in enumerate(delays, 1):
+            for change, part in enumerate(delays[:2], 1):
                 start = change * len(parts[0])
                 part += [number - start for number in told if start < number <= start + len(parts[0])][:1]
+            few = [list(rng.permutation(found[name]))[:40] for name in ("clean", "least contrast")]
+            delays[2].extend([number - 40 for number in alarms(kind, window, sum(few, [])) if number > 40][:1])
+            decay = [v for severity in SEVERITIES for v in list(rng.permutation(found[f"noise {severity}"]))[:40]]
+            start = len(parts[0])
+            told = list(alarms(kind, window, [*rng.permutation(parts[0]), *decay]))
+            delays[3].extend([number - start for number in told if number > start][:1])
         cells = [f"{np.mean(d):.0f} (most {max(d)})" if d else "-" for d in delays]
         missed = [f"{streams - len(d)} of {streams}" for d in delays]
-        table.add_row(kind, f"{false} in {streams}", cells[0], missed[0], cells[1], missed[1])
-    Console(width=150).print(table)
+        table.add_row(kind, f"{false} in {streams}", *(c for pair in zip(cells, missed, strict=True) for c in pair))
+    Console(width=200).print(table)
 
 
 if __name__ == "__main__":
