@@ -76,8 +76,8 @@ def main(
             for change, part in enumerate(delays[:2], 1):
                 start = change * len(parts[0])
                 part += [number - start for number in told if start < number <= start + len(parts[0])][:1]
-            few = [list(rng.permutation(found[name]))[:40] for name in ("clean", "least contrast")]
-            delays[2].extend([number - 40 for number in alarms(kind, window, sum(few, [])) if number > 40][:1])
+            few = [v for name in ("clean", "least contrast") for v in list(rng.permutation(found[name]))[:40]]
+            delays[2].extend([number - 40 for number in alarms(kind, window, few) if number > 40][:1])
             decay = [v for severity in SEVERITIES for v in list(rng.permutation(found[f"noise {severity}"]))[:40]]
             start = len(parts[0])
             told = list(alarms(kind, window, [*rng.permutation(parts[0]), *decay]))
