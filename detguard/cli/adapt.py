@@ -16,6 +16,7 @@ from detguard.cli.app import (
     Workers,
     app,
     err,
+    only_resumes,
     out,
     progress_bar,
     show_error,
@@ -46,6 +47,7 @@ Replay = Annotated[
 `detguard adapt --resume runs/adapt/001`: go on with a run that was stopped"""
 )
 def adapt(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="A gated ensemble, as detguard harden makes it.")] = None,
     new: Annotated[
         list[str] | None,
@@ -95,8 +97,7 @@ def adapt(
     from detguard.workflows.adapt import Adapting
 
     if resume:
-        if model or new or replay:
-            raise DetguardError("--resume: takes its model, data and options from the run; give no others")
+        only_resumes(context)
         ranks = start_ranks(device)
         with err.status("Loading the ensemble"):
             job = Adapting.resume(resume, ranks, trust)

@@ -143,6 +143,22 @@ def with_dashes(message: str) -> str:
     return re.sub(r"`([a-z][a-z_]*)`", lambda m: "--" + OPTIONS.get(m[1], m[1]).replace("_", "-"), message)
 
 
+def only_resumes(context: typer.Context) -> None:
+    """See that a command that goes on with a run is given nothing that the run says already.
+
+    Raises:
+        DetguardError: it is.
+    """
+    params = context.command.params
+    sources = {one.name: context.get_parameter_source(str(one.name)) for one in params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    names = {
+        one.name: one.opts[0] if one.opts[0].startswith("-") else one.name.upper() for one in context.command.params
+    }
+    if others := sorted(names[name] for name in given - {"resume", "trust", "device", "workers", "roll_back"}):
+        raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
+
+
 def show_error(message: str) -> None:
     """One line on stderr."""
     err.print(f"error: {with_dashes(message)}", style="red", highlight=False, soft_wrap=True)

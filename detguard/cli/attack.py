@@ -26,6 +26,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    only_resumes,
     out,
     progress_bar,
     show_error,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 `detguard attack --resume runs/attack/001`: go on with a run that was stopped"""
 )
 def attack(
+    context: typer.Context,
     photos: Annotated[
         list[str] | None, typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")
     ] = None,
@@ -211,8 +213,7 @@ def attack(
     from detguard.workflows.attack import attack_config, attack_job
 
     if resume:
-        if photos or data:
-            raise DetguardError("--resume: takes its photos and options from the run; give no others")
+        only_resumes(context)
         run = Run.resume(resume, "attack")
         with err.status("Loading the detector"):
             detectors = [load_configured(one, trust, device) for one in (run.config["detector"], *run.config["also"])]

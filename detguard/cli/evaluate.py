@@ -21,6 +21,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    only_resumes,
     out,
     progress_bar,
     show_error,
@@ -127,10 +128,7 @@ def evaluate(
 
     run: Run | None = None
     if resume:
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-        if others := sorted(given - {"resume", "trust", "device"}):
-            raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
+        only_resumes(context)
         run = Run.resume(resume, "evaluate")
         config = run.config
         with err.status("Loading the detectors"):

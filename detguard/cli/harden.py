@@ -18,6 +18,7 @@ from detguard.cli.app import (
     Workers,
     app,
     err,
+    only_resumes,
     out,
     progress_bar,
     show_error,
@@ -51,6 +52,7 @@ Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rat
 `detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
 )
 def harden(
+    context: typer.Context,
     model: Model = defaults.MODEL,
     data: Annotated[
         list[str] | None, typer.Option(help="Folder or pattern of photos, or a data.yaml or COCO json; repeatable.")
@@ -156,8 +158,7 @@ def harden(
     from detguard.workflows.harden import Hardening
 
     if resume:
-        if data:
-            raise DetguardError("--resume: takes its model, data and options from the run; give no others")
+        only_resumes(context)
         ranks = start_ranks(device)
         with err.status("Loading the detector"):
             job = Hardening.resume(resume, ranks, trust)

@@ -21,6 +21,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    only_resumes,
     out,
     progress_bar,
     show_error,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 `detguard monitor --resume runs/monitor/001`: go on with a stream that was stopped"""
 )
 def monitor(
+    context: typer.Context,
     model: Model = defaults.MODEL,
     stream: Annotated[
         str | None,
@@ -103,8 +105,7 @@ def monitor(
     from detguard.workflows.monitor import LIVE, open_stream
 
     if resume:
-        if stream:
-            raise DetguardError("--resume: takes its stream and options from the run; give no others")
+        only_resumes(context)
         run = Run.resume(resume, "monitor")
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)

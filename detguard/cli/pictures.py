@@ -24,6 +24,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    only_resumes,
     out,
     progress_bar,
     stop_signals,
@@ -64,6 +65,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Photos of a step.")]
 `detguard evaluate --data coco128 --protocols clean --patch runs/patch/001/patch.png`: what it does on other photos"""
 )
 def patch(
+    context: typer.Context,
     data: Data = None,
     split: Split = defaults.Picture.split,
     target: Annotated[str, typer.Option(help="Classes that wear the patch and are to vanish, comma-separated.")] = (
@@ -100,7 +102,7 @@ def patch(
     from detguard.attacks.pictures import Learning
 
     if resume:
-        return go_on(resume, "patch", data, device, trust)
+        return go_on(context, resume, "patch", device, trust)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf, seed)
     config = {"target": target, "print_cm": print_cm}
@@ -117,6 +119,7 @@ def patch(
 `detguard evaluate --data coco128 --protocols clean --universal runs/universal/001/universal.png`: on other photos"""
 )
 def universal(
+    context: typer.Context,
     data: Data = None,
     split: Split = defaults.Picture.split,
     target: Annotated[str, typer.Option(help="Classes that are to vanish, comma-separated, or all.")] = "all",
@@ -149,7 +152,7 @@ def universal(
     from detguard.attacks.universal import Universal
 
     if resume:
-        return go_on(resume, "universal", data, device, trust)
+        return go_on(context, resume, "universal", device, trust)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf, seed)
     kind = Universal(eps, detector.imgsz)
@@ -182,7 +185,7 @@ def begin(
     learn(Run.create(kind.kind, out_folder, config), detector, objective, photos, kind, learning)
 
 
-def go_on(folder: Path, command: str, data: list[str] | None, device: str, trust: bool) -> None:
+def go_on(context: typer.Context, folder: Path, command: str, device: str, trust: bool) -> None:
     """Go on with a run."""
     from detguard.attacks.patch import Patch
     from detguard.attacks.pictures import Learning
@@ -190,8 +193,7 @@ def go_on(folder: Path, command: str, data: list[str] | None, device: str, trust
     from detguard.detectors.load import load_configured
     from detguard.runs import Run
 
-    if data:
-        raise DetguardError("--resume: takes its photos and options from the run; give no others")
+    only_resumes(context)
     run = Run.resume(folder, command)
     with err.status("Loading the detector"):
         detector = load_configured(run.config["detector"], trust, device)

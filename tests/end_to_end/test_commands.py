@@ -374,3 +374,23 @@ def test_help_teaches_by_example(tmp_path, command):
 def test_trust_says_in_one_line_what_it_means(tmp_path):
     done = detguard("detect", "gone.jpg", "--trust", cwd=tmp_path)
     assert "warning: --trust: a .pt is unpickled, a module:factory is called; both may run any code" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("attack", "--eps", 8), "--eps"),
+        (("attack", BUS), "PHOTO"),
+        (("patch", "--data", "photos"), "--data"),
+        (("universal", "--eps", 4), "--eps"),
+        (("evaluate", "--limit", 3), "--limit"),
+        (("harden", "--workers", 1, "--hours", 2), "--hours"),
+        (("adapt", "--mode", "full"), "--mode"),
+        (("monitor", "--window", 8, "--roll-back"), "--window"),
+    ],
+)
+def test_a_run_that_goes_on_takes_no_options_that_it_has_already(tmp_path, arguments, named):
+    result = detguard(*arguments, "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: --resume: takes all options from the run; leave out {named}")
+    assert len(result.stderr.splitlines()) == 1
