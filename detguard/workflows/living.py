@@ -180,7 +180,7 @@ class Living(Deployment):
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=partial(die_with, os.getpid()),
+                preexec_fn=partial(die_with, os.getpid()) if os.name == "posix" else None,
             )
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, self.child.pid, NICENESS)
