@@ -1,4 +1,4 @@
-"""What attacks reach, by goal and threat: python benchmarks/threats.py matrix | geometry | transfer | smallest.
+"""What attacks reach, by goal and threat: python benchmarks/threats.py matrix | families | geometry | transfer | smallest.
 
 Photos are the first of coco256 val in which the detector finds a person over .25; figures are judged from saved files.
 """
@@ -93,6 +93,29 @@ def matrix(model: str = "detguard-n", most: int = 12, steps: int = 60) -> None:
             attacked = [r for r in results if r.members]
             iterations = mean(r.record["iterations"] for r in attacked)
             cells.append(f"{rate([r.success for r in attacked])}, {iterations:.0f} it, {seconds:.1f} s")
+        row([goal, *cells])
+
+
+@app.command()
+def families(
+    model: list[str] = ["detguard-n", "detguard-n-hard", "../shared/weights/yolo11n-coco.pt"],  # noqa: B006
+    most: int = 6,
+    steps: int = 40,
+    eps: int = 8,
+) -> None:
+    """Success from file and mean iterations of each goal on detectors of several families at 320 px; no group."""
+    keep_freed_memory()
+    detectors = [detguard.load_detector(name, 320) for name in model]
+    photos = [with_person(detector, most) for detector in detectors]
+    print(f"320 px, eps {eps}, step 2, at most {steps} iterations, {most} photos\n")
+    header(["goal", *(detector.name for detector in detectors)])
+    for goal, wish in GOALS.items():
+        cells = []
+        for detector, files in zip(detectors, photos, strict=True):
+            results, _ = made(detector, files, transforms="none", steps=steps, budget=Linf(eps), step=2, **wish)
+            attacked = [r for r in results if r.members]
+            iterations = mean(r.record["iterations"] for r in attacked)
+            cells.append(f"{rate([r.success for r in attacked])}, {iterations:.0f} it")
         row([goal, *cells])
 
 
