@@ -1,4 +1,4 @@
-"""What attacks reach, by goal and threat: python benchmarks/threats.py matrix | families | geometry | transfer | smallest.
+"""What attacks reach, by goal and threat: python benchmarks/threats.py COMMAND, one of those of --help.
 
 Photos are the first of coco256 val in which the detector finds a person over .25; figures are judged from saved files.
 """
