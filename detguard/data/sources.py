@@ -1,7 +1,6 @@
 """What users name as photos: folders, patterns, data sets, JSON lines; with their labels or without."""
 
 import glob
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from detguard import DetguardError
 from detguard.data.dataset import Dataset, read_dataset
-from detguard.data.stream import Labelled, as_line, in_order, read_lines
+from detguard.data.stream import Labelled, as_line, in_order, read_lines, to_lines
 from detguard.files import FileError, is_file, read_yaml
 from detguard.photos import find_photos
 
@@ -90,4 +89,4 @@ def read_labelled(
 
 def as_lines(photos: Sequence[Labelled], class_names: dict[int, str]) -> bytes:
     """Labelled photos as a run keeps them, for `read_labelled`."""
-    return "".join(json.dumps(as_line(one, class_names)) + "\n" for one in photos).encode()
+    return to_lines(as_line(one, class_names) for one in photos)

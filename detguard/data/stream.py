@@ -1,5 +1,6 @@
 """Labelled photos in the order in which they came."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
     if photo.known is not None and len(photo.known) < len(class_names):
         line["classes"] = [class_names[index] for index in photo.known]
     return line
+
+
+def to_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Photos of mappings that hold what `as_line` gives, and may hold more, as JSON lines for `read_lines`."""
+    lines = [{key: one[key] for key in ("photo", "objects", "classes") if key in one} for one in records]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def lines_of(stream: BinaryIO) -> Iterator[bytes]:

@@ -4,7 +4,6 @@ Another process adapts the ensemble to the photos since the drop, while the stre
 made takes the ensemble's place only where it is better on photos of the new kind, and no worse on those of old ones.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 from typing_extensions import override
 
 from detguard import DetguardError
+from detguard.data.stream import to_lines
 from detguard.detectors.base import Detector
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
@@ -62,15 +62,18 @@ class Living(Deployment):
         self.seen = {record["number"]: record for record in self.run.records()}
         self._loaded = ("", self.first)
 
+    def _change(self, number: int) -> Record:
+        """The event by which the ensemble that sees a photo was deployed; of the first one, the beginning."""
+        changes = [e for e in self.events if e["event"] in (DEPLOYED, ROLLED_BACK) and e["number"] < number]
+        return changes[-1] if changes else {"number": 0, "model": self.run.config["detector"]["model"]}
+
     @override
     def since(self, number: int) -> int:
-        changes = [e["number"] for e in self.events if e["event"] in (DEPLOYED, ROLLED_BACK) and e["number"] < number]
-        return changes[-1] if changes else 0
+        return int(self._change(number)["number"])
 
     def model(self, number: int) -> str:
         """The file of the ensemble that sees a photo, or the name of the first one."""
-        changes = [e for e in self.events if e["event"] in (DEPLOYED, ROLLED_BACK) and e["number"] < number]
-        return str(changes[-1]["model"]) if changes else str(self.run.config["detector"]["model"])
+        return str(self._change(number)["model"])
 
     @override
     def at(self, number: int) -> Detector:
@@ -150,16 +153,12 @@ class Living(Deployment):
         folder = f"adapted/{count:03d}"
         known = self._photos(1, began - 1)
         chosen = np.random.default_rng(count).permutation(len(known))[: self.options["keep"]]
-        self._write(f"{folder}.new.jsonl", self._photos(began, number))
-        self._write(f"{folder}.replay.jsonl", [known[i] for i in sorted(chosen)])
+        self.run.write(f"{folder}.new.jsonl", to_lines(self._photos(began, number)))
+        self.run.write(f"{folder}.replay.jsonl", to_lines(known[i] for i in sorted(chosen)))
         self._note(
             {"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.model(number + 1)}
         )
         self._start(self.last)
-
-    def _write(self, name: str, records: Sequence[Record]) -> None:
-        lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in records]
-        self.run.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _start(self, event: Record) -> None:
         folder = self.run.path(event["folder"])

@@ -1,6 +1,5 @@
 """Watch a detector's accuracy over labelled photos, from Python."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from detguard import defaults
 from detguard.data.sources import OnData, read_labelled, warn_of
-from detguard.data.stream import Labelled, from_records
+from detguard.data.stream import Labelled, from_records, to_lines
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.hardening.monitor import Deployment, Monitor, observe
@@ -35,8 +34,7 @@ def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
     drops = [r for r in records if r.get("began") is not None]
     seen = [r for r in records if "f1" in r]
     dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
-    lines = [{key: r[key] for key in ("photo", "objects", "classes") if key in r} for r in dropped.values()]
-    run.write(DROPPED, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    run.write(DROPPED, to_lines(dropped.values()))
     return len(drops), len(dropped)
 
 
