@@ -117,13 +117,23 @@ COLUMNS = ["success from file", "iterations mean / most", "levels used", "PSNR /
 
 @app.command()
 def group(model: Model = MODEL, photos: Photos = PHOTOS, most: int = 1000) -> None:
-    """A single image against the group, eps 4, at most 60 iterations."""
+    """A single image against the group, by each schedule and with momentum, eps 4, at most 60 iterations."""
     rows = []
-    for name, transforms in (("single image", "none"), ("group", GROUP)):
-        records, judged = attack(name.split()[0], model, photos, transforms, GROUP, most, "person", None, eps=4)
-        rows.append([f"{name}: {transforms}", *describe(records), *(survival(judged, t) for t in GROUP.split(","))])
+    ways: list[tuple[str, str, dict[str, Any]]] = [("single image", "none", {}), ("group", GROUP, {})]
+    ways += [
+        ("worst member in turn", GROUP, {"schedule": "worst"}),
+        ("group, momentum .9", GROUP, {"momentum": 0.9}),
+        ("worst, momentum .9", GROUP, {"schedule": "worst", "momentum": 0.9}),
+    ]
+    for name, transforms, options in ways:
+        folder = name.split()[0] if not options else name.replace(" ", "-").replace(",", "")
+        records, judged = attack(folder, model, photos, transforms, GROUP, most, "person", None, eps=4, **options)
+        stepped = 1 if "schedule" in options else 1 + (0 if transforms == "none" else len(transforms.split(",")))
+        frames = f"{sum(r['queries'] for r in records)} / {sum(r['iterations'] for r in records) * stepped}"
+        survived = [survival(judged, t) for t in GROUP.split(",")]
+        rows.append([f"{name}: {transforms}", *describe(records), frames, *survived])
     print(f"{model.name}, conf 0.25, eps 4, step 1, at most 60 iterations, {torch.get_num_threads()} threads")
-    print_table(["attack", *COLUMNS, *GROUP.split(",")], rows)
+    print_table(["attack", *COLUMNS, "frames forward / backward", *GROUP.split(",")], rows)
 
 
 @app.command()

@@ -17,6 +17,7 @@ class Attack:
     rule: Final = "steepest"
     steps: Final = 100
     aggregate: Final = "mean"
+    schedule: Final = "group"
     gradient: Final = "straight-through"
     momentum: Final = 0
     margin: Final = 0.05

@@ -160,6 +160,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "steps": whole(1),
             "aggregate": one_of("mean", "weighted", "max"),
             "weights": Maybe(Items(real(0))),
+            "schedule?": one_of("worst", "group"),
             "gradient": one_of("straight-through", "exact"),
             "momentum": real(0, 1),
             "random_start": flag,

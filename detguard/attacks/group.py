@@ -1,10 +1,11 @@
 """The transformation-robust group attack: fool the photo and all its transformed copies at once.
 
 Repeat: transform the adversarial photo, detect on it and on every copy in one batch, stop when all are fooled,
-else step against the aggregated gradient of their losses, within a budget; in a black box, where there is no gradient,
-propose another photo and keep it if the aggregated loss is lower. The 8-bit photo that would be saved is what the
-detector is shown at every step. How far it may go (`budgets.py`), how it moves (`steps.py`), what is wanted
-(`objectives`) and where transforms take its pixels (`transforms`) are asked of these.
+else step, within a budget: against the aggregated gradient of their losses, or against that of the member of highest
+loss alone until it is fooled; in a black box, where there is no gradient, propose another photo and keep it if the
+aggregated loss is lower. The 8-bit photo that would be saved is what the detector is shown at every step. How far it
+may go (`budgets.py`), how it moves (`steps.py`), what is wanted (`objectives`) and where transforms take its pixels
+(`transforms`) are asked of these.
 """
 
 import math
@@ -29,11 +30,12 @@ from detguard.transforms.base import GradientRule, Transform, seen
 from detguard.transforms.warp import Warp
 
 Aggregate = Literal["mean", "weighted", "max"]
+Schedule = Literal["worst", "group"]
 DEFAULT = Linf(defaults.Attack.eps)
 # Draws in a row that must be fooled before a group with random members counts as fooled.
 STEADY = 5
 # Options that only a gradient has a use for.
-WHITE_BOX = ("smallest", "rule", "step", "steps", "momentum", "gradient", "random_start")
+WHITE_BOX = ("smallest", "rule", "step", "steps", "schedule", "momentum", "gradient", "random_start")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class AttackOptions:
 
     conf: confidence that counts as found; budget: how far the photo may go; rule: how it moves, one of `RULES`, and
     step: how far per iteration, in the unit of the budget, by default its own;
+    schedule: who is stepped against: "group", all members each time; "worst", the one of highest loss among those that
+    are not fooled, alone until it is, which costs less (rules that compare losses, and groups with random members,
+    which are averaged over, take "group");
     weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
     found at `conf * (1 - margin)` either, and what is wanted is found as far over `conf`, which buys survival of
     transforms that were not in the group;
@@ -58,6 +63,7 @@ class AttackOptions:
     rule: str = defaults.Attack.rule
     aggregate: Aggregate = defaults.Attack.aggregate
     weights: tuple[float, ...] | None = None
+    schedule: Schedule = defaults.Attack.schedule
     gradient: GradientRule = defaults.Attack.gradient
     momentum: float = defaults.Attack.momentum
     random_start: bool = False
@@ -90,7 +96,7 @@ class AttackOptions:
         Raises:
             DetguardError: there is no such budget.
         """
-        search = dict(config)
+        search = {"schedule": "group"} | config  # of runs from before there was another
         budget = parse_budget(*(search.pop(name) for name in ("norm", "eps", "mask")))
         weights = search.pop("weights")
         return cls(**search, budget=budget, weights=tuple(weights) if weights else None)
@@ -198,7 +204,8 @@ class Member:
 class Attempt:
     """The attack on one photo as it stands.
 
-    clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has asked for.
+    clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has asked for;
+    in_turn: whether members are stepped against one at a time, alone, the number of that one; None: all are asked.
     """
 
     key: str
@@ -213,6 +220,8 @@ class Attempt:
     steps: int = 0
     queries: int = 0
     fooled: list[bool] = field(default_factory=list)
+    in_turn: bool = False
+    alone: int | None = None
     in_a_row: int = 0
     enough: int = 1
     failed: bool = False
@@ -240,6 +249,11 @@ class Attempt:
     def group(self) -> int:
         """How many members each detector is shown: the photo, then its transforms."""
         return len(self.members) // len(self.clean_by)
+
+    @property
+    def asked(self) -> Sequence[int]:
+        """The numbers of the members that the next pass is for."""
+        return range(len(self.members)) if self.alone is None else (self.alone,)
 
     @property
     def clean(self) -> Detections:
@@ -338,7 +352,10 @@ def _begin(
     rule = options.moves(budget, original, options.length, options.most(len(members)), options.momentum, seed)
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
-    return Attempt(key, photo, found, original, x, rule, rng, members, [None] * len(members), enough=enough)
+    alike = enough == 1 and options.stop and not (rule.blind or rule.compares)
+    in_turn = options.schedule == "worst" and alike and len(members) > 1
+    aims: list[Any] = [None] * len(members)
+    return Attempt(key, photo, found, original, x, rule, rng, members, aims, enough=enough, in_turn=in_turn)
 
 
 def _draw(attempt: Attempt, transforms: Sequence[Transform]) -> None:
@@ -358,7 +375,7 @@ Pass = tuple[list[int], Tensor, Candidates]
 
 
 def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], options: AttackOptions) -> None:
-    """One forward and at most one backward for all members of all attempts; updates the attempts in place.
+    """One forward and at most one backward for all members that are asked; updates the attempts in place.
 
     In a black box nothing but the forward.
     """
@@ -367,47 +384,78 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     sure = 1 - (1 - options.conf) * (1 - options.margin)
     for attempt in attempts:
         _draw(attempt, transforms)
-    shown, count = [attempt.levels for attempt in attempts], len(attempts[0].members)
-    members = [(member, photo) for a, photo in zip(attempts, shown, strict=True) for member in a.members]
-    with torch.set_grad_enabled(not options.black_box):
-        passes = _look(members)
-    for attempt in attempts:
+    shown = [attempt.levels for attempt in attempts]
+    asked = [(i, number) for i, attempt in enumerate(attempts) for number in attempt.asked]
+    members = [(attempts[i].members[number], shown[i]) for i, number in asked]
+    counts = [len(attempt.asked) for attempt in attempts]
+    stepped = [not (options.black_box or (attempts[i].in_turn and attempts[i].alone is None)) for i, _ in asked]
+    passes = _look(members, stepped)
+    for attempt, count in zip(attempts, counts, strict=True):
         attempt.queries += count
-        attempt.fooled = [False] * count if options.stop else []
-    for numbers, _, candidates in passes:
-        iou = members[numbers[0]][0].victim.detector.iou
-        for i, found in zip(numbers, suppress(candidates, conf, iou) if options.stop else (), strict=False):
-            attempts[i // count].fooled[i % count] = members[i][0].fooled(found, sure)
-        for k, i in enumerate(numbers):
-            _take_aim(attempts[i // count], i % count, candidates[k : k + 1])
+        if attempt.alone is None:
+            attempt.fooled = [False] * count if options.stop else []
+    for frames, _, candidates in passes:
+        iou = members[frames[0]][0].victim.detector.iou
+        for frame, found in zip(frames, suppress(candidates, conf, iou) if options.stop else (), strict=False):
+            i, number = asked[frame]
+            attempts[i].fooled[number] = members[frame][0].fooled(found, sure)
+        for k, frame in enumerate(frames):
+            i, number = asked[frame]
+            _take_aim(attempts[i], number, candidates[k : k + 1])
     for attempt in attempts:
-        attempt.in_a_row = attempt.in_a_row + 1 if attempt.fooled and all(attempt.fooled) else 0
-        attempt.failed = not attempt.done and attempt.steps >= attempt.rule.steps
+        whole = attempt.alone is None
+        attempt.in_a_row = attempt.in_a_row + 1 if whole and attempt.fooled and all(attempt.fooled) else 0
+        attempt.failed = whole and not attempt.done and attempt.steps >= attempt.rule.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    losses = _losses(passes, members, [aim for attempt in attempts for aim in attempt.aims], conf)
-    losses = losses.view(-1, count)
-    told = (_aggregate(losses, options) if options.black_box else losses.sum(1)).tolist()
-    for i in running:
-        rank = (sum(attempts[i].fooled), -told[i])
-        if attempts[i].best is None or rank > attempts[i].best_rank:
-            attempts[i].best, attempts[i].best_rank = shown[i], rank
-            attempts[i].best_members = list(attempts[i].members)
-    if all(attempts[i].failed for i in running):
-        return
-    gradients = {} if options.black_box else _gradients(losses[running], passes)
+    losses = _losses(passes, members, [attempts[i].aims[number] for i, number in asked], conf).split(counts)
+    if options.black_box:
+        told = _aggregate(torch.stack(losses), options).tolist()
+    else:
+        told = torch.stack([one.sum() for one in losses]).tolist()
     for i in running:
         attempt = attempts[i]
-        if attempt.failed:
-            continue
+        if attempt.alone is None:
+            rank = (sum(attempt.fooled), -told[i])
+            if attempt.best is None or rank > attempt.best_rank:
+                attempt.best, attempt.best_rank, attempt.best_members = shown[i], rank, list(attempt.members)
+    running = [i for i in running if not attempts[i].failed and not _turns(attempts[i], losses[i])]
+    if not running:
+        return
+    firsts = [sum(counts[:i]) for i in range(len(attempts))]
+    places = {i: range(firsts[i], firsts[i] + counts[i]) for i in running}
+    gradients = {}
+    if not options.black_box:
+        gradients = _gradients(torch.cat([losses[i] for i in running]), passes)
+    for i in running:
+        attempt = attempts[i]
         attempt.steps += 1
         if not options.black_box:
-            group = [gradients[i * count + member] for member in range(count)]
-            gradient = photo_gradient(group, shown[i], attempt.members, options)
+            there = [members[frame][0] for frame in places[i]]
+            gradient = photo_gradient([gradients[frame] for frame in places[i]], shown[i], there, options)
             attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), told[i])
+            if attempt.steps >= attempt.rule.steps:
+                attempt.alone = None
         elif not attempt.in_a_row:  # else the same photo is asked again, whether it fools other draws as well
             attempt.x = attempt.rule(attempt.x, attempt.x.new_empty(0), told[i])
+
+
+def _turns(attempt: Attempt, losses: Tensor) -> bool:
+    """Whether other members are asked next, without a step before: where they take turns, after all were asked, or the
+    one alone is fooled.
+
+    losses: of the members that were asked.
+    """
+    if attempt.alone is not None and attempt.fooled[attempt.alone]:
+        attempt.alone = None
+        return True
+    if attempt.in_turn and attempt.alone is None:
+        if not all(attempt.fooled):
+            told = losses.tolist()
+            attempt.alone = max((i for i, fooled in enumerate(attempt.fooled) if not fooled), key=told.__getitem__)
+        return True
+    return False
 
 
 def _aggregate(losses: Tensor, options: AttackOptions) -> Tensor:
@@ -421,22 +469,28 @@ def _aggregate(losses: Tensor, options: AttackOptions) -> Tensor:
 
 def _gradients(losses: Tensor, passes: Sequence[Pass]) -> dict[int, Tensor]:
     """That of all losses at each frame, [3, H', W'], by the frame's number."""
-    by_pass = torch.autograd.grad(losses.sum(), [frames for _, frames, _ in passes])
-    return {i: g for (numbers, *_), gs in zip(passes, by_pass, strict=True) for i, g in zip(numbers, gs, strict=True)}
+    passes = [one for one in passes if one[1].requires_grad]
+    by_pass = torch.autograd.grad(losses.sum(), [frames for _, frames, _ in passes], allow_unused=True)
+    told = [(numbers, found) for (numbers, *_), found in zip(passes, by_pass, strict=True) if found is not None]
+    return {number: gradient for numbers, found in told for number, gradient in zip(numbers, found, strict=True)}
 
 
-def _look(members: Sequence[tuple[Member, Photo]]) -> list[Pass]:
-    """One forward for all frames of each detector and shape; as a rule there is one of both."""
+def _look(members: Sequence[tuple[Member, Photo]], stepped: Sequence[bool]) -> list[Pass]:
+    """One forward for all frames of each detector and shape; as a rule there is one of both.
+
+    stepped: which of them a gradient is wanted of.
+    """
     frames = [member.frame(photo) for member, photo in members]
-    alike: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+    alike: dict[tuple[int, tuple[int, ...], bool], list[int]] = defaultdict(list)
     for number, ((member, _), frame) in enumerate(zip(members, frames, strict=True)):
-        alike[id(member.victim.detector), frame.shape].append(number)
+        alike[id(member.victim.detector), frame.shape, stepped[number]].append(number)
     passes = []
     for numbers in alike.values():
         detector = members[numbers[0]][0].victim.detector
         batch = frames_tensor([frames[number] for number in numbers], detector.device)
-        batch.requires_grad_(torch.is_grad_enabled())
-        passes.append((numbers, batch, detector.candidates(batch)))
+        batch.requires_grad_(stepped[numbers[0]])
+        with torch.set_grad_enabled(batch.requires_grad):
+            passes.append((numbers, batch, detector.candidates(batch)))
     return passes
 
 
@@ -471,7 +525,7 @@ def photo_gradient(
         back = [m.pull_back(photo, g, options) for m, g in zip(members, gradients, strict=True)]
         stacked = torch.stack(back)
         return stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
-    weights = options.weights or (1.0,)
+    weights = options.weights if options.weights and len(members) > 1 else (1.0,)
     weights = weights * (len(members) // len(weights))  # the same before each detector
     alone: list[tuple[Member, Tensor]] = []
     alike: dict[Letterbox, tuple[Member, list[Tensor]]] = {}

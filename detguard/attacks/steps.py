@@ -20,10 +20,12 @@ class Rule(ABC):
 
     budget, original: where it may go, from which photo, float32 [H, W, 3] levels; step: length of one, in the unit of
     `eps`; steps: how many there will be at most; momentum: share of earlier gradients in each step; seed: of what is
-    drawn at random; blind: whether it goes by losses alone.
+    drawn at random; blind: whether it goes by losses alone; compares: whether by how they change,
+    for which all have to be of the same members.
     """
 
     blind: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     budget: Budget
     original: Tensor
     step: float
@@ -122,6 +124,7 @@ class Apgd(Rule):
     `step` and `momentum` are its own.
     """
 
+    compares = True
     ALPHA, RHO = 0.75, 0.75
     FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06
 

@@ -170,6 +170,13 @@ def attack(
         Literal["mean", "weighted", "max"],
         typer.Option(help="How the members' gradients (or losses, of --black-box) become one: mean, weighted or max."),
     ] = defaults.Attack.aggregate,
+    schedule: Annotated[
+        Literal["worst", "group"],
+        typer.Option(
+            help="Who is stepped against: the whole group each time, or between such steps the worst member alone "
+            "until it is fooled, which costs less."
+        ),
+    ] = defaults.Attack.schedule,
     weights: Annotated[str | None, typer.Option(help="For --aggregate weighted: photo first, e.g. 1,1,2.")] = None,
     gradient: Annotated[
         Literal["straight-through", "exact"], typer.Option(help="Through transforms: straight-through or exact.")
@@ -225,7 +232,7 @@ def attack(
         options = AttackOptions(
             conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
             black_box=black_box, queries=queries, step=step, aggregate=aggregate,
-            weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
+            weights=tuple(shares) if shares else None, schedule=schedule, gradient=gradient, momentum=momentum,
             random_start=random_start, margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
         objective = read_goal({

@@ -307,3 +307,42 @@ def test_one_photo_fools_two_detectors_each_in_its_own_classes(bundled, small):
     for picture in (attempt.adversarial, group[0](attempt.adversarial)):
         assert not len(bundled.predict(picture, 0.25).of([0]))
         assert not len(other.predict(picture, 0.25).of([0, 4]))
+
+
+def test_the_worst_member_alone_is_stepped_against_until_it_is_fooled(bundled, small, monkeypatch):
+    seen_with_gradient, candidates = [], bundled.candidates
+
+    def counted(frames):
+        seen_with_gradient.extend([len(frames)] * frames.requires_grad)
+        return candidates(frames)
+
+    monkeypatch.setattr(bundled, "candidates", counted)
+    alone = []
+    clean = bundled.predict(small, 0.25)
+    transforms = parse_transforms("median:3,jpeg:75")
+    options = AttackOptions(schedule="worst", steps=40)
+    (attempt,) = attack_group(
+        bundled, [("bus", small, clean)], Vanish((0,)), transforms, options, lambda now: alone.append(now[0].alone)
+    )
+    assert attempt.done
+    assert set(seen_with_gradient) == {1}
+    assert len(seen_with_gradient) >= attempt.steps > 0
+    assert alone[0] is not None  # after the first look at all
+    assert attempt.queries < 3 * (len(seen_with_gradient) + 1)
+    for transform in [None, *transforms]:
+        shown = transform(attempt.adversarial) if transform else attempt.adversarial
+        assert len(bundled.predict(shown, 0.25).of([0])) == 0
+
+
+def test_members_in_turn_are_looked_at_together_when_steps_run_out(bundled, small):
+    attempt = attack(bundled, small, schedule="worst", budget=Linf(1), step=0.1, steps=3)
+    assert attempt.failed
+    assert attempt.steps == 3
+    assert len(attempt.fooled) == 3
+
+
+@pytest.mark.parametrize(("spec", "rule"), [("median:3,rotate:-5..5", "steepest"), ("median:3", "apgd")])
+def test_random_members_and_rules_that_compare_losses_take_the_group(bundled, small, spec, rule):
+    group, worst = (attack(bundled, small, spec, schedule=name, rule=rule, steps=2) for name in ("group", "worst"))
+    assert np.array_equal(group.adversarial, worst.adversarial)
+    assert group.queries == worst.queries
