@@ -25,7 +25,14 @@ WHITE = 255.0
 
 @dataclass(frozen=True)
 class Budget(ABC):
-    """A largest change of a photo. eps: in the budget's own `unit`, which is `scale` levels."""
+    """A largest change of a photo.
+
+    Attributes:
+        eps: in the budget's own `unit`.
+        kind: what the command line and `BUDGETS` call it.
+        unit: of `eps`, in words.
+        scale: levels of 255 that one unit is.
+    """
 
     eps: float
     kind: ClassVar[str]
@@ -90,7 +97,11 @@ class Budget(ABC):
 
 @dataclass(frozen=True)
 class Linf(Budget):
-    """No value of a pixel changes by more than `eps` levels of 255."""
+    """No value of a pixel changes by more than `eps` levels of 255.
+
+    Attributes:
+        eps: whole levels, 0..255.
+    """
 
     LARGEST: ClassVar[float] = 0.3
     kind = "linf"
@@ -152,6 +163,9 @@ class L2(Budget):
     """The root of the sum of all squared changes is at most `eps`, a change from black to white counted as 1.
 
     It grows with the photo: a change of 2 levels in every value is 7.5 of 640 x 480 px.
+
+    Attributes:
+        eps: 0 or more.
     """
 
     NEAR: ClassVar[float] = 0.05
@@ -235,8 +249,12 @@ class L2(Budget):
 class Masked(Budget):
     """A budget that may be spent in one part of a photo only.
 
-    kind_within: of the budget there; where: "inside" the boxes of the objects that are attacked, "outside" them, or the
-    corners x1, y1, x2, y2, x3, y3, ... of a polygon in pixels. mask: bool [H, W, 1] of one photo, by `on`.
+    Attributes:
+        eps: as of the budget there.
+        kind_within: of the budget there.
+        where: "inside" the boxes of the objects that are attacked, "outside" them, or the corners x1, y1, x2, y2, x3,
+            y3, ... of a polygon in pixels.
+        mask: bool [H, W, 1] of one photo, by `on`.
     """
 
     kind_within: type[Budget]
@@ -246,7 +264,12 @@ class Masked(Budget):
 
     @classmethod
     def of(cls, within: Budget, where: str | tuple[float, ...]) -> "Masked":
-        """That part of a budget."""
+        """That part of a budget.
+
+        Args:
+            within: the budget there, as `Linf(8)`.
+            where: as of the class.
+        """
         return cls(within.eps, type(within), where)
 
     @property
