@@ -33,7 +33,7 @@ class Candidates:
 
     Attributes:
         logits: float32 [B, N, C], class confidence before the sigmoid.
-        boxes: float32 [B, N, 4] xyxy, frame pixels; or [B, N, C, 4], where each class has its own (heads of two stages).
+        boxes: float32 [B, N, 4] xyxy, frame pixels; or [B, N, C, 4], where each class has its own (two stages).
         end_to_end: the head needs no NMS (YOLOv10, YOLO26, DETRs): the best scores are the detections, at most
             MAX_DETECTIONS and no more than there are candidates.
         anchors: where the candidates come from, for families that have them.

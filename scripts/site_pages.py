@@ -1,6 +1,6 @@
 """Pages of the site that are not in docs/: those of the repository, the examples, the command line, the modules.
 
-A hook of mkdocs (see mkdocs.yml). Links are written as they are right in the repository, and led to the site's pages here.
+A hook of mkdocs (see mkdocs.yml). Links are right in the repository, and are led to the site's pages here.
 """
 
 import ast
@@ -68,7 +68,8 @@ def command_line() -> str:
 
     command = typer.main.get_command(app)
     context = typer.Context(command, info_name="detguard")
-    return typer.cli.get_docs_for_click(obj=command, ctx=context, name="detguard").partition("**Commands**")[2]
+    shown = typer.cli.get_docs_for_click(obj=command, ctx=context, name="detguard")
+    return shown[shown.index("\n## ") :]
 
 
 def modules() -> str:

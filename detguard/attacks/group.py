@@ -51,8 +51,8 @@ class AttackOptions:
         gradient: through transforms: straight-through (BPDA) or exact.
         momentum: share of earlier gradients in each step, 0..1.
         random_start: start from noise within the budget.
-        margin: the loop only stops when nothing is found at `conf * (1 - margin)` either, and what is wanted is found as
-            far over `conf`, which buys survival of transforms that were not in the group.
+        margin: the loop only stops when nothing is found at `conf * (1 - margin)` either, and what is wanted is found
+            as far over `conf`, which buys survival of transforms that were not in the group.
         seed: of all that is random.
         batch: photos attacked at once.
         smallest: search for the least budget that fools, up to that of `budget`.
