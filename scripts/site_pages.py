@@ -53,11 +53,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def led(target: str, file: str, page: str) -> str:
     """A relative link of a file of the repository, as its page on the site has it."""
     found = posixpath.normpath(posixpath.join(posixpath.dirname(file), target))
-    if not (ROOT / found).exists():
-        log.warning("%s: link to %s, which is not there", file, target)
     on_site = PAGES.get(found, found.removeprefix(DOCS) if found.startswith(DOCS) else None)
     if on_site is None:
-        log.warning("%s: link to %s, which is not on the site; name it in `PAGES`, or in code font", file, target)
+        log.warning("%s: link to %s, which is not on the site: name it in PAGES, or in code font", file, target)
         return target
     return os.path.relpath(on_site, posixpath.dirname(page) or ".")
 

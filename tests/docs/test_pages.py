@@ -29,29 +29,18 @@ def blocks(page, language):
     return [dedent(found) for found in re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(), re.M | re.S)]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Built once, strictly: a link, an anchor or an argument that is not there fails it, as does a cell that raises."""
-    folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+# One test, as processes of pytest-xdist share no fixture, and a build takes most of it.
+def test_the_site_builds_strictly_and_is_whole_and_loads_nothing_from_elsewhere(tmp_path):
+    """Strict: a link, an anchor or an argument that is not there fails it, and so does a cell that raises."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     run = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    return folder
-
-
-def test_the_notebook_of_the_site_has_run(site):
-    assert "'jpeg:75': (True, " in re.sub("<[^>]+>", "", (site / "quick_start/index.html").read_text())
-
-
-def test_the_site_tells_of_all_commands_and_arguments(site):
-    assert "--keep-others" in (site / "reference/cli/index.html").read_text()
-    python = (site / "reference/python/index.html").read_text()
+    assert "'jpeg:75': (True, " in re.sub("<[^>]+>", "", (tmp_path / "quick_start/index.html").read_text())
+    assert "--keep-others" in (tmp_path / "reference/cli/index.html").read_text()
+    python = (tmp_path / "reference/python/index.html").read_text()
     assert [name for name in detguard.__all__ if f'id="detguard.{name}"' not in python] == []
-
-
-def test_the_site_loads_nothing_from_elsewhere(site):
     loaded = r"<(?:script|img)[^>]+src=.?https?:|<link[^>]+rel=.?stylesheet[^>]+href=.?https?:"
-    assert [page for page in site.rglob("*.html") if re.search(loaded, page.read_text())] == []
+    assert [page for page in tmp_path.rglob("*.html") if re.search(loaded, page.read_text())] == []
 
 
 def commands():
@@ -115,3 +104,7 @@ def test_the_objective_of_the_how_to_lowers_what_it_judges(own):
     aims = [Scene(found(40.0), found(40.0)[[]])]
     shrink.loss(Candidates(torch.full((1, 1, 2), 3.0), boxes), aims, 0.25).sum().backward()
     assert (boxes.grad[0, 0, 2:] > 0).all()
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {detguard.__version__}\n" in (ROOT / "CITATION.cff").read_text()
