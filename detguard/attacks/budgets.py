@@ -47,34 +47,68 @@ class Budget(ABC):
         return {"norm": self.kind, "eps": self.eps, "mask": None}
 
     def on(self, shape: tuple[int, int], boxes: Tensor) -> "Budget":
-        """The budget on one photo of (height, width), of which objects in `boxes` [N, 4] are attacked."""
+        """The budget on one photo.
+
+        Args:
+            shape: (height, width), px.
+            boxes: of the objects that are attacked, float32 [N, 4], x1 y1 x2 y2, photo pixels.
+        """
         return self
 
     @abstractmethod
     def start(self, original: Tensor, seed: int) -> Tensor:
-        """A photo drawn at random within the budget, in levels, from numbers of the CPU: the same on any device."""
+        """A photo drawn at random within the budget, in levels, from numbers of the CPU: the same on any device.
+
+        Args:
+            original: the clean photo, 0..255.
+            seed: of what is drawn.
+        """
 
     @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
-        """The step of length 1, as the budget measures it, by which a loss of that `gradient` rises most."""
+        """The step of length 1, as the budget measures it, by which a loss rises most.
+
+        Args:
+            gradient: of the loss at the photo.
+        """
 
     @abstractmethod
     def project(self, x: Tensor, original: Tensor, white: float = WHITE) -> Tensor:
-        """The photo nearest to `x` within the budget around `original` and within 0..`white`."""
+        """The nearest photo within the budget and the range of pixels.
+
+        Args:
+            x: any photo, 0..`white` where it is one.
+            original: the clean photo, in the same range.
+            white: what a white pixel is, by default 255.
+        """
 
     def levels(self, x: Tensor, original: Tensor) -> Tensor:
-        """`x`, which is within the budget, in whole levels as it would be saved, and still within it: float32."""
+        """A photo in whole levels, as it would be saved, float32, and still within the budget.
+
+        Args:
+            x: within the budget, 0..255.
+            original: the clean photo, 0..255.
+        """
         return x.round()
 
     @abstractmethod
     def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:
-        """Where a random search of one photo, [H, W, 3] levels, starts: all of the budget, spread over the photo."""
+        """Where a random search starts: all of the budget, spread over the photo.
+
+        Args:
+            original: one clean photo, [H, W, 3], 0..255.
+            rng: the only source of random numbers.
+        """
 
     @abstractmethod
     def moved(self, x: Tensor, original: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-        """A proposal of a random search: `x`, which is within the budget, with one square changed, and still within it.
+        """A proposal of a random search: one square is changed, still within the budget.
 
-        share: of the largest square's area, 1 at first.
+        Args:
+            x: one photo within the budget, [H, W, 3], 0..255.
+            original: the clean one.
+            share: of the largest square's area, 1 at first.
+            rng: the only source of random numbers.
         """
 
     @property
@@ -84,11 +118,20 @@ class Budget(ABC):
 
     @abstractmethod
     def between(self, low: float, high: float) -> float | None:
-        """A size between one that is too small and one that is enough; None: nothing is to be gained any more."""
+        """The size that a search for the least budget tries next; None: nothing is to be gained any more.
+
+        Args:
+            low: a size that is too small, in the unit of `eps`.
+            high: one that is enough.
+        """
 
     @abstractmethod
     def used(self, photo: Photo, original: Photo) -> float:
         """How much of the budget a saved photo really uses, read off its pixels, in the unit of `eps`.
+
+        Args:
+            photo: as it was read back, `uint8 [H, W, 3]`.
+            original: the clean one.
 
         Raises:
             ValueError: the photos differ in shape.

@@ -57,7 +57,11 @@ class Objective(ABC):
         return False
 
     def attacked(self, clean: Detections) -> Tensor:
-        """Which detections of the clean photo are attacked, bool [K]; photo pixels."""
+        """Which detections of the clean photo are attacked, bool [K].
+
+        Args:
+            clean: all K of them, photo pixels.
+        """
         return torch.isin(clean.classes, torch.tensor(self.classes, dtype=torch.int64))
 
     @abstractmethod
@@ -177,7 +181,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of a frame, frame pixels: those that are attacked, and the others."""
+    """The objects of a frame, frame pixels.
+
+    Attributes:
+        attacked: those that are attacked.
+        others: the others.
+    """
 
     attacked: Detections
     others: Detections

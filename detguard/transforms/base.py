@@ -201,14 +201,28 @@ def _parsed(kind: type[Transform], number: int) -> Transform | None:
 
 
 def whole_number(value: str, low: int, high: int, what: str) -> int:
-    """`value` as an int in low..high; raises ValueError that says `what` was expected."""
+    """The parameter of a spec as a whole number.
+
+    Args:
+        value: the text after the colon.
+        low: the least that is right.
+        high: the most.
+        what: it is, with its article, for the error.
+
+    Raises:
+        ValueError: it is none in low..high; says what was expected.
+    """
     if not value.isdigit() or not low <= int(value) <= high:
         raise ValueError(f"expected {what} in {low}..{high}")
     return int(value)
 
 
 def number(value: str, low: float, high: float, what: str) -> float:
-    """`value` as a float in low..high; raises ValueError that says `what` was expected."""
+    """The parameter of a spec as a number, as `whole_number`.
+
+    Raises:
+        ValueError: it is none in low..high; says what was expected.
+    """
     try:
         found = float(value)
     except ValueError:

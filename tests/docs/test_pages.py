@@ -45,11 +45,13 @@ def test_the_site_builds_strictly_and_is_whole_and_loads_nothing_from_elsewhere(
 
 def commands():
     for page in PAGES:
-        for block in blocks(page, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if "detguard" in words and "..." not in words:
-                    yield pytest.param(words[words.index("detguard") + 1 :], id=f"{page.name}: {line.strip()[:60]}")
+        lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+        prose = re.sub("```.*?```", "", page.read_text(), flags=re.S)
+        lines += [" ".join(found.split()) for found in re.findall("`(detguard [a-z-]+ [^`]+)`", prose)]
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            if "detguard" in words and "..." not in words:
+                yield pytest.param(words[words.index("detguard") + 1 :], id=f"{page.name}: {line.strip()[:60]}")
 
 
 @pytest.mark.parametrize("words", commands())
