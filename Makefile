@@ -1,12 +1,13 @@
 # make demo: hide the people in a street photo from the bundled detector, then try the same on the hardened one.
 # make test: run the tests.
+# make docs: the site, into site/.
 # make fuzz: ten minutes of odd files for every reader, other ones each time.
 # All make .venv and install into it when needed.
 
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: demo test fuzz clean
+.PHONY: demo test docs fuzz clean
 
 BUS := .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg
 
@@ -19,6 +20,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 fuzz: $(READY)
 	DETGUARD_FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz --tb=line --show-capture=no
 
@@ -28,4 +32,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,15 +29,17 @@ class Anchors:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a detector proposes for a batch of frames.
+    """What a detector proposes for a batch of frames, before NMS.
 
-    logits: float32 [B, N, C], class confidence before the sigmoid.
-    boxes: float32 [B, N, 4] xyxy, frame pixels; or [B, N, C, 4], where each class has its own (heads of two stages).
-    end_to_end: the head needs no NMS (YOLOv10, YOLO26, DETRs): the best scores are the detections, at most
-    MAX_DETECTIONS and no more than there are candidates.
-    multi_label: users see one of every class over the threshold, not of the best class only (torchvision, RT-DETR).
-    anchors: where the candidates come from, for families that have them.
-    gate, experts: float32 [B, K], of gated ensembles: the gate's logits, and the weights that it gives the experts.
+    Attributes:
+        logits: float32 [B, N, C], class confidence before the sigmoid.
+        boxes: float32 [B, N, 4] xyxy, frame pixels; or [B, N, C, 4], where each class has its own (two stages).
+        end_to_end: the head needs no NMS (YOLOv10, YOLO26, DETRs): the best scores are the detections, at most
+            MAX_DETECTIONS and no more than there are candidates.
+        anchors: where the candidates come from, for families that have them.
+        gate: float32 [B, K], of gated ensembles: the gate's logits.
+        experts: float32 [B, K], of gated ensembles: the weights that the gate gives the experts.
+        multi_label: users see one of every class over the threshold, not of the best class only (torchvision, RT-DETR).
     """
 
     logits: Tensor
@@ -66,8 +68,11 @@ class Candidates:
 class Detections:
     """What a user sees on one photo, best first.
 
-    boxes: float32 [N, 4] xyxy, photo pixels; scores: float32 [N], 0..1; classes: int64 [N];
-    experts: float32 [K], how much each expert of a gated ensemble had to say on this photo.
+    Attributes:
+        boxes: float32 [N, 4] xyxy, photo pixels.
+        scores: float32 [N], confidence, 0..1.
+        classes: int64 [N], class indices.
+        experts: float32 [K], how much each expert of a gated ensemble had to say on this photo.
     """
 
     boxes: Tensor

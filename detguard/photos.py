@@ -216,7 +216,14 @@ def encode_jpeg(photo: Photo, quality: int) -> bytes:
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Where a photo of one shape lies in its frame: resized, then padded. All sizes are (height, width) in pixels."""
+    """Where a photo of one shape lies in its frame: resized, then padded. All sizes are (height, width) in pixels.
+
+    Attributes:
+        photo: size of the photo.
+        resized: what it is resized to.
+        frame: size of the frame.
+        offset: padding above and on the left.
+    """
 
     photo: tuple[int, int]
     resized: tuple[int, int]
@@ -227,7 +234,11 @@ class Letterbox:
     def fit(cls, photo: tuple[int, int], size: int, stride: int = 32, stretch: bool = False) -> "Letterbox":
         """The letterbox of Ultralytics' predict path: longest side to `size`, short side padded to whole strides.
 
-        With `stretch` (RT-DETR) the photo fills the square frame and its proportions are lost.
+        Args:
+            photo: (height, width), px.
+            size: longest side of the frame, px.
+            stride: the frame's sides are whole multiples of it, px.
+            stretch: the photo fills the square frame and its proportions are lost, as of RT-DETR.
         """
         if stretch:
             return cls(photo, (size, size), (size, size), (0, 0))

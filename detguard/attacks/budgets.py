@@ -25,7 +25,14 @@ WHITE = 255.0
 
 @dataclass(frozen=True)
 class Budget(ABC):
-    """A largest change of a photo. eps: in the budget's own `unit`, which is `scale` levels."""
+    """A largest change of a photo.
+
+    Attributes:
+        eps: in the budget's own `unit`.
+        kind: what the command line and `BUDGETS` call it.
+        unit: of `eps`, in words.
+        scale: levels of 255 that one unit is.
+    """
 
     eps: float
     kind: ClassVar[str]
@@ -40,34 +47,68 @@ class Budget(ABC):
         return {"norm": self.kind, "eps": self.eps, "mask": None}
 
     def on(self, shape: tuple[int, int], boxes: Tensor) -> "Budget":
-        """The budget on one photo of (height, width), of which objects in `boxes` [N, 4] are attacked."""
+        """The budget on one photo.
+
+        Args:
+            shape: (height, width), px.
+            boxes: of the objects that are attacked, float32 [N, 4], x1 y1 x2 y2, photo pixels.
+        """
         return self
 
     @abstractmethod
     def start(self, original: Tensor, seed: int) -> Tensor:
-        """A photo drawn at random within the budget, in levels, from numbers of the CPU: the same on any device."""
+        """A photo drawn at random within the budget, in levels, from numbers of the CPU: the same on any device.
+
+        Args:
+            original: the clean photo, 0..255.
+            seed: of what is drawn.
+        """
 
     @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
-        """The step of length 1, as the budget measures it, by which a loss of that `gradient` rises most."""
+        """The step of length 1, as the budget measures it, by which a loss rises most.
+
+        Args:
+            gradient: of the loss at the photo.
+        """
 
     @abstractmethod
     def project(self, x: Tensor, original: Tensor, white: float = WHITE) -> Tensor:
-        """The photo nearest to `x` within the budget around `original` and within 0..`white`."""
+        """The nearest photo within the budget and the range of pixels.
+
+        Args:
+            x: any photo, 0..`white` where it is one.
+            original: the clean photo, in the same range.
+            white: what a white pixel is, by default 255.
+        """
 
     def levels(self, x: Tensor, original: Tensor) -> Tensor:
-        """`x`, which is within the budget, in whole levels as it would be saved, and still within it: float32."""
+        """A photo in whole levels, as it would be saved, float32, and still within the budget.
+
+        Args:
+            x: within the budget, 0..255.
+            original: the clean photo, 0..255.
+        """
         return x.round()
 
     @abstractmethod
     def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:
-        """Where a random search of one photo, [H, W, 3] levels, starts: all of the budget, spread over the photo."""
+        """Where a random search starts: all of the budget, spread over the photo.
+
+        Args:
+            original: one clean photo, [H, W, 3], 0..255.
+            rng: the only source of random numbers.
+        """
 
     @abstractmethod
     def moved(self, x: Tensor, original: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-        """A proposal of a random search: `x`, which is within the budget, with one square changed, and still within it.
+        """A proposal of a random search: one square is changed, still within the budget.
 
-        share: of the largest square's area, 1 at first.
+        Args:
+            x: one photo within the budget, [H, W, 3], 0..255.
+            original: the clean one.
+            share: of the largest square's area, 1 at first.
+            rng: the only source of random numbers.
         """
 
     @property
@@ -77,11 +118,20 @@ class Budget(ABC):
 
     @abstractmethod
     def between(self, low: float, high: float) -> float | None:
-        """A size between one that is too small and one that is enough; None: nothing is to be gained any more."""
+        """The size that a search for the least budget tries next; None: nothing is to be gained any more.
+
+        Args:
+            low: a size that is too small, in the unit of `eps`.
+            high: one that is enough.
+        """
 
     @abstractmethod
     def used(self, photo: Photo, original: Photo) -> float:
         """How much of the budget a saved photo really uses, read off its pixels, in the unit of `eps`.
+
+        Args:
+            photo: as it was read back, `uint8 [H, W, 3]`.
+            original: the clean one.
 
         Raises:
             ValueError: the photos differ in shape.
@@ -90,7 +140,11 @@ class Budget(ABC):
 
 @dataclass(frozen=True)
 class Linf(Budget):
-    """No value of a pixel changes by more than `eps` levels of 255."""
+    """No value of a pixel changes by more than `eps` levels of 255.
+
+    Attributes:
+        eps: whole levels, 0..255.
+    """
 
     LARGEST: ClassVar[float] = 0.3
     kind = "linf"
@@ -152,6 +206,9 @@ class L2(Budget):
     """The root of the sum of all squared changes is at most `eps`, a change from black to white counted as 1.
 
     It grows with the photo: a change of 2 levels in every value is 7.5 of 640 x 480 px.
+
+    Attributes:
+        eps: 0 or more.
     """
 
     NEAR: ClassVar[float] = 0.05
@@ -235,8 +292,12 @@ class L2(Budget):
 class Masked(Budget):
     """A budget that may be spent in one part of a photo only.
 
-    kind_within: of the budget there; where: "inside" the boxes of the objects that are attacked, "outside" them, or the
-    corners x1, y1, x2, y2, x3, y3, ... of a polygon in pixels. mask: bool [H, W, 1] of one photo, by `on`.
+    Attributes:
+        eps: as of the budget there.
+        kind_within: of the budget there.
+        where: "inside" the boxes of the objects that are attacked, "outside" them, or the corners x1, y1, x2, y2, x3,
+            y3, ... of a polygon in pixels.
+        mask: bool [H, W, 1] of one photo, by `on`.
     """
 
     kind_within: type[Budget]
@@ -246,7 +307,12 @@ class Masked(Budget):
 
     @classmethod
     def of(cls, within: Budget, where: str | tuple[float, ...]) -> "Masked":
-        """That part of a budget."""
+        """That part of a budget.
+
+        Args:
+            within: the budget there, as `Linf(8)`.
+            where: as of the class.
+        """
         return cls(within.eps, type(within), where)
 
     @property

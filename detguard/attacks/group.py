@@ -42,18 +42,30 @@ WHITE_BOX = ("smallest", "rule", "step", "steps", "schedule", "momentum", "gradi
 class AttackOptions:
     """How to search.
 
-    conf: confidence that counts as found; budget: how far the photo may go; rule: how it moves, one of `RULES`, and
-    step: how far per iteration, in the unit of the budget, by default its own;
-    schedule: who is stepped against: "group", all members each time; "worst", the one of highest loss among those that
-    are not fooled, alone until it is, which costs less (rules that compare losses, and groups with random members,
-    which are averaged over, take "group");
-    weights: one per member (photo first), for `aggregate="weighted"`; margin: the loop only stops when nothing is
-    found at `conf * (1 - margin)` either, and what is wanted is found as far over `conf`, which buys survival of
-    transforms that were not in the group;
-    black_box: search by losses alone (Square), with at most `queries` forwards of one frame per photo; all members of a
-    group are asked each time, and `WHITE_BOX` options are of no use;
-    smallest: search for the least budget that fools; stop: end as soon as all are fooled, of random members `STEADY`
-    draws in a row; without it all `steps` are made and the one of lowest loss counts.
+    Attributes:
+        conf: confidence over which an object counts as found, 0..1.
+        budget: how far the photo may go.
+        step: change per iteration, in the unit of the budget; by default its own.
+        steps: most iterations.
+        rule: how it moves: steepest, sign, normalized, raw, adam, or apgd, which finds its own steps.
+        aggregate: how the members' gradients become one: mean, weighted or max.
+        weights: of `aggregate="weighted"`, one per member, photo first.
+        schedule: who is stepped against: group, all members each time; worst, the one of highest loss among those that
+            are not fooled, alone until it is, which costs less (rules that compare losses, and groups with random
+            members, which are averaged over, take group).
+        gradient: through transforms: straight-through (BPDA) or exact.
+        momentum: share of earlier gradients in each step, 0..1.
+        random_start: start from noise within the budget.
+        margin: the loop only stops when nothing is found at `conf * (1 - margin)` either, and what is wanted is found
+            as far over `conf`, which buys survival of transforms that were not in the group.
+        seed: of all that is random.
+        batch: photos attacked at once.
+        smallest: search for the least budget that fools, up to that of `budget`.
+        black_box: search by losses alone (Square); all members of a group are asked each time, and `WHITE_BOX` options
+            are of no use.
+        queries: of `black_box`, most forwards of one frame per photo.
+        stop: end as soon as all are fooled, of random members `STEADY` draws in a row; without it all `steps` are made
+            and the one of lowest loss counts.
     """
 
     conf: float = defaults.Attack.conf

@@ -21,11 +21,20 @@ from detguard.photos import Letterbox, Photo, frames_tensor
 class Detector(ABC):
     """A frozen detector in eval mode.
 
-    name: what it is called; source: the name or file that `load_detector` made it of; class_names: class index ->
-    name; imgsz: longest side of a frame, in pixels; device: where its frames go; iou: overlap over which NMS drops the
-    worse of two boxes, as the family has it; hardened: whether it is a defence, which is judged by stronger attacks;
-    differentiable: whether candidates have a gradient at the frames; without one only black-box attacks are possible;
-    experts: the names of those that answer together, of gated ensembles, and robust: the number of the adversarial one.
+    Attributes:
+        name: what it is called.
+        source: the name or file that `load_detector` made it of.
+        class_names: class index, from 0 -> name.
+        imgsz: longest side of a frame, px.
+        model: the network, its parameters frozen; `state_hash` is of it.
+        device: where its frames go.
+        iou: overlap over which NMS drops the worse of two boxes, as the family has it.
+        end_to_end: whether its head needs no NMS.
+        differentiable: whether candidates have a gradient at the frames; without one only black-box attacks are
+            possible.
+        hardened: whether it is a defence, which is judged by stronger attacks.
+        experts: the names of those that answer together, of gated ensembles.
+        robust: the number of the adversarial one of them; -1: none.
     """
 
     name: str
@@ -47,28 +56,44 @@ class Detector(ABC):
 
     @abstractmethod
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
-        """Where a photo of (height, width) lies in this detector's frame."""
+        """Where a photo lies in this detector's frame.
+
+        Args:
+            photo_shape: (height, width), px.
+        """
 
     @abstractmethod
     def candidates(self, frames: Tensor) -> Candidates:
-        """Candidates of frames, float32 [B, 3, H, W], 0..1, RGB; differentiable with respect to the frames.
+        """What the detector proposes, before any threshold and NMS; differentiable with respect to the frames.
 
         Where `differentiable` is false they need not be, and may be the detections over confidence .001 alone.
+
+        Args:
+            frames: float32 [B, 3, H, W], 0..1, RGB, of one shape, as `letterbox` makes them.
         """
 
     @abstractmethod
     def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
-        """Detections of one file or photo by the family's own public predict path, in photo pixels.
+        """Detections of one file or photo by the family's own public predict path, in photo pixels, best first.
 
-        iou: of NMS, by default the detector's.
+        Args:
+            source: a file, or `uint8 [H, W, 3]` RGB.
+            conf: confidence over which an object counts as found, 0..1.
+            iou: of NMS, 0..1, by default the detector's.
         """
 
     def detect(
         self, photos: Sequence[Photo], conf: float = 0.25, iou: float | None = None, multi_label: bool = False
     ) -> list[Detections]:
-        """Detections of photos, `uint8 [H, W, 3]`, by the tensor path that attacks use, in photo pixels.
+        """Detections by the tensor path that attacks use, in photo pixels, best first.
 
-        Neighbours of one frame shape share a forward; `multi_label` as in `suppress`.
+        Neighbours of one frame shape share a forward.
+
+        Args:
+            photos: `uint8 [H, W, 3]` RGB each.
+            conf: confidence over which an object counts as found, 0..1.
+            iou: of NMS, 0..1, by default the detector's.
+            multi_label: a candidate counts for every class over `conf`, not for its best class only.
         """
         found: list[Detections] = []
         placed = [(self.letterbox((photo.shape[0], photo.shape[1])), photo) for photo in photos]
@@ -111,7 +136,9 @@ class Detector(ABC):
 class Family(ABC):
     """What loading needs to know of detectors of one kind; `families.py` lists them all.
 
-    options: of `load_detector`, those that it takes; suffixes: of files that only this family reads, such as ".onnx".
+    Attributes:
+        options: of `load_detector`, those that it takes.
+        suffixes: of files that only this family reads, such as ".onnx".
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
@@ -128,12 +155,24 @@ class Family(ABC):
 
     @abstractmethod
     def detector(self, network: Any, name: str, imgsz: int, device: str, **options: Any) -> Detector:
-        """The detector that runs a network of the family."""
+        """The detector that runs a network of the family.
+
+        Args:
+            network: one that it owns.
+            name: what the detector is called.
+            imgsz: longest side of a frame, px.
+            device: of torch.
+            **options: those of `options` that were given.
+        """
 
     def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
         """The network, with random weights, that the json of a .safetensors calls so; None: not of this family.
 
-        Reads no file but of the library that the family comes from. classes: the names of the network's outputs.
+        Reads no file but of the library that the family comes from.
+
+        Args:
+            architecture: the json's word for it.
+            classes: the names of the network's outputs.
         """
         return None
 
@@ -150,7 +189,10 @@ class Family(ABC):
 
         Or of a file that ends in one of `suffixes`.
 
-        trust: as of `load_detector`.
+        Args:
+            name: official, or of the file.
+            file: where the weights are.
+            trust: as of `load_detector`.
 
         Raises:
             DetguardError: it is something else.

@@ -20,9 +20,13 @@ CONF = 0.05
 
 @dataclass(frozen=True)
 class Promise:
-    """One promise; remedy: what to look at where it is not kept, wrong: what was seen then.
+    """One promise, kept or not.
 
-    skipped: why this detector does not make it.
+    Attributes:
+        name: what is promised.
+        remedy: what to look at where it is not kept.
+        wrong: what was seen then; None: it is kept.
+        skipped: why this detector does not make it.
     """
 
     name: str
@@ -32,7 +36,16 @@ class Promise:
 
 
 def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iterator[Promise]:
-    """Each promise, kept or not, on a photo, `uint8 [H, W, 3]`, in which something is found over `conf`."""
+    """Test each promise on a photo.
+
+    Args:
+        detector: of any family, or yours.
+        photo: `uint8 [H, W, 3]` RGB, in which something is found over `conf`.
+        conf: confidence over which detections are compared, 0..1; low, for a network with random weights finds little.
+
+    Yields:
+        Each promise, kept or not.
+    """
     for name, (test, remedy) in PROMISES.items():
         if test is _gradient and not detector.differentiable:
             yield Promise(name, remedy, skipped="it has none: black-box attacks only")

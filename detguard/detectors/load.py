@@ -39,16 +39,25 @@ def load_detector(
 ) -> "Detector":
     """A detector by bundled name, file (.pt, .safetensors, .onnx), or name of Ultralytics or torchvision (yolo11n).
 
-    imgsz: longest side of a frame in pixels; by default what the weights were made for.
-    end_to_end: the head without NMS of YOLOv10 and YOLO26.
-    top_k, fusion: experts that a gated ensemble asks per photo, and how they become one answer; by default as it was
-    made.
-    iou: overlap over which NMS drops the worse of two boxes; by default the family's own.
-    trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
-    name like `module:factory` means.
+    Args:
+        name: one of these, or `module:factory`, a function of yours that returns a `Detector` (with `trust`).
+        imgsz: longest side of a frame, px; by default what the weights were made for.
+        trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
+            name like `module:factory` means.
+        device: of torch: cpu, cuda, cuda:1, xpu or mps.
+        end_to_end: the head without NMS of YOLOv10 and YOLO26.
+        top_k: experts that a gated ensemble asks per photo; by default as it was made.
+        fusion: how they become one answer, `bounded:B` or `average:F`; by default as it was made.
+        iou: overlap, 0..1, over which NMS drops the worse of two boxes; by default the family's own.
 
     Raises:
         DetguardError: no such weights, or they are damaged, of another kind, or would execute code.
+
+    Examples:
+        >>> import detguard
+        >>> detector = detguard.load_detector("detguard-n")
+        >>> detector.class_names[0], detector.imgsz
+        ('person', 320)
     """
     import torch
 

@@ -26,10 +26,21 @@ WRITTEN_SEVERITY = 3
 
 @dataclass(frozen=True)
 class Protocols:
-    """What is measured and how; the options of `detguard evaluate`. eps: budgets in levels, the last one leads.
+    """What is measured and how; the options of `detguard evaluate`.
 
-    patch: file of a patch to be judged on the labelled objects of the class `patch_target`, of the size `patch_size`;
-    universal: file of a perturbation to be judged on all photos.
+    Attributes:
+        protocols: some of clean, corruptions, attack, transfer, blackbox and checks.
+        severities: of the corruptions, some of 1..5.
+        eps: budgets of attacks in levels of 255; the last one leads.
+        steps: of each white-box attack.
+        restarts: starts of each white-box attack.
+        attacks: white-box ones: some of class, box, all, vanish and rank.
+        queries: forwards per photo of the Square attack.
+        seed: of all that is random.
+        patch: file of a patch, to be judged on the labelled objects of the class `patch_target`.
+        patch_target: name of that class.
+        patch_size: side of the patch, as a share of the root of the area of an object's box.
+        universal: file of a perturbation, to be judged on all photos.
 
     Raises:
         DetguardError: an option is not one of those known.

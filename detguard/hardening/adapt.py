@@ -44,8 +44,18 @@ JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How to adapt; the options of `detguard adapt`. keep: weight of what old experts said before, the lambda of L2;
-    eps: budget of the attacks that old photos are shown under, levels of 255.
+    """How to adapt; the options of `detguard adapt`.
+
+    Attributes:
+        experts: new ones.
+        mode: frozen (old experts stay as they are, to the bit) or full.
+        init: new experts start as the `best` of the old ones, or `fresh`, from random weights.
+        keep: weight of what old experts said before, the lambda of L2.
+        photos: seen, with repeats.
+        batch: frames per batch, of all processes together.
+        rate: learning rate, in proportion to weights.
+        seed: of all that is random.
+        eps: budget of the attacks that old photos are shown under, levels of 255.
 
     Raises:
         DetguardError: an option is not one of those known.

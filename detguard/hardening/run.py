@@ -62,12 +62,28 @@ MEASURED = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """How to harden; the options of `detguard harden`. photos: seen in all stages together, with repeats;
-    hours: that all stages have together, instead. pretrain: whether the backbone learns first, from photos of its own.
+    """How to harden; the options of `detguard harden`.
 
-    learn: what is wanted of changed photos, one of LEARN; fusion: how the experts' answers become one (see
-    `detguard.detectors.fusion`); sparse: standard deviations from the mean of a channel within which the robust expert,
-    once trained, sets values to it; 0: none.
+    Attributes:
+        recipe: gated (an ensemble), or the baselines of one network: pgd, mtd, finetune.
+        learn: what is wanted of changed photos: what the `teacher` says of the clean one, its `labels`, or `both`.
+        pretrain: whether the backbone learns first, from photos of its own.
+        mode: what the joint stage trains: full, everything; freeze-first, the adversarial expert and the gate.
+        split: what experts do not share: backbone (whole networks), neck (and head), head, or from layer N.
+        photos: seen in all stages together, with repeats.
+        hours: that all stages have together, instead.
+        crop: side of training frames, px, in whole strides; by default whole frames.
+        attack: free, pgd or fgsm.
+        eps: budget of attacks in training, levels of 255.
+        steps: of each of them.
+        mix: share of other kinds in each expert's photos, 0..1.
+        top_k: experts that are asked per photo, by default all.
+        fusion: how the experts' answers become one, `bounded:B` or `average:F` (see `detguard.detectors.fusion`).
+        sparse: standard deviations from the mean of a channel within which the robust expert, once trained, sets values
+            to it; 0: none.
+        batch: frames per batch, of all processes together.
+        rate: learning rate, in proportion to weights.
+        seed: of all that is random.
 
     Raises:
         DetguardError: an option is not one of those known.

@@ -32,10 +32,13 @@ CANDIDATES = 10
 
 
 class Objective(ABC):
-    """What the attacker wants. `targets` are the classes of the objects that are attacked.
+    """What the attacker wants: a loss on candidates, and a success test on detections.
 
-    kind: what it is called in `parse.KINDS`; needs_target: there is nothing to do on a photo without such an object;
-    counts_candidates: how many there are before NMS is told of what was saved, too.
+    Attributes:
+        kind: what it is called in `parse.KINDS`.
+        needs_target: whether there is nothing to do on a photo without an object of the `targets`.
+        counts_candidates: whether records tell how many candidates there are before NMS, too.
+        targets: the class indices of the objects that are attacked.
     """
 
     kind: ClassVar[str]
@@ -54,25 +57,42 @@ class Objective(ABC):
         return False
 
     def attacked(self, clean: Detections) -> Tensor:
-        """Which detections of the clean photo are attacked, bool [K]; photo pixels."""
+        """Which detections of the clean photo are attacked, bool [K].
+
+        Args:
+            clean: all K of them, photo pixels.
+        """
         return torch.isin(clean.classes, torch.tensor(self.classes, dtype=torch.int64))
 
     @abstractmethod
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Any:
         """What `loss` needs to know of one frame, fixed at its first pass.
 
-        objects: of the clean photo, frame pixels; attacked: which of them, bool [K], by `attacked`.
+        Args:
+            candidates: of the frame alone, B = 1.
+            objects: detections of the clean photo, frame pixels.
+            attacked: which of them, bool [K], by `attacked`.
         """
 
     @abstractmethod
     def loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
-        """Loss [B] of frames with their `aims`, lower is better for the attacker; conf: what counts as found."""
+        """Loss of a batch, float32 [B], differentiable by the candidates; lower is better for the attacker.
+
+        Args:
+            candidates: of B frames.
+            aims: what `aim` gave for each of them.
+            conf: confidence over which an object counts as found, 0..1.
+        """
 
     @abstractmethod
     def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
-        """Whether `found` is what the attacker wanted; `clean` are the detections of the photo before. Same pixels.
+        """Whether what is found is what the attacker wanted.
 
-        attacked: which of `clean`, bool [K]; by default all that are by `attacked`, which only the whole photo tells.
+        Args:
+            clean: detections of the photo before the attack.
+            found: detections after it, in the same pixels, over the same confidence.
+            attacked: which of `clean`, bool [K]; by default all that are by `attacked`, which only the whole photo
+                tells.
         """
 
 
@@ -123,8 +143,9 @@ LOSSES: dict[str, LogitLoss] = {"logit": LogitLoss(), "confidence": ConfidenceLo
 class Selection:
     """Some of a photo's objects; by default all.
 
-    objects: places in the clean detections, best first, from 1; box: x1, y1, x2, y2 in photo pixels, in which the
-    middle of an object lies.
+    Attributes:
+        objects: places in the clean detections, best first, from 1, as `detguard detect` numbers them.
+        box: x1, y1, x2, y2 in photo pixels, in which the middle of an object lies.
 
     Raises:
         DetguardError: these are none.
@@ -160,7 +181,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of a frame, frame pixels: those that are attacked, and the others."""
+    """The objects of a frame, frame pixels.
+
+    Attributes:
+        attacked: those that are attacked.
+        others: the others.
+    """
 
     attacked: Detections
     others: Detections
@@ -168,14 +194,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Goal(Objective):
-    """A goal of `detguard attack`.
+    """A goal of `detguard attack`: an objective whose classes are given by name.
 
-    wanted: for titles, after the names of the targets; takes: words of the command that it knows beside those of all
-    goals; default: the targets where none are named and no objects selected.
-
-    targets: by name, by index or ALL; of one that is used, by index: see `on`. only: the objects that are attacked,
-    where not all of the targets are; keep_others: all other objects must still be found in their places (IoU >= 0.5) as
-    what they were; measure: by which logits become a loss, one of LOSSES.
+    Attributes:
+        wanted: for titles, after the names of the targets.
+        takes: words of the command line that it knows beside those of all goals.
+        default: the targets where none are named and no objects selected.
+        targets: one class or several, by name, by index or "all"; of a goal that is used, by index: see `on`.
+        only: the objects that are attacked, where not all of the targets are.
+        keep_others: whether all other objects must still be found in their places (IoU >= 0.5) as what they were.
+        measure: by which logits become a loss: logit or confidence.
 
     Raises:
         DetguardError: these do not go together.
@@ -267,7 +295,13 @@ class Goal(Objective):
 
     @abstractmethod
     def own_loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
-        """Loss [B], the others left aside."""
+        """Loss, float32 [B], differentiable by the candidates; what is not attacked is left aside.
+
+        Args:
+            candidates: of B frames.
+            aims: the `Scene` of each of them, frame pixels.
+            conf: confidence over which an object counts as found, 0..1.
+        """
 
     @override
     def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
@@ -279,7 +313,13 @@ class Goal(Objective):
 
     @abstractmethod
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
-        """Whether `found` is what is wanted, the others left aside; `attacked` are some of the `clean` detections."""
+        """Whether what is found is what is wanted, what is not attacked left aside.
+
+        Args:
+            clean: detections of the photo before the attack.
+            attacked: those of them that are attacked.
+            found: detections after it, in the same pixels, over the same confidence.
+        """
 
 
 def indices(target: str | int, detector: Detector) -> list[int]:

@@ -25,7 +25,12 @@ class Places(Scene):
 
 @dataclass(frozen=True)
 class Fabricate(Goal):
-    """At least `count` objects of the target classes are found where none of their class was (IoU < 0.5)."""
+    """At least `count` objects of the target classes are found where none of their class was (IoU < 0.5).
+
+    Attributes:
+        targets: one class name or several, or "all"; by default "person".
+        count: objects to find where there are none, 1 or more.
+    """
 
     kind: ClassVar[str] = "fabricate"
     needs_target: ClassVar[bool] = False

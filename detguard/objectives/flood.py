@@ -14,7 +14,12 @@ from detguard.objectives.base import Goal, Scene, pick
 
 @dataclass(frozen=True)
 class Flood(Goal):
-    """At least `count` objects of the target classes are found, after NMS."""
+    """At least `count` objects of the target classes are found, after NMS.
+
+    Attributes:
+        targets: one class name or several; by default "all".
+        count: objects to find in all; 100 is what every family can answer, of which some stop there.
+    """
 
     kind: ClassVar[str] = "flood"
     needs_target: ClassVar[bool] = False
@@ -22,7 +27,6 @@ class Flood(Goal):
     wanted: ClassVar[str] = "found in masses"
     takes: ClassVar[frozenset[str]] = frozenset({"count"})
     default: ClassVar[str] = "all"
-    # What every family can answer: some stop at a hundred detections.
     count: int = 100
 
     @property

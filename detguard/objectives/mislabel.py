@@ -44,9 +44,16 @@ class Renamed(Scene):
 class Mislabel(Goal):
     """Every attacked object is found in its place (IoU >= 0.5) as another class, and no longer as its own.
 
-    targets: what each becomes, as {"person": "car", "bus": OTHER}; or only the targets, and in `to` what they become,
-    one for all or one for each; of one that is used by index, or ANY. A class that becomes one that is not attacked
-    itself is found nowhere any more, if no objects are selected.
+    A class that becomes one that is not attacked itself is found nowhere any more, if no objects are selected.
+
+    Attributes:
+        targets: what each becomes, as {"person": "car", "bus": "other"}, "other" for any class but its own; or only the
+            targets, and in `to` what they become.
+        to: one class for all targets or one for each; of a goal that is used by index, or ANY.
+
+    Examples:
+        >>> import detguard
+        >>> detguard.Mislabel({"bus": "train"})  # doctest: +SKIP
     """
 
     kind: ClassVar[str] = "mislabel"

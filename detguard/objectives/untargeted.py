@@ -14,7 +14,11 @@ from detguard.objectives.base import Goal, Scene, best_other, near, outcomes, pi
 
 @dataclass(frozen=True)
 class Untargeted(Goal):
-    """Every attacked object is gone or found as another class: none of its own in its place (IoU >= 0.5)."""
+    """Every attacked object is gone or found as another class: none of its own in its place (IoU >= 0.5).
+
+    Attributes:
+        targets: one class name or several; by default "all".
+    """
 
     kind: ClassVar[str] = "untargeted"
     wanted: ClassVar[str] = "gone or found as another class"

@@ -17,6 +17,14 @@ class Vanish(Goal):
     """No object of the target classes is found any more; with `strict`, nor anything else in its place.
 
     Where some objects are selected, they alone must go: no detection of their class in their places (IoU >= 0.5).
+
+    Attributes:
+        targets: one class name or several, or "all"; by default "person".
+        strict: nothing else may be found in their places either.
+
+    Examples:
+        >>> import detguard
+        >>> detguard.Vanish("person", only=detguard.Selection(objects=(3,)), keep_others=True)  # doctest: +SKIP
     """
 
     kind: ClassVar[str] = "vanish"

@@ -22,13 +22,20 @@ VISIBLE = 0.5
 class Transform(ABC):
     """A transform of photos with its parameter; `str()` gives the spec that the command line reads.
 
-    Subclasses whose pixels do not stay where they are are `Geometric`; those that are random override `draw`.
+    Subclasses whose pixels do not stay where they are are `Geometric`; those that are random override `draw`. A frozen
+    dataclass with one field does best: it is what `str()` shows.
+
+    Attributes:
+        kind: the word before the colon.
+        example: a spec that is right, for errors and tests.
+        suffix: of the file that `encode` makes.
+        whole: whether the parameter is a whole number.
+        straight: whether gradients may go straight through to the same place.
     """
 
     kind: ClassVar[str]
     example: ClassVar[str]
     suffix: ClassVar[str] = ".png"
-    # Whether the parameter is a whole number, and whether gradients may go straight through to the same place.
     whole: ClassVar[bool] = False
     straight: ClassVar[bool] = True
 
@@ -40,18 +47,41 @@ class Transform(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, value: str) -> "Transform":
-        """From the part of the spec after the colon; raises ValueError with what was expected."""
+        """From the part of the spec after the colon.
+
+        Raises:
+            ValueError: it is no such parameter; says what was expected, as `whole_number` and `number` do.
+        """
 
     @abstractmethod
     def __call__(self, photo: Photo) -> Photo:
-        """Transform `uint8 [H, W, 3]` RGB, to the same shape unless it has a `warp`."""
+        """The picture that the transform makes.
+
+        Args:
+            photo: `uint8 [H, W, 3]` RGB.
+
+        Returns:
+            `uint8 [H, W, 3]` RGB; of another shape only where `warp` says so.
+        """
 
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
-        """Gradient [3, H', W'] at the output -> at `photo`, [3, H, W]: exact, by a surrogate, or straight through."""
+        """Gradient at the output, brought to the photo: exact, by a surrogate, or, as here, straight through (BPDA).
+
+        Args:
+            photo: what was transformed, `uint8 [H, W, 3]`.
+            gradient: of the loss at the output, float32 [3, H', W'].
+
+        Returns:
+            Float32 [3, H, W].
+        """
         return gradient
 
     def draw(self, rng: np.random.Generator) -> "Transform":
-        """The transform with all that is random in it drawn: itself, unless something is."""
+        """The transform with all that is random in it drawn: itself, unless something is.
+
+        Args:
+            rng: the only source of random numbers.
+        """
         return self
 
     def warp(self, shape: tuple[int, int]) -> Warp | None:
@@ -171,14 +201,28 @@ def _parsed(kind: type[Transform], number: int) -> Transform | None:
 
 
 def whole_number(value: str, low: int, high: int, what: str) -> int:
-    """`value` as an int in low..high; raises ValueError that says `what` was expected."""
+    """The parameter of a spec as a whole number.
+
+    Args:
+        value: the text after the colon.
+        low: the least that is right.
+        high: the most.
+        what: it is, with its article, for the error.
+
+    Raises:
+        ValueError: it is none in low..high; says what was expected.
+    """
     if not value.isdigit() or not low <= int(value) <= high:
         raise ValueError(f"expected {what} in {low}..{high}")
     return int(value)
 
 
 def number(value: str, low: float, high: float, what: str) -> float:
-    """`value` as a float in low..high; raises ValueError that says `what` was expected."""
+    """The parameter of a spec as a number, as `whole_number`.
+
+    Raises:
+        ValueError: it is none in low..high; says what was expected.
+    """
     try:
         found = float(value)
     except ValueError:

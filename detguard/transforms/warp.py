@@ -20,7 +20,10 @@ TO_MIDDLES: Matrix = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
 class Warp:
     """A perspective map from places in a photo to places in a picture of it, which is black where no photo is.
 
-    matrix: float64 [3, 3], (x, y, 1) of the photo -> of the picture, up to a factor; photo, picture: (height, width).
+    Attributes:
+        matrix: float64 [3, 3], (x, y, 1) of the photo -> of the picture, up to a factor.
+        photo: (height, width), px.
+        picture: (height, width), px.
     """
 
     matrix: Matrix

@@ -36,7 +36,12 @@ Figures = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True)
 class Adapted(Trained):
-    """What came of teaching; before, after: F1, AP and AP50 on labelled photos kept for that, `new` and `old`."""
+    """What came of teaching.
+
+    Attributes:
+        before: F1, AP and AP50 of the ensemble as it was, on labelled photos kept for that, by `new` and `old`.
+        after: the same of what it has become.
+    """
 
     before: Figures
     after: Figures
@@ -232,20 +237,26 @@ def adapt(
     Args:
         detector: the ensemble that `harden` made: its file, or by `load_detector`.
         new: labelled photos of the new kind: data.yaml, COCO json or JSON lines, as `monitor` writes them.
-        replay: photos of kinds that it knows, as `new`, or folders of them; split: of a data.yaml.
+        replay: photos of kinds that it knows, as `new`, or folders of them; by default none.
+        split: of a data.yaml.
         max_experts: beyond so many it is not to grow.
         corruptions: kinds that old photos are shown with, by default those that it was hardened with.
-        out, resume, device, workers, trust: as of `harden`.
+        out: folder of the run; by default the next of runs/adapt/.
+        resume: a run's folder, to go on with, instead of all above and of `plan`.
+        device: of torch, where to train: cpu, cuda, cuda:1 or mps.
+        workers: processes that make batches, by default one per core.
+        trust: as of `load_detector`.
         on_batch: told the number of the batch, the share that is over, and the last losses; returns True to save and
             stop.
-        plan: the fields of `Adaptation`: `experts`, `mode` (full, frozen, or by default auto: by how many photos are
+        **plan: the fields of `Adaptation`: `experts`, `mode` (full, frozen, or by default auto: by how many photos are
             new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000 at most), `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: the ensemble or photos cannot be read, or options do not go together.
         KeyboardInterrupt: `on_batch` asked for it; go on with `resume`.
+        TypeError: `plan` holds no such field.
 
-    Example:
+    Examples:
         >>> import detguard
         >>> made = detguard.adapt("hard.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
         >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP

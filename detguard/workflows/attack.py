@@ -37,9 +37,12 @@ Source = str | Path | Photo | Image.Image | torch.Tensor
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one photo. key: its name; record: all that is known of it, as in results.jsonl of a run.
+    """What became of one photo.
 
-    folder: of the run; where `out` names none it is gone with the last of the results.
+    Attributes:
+        key: its name in the run.
+        record: all that is known of it, as in results.jsonl of a run.
+        folder: of the run; where `out` names none it is gone with the last of the results.
     """
 
     key: str
@@ -82,7 +85,14 @@ class Result:
         return float(self.record.get("used", 0))
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adversarial photo as PNG; returns its path."""
+        """Write the adversarial photo as PNG; returns its path.
+
+        Args:
+            folder: where, made if it is not there; the file is called `KEY.png`.
+
+        Raises:
+            DetguardError: there is none, as nothing was attacked, or its file is gone.
+        """
         file = Path(folder) / f"{self.key}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, encode_png(self.photo))
@@ -160,14 +170,15 @@ def attack(
         budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
         out: folder of a run as `detguard attack` writes it; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
-        options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `gradient`,
+        **options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `gradient`,
             `momentum`, `random_start`, `margin`, `smallest`, `black_box`, `queries`, `seed` and `batch`.
 
     Raises:
         DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no
             gradient and `black_box` is not asked for.
+        TypeError: `options` holds no such field.
 
-    Example:
+    Examples:
         >>> import detguard
         >>> detector = detguard.load_detector("detguard-n")
         >>> person = detguard.Vanish("person")
@@ -246,13 +257,23 @@ def verify(
 ) -> Iterator[Record]:
     """Judge what was saved anew, by the detector that was attacked or by another, and after more transforms.
 
-    run: the folder of one, or results of `attack`.
+    Args:
+        run: the folder of one, or results of `attack`, all of one call.
+        detector: who judges, by `load_detector`.
+        transforms: more of them, of each adversarial photo, beside the members of its group; "none" for none.
 
-    Yields a record per attacked photo: `members`, each with `fooled` and what is found, and `used`, of the budget;
-    `error` where files cannot be read, `skipped` where this detector finds no target before the attack.
+    Yields:
+        A record per attacked photo: `members`, each with `fooled` and what is found, and `used`, of the budget; `error`
+            where files cannot be read, `skipped` where this detector finds no target before the attack.
 
     Raises:
         DetguardError: there is no such run, or the detector lacks a class that it names.
+
+    Examples:
+        >>> import detguard
+        >>> other = detguard.load_detector("detguard-n-hard")
+        >>> for record in detguard.verify("runs/attack/001", other, transforms="jpeg:40"):  # doctest: +SKIP
+        ...     print(record["key"], record["members"]["photo"]["fooled"])
     """
     results = [run] if isinstance(run, Result) else [] if isinstance(run, str | Path) else list(run)
     folders = {Path(run)} if isinstance(run, str | Path) else {result.folder for result in results}

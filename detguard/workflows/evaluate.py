@@ -84,20 +84,24 @@ def evaluate(
     """COCO metrics of one or several detectors on clean, corrupted and attacked photos, by name: as in metrics.json.
 
     Args:
-        detector: by `load_detector`.
-        data: a data.yaml, a COCO instances json (with the folder of its `images`), or coco, coco128, voc.
-        split: of a data.yaml; classes: only these; limit: only the first so many photos.
-        steps, restarts: of each white-box attack; by default 20 and 1, where a detector is a defence 40 and 2.
+        detector: by `load_detector`; several give a row each.
+        data: a data.yaml, a COCO instances json, or coco, coco128, voc.
+        split: of a data.yaml.
+        images: folder of the photos of a COCO json, by default beside it.
+        classes: names of the only ones that count, by default all that data and detector have in common.
+        limit: only the first so many photos.
+        steps: of each white-box attack; by default 20, where a detector is a defence 40.
+        restarts: starts of each white-box attack; by default 1, where a detector is a defence 2.
         out: folder for metrics.json, per_class.csv and what was found; by default none is kept.
         cache: SQLite file of what was found before, which is not done again.
         on_progress: told what is being shown and how many forward passes are done.
-        protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
+        **protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
             `seed`, `patch`, `patch_target`, `patch_size`, `universal`.
 
     Raises:
         DetguardError: the data cannot be read, or an option is wrong.
 
-    Example:
+    Examples:
         >>> import detguard
         >>> detector = detguard.load_detector("detguard-n")
         >>> metrics = detguard.evaluate(detector, "coco128", protocols=("clean", "attack"))  # doctest: +SKIP

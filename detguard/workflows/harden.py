@@ -30,7 +30,10 @@ OnStage = Callable[[str, float, dict[str, float]], object]
 class Trained:
     """What came of a training.
 
-    weights: file for `load_detector`; folder: of the run; unread: what was wrong with photos that were left out.
+    Attributes:
+        weights: file for `load_detector`.
+        folder: of the run.
+        unread: what was wrong with photos that were left out.
     """
 
     weights: Path
@@ -197,21 +200,25 @@ def harden(
     Args:
         detector: a name or file, or by `load_detector` (then of its frames, where `imgsz` says no other).
         data: folders or patterns of photos, or data.yaml or COCO json files.
-        teacher: detector to imitate, by default the same; pretrain: photos by which the backbone is made robust first.
-        imgsz: longest side of a frame, px; corruptions: kinds of hard photos, by default all.
-        out: folder of the run; by default the next of runs/harden/. resume: a run's folder, to go on with, instead of
-            all above and of `plan`.
-        device, workers: where to train, and the processes that make batches, by default one per core.
+        teacher: detector to imitate, by default the same.
+        pretrain: photos by which the backbone is made robust first, by default none.
+        imgsz: longest side of a frame, px, by default the detector's.
+        corruptions: kinds of hard photos, by default all 15.
+        out: folder of the run; by default the next of runs/harden/.
+        resume: a run's folder, to go on with, instead of all above and of `plan`.
+        device: of torch, where to train: cpu, cuda, cuda:1 or mps.
+        workers: processes that make batches, by default one per core.
         trust: as of `load_detector`.
         on_stage: told the stage, the share of all that is over, and the last losses; returns True to save and stop.
-        plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
+        **plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
             `steps`, `mix`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: a detector or photos cannot be read, or options do not go together.
         KeyboardInterrupt: `on_stage` asked for it; go on with `resume`.
+        TypeError: `plan` holds no such field.
 
-    Example:
+    Examples:
         >>> import detguard
         >>> made = detguard.harden("detguard-n", "photos/", recipe="pgd", hours=2)  # doctest: +SKIP
         >>> hardened = detguard.load_detector(made.weights)  # doctest: +SKIP

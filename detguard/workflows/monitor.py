@@ -50,24 +50,26 @@ def monitor(
 ) -> Iterator[Record]:
     """Watch accuracy photo by photo, and tell when it drops: photos of a new kind have come.
 
-    Yields a record per photo: `number`, `photo`, `objects`, `f1` against its labels, `confidence` and, of an ensemble,
-    the `entropy` of its gate; `began`, where accuracy has dropped, the number of the photo since which it has, else
-    None; `AP50` at the end of each window; or `error`, where a photo cannot be read or its labels are wrong.
-
     Args:
         detector: by `load_detector`.
         photos: a data.yaml, a COCO json, a file of JSON lines; or photos as they come, {"photo": a path or a photo as
             `attack` takes it, "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}, boxes in pixels.
         drift: what tells a drop from chance: likelihood-ratio, adwin, page-hinkley or kswin.
         window: photos that a judgement needs, and that AP is over, 8 or more.
-        split: of a data.yaml; images: folder of the photos of a COCO json, by default beside it.
+        split: of a data.yaml.
+        images: folder of the photos of a COCO json, by default beside it.
         out: folder of a run as `detguard monitor` writes it, with the photos of every drop in dropped.jsonl, which
             `adapt` takes; by default a temporary one.
+
+    Yields:
+        A record per photo: `number`, `photo`, `objects`, `f1` against its labels, `confidence` and, of an ensemble, the
+            `entropy` of its gate; `began`, where accuracy has dropped, the number of the photo since which it has, else
+            None; `AP50` at the end of each window; or `error`, where a photo cannot be read or its labels are wrong.
 
     Raises:
         DetguardError: an option is wrong, or the data set cannot be read.
 
-    Example:
+    Examples:
         >>> import detguard
         >>> detector = detguard.load_detector("detguard-n")
         >>> for record in detguard.monitor(detector, "day/instances.json"):  # doctest: +SKIP

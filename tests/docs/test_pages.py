@@ -1,0 +1,112 @@
+"""What the pages for users say is true: their links, their commands, their code."""
+
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+import typer
+
+import detguard
+from detguard.cli.app import app
+from detguard.detections import Candidates, Detections
+from detguard.detectors.contract import check_contract
+from detguard.objectives.base import Scene
+from detguard.transforms.parse import KINDS, parse_transforms
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def blocks(page, language):
+    """The code of one language in a page."""
+    return [dedent(found) for found in re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(), re.M | re.S)]
+
+
+# One test, as processes of pytest-xdist share no fixture, and a build takes most of it.
+def test_the_site_builds_strictly_and_is_whole_and_loads_nothing_from_elsewhere(tmp_path):
+    """Strict: a link, an anchor or an argument that is not there fails it, and so does a cell that raises."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    run = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "jpeg:75 True 0." in re.sub("<[^>]+>", "", (tmp_path / "quick_start/index.html").read_text())
+    assert "--keep-others" in (tmp_path / "reference/cli/index.html").read_text()
+    python = (tmp_path / "reference/python/index.html").read_text()
+    assert [name for name in detguard.__all__ if f'id="detguard.{name}"' not in python] == []
+    loaded = r"<(?:script|img)[^>]+src=.?https?:|<link[^>]+rel=.?stylesheet[^>]+href=.?https?:"
+    assert [page for page in tmp_path.rglob("*.html") if re.search(loaded, page.read_text())] == []
+
+
+def commands():
+    for page in PAGES:
+        lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+        prose = re.sub("```.*?```", "", page.read_text(), flags=re.S)
+        lines += [" ".join(found.split()) for found in re.findall("`(detguard [a-z-]+ [^`]+)`", prose)]
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            if "detguard" in words and "..." not in words:
+                yield pytest.param(words[words.index("detguard") + 1 :], id=f"{page.name}: {line.strip()[:60]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_of_the_pages_are_understood(words):
+    group = typer.main.get_command(app)
+    name, command, rest = group.resolve_command(typer.Context(group), words)
+    command.make_context(name, rest)
+
+
+def test_the_python_of_the_readme_runs(bus_file, tmp_path, monkeypatch, capsys):
+    (code,) = blocks(ROOT / "README.md", "python")
+    shutil.copy(bus_file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.split() == ["True", "True", "(1080,", "810,", "3)"]
+
+
+@pytest.fixture
+def own(request, tmp_path, monkeypatch):
+    """What the code of a how-to defines, by name, and its file in the working folder."""
+    (code,) = blocks(ROOT / "docs" / request.param[0], "python")
+    (tmp_path / request.param[1]).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    return runpy.run_path(request.param[1])
+
+
+@pytest.mark.parametrize("own", [("own_detector.md", "my_detector.py")], indirect=True)
+def test_the_detector_of_the_how_to_keeps_all_promises(own, bus):
+    detector = detguard.load_detector("my_detector:make", trust=True)
+    assert [promise for promise in check_contract(detector, bus) if promise.wrong] == []
+
+
+@pytest.mark.parametrize("own", [("adding_a_transform.md", "solarize.py")], indirect=True)
+def test_the_transform_of_the_how_to_is_one(own, bus, monkeypatch):
+    monkeypatch.setitem(KINDS, "solarize", own["Solarize"])
+    (solarize,) = parse_transforms("solarize:128")
+    assert str(solarize) == "solarize:128"
+    assert solarize(bus).max() == 127
+    back = solarize.pull_back(bus, torch.ones(3, *bus.shape[:2]))
+    assert torch.equal(back < 0, torch.from_numpy(bus >= 128).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("own", [("adding_an_objective.md", "shrink.py")], indirect=True)
+def test_the_objective_of_the_how_to_lowers_what_it_judges(own):
+    def found(side):
+        return Detections(torch.tensor([[0.0, 0, side, side]]), torch.tensor([0.9]), torch.tensor([0]))
+
+    shrink = own["Shrink"]((0,))
+    assert not shrink.success(found(40.0), found(38.0))
+    assert shrink.success(found(40.0), found(20.0))
+    boxes = torch.tensor([[[0.0, 0, 38, 38]]]).requires_grad_()
+    aims = [Scene(found(40.0), found(40.0)[[]])]
+    shrink.loss(Candidates(torch.full((1, 1, 2), 3.0), boxes), aims, 0.25).sum().backward()
+    assert (boxes.grad[0, 0, 2:] > 0).all()
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {detguard.__version__}\n" in (ROOT / "CITATION.cff").read_text()
