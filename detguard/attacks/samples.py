@@ -143,12 +143,13 @@ def kept_samples(file: Path, class_names: dict[int, str]) -> list[Sample]:
     Raises:
         DetguardError: the file cannot be read, or a line is wrong.
     """
-    lines = [parse_json(line) for line in read_file(file, MAX_ANNOTATIONS).splitlines()]
+    attacked, data = read_lines(file, class_names), read_file(file, MAX_ANNOTATIONS)
     try:
+        lines = map(parse_json, data.splitlines())
         told = [(Path(line["clean"]), str(line["transform"])) for line in lines]
-    except (KeyError, TypeError) as error:
+        return [Sample(one, *rest) for one, rest in zip(attacked, told, strict=True)]
+    except (ValueError, KeyError, TypeError) as error:
         raise DetguardError(f"{file}: not one that detguard wrote ({error})") from error
-    return [Sample(one, *rest) for one, rest in zip(read_lines(file, class_names), told, strict=True)]
 
 
 def load_samples(samples: Sequence[Sample], size: int) -> tuple[Samples | None, list[str]]:
