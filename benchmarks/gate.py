@@ -2,9 +2,9 @@
 
     python benchmarks/gate.py --limit 16
 
-By --fusion bounded:0.25 the gate moves a logit by a quarter at most; --fusion average:0 leaves all to it. Every ensemble
-is attacked for itself, that with the gate also by attacks that know its logits. The best fixed weights are chosen on the
-photos that they are judged on, which flatters them.
+By --fusion bounded:0.25 the gate moves a logit by a quarter at most; --fusion average:0 leaves all to it. Every
+ensemble is attacked for itself, that with the gate also by attacks that know its logits. The best fixed weights are
+chosen on the photos that they are judged on, which flatters them.
 """
 
 import copy

@@ -202,7 +202,7 @@ def test_resumed_it_learns_the_labels_and_samples_that_the_run_keeps(tmp_path, t
     shutil.copytree(tiny_data.parent, tmp_path / "data")
     options = ("--data", "data/instances.json", *OPTIONS[2:-4], "--photos", 12, "--recipe", "pgd", "--learn", "both")
     options += ("--pretrain", ASSETS, "--samples", "attack", "--transforms", "jpeg:50")
-    detguard_attack(bundled, ASSETS / "bus.jpg", transforms="jpeg:75", steps=1, out=tmp_path / "attack")
+    list(detguard_attack(bundled, ASSETS / "bus.jpg", transforms="jpeg:75", steps=1, out=tmp_path / "attack"))
     result = detguard("harden", *options, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     card = json.loads((tmp_path / "run/weights/adversarial.json").read_text())
