@@ -64,6 +64,7 @@ class Harden:
     photos: Final = 100_000
     eps: Final = 4
     mix: Final = 0.2
+    transforms: Final = "none"
     fusion: Final = "bounded:0.25"
     sparse: Final = 0.2
     batch: Final = 32

@@ -210,6 +210,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "eps": real(0, 255),
             "steps": whole(1),
             "mix": real(0, 1),
+            "tune_normal?": flag,
+            "transforms?": text,
             "top_k": Maybe(whole(1)),
             "fusion": text,
             "sparse?": real(0, 1),
@@ -220,6 +222,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "corruptions": texts,
         "photos": texts,
         "pretrain?": texts,
+        "samples?": texts,
     },
     "adapt": {
         "model": text,

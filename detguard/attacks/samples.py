@@ -1,19 +1,29 @@
 """The photos of an attack as a data set: what others train and evaluate on, with labels where transforms took them."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from detguard import DetguardError
 from detguard.attacks.run import PHOTO, drawn_transforms
+from detguard.data.batches import PhotoSet, Samples, as_kept, shrunk
+from detguard.data.sources import OnData, attack_run, has_samples, read_labelled, warn_of, whole_run
+from detguard.data.stream import Labelled, as_line, read_lines
 from detguard.detections import Detections
-from detguard.photos import photo_size
+from detguard.files import MAX_ANNOTATIONS, parse_json, read_file
+from detguard.photos import Photo, encode_png, photo_size, read_photo
 from detguard.runs import Record, Run
 from detguard.transforms.base import seen
+from detguard.transforms.parse import parse_transforms
 
 FOLDER = "samples"
+# Of a run that learns from them.
+KEPT = "samples.jsonl"
 
 
 def write_samples(
@@ -37,7 +47,7 @@ def write_samples(
         for name, file in files.items():
             here, _ = seen(drawn.get(name), (height, width), objects, torch.ones(len(objects), dtype=torch.bool))
             source = run.path(file)
-            stem = f"{key}--{PHOTO if name == PHOTO else source.stem}"
+            stem = _stem(key, name, source)
             run.write(f"{FOLDER}/images/{stem}{source.suffix}", source.read_bytes())
             wide, high = photo_size(source)
             run.write(f"{FOLDER}/labels/{stem}.txt", yolo_lines(here, wide, high).encode())
@@ -56,6 +66,112 @@ def write_samples(
     instances = {"images": images, "annotations": annotations, "categories": categories}
     run.write(f"{FOLDER}/instances.json", (json.dumps(instances) + "\n").encode())
     return len(images)
+
+
+def _stem(key: str, name: str, file: Path) -> str:
+    return f"{key}--{PHOTO if name == PHOTO else file.stem}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A photo of an attack, with the objects of the clean photo where they lie in it.
+
+    clean: file of the clean photo; transform: spec of the one that made this member of the group, or "none".
+    """
+
+    attacked: Labelled
+    clean: Path
+    transform: str
+
+    def photos(self) -> tuple[Photo, Photo]:
+        """The attacked photo and the clean one, as far as the transform has moved its pixels.
+
+        Raises:
+            DetguardError: one cannot be read, or they are not of one size.
+        """
+        attacked, clean = read_photo(self.attacked.file), read_photo(self.clean)
+        for transform in parse_transforms(self.transform):
+            if warp := transform.warp((clean.shape[0], clean.shape[1])):
+                clean = warp(clean)
+        if clean.shape != attacked.shape:
+            raise DetguardError(f"{self.clean}: no longer the photo that {self.attacked.file} was made of")
+        return attacked, clean
+
+
+def read_samples(source: str, class_names: dict[int, str], on_data: OnData = warn_of) -> list[Sample]:
+    """The photos of an attack, all members of their groups, beside the clean ones.
+
+    source: the run's folder, its `samples` or their data.yaml. Labels are those of its samples, or else what was found
+    in the clean photo.
+
+    Raises:
+        DetguardError: it is no attack or a part of one, or holds no photos.
+    """
+    folder = attack_run(Path(source))
+    if folder is None:
+        raise DetguardError(f"`samples` {source}: expected a run of detguard attack; give other photos as `data`")
+    run, index = Run.open(whole_run(source, folder), "attack"), {name: i for i, name in class_names.items()}
+    labelled = read_labelled(str(folder), "train", class_names, on_data) if has_samples(folder) else []
+    known = {one.file.stem: one for one in labelled}
+    samples = []
+    for record in (one for one in run.records() if "files" in one):
+        drawn = drawn_transforms(record)
+        for name, file in record["files"].items():
+            path, transform = run.path(file), drawn.get(name)
+            label = known.get(_stem(record["key"], name, path))
+            if label is None:
+                found = from_records(record["clean"], index)
+                here, _ = seen(transform, photo_size(path)[::-1], found, torch.ones(len(found), dtype=torch.bool))
+                label = Labelled(path, replace(here, scores=torch.ones(len(here))))
+            samples.append(Sample(replace(label, file=path), Path(record["photo"]), str(transform or "none")))
+    if not samples:
+        raise DetguardError(f"`samples` {source}: no attacked photos there")
+    return samples
+
+
+def sample_lines(samples: Iterable[Sample], class_names: dict[int, str]) -> bytes:
+    """Photos of attacks as a run keeps them, for `kept_samples`."""
+    return "".join(
+        json.dumps(as_line(one.attacked, class_names) | {"clean": str(one.clean), "transform": one.transform}) + "\n"
+        for one in samples
+    ).encode()
+
+
+def kept_samples(file: Path, class_names: dict[int, str]) -> list[Sample]:
+    """What `sample_lines` kept.
+
+    Raises:
+        DetguardError: the file cannot be read, or a line is wrong.
+    """
+    attacked, data = read_lines(file, class_names), read_file(file, MAX_ANNOTATIONS)
+    try:
+        lines = map(parse_json, data.splitlines())
+        told = [(Path(line["clean"]), str(line["transform"])) for line in lines]
+        return [Sample(one, *rest) for one, rest in zip(attacked, told, strict=True)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DetguardError(f"{file}: not one that detguard wrote ({error})") from error
+
+
+def load_samples(samples: Sequence[Sample], size: int) -> tuple[Samples | None, list[str]]:
+    """Photos of attacks for frames of `size` pixels, at the size at which a detector sees them, and what is unreadable.
+
+    Resized further they would fool nobody.
+    """
+    attacked, clean, labels, unread = list[bytes](), list[bytes](), list[Labelled](), list[str]()
+    for one in samples:
+        try:
+            pair = one.photos()
+        except DetguardError as error:
+            unread.append(str(error))
+            continue
+        shown = [shrunk(photo, size, plain=True) for photo in pair]
+        for photo, kept in zip(shown, (attacked, clean), strict=True):
+            kept.append(encode_png(photo))
+        labels.append(as_kept(one.attacked, pair[0], shown[0]))
+    if not labels:
+        return None, unread
+    alike = [1.0] * len(labels)
+    return Samples(PhotoSet.of(attacked, alike, plain=True), PhotoSet.of(clean, alike, labels, plain=True)), unread
 
 
 def from_records(found: list[dict[str, Any]], index: Mapping[str, int]) -> Detections:

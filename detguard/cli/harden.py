@@ -49,6 +49,10 @@ Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rat
 
 `detguard harden --model best.pt --data photos/ --pretrain more/photos/`: on a backbone that is made robust first
 
+`detguard harden --model best.pt --data photos/ --transforms median:3,jpeg:75`: against attacks that survive filters
+
+`detguard harden --model best.pt --data photos/ --samples runs/attack/001`: with photos of an attack, too
+
 `detguard harden --resume runs/harden/001`: go on with a run that was stopped"""
 )
 def harden(
@@ -76,6 +80,13 @@ def harden(
         typer.Option(
             help="Folder or pattern of any photos, by which the backbone is made robust first; repeatable. Needs no "
             "labels, nor the classes."
+        ),
+    ] = None,
+    samples: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Run of detguard attack, whose photos become a quarter of the adversarial frames; repeatable. "
+            "--teacher is asked what is in the clean ones."
         ),
     ] = None,
     teacher: Annotated[
@@ -128,6 +139,16 @@ def harden(
     mix: Annotated[
         float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")
     ] = defaults.Harden.mix,
+    tune_normal: Annotated[
+        bool, typer.Option("--tune-normal", help="Train the normal expert, too, instead of keeping --model as it is.")
+    ] = False,
+    transforms: Annotated[
+        str,
+        typer.Option(
+            help="What attacked photos go through in training, each by one of these or by none, as in "
+            "median:3,jpeg:75: what is learned is what survives."
+        ),
+    ] = defaults.Harden.transforms,
     top_k: TopK = None,
     fusion: Fusion = defaults.Harden.fusion,
     sparse: Annotated[
@@ -169,13 +190,14 @@ def harden(
             )
         plan: dict[str, Any] = {
             "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
-            "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion,
-            "sparse": sparse, "batch": batch, "rate": rate, "seed": seed,
+            "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "tune_normal": tune_normal,
+            "transforms": transforms, "top_k": top_k, "fusion": fusion, "sparse": sparse,
+            "batch": batch, "rate": rate, "seed": seed,
         }  # fmt: skip
         ranks = start_ranks(device)
         with err.status("Loading the detector"):
             job = Hardening.begin(
-                model, data, plan, ranks, teacher=teacher, pretrain=pretrain or [], imgsz=imgsz,
+                model, data, plan, ranks, teacher=teacher, pretrain=pretrain or [], samples=samples or [], imgsz=imgsz,
                 corruptions=None if corruptions is None else names(corruptions), out=out_folder, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip

@@ -82,6 +82,16 @@ class PhotoSet:
         return np.cumsum(self.probability)
 
 
+class Samples(NamedTuple):
+    """Photos of attacks and the clean ones that they were made of, in the same order, of the same sizes and `plain`.
+
+    The clean ones have the labels.
+    """
+
+    attacked: PhotoSet
+    clean: PhotoSet
+
+
 def read_photos(
     folders: Sequence[tuple[Sequence[Path] | Sequence[Labelled], float]], size: int, plain: bool = False
 ) -> tuple[PhotoSet, list[str]]:
@@ -102,12 +112,11 @@ def read_photos(
             photo = read_photo(entry.file if isinstance(entry, Labelled) else entry)
         except DetguardError as error:
             return str(error)
-        shown = _shrunk(photo, size, plain)
+        shown = shrunk(photo, size, plain)
         data = encode_png(shown) if plain else encode_jpeg(shown, KEPT_QUALITY)
         if not isinstance(entry, Labelled):
             return data, None
-        scale = torch.tensor([shown.shape[1] / photo.shape[1], shown.shape[0] / photo.shape[0]] * 2)
-        return data, replace(entry, objects=replace(entry.objects, boxes=entry.objects.boxes * scale))
+        return data, as_kept(entry, photo, shown)
 
     with ThreadPoolExecutor(cores()) as pool:
         for shown, share in folders:
@@ -127,7 +136,14 @@ def read_photos(
     return PhotoSet.of(photos, probability, labels, plain), broken
 
 
-def _shrunk(photo: Photo, size: int, plain: bool) -> Photo:
+def as_kept(label: Labelled, photo: Photo, shown: Photo) -> Labelled:
+    """The labels of a photo that is kept in another size."""
+    scale = torch.tensor([shown.shape[1] / photo.shape[1], shown.shape[0] / photo.shape[0]] * 2)
+    return replace(label, objects=replace(label.objects, boxes=label.objects.boxes * scale))
+
+
+def shrunk(photo: Photo, size: int, plain: bool) -> Photo:
+    """A photo as it is kept for frames of `size` pixels; plain: in the size in which a detector sees it."""
     if plain:
         height, width = (letterbox := Letterbox.fit(photo.shape[:2], size)).resized
         top, left = letterbox.offset
@@ -176,11 +192,16 @@ def augment(
 
 
 def show(photo: Photo, canvas: Photo, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw a `photo` no larger than `canvas` in its middle, mirrored at random; returns the matrix like `augment`."""
-    h, w = photo.shape[:2]
-    top, left = (canvas.shape[0] - h) // 2, (canvas.shape[1] - w) // 2
+    """Draw a `photo` in the middle of `canvas`, mirrored at random; of one that is larger, a random part.
+
+    Returns the matrix like `augment`.
+    """
     mirrored = rng.random() < 0.5
-    canvas[top : top + h, left : left + w] = photo[:, ::-1] if mirrored else photo
+    (h, w), size = photo.shape[:2], canvas.shape[0]
+    top, left = ((size - side) // 2 if side <= size else -int(rng.integers(side - size + 1)) for side in (h, w))
+    shown = (photo[:, ::-1] if mirrored else photo)[max(-top, 0) :, max(-left, 0) :][:size, :size]
+    y, x = max(top, 0), max(left, 0)
+    canvas[y : y + shown.shape[0], x : x + shown.shape[1]] = shown
     return np.array([[-1 if mirrored else 1, 0, left + (w - 1) * mirrored], [0, 1, top]], np.float64)
 
 
@@ -247,7 +268,8 @@ def make_hard(frame: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequenc
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames of this process, float32 [B, 3, S, S], 0..1, clean; and as they are shown, the first `hard` corrupted.
+    """Frames of this process, float32 [B, 3, S, S], 0..1, clean; and as they are shown, the first `hard` corrupted, the
+    last from photos of attacks, where some are `Samples`.
 
     labels: of each frame, boxes in its pixels, where the photos have some.
     """
@@ -259,7 +281,7 @@ class Batch:
 
 
 class Made(NamedTuple):
-    """What a process makes of a batch. clean, hard: uint8 [B, S, S, 3], and its first frames as they are shown.
+    """What a process makes of a batch. clean, hard, sampled: uint8 [B, S, S, 3], its first and last frames as shown.
 
     objects: float64 [N, 6], frame, class and box, as one tensor, or there would be a file open for each; known: of each
     labelled frame.
@@ -267,6 +289,7 @@ class Made(NamedTuple):
 
     clean: Tensor
     hard: Tensor
+    sampled: Tensor
     objects: Tensor
     known: list[tuple[int, ...] | None]
 
@@ -283,24 +306,30 @@ class _Maker:
     zoom: float
     kinds: Sequence[str]
     ranks: Ranks
+    samples: Samples | None
+    sampled: int
 
     def __call__(self, number: int) -> Made:
-        clean, hard, objects, known = list[Photo](), list[Photo](), list[Tensor](), []
+        clean, hard, sampled, objects, known = list[Photo](), list[Photo](), list[Photo](), list[Tensor](), []
         for i in self.ranks.rows(0, self.count):
             # Of its own for each frame, which is then the same whichever process makes it.
-            rng = np.random.default_rng((self.seed, number, i))
-            frame, drawn = draw_frame(self.source, self.size, rng, self.zoom)
+            rng, source = np.random.default_rng((self.seed, number, i)), self.source
+            if self.samples and i >= self.count - self.sampled:
+                source = self.samples.clean
+                again = np.random.default_rng((self.seed, number, i))  # so that it lies where the clean one does
+                sampled.append(draw_frame(self.samples.attacked, self.size, again, self.zoom)[0])
+            frame, drawn = draw_frame(source, self.size, rng, self.zoom)
             if self.source.labels:
-                label = labels_of(drawn, self.source.labels)
+                label = labels_of(drawn, source.labels)
                 found, of_frame = label.objects, torch.full((len(label.objects), 1), len(clean))
                 objects.append(torch.cat([of_frame, found.classes[:, None], found.boxes], 1).double())
                 known.append(label.known)
             clean.append(frame)
             if i < self.hard:
                 hard.append(make_hard(frame, rng, self.kinds))
-        shown = np.stack(hard) if hard else np.zeros((0, self.size, self.size, 3), np.uint8)
-        whole = torch.cat(objects) if objects else torch.zeros(0, 6)
-        return Made(torch.from_numpy(np.stack(clean)), torch.from_numpy(shown), whole, known)
+        none = np.zeros((0, self.size, self.size, 3), np.uint8)
+        first, second, third = (torch.from_numpy(np.stack(x) if x else none) for x in (clean, hard, sampled))
+        return Made(first, second, third, torch.cat(objects) if objects else torch.zeros(0, 6), known)
 
 
 def batches(
@@ -315,21 +344,25 @@ def batches(
     kinds: Sequence[str] = tuple(KINDS),
     workers: int = 1,
     ranks: Ranks = ALONE,
+    samples: Samples | None = None,
+    sampled: int = 0,
 ) -> Iterator[Batch]:
     """Batches number `first` to `last`, each the same whichever came before it and however many processes make it.
 
     count: frames of all `ranks` together, of which these are this one's; the first `hard` of all are corrupted by
-    `kinds`. They are made ahead by `workers` processes: a thread would hold the interpreter that training waits for.
+    `kinds`, the last `sampled` are of `samples`. They are made ahead by `workers` processes: a thread would hold the
+    interpreter that training waits for.
 
     Raises:
         AheadError: those processes cannot be kept alive.
     """
     cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
-    maker = _Maker(source, count, size, seed, hard, zoom, kinds, ranks)
+    maker = _Maker(source, count, size, seed, hard, zoom, kinds, ranks, samples, sampled)
     device = ranks.device
     for made in ahead(maker, first, last, workers, device.type == "cuda", PATIENCE + OF_FRAME * count):
         clean = _frames(made.clean, device)
-        shown = torch.cat([_frames(made.hard, device), clean[len(made.hard) :]])
+        middle = clean[len(made.hard) : len(clean) - len(made.sampled)]
+        shown = torch.cat([_frames(made.hard, device), middle, _frames(made.sampled, device)])
         yield Batch(clean, shown.contiguous(memory_format=torch.channels_last), len(made.hard), _labels(made))
 
 

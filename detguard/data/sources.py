@@ -44,11 +44,26 @@ def with_samples(source: str) -> str:
     path = Path(source)
     if (run := attack_run(path)) is None or (run / SAMPLES).parent in path.absolute().parents:
         return source
-    if path.absolute() != run:
-        raise DetguardError(f"{source}: is a part of an attack, without the labels of its photos; give the run, {run}")
-    if not is_file(run / SAMPLES):
+    if not has_samples(whole_run(source, run)):
         raise DetguardError(f"{source}: an attack without samples; make one with: detguard attack --data PHOTOS")
     return str(run / SAMPLES)
+
+
+def whole_run(source: str, run: Path) -> Path:
+    """The run of an attack that a source is in, where it stands for all of it: the run itself, or its samples.
+
+    Raises:
+        DetguardError: it is another part: photos without their labels.
+    """
+    path, samples = Path(source).absolute(), (run / SAMPLES).parent
+    if path not in (run, samples) and samples not in path.parents:
+        raise DetguardError(f"{source}: is a part of an attack, without the labels of its photos; give the run, {run}")
+    return run
+
+
+def has_samples(run: Path) -> bool:
+    """Whether the run of an attack has its photos as a data set."""
+    return is_file(run / SAMPLES)
 
 
 def unlabelled(source: str) -> bool:
@@ -66,7 +81,10 @@ def photo_files(source: str) -> list[Path]:
         DetguardError: they are of an attack: what a detector says of them is not what is to be learned.
     """
     if run := attack_run(Path(source)):
-        raise DetguardError(f"{source}: photos of an attack, {run}, which fool whoever labels them; give clean ones")
+        raise DetguardError(
+            f"{source}: photos of an attack, {run}, which fool whoever labels them; give clean ones here, "
+            f"and to detguard harden the attack as `samples` {run}"
+        )
     if Path(source).suffix in (".yaml", ".yml", ".json"):
         return list(read_dataset(source, "train").files.values())
     return find_photos([source])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
 from detguard import DetguardError, defaults
-from detguard.data.batches import PhotoSet, batches
+from detguard.data.batches import PhotoSet, Samples, batches
 from detguard.detectors.base import Detector
 from detguard.detectors.fusion import parse_fusion
 from detguard.detectors.gated import EXPERTS, GatedNetwork, backbone_end
@@ -21,6 +21,7 @@ from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import BatchLog, Validate, load_made
 from detguard.hardening.losses import LEARN, MAPS, imitation_loss
+from detguard.hardening.members import parse_members
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import (
     ADVERSARIAL,
@@ -45,19 +46,22 @@ RECIPES = {
     "finetune": {"finetune": 1.0},
 }
 MODES = ("full", "freeze-first")
-# Logit margins that the joint stage's attacks add in turn: alone, an attack on the result is blind to a sure gate.
+# Logit margins that attacks add in turn, but where an expert learns to resist: alone, an attack on the result is blind
+# to a sure gate, and the gate learns nothing of those that know it.
 MARGINS = (0.0, 0.3, 1.0, 3.0)
 # Share of the first stage over which the budget grows: a detector that breaks at once has nothing to learn from.
 RAMP = 0.2
 # Weight of the error of feature maps where a whole network learns.
 FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
-GATE, JOINT_RATE, HARD_RATE = 0.3, 0.1, 0.3
+GATE, JOINT_RATE, APART_RATE = 0.3, 0.1, 0.3
 # Of a backbone that was made robust first: its rate beside that of the rest, and what a pass costs of a whole one.
 BACKBONE_RATE, BACKBONE_COST = 0.1, 0.45
 STRIDE = 32
 # Batches of clean photos on which means and deviations of channels are measured.
 MEASURED = 8
+# Of the adversarial frames, those from photos of attacks, where some are given.
+SAMPLED = 0.25
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Plan:
         recipe: gated (an ensemble), or the baselines of one network: pgd, mtd, finetune.
         learn: what is wanted of changed photos: what the `teacher` says of the clean one, its `labels`, or `both`.
         pretrain: whether the backbone learns first, from photos of its own.
+        tune_normal: whether the normal expert learns, too, where it is a whole network.
         mode: what the joint stage trains: full, everything; freeze-first, the adversarial expert and the gate.
         split: what experts do not share: backbone (whole networks), neck (and head), head, or from layer N.
         photos: seen in all stages together, with repeats.
@@ -76,6 +81,7 @@ class Plan:
         attack: free, pgd or fgsm.
         eps: budget of attacks in training, levels of 255.
         steps: of each of them.
+        transforms: specs of what attacked frames go through (see `detguard.hardening.members.parse_members`).
         mix: share of other kinds in each expert's photos, 0..1.
         top_k: experts that are asked per photo, by default all.
         fusion: how the experts' answers become one, `bounded:B` or `average:F` (see `detguard.detectors.fusion`).
@@ -101,6 +107,8 @@ class Plan:
     eps: float = defaults.Harden.eps
     steps: int = 2
     mix: float = defaults.Harden.mix
+    tune_normal: bool = False
+    transforms: str = defaults.Harden.transforms
     top_k: int | None = None
     fusion: str = defaults.Harden.fusion
     sparse: float = defaults.Harden.sparse
@@ -113,6 +121,11 @@ class Plan:
             raise DetguardError(f"`recipe` {self.recipe}: expected one of {', '.join(RECIPES)}")
         if self.pretrain and "pretrain" not in RECIPES[self.recipe]:
             raise DetguardError(f"`pretrain`: `recipe` {self.recipe} sees no attacks; leave one of them out")
+        if self.tune_normal and not self.apart:
+            raise DetguardError(
+                "`tune_normal`: goes with `recipe` gated and `split` backbone; on a shared trunk the normal expert "
+                "always learns"
+            )
         if self.learn not in LEARN:
             raise DetguardError(f"`learn` {self.learn}: expected one of {', '.join(LEARN)}")
         if self.mode not in MODES:
@@ -125,6 +138,8 @@ class Plan:
             raise DetguardError(f"`attack` {self.attack}: `recipe` mtd chooses between two attacks, which pgd makes")
         if not 0 <= self.sparse <= 1:
             raise DetguardError(f"`sparse` {self.sparse:g}: expected 0 (none) to 1 standard deviations")
+        if parse_members(self.transforms) and self.recipe == "finetune":
+            raise DetguardError("`transforms`: `recipe` finetune sees no attacks; leave one of them out")
         parse_fusion(self.fusion)
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
@@ -154,7 +169,7 @@ class Plan:
         """What is trained of a model, in order: nothing that it is already, robust, or by itself for normal photos."""
         again = self.goes_on(model)
         done = {"adversarial"} if isinstance(model, GatedNetwork) and not again else set()
-        done |= {"normal"} if self.apart else set()
+        done |= {"normal"} if self.apart and not self.tune_normal else set()
         done |= set() if self.pretrain else {"pretrain"}
         shares = {n: share for n, share in RECIPES[self.recipe].items() if n not in done}
         stages = [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
@@ -177,13 +192,14 @@ class Plan:
         # On a robust backbone a growing budget gained nothing: a divergence of 13.4 under attack with it, 13.0 without
         # (YOLO11n, 90 batches of 12 crops in all; clean 2.0 by both).
         first = {"backbone": BACKBONE_RATE} if self.pretrain else {"ramp": RAMP}
+        other = {"trunk": False, "size": self.crop, "margins": MARGINS, "features": FEATURES if self.apart else 0.0}
         # Expert that learns, its kind of frames, options.
         parts: dict[str, tuple[int | None, int | None, dict[str, Any]]] = {
             "pretrain": (last, ADVERSARIAL, {"trunk": True, "size": self.crop, "ramp": RAMP, "learn": MAPS}),
             "adversarial": (last, ADVERSARIAL, whole | {"size": self.crop} | first),
             "finetune": (0, NORMAL, {"trunk": True, "size": self.crop}),
-            "normal": (0, NORMAL, {"trunk": False, "size": self.crop}),
-            "hard": (1, HARD, {"trunk": False, "size": self.crop, "features": FEATURES if self.apart else 0.0}),
+            "normal": (0, NORMAL, other),
+            "hard": (1, HARD, other),
             "joint": (None, None, joint),
         }
         route, kind, options = parts[name]
@@ -191,17 +207,17 @@ class Plan:
         share = [1 / 3] * 3 if kind is None else [self.mix / 2] * 3
         if kind is not None:
             share[kind] = 1 - self.mix
-        # A hard expert on its own cannot resist, and trying would outweigh all else.
-        if kind is not None and (name == "finetune" or (self.apart and kind == HARD)):
-            share = [self.mix, self.mix, 0.0]
-            share[kind] = 1 - self.mix
+        if name == "finetune":
+            share = [1 - self.mix, self.mix, 0.0]
         adversary = Adversary(self.eps, self.steps, self.attack)
         if self.attack == "free" and kind in (NORMAL, HARD):  # few frames are attacked, the others learn once
             adversary = replace(adversary, method="pgd")
         elif self.attack == "free":  # its first update is on clean frames
             share = [0.0, share[HARD], 1 - share[HARD]]
+        options["transforms"] = parse_members(self.transforms)
         options |= {"gate": GATE if self.recipe == "gated" else 0.0, "rate": self.rate}
-        options["rate"] *= JOINT_RATE if name == "joint" else HARD_RATE if self.apart and kind == HARD else 1
+        goes_on = self.apart and name in ("normal", "hard")
+        options["rate"] *= JOINT_RATE if name == "joint" else APART_RATE if goes_on else 1
         number = max(1, round(photos / self.batch))
         return Stage(name, number, route, share=(share[0], share[1], share[2]), adversary=adversary, **options)
 
@@ -303,13 +319,14 @@ def harden(
     on_batch: Callable[[str, float, dict[str, float]], bool] | None = None,
     held: Validation = Validation([]),
     first: PhotoSet | None = None,
+    samples: Samples | None = None,
 ) -> Path:
     """Train all stages that the run has not finished; returns the file of the ensemble.
 
     model: the unfused detector to start from, a single hardened network, or an ensemble whose experts go on; card: what
     the json beside the weights is to say (architecture, classes, imgsz); on_batch: told stage, the share of it that is
     over, and losses; returns True to save and stop; held: photos to validate on; first: photos that the backbone learns
-    from, where the plan has it learn first.
+    from, where the plan has it learn first; samples: a share of the adversarial frames (SAMPLED).
 
     Raises:
         KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
@@ -337,6 +354,7 @@ def harden(
     stages = {path(f"weights/{stage.name}.safetensors"): stage for stage in plan.stages(model)}
     if not same_layers(base, imitated, heads=False):  # whose maps mean other things
         stages = {made: replace(stage, features=0.0) for made, stage in stages.items()}
+    stages = {made: replace(stage, sampled=SAMPLED if samples else 0.0) for made, stage in stages.items()}
     for made, stage in stages.items():  # all at once, or one might be found too large hours later
         if ranks.given(lambda made=made: not made.exists()):  # type: ignore[misc]
             _check_memory(network, stage, setting)
@@ -356,7 +374,7 @@ def harden(
             validate = Validate(every, partial(held.losses, network, undefended, stage, setting))
         log = BatchLog(run, stage.name, stage.number, setting.batch, ranks)
         shown = first if stage.learn == MAPS and first else source
-        train_stage(network, undefended, shown, stage, setting, checkpoint, told, log, validate)
+        train_stage(network, undefended, shown, stage, setting, checkpoint, told, log, validate, samples)
         if ranks.first:
             save_gated(network, card, made)
     if not plan.sparse or plan.recipe == "finetune":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detguard import DetguardError
-from detguard.data.batches import Batch, PhotoSet, batches
+from detguard.data.batches import Batch, PhotoSet, Samples, batches
 from detguard.data.corruptions import KINDS
 from detguard.detections import Candidates
 from detguard.detectors.gated import EXPERTS, GatedNetwork
@@ -21,7 +21,9 @@ from detguard.engine import bf16_helps, cores
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, Validate, train
 from detguard.hardening.losses import MAPS, Goal, feature_loss, feature_variances, gate_margin
+from detguard.hardening.members import Members
 from detguard.ranks import ALONE, Ranks
+from detguard.transforms.base import Transform
 
 # Kinds of frames, each that of the expert of the same number.
 NORMAL, HARD, ADVERSARIAL = range(len(EXPERTS))
@@ -38,12 +40,14 @@ class Stage:
     rate: highest learning rate, as a share of each layer's weights (root mean square) per update;
     route: the expert that learns, alone, or None for all through the gate; trunk: whether the trunk learns too;
     share: of normal, hard and adversarial frames in a batch; size: side of its frames, if not that of the setting:
-    smaller frames show parts of photos at the same scale. learn: what is wanted of them, one of LEARN, or MAPS, for
-    which the backbone of the expert learns alone. aims: parts of the loss that attacks raise, of which the most harmful
-    counts per frame ("class" and "box": multi-task training, Zhang & Wang 2019). ramp: share of the stage over which
-    the budget grows. margins: weights of the gate's logits in the attack, taken in turn: an attack on the result alone
-    is blind where the gate is sure. gate, features: weights of the gate's cross-entropy, which it learns by whichever
-    expert is trained, and of the error of feature maps. backbone: share of the rate at which that of the expert learns.
+    smaller frames show parts of photos at the same scale. sampled: share of the adversarial frames that are photos of
+    attacks made before. learn: what is wanted of them, one of LEARN, or MAPS, for which the backbone of the expert
+    learns alone. aims: parts of the loss that attacks raise, of which the most harmful counts per frame ("class" and
+    "box": multi-task training, Zhang & Wang 2019). ramp: share of the stage over which the budget grows. margins:
+    weights of the gate's logits in the attack, taken in turn: an attack on the result alone is blind where the gate is
+    sure. transforms: what attacked frames go through, in the attack and when they are learned from, each by one or by
+    none. gate, features: weights of the gate's cross-entropy, which it learns by whichever expert is trained, and of
+    the error of feature maps. backbone: share of the rate at which that of the expert learns.
     """
 
     name: str
@@ -55,10 +59,12 @@ class Stage:
     experts: tuple[int, ...] | None = None
     rate: float = 3e-3
     size: int | None = None
+    sampled: float = 0.0
     learn: str = "teacher"
     aims: tuple[str, ...] = ("all",)
     ramp: float = 0.0
     margins: tuple[float, ...] = (0.0,)
+    transforms: tuple[Transform, ...] = ()
     gate: float = 0.0
     features: float = 0.0
     seconds: float | None = None
@@ -124,21 +130,32 @@ Kinds = dict[int, tuple[slice, int]]
 
 @dataclass(frozen=True)
 class Layout:
-    """The kinds of frames in a batch of all ranks: first `hard` ones, last those `attacked`, normal ones between."""
+    """The kinds of frames in a batch of all ranks: `hard` ones, normal ones, those `attacked`, last those `sampled`.
+
+    sampled: adversarial frames from files; they are not attacked again.
+    """
 
     batch: int
     hard: int
     attacked: int
+    sampled: int = 0
 
     @classmethod
     def of(cls, stage: Stage, batch: int) -> "Layout":
         """That of a stage."""
         hard, normal = (round(stage.share[kind] * batch) for kind in (HARD, NORMAL))
-        return cls(batch, hard, batch - hard - normal)
+        adversarial = batch - hard - normal
+        sampled = round(stage.sampled * adversarial)
+        return cls(batch, hard, adversarial - sampled, sampled)
+
+    @property
+    def last(self) -> int:
+        """The end of those that are attacked."""
+        return self.batch - self.sampled
 
     def kinds(self, ranks: Ranks, attacked: bool = True) -> Kinds:
         """Those that there are; before frames are `attacked`, those to be are normal."""
-        last = self.batch - self.attacked * attacked
+        last = self.last - self.attacked * attacked
         ends = {HARD: (0, self.hard), NORMAL: (self.hard, last), ADVERSARIAL: (last, self.batch)}
         local = {end: len(ranks.rows(0, end)) for bounds in ends.values() for end in bounds}
         return {
@@ -178,19 +195,21 @@ def train_stage(
     on_batch: OnBatch | None = None,
     log: BatchLog | None = None,
     validate: Validate | None = None,
+    samples: Samples | None = None,
 ) -> GatedNetwork:
     """Train `network` in place, from `checkpoint` where it stopped; returns the average of its last weights.
 
-    teacher: the undefended detector as a network of one expert. The rest is as in `train`.
+    teacher: the undefended detector as a network of one expert; samples: where the stage has frames of them. The rest
+    is as in `train`.
     """
     teacher.to(memory_format=torch.channels_last)
-    ranks, size, hard = setting.ranks, stage.size or setting.size, Layout.of(stage, setting.batch).hard
+    ranks, size, layout = setting.ranks, stage.size or setting.size, Layout.of(stage, setting.batch)
 
     def made(first: int) -> Iterator[Batch]:
         zoom, kinds = setting.size / size, setting.corruptions
         return batches(
-            source, setting.batch, size, setting.seed, first, stage.number or ENDLESS, hard, zoom, kinds,
-            setting.workers, ranks,
+            source, setting.batch, size, setting.seed, first, stage.number or ENDLESS, layout.hard, zoom, kinds,
+            setting.workers, ranks, samples, layout.sampled,
         )  # fmt: skip
 
     def learn(batch: Batch, number: int, done: float, update: Update) -> dict[str, Tensor]:
@@ -217,16 +236,19 @@ def learn_batch(
     done: float,
     update: Update,
 ) -> dict[str, Tensor]:
-    """Attack and learn from one batch: hard frames first, adversarial ones last, normal ones between.
+    """Attack and learn from one batch, of frames as `Layout` has them.
 
     Losses, those that `update` is given and those returned, are this rank's summands of means over the whole batch.
     """
     ranks, shown, adversary = setting.ranks, batch.shown, stage.adversary_at(done)
     layout = Layout.of(stage, setting.batch)
     kinds, before = (layout.kinds(ranks, attacked) for attacked in (True, False))
-    rows: slice = kinds.get(ADVERSARIAL, (slice(len(shown), len(shown)), 0))[0]
+    first = layout.last - layout.attacked
+    rows = slice(len(ranks.rows(0, first)), len(ranks.rows(0, layout.last)))
     # The noise of an attack is drawn for all ranks, of which this one has some.
-    among = ranks.among(layout.batch - layout.attacked, layout.batch)
+    among = ranks.among(first, layout.last)
+    seeds = ((setting.seed, number, i, 1) for i in ranks.rows(first, layout.last))  # others than made the frames
+    members = Members(stage.transforms, seeds)
     free = layout.attacked > 0 and adversary.method == "free"
     margin = stage.margins[number % len(stage.margins)]
     torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
@@ -235,7 +257,7 @@ def learn_batch(
         return (None, setting.maps(of, frames, route or 0)) if stage.learn == MAPS else setting.run(of, frames, route)
 
     def on_gate(found: Candidates | None) -> Tensor | None:
-        if not margin or found is None or found.gate is None or stage.route is not None:
+        if not margin or found is None or found.gate is None:
             return None
         return margin * gate_margin(found.gate, NORMAL, network.robust)
 
@@ -254,7 +276,7 @@ def learn_batch(
         of_rows = goal_of(rows)
 
         def harm(x: Tensor, aim: str) -> Tensor:
-            found, maps = answer(network, x, stage.route)
+            found, maps = answer(network, members(x), stage.route)
             loss, more = of_rows.loss(found, maps, aim), on_gate(found)
             return loss if more is None else loss + more
 
@@ -264,7 +286,8 @@ def learn_batch(
     for turn in range(adversary.updates if free else 1):
         if free:
             shown = shown.detach().requires_grad_()
-        found, maps = answer(network, shown, stage.route)
+        looked = with_rows(shown, rows, members(shown[rows])) if stage.transforms and (turn or not free) else shown
+        found, maps = answer(network, looked, stage.route)
         gate = found.gate if found is not None and stage.gate else None
         parts = _losses(goal.loss(found, maps), gate, before if free and turn == 0 else kinds, layout.batch, stage.gate)
         if stage.features:
@@ -283,8 +306,9 @@ def learn_batch(
 
 
 def with_rows(frames: Tensor, rows: slice, changed: Tensor) -> Tensor:
-    """Frames of which the last, `rows`, are changed."""
-    return torch.cat([frames[: rows.start], changed]).contiguous(memory_format=torch.channels_last)
+    """Frames of which some, `rows`, are changed."""
+    parts = [frames[: rows.start], changed, frames[rows.stop :]]
+    return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

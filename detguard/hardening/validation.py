@@ -81,7 +81,8 @@ class Validation:
 
         passes: forward and backward passes of a whole frame that a photo of the stage costs.
         """
-        if not self.frames or not stage.share[ADVERSARIAL] or stage.learn == MAPS:
+        # Nor where the expert is for other frames: the one that resists best need not be the one that sees best.
+        if not self.frames or stage.share[ADVERSARIAL] < max(stage.share) or stage.learn == MAPS:
             return None
         batches = len(self.frames) * (STEPS + 1) / (SHARE * setting.batch * passes)
         return LOG_EVERY * math.ceil(batches / LOG_EVERY)

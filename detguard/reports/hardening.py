@@ -68,9 +68,11 @@ def hardening_page(run: Run) -> bytes:
         made["Which expert the gate asks for, on training photos"] = gate_plot(list(experts), shares)
     plan = run.config["harden"]
     length = f"{plan['hours']:g} hours" if plan.get("hours") else f"{plan['photos']} photos"
+    transforms = plan.get("transforms", "none")
+    through = "" if transforms == "none" else f", through {transforms}"
     subtitle = (
         f"{length}, {plan['attack']} of {plan['steps']} steps, budget {plan['eps']:g} of 255 levels, "
-        f"seed {plan['seed']}"
+        f"seed {plan['seed']}{through}"
     )
     title = f"Hardening of {Path(run.config['model']).stem}: {plan['recipe']}"
     return render_page(title, subtitle, ["detguard", *run.config["arguments"]], tables, made, [], 0)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError
-from detguard.data.batches import PhotoSet, read_photos
+from detguard.attacks.samples import KEPT, Sample, kept_samples, load_samples, read_samples, sample_lines
+from detguard.data.batches import PhotoSet, Samples, read_photos
 from detguard.data.corruptions import chosen_kinds
 from detguard.data.sources import LABELLED, OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
 from detguard.detectors.base import Detector
@@ -70,6 +71,7 @@ class Hardening:
         *,
         teacher: str | None = None,
         pretrain: Sequence[str] = (),
+        samples: Sequence[str] = (),
         imgsz: int | None = None,
         corruptions: Sequence[str] | None = None,
         out: Path | None = None,
@@ -78,6 +80,8 @@ class Hardening:
         on_data: OnData = warn_of,
     ) -> "Hardening":
         """A new run, once all that it asks for is known to go together. plan: the fields of `Plan` that are told.
+
+        samples: runs of `attack`, of which all photos become adversarial frames.
 
         Raises:
             DetguardError: it does not, or a detector or data cannot be read; no run is left behind.
@@ -97,6 +101,9 @@ class Hardening:
         for source in filter(unlabelled, data if learns_labels else []):
             raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
         labelled = [one for source in data if learns_labels for one in read_labelled(source, "train", names, on_data)]
+        if samples and wanted.recipe == "finetune":
+            raise DetguardError("`samples`: `recipe` finetune sees no attacks; leave one of them out")
+        attacks = [one for source in samples for one in read_samples(source, names, on_data)]
         config = {
             "model": model,
             "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
@@ -105,8 +112,10 @@ class Hardening:
             "arguments": list(arguments),
             "photos": [] if labelled else [str(file) for source in data for file in photo_files(source)],
             "pretrain": [str(file) for source in pretrain for file in photo_files(source)],
+            "samples": list(samples),
         }
         files = {LABELLED: as_lines(labelled, names)} if labelled else {}
+        files |= {KEPT: sample_lines(attacks, names)} if attacks else {}
         return cls(shared_run(ranks, lambda: Run.create("harden", out, config, files)), network, imitated, ranks)
 
     @classmethod
@@ -132,8 +141,13 @@ class Hardening:
         self.source, self.unread = read_photos([(trained, 1.0)], imgsz)
         self.held = Validation.of(held_out, imgsz)
         self.first: PhotoSet | None = None
+        self.samples: Samples | None = None
+        kept = {file_of(one).name for one in held_out}
+        if config.get("samples"):
+            attacks: list[Sample] = self.ranks.given(lambda: kept_samples(self.run.folder / KEPT, names))
+            self.samples, unread = load_samples([one for one in attacks if one.clean.name not in kept], imgsz)
+            self.unread += unread
         if self.plan.pretrain:
-            kept = {file_of(one).name for one in held_out}
             files = [file for name in config.get("pretrain", []) if (file := Path(name)).name not in kept]
             self.first, unread = read_photos([(files, 1.0)], imgsz)
             self.unread += unread
@@ -154,6 +168,7 @@ class Hardening:
                 "from": Path(config["model"]).stem,
                 "teacher": self.teacher.name,
                 "corruptions": config["corruptions"],
+                "samples": 0 if self.samples is None else len(self.samples.clean),
                 **config["harden"],
             },
         }
@@ -174,7 +189,7 @@ class Hardening:
             return bool(on_stage and on_stage(name, share, losses))
 
         asked = (self.network, self.card(), self.teacher, self.source, self.plan, self.setting, self.run, on_batch)
-        made = train_stages(*asked, self.held, self.first)
+        made = train_stages(*asked, self.held, self.first, self.samples)
         self.ranks.end()
         return Trained(made, self.run.folder, self.unread)
 
@@ -185,6 +200,7 @@ def harden(
     *,
     teacher: str | Path | None = None,
     pretrain: Sources | None = None,
+    samples: Sources | None = None,
     imgsz: int | None = None,
     corruptions: Sequence[str] | None = None,
     out: str | Path | None = None,
@@ -202,6 +218,8 @@ def harden(
         data: folders or patterns of photos, or data.yaml or COCO json files.
         teacher: detector to imitate, by default the same.
         pretrain: photos by which the backbone is made robust first, by default none.
+        samples: runs of `attack`, whose photos become a quarter of the adversarial frames; what is wanted of them is
+            what the teacher says of the clean ones.
         imgsz: longest side of a frame, px, by default the detector's.
         corruptions: kinds of hard photos, by default all 15.
         out: folder of the run; by default the next of runs/harden/.
@@ -211,7 +229,7 @@ def harden(
         trust: as of `load_detector`.
         on_stage: told the stage, the share of all that is over, and the last losses; returns True to save and stop.
         **plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
-            `steps`, `mix`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
+            `steps`, `mix`, `tune_normal`, `transforms`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: a detector or photos cannot be read, or options do not go together.
@@ -226,7 +244,7 @@ def harden(
     if unknown := sorted(set(plan) - (Plan.__dataclass_fields__.keys() - {"pretrain"})):
         raise TypeError(f"harden() got an unexpected keyword argument '{unknown[0]}'")
     if resume is not None:
-        if detector or data or teacher or pretrain or imgsz or corruptions or out or plan:
+        if detector or data or teacher or pretrain or samples or imgsz or corruptions or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
         job = Hardening.resume(Path(resume), Ranks.start(device), trust)
     else:
@@ -235,7 +253,8 @@ def harden(
             raise DetguardError("`data`: give a folder or pattern of photos, a data.yaml or a COCO json (or `resume`)")
         job = Hardening.begin(
             model, sources, plan, Ranks.start(device), teacher=None if teacher is None else str(teacher),
-            pretrain=listed(pretrain), imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
+            pretrain=listed(pretrain), samples=listed(samples),
+            imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
             corruptions=corruptions, out=None if out is None else Path(out), trust=trust,
         )  # fmt: skip
     job.load(workers)

@@ -1,10 +1,14 @@
 """What users name as photos, and what they must not."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 import detguard
 from detguard import DetguardError
-from detguard.attacks.samples import write_samples
+from detguard.attacks.samples import kept_samples, load_samples, read_samples, sample_lines, write_samples
+from detguard.data.batches import batches, read_photos
 from detguard.data.sources import photo_files, read_labelled, unlabelled
 from detguard.photos import encode_png
 from detguard.runs import Run
@@ -43,9 +47,66 @@ def test_an_attack_without_samples_says_how_to_make_some(attack, bundled):
         read_labelled(str(attack / "plain"), "train", bundled.class_names)
 
 
+@pytest.mark.parametrize("part", [".", "samples", "samples/data.yaml"])
+def test_an_attack_gives_adversarial_photos_beside_the_clean_ones_that_a_teacher_is_asked_of(attack, bundled, part):
+    samples = read_samples(str(attack / "sampled" / part), bundled.class_names)
+    assert [one.attacked.file.parent.name for one in samples] == ["adversarial", "bus"]
+    for one in samples:
+        assert one.clean == attack / "bus.png"
+        attacked, clean = (photo.astype(int) for photo in one.photos())
+        assert 0 < abs(attacked - clean).max() <= 4  # mirrored, too
+    labels = {photo.file.name: photo for photo in read_labelled(str(attack / "sampled"), "train", bundled.class_names)}
+    for one, name in zip(samples, ("bus--photo.png", "bus--flip-h.png"), strict=True):
+        assert torch.equal(one.attacked.objects.boxes, labels[name].objects.boxes)
+
+
+def test_without_labels_of_a_data_set_those_of_an_attack_are_what_was_found_in_the_clean_photo(attack, bundled):
+    plain, sampled = (read_samples(str(attack / name), bundled.class_names) for name in ("plain", "sampled"))
+    for one, other in zip(plain, sampled, strict=True):
+        assert torch.allclose(one.attacked.objects.boxes, other.attacked.objects.boxes, atol=0.1)
+        assert set(one.attacked.objects.scores.tolist()) == {1}
+
+
+def test_samples_are_shown_as_they_were_made_and_wanted_as_the_clean_ones(attack, bundled, bus_file):
+    samples, unread = load_samples(read_samples(str(attack / "plain"), bundled.class_names), 96)
+    source, _ = read_photos([([bus_file], 1.0)], 96)
+    for size in (96, 64):  # whole, and a part
+        (batch,) = batches(source, 6, size, 0, 0, 1, 1, samples=samples, sampled=3)
+        apart = (255 * (batch.shown - batch.clean)).abs().flatten(1).amax(1)
+        assert (apart[1:3] == 0).all()
+        assert ((apart[3:] > 0.5) & (apart[3:] < 4.5)).all()
+    assert not unread
+
+
+def test_a_clean_photo_that_is_another_now_is_told(attack, bundled, bus, tmp_path):
+    kept = tmp_path / "samples.jsonl"
+    (sample, _) = read_samples(str(attack / "plain"), bundled.class_names)
+    (tmp_path / "other.png").write_bytes(encode_png(bus[::8, ::8]))
+    kept.write_bytes(sample_lines([sample, replace(sample, clean=tmp_path / "other.png")], bundled.class_names))
+    samples, unread = load_samples(kept_samples(kept, bundled.class_names), 96)
+    assert len(samples.clean) == len(samples.attacked) == 1
+    assert "other.png: no longer the photo that" in unread[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("bus.png", "expected a run of detguard attack; give other photos as `data`"),
+        (".", "expected a run of detguard attack"),
+        ("plain/adversarial", "is a part of an attack, .*; give the run, .*plain"),
+        ("plain/results.jsonl", "is a part of an attack"),
+    ],
+)
+def test_what_is_no_attack_gives_no_samples(attack, bundled, source, message):
+    with pytest.raises(DetguardError, match=message):
+        read_samples(str(attack / source), bundled.class_names)
+
+
 @pytest.mark.parametrize("part", [".", "adversarial", "samples/images", "samples/data.yaml"])
 def test_no_teacher_is_asked_what_it_sees_on_photos_of_an_attack(attack, part):
-    with pytest.raises(DetguardError, match="which fool whoever labels them; give clean ones"):
+    with pytest.raises(
+        DetguardError, match=r"which fool whoever labels them; give clean ones .* as `samples` .*sampled"
+    ):
         photo_files(str(attack / "sampled" / part))
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ultralytics.utils import ASSETS
 
 from detguard import DetguardError
+from detguard import attack as detguard_attack
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector
 from detguard.photos import read_photo
@@ -197,18 +198,22 @@ def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
         assert any(not torch.equal(expert[k], given[k]) for k in given)
 
 
-def test_resumed_it_learns_the_labels_that_the_run_keeps(tmp_path, tiny_data):
+def test_resumed_it_learns_the_labels_and_samples_that_the_run_keeps(tmp_path, tiny_data, bundled):
     shutil.copytree(tiny_data.parent, tmp_path / "data")
     options = ("--data", "data/instances.json", *OPTIONS[2:-4], "--photos", 12, "--recipe", "pgd", "--learn", "both")
-    options += ("--pretrain", ASSETS)
+    options += ("--pretrain", ASSETS, "--samples", "attack", "--transforms", "jpeg:50")
+    list(detguard_attack(bundled, ASSETS / "bus.jpg", transforms="jpeg:75", steps=1, out=tmp_path / "attack"))
     result = detguard("harden", *options, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     card = json.loads((tmp_path / "run/weights/adversarial.json").read_text())
-    assert (card["hardened"]["learn"], card["hardened"]["pretrain"]) == ("both", True)
+    told = {"learn": "both", "pretrain": True, "samples": 2, "transforms": "jpeg:50"}
+    assert told.items() <= card["hardened"].items()
+    assert "through jpeg:50" in (tmp_path / "run/report.html").read_text()
     assert (tmp_path / "run/weights/pretrain.json").exists()
     made = tmp_path / "run/weights/adversarial.safetensors"
     whole = load_file(made.rename(tmp_path / "whole.safetensors"))
     (tmp_path / "data/instances.json").unlink()
+    (tmp_path / "attack/results.jsonl").unlink()
     result = detguard("harden", "--resume", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     ours = load_file(made)
@@ -225,6 +230,8 @@ def test_resumed_it_learns_the_labels_that_the_run_keeps(tmp_path, tiny_data):
         (("--data", ASSETS, "--teacher", "detguard-n-hard"), "detguard-n-hard"),
         (("--data", "nowhere"), "nowhere"),
         (("--data", ASSETS, "--pretrain", ASSETS, "--recipe", "finetune"), "--pretrain: --recipe finetune"),
+        (("--data", ASSETS, "--samples", ASSETS), f"--samples {ASSETS}: expected a run of detguard attack"),
+        (("--data", ASSETS, "--transforms", "rotate:5"), "--transforms rotate:5: moves pixels"),
         (("--data", ASSETS, "--learn", "both"), f"--learn both: {ASSETS} has no labels"),
         (("--data", ASSETS, "--top-k", "9"), "--top-k 9"),
         (("--data", ASSETS, "--split", "tail"), "--split tail"),

@@ -8,7 +8,7 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.run import Plan, check_teacher, harden, narrowed, passes
-from detguard.hardening.train import ADVERSARIAL, HARD, Setting
+from detguard.hardening.train import ADVERSARIAL, Setting
 from detguard.runs import Run
 
 
@@ -20,18 +20,27 @@ def test_plain_fine_tuning_sees_no_attacks():
 @pytest.mark.parametrize("split", ["backbone", "neck"])
 @pytest.mark.parametrize("mix", [0.0, 0.2, 0.5])
 def test_mix_is_the_share_of_other_kinds_that_an_expert_sees(mix, split):
-    shares = {stage.name: stage.share for stage in Plan(mix=mix, split=split, attack="pgd").stages()}
+    plan = Plan(mix=mix, split=split, attack="pgd", tune_normal=split == "backbone")
+    shares = {stage.name: stage.share for stage in plan.stages()}
+    assert shares["normal"] == pytest.approx((1 - mix, mix / 2, mix / 2))
+    assert shares["hard"] == pytest.approx((mix / 2, 1 - mix, mix / 2))
     assert shares["adversarial"] == pytest.approx((mix / 2, mix / 2, 1 - mix))
-    assert shares["hard"][HARD] == pytest.approx(1 - mix)
-    assert sum(shares["hard"]) == pytest.approx(1)
     # By a free attack, whose first step is on the clean frame, there need be no clean ones beside it.
     assert Plan(mix=mix, split=split).stages()[0].share == pytest.approx((0, mix / 2, 1 - mix / 2))
 
 
-def test_the_joint_stage_alone_attacks_the_gate_as_well_by_margins_in_turn():
-    margins = {stage.name: stage.margins for stage in Plan().stages()}
-    assert max(margins.pop("joint")) > 1
-    assert set(margins.values()) == {(0.0,)}
+def test_attacks_know_the_gate_but_where_an_expert_learns_to_resist():
+    margins = {stage.name: stage.margins for stage in Plan(tune_normal=True).stages()}
+    assert margins.pop("adversarial") == (0.0,)
+    assert all(min(one) == 0 < 1 < max(one) for one in margins.values())
+
+
+def test_the_normal_expert_of_whole_networks_learns_where_that_is_asked_for():
+    assert "normal" not in {stage.name for stage in Plan().stages()}
+    (tuned,) = (stage for stage in Plan(tune_normal=True).stages() if stage.name == "normal")
+    assert (tuned.route, tuned.trunk, tuned.rate) == (0, False, pytest.approx(0.3 * Plan().rate))
+    with pytest.raises(DetguardError, match="on a shared trunk the normal expert always learns"):
+        Plan(split="neck", tune_normal=True)
 
 
 @pytest.mark.parametrize("plan", [Plan(pretrain=True), Plan("pgd", pretrain=True), Plan(pretrain=True, split="neck")])

@@ -18,9 +18,19 @@ from detguard.detectors.load import fused
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import MAPS, Goal, feature_variances, imitation_loss, label_loss
-from detguard.hardening.train import Layout, Setting, Stage, _losses, learned_parameters, train_stage, worst
+from detguard.hardening.train import (
+    Layout,
+    Setting,
+    Stage,
+    _losses,
+    learn_batch,
+    learned_parameters,
+    train_stage,
+    worst,
+)
 from detguard.photos import encode_png, read_photo
 from detguard.ranks import ALONE, Ranks
+from detguard.transforms.base import Transform
 
 SETTING = Setting(batch=4, size=96, save_every=1e9)
 MIXED = (0.25, 0.25, 0.5)
@@ -136,6 +146,51 @@ def test_the_worst_attack_is_chosen_frame_by_frame():
 def test_the_budget_grows_over_the_ramp():
     growing = stage(number=10, ramp=0.5, adversary=Adversary(4))
     assert [growing.adversary_at(done).eps for done in (0.1, 0.5, 1)] == [pytest.approx(0.8), 4, 4]
+
+
+def steps(network, undefended, source, one, samples=None):
+    """What a batch tells of a stage, without an update."""
+    layout = Layout.of(one, SETTING.batch)
+    (batch,) = batches(source, 4, 96, 0, 0, 1, layout.hard, samples=samples, sampled=layout.sampled)
+    return learn_batch(network, undefended, batch, one, SETTING, 0, 1.0, lambda loss: None)
+
+
+@pytest.mark.parametrize("route", [None, 1])
+def test_attacks_with_a_margin_fool_the_gate_too(network, undefended, source, route):
+    told = [
+        steps(network, undefended, source, stage(route=route, gate=0.1, margins=(margin,), adversary=Adversary(32)))
+        for margin in (0.0, 1e5)
+    ]
+    assert told[1]["gate adversarial 0"] > told[0]["gate adversarial 0"] + 1e-3
+
+
+class Told(Transform):
+    """One that changes nothing and counts."""
+
+    kind, example = "told", "told"
+
+    def __init__(self):
+        self.times = 0
+
+    @classmethod
+    def parse(cls, value):
+        return cls()
+
+    def __call__(self, photo):
+        self.times += 1
+        return photo
+
+
+@pytest.mark.parametrize(("method", "times"), [("pgd", 3), ("free", 2)])
+def test_attacked_frames_go_through_a_transform_in_every_step_and_when_they_are_learned_from(
+    network, undefended, source, method, times
+):
+    told = Told()
+    one = stage(share=(0.0, 0.25, 0.75), adversary=Adversary(4, 2, method), transforms=(told,))
+    steps(network, undefended, source, one)
+    generators = [np.random.default_rng((0, 0, i, 1)) for i in (1, 2, 3)]
+    drawn = [int(rng.integers(2)) for rng in generators for _ in range(times)]
+    assert told.times == sum(drawn) > 0
 
 
 def test_free_training_learns_from_every_step_of_the_attack(network, undefended, source, tmp_path):

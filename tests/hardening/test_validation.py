@@ -76,7 +76,7 @@ def test_it_costs_a_few_per_cent_and_only_where_a_stage_is_attacked(held):
     passes = 3 * 11
     assert every % LOG_EVERY == 0
     assert passes / (every * SETTING.batch * 3.0) <= 0.03
-    assert held.every(Stage("hard", 9, 0, True, (0, 1, 0)), SETTING, 3.0) is None
+    assert held.every(Stage("hard", 9, 0, True, (0.1, 0.8, 0.1)), SETTING, 3.0) is None
     assert held.every(replace(STAGE, learn=MAPS), SETTING, 3.0) is None
     assert Validation([]).every(STAGE, SETTING, 3.0) is None
 
