@@ -11,7 +11,7 @@ from detguard import DetguardError, defaults
 from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
-from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
+from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
 from detguard.evaluation.pictures import Changed, patched, perturbed
@@ -223,7 +223,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
                 metrics = measure(attack, f"attack eps {attack.eps} {part}", part, write=part == WORST)
                 parts[part] = metrics.stats
                 if part == WORST:
-                    curves[f"attack eps {attack.eps}, worst case"] = metrics.precision
+                    curves[f"attack eps {attack.eps}, {WORST_PER_PHOTO}"] = metrics.precision
             budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
             budgets[str(attack.eps)]["attacks"] = parts
         leading = budgets[str(wanted.eps[-1])]

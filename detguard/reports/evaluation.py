@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detguard.detections import Detections
-from detguard.evaluation.attacks import WORST
+from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
 from detguard.evaluation.run import Evaluation, Protocols
@@ -78,7 +78,7 @@ def headline(metrics: Metrics, title: str) -> Table:
     ]
     note = "AP is COCO's AP (.50:.95)."
     if any("attack" in m for m in metrics.values()):
-        note += " Attacked: the least of the worst case per photo and of each attack alone; eps in levels of 255."
+        note += f" Attacked: the least of each attack alone and of the {WORST_PER_PHOTO}; eps in levels of 255."
     if blind := [name for name, m in metrics.items() if "queries" in m.get("attack", {})]:
         note += f" {', '.join(blind)}: no gradient, so that no white-box attack is made; Square goes by scores alone."
     if any("corruptions" in m for m in metrics.values()):
@@ -94,7 +94,7 @@ def tables(metrics: Metrics) -> list[Table]:
         budgets = [(name, eps, b) for name, a in attacked.items() for eps, b in a["budgets"].items()]
         runs = list(dict.fromkeys(run for _, _, b in budgets for run in b["attacks"]))
         rows = [
-            ["worst case" if run == WORST else run]
+            [WORST_PER_PHOTO if run == WORST else run]
             + [number(b["attacks"][run]["AP"]) if run in b["attacks"] else "-" for _, _, b in budgets]
             for run in runs
         ]
@@ -176,7 +176,7 @@ def tables(metrics: Metrics) -> list[Table]:
 
 
 def gate_by_kind(shares: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The gate's weights by kind of photos: severities of one corruption together, of attacks the worst case."""
+    """The gate's weights by kind of photos: severities of one corruption together, of attacks the worst per photo."""
     kinds: dict[str, list[list[float]]] = {}
     for label, weights in shares.items():
         if label.startswith("attack") and not label.endswith(WORST):

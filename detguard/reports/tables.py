@@ -36,7 +36,7 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
         [name, *(rate([one[name]["success"][f"{t:g}"] for one in judged if name in one]) for t in THRESHOLDS)]
         for name in names
     ]
-    gone = [[r["members"][PHOTO]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
+    gone = [[r["members"][PHOTO]["objects_not_kept"][f"{t:g}"] for r in records] for t in THRESHOLDS]
     if any(number for pairs in gone for _, number in pairs):
         shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
         rows.append(["objects not kept (png)", *shares])

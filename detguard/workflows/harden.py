@@ -1,7 +1,7 @@
 """Harden detectors, from Python."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Hardening:
         pretrain: Sequence[str] = (),
         imgsz: int | None = None,
         corruptions: Sequence[str] | None = None,
+        class_map: Mapping[str, str] | None = None,
         out: Path | None = None,
         trust: bool = False,
         arguments: Sequence[str] = (),
@@ -93,7 +94,9 @@ class Hardening:
         learns_labels = wanted.learn != "teacher"
         for source in filter(unlabelled, data if learns_labels else []):
             raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
-        labelled = [one for source in data if learns_labels for one in read_labelled(source, "train", names, on_data)]
+        sources = data if learns_labels else []
+        of_each = (read_labelled(one, "train", names, on_data, class_map=class_map) for one in sources)
+        labelled = [one for photos in of_each for one in photos]
         config = {
             "model": model,
             "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
@@ -184,6 +187,7 @@ def harden(
     pretrain: Sources | None = None,
     imgsz: int | None = None,
     corruptions: Sequence[str] | None = None,
+    class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     device: str = "cpu",
@@ -199,6 +203,7 @@ def harden(
         data: folders or patterns of photos, or data.yaml or COCO json files.
         teacher: detector to imitate, by default the same; pretrain: photos by which the backbone is made robust first.
         imgsz: longest side of a frame, px; corruptions: kinds of hard photos, by default all.
+        class_map: names of classes in labelled data -> the detector's, as {"pedestrian": "person"}.
         out: folder of the run; by default the next of runs/harden/. resume: a run's folder, to go on with, instead of
             all above and of `plan`.
         device, workers: where to train, and the processes that make batches, by default one per core.
@@ -219,7 +224,7 @@ def harden(
     if unknown := sorted(set(plan) - (Plan.__dataclass_fields__.keys() - {"pretrain"})):
         raise TypeError(f"harden() got an unexpected keyword argument '{unknown[0]}'")
     if resume is not None:
-        if detector or data or teacher or pretrain or imgsz or corruptions or out or plan:
+        if detector or data or teacher or pretrain or imgsz or corruptions or class_map or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
         job = Hardening.resume(Path(resume), Ranks.start(device), trust)
     else:
@@ -229,7 +234,7 @@ def harden(
         job = Hardening.begin(
             model, sources, plan, Ranks.start(device), teacher=None if teacher is None else str(teacher),
             pretrain=listed(pretrain), imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
-            corruptions=corruptions, out=None if out is None else Path(out), trust=trust,
+            corruptions=corruptions, class_map=class_map, out=None if out is None else Path(out), trust=trust,
         )  # fmt: skip
     job.load(workers)
     for message in job.unread:
