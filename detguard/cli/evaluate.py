@@ -231,22 +231,38 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of evaluate runs.", metavar="RUN RUN...")],
 ) -> None:
-    """Show the results of several evaluate runs side by side."""
+    """Show the results of several evaluate runs side by side, and which differences are more than chance.
+
+    Figures of other photos or budgets are not compared: a warning says why.
+    """
+    from detguard.evaluation.bootstrap import RESAMPLES
+    from detguard.evaluation.run import DRAWS
     from detguard.files import read_json
-    from detguard.reports.evaluation import headline
+    from detguard.reports.evaluation import differences, headline
     from detguard.reports.tables import terminal_table
     from detguard.runs import Run
+    from detguard.schema import Items, Maybe, check, real
 
     metrics: dict[str, Any] = {}
+    draws: dict[str, Any] = {}
     for folder in folders:
         file = Run.open(folder, "evaluate").folder / "metrics.json"
         try:
             found = {f"{folder}: {name}": row for name, row in read_json(file).items()}
+            drawn = {f"{folder}: {name}": row for name, row in read_json(file.with_name(DRAWS)).items()}
             headline(found, "")  # a stranger's may lack what a row shows
-            metrics |= found
-        except (DetguardError, AttributeError, KeyError, TypeError, ValueError) as error:
+            check(drawn, {"*": {"*": Items(Maybe(real()), RESAMPLES, RESAMPLES)}})
+            for name in found:
+                differences({name: found[name], "again": found[name]}, {name: drawn[name], "again": drawn[name]})
+            metrics, draws = metrics | found, draws | drawn
+        except (DetguardError, AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
             raise DetguardError(
                 f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
             ) from error
-    table = headline(metrics, "Comparison")
-    out.print(terminal_table(table))
+    out.print(terminal_table(headline(metrics, "Comparison")))
+    if len(metrics) > 1:
+        table, warnings = differences(metrics, draws)
+        if table:
+            out.print(terminal_table(table))
+        for line in warnings:
+            show_warning(line)

@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 
 from detguard.data.dataset import indexed
 from detguard.detections import Detections
-from detguard.evaluation.bootstrap import drawn_ap, draws
+from detguard.evaluation.bootstrap import drawn_ap, draws, error_95
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 Result = dict[str, Any]
@@ -64,7 +64,7 @@ def coco_metrics(
     """The 12 COCO numbers at maxDets 1, 10, 100 over `categories`, and AP and AP50 of each that has objects.
 
     images: only these; without `sizes` the small, medium and large objects are not told apart: AP and AP50 only;
-    `drawn`: AP of photos drawn anew, too.
+    `drawn`: AP of photos drawn anew, too, and AP_error among the numbers, half of the 95 % interval about AP.
     """
     categories = sorted(categories)
     images = sorted(annotations.imgs if images is None else images)
@@ -93,12 +93,11 @@ def coco_metrics(
     curve = precision[0][:, (precision[0] > -1).all(0)]
     if drawn and sizes:  # which counts the objects of all sizes again
         judge = _judge(annotations, results, categories, images, sizes=False)
-    return Metrics(
-        {name: None if value is None or value < 0 else value for name, value in zip(STATS, stats, strict=False)},
-        per_class,
-        curve.mean(1).tolist() if curve.size else [],
-        drawn_ap(judge, draws(len(images))) if drawn else None,
-    )
+    named = {name: None if value is None or value < 0 else value for name, value in zip(STATS, stats, strict=False)}
+    aps = drawn_ap(judge, draws(len(images))) if drawn else None
+    if aps is not None:
+        named["AP_error"] = error_95(aps, len(images))
+    return Metrics(named, per_class, curve.mean(1).tolist() if curve.size else [], aps)
 
 
 def _judge(annotations: COCO, results: list[Result], categories: list[int], images: list[int], sizes: bool) -> COCOeval:

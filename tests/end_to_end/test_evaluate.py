@@ -42,7 +42,8 @@ def test_metrics_hold_every_protocol_of_every_model(done):
     for found in metrics.values():
         assert list(found) == ["setting", "clean", "corruptions", "attack", "transfer", "blackbox", "checks"]
         assert found["setting"]["imgsz"] == 320
-        assert len(found["clean"]) == 12 + 2
+        assert len(found["clean"]) == 12 + 3
+        assert found["clean"]["AP_error"] is None  # of four photos
         assert len(found["corruptions"]["kinds"]) == 15
         assert found["corruptions"]["rPC"] == pytest.approx(found["corruptions"]["mPC"] / found["clean"]["AP"])
         assert list(found["attack"]["budgets"]) == ["4", "8"]
@@ -135,6 +136,9 @@ def test_compare_shows_runs_side_by_side(done):
     assert result.returncode == 0, result.stderr
     assert "run: detguard-n" in result.stdout
     assert "again: detguard-n#2" in result.stdout
+    assert "too few photos to tell" in result.stdout
+    title = "4 photos, 13 classes, 320 px, multi-label NMS at IoU .700, seed 0, detguard"
+    assert title in result.stdout
 
 
 def test_compare_names_a_run_that_is_not_done(done, tmp_path):
