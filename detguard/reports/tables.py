@@ -7,6 +7,7 @@ from statistics import mean, median
 
 from rich.table import Table as TerminalTable
 
+from detguard import __version__
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import PHOTO, THRESHOLDS
 from detguard.detections import Detections
@@ -88,6 +89,11 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
                 ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])]
             )
         rows += [
+            [
+                "settings",
+                f"confidence {options.conf:g}, at most {options.steps} steps, seed {options.seed}, "
+                f"NMS of each box's best class, detguard {__version__}",
+            ],
             ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong"],
             [
                 f"queries (black box, at most {options.queries})" if options.black_box else "iterations",

@@ -199,13 +199,16 @@ def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
 
 def test_resumed_it_learns_the_labels_that_the_run_keeps(tmp_path, tiny_data):
     shutil.copytree(tiny_data.parent, tmp_path / "data")
+    file = tmp_path / "data/instances.json"
+    file.write_text(file.read_text().replace('"person"', '"pedestrian"'))
     options = ("--data", "data/instances.json", *OPTIONS[2:-4], "--photos", 12, "--recipe", "pgd", "--learn", "both")
-    options += ("--pretrain", ASSETS)
+    options += ("--pretrain", ASSETS, "--map", "pedestrian=person")
     result = detguard("harden", *options, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     card = json.loads((tmp_path / "run/weights/adversarial.json").read_text())
     assert (card["hardened"]["learn"], card["hardened"]["pretrain"]) == ("both", True)
     assert (tmp_path / "run/weights/pretrain.json").exists()
+    assert '"class": "person"' in (tmp_path / "run/labelled.jsonl").read_text()
     made = tmp_path / "run/weights/adversarial.safetensors"
     whole = load_file(made.rename(tmp_path / "whole.safetensors"))
     (tmp_path / "data/instances.json").unlink()
