@@ -233,15 +233,18 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         found["clean"] = clean | counts
     if "corruptions" in wanted.protocols:
         kinds: dict[str, dict[str, dict[str, float | None]]] = {}
-        lines, drawn = [], []
+        lines = []
+        drawn: dict[str, list[np.ndarray | None]] = {}
         for view in wanted.corruptions:
             metrics = measure(view, f"{view.kind} {view.severity}", write=view.severity == WRITTEN_SEVERITY)
             kinds.setdefault(view.kind, {})[str(view.severity)] = metrics.stats
             lines.append(metrics.precision)
-            drawn.append(metrics.drawn)
+            drawn.setdefault(view.kind, []).append(metrics.drawn)
         curves["corruptions, mean"] = [sum(values) / len(lines) for values in zip(*lines, strict=True)]
         found["corruptions"] = _corruption_summary(kinds, clean["AP"])
-        found["corruptions"]["AP_error"] = whole("corruptions", drawn, np.mean)
+        for kind, summary in found["corruptions"]["kinds"].items():
+            summary["AP_error"] = whole("corruptions", drawn[kind], np.mean)
+        found["corruptions"]["AP_error"] = whole("corruptions", [one for of in drawn.values() for one in of], np.mean)
     if "attack" in wanted.protocols:
         budgets: dict[str, Any] = {}
         for attack in wanted.attack_sets(subject.detector):

@@ -25,9 +25,9 @@ def number(value: float | None) -> str:
 
 
 def with_error(stats: dict[str, Any]) -> str:
-    """AP and half of its 95 % interval, like ".444 ±.031"."""
+    """AP and half of its 95 % interval, like ".444 ±.031"; AP alone where all draws are alike, as of 0."""
     error = stats.get("AP_error")
-    return number(stats["AP"]) + ("" if error is None or stats["AP"] is None else f" ±{number(error)}")
+    return number(stats["AP"]) + (f" ±{number(error)}" if error and stats["AP"] is not None else "")
 
 
 def _checks(found: dict[str, Any]) -> str:
@@ -182,7 +182,7 @@ def tables(metrics: Metrics) -> list[Table]:
         rows = [
             [
                 kind.replace("_", " "),
-                *(number(k[kind]["AP"]) for k in corrupted.values()),
+                *(with_error(k[kind]) for k in corrupted.values()),
                 row["made by"],
                 row["differs"],
             ]
@@ -214,7 +214,7 @@ def tables(metrics: Metrics) -> list[Table]:
     if perturbed:
         first_universal = next(iter(perturbed.values()))
         rows = [
-            [name, *(number(row[stat]) for stat in ("AP", "AP50") for row in m["shown"].values())]
+            [name, *map(with_error, m["shown"].values()), *(number(row["AP50"]) for row in m["shown"].values())]
             for name, m in perturbed.items()
         ]
         head = ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in first_universal["shown"])]
