@@ -248,15 +248,15 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
     if "attack" in wanted.protocols:
         budgets: dict[str, Any] = {}
         for attack in wanted.attack_sets(subject.detector):
-            parts, drawn = {}, []
+            parts, of_parts = {}, []
             for part in attack.scored:
                 metrics = measure(attack, f"attack eps {attack.eps} {part}", part, write=part == WORST)
                 parts[part] = metrics.stats
-                drawn.append(metrics.drawn)
+                of_parts.append(metrics.drawn)
                 if part == WORST:
                     curves[f"attack eps {attack.eps}, {WORST_PER_PHOTO}"] = metrics.precision
             budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
-            budgets[str(attack.eps)]["AP_error"] = whole("attack", drawn, np.min)  # the last budget leads
+            budgets[str(attack.eps)]["AP_error"] = whole("attack", of_parts, np.min)  # the last budget leads
             budgets[str(attack.eps)]["attacks"] = parts
         leading = budgets[str(wanted.eps[-1])]
         found["attack"] = {stat: leading[stat] for stat in ("AP", "AP50", "AP_error")} | {"eps": wanted.eps[-1]}
