@@ -178,6 +178,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "images": Maybe(text),
             "classes": Maybe(texts),
             "limit": Maybe(whole(1)),
+            "class_map?": {"*": text},
         },
         "evaluate": {
             "protocols": texts,
@@ -247,7 +248,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "universal": LEARNED | {"picture": {"eps": whole(1, 127), "pixels": whole(8, 4096)}},
     "monitor": {
         "detector": DETECTOR,
-        "stream": {"source": text, "split": text, "images": Maybe(text)},
+        "stream": {"source": text, "split": text, "images": Maybe(text), "class_map?": {"*": text}},
         "monitor": {"detector": text, "window": whole(8, 10**6)},
         "on_drift": one_of("tell", "adapt"),
         "replay": texts,
@@ -262,7 +263,7 @@ JUDGED = {
     "fooled": flag,
     "confidence": real(),
     "success": dict.fromkeys(_LEVELS, Maybe(flag)),
-    "objects_gone": dict.fromkeys(_LEVELS, Items(whole(0), 2, 2)),
+    "objects_not_kept": dict.fromkeys(_LEVELS, Items(whole(0), 2, 2)),
     "detections": Items(DETECTION | {"wrong": flag}),
 }
 ATTACKED = {
@@ -292,7 +293,14 @@ PASSED_OVER = {
     "error?": text,
     "seconds?": real(0),
 }
-SHOWN = {"number": whole(1), "photo": text, "objects": Items(DETECTION), "classes?": texts, "AP50?": Maybe(real())}
+SHOWN = {
+    "number": whole(1),
+    "photo": text,
+    "objects": Items(DETECTION),
+    "classes?": texts,
+    "unknown?": texts,
+    "AP50?": Maybe(real()),
+}
 TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
 VALIDATED = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}

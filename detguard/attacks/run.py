@@ -256,10 +256,10 @@ def judge(
 ) -> Record:
     """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
 
-    confidence: of the best detection of a target class; objects_gone: at each of THRESHOLDS, how many of the attacked
-    objects vanished or were relabelled, and how many there were; detections: what is found at `conf`, and whether that
-    is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the member and
-    of the photo, where `found` lies in a picture that a transform made of it.
+    confidence: of the best detection of a target class; objects_not_kept: at each of THRESHOLDS, how many of the
+    attacked objects vanished or were relabelled, and how many there were; detections: what is found at `conf`, and
+    whether that is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the
+    member and of the photo, where `found` lies in a picture that a transform made of it.
     """
     left = found.of(objective.classes).scores
     success: dict[str, bool | None] = {}
@@ -281,7 +281,7 @@ def judge(
         "fooled": objective.success(objects, after, attacked),
         "confidence": round(float(left.max()), 4) if len(left) else 0.0,
         "success": success,
-        "objects_gone": gone,
+        "objects_not_kept": gone,
         "detections": [record | {"wrong": one} for record, one in zip(after.records(class_names), wrong, strict=True)],
     }
 

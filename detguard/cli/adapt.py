@@ -8,6 +8,7 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    ClassMap,
     Device,
     OutFolder,
     Resume,
@@ -58,6 +59,7 @@ def adapt(
     ] = None,
     replay: Replay = None,
     split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Adapt.split,
+    class_map: ClassMap = None,
     experts: Annotated[int, typer.Option(min=0, help="New experts.")] = defaults.Adapt.experts,
     mode: Annotated[
         Literal["auto", "full", "frozen"],
@@ -94,6 +96,7 @@ def adapt(
 
     One in five labelled photos (at most 64) is kept for the figures before and after. Ctrl-C saves and stops.
     """
+    from detguard.classes import parse_map
     from detguard.workflows.adapt import Adapting
 
     if resume:
@@ -113,7 +116,8 @@ def adapt(
         } | ({"photos": photos} if photos else {})  # fmt: skip
         kinds = None if corruptions is None else names(corruptions)
         job = start_adaptation(
-            model, new, plan, start_ranks(device), replay=replay or [], split=split, max_experts=max_experts,
+            model, new, plan, start_ranks(device), replay=replay or [], split=split,
+            class_map=parse_map(class_map), max_experts=max_experts,
             corruptions=kinds, out=out_folder, trust=trust,
         )  # fmt: skip
     sys.exit(run_adaptation(job, workers))

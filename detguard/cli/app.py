@@ -48,8 +48,8 @@ app = typer.Typer(
 )
 # Fields whose options are called otherwise.
 OPTIONS = {
-    "detector": "model", "drift": "detector", "keep": "lambda", "measure": "loss", "objects": "object",
-    "targets": "target",
+    "class_map": "map", "detector": "model", "drift": "detector", "keep": "lambda", "measure": "loss",
+    "objects": "object", "targets": "target",
 }  # fmt: skip
 out = Terminal()
 err = Terminal(stderr=True)
@@ -117,6 +117,14 @@ PatchSize = Annotated[
 ]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
+]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        "--map",
+        metavar="NAME=CLASS,...",
+        help="Classes of the data, by the detector's names where these are others: pedestrian=person,rider=person.",
+    ),
 ]
 Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")]
 

@@ -12,6 +12,7 @@ from rich.progress import MofNCompleteColumn, track
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    ClassMap,
     Confidence,
     Device,
     EndToEnd,
@@ -37,6 +38,9 @@ from detguard.cli.evaluate import show_warnings
 if TYPE_CHECKING:
     from detguard.attacks.group import Attempt
     from detguard.attacks.run import Job
+
+# The exit code where no photo was attacked, so that nothing was shown: neither a success nor a failure.
+NOTHING = 3
 
 
 @app.command(
@@ -69,6 +73,7 @@ def attack(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Evaluate.split,
+    class_map: ClassMap = None,
     goal: Annotated[
         str | None,
         typer.Option(
@@ -208,10 +213,12 @@ def attack(
 
     Or finds it as something else, or what is not there: --goal.
 
-    Exit code: 0 all succeeded, 1 some attacks failed, 2 wrong use or unreadable input (the rest is still done).
+    Exit code: 0 all succeeded, 1 some attacks failed, 2 wrong use or unreadable input (the rest is still done),
+    3 nothing to attack: no photo has a target.
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
+    from detguard.classes import parse_map
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured, load_detector
     from detguard.objectives.parse import read_goal
@@ -248,7 +255,9 @@ def attack(
         if data and unlabelled(data):
             files = [str(file) for file in find_photos([data])]
         elif data:
-            labelled = read_labelled(data, split, detectors[0].class_names, show_warnings)
+            labelled = read_labelled(
+                data, split, detectors[0].class_names, show_warnings, class_map=parse_map(class_map)
+            )
             files = [str(one.file) for one in labelled]
             kept = {LABELLED: as_lines(labelled, detectors[0].class_names)}
         config = attack_config(
@@ -340,7 +349,7 @@ def run_attack(job: "Job") -> int:
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
     out.print(f"results: {job.run.folder}{page}", highlight=False, soft_wrap=True)
     statuses = {r["status"] for r in records}
-    return 2 if "error" in statuses else 1 if "failed" in statuses else 0
+    return 2 if "error" in statuses else NOTHING if not attacked else 1 if "failed" in statuses else 0
 
 
 def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Path]) -> None:
@@ -442,7 +451,8 @@ def verify(
 
     With --model another detector judges, on the photos in which it finds the target before the attack.
 
-    Exit code: 0 every file of the group still fools the detector within its budget, 1 not, 2 unreadable files.
+    Exit code: 0 every file of the group still fools the detector within its budget, 1 not, 2 unreadable files,
+    3 nothing to judge: no photo was attacked, or the detector finds no target in any.
     """
     from detguard.attacks.group import AttackOptions
     from detguard.detectors.load import load_configured, load_detector
@@ -477,4 +487,4 @@ def verify(
             out.print(f"most of the budget used: {used:.4g} of {budget}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
         code = code or int(used > budget.eps or not all(group))
-    sys.exit(code)
+    sys.exit(code if records else code or NOTHING)

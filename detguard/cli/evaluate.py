@@ -8,6 +8,7 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    ClassMap,
     Device,
     EndToEnd,
     Fusion,
@@ -29,7 +30,7 @@ from detguard.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from detguard.data.dataset import Dataset
+    from detguard.data.entries import Faults
     from detguard.evaluation.run import Protocols
     from detguard.evaluation.views import Subject
     from detguard.runs import Run
@@ -69,6 +70,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, comma-separated.")] = None,
+    class_map: ClassMap = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None,
     imgsz: ImageSize = None,
     protocols: Annotated[
@@ -121,6 +123,7 @@ def evaluate(
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
+    from detguard.classes import parse_map
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.evaluation.pictures import check_pictures
     from detguard.runs import Run
@@ -141,7 +144,7 @@ def evaluate(
             "detectors": [],
             "data": {
                 "source": data, "split": split, "images": str(images) if images else None,
-                "classes": names(classes) if classes else None, "limit": limit,
+                "classes": names(classes) if classes else None, "limit": limit, "class_map": parse_map(class_map),
             },
             "evaluate": {
                 "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
@@ -182,13 +185,13 @@ def whole_numbers(option: str, text: str) -> list[int]:
         raise DetguardError(f"{option} '{text}': expected whole numbers, as in 2,4") from None
 
 
-def show_warnings(dataset: "Dataset") -> None:
-    """What was wrong with the data: counted by kind, the first few in full."""
-    for kind, where in dataset.warnings.items():
+def show_warnings(_: str, faults: "Faults") -> None:
+    """What was wrong with data: counted by kind, the first few in full."""
+    for kind, where in faults.items():
         show_warning(f"{where.total} {kind}")
         for line in where[:MOST_SHOWN]:
             err.print(f"  {line}", highlight=False, soft_wrap=True)
-        if where.total > MOST_SHOWN:
+        if where and where.total > MOST_SHOWN:
             err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
 
 
@@ -228,22 +231,38 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of evaluate runs.", metavar="RUN RUN...")],
 ) -> None:
-    """Show the results of several evaluate runs side by side."""
+    """Show the results of several evaluate runs side by side, and which differences are more than chance.
+
+    Figures of other photos or budgets are not compared: a warning says why.
+    """
+    from detguard.evaluation.bootstrap import RESAMPLES
+    from detguard.evaluation.run import DRAWS
     from detguard.files import read_json
-    from detguard.reports.evaluation import headline
+    from detguard.reports.evaluation import differences, headline
     from detguard.reports.tables import terminal_table
     from detguard.runs import Run
+    from detguard.schema import Items, Maybe, check, real
 
     metrics: dict[str, Any] = {}
+    draws: dict[str, Any] = {}
     for folder in folders:
         file = Run.open(folder, "evaluate").folder / "metrics.json"
         try:
             found = {f"{folder}: {name}": row for name, row in read_json(file).items()}
+            drawn = {f"{folder}: {name}": row for name, row in read_json(file.with_name(DRAWS)).items()}
             headline(found, "")  # a stranger's may lack what a row shows
-            metrics |= found
-        except (DetguardError, AttributeError, KeyError, TypeError, ValueError) as error:
+            check(drawn, {"*": {"*": Items(Maybe(real()), RESAMPLES, RESAMPLES)}})
+            for name in found:
+                differences({name: found[name], "again": found[name]}, {name: drawn[name], "again": drawn[name]})
+            metrics, draws = metrics | found, draws | drawn
+        except (DetguardError, AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
             raise DetguardError(
                 f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
             ) from error
-    table = headline(metrics, "Comparison")
-    out.print(terminal_table(table))
+    out.print(terminal_table(headline(metrics, "Comparison")))
+    if len(metrics) > 1:
+        table, warnings = differences(metrics, draws)
+        if table:
+            out.print(terminal_table(table))
+        for line in warnings:
+            show_warning(line)

@@ -7,6 +7,7 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    ClassMap,
     Device,
     Fusion,
     Model,
@@ -161,6 +162,7 @@ def harden(
         ),
     ] = defaults.Harden.sparse,
     corruptions: Corruptions = None,
+    class_map: ClassMap = None,
     batch: Batch = defaults.Harden.batch,
     rate: Rate = defaults.Harden.rate,
     seed: Seed = defaults.Harden.seed,
@@ -176,6 +178,7 @@ def harden(
     with --learn what labels say.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
+    from detguard.classes import parse_map
     from detguard.workflows.harden import Hardening
 
     if resume:
@@ -198,7 +201,8 @@ def harden(
         with err.status("Loading the detector"):
             job = Hardening.begin(
                 model, data, plan, ranks, teacher=teacher, pretrain=pretrain or [], samples=samples or [], imgsz=imgsz,
-                corruptions=None if corruptions is None else names(corruptions), out=out_folder, trust=trust,
+                corruptions=None if corruptions is None else names(corruptions), class_map=parse_map(class_map),
+                out=out_folder, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip
     sys.exit(run_hardening(job, workers))

@@ -10,6 +10,7 @@ import typer
 from detguard import DetguardError, defaults
 from detguard.cli.adapt import Replay
 from detguard.cli.app import (
+    ClassMap,
     Device,
     Fusion,
     ImageSize,
@@ -25,6 +26,7 @@ from detguard.cli.app import (
     out,
     progress_bar,
     show_error,
+    show_warning,
 )
 from detguard.cli.evaluate import show_warnings
 
@@ -53,6 +55,7 @@ def monitor(
         typer.Option(help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}]}."),
     ] = None,
     split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Monitor.split,
+    class_map: ClassMap = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
     ] = None,
@@ -99,6 +102,7 @@ def monitor(
     With --on-drift adapt, photos must stay where they are, and events.jsonl tells what was deployed when, and why.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
     """
+    from detguard.classes import parse_map
     from detguard.data.sources import read_labelled, unlabelled
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.runs import Run
@@ -119,18 +123,21 @@ def monitor(
     if on_drift == "adapt" and not watched.hardened:
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     parsed = adapting_options(adapt_options)
+    renamed = parse_map(class_map)
     for source in replay or []:  # wrong data are told now, not after a drop
         if not unlabelled(source):
-            read_labelled(source, "train", watched.class_names, show_warnings)
+            read_labelled(source, "train", watched.class_names, show_warnings, class_map=renamed)
     config: dict[str, Any] = {
         "detector": detector_config(watched, model),
-        "stream": {"source": stream, "split": split, "images": str(images) if images else None},
+        "stream": {
+            "source": stream, "split": split, "images": str(images) if images else None, "class_map": renamed,
+        },
         "monitor": {"detector": detector, "window": window},
         "on_drift": on_drift,
         "replay": replay or [],
         "living": {"gather": gather, "keep": keep, "adapt": parsed},
         "arguments": sys.argv[1:],
-    }
+    }  # fmt: skip
     # Wrong data leave no run behind.
     listed = None if stream == LIVE else open_stream(config["stream"], watched, show_warnings)
     sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, listed))
@@ -165,7 +172,8 @@ def watch(
     roll_back: bool = False,
 ) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
-    from detguard.data.stream import from_lines, lines_of
+    from detguard.classes import left_out
+    from detguard.data.stream import from_lines, lines_of, unknown_boxes
     from detguard.hardening.monitor import observe
     from detguard.reports.monitoring import monitor_page, timeline_table, windows
     from detguard.reports.tables import terminal_table
@@ -180,7 +188,11 @@ def watch(
     living = Living(run, detector, device, lambda line: out.print(line, highlight=False, soft_wrap=True))
     if roll_back:
         living.roll_back()
-    shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names) if photos is None else photos
+    if photos is None:
+        lines = lines_of(sys.stdin.buffer)
+        shown = from_lines(lines, detector.class_names, class_map=source.get("class_map"))
+    else:
+        shown = iter(photos)
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:
@@ -208,6 +220,8 @@ def watch(
     calm = "no drop" if judged >= options["window"] else "too few to judge"
     told = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
     told = f"{told}; {judged} of {len(records)} photos have objects of classes that the detector knows"
+    if boxes := unknown_boxes(r.get("unknown", ()) for r in records):
+        show_warning(f"{sum(boxes.values())} {left_out(boxes, detector.class_names.values())}")
     out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
     code = 2 if any("error" in r for r in records) else int(bool(drops))
     return code

@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pycocotools.coco import COCO
 
+from detguard.classes import left_out
 from detguard.data.coco import read_coco
 from detguard.data.entries import LOST, DataError, Faults, file_name, inside
 from detguard.data.yolo import read_yolo
@@ -46,8 +47,16 @@ class Dataset:
         del self.files[image]
         self.warnings.add(LOST, reason)
 
+    def unknown(self, class_names: Mapping[int, str]) -> dict[str, int]:
+        """Labelled classes that a detector does not know, by name, with how many boxes each has."""
+        known, names = set(class_names.values()), self.categories
+        counts = Counter(names[a["category_id"]] for a in self.annotations.anns.values() if not a["iscrowd"])
+        return {name: count for name, count in counts.items() if name not in known}
+
     def category_ids(self, class_names: dict[int, str], only: Sequence[str] | None = None) -> dict[int, int]:
         """A detector's class index -> category id, by name; with `only`, of those classes alone.
+
+        Boxes of classes that the detector does not know are counted among the `warnings`, where all are wanted.
 
         Raises:
             DataError: no class in common, several of one name, or one of `only` is not known to both.
@@ -61,8 +70,12 @@ class Dataset:
             shared = {index: category for index, category in shared.items() if class_names[index] in only}
         if len(set(shared.values())) < len(shared):
             raise DataError(f"{self.name}: the detector has several classes of one name; leave them out by `classes`")
+        boxes = self.unknown(class_names)
+        told = left_out(boxes, class_names.values())
         if not shared:
-            raise DataError(f"{self.name}: has no class in common with the detector; name its classes as it does")
+            raise DataError(f"{self.name}: has no class in common with the detector; {told}")
+        if boxes and only is None:
+            self.warnings.count(told, sum(boxes.values()))
         return shared
 
     def objects(self, image_id: int, category_ids: dict[int, int]) -> Detections:
@@ -78,12 +91,16 @@ class Dataset:
 
 
 def read_dataset(
-    source: str | Path, split: str = "val", images: Path | None = None, limit: int | None = None
+    source: str | Path,
+    split: str = "val",
+    images: Path | None = None,
+    limit: int | None = None,
+    class_map: Mapping[str, str] | None = None,
 ) -> Dataset:
     """A data set by the name of one in `datasets/`, by an Ultralytics data.yaml, or by a COCO instances json.
 
     split: which part of a yaml; images: the folder of a json's photos, found beside it by default; limit: the first
-    so many photos only.
+    so many photos only; class_map: names of classes -> those that they are to be called by, several may be one.
 
     Raises:
         DataError: no such data, damaged, or its paths lead out of its folder.
@@ -114,10 +131,24 @@ def read_dataset(
     counts = Counter(category["name"] for category in dataset["categories"])
     if twice := [name for name, count in counts.items() if count > 1]:
         raise DataError(f"{file}: several classes are called '{twice[0]}'; give each a name of its own")
-    coco = indexed(dataset)
+    coco = indexed(rename_classes(dataset, class_map or {}, faults))
     # Of the many files called data.yaml, their folders tell which.
     name = file.resolve().parent.name if file.name == "data.yaml" else file.stem
     return Dataset(name if file.suffix == ".json" else f"{name} {split}", files, coco, faults)
+
+
+def rename_classes(dataset: dict[str, Any], class_map: Mapping[str, str], faults: Faults) -> dict[str, Any]:
+    """Annotations in COCO's form whose classes are called as a map says; those of one name become one."""
+    categories = dataset["categories"]
+    for name in class_map.keys() - {c["name"] for c in categories}:
+        faults.add("names in `class_map` that no class of the data has", f"'{name}'")
+    called = {c["id"]: class_map.get(c["name"], c["name"]) for c in categories}
+    ids = {c["name"]: c["id"] for c in categories if c["name"] == called[c["id"]]}
+    for category, name in called.items():
+        ids.setdefault(name, category)
+    for entry in dataset["annotations"]:
+        entry["category_id"] = ids[called[entry["category_id"]]]
+    return dataset | {"categories": [{"id": category, "name": name} for name, category in ids.items()]}
 
 
 def indexed(dataset: dict[str, Any]) -> COCO:
@@ -167,7 +198,7 @@ def _root(config: dict[str, Any], file: Path) -> Path:
     bases = (file.parent, Path("datasets"), Path(SETTINGS["datasets_dir"]))
     roots = [Path(os.path.normpath(base / given)) for base in bases]
     for root in roots:
-        if root == root.parent:
+        if root.absolute() == root.absolute().parent:
             raise DataError(f"{file}: path: {root} is no folder of data")
         if is_folder(root):
             return root

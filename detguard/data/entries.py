@@ -41,10 +41,15 @@ class Faults(dict[str, Places]):
         """Count one more of a kind."""
         self.setdefault(kind, Places()).add(where)
 
+    def count(self, kind: str, number: int) -> None:
+        """Say how many there are of a kind that names its places itself."""
+        self[kind] = Places()
+        self[kind].total = number
+
     @property
     def first(self) -> str:
         """Where the first was found."""
-        return next((places[0] for places in self.values()), "it lists none")
+        return next((places[0] for places in self.values() if places), "it lists none")
 
 
 def inside(root: Path, name: str, file: Path) -> Path:
@@ -53,10 +58,10 @@ def inside(root: Path, name: str, file: Path) -> Path:
     Raises:
         DataError: it leads out of `root`.
     """
-    path = Path(os.path.normpath(root / name))
-    if not path.is_relative_to(os.path.normpath(root)) or "\0" in name:
+    top = Path(os.path.normpath(root.absolute()))  # as `name` may be an absolute path where `root` is none
+    if "\0" in name or not Path(os.path.normpath(top / name)).is_relative_to(top):
         raise DataError(f"{file}: '{name}' leads out of the data folder {root}")
-    return path
+    return Path(os.path.normpath(root / name))
 
 
 def upright_size(file: Path) -> tuple[int, int] | None:

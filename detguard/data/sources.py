@@ -2,13 +2,15 @@
 
 import glob
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from detguard import DetguardError
-from detguard.data.dataset import Dataset, read_dataset
-from detguard.data.stream import Labelled, as_line, in_order, read_lines, to_lines
+from detguard.classes import left_out
+from detguard.data.dataset import read_dataset
+from detguard.data.entries import Faults
+from detguard.data.stream import Labelled, as_line, in_order, read_lines, to_lines, unknown_boxes
 from detguard.files import FileError, is_file, read_yaml
 from detguard.photos import find_photos
 
@@ -16,13 +18,14 @@ from detguard.photos import find_photos
 LABELLED = "labelled.jsonl"
 # Of a run of `detguard attack --data`; and how far a path may be inside of a run.
 SAMPLES, DEEPEST = "samples/data.yaml", 5
-OnData = Callable[[Dataset], object]
+# Told the name of data that was read, and what was wrong with it.
+OnData = Callable[[str, Faults], object]
 
 
-def warn_of(dataset: Dataset) -> None:
+def warn_of(name: str, faults: Faults) -> None:
     """Warn of what was wrong with the data, counted by kind."""
-    for kind, where in dataset.warnings.items():
-        warnings.warn(f"{dataset.name}: {where.total} {kind}", stacklevel=2)
+    for kind, where in faults.items():
+        warnings.warn(f"{name}: {where.total} {kind}", stacklevel=2)
 
 
 def attack_run(path: Path) -> Path | None:
@@ -91,18 +94,29 @@ def photo_files(source: str) -> list[Path]:
 
 
 def read_labelled(
-    source: str, split: str, class_names: dict[int, str], on_data: OnData = warn_of, images: Path | None = None
+    source: str,
+    split: str,
+    class_names: dict[int, str],
+    on_data: OnData = warn_of,
+    images: Path | None = None,
+    class_map: Mapping[str, str] | None = None,
 ) -> list[Labelled]:
     """The labelled photos of a data.yaml, a COCO json, a file of JSON lines or an attack run, by class indices.
 
-    on_data: shown a data set when it is read; images: folder of the photos of a COCO json, by default beside it.
+    on_data: told what was wrong with it; images: folder of the photos of a COCO json, by default beside it; class_map:
+    names of its classes -> the detector's.
     """
     source = with_samples(source)
     if Path(source).suffix == ".jsonl":
-        return read_lines(source, class_names)
-    dataset = read_dataset(source, split, images)
-    on_data(dataset)
-    return list(in_order(dataset, dataset.category_ids(class_names)))
+        photos, faults = read_lines(source, class_names, class_map), Faults()
+        if boxes := unknown_boxes(one.unknown for one in photos):
+            faults.count(left_out(boxes, class_names.values()), sum(boxes.values()))
+        on_data(source, faults)
+        return photos
+    dataset = read_dataset(source, split, images, class_map=class_map)
+    ids = dataset.category_ids(class_names)
+    on_data(dataset.name, dataset.warnings)
+    return list(in_order(dataset, ids))
 
 
 def as_lines(photos: Sequence[Labelled], class_names: dict[int, str]) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,22 @@ from detguard.files import MAX_ANNOTATIONS, MAX_LINE, parse_json, read_file
 # Objects that one photo may have, and pixels from its corner that a box may lie.
 MOST_OBJECTS = 10_000
 MOST_PIXELS = 1e9
+# Of the name of a class that is not known, which is only told.
+MOST_LETTERS = 100
 
 
 @dataclass(frozen=True)
 class Labelled:
     """One photo; objects: its labels as detections of score 1, in the detector's class indices.
 
-    known: the classes that are labelled wherever they are seen; None: all that the detector knows.
+    known: the classes that are labelled wherever they are seen; None: all that the detector knows; unknown: of each
+    object that is left out, since the detector does not know its class, that class's name.
     """
 
     file: Path
     objects: Detections
     known: tuple[int, ...] | None = None
+    unknown: tuple[str, ...] = ()
 
     def counted(self, found: Detections) -> Detections:
         """Those of detections that the labels can tell to be true or false."""
@@ -42,8 +47,18 @@ def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelle
     times = [dataset.annotations.imgs[image].get(TIME) for image in images]
     if all(isinstance(time, str) and time for time in times):
         images = [image for _, image in sorted(zip(times, images, strict=True))]
+    left_out = {
+        category: name for category, name in dataset.categories.items() if category not in category_ids.values()
+    }
     for image in images:
-        yield Labelled(dataset.files[image], dataset.objects(image, category_ids), tuple(category_ids))
+        labelled = [a["category_id"] for a in dataset.annotations.imgToAnns.get(image, []) if not a["iscrowd"]]
+        unknown = tuple(left_out[category] for category in labelled if category in left_out)
+        yield Labelled(dataset.files[image], dataset.objects(image, category_ids), tuple(category_ids), unknown)
+
+
+def unknown_boxes(unknown: Iterable[Iterable[str]]) -> dict[str, int]:
+    """How many objects of each class that the detector does not know, from those of each photo."""
+    return dict(Counter(name for names in unknown for name in names))
 
 
 def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
@@ -51,6 +66,8 @@ def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
     line: dict[str, Any] = {"photo": str(photo.file), "objects": photo.objects.records(class_names)}
     if photo.known is not None and len(photo.known) < len(class_names):
         line["classes"] = [class_names[index] for index in photo.known]
+    if photo.unknown:
+        line["unknown"] = list(photo.unknown)
     return line
 
 
@@ -69,48 +86,59 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def from_lines(
-    lines: Iterable[bytes], class_names: dict[int, str], source: str = "`stream`"
+    lines: Iterable[bytes],
+    class_names: dict[int, str],
+    source: str = "`stream`",
+    class_map: Mapping[str, str] | None = None,
 ) -> Iterator[Labelled | DataError]:
     """Photos from JSON lines: {"photo": "a.jpg", "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}.
 
     Boxes in pixels of the photo; objects of classes that the detector does not know are left out. "classes" may list
     those that are labelled, if not all are. A line that is not such an object is given as the error that names it by
-    its number. source: where the lines are from, for errors.
+    its number. source: where the lines are from, for errors; class_map: names of their classes -> the detector's.
     """
-    index = _index(class_names, source)
+    index = _index(class_names, source, class_map)
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield _labelled(line, index, f"{source} line {number}")
 
 
 def from_records(
-    records: Iterable[Mapping[str, Any]], class_names: dict[int, str], source: str = "`photos`"
+    records: Iterable[Mapping[str, Any]],
+    class_names: dict[int, str],
+    source: str = "`photos`",
+    class_map: Mapping[str, str] | None = None,
 ) -> Iterator[Labelled | DataError]:
     """Photos from mappings such as lines are, as `from_lines`."""
-    index = _index(class_names, source)
+    index = _index(class_names, source, class_map)
     for number, record in enumerate(records, 1):
         yield _labelled(record, index, f"{source} {number}")
 
 
-def read_lines(file: str | Path, class_names: dict[int, str]) -> list[Labelled]:
+def read_lines(
+    file: str | Path, class_names: dict[int, str], class_map: Mapping[str, str] | None = None
+) -> list[Labelled]:
     """The photos of a file of JSON lines, as `from_lines`.
 
     Raises:
         DetguardError: it cannot be read, or a line is wrong.
     """
     photos: list[Labelled] = []
-    for one in from_lines(read_file(file, MAX_ANNOTATIONS).split(b"\n"), class_names, str(file)):
+    for one in from_lines(read_file(file, MAX_ANNOTATIONS).split(b"\n"), class_names, str(file), class_map):
         if isinstance(one, DataError):
             raise one
         photos.append(one)
     return photos
 
 
-def _index(class_names: dict[int, str], source: str) -> dict[str, int]:
+def _index(class_names: dict[int, str], source: str, class_map: Mapping[str, str] | None) -> dict[str, int]:
+    """Class index by each name that an object's class may have."""
     index = {name: number for number, name in class_names.items()}
     if len(index) < len(class_names):
         raise DataError(f"{source}: the detector has several classes of one name, which labels cannot tell apart")
-    return index
+    renamed = class_map or {}
+    kept = {name: number for name, number in index.items() if name not in renamed}
+    return kept | {name: index[to] for name, to in renamed.items() if to in index}
 
 
 def _labelled(one: bytes | Mapping[str, Any], index: dict[str, int], where: str) -> Labelled | DataError:
@@ -138,10 +166,11 @@ def _read(record: Any, index: dict[str, int]) -> Labelled:
     if not isinstance(classes, list | None):
         raise ValueError("classes: no list")
     found = [(index[o["class"]], _box(o["box"])) for o in objects if o["class"] in index]
+    unknown = tuple(str(o["class"])[:MOST_LETTERS] for o in objects if o["class"] not in index)
     boxes = torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4)
     detections = Detections(boxes, torch.ones(len(found)), torch.tensor([c for c, _ in found], dtype=torch.int64))
-    known = None if classes is None else tuple(index[c] for c in classes if c in index)
-    return Labelled(Path(name), detections, known)
+    known = None if classes is None else tuple(dict.fromkeys(index[c] for c in classes if c in index))
+    return Labelled(Path(name), detections, known, unknown)
 
 
 def _box(values: Sequence[float]) -> list[float]:

@@ -1,6 +1,5 @@
 """What every detector family offers: candidates with a gradient, and the detections that its users see."""
 
-import difflib
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detguard import DetguardError
+from detguard.classes import meant
 from detguard.detections import Candidates, Detections, suppress
 from detguard.photos import Letterbox, Photo, frames_tensor
 
@@ -118,7 +118,7 @@ class Detector(ABC):
         """The index of a class by its name, in any letter case.
 
         Raises:
-            DetguardError: no such class, naming the nearest, or several.
+            DetguardError: no such class, naming a synonym, the nearest or all; or several.
         """
         name = name.strip()
         known: dict[str, list[int]] = {}
@@ -128,8 +128,8 @@ class Detector(ABC):
             if len(found) > 1:
                 raise DetguardError(f"class '{name}': {self.name} has {len(found)} classes of that name; give others")
             return found[0]
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"it knows: {', '.join(self.class_names.values())}"
+        near = meant(name, self.class_names.values())
+        hint = f"did you mean '{near}'?" if near else f"it knows: {', '.join(self.class_names.values())}"
         raise DetguardError(f"class '{name}': {self.name} has no such class; {hint}")
 
 

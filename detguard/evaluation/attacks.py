@@ -21,6 +21,8 @@ ATTACKS = ("class", "box", "all", "vanish", "rank")
 # Of what has no gradient, the only one.
 SQUARE = "square"
 WORST = "worst"
+# What it is called where it is shown: not the least figure of all attacks, which may be of one alone.
+WORST_PER_PHOTO = "worst attack per photo"
 PHOTO = "photo"
 # The vanish attack goes on until nothing is over this confidence: COCO counts detections far below .25.
 VANISH_BELOW = 0.02

@@ -1,4 +1,4 @@
-"""COCO metrics by pycocotools, for a whole data set and for single photos."""
+"""COCO metrics by hotcoco, whose numbers are those of pycocotools; for a whole data set and for single photos."""
 
 import contextlib
 import io
@@ -6,15 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import hotcoco
 import numpy as np
 import torch
+from hotcoco import COCOeval
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from detguard.data.dataset import indexed
 from detguard.detections import Detections
+from detguard.evaluation.bootstrap import drawn_ap, draws, error_95
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 Result = dict[str, Any]
@@ -22,15 +24,17 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metrics:
-    """What pycocotools says, None where there is nothing to measure.
+    """What COCO's evaluation says, None where there is nothing to measure.
 
     stats: by the names of STATS, or of its first two alone; per_class: class name -> AP, AP50, objects;
-    precision: mean over the classes at IoU .50, at recalls 0, .01, ... 1.
+    precision: mean over the classes at IoU .50, at recalls 0, .01, ... 1; drawn: AP of photos drawn anew, as `draws`
+    of them.
     """
 
     stats: dict[str, float | None]
     per_class: dict[str, dict[str, float | None]]
     precision: list[float]
+    drawn: np.ndarray | None = None
 
 
 def coco_results(image_id: int, detections: Detections, category_ids: dict[int, int]) -> list[Result]:
@@ -55,29 +59,25 @@ def coco_metrics(
     categories: Iterable[int],
     images: Sequence[int] | None = None,
     sizes: bool = True,
+    drawn: bool = False,
 ) -> Metrics:
     """The 12 COCO numbers at maxDets 1, 10, 100 over `categories`, and AP and AP50 of each that has objects.
 
-    images: only these; without `sizes` the small, medium and large objects are not told apart, which is four times
-    as fast and gives AP and AP50 only.
+    images: only these; without `sizes` the small, medium and large objects are not told apart: AP and AP50 only;
+    `drawn`: AP of photos drawn anew, too, and AP_error among the numbers, half of the 95 % interval about AP.
     """
     categories = sorted(categories)
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = annotations.loadRes(results) if results else COCO()
-        judge = COCOeval(annotations, found, "bbox")
-        judge.params.catIds = categories
-        if images is not None:
-            judge.params.imgIds = list(images)
-        if not sizes:
-            judge.params.areaRng, judge.params.areaRngLbl = judge.params.areaRng[:1], ["all"]
-        judge.evaluate()
-        judge.accumulate()
-        if sizes:
+    images = sorted(annotations.imgs if images is None else images)
+    judge = _judge(annotations, results, categories, images, sizes)
+    judge.accumulate()
+    if sizes:
+        with contextlib.redirect_stdout(io.StringIO()):
             judge.summarize()
+    assert judge.eval is not None
     # [IoU thresholds, recalls, categories, areas, maxDets]; -1 where a category has no objects.
     precision = judge.eval["precision"][:, :, :, 0, -1]
-    stats = judge.stats.tolist() if sizes else [_mean(precision), _mean(precision[0])]
-    wanted = set(judge.params.imgIds)
+    stats = list(map(float, judge.stats)) if sizes else [_mean(precision), _mean(precision[0])]
+    wanted = set(images)
     per_class = {
         annotations.cats[category]["name"]: {
             "AP": _mean(precision[:, :, i]),
@@ -91,11 +91,39 @@ def coco_metrics(
         if (precision[:, :, i] > -1).any()
     }
     curve = precision[0][:, (precision[0] > -1).all(0)]
-    return Metrics(
-        {name: None if value is None or value < 0 else value for name, value in zip(STATS, stats, strict=False)},
-        per_class,
-        curve.mean(1).tolist() if curve.size else [],
+    if drawn and sizes:  # which counts the objects of all sizes again
+        judge = _judge(annotations, results, categories, images, sizes=False)
+    named = {name: None if value is None or value < 0 else value for name, value in zip(STATS, stats, strict=False)}
+    aps = drawn_ap(judge, draws(len(images))) if drawn else None
+    if aps is not None:
+        named["AP_error"] = error_95(aps, len(images))
+    return Metrics(named, per_class, curve.mean(1).tolist() if curve.size else [], aps)
+
+
+def _judge(annotations: COCO, results: list[Result], categories: list[int], images: list[int], sizes: bool) -> COCOeval:
+    """hotcoco, which has matched the results; categories and images are numbered by their places in the lists."""
+    category_at, image_at = ({one: place for place, one in enumerate(ids)} for ids in (categories, images))
+
+    def numbered(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            entry | {"image_id": image_at[entry["image_id"]], "category_id": category_at[entry["category_id"]]}
+            for entry in entries
+            if entry["image_id"] in image_at and entry["category_id"] in category_at
+        ]
+
+    truth = hotcoco.COCO(
+        {
+            "images": [{"id": place} for place in image_at.values()],
+            "annotations": numbered(annotations.dataset["annotations"]),
+            "categories": [{"id": place, "name": str(place)} for place in category_at.values()],
+        }
     )
+    judge = COCOeval(truth, truth.load_res(numbered(results)), "bbox")
+    judge.params.cat_ids, judge.params.img_ids = list(category_at.values()), list(image_at.values())
+    if not sizes:
+        judge.params.area_rng, judge.params.area_rng_lbl = judge.params.area_rng[:1], ["all"]
+    judge.evaluate()
+    return judge
 
 
 def metrics_of_photos(objects: Sequence[Detections], found: Sequence[Detections]) -> Metrics:

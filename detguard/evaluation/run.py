@@ -3,15 +3,19 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from detguard import DetguardError, defaults
+import numpy as np
+
+from detguard import DetguardError, __version__, defaults
 from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
-from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
+from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
+from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
 from detguard.evaluation.pictures import Changed, patched, perturbed
@@ -20,6 +24,8 @@ from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, res
 from detguard.runs import Run
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
+# Of a run, each model's AP under each protocol for each draw of the photos: what `compare` takes differences of.
+DRAWS = "draws.json"
 # Of the corruptions only this severity's results are written: all of them would be gigabytes.
 WRITTEN_SEVERITY = 3
 
@@ -121,11 +127,14 @@ class Protocols:
 
 @dataclass
 class Evaluation:
-    """What came out, by model: numbers for metrics.json, and the metrics of each written view for plots and CSV."""
+    """What came out, by model: numbers for metrics.json, the metrics of each written view for plots and CSV, and the
+    headline figures in each draw of the photos.
+    """
 
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     classes: list[tuple[str, str, str, dict[str, float | None]]] = field(default_factory=list)
+    draws: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
 
 
 def work(subjects: list[Subject], wanted: Protocols) -> Iterator[tuple[Subject, list[View]]]:
@@ -153,7 +162,7 @@ def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> l
 def evaluate(
     subjects: list[Subject], wanted: Protocols, run: Run, on_progress: Callable[[str, int], None] | None = None
 ) -> Evaluation:
-    """Show everything, score it, and write metrics.json, per_class.csv and detections/ of the run.
+    """Show everything, score it, and write metrics.json, draws.json, per_class.csv and detections/ of the run.
 
     on_progress: told what is being shown and how much of the total `cost` is done.
     """
@@ -172,6 +181,7 @@ def evaluate(
     for subject in subjects:
         _score(subject, subjects, wanted, run, evaluation)
     run.write("metrics.json", (json.dumps(evaluation.metrics, indent=1) + "\n").encode())
+    run.write(DRAWS, (json.dumps(evaluation.draws) + "\n").encode())
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("model", "view", "class", "AP", "AP50", "objects"))
@@ -190,71 +200,96 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
     curves = evaluation.curves.setdefault(subject.name, {})
     dataset, detector = subject.dataset, subject.detector
     gate: dict[str, list[float]] = {}
+    kept = evaluation.draws.setdefault(subject.name, {})
 
     def measure(view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> Metrics:
         seen = list(results_of(subject, view, part))
         shown = results(subject, seen)
-        if write:  # before they are scored, which adds fields of pycocotools' own
+        if write:
             file = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
             run.write(file, json.dumps(shown).encode())
-        metrics = metrics_of(subject, shown, sizes)
+        metrics = metrics_of(subject, shown, sizes, drawn=True)
         if detector.experts:
             gate[label] = expert_shares(seen)
         evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
         return metrics
 
+    def whole(figure: str, drawn: Sequence[np.ndarray | None], of: Callable[..., np.ndarray]) -> float | None:
+        """The error of a figure that is the mean or least `of` several in each draw, which are kept for `compare`."""
+        values = of([one for one in drawn if one is not None], axis=0)
+        kept[figure] = [None if math.isnan(value) else round(float(value), 5) for value in values]
+        return error_95(values, len(dataset.files))
+
     unchanged = measure(Clean(), "clean", sizes=True)
     clean, curves["clean"] = unchanged.stats, unchanged.precision
     found: dict[str, Any] = {
         "setting": {
+            "version": __version__,
             "data": dataset.name,
+            "photos": len(dataset.files),
+            "photos_sha256": subject.photos_sha256,
+            "classes": len(subject.category_ids),
+            "unknown_classes": dataset.unknown(detector.class_names),
             "imgsz": detector.imgsz,
             "end_to_end": detector.end_to_end,
+            "nms": None if detector.end_to_end else detector.iou,
+            "seed": wanted.seed,
             "sha256": detector.state_hash(),
             "left_out": dataset.warnings[LOST].total,
         }
     }
     if "clean" in wanted.protocols:
         counts = {"photos": len(subject.dataset.files), "classes": len(subject.category_ids)}
+        whole("clean", [unchanged.drawn], np.mean)
         found["clean"] = clean | counts
     if "corruptions" in wanted.protocols:
         kinds: dict[str, dict[str, dict[str, float | None]]] = {}
         lines = []
+        drawn: dict[str, list[np.ndarray | None]] = {}
         for view in wanted.corruptions:
             metrics = measure(view, f"{view.kind} {view.severity}", write=view.severity == WRITTEN_SEVERITY)
             kinds.setdefault(view.kind, {})[str(view.severity)] = metrics.stats
             lines.append(metrics.precision)
+            drawn.setdefault(view.kind, []).append(metrics.drawn)
         curves["corruptions, mean"] = [sum(values) / len(lines) for values in zip(*lines, strict=True)]
         found["corruptions"] = _corruption_summary(kinds, clean["AP"])
+        for kind, summary in found["corruptions"]["kinds"].items():
+            summary["AP_error"] = whole("corruptions", drawn[kind], np.mean)
+        found["corruptions"]["AP_error"] = whole("corruptions", [one for of in drawn.values() for one in of], np.mean)
     if "attack" in wanted.protocols:
         budgets: dict[str, Any] = {}
         for attack in wanted.attack_sets(subject.detector):
-            parts = {}
+            parts, of_parts = {}, []
             for part in attack.scored:
                 metrics = measure(attack, f"attack eps {attack.eps} {part}", part, write=part == WORST)
                 parts[part] = metrics.stats
+                of_parts.append(metrics.drawn)
                 if part == WORST:
-                    curves[f"attack eps {attack.eps}, worst case"] = metrics.precision
+                    curves[f"attack eps {attack.eps}, {WORST_PER_PHOTO}"] = metrics.precision
             budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
+            budgets[str(attack.eps)]["AP_error"] = whole("attack", of_parts, np.min)  # the last budget leads
             budgets[str(attack.eps)]["attacks"] = parts
         leading = budgets[str(wanted.eps[-1])]
-        found["attack"] = {"AP": leading["AP"], "AP50": leading["AP50"], "eps": wanted.eps[-1]}
+        found["attack"] = {stat: leading[stat] for stat in ("AP", "AP50", "AP_error")} | {"eps": wanted.eps[-1]}
         if detector.differentiable:
             found["attack"] |= {"steps": wanted.steps, "restarts": wanted.restarts}
         else:
             found["attack"] |= {"queries": wanted.queries}
         found["attack"] |= {"seed": wanted.seed, "budgets": budgets}
     if "transfer" in wanted.protocols:
-        rows = {
-            view.source.name: measure(view, f"transfer from {view.source.name}").stats
+        measured = {
+            view.source.name: measure(view, f"transfer from {view.source.name}")
             for view in transfers(subject, subjects, wanted)
             if isinstance(view, Transferred)
         }
+        rows = {name: metrics.stats for name, metrics in measured.items()}
         found["transfer"] = {stat: lowest(r[stat] for r in rows.values()) for stat in ("AP", "AP50")}
+        found["transfer"]["AP_error"] = whole("transfer", [m.drawn for m in measured.values()], np.min)
         found["transfer"] |= {"eps": wanted.eps[-1], "from": rows}
     if "blackbox" in wanted.protocols:
         metrics = measure(wanted.blackbox, "blackbox")
         curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
+        whole("blackbox", [metrics.drawn], np.min)
         found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
     if wanted.patch is not None:
         name = detector.class_names[detector.class_index(wanted.patch_target)]
@@ -264,7 +299,9 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
             of_class[worn.label] = metrics.per_class.get(name)
         found["patch"] = {"class": name, "size": wanted.patch_size, "file": wanted.patch, "shown": of_class}
     if added := wanted.perturbations:
-        shown = {"clean": clean} | {view.label: measure(view, view.name).stats for view in added}
+        measured = {view.label: measure(view, view.name) for view in added}
+        shown = {"clean": clean} | {label: metrics.stats for label, metrics in measured.items()}
+        whole("universal", [measured["universal"].drawn], np.min)
         (eps,) = {view.how.bounds[1] for view in added}
         found["universal"] = {"eps": round(eps * 255), "file": wanted.universal, "shown": shown}
     if "checks" in wanted.protocols and checkable([subject]):

@@ -14,10 +14,10 @@ def results(subject: Subject, found: Iterable[tuple[int, Detections]]) -> list[R
     return [r for image, detections in found for r in coco_results(image, detections, subject.category_ids)]
 
 
-def metrics_of(subject: Subject, found: list[Result], sizes: bool = False) -> Metrics:
-    """COCO metrics of results of the subject's photos, to which pycocotools adds fields; see `coco_metrics`."""
+def metrics_of(subject: Subject, found: list[Result], sizes: bool = False, drawn: bool = False) -> Metrics:
+    """COCO metrics of results of the subject's photos; see `coco_metrics`."""
     images = list(subject.dataset.files)
-    return coco_metrics(subject.dataset.annotations, found, subject.category_ids.values(), images, sizes)
+    return coco_metrics(subject.dataset.annotations, found, subject.category_ids.values(), images, sizes, drawn)
 
 
 def score(subject: Subject, view: View, part: str = "", sizes: bool = False) -> Metrics:

@@ -5,6 +5,7 @@ shape go through in fixed batches, each written to the cache whole, so that a ki
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -55,6 +56,18 @@ class Subject:
             except FileError as error:
                 self.dataset.drop(image, str(error))
         return hashes
+
+    @property
+    def photos_sha256(self) -> str:
+        """Hash of all photos and of their objects that are evaluated: what figures must share to be compared."""
+        annotations, digest = self.dataset.annotations, hashlib.sha256()
+        names = {c: name for c, name in self.dataset.categories.items() if c in self.category_ids.values()}
+        digest.update(json.dumps(sorted(names.values())).encode())
+        for image in sorted(self.dataset.files):
+            labelled = [a for a in annotations.imgToAnns.get(image, []) if a["category_id"] in names]
+            objects = sorted([names[a["category_id"]], a["bbox"], a["iscrowd"]] for a in labelled)
+            digest.update(json.dumps([self.hashes[image], objects]).encode())
+        return digest.hexdigest()
 
     @cached_property
     def labels(self) -> dict[int, str]:

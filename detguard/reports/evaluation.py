@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detguard.detections import Detections
-from detguard.evaluation.attacks import WORST
+from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO
+from detguard.evaluation.bootstrap import FEWEST, RESAMPLES
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
+from detguard.evaluation.compare import Difference, also_unlike, difference, same_photos, unlike
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
@@ -22,6 +24,12 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
 
 
+def with_error(stats: dict[str, Any]) -> str:
+    """AP and half of its 95 % interval, like ".444 ±.031"; AP alone where all draws are alike, as of 0."""
+    error = stats.get("AP_error")
+    return number(stats["AP"]) + (f" ±{number(error)}" if error and stats["AP"] is not None else "")
+
+
 def _checks(found: dict[str, Any]) -> str:
     failed = [name for name, check in found["checks"].items() if not check["passed"]]
     return f"failed: {', '.join(failed)}" if failed else "passed"
@@ -31,7 +39,12 @@ def _strength(found: dict[str, Any]) -> str:
     """How an attack was made; of what has no gradient, by the Square attack."""
     attack = found["attack"]
     spent = f"{attack['steps']} steps" if "steps" in attack else f"Square, {attack['queries']} queries"
-    return f"eps {attack['eps']}, {spent}"
+    starts = f", {attack['restarts']} starts" if attack.get("restarts", 1) > 1 else ""
+    return f"eps {attack['eps']}, {spent}{starts}"
+
+
+def _nms(iou: float | None) -> str:
+    return "no NMS" if iou is None else f"multi-label NMS at IoU {number(iou)}"
 
 
 def _of_class(found: dict[str, Any], kind: str, stat: str) -> float | None:
@@ -41,25 +54,28 @@ def _of_class(found: dict[str, Any], kind: str, stat: str) -> float | None:
 
 
 COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
-    ("clean", "clean AP", lambda m: number(m["clean"]["AP"])),
+    ("clean", "clean AP", lambda m: with_error(m["clean"])),
     ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
-    ("corruptions", "mPC", lambda m: number(m["corruptions"]["mPC"])),
+    ("corruptions", "mPC", lambda m: with_error(m["corruptions"])),
     ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
     ("attack", "attack", _strength),
-    ("attack", "attacked AP", lambda m: number(m["attack"]["AP"])),
+    ("attack", "attacked AP", lambda m: with_error(m["attack"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
-    ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
-    ("blackbox", "black box AP", lambda m: number(m["blackbox"]["AP"])),
+    ("transfer", "transfer AP", lambda m: with_error(m["transfer"])),
+    ("blackbox", "black box AP", lambda m: with_error(m["blackbox"])),
     ("patch", "patch AP", lambda m: f"{number(_of_class(m, 'patch', 'AP'))} ({m['patch']['class']})"),
-    ("universal", "universal AP", lambda m: f"{number(m['universal']['shown']['universal']['AP'])}"),
+    ("universal", "universal AP", lambda m: with_error(m["universal"]["shown"]["universal"])),
     ("checks", "checks", _checks),
 )
 # What figures are of; in the title of a table whose models have it in common.
 SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("setting", "data", lambda m: str(m["setting"]["data"])),
-    ("clean", "photos", lambda m: f"{m['clean']['photos']} photos"),
-    ("clean", "classes", lambda m: f"{m['clean']['classes']} classes"),
+    ("setting", "photos", lambda m: f"{m['setting']['photos']} photos"),
+    ("setting", "classes", lambda m: f"{m['setting']['classes']} classes"),
     ("setting", "frame", lambda m: f"{m['setting']['imgsz']} px"),
+    ("setting", "NMS", lambda m: _nms(m["setting"]["nms"])),
+    ("setting", "seed", lambda m: f"seed {m['setting']['seed']}"),
+    ("setting", "version", lambda m: f"detguard {m['setting']['version']}"),
 )
 
 
@@ -77,13 +93,66 @@ def headline(metrics: Metrics, title: str) -> Table:
         [name, *(show(m) if protocol in m else "-" for protocol, _, show in columns)] for name, m in metrics.items()
     ]
     note = "AP is COCO's AP (.50:.95)."
+    if any("±" in cell for row in rows for cell in row):
+        note += f" ±: half of the 95 % interval, by {RESAMPLES} draws of as many of the photos, with replacement."
+    elif any("AP_error" in m.get("clean", {}) for m in metrics.values()):
+        note += f" Fewer than {FEWEST} photos: too few to say how far AP may be off."
+    for name, unknown in ((name, m["setting"]["unknown_classes"]) for name, m in metrics.items()):
+        if unknown:
+            note += (
+                f" Left out for {name}: {sum(unknown.values())} boxes of {len(unknown)} classes that it does not know."
+            )
     if any("attack" in m for m in metrics.values()):
-        note += " Attacked: the least of the worst case per photo and of each attack alone; eps in levels of 255."
+        note += f" Attacked: the least of each attack alone and of the {WORST_PER_PHOTO}; eps in levels of 255."
     if blind := [name for name, m in metrics.items() if "queries" in m.get("attack", {})]:
         note += f" {', '.join(blind)}: no gradient, so that no white-box attack is made; Square goes by scores alone."
     if any("corruptions" in m for m in metrics.values()):
         note += " mPC: mean AP over the corruptions; rPC: its share of the clean AP."
     return Table(title, ["model", *(name for _, name, _ in columns)], rows, note)
+
+
+FIGURES = {"clean": "clean AP", "corruptions": "mPC"} | {
+    name: f"{word} AP"
+    for name, word in (
+        ("attack", "attacked"), ("transfer", "transfer"), ("blackbox", "black box"), ("universal", "universal")
+    )
+}  # fmt: skip
+
+
+def differences(metrics: Metrics, draws: Metrics) -> tuple[Table | None, list[str]]:
+    """Each model's figures less those of the first, and what keeps them from being compared; None: nothing is left.
+
+    draws: of each model, by protocol, its AP in each draw of the photos.
+    """
+    (name, first), *others = metrics.items()
+    rows, warnings = [], []
+    shown = [one for one in FIGURES if any(one in m for _, m in others) and one in first]
+    for other, m in others:
+        if not same_photos(first, m):
+            counts = f"{m['setting']['photos']} and {first['setting']['photos']} photos"
+            warnings.append(f"{other}: other photos, labels or classes than {name} ({counts}); not compared with it")
+            continue
+        cells = []
+        for protocol in shown:
+            unequal = unlike(first, m, protocol) if protocol in m else []
+            if unequal:
+                warnings.append(f"{other}: {FIGURES[protocol]} not compared with {name}: {'; '.join(unequal)}")
+            found = difference(first, m, (draws[name], draws[other]), protocol) if protocol in m else None
+            cells.append("-" if found is None or unequal else _difference(found))
+        if also := also_unlike(first, m):
+            warnings.append(f"{other}: compared with {name} all the same: {'; '.join(also)}")
+        rows.append([other, *cells])
+    note = "With half of the 95 % interval, by the same draws of the same photos; noise: there may be no difference."
+    head = ["model", *(FIGURES[protocol] for protocol in shown)]
+    return Table(f"Difference to {name}", head, rows, note) if rows else None, warnings
+
+
+def _difference(found: Difference) -> str:
+    """Like "-.102 ±.031", or "+.012 ±.031 noise"."""
+    value = f"{found.value:+.3f}".replace("0.", ".", 1)
+    if found.error is None:
+        return f"{value}, too few photos to tell"
+    return f"{value} ±{number(found.error)}{' noise' if found.noise else ''}"
 
 
 def tables(metrics: Metrics) -> list[Table]:
@@ -94,8 +163,8 @@ def tables(metrics: Metrics) -> list[Table]:
         budgets = [(name, eps, b) for name, a in attacked.items() for eps, b in a["budgets"].items()]
         runs = list(dict.fromkeys(run for _, _, b in budgets for run in b["attacks"]))
         rows = [
-            ["worst case" if run == WORST else run]
-            + [number(b["attacks"][run]["AP"]) if run in b["attacks"] else "-" for _, _, b in budgets]
+            [WORST_PER_PHOTO if run == WORST else run]
+            + [with_error(b["attacks"][run]) if run in b["attacks"] else "-" for _, _, b in budgets]
             for run in runs
         ]
         first = next(iter(attacked.values()))
@@ -113,7 +182,7 @@ def tables(metrics: Metrics) -> list[Table]:
         rows = [
             [
                 kind.replace("_", " "),
-                *(number(k[kind]["AP"]) for k in corrupted.values()),
+                *(with_error(k[kind]) for k in corrupted.values()),
                 row["made by"],
                 row["differs"],
             ]
@@ -145,7 +214,7 @@ def tables(metrics: Metrics) -> list[Table]:
     if perturbed:
         first_universal = next(iter(perturbed.values()))
         rows = [
-            [name, *(number(row[stat]) for stat in ("AP", "AP50") for row in m["shown"].values())]
+            [name, *map(with_error, m["shown"].values()), *(number(row["AP50"]) for row in m["shown"].values())]
             for name, m in perturbed.items()
         ]
         head = ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in first_universal["shown"])]
@@ -176,7 +245,7 @@ def tables(metrics: Metrics) -> list[Table]:
 
 
 def gate_by_kind(shares: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The gate's weights by kind of photos: severities of one corruption together, of attacks the worst case."""
+    """The gate's weights by kind of photos: severities of one corruption together, of attacks the worst per photo."""
     kinds: dict[str, list[list[float]]] = {}
     for label, weights in shares.items():
         if label.startswith("attack") and not label.endswith(WORST):

@@ -62,9 +62,9 @@ class Table:
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only and stand to the right."""
         columns = zip(*self.rows, strict=True)
-        return [all(re.fullmatch(r"-?[\d.]*", cell) for cell in column) for column in columns] or [False] * len(
-            self.head
-        )
+        return [all(re.fullmatch(r"[-+]?[\d.]*( ±[\d.]+)?", cell) for cell in column) for column in columns] or [
+            False
+        ] * len(self.head)
 
 
 def gallery_item(

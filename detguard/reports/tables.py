@@ -7,6 +7,7 @@ from statistics import mean, median
 
 from rich.table import Table as TerminalTable
 
+from detguard import __version__
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import PHOTO, THRESHOLDS
 from detguard.detections import Detections
@@ -36,7 +37,7 @@ def survival_table(records: Sequence[Record], title: str) -> Table:
         [name, *(rate([one[name]["success"][f"{t:g}"] for one in judged if name in one]) for t in THRESHOLDS)]
         for name in names
     ]
-    gone = [[r["members"][PHOTO]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
+    gone = [[r["members"][PHOTO]["objects_not_kept"][f"{t:g}"] for r in records] for t in THRESHOLDS]
     if any(number for pairs in gone for _, number in pairs):
         shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
         rows.append(["objects not kept (png)", *shares])
@@ -88,6 +89,11 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
                 ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])]
             )
         rows += [
+            [
+                "settings",
+                f"confidence {options.conf:g}, at most {options.steps} steps, seed {options.seed}, "
+                f"NMS of each box's best class, detguard {__version__}",
+            ],
             ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong"],
             [
                 f"queries (black box, at most {options.queries})" if options.black_box else "iterations",

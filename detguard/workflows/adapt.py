@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,12 @@ FIGURES = "figures.json"
 
 
 def read_sources(
-    new: Sequence[str], replay: Sequence[str], split: str, class_names: dict[int, str], on_data: OnData
+    new: Sequence[str],
+    replay: Sequence[str],
+    split: str,
+    class_names: dict[int, str],
+    on_data: OnData,
+    class_map: Mapping[str, str] | None = None,
 ) -> tuple[list[Labelled], list[Labelled], list[Path]]:
     """New photos, and old ones with labels or without; a photo that is new is not replayed.
 
@@ -73,7 +78,8 @@ def read_sources(
     """
 
     def labelled(sources: Sequence[str]) -> list[Labelled]:
-        return [one for source in sources for one in read_labelled(source, split, class_names, on_data)]
+        of_each = (read_labelled(one, split, class_names, on_data, class_map=class_map) for one in sources)
+        return [one for photos in of_each for one in photos]
 
     shown = labelled(new)
     if not shown:
@@ -108,6 +114,7 @@ class Adapting:
         *,
         replay: Sequence[str] = (),
         split: str = defaults.Adapt.split,
+        class_map: Mapping[str, str] | None = None,
         max_experts: int = defaults.Adapt.max_experts,
         corruptions: Sequence[str] | None = None,
         out: Path | None = None,
@@ -124,7 +131,7 @@ class Adapting:
             DetguardError: it does not, or the ensemble or data cannot be read; no run is left behind.
         """
         network, imgsz = load_ensemble(model, trust)
-        sources = read_sources(new, replay, split, network.class_names, on_data)
+        sources = read_sources(new, replay, split, network.class_names, on_data, class_map)
         count, why = len(sources[0]), "as told"
         plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO) | plan
         if plan["mode"] == AUTO:
@@ -222,6 +229,7 @@ def adapt(
     *,
     replay: Sources | None = None,
     split: str = defaults.Adapt.split,
+    class_map: Mapping[str, str] | None = None,
     max_experts: int = defaults.Adapt.max_experts,
     corruptions: Sequence[str] | None = None,
     out: str | Path | None = None,
@@ -239,6 +247,7 @@ def adapt(
         new: labelled photos of the new kind: data.yaml, COCO json or JSON lines, as `monitor` writes them.
         replay: photos of kinds that it knows, as `new`, or folders of them; by default none.
         split: of a data.yaml.
+        class_map: names of classes in the data -> the ensemble's, as {"pedestrian": "person"}.
         max_experts: beyond so many it is not to grow.
         corruptions: kinds that old photos are shown with, by default those that it was hardened with.
         out: folder of the run; by default the next of runs/adapt/.
@@ -264,7 +273,7 @@ def adapt(
     if unknown := sorted(set(plan) - (Adaptation.__dataclass_fields__.keys() - {"eps"})):
         raise TypeError(f"adapt() got an unexpected keyword argument '{unknown[0]}'")
     if resume is not None:
-        if detector or new or replay or corruptions or out or plan:
+        if detector or new or replay or corruptions or class_map or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
         job = Adapting.resume(Path(resume), Ranks.start(device), trust)
     else:
@@ -272,7 +281,8 @@ def adapt(
         if not sources:
             raise DetguardError("`new`: give labelled photos: a data.yaml, a COCO json or a .jsonl file (or `resume`)")
         job = Adapting.begin(
-            model, sources, plan, Ranks.start(device), replay=listed(replay), split=split, max_experts=max_experts,
+            model, sources, plan, Ranks.start(device), replay=listed(replay), split=split, class_map=class_map,
+            max_experts=max_experts,
             corruptions=corruptions, out=None if out is None else Path(out), trust=trust,
         )  # fmt: skip
     job.load(workers)

@@ -2,12 +2,13 @@
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError, defaults
-from detguard.data.dataset import Dataset, read_dataset
+from detguard.data.dataset import read_dataset
+from detguard.data.sources import OnData, warn_of
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.evaluation.cache import DEFAULT, Cache
@@ -41,16 +42,14 @@ def load_subjects(
     source: dict[str, Any],
     told: Callable[[str], object] = warnings.warn,
     cache: Path = DEFAULT,
-    on_data: Callable[[Dataset], object] | None = None,
+    on_data: OnData = warn_of,
 ) -> list[Subject]:
     """The detectors on the data set that a run's config names, each with a name of its own.
 
-    told: what is told that is no error; on_data: shown the data set when it is read.
+    told: what is told that is no error; on_data: told what was wrong with the data.
     """
     images = Path(source["images"]) if source["images"] else None
-    dataset = read_dataset(source["source"], source["split"], images, source["limit"])
-    if on_data:
-        on_data(dataset)
+    dataset = read_dataset(source["source"], source["split"], images, source["limit"], source.get("class_map"))
     subjects: list[Subject] = []
     kept = Cache(cache, told=told)
     for detector in detectors:
@@ -60,6 +59,7 @@ def load_subjects(
         if not {a["category_id"] for a in dataset.annotations.anns.values()} & set(ids.values()):
             raise DetguardError(f"{source['source']}: none of its labelled objects is of a class that is evaluated")
         subjects.append(Subject(name, detector, dataset, ids, kept))
+    on_data(dataset.name, dataset.warnings)
     if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
         counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
         told(f"the detectors know different classes of {dataset.name} ({counts}); `classes` makes them equal")
@@ -74,6 +74,7 @@ def evaluate(
     images: str | Path | None = None,
     classes: Sequence[str] | None = None,
     limit: int | None = None,
+    class_map: Mapping[str, str] | None = None,
     steps: int | None = None,
     restarts: int | None = None,
     out: str | Path | None = None,
@@ -90,6 +91,7 @@ def evaluate(
         images: folder of the photos of a COCO json, by default beside it.
         classes: names of the only ones that count, by default all that data and detector have in common.
         limit: only the first so many photos.
+        class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         steps: of each white-box attack; by default 20, where a detector is a defence 40.
         restarts: starts of each white-box attack; by default 1, where a detector is a defence 2.
         out: folder for metrics.json, per_class.csv and what was found; by default none is kept.
@@ -115,6 +117,7 @@ def evaluate(
         "images": None if images is None else str(images),
         "classes": None if classes is None else list(classes),
         "limit": limit,
+        "class_map": dict(class_map or {}),
     }
     subjects = load_subjects(detectors, source, cache=Path(cache))
     for subject in subjects:

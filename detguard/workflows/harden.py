@@ -1,7 +1,7 @@
 """Harden detectors, from Python."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class Hardening:
         samples: Sequence[str] = (),
         imgsz: int | None = None,
         corruptions: Sequence[str] | None = None,
+        class_map: Mapping[str, str] | None = None,
         out: Path | None = None,
         trust: bool = False,
         arguments: Sequence[str] = (),
@@ -100,7 +101,9 @@ class Hardening:
         learns_labels = wanted.learn != "teacher"
         for source in filter(unlabelled, data if learns_labels else []):
             raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
-        labelled = [one for source in data if learns_labels for one in read_labelled(source, "train", names, on_data)]
+        sources = data if learns_labels else []
+        of_each = (read_labelled(one, "train", names, on_data, class_map=class_map) for one in sources)
+        labelled = [one for photos in of_each for one in photos]
         if samples and wanted.recipe == "finetune":
             raise DetguardError("`samples`: `recipe` finetune sees no attacks; leave one of them out")
         attacks = [one for source in samples for one in read_samples(source, names, on_data)]
@@ -203,6 +206,7 @@ def harden(
     samples: Sources | None = None,
     imgsz: int | None = None,
     corruptions: Sequence[str] | None = None,
+    class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     device: str = "cpu",
@@ -222,6 +226,7 @@ def harden(
             what the teacher says of the clean ones.
         imgsz: longest side of a frame, px, by default the detector's.
         corruptions: kinds of hard photos, by default all 15.
+        class_map: names of classes in labelled data -> the detector's, as {"pedestrian": "person"}.
         out: folder of the run; by default the next of runs/harden/.
         resume: a run's folder, to go on with, instead of all above and of `plan`.
         device: of torch, where to train: cpu, cuda, cuda:1 or mps.
@@ -244,7 +249,7 @@ def harden(
     if unknown := sorted(set(plan) - (Plan.__dataclass_fields__.keys() - {"pretrain"})):
         raise TypeError(f"harden() got an unexpected keyword argument '{unknown[0]}'")
     if resume is not None:
-        if detector or data or teacher or pretrain or samples or imgsz or corruptions or out or plan:
+        if detector or data or teacher or pretrain or samples or imgsz or corruptions or class_map or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
         job = Hardening.resume(Path(resume), Ranks.start(device), trust)
     else:
@@ -255,7 +260,7 @@ def harden(
             model, sources, plan, Ranks.start(device), teacher=None if teacher is None else str(teacher),
             pretrain=listed(pretrain), samples=listed(samples),
             imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
-            corruptions=corruptions, out=None if out is None else Path(out), trust=trust,
+            corruptions=corruptions, class_map=class_map, out=None if out is None else Path(out), trust=trust,
         )  # fmt: skip
     job.load(workers)
     for message in job.unread:

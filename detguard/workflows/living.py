@@ -171,6 +171,8 @@ class Living(Deployment):
             if Path(f"{folder}.replay.jsonl").stat().st_size:
                 replayed.append(f"{folder}.replay.jsonl")
             command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
+            if renamed := self.run.config["stream"].get("class_map"):
+                command += ["--map", ",".join(f"{name}={to}" for name, to in renamed.items())]
         with Path(f"{folder}.log").open("ab") as log:
             # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; and never left behind.
             self.child = subprocess.Popen(

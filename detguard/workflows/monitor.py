@@ -26,7 +26,9 @@ LIVE = "-"
 def open_stream(source: Mapping[str, Any], detector: Detector, on_data: OnData = warn_of) -> Sequence[Labelled]:
     """The labelled photos of the data set that a run's config names, in order."""
     images = Path(source["images"]) if source["images"] else None
-    return read_labelled(source["source"], source["split"], detector.class_names, on_data, images)
+    return read_labelled(
+        source["source"], source["split"], detector.class_names, on_data, images, source.get("class_map")
+    )
 
 
 def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
@@ -46,6 +48,7 @@ def monitor(
     window: int = defaults.Monitor.window,
     split: str = defaults.Monitor.split,
     images: str | Path | None = None,
+    class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
 ) -> Iterator[Record]:
     """Watch accuracy photo by photo, and tell when it drops: photos of a new kind have come.
@@ -58,6 +61,7 @@ def monitor(
         window: photos that a judgement needs, and that AP is over, 8 or more.
         split: of a data.yaml.
         images: folder of the photos of a COCO json, by default beside it.
+        class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         out: folder of a run as `detguard monitor` writes it, with the photos of every drop in dropped.jsonl, which
             `adapt` takes; by default a temporary one.
 
@@ -82,6 +86,7 @@ def monitor(
         "source": str(photos) if isinstance(photos, str | Path) else LIVE,
         "split": split,
         "images": None if images is None else str(images),
+        "class_map": dict(class_map or {}),
     }
     config = {
         "detector": detector_config(detector, detector.source),
@@ -102,7 +107,7 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: dict[str, Any], 
         run = Run.create("monitor", folder, config)
         if config["stream"]["source"] == LIVE:
             given = (_on_disk(run, number, photo) for number, photo in enumerate(photos, 1))
-            photos = from_records(given, detector.class_names)
+            photos = from_records(given, detector.class_names, class_map=config["stream"]["class_map"])
         kind, window = config["monitor"]["detector"], config["monitor"]["window"]
         for record in observe(run, Deployment(detector), photos, kind, window):
             if record.get("began") is not None:

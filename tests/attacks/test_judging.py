@@ -139,7 +139,7 @@ def test_a_member_is_judged_at_each_threshold_over_what_was_found_there():
         "fooled": True,
         "confidence": 0.15,
         "success": {"0.05": False, "0.1": False, "0.25": True, "0.5": None},
-        "objects_gone": {"0.05": [1, 2], "0.1": [1, 2], "0.25": [1, 1], "0.5": [0, 0]},
+        "objects_not_kept": {"0.05": [1, 2], "0.1": [1, 2], "0.25": [1, 1], "0.5": [0, 0]},
         "detections": [{"class": "bus", "confidence": 0.3, "box": [0, 0, 50, 50], "wrong": True}],
     }
     assert not judge(PERSONS, clean, after, 0.12, NAMES)["fooled"]

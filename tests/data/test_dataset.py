@@ -11,6 +11,7 @@ from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, DataError
 
 WIDE = {"width": 100, "height": 80}
+CALLED = [{"id": 1, "name": "pedestrian"}, {"id": 18, "name": "dog"}]
 
 
 @pytest.fixture
@@ -85,6 +86,28 @@ def test_a_class_subset_must_be_known_to_both(photos):
         dataset.category_ids({0: "person", 1: "horse"}, ["horse"])
     with pytest.raises(DataError, match="no class in common"):
         dataset.category_ids({0: "zebra"})
+
+
+def test_boxes_of_classes_that_the_detector_does_not_know_are_counted_and_named(photos):
+    dataset = read_dataset(coco(photos, [{}, {}, {"category_id": 18}], categories=CALLED))
+    assert dataset.category_ids({0: "person", 1: "dog"}) == {1: 18}
+    ((kind, where),) = dataset.warnings.items()
+    assert where.total == 2
+    assert "pedestrian (2)" in kind
+    assert "`class_map` pedestrian=person" in kind
+    with pytest.raises(DataError, match=r"no class in common.*dog \(1\).*pedestrian=person"):
+        dataset.category_ids({0: "person"})
+
+
+def test_a_map_calls_classes_as_the_detector_does_and_makes_those_of_one_name_one(photos):
+    called = [*CALLED, {"id": 2, "name": "rider"}, {"id": 3, "name": "person"}]
+    file = coco(photos, [{}, {"category_id": 2}, {"category_id": 3}, {"category_id": 18}], categories=called)
+    dataset = read_dataset(file, class_map={"pedestrian": "person", "rider": "person", "cyclist": "person"})
+    assert dataset.categories == {3: "person", 18: "dog"}
+    assert dataset.objects(7, dataset.category_ids({0: "dog", 1: "person"})).classes.tolist() == [1, 1, 1, 0]
+    assert {kind: list(where) for kind, where in dataset.warnings.items()} == {
+        "names in `class_map` that no class of the data has": ["'cyclist'"]
+    }
 
 
 def test_detectors_with_two_classes_of_one_name_can_be_judged_by_the_others_only(photos):
@@ -168,6 +191,12 @@ def test_photos_outside_the_data_folder_are_refused(photos, name):
 def test_a_split_outside_the_data_folder_is_refused(photos, value):
     with pytest.raises(DataError, match=r"leads out of the data folder|neither a folder"):
         read_dataset(yolo(photos, {}, {"val": value}))
+
+
+def test_a_split_may_be_an_absolute_path_where_the_yaml_is_a_relative_one(photos, monkeypatch):
+    yolo(photos, {"a": "0 .5 .5 .2 .2"}, {"val": str(photos / "images" / "val")})
+    monkeypatch.chdir(photos)
+    assert len(read_dataset("data.yaml").files) == 2
 
 
 def test_a_list_of_photos_may_not_lead_out_either(photos):

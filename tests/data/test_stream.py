@@ -43,6 +43,17 @@ def test_lines_are_photos_with_their_objects():
     assert len(second.objects) == 0
 
 
+def test_objects_of_unknown_classes_are_named_and_a_map_makes_them_known():
+    objects = [{"class": one, "box": [1, 2, 30, 40]} for one in ("pedestrian", "bus", "persn")]
+    line = as_bytes({"photo": "a.jpg", "objects": objects, "classes": ["person", "pedestrian"]})
+    (plain,) = from_lines([line], NAMES)
+    assert plain.unknown == ("pedestrian", "persn")
+    (mapped,) = from_lines([line], NAMES, class_map={"pedestrian": "person"})
+    assert mapped.unknown == ("persn",)
+    assert mapped.objects.classes.tolist() == [0, 1]
+    assert mapped.known == (0,)
+
+
 PLAIN = b'{"photo": "a.jpg", "objects": []}\n'
 
 

@@ -11,3 +11,13 @@ def test_a_name_that_two_classes_have_names_none(bundled):
     assert detector.class_index(" CAT") == 1
     with pytest.raises(DetguardError, match="2 classes of that name"):
         detector.class_index("dog")
+
+
+def test_a_name_that_is_not_known_is_answered_by_what_it_means_or_by_all(bundled):
+    detector = copy.copy(bundled)
+    detector.class_names = {0: "person", 1: "train", 2: "motorcycle"}
+    for name, hint in (("pedestrian", "mean 'person'"), ("Motorbike", "mean 'motorcycle'"), ("trian", "mean 'train'")):
+        with pytest.raises(DetguardError, match=hint):
+            detector.class_index(name)
+    with pytest.raises(DetguardError, match="it knows: person, train, motorcycle"):
+        detector.class_index("zebra")

@@ -157,13 +157,14 @@ def test_unreadable_photos_are_named_and_the_rest_is_learned(place):
     lines = (place / "dark.jsonl").read_text()
     (place / "photos/broken.png").write_bytes(b"no photo")
     broken = json.dumps({"photo": "photos/broken.png", "objects": []}) + "\n"
-    (place / "some.jsonl").write_text(broken + lines + broken)
-    options = ("--new", "some.jsonl", "--photos", 8, "--batch", 4, "--out", "some")
+    (place / "some.jsonl").write_text((broken + lines + broken).replace('"person"', '"pedestrian"'))
+    options = ("--new", "some.jsonl", "--map", "pedestrian=person", "--photos", 8, "--batch", 4, "--out", "some")
     result = detguard("adapt", "--model", "ensemble.safetensors", *options, cwd=place)
     (place / "photos/broken.png").unlink()
     assert result.returncode == 2
     assert "broken.png" in result.stderr
     assert "without --replay" in result.stderr
+    assert '"class": "person"' in (place / "some/new.jsonl").read_text()
     assert load_detector(place / "some/weights/adapted.safetensors")
 
 

@@ -64,6 +64,15 @@ def test_attack_writes_the_run_folder_of_the_design(attacked):
     assert re.search(r"sha256: [0-9a-f]{64}", config)
     assert "seed: 0" in config
     assert "1 of 1 fooled" in result.stdout
+    assert "at most 100 steps, seed 0, NMS of each box's best class, detguard" in result.stdout
+
+
+def test_nothing_attacked_is_neither_success_nor_failure(tmp_path):
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "empty.png")
+    result = detguard("attack", "empty.png", "--imgsz", 64, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert "0 of 0 fooled, 1 without target" in result.stdout
+    assert detguard("verify", "run", cwd=tmp_path).returncode == 3
 
 
 def test_verify_judges_the_files_anew(attacked):
@@ -130,8 +139,19 @@ def test_samples_are_a_data_set_whose_labels_went_with_the_pixels(tmp_path):
     (tmp_path / "data" / "labels").mkdir()
     Image.open(BUS).resize((240, 320)).save(tmp_path / "data/images/bus.png")
     (tmp_path / "data/labels/bus.txt").write_text("0 0.25 0.5 0.1 0.4\n1 0.5 0.4 0.8 0.5\n")
-    (tmp_path / "data/data.yaml").write_text("path: .\ntrain: images\nval: images\nnames: [person, bus]\n")
-    options = ("--data", "data/data.yaml", "--transforms", "flip:h,jpeg:60", "--eps", 16, "--step", 2)
+    (tmp_path / "data/data.yaml").write_text("path: .\ntrain: images\nval: images\nnames: [pedestrian, bus]\n")
+    options = (
+        "--data",
+        "data/data.yaml",
+        "--map",
+        "pedestrian=person",
+        "--transforms",
+        "flip:h,jpeg:60",
+        "--eps",
+        16,
+        "--step",
+        2,
+    )
     result = detguard("attack", *options, "--out", "run", cwd=tmp_path)
     assert "samples: 3 images" in result.stdout, result.stdout + result.stderr
     names = load_detector().class_names

@@ -42,7 +42,8 @@ def test_metrics_hold_every_protocol_of_every_model(done):
     for found in metrics.values():
         assert list(found) == ["setting", "clean", "corruptions", "attack", "transfer", "blackbox", "checks"]
         assert found["setting"]["imgsz"] == 320
-        assert len(found["clean"]) == 12 + 2
+        assert len(found["clean"]) == 12 + 3
+        assert found["clean"]["AP_error"] is None  # of four photos
         assert len(found["corruptions"]["kinds"]) == 15
         assert found["corruptions"]["rPC"] == pytest.approx(found["corruptions"]["mPC"] / found["clean"]["AP"])
         assert list(found["attack"]["budgets"]) == ["4", "8"]
@@ -135,6 +136,9 @@ def test_compare_shows_runs_side_by_side(done):
     assert result.returncode == 0, result.stderr
     assert "run: detguard-n" in result.stdout
     assert "again: detguard-n#2" in result.stdout
+    assert "too few photos to tell" in result.stdout
+    title = "4 photos, 13 classes, 320 px, multi-label NMS at IoU .700, seed 0, detguard"
+    assert title in result.stdout
 
 
 def test_compare_names_a_run_that_is_not_done(done, tmp_path):
@@ -180,13 +184,21 @@ def test_broken_data_is_counted_and_the_rest_is_done(tmp_path, tiny_data):
     data = json.loads(file.read_text())
     data["annotations"].append(data["annotations"][0] | {"bbox": [1, 2, 3]})
     data["images"].append({"id": 99, "file_name": "gone.png", "width": 10, "height": 10})
+    (person,) = (c for c in data["categories"] if c["name"] == "person")
+    person["name"] = "pedestrian"
+    data["categories"].append({"id": 77, "name": "dragon"})
+    data["annotations"].append(data["annotations"][0] | {"category_id": 77})
     file.write_text(json.dumps(data))
     photo = tmp_path / "data/images/12.png"
     photo.write_bytes(photo.read_bytes()[:5000])
-    result = detguard("evaluate", "--data", file, "--protocols", "clean", cwd=tmp_path)
+    options = ("--map", "pedestrian=person", "--protocols", "clean")
+    result = detguard("evaluate", "--data", file, *options, cwd=tmp_path)
     assert result.returncode == 2
+    assert "warning: 1 boxes of classes that the detector does not know, left out: dragon (1); --map" in result.stderr
+    assert "Left out for detguard-n: 1 boxes of 1 classes that it does not know" in " ".join(result.stdout.split())
     assert "warning: 1 photos missing or unreadable" in result.stderr
     assert "annotations[" in result.stderr
     assert "12.png" in result.stderr
     metrics = json.loads((tmp_path / "runs/evaluate/001/metrics.json").read_text())
     assert metrics["detguard-n"]["clean"]["photos"] == 3
+    assert metrics["detguard-n"]["clean"]["AP"] > 0.9

@@ -200,8 +200,10 @@ def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
 
 def test_resumed_it_learns_the_labels_and_samples_that_the_run_keeps(tmp_path, tiny_data, bundled):
     shutil.copytree(tiny_data.parent, tmp_path / "data")
+    file = tmp_path / "data/instances.json"
+    file.write_text(file.read_text().replace('"person"', '"pedestrian"'))
     options = ("--data", "data/instances.json", *OPTIONS[2:-4], "--photos", 12, "--recipe", "pgd", "--learn", "both")
-    options += ("--pretrain", ASSETS, "--samples", "attack", "--transforms", "jpeg:50")
+    options += ("--pretrain", ASSETS, "--samples", "attack", "--transforms", "jpeg:50", "--map", "pedestrian=person")
     list(detguard_attack(bundled, ASSETS / "bus.jpg", transforms="jpeg:75", steps=1, out=tmp_path / "attack"))
     result = detguard("harden", *options, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -210,6 +212,7 @@ def test_resumed_it_learns_the_labels_and_samples_that_the_run_keeps(tmp_path, t
     assert told.items() <= card["hardened"].items()
     assert "through jpeg:50" in (tmp_path / "run/report.html").read_text()
     assert (tmp_path / "run/weights/pretrain.json").exists()
+    assert '"class": "person"' in (tmp_path / "run/labelled.jsonl").read_text()
     made = tmp_path / "run/weights/adversarial.safetensors"
     whole = load_file(made.rename(tmp_path / "whole.safetensors"))
     (tmp_path / "data/instances.json").unlink()

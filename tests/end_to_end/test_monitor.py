@@ -1,6 +1,7 @@
 """`detguard monitor` as a user runs it: a stream that turns dark, as JSON lines and as a COCO json."""
 
 import json
+import re
 import subprocess
 
 import cv2
@@ -82,12 +83,18 @@ def test_photos_of_a_drop_are_there_before_the_stream_ends(stream):
 
 def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
     lines = (stream / "stream.jsonl").read_text().splitlines(keepends=True)[:3]
+    lines[1] = lines[1].replace('"person"', '"pedestrian"')
+    lines[2] = lines[2].replace('"person"', '"persn"')
     (stream / "broken.png").write_bytes(b"no photo")
     lines.insert(1, json.dumps({"photo": "broken.png", "objects": []}) + "\n")
-    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "broken", cwd=stream, stdin="".join(lines))
+    options = (*OPTIONS, "--map", "pedestrian=person", "--out", "broken")
+    result = detguard("monitor", "--stream", "-", *options, cwd=stream, stdin="".join(lines))
     assert result.returncode == 2
     assert "broken.png" in result.stderr
-    assert len((stream / "broken/results.jsonl").read_text().splitlines()) == 4
+    records = [json.loads(line) for line in (stream / "broken/results.jsonl").read_text().splitlines()]
+    assert [record.get("f1") == records[0]["f1"] for record in records] == [True, False, True, False]
+    assert re.search(r"boxes of classes that the detector does not know, left out: persn \(\d\); ", result.stderr)
+    assert "--map persn=person" in result.stderr
 
 
 def test_odd_lines_are_told_and_the_watch_goes_on(stream):

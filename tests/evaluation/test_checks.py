@@ -23,37 +23,45 @@ def subject(bundled, tiny_data, tmp_path):
     return Subject("bundled", bundled, dataset, dataset.category_ids(bundled.class_names), Cache(tmp_path / "c.sqlite"))
 
 
-def checked(subject: Subject, left: tuple[bool, ...]):
-    """The checks that fail of a subject of which so much is left under each of their views."""
+def failed(subject: Subject, left: tuple[bool, ...]):
+    """The checks that fail of a subject of which so much is left under each of their views, by name."""
     few = first_photos(subject)
     for view, everything in zip(check_views(ATTACK, QUERIES), left, strict=True):
         for image in few.dataset.files:
             labelled = few.objects(image)
             found: Detections = labelled if everything else labelled[:0]
             few.cache.put((view.key(few, image, part), pack(found)) for part in view.parts)
-    return [name for name, check in run_checks(subject, ATTACK, QUERIES).items() if not check["passed"]]
+    return {name: check for name, check in run_checks(subject, ATTACK, QUERIES).items() if not check["passed"]}
 
 
 def test_all_pass_where_the_attack_is_honest(subject):
-    assert checked(subject, HONEST) == []
+    assert not failed(subject, HONEST)
 
 
 @pytest.mark.parametrize(
     ("name", "left"),
     [
         ("more steps", (False, True, False, True)),
+        ("more steps", (True, False, False, True)),
         ("large budget", (False, False, True, True)),
         ("black box", (True, True, False, False)),
     ],
 )
 def test_each_fails_where_only_it_should(subject, name, left):
-    assert checked(subject, left) == [name]
+    assert list(failed(subject, left)) == [name]
+
+
+def test_an_attack_that_more_steps_make_stronger_is_told_to_take_them(subject):
+    found = failed(subject, (True, False, True, True))
+    assert "not converged" in found["more steps"]["meaning"]
+    assert "--steps 4 " in found["more steps"]["remedy"]
+    assert found["large budget"]["remedy"].startswith("first use --steps 4 ")
 
 
 def test_rounding_between_photo_and_loss_is_told_by_its_zero_gradient(subject, bundled):
     subject.detector = copy.copy(bundled)
     subject.detector.candidates = lambda frames: bundled.candidates((frames * 255).round() / 255)
-    assert checked(subject, HONEST) == ["zero gradient"]
+    assert list(failed(subject, HONEST)) == ["zero gradient"]
 
 
 def test_they_are_made_on_the_first_photos_that_have_objects(subject, monkeypatch):

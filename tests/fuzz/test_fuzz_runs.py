@@ -70,7 +70,7 @@ MEMBER = {
     "fooled": True,
     "confidence": 0.0,
     "success": dict.fromkeys(LEVELS, True),
-    "objects_gone": {level: [1, 2] for level in LEVELS},
+    "objects_not_kept": {level: [1, 2] for level in LEVELS},
     "detections": [FOUND | {"wrong": True}],
 }
 RECORDS = {

@@ -13,7 +13,7 @@ from detguard.detections import Detections
 from detguard.files import printable
 from detguard.reports.overlay import before_after, draw_detections
 from detguard.reports.page import Table, gallery_item, render_page
-from detguard.reports.plots import budget_plot, gate_plot, plots, precision_plot, training_plot
+from detguard.reports.plots import budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
 
 CHROMIUM = shutil.which("chromium")
 METRICS = {
@@ -174,3 +174,13 @@ def test_names_on_overlays_are_shown(bus):
     names = {0: "two\nlines\x1b\udcff"}
     assert before_after(bus, found, bus, found, names).shape[1] > 3 * bus.shape[1]
     assert np.array_equal(draw_detections(bus, found, names), draw_detections(bus, found, {0: printable(names[0])}))
+
+
+def test_no_panel_of_corruptions_cuts_off_what_others_reach(monkeypatch):
+    """Of panels that share an axis, the first drawn must not end its scaling."""
+    kinds = {kind: {"severities": {"1": {"AP": ap}, "2": {"AP": ap}}} for kind, ap in (("fog", 0.1), ("snow", 0.9))}
+    monkeypatch.setattr("detguard.reports.plots._svg", lambda figure: figure)
+    figure = corruption_plot({"one": {"corruptions": {"kinds": kinds}}})
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert high > 0.9

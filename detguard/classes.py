@@ -1,0 +1,63 @@
+"""Names of classes: what one that is not known may mean, and which names of data stand for a detector's."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from detguard import DetguardError
+
+# Names by which data sets and detectors call the same; COCO's first.
+SYNONYMS = (
+    ("person", "pedestrian", "people", "human", "man", "woman", "rider"),
+    ("bicycle", "bike", "cycle"),
+    ("car", "automobile", "vehicle", "auto"),
+    ("motorcycle", "motorbike", "motor"),
+    ("airplane", "aeroplane", "plane", "aircraft"),
+    ("truck", "lorry"),
+    ("boat", "ship", "vessel"),
+    ("traffic light", "traffic-light", "trafficlight", "traffic signal"),
+    ("cow", "cattle"),
+    ("couch", "sofa"),
+    ("potted plant", "pottedplant"),
+    ("dining table", "diningtable"),
+    ("tv", "tvmonitor", "television", "monitor"),
+    ("cell phone", "cellphone", "mobile phone", "phone"),
+)
+# How alike a name must be to be taken for another that was mistyped.
+ALIKE = 0.7
+# Names that a message lists; the rest is counted.
+MOST_NAMED = 10
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that a name that is none of them is a synonym of, or nearly spelt as."""
+    by_lower = {one.strip().lower(): one for one in known}
+    name = name.strip().lower()
+    same = next((group for group in SYNONYMS if name in group), ())
+    if found := [one for one in same if one in by_lower]:
+        return by_lower[found[0]]
+    near = difflib.get_close_matches(name, by_lower, n=1, cutoff=ALIKE)
+    return by_lower[near[0]] if near else None
+
+
+def parse_map(text: str | None) -> dict[str, str]:
+    """From "pedestrian=person,rider=person" to names of the data with the detector's names that they stand for.
+
+    Raises:
+        DetguardError: it is no such list.
+    """
+    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair.strip()]
+    made = {name.strip(): to.strip() for name, _, to in pairs}
+    if not all(name and to for name, to in made.items()) or len(made) < len(pairs):
+        raise DetguardError(f"`class_map` '{text}': expected each name of the data once, as in pedestrian=person")
+    return made
+
+
+def left_out(boxes: Mapping[str, int], known: Iterable[str]) -> str:
+    """What is said of labelled classes that a detector does not know, by their boxes: how many, and what to do."""
+    known = list(known)
+    most = sorted(boxes, key=lambda name: (-boxes[name], name))
+    named = [f"{name} ({boxes[name]})" for name in most[:MOST_NAMED]]
+    named += [f"{len(most) - MOST_NAMED} more classes"] if len(most) > MOST_NAMED else []
+    pairs = [f"{name}={one}" for name in most if (one := meant(name, known))]
+    advice = f"if they are the same: `class_map` {','.join(pairs)}" if pairs else "`class_map` NAME=KNOWN renames them"
+    return f"boxes of classes that the detector does not know, left out: {', '.join(named)}; {advice}"

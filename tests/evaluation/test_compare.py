@@ -1,0 +1,57 @@
+"""Which figures of two runs are compared, and when a difference is more than chance."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from detguard.reports.evaluation import differences
+
+FIRST = {
+    "setting": {"photos": 40, "photos_sha256": "a", "imgsz": 320, "nms": 0.7, "seed": 0, "version": "1"},
+    "clean": {"AP": 0.4},
+    "attack": {"AP": 0.1, "eps": 4, "steps": 20, "restarts": 1},
+}
+NOISE = np.random.default_rng(0).normal(0, 0.02, 100)
+
+
+def compared(better: float, apart: float, **setting):
+    """Cells and warnings of a model that is better by so much, and whose draws differ by so much."""
+    other = copy.deepcopy(FIRST)
+    other["clean"]["AP"] += better
+    other["setting"] |= {key: value for key, value in setting.items() if key in other["setting"]}
+    other["attack"] |= {key: value for key, value in setting.items() if key in other["attack"]}
+    draws = {
+        "first": {"clean": (0.4 + NOISE).tolist(), "attack": [0.1] * 100},
+        "other": {"clean": (0.4 + better + NOISE + apart * NOISE[::-1]).tolist(), "attack": [0.1] * 100},
+    }
+    table, warnings = differences({"first": FIRST, "other": other}, draws)
+    return table and table.rows[0][1:], warnings
+
+
+def test_a_difference_is_noise_where_its_interval_holds_none():
+    assert compared(0.03, apart=1)[0][0].endswith("noise")
+    # As far apart, but on the same photos alike.
+    assert not compared(0.03, apart=0.1)[0][0].endswith("noise")
+    assert compared(-0.03, apart=0.1)[0][0].startswith("-.030 ±.00")
+
+
+def test_other_photos_are_not_compared():
+    table, (warning,) = compared(0.1, apart=0, photos_sha256="b", photos=20)
+    assert table is None
+    assert "20 and 40 photos" in warning
+
+
+@pytest.mark.parametrize("setting", [{"eps": 8}, {"steps": 40}, {"restarts": 2}])
+def test_an_attack_of_another_budget_is_not_compared(setting):
+    cells, (warning,) = compared(0.1, apart=0, **setting)
+    assert cells[1] == "-"
+    assert cells[0] != "-"
+    ((name, value),) = setting.items()
+    assert f"attacked AP not compared with first: {name} {FIRST['attack'][name]}, {value}" in warning
+
+
+def test_what_may_differ_is_told():
+    cells, (warning,) = compared(0.1, apart=0, imgsz=640)
+    assert "-" not in cells
+    assert "imgsz 320, 640" in warning
