@@ -220,9 +220,10 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         for attack in wanted.attack_sets(subject.detector):
             parts = {}
             for part in attack.scored:
-                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, write=part == WORST)
+                worst = part == WORST
+                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, sizes=worst, write=worst)
                 parts[part] = metrics.stats
-                if part == WORST:
+                if worst:
                     curves[f"attack eps {attack.eps}, worst case"] = metrics.precision
             budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
             budgets[str(attack.eps)]["attacks"] = parts

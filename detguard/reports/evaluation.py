@@ -1,20 +1,41 @@
 """What `evaluate` and `compare` show: tables of metrics, and the page of a run."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from detguard.detections import Detections
-from detguard.evaluation.attacks import WORST
+from detguard.evaluation.attacks import WORST, AttackSet
 from detguard.evaluation.checks import PHOTOS
-from detguard.evaluation.coco import f1
+from detguard.evaluation.coco import f1, matched
+from detguard.evaluation.pictures import Changed
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
-from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
+from detguard.reports.page import MOST_PHOTOS, Item, Table, pair, panel, render_page
 from detguard.reports.plots import gate_plot, plots
 
 Metrics = dict[str, dict[str, Any]]
+# Rows over which a table is shown by its title alone.
+FOLDED = 14
+# COCO's numbers in words.
+NUMBERS = {
+    "AP": "AP, IoU .50 to .95",
+    "AP50": "AP50, IoU .50",
+    "AP75": "AP75, IoU .75",
+    "APs": "AP, small: under 32 x 32 px",
+    "APm": "AP, medium",
+    "APl": "AP, large: over 96 x 96 px",
+    "AR1": "recall, 1 detection a photo",
+    "AR10": "recall, 10 detections a photo",
+    "AR100": "recall, 100 detections a photo",
+    "ARs": "recall, small",
+    "ARm": "recall, medium",
+    "ARl": "recall, large",
+}
 
 
 def number(value: float | None) -> str:
@@ -53,6 +74,16 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("patch", "patch AP", lambda m: f"{number(_of_class(m, 'patch', 'AP'))} ({m['patch']['class']})"),
     ("universal", "universal AP", lambda m: f"{number(m['universal']['shown']['universal']['AP'])}"),
     ("checks", "checks", _checks),
+)
+# The parts of a verdict: protocol, words behind its AP, and the AP.
+VERDICT: tuple[tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[str, Any]], float | None]], ...] = (
+    ("clean", lambda m: "clean", lambda m: m["clean"]["AP"]),
+    ("corruptions", lambda m: "corrupted", lambda m: m["corruptions"]["mPC"]),
+    ("attack", lambda m: f"attacked at {m['attack']['eps']}/255", lambda m: m["attack"]["AP"]),
+    ("transfer", lambda m: "by transferred attacks", lambda m: m["transfer"]["AP"]),
+    ("blackbox", lambda m: f"by black box at {m['blackbox']['eps']}/255", lambda m: m["blackbox"]["AP"]),
+    ("patch", lambda m: f"for {m['patch']['class']} with the patch", lambda m: _of_class(m, "patch", "AP")),
+    ("universal", lambda m: "by the universal perturbation", lambda m: m["universal"]["shown"]["universal"]["AP"]),
 )
 # What figures are of; in the title of a table whose models have it in common.
 SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
@@ -185,27 +216,73 @@ def gate_by_kind(shares: dict[str, list[float]]) -> dict[str, list[float]]:
     return {kind: [sum(w) / len(w) for w in zip(*rows, strict=True)] for kind, rows in kinds.items()}
 
 
+def verdict(metrics: Metrics) -> str:
+    """One sentence: the AP of each model as it was measured, and checks that failed."""
+    sentences = []
+    for name, found in metrics.items():
+        parts = [f"{number(show(found))} {words(found)}" for key, words, show in VERDICT if key in found]
+        if "checks" in found and _checks(found) != "passed":
+            parts.append(f"the attack's own checks FAILED ({_checks(found).partition(': ')[2]})")
+        sentences.append(f"{name}: " + (f"AP {', '.join(parts)}" if parts else "nothing was measured"))
+    return "; ".join(sentences)
+
+
+def numbers_table(metrics: Metrics) -> Table:
+    """COCO's 12 numbers of the clean photos, and of the worst case of attacks where that was measured."""
+    columns: dict[str, dict[str, float | None]] = {}
+    for name, found in metrics.items():
+        label = f"{name}, " if len(metrics) > 1 else ""
+        if "clean" in found:
+            columns[f"{label}clean"] = found["clean"]
+        if "attack" in found:
+            worst = found["attack"]["budgets"][str(found["attack"]["eps"])]["attacks"][WORST]
+            columns[f"{label}eps {found['attack']['eps']}, worst case"] = worst
+    rows = [[words, *(number(stats.get(stat)) for stats in columns.values())] for stat, words in NUMBERS.items()]
+    note = "- where there are no objects of that size. Sizes are of boxes in the photo's own pixels."
+    return Table("COCO's 12 numbers: by size, and recall", ["", *columns], rows if columns else [], note)
+
+
+def classes_table(evaluation: Evaluation, eps: int) -> Table:
+    """AP of each class, most objects first, on the clean photos and in the worst case of attacks at `eps`."""
+    shown = {"clean": "clean", f"attack eps {eps} {WORST}": f"eps {eps}, worst case"}
+    found: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {}
+    for model, view, name, row in evaluation.classes:
+        if view in shown:
+            found.setdefault((name, model), {})[view] = row
+    views = [view for view in shown if any(view in rows for rows in found.values())]
+    several = len(evaluation.metrics) > 1
+    head = ["class", *(["model"] if several else []), "objects"]
+    head += [f"{stat} {shown[view]}" for view in views for stat in ("AP", "AP50")]
+    rows = []
+    for (name, model), by_view in sorted(found.items(), key=lambda item: -_objects(item[1])):
+        figures = [number(by_view.get(view, {}).get(stat)) for view in views for stat in ("AP", "AP50")]
+        rows.append([name, *([model] if several else []), str(_objects(by_view)), *figures])
+    note = "Classes without labelled objects are left out. The worst case is the attack that does most on each photo."
+    return Table(f"AP of {len({name for name, _ in found})} classes", head, rows, note, folded=len(rows) > FOLDED)
+
+
+def _objects(by_view: dict[str, dict[str, float | None]]) -> int:
+    return int(next(iter(by_view.values()))["objects"] or 0)
+
+
 def evaluation_page(
     subjects: Sequence[Subject], evaluation: Evaluation, wanted: Protocols, command: Sequence[str]
 ) -> bytes:
     """report.html of an evaluate run."""
-    data = subjects[0].dataset
-    each = max(1, MOST_PHOTOS // len(subjects))
-    changed = bool(wanted.patch or wanted.universal) or bool(
-        {"attack", "transfer", "corruptions"} & set(wanted.protocols)
-    )
-    sides = ("before", "after") if changed else ("labelled", "found")
-    items = [item for subject in subjects for item in _gallery(subject, _shown_view(subject, wanted), each)]
-    shown = f"{data.name}, {len(data.files)} photos"
-    left_out = sum(max(0, len(s.dataset.files) - each) for s in subjects)
+    data, metrics = subjects[0].dataset, evaluation.metrics
+    items = _gallery(subjects, [_shown_view(subject, wanted) for subject in subjects], MOST_PHOTOS // len(subjects))
     title = f"Evaluation of {', '.join(s.name for s in subjects)}"
-    made = plots(evaluation.metrics, evaluation.curves)
-    for name, found in evaluation.metrics.items():
+    made = plots(metrics, evaluation.curves)
+    for name, found in metrics.items():
         if "gate" in found:
             made[f"Which expert spoke: {name}"] = gate_plot(
                 found["gate"]["experts"], gate_by_kind(found["gate"]["shares"])
             )
-    return render_page(title, shown, command, tables(evaluation.metrics), made, items, left_out, sides)
+    first, *others = tables(metrics)
+    more = [table for table in (numbers_table(metrics), classes_table(evaluation, wanted.eps[-1])) if table.rows]
+    left_out = len(data.files) - len(items)
+    shown = f"{data.name}, {len(data.files)} photos"
+    return render_page(title, verdict(metrics), shown, command, [first, *more, *others], made, items, left_out)
 
 
 def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
@@ -219,32 +296,76 @@ def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
     return wanted.corruptions[-1] if "corruptions" in wanted.protocols else None
 
 
-def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
-    names, scored = subject.detector.class_names, list(subject.category_ids)
-    for image, file in list(subject.dataset.files.items())[:count]:
-        photo, objects = read_photo(file), subject.objects(image)
-        clean = Clean().load(subject, image).above(SHOWN_CONFIDENCE).of(scored)
-        if view is None:
-            before, after, shown = objects, clean, photo
-        else:
-            before = clean
-            after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE).of(scored)
-            shown = view.show(Batch(subject, [image]))[0]
-        scores = [f1(objects, found) for found in (clean, after)]
-        note = f"{view.name}: " if view else ""
-        note += f"{_count(objects)} labelled, F1 {scores[0]:.2f}" + (f" to {scores[1]:.2f}" if view else "")
-        if subject.detector.experts:
-            spoke = [_speaker(found, subject.detector.experts) for found in (clean, after)]
-            note += f"; spoke: {spoke[0]}" + (f", then {spoke[1]}" if view else "")
-        yield gallery_item(
-            f"{subject.name}: {file.name}",
-            _outcome(*scores) if view else _quality(scores[1]),
-            note,
-            photo,
-            before.records(names),
-            shown,
-            after.records(names),
+@dataclass(frozen=True)
+class Seen:
+    """What a detector finds on one photo: clean, and as a view shows it; None: no view but the clean one."""
+
+    objects: Detections
+    clean: Detections
+    after: Detections | None
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """F1 before and after; without a view 1 and what it is, so that the worst photos are those that lose most."""
+        clean = f1(self.objects, self.clean)
+        return (1.0, clean) if self.after is None else (clean, f1(self.objects, self.after))
+
+    @property
+    def loss(self) -> float:
+        """How much F1 is lost."""
+        return self.scores[0] - self.scores[1]
+
+
+def _seen(subject: Subject, view: View | None, image: int) -> Seen:
+    scored = list(subject.category_ids)
+    clean = Clean().load(subject, image).above(SHOWN_CONFIDENCE).of(scored)
+    after = None
+    if view is not None:
+        after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE).of(scored)
+    return Seen(subject.objects(image), clean, after)
+
+
+def _gallery(subjects: Sequence[Subject], views: Sequence[View | None], count: int) -> list[Item]:
+    """The photos on which the detectors lose most, one detector under the other."""
+    pairs = list(zip(subjects, views, strict=True))
+    files = subjects[0].dataset.files
+    loss = {image: max(_seen(subject, view, image).loss for subject, view in pairs) for image in files}
+    return [_item(pairs, image) for image in sorted(files, key=lambda image: -loss[image])[:count]]
+
+
+def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
+    file = pairs[0][0].dataset.files[image]
+    photo, made, worst = read_photo(file), [], None
+    for subject, view in pairs:
+        seen, names = _seen(subject, view, image), subject.detector.class_names
+        worst = seen if worst is None or seen.loss > worst.loss else worst
+        before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, _marked(seen.objects, seen.clean, names))
+        spoke = [_speaker(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None]
+        told = f"spoke: {', then '.join(spoke)}" if subject.detector.experts else ""
+        name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", told) if part)
+        if view is None or seen.after is None:
+            labelled = [record | {"kind": "", "confidence": 1.0} for record in seen.objects.records(names)]
+            made.append(pair(panel(f"labelled: {_count(seen.objects)}", photo, labelled), before, name=name))
+            continue
+        shown = view.show(Batch(subject, [image]))[0]
+        after = panel(
+            f"{view.name}: F1 {f1(seen.objects, seen.after):.2f}", shown, _marked(seen.objects, seen.after, names)
         )
+        small = isinstance(view, AttackSet) or (isinstance(view, Changed) and not view.targets)
+        made.append(pair(before, after, (photo, shown) if small else None, name))
+    assert worst is not None
+    outcome = _quality(worst.scores[1]) if worst.after is None else _outcome(*worst.scores)
+    return Item(file.name, outcome, f"{_count(worst.objects)} labelled", made)
+
+
+def _marked(objects: Detections, found: Detections, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Records of what was found, each right (found) or wrong (false), and of the objects that were missed."""
+    of = matched(objects, found)
+    missed = torch.ones(len(objects), dtype=torch.bool)
+    missed[of[of >= 0]] = False
+    kinds = ["found" if one >= 0 else "false" for one in of.tolist()]
+    records = [record | {"kind": kind} for record, kind in zip(found.records(names), kinds, strict=True)]
+    return [record | {"kind": "missed"} for record in objects[missed].records(names)] + records
 
 
 def _speaker(found: Detections, names: Sequence[str]) -> str:

@@ -27,30 +27,40 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.4g} % ({part}/{whole})" if whole else "-"
 
 
-def survival_table(records: Sequence[Record], title: str) -> Table:
-    """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold."""
-    head = ["judged from file", *(f"conf {t:g}" for t in THRESHOLDS)]
-    judged = [_judged(r) for r in records]
-    names = list(dict.fromkeys(name for one in judged for name in one))
+def survival_table(records: Sequence[Record], title: str, conf: float) -> Table:
+    """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold.
+
+    conf: the confidence that decides, whose column says so.
+    """
+    of_each = [judged(r) for r in records]
+    decides = f"{conf:g}"
+    # At a threshold of its own, which nothing but the verdict is kept of.
+    own = [] if conf in THRESHOLDS else [decides]
+    columns = [*own, *(f"{t:g}" for t in THRESHOLDS)]
+    head = ["judged from file", *(f"conf {t}" + (", decides" if t == decides else "") for t in columns)]
+
+    def success(member: Record, threshold: str) -> bool | None:
+        return member["fooled"] if threshold in own else member["success"][threshold]
+
+    names = list(dict.fromkeys(name for one in of_each for name in one))
     rows = [
-        [name, *(rate([one[name]["success"][f"{t:g}"] for one in judged if name in one]) for t in THRESHOLDS)]
-        for name in names
+        [name, *(rate([success(one[name], t) for one in of_each if name in one]) for t in columns)] for name in names
     ]
     gone = [[r["members"][PHOTO]["objects_gone"][f"{t:g}"] for r in records] for t in THRESHOLDS]
     if any(number for pairs in gone for _, number in pairs):
         shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
-        rows.append(["objects not kept (png)", *shares])
+        rows.append(["objects not kept (png)", *["-"] * len(own), *shares])
     if len(names) > 1:
         together: list[str] = []
-        for t in THRESHOLDS:
-            values = [[m["success"][f"{t:g}"] for m in one.values()] for one in judged]
+        for t in columns:
+            values = [[success(m, t) for m in one.values()] for one in of_each]
             together.append(rate([None if None in v else all(v) for v in values]))
         rows.append(["all members", *together])
     note = "Photos that fool the detector at each confidence; - where nothing was found."
     return Table(title, head, rows, note)
 
 
-def _judged(record: Record) -> dict[str, Record]:
+def judged(record: Record) -> dict[str, Record]:
     """The members of a photo by the names of their rows, those before further detectors behind their own."""
     rows = {PHOTO_ROW if name == PHOTO else name: member for name, member in record["members"].items()}
     for detector, members in record.get("also", {}).items():
@@ -114,6 +124,7 @@ def _least(attacked: Sequence[Record]) -> str:
 
 def terminal_table(table: Table) -> TerminalTable:
     """A table for the terminal."""
+    table = table.filled
     shown = TerminalTable(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
     for name, number in zip(table.head, table.numeric, strict=True):
         shown.add_column(name, justify="right" if number else "left", overflow="fold")
