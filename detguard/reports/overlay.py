@@ -25,7 +25,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def class_colour(name: str) -> tuple[int, int, int]:
     """The colour of a class, RGB 0..255, dark enough for white letters; the same in every picture and page."""
     # By the name, which all that is kept of a detection has; its hash spreads alike names over the circle.
-    hue = crc32(name.encode(errors="replace")) * 0.618034 % 1
+    hue = crc32(printable(name).encode()) * 0.618034 % 1
     r, g, b = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.42, 0.75))
     return r, g, b
 
