@@ -1,5 +1,6 @@
 """`detguard evaluate` and `compare`: parse, call, show."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -196,7 +197,7 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code."""
     from detguard.data.entries import LOST
     from detguard.evaluation.run import evaluate, total_cost
-    from detguard.reports.evaluation import evaluation_page, tables
+    from detguard.reports.evaluation import evaluation_page, tables, verdict
     from detguard.reports.tables import terminal_table
 
     dataset = subjects[0].dataset
@@ -212,7 +213,9 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
             return 130
     command = ["detguard", *run.config["arguments"]]
     run.write("report.html", evaluation_page(subjects, evaluation, wanted, command))
-    for table in tables(evaluation.metrics):
+    out.print(verdict(evaluation.metrics), highlight=False, soft_wrap=True, style="bold")
+    first, *others = tables(evaluation.metrics)
+    for table in (first.turned, *others):
         out.print(terminal_table(table))
     out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
     for line in dataset.warnings[LOST][before:]:
@@ -223,27 +226,44 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
 @app.command(
     epilog="""Examples:
 
-`detguard compare runs/evaluate/001 runs/evaluate/002`"""
+`detguard compare runs/evaluate/001 runs/evaluate/002`
+
+`detguard compare runs/evaluate/001 runs/evaluate/002 --page comparison.html`"""
 )
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of evaluate runs.", metavar="RUN RUN...")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per run and model instead of a table.")
+    ] = False,
+    page: Annotated[Path | None, typer.Option(help="Write the comparison as a page to this .html file, too.")] = None,
 ) -> None:
-    """Show the results of several evaluate runs side by side."""
-    from detguard.files import read_json
+    """Show the results of several evaluate runs side by side, and how much each is over the first."""
+    from detguard.files import read_json, write_file
+    from detguard.reports.comparison import comparison_page, comparison_table, differences, short_names
     from detguard.reports.evaluation import headline
     from detguard.reports.tables import terminal_table
     from detguard.runs import Run
 
+    if page is not None and page.suffix != ".html":
+        raise DetguardError(f"--page {page}: expected a file that ends in .html")
     metrics: dict[str, Any] = {}
-    for folder in folders:
+    for folder, short in zip(folders, short_names(folders), strict=True):
         file = Run.open(folder, "evaluate").folder / "metrics.json"
         try:
-            found = {f"{folder}: {name}": row for name, row in read_json(file).items()}
+            found = {f"{short}: {name}": row for name, row in read_json(file).items()}
             headline(found, "")  # a stranger's may lack what a row shows
             metrics |= found
         except (DetguardError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DetguardError(
                 f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
             ) from error
-    table = headline(metrics, "Comparison")
-    out.print(terminal_table(table))
+    if as_json:
+        changes = differences(metrics)
+        for name, found in metrics.items():
+            print(json.dumps({"name": name, "metrics": found, "difference": changes.get(name, {})}))
+    else:
+        out.print(terminal_table(comparison_table(metrics)))
+    if page is not None:
+        write_file(page, comparison_page(metrics, ["detguard", *sys.argv[1:]]))
+        if not as_json:
+            out.print(f"page: {page}", highlight=False, soft_wrap=True)

@@ -19,6 +19,8 @@ from detguard.reports.page import MOST_PHOTOS, Item, Table, pair, panel, render_
 from detguard.reports.plots import gate_plot, plots
 
 Metrics = dict[str, dict[str, Any]]
+# A photo as a view shows it.
+CHANGED = "changed"
 # Rows over which a table is shown by its title alone.
 FOLDED = 14
 # COCO's numbers in words.
@@ -48,7 +50,7 @@ def _checks(found: dict[str, Any]) -> str:
     return f"failed: {', '.join(failed)}" if failed else "passed"
 
 
-def _strength(found: dict[str, Any]) -> str:
+def strength(found: dict[str, Any]) -> str:
     """How an attack was made; of what has no gradient, by the Square attack."""
     attack = found["attack"]
     spent = f"{attack['steps']} steps" if "steps" in attack else f"Square, {attack['queries']} queries"
@@ -61,18 +63,20 @@ def _of_class(found: dict[str, Any], kind: str, stat: str) -> float | None:
     return row[stat] if row else None
 
 
-COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
-    ("clean", "clean AP", lambda m: number(m["clean"]["AP"])),
-    ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
-    ("corruptions", "mPC", lambda m: number(m["corruptions"]["mPC"])),
-    ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
-    ("attack", "attack", _strength),
-    ("attack", "attacked AP", lambda m: number(m["attack"]["AP"])),
-    ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
-    ("transfer", "transfer AP", lambda m: number(m["transfer"]["AP"])),
-    ("blackbox", "black box AP", lambda m: number(m["blackbox"]["AP"])),
-    ("patch", "patch AP", lambda m: f"{number(_of_class(m, 'patch', 'AP'))} ({m['patch']['class']})"),
-    ("universal", "universal AP", lambda m: f"{number(m['universal']['shown']['universal']['AP'])}"),
+# Of a table that shows a figure or words of each model: protocol, title, and what to show.
+COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], float | str | None]], ...] = (
+    ("clean", "clean AP", lambda m: m["clean"]["AP"]),
+    ("clean", "clean AP50", lambda m: m["clean"]["AP50"]),
+    ("corruptions", "mPC", lambda m: m["corruptions"]["mPC"]),
+    ("corruptions", "rPC", lambda m: m["corruptions"]["rPC"]),
+    ("attack", "attack", strength),
+    ("attack", "attacked AP", lambda m: m["attack"]["AP"]),
+    ("attack", "attacked AP50", lambda m: m["attack"]["AP50"]),
+    ("transfer", "transfer AP", lambda m: m["transfer"]["AP"]),
+    ("blackbox", "black box AP", lambda m: m["blackbox"]["AP"]),
+    ("patch", "patch on", lambda m: str(m["patch"]["class"])),
+    ("patch", "patch AP", lambda m: _of_class(m, "patch", "AP")),
+    ("universal", "universal AP", lambda m: m["universal"]["shown"]["universal"]["AP"]),
     ("checks", "checks", _checks),
 )
 # The parts of a verdict: protocol, words behind its AP, and the AP.
@@ -97,15 +101,21 @@ SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
 def headline(metrics: Metrics, title: str) -> Table:
     """One row per model, with what was measured of any of them; what all have in common is told above."""
 
+    def words(value: float | str | None) -> str:
+        return value if isinstance(value, str) else number(value)
+
     def values(protocol: str, show: Callable[[dict[str, Any]], str]) -> set[str]:
         return {show(m) if protocol in m else "-" for m in metrics.values()}
 
     common = [values(protocol, show) for protocol, _, show in SETTINGS]
     title = ", ".join([title, *(value for found in common if len(found) == 1 for value in found if value != "-")])
-    columns = [c for c in COLUMNS if any(c[0] in found for found in metrics.values())]
+    columns: list[tuple[str, str, Callable[[dict[str, Any]], float | str | None]]] = [
+        c for c in COLUMNS if any(c[0] in found for found in metrics.values())
+    ]
     columns += [c for c, found in zip(SETTINGS, common, strict=True) if len(found) > 1]
     rows = [
-        [name, *(show(m) if protocol in m else "-" for protocol, _, show in columns)] for name, m in metrics.items()
+        [name, *(words(show(m)) if protocol in m else "-" for protocol, _, show in columns)]
+        for name, m in metrics.items()
     ]
     note = "AP is COCO's AP (.50:.95)."
     if any("attack" in m for m in metrics.values()):
@@ -157,7 +167,7 @@ def tables(metrics: Metrics) -> list[Table]:
             if len(severities) > 1
             else f"AP at severity {severities[0]}."
         )
-        made.append(Table("Corruptions", head, rows, note))
+        made.append(Table("Corruptions", head, rows, note, folded=len(rows) > FOLDED))
     patched = {name: m for name, m in metrics.items() if "patch" in m}
     if patched:
         first_patch = next(iter(patched.values()))["patch"]
@@ -223,12 +233,13 @@ def verdict(metrics: Metrics) -> str:
         parts = [f"{number(show(found))} {words(found)}" for key, words, show in VERDICT if key in found]
         if "checks" in found and _checks(found) != "passed":
             parts.append(f"the attack's own checks FAILED ({_checks(found).partition(': ')[2]})")
-        sentences.append(f"{name}: " + (f"AP {', '.join(parts)}" if parts else "nothing was measured"))
+        photos = f" ({found['clean']['photos']} photos)" if "clean" in found else ""
+        sentences.append(f"{name}: " + (f"AP {', '.join(parts)}{photos}" if parts else "nothing was measured"))
     return "; ".join(sentences)
 
 
 def numbers_table(metrics: Metrics) -> Table:
-    """COCO's 12 numbers of the clean photos, and of the worst case of attacks where that was measured."""
+    """COCO's 12 numbers of the clean photos, and of the worst attack on each where that was measured."""
     columns: dict[str, dict[str, float | None]] = {}
     for name, found in metrics.items():
         label = f"{name}, " if len(metrics) > 1 else ""
@@ -236,15 +247,15 @@ def numbers_table(metrics: Metrics) -> Table:
             columns[f"{label}clean"] = found["clean"]
         if "attack" in found:
             worst = found["attack"]["budgets"][str(found["attack"]["eps"])]["attacks"][WORST]
-            columns[f"{label}eps {found['attack']['eps']}, worst case"] = worst
+            columns[f"{label}eps {found['attack']['eps']}, worst per photo"] = worst
     rows = [[words, *(number(stats.get(stat)) for stats in columns.values())] for stat, words in NUMBERS.items()]
     note = "- where there are no objects of that size. Sizes are of boxes in the photo's own pixels."
     return Table("COCO's 12 numbers: by size, and recall", ["", *columns], rows if columns else [], note)
 
 
 def classes_table(evaluation: Evaluation, eps: int) -> Table:
-    """AP of each class, most objects first, on the clean photos and in the worst case of attacks at `eps`."""
-    shown = {"clean": "clean", f"attack eps {eps} {WORST}": f"eps {eps}, worst case"}
+    """AP of each class, most objects first, on the clean photos and under the worst attack on each at `eps`."""
+    shown = {"clean": "clean", f"attack eps {eps} {WORST}": f"eps {eps}, worst per photo"}
     found: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {}
     for model, view, name, row in evaluation.classes:
         if view in shown:
@@ -252,12 +263,13 @@ def classes_table(evaluation: Evaluation, eps: int) -> Table:
     views = [view for view in shown if any(view in rows for rows in found.values())]
     several = len(evaluation.metrics) > 1
     head = ["class", *(["model"] if several else []), "objects"]
-    head += [f"{stat} {shown[view]}" for view in views for stat in ("AP", "AP50")]
+    figures = [(view, stat) for view in views for stat in ("AP", "AP50") if view == "clean" or stat == "AP"]
+    head += [f"{stat} {shown[view]}" for view, stat in figures]
     rows = []
     for (name, model), by_view in sorted(found.items(), key=lambda item: -_objects(item[1])):
-        figures = [number(by_view.get(view, {}).get(stat)) for view in views for stat in ("AP", "AP50")]
-        rows.append([name, *([model] if several else []), str(_objects(by_view)), *figures])
-    note = "Classes without labelled objects are left out. The worst case is the attack that does most on each photo."
+        cells = [number(by_view.get(view, {}).get(stat)) for view, stat in figures]
+        rows.append([name, *([model] if several else []), str(_objects(by_view)), *cells])
+    note = "Classes without labelled objects are left out. Worst per photo: the attack that does most on each photo."
     return Table(f"AP of {len({name for name, _ in found})} classes", head, rows, note, folded=len(rows) > FOLDED)
 
 
@@ -330,7 +342,9 @@ def _gallery(subjects: Sequence[Subject], views: Sequence[View | None], count: i
     pairs = list(zip(subjects, views, strict=True))
     files = subjects[0].dataset.files
     loss = {image: max(_seen(subject, view, image).loss for subject, view in pairs) for image in files}
-    return [_item(pairs, image) for image in sorted(files, key=lambda image: -loss[image])[:count]]
+    objects = {image: len(subjects[0].objects(image)) for image in files}
+    ranked = sorted(files, key=lambda image: (loss[image], objects[image]), reverse=True)
+    return [_item(pairs, image) for image in ranked[:count]]
 
 
 def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
@@ -348,14 +362,17 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
             made.append(pair(panel(f"labelled: {_count(seen.objects)}", photo, labelled), before, name=name))
             continue
         shown = view.show(Batch(subject, [image]))[0]
-        after = panel(
-            f"{view.name}: F1 {f1(seen.objects, seen.after):.2f}", shown, _marked(seen.objects, seen.after, names)
-        )
+        marked = _marked(seen.objects, seen.after, names)
+        after = panel(f"{CHANGED}: F1 {f1(seen.objects, seen.after):.2f}", shown, marked)
         small = isinstance(view, AttackSet) or (isinstance(view, Changed) and not view.targets)
         made.append(pair(before, after, (photo, shown) if small else None, name))
     assert worst is not None
-    outcome = _quality(worst.scores[1]) if worst.after is None else _outcome(*worst.scores)
-    return Item(file.name, outcome, f"{_count(worst.objects)} labelled", made)
+    if len(worst.objects):
+        outcome = _quality(worst.scores[1]) if worst.after is None else _outcome(*worst.scores)
+    else:  # where F1 is all or nothing
+        outcome = "nothing to find" if worst.scores[1] else "false alarms only"
+    how = "".join(f"; {CHANGED}: {view.name}" for view in {view.name: view for _, view in pairs if view}.values())
+    return Item(file.name, outcome, f"{_count(worst.objects)} labelled{how}", made)
 
 
 def _marked(objects: Detections, found: Detections, names: dict[int, str]) -> list[dict[str, Any]]:
@@ -365,7 +382,7 @@ def _marked(objects: Detections, found: Detections, names: dict[int, str]) -> li
     missed[of[of >= 0]] = False
     kinds = ["found" if one >= 0 else "false" for one in of.tolist()]
     records = [record | {"kind": kind} for record, kind in zip(found.records(names), kinds, strict=True)]
-    return [record | {"kind": "missed"} for record in objects[missed].records(names)] + records
+    return records + [record | {"kind": "missed"} for record in objects[missed].records(names)]
 
 
 def _speaker(found: Detections, names: Sequence[str]) -> str:

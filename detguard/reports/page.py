@@ -25,8 +25,8 @@ LONGEST_SIDE = 560
 QUALITY = 85
 # Of a difference, which is noise: as much as all else on the page otherwise.
 DIFFERENCE_SIDE, DIFFERENCE_QUALITY = 420, 60
-# A table with more letters in its rows than fit beside each other on a phone.
-WIDE = 44
+# Letters that fit beside each other on a phone, and of one cell before it is broken into lines.
+WIDE, LONG = 46, 14
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,19 @@ class Table:
         return Table(self.title, [self.head[i] for i in kept], rows, self.note, self.folded)
 
     @property
+    def turned(self) -> "Table":
+        """The same with rows as columns: of few rows with many columns, which do not fit beside each other."""
+        head, *rows = zip(self.head, *self.rows, strict=True)
+        return Table(self.title, ["", *head[1:]], rows, self.note, self.folded)
+
+    @property
     def wide(self) -> bool:
-        """Whether a phone shows each row as a card."""
-        columns = zip(self.head, *self.rows, strict=True)
-        return len(self.head) > 2 and sum(3 + max(map(len, column)) for column in columns) > WIDE
+        """Whether a phone shows each row as a card: where its longest words do not fit beside each other."""
+        widths = [
+            max(*map(len, head.split() or [""]), *(len(cell) for cell in column), 0)
+            for head, *column in zip(self.head, *self.rows, strict=True)
+        ]
+        return len(widths) > 2 and sum(2 + min(width, LONG) for width in widths) > WIDE
 
 
 def panel(caption: str, photo: Photo, found: Sequence[dict[str, Any]] = (), file: str = "") -> Panel:

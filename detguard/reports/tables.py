@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from math import inf
 from statistics import mean, median
 
+from rich.console import Group
 from rich.table import Table as TerminalTable
 
 from detguard.attacks.group import AttackOptions
@@ -122,15 +123,22 @@ def _least(attacked: Sequence[Record]) -> str:
     return ", ".join(words + ([f"not reached by {more} of {len(sizes)} photos"] if more else []))
 
 
-def terminal_table(table: Table) -> TerminalTable:
-    """A table for the terminal."""
+def terminal_table(table: Table) -> Group:
+    """A table for the terminal, its title above and its note below, as wide as the terminal is."""
     table = table.filled
-    shown = TerminalTable(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
+    shown = TerminalTable()
     for name, number in zip(table.head, table.numeric, strict=True):
         shown.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
-    return shown
+    return Group(table.title, shown, *([table.note] if table.note else []))
+
+
+def duration(seconds: float) -> str:
+    """Like "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def terminal_list(rows: Sequence[Sequence[str]]) -> TerminalTable:
@@ -141,7 +149,7 @@ def terminal_list(rows: Sequence[Sequence[str]]) -> TerminalTable:
     return table
 
 
-def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> TerminalTable:
+def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> Group:
     """One row per detection: its number, best first, from 1; class, confidence, box in photo pixels."""
     rows = [
         [str(number), record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"])]

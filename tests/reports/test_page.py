@@ -4,6 +4,7 @@ import re
 import shutil
 import warnings
 from html import unescape
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -59,7 +60,14 @@ def page_file(tmp_path_factory):
     made = plots(METRICS, CURVES)
     assert len(made) == 3
     page = render_page(
-        f"Title {HOSTILE}", f"AP .4 {HOSTILE}", "subtitle", ["detguard", "attack", "a b.jpg"], tables, made, items, left_out=5
+        f"Title {HOSTILE}",
+        f"AP .4 {HOSTILE}",
+        "subtitle",
+        ["detguard", "attack", "a b.jpg"],
+        tables,
+        made,
+        items,
+        left_out=5,
     )
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_bytes(page)
@@ -146,7 +154,7 @@ def test_before_after_and_difference_stand_side_by_side_where_there_is_room(open
     page, _, _ = opened
     places = [page.locator(f".{side}").first.bounding_box() for side in ("before", "after", "difference")]
     assert len({place["y"] for place in places}) == 1
-    assert all(a["x"] + a["width"] <= b["x"] for a, b in zip(places, places[1:], strict=False))
+    assert all(a["x"] + a["width"] <= b["x"] for a, b in pairwise(places))
 
 
 def test_labels_lie_in_the_part_of_a_photo_that_is_seen(opened):
@@ -205,7 +213,7 @@ def test_plots_follow_the_dark_mode(browser, page_file):
     page = browser.new_page(color_scheme="dark")
     page.goto(page_file.as_uri())
     colours = page.locator(".plot svg").first.evaluate(
-        "svg => [...svg.querySelectorAll('path, use, g')].flatMap(e => [getComputedStyle(e).fill, getComputedStyle(e).stroke])"
+        "svg => [...svg.querySelectorAll('path, use, g')].map(e => getComputedStyle(e)).flatMap(e => [e.fill, e.stroke])"
     )
     page.close()
     assert {"rgb(230, 235, 241)", "rgb(122, 165, 255)"} <= set(colours)
