@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from detguard.detections import Detections
 from detguard.evaluation.attacks import WORST, AttackSet
 from detguard.evaluation.checks import PHOTOS
-from detguard.evaluation.coco import f1, matched
+from detguard.evaluation.coco import f1
 from detguard.evaluation.pictures import Changed
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
+from detguard.reports.marks import marked
 from detguard.reports.page import MOST_PHOTOS, Item, Table, pair, panel, render_page
 from detguard.reports.plots import gate_plot, plots
 
@@ -353,7 +352,7 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
     for subject, view in pairs:
         seen, names = _seen(subject, view, image), subject.detector.class_names
         worst = seen if worst is None or seen.loss > worst.loss else worst
-        before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, _marked(seen.objects, seen.clean, names))
+        before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, marked(seen.objects, seen.clean, names))
         spoke = [_speaker(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None]
         told = f"spoke: {', then '.join(spoke)}" if subject.detector.experts else ""
         name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", told) if part)
@@ -362,8 +361,8 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
             made.append(pair(panel(f"labelled: {_count(seen.objects)}", photo, labelled), before, name=name))
             continue
         shown = view.show(Batch(subject, [image]))[0]
-        marked = _marked(seen.objects, seen.after, names)
-        after = panel(f"{CHANGED}: F1 {f1(seen.objects, seen.after):.2f}", shown, marked)
+        right = marked(seen.objects, seen.after, names)
+        after = panel(f"{CHANGED}: F1 {f1(seen.objects, seen.after):.2f}", shown, right)
         small = isinstance(view, AttackSet) or (isinstance(view, Changed) and not view.targets)
         made.append(pair(before, after, (photo, shown) if small else None, name))
     assert worst is not None
@@ -373,16 +372,6 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
         outcome = "nothing to find" if worst.scores[1] else "false alarms only"
     how = "".join(f"; {CHANGED}: {view.name}" for view in {view.name: view for _, view in pairs if view}.values())
     return Item(file.name, outcome, f"{_count(worst.objects)} labelled{how}", made)
-
-
-def _marked(objects: Detections, found: Detections, names: dict[int, str]) -> list[dict[str, Any]]:
-    """Records of what was found, each right (found) or wrong (false), and of the objects that were missed."""
-    of = matched(objects, found)
-    missed = torch.ones(len(objects), dtype=torch.bool)
-    missed[of[of >= 0]] = False
-    kinds = ["found" if one >= 0 else "false" for one in of.tolist()]
-    records = [record | {"kind": kind} for record, kind in zip(found.records(names), kinds, strict=True)]
-    return records + [record | {"kind": "missed"} for record in objects[missed].records(names)]
 
 
 def _speaker(found: Detections, names: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ import colorsys
 from functools import cache
 from zlib import crc32
 
-import cv2
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

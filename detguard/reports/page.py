@@ -160,7 +160,10 @@ def render_page(
     items: Iterable[Item] = (),
     left_out: int = 0,
 ) -> bytes:
-    """The page as UTF-8 bytes. verdict: what came out, in one sentence; plots: title -> SVG; left_out: photos not shown."""
+    """The page as UTF-8 bytes.
+
+    verdict: what came out, in one sentence; plots: title -> SVG; left_out: photos not shown.
+    """
     items = list(items)
     environment = Environment(
         loader=PackageLoader("detguard", "reports"), autoescape=True, trim_blocks=True, finalize=_shown

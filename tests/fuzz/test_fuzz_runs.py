@@ -129,7 +129,7 @@ def use(run, detector):
     elif run.config["command"] == "harden":
         hardening_page(run)
     elif run.config["command"] == "adapt":
-        adaptation_page(run, {}, {})
+        adaptation_page(run, {}, {}, {})
     else:
         timeline_table(windows(records, 8))
         monitor_page(run, records, [])

@@ -212,8 +212,8 @@ def test_rows_of_wide_tables_are_cards_on_a_phone(opened):
 def test_plots_follow_the_dark_mode(browser, page_file):
     page = browser.new_page(color_scheme="dark")
     page.goto(page_file.as_uri())
-    colours = page.locator(".plot svg").first.evaluate(
-        "svg => [...svg.querySelectorAll('path, use, g')].map(e => getComputedStyle(e)).flatMap(e => [e.fill, e.stroke])"
+    colours = page.locator(".plot svg :is(path, use, g)").evaluate_all(
+        "drawn => drawn.map(e => getComputedStyle(e)).flatMap(e => [e.fill, e.stroke])"
     )
     page.close()
     assert {"rgb(230, 235, 241)", "rgb(122, 165, 255)"} <= set(colours)
