@@ -10,6 +10,7 @@ import typer
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Device,
+    DryRun,
     EndToEnd,
     Fusion,
     ImageSize,
@@ -31,7 +32,7 @@ from detguard.cli.app import (
 
 if TYPE_CHECKING:
     from detguard.data.dataset import Dataset
-    from detguard.evaluation.run import Protocols
+    from detguard.evaluation.run import Cost, Protocols
     from detguard.evaluation.views import Subject
     from detguard.runs import Run
 
@@ -110,6 +111,7 @@ def evaluate(
     seed: Seed = defaults.Evaluate.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
+    dry_run: DryRun = False,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
@@ -122,8 +124,10 @@ def evaluate(
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
+    from detguard.data.entries import LOST
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.evaluation.pictures import check_pictures
+    from detguard.evaluation.run import measure_cost
     from detguard.runs import Run
     from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
 
@@ -163,7 +167,23 @@ def evaluate(
         subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
     for subject in subjects:  # a wrong patch leaves no run behind
         check_pictures(subject, wanted.patches(subject.detector))
-    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
+    lost = len(subjects[0].dataset.warnings[LOST])
+    with err.status("Measuring a batch"):
+        cost = measure_cost(subjects, wanted)
+    (out if dry_run else err).print(in_words(cost), highlight=False, soft_wrap=True)
+    if dry_run:
+        sys.exit(0)
+    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted, lost))
+
+
+def in_words(cost: "Cost") -> str:
+    """What an evaluation takes, in one line."""
+    from detguard.reports.tables import duration
+
+    if not cost.left:
+        return f"{cost.passes:,} forward passes, all of them known already"
+    known = f", {cost.passes - cost.left:,} of them known already" if cost.left < cost.passes else ""
+    return f"{cost.passes:,} forward passes{known}: about {duration(cost.seconds)}, as measured on one batch"
 
 
 def names(text: str) -> list[str]:
@@ -193,15 +213,17 @@ def show_warnings(dataset: "Dataset") -> None:
             err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
 
 
-def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -> int:
-    """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code."""
+def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols", told: int) -> int:
+    """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code.
+
+    told: how many photos that cannot be read were told of before.
+    """
     from detguard.data.entries import LOST
     from detguard.evaluation.run import evaluate, total_cost
     from detguard.reports.evaluation import evaluation_page, tables, verdict
     from detguard.reports.tables import terminal_table
 
     dataset = subjects[0].dataset
-    before = len(dataset.warnings[LOST])
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=total_cost(subjects, wanted))
         try:
@@ -218,7 +240,7 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
     for table in (first.turned, *others):
         out.print(terminal_table(table))
     out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
-    for line in dataset.warnings[LOST][before:]:
+    for line in dataset.warnings[LOST][told:]:
         show_error(line)
     return 2 if dataset.warnings[LOST] else 0
 
