@@ -139,7 +139,7 @@ def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "R
 
 def run_adaptation(job: "Adapting", workers: int | None = None) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
-    from detguard.reports.adaptation import adaptation_page, judged_table
+    from detguard.reports.adaptation import adaptation_page, judged_table, verdict
     from detguard.reports.tables import terminal_table
     from detguard.workflows.adapt import FIGURES
 
@@ -170,8 +170,10 @@ def run_adaptation(job: "Adapting", workers: int | None = None) -> int:
     if not job.ranks.first:
         return 0
     run.write(FIGURES, (json.dumps({"before": before, "after": after}) + "\n").encode())
-    run.write("report.html", adaptation_page(run, before, after))
-    out.print(terminal_table(judged_table(before, after)))
+    photos = {kind: len(judged) for kind, judged in job.judged.items()}
+    run.write("report.html", adaptation_page(run, before, after, photos))
+    out.print(verdict(before, after, photos), highlight=False, soft_wrap=True, style="bold")
+    out.print(terminal_table(judged_table(before, after, photos)))
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."
     out.print(text, highlight=False, soft_wrap=True)
     return 2 if job.unread else 0

@@ -126,6 +126,9 @@ ClassMap = Annotated[
         help="Classes of the data, by the detector's names where these are others: pedestrian=person,rider=person.",
     ),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say how much there is to do and about how long it takes, and do nothing.")
+]
 Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder, with its own options.")]
 
 
@@ -163,7 +166,9 @@ def only_resumes(context: typer.Context) -> None:
     names = {
         one.name: one.opts[0] if one.opts[0].startswith("-") else one.name.upper() for one in context.command.params
     }
-    if others := sorted(names[name] for name in given - {"resume", "trust", "device", "workers", "roll_back"}):
+    if others := sorted(
+        names[name] for name in given - {"resume", "trust", "device", "workers", "roll_back", "dry_run"}
+    ):
         raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
 
 

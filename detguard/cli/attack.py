@@ -303,7 +303,7 @@ def run_attack(job: "Job") -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
     from detguard.attacks.run import attack_photos
     from detguard.objectives.parse import wanted
-    from detguard.reports.attack import attack_page
+    from detguard.reports.attack import MOST_NAMED, attack_page, failures, verdict
     from detguard.reports.tables import attack_summary, survival_table, terminal_list, terminal_table
     from detguard.runs import photo_keys
 
@@ -341,7 +341,14 @@ def run_attack(job: "Job") -> int:
             return 130
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.print(terminal_table(survival_table(attacked, f"{wanted(job.run.config)}: success rate")))
+        out.print(verdict(attacked, job.options), highlight=False, soft_wrap=True, style="bold")
+        title = f"{wanted(job.run.config)}: success rate"
+        out.print(terminal_table(survival_table(attacked, title, job.options.conf)))
+        failed = failures(attacked)
+        for line in failed[:MOST_NAMED]:
+            out.print(f"not fooled: {line}", highlight=False, soft_wrap=True)
+        if len(failed) > MOST_NAMED:
+            out.print(f"and {len(failed) - MOST_NAMED} more", highlight=False)
         job.run.write("report.html", attack_page(job.run, records, job.detector))
     out.print(terminal_list(attack_summary(records, job.options)))
     if attacked and job.run.config["samples"]:
@@ -465,7 +472,8 @@ def verify(
         other = None if model is None else load_detector(model, trust=trust, device=device)
         detector = other or load_configured(run.config["detector"], trust, device)
     judged = judge_run(folder, detector, transforms=transforms)
-    budget = AttackOptions.from_config(run.config["attack"]).budget
+    options = AttackOptions.from_config(run.config["attack"])
+    budget = options.budget
     records, code, without = [], 0, 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
     for record in track(judged, "verify", total, console=err, transient=True):
@@ -483,7 +491,8 @@ def verify(
     if records:
         used = max(r["used"] for r in records)
         if not as_json:
-            out.print(terminal_table(survival_table(records, f"{folder}: success rate, judged by {detector.name}")))
+            title = f"{folder}: success rate, judged by {detector.name}"
+            out.print(terminal_table(survival_table(records, title, options.conf)))
             out.print(f"most of the budget used: {used:.4g} of {budget}")
         group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
         code = code or int(used > budget.eps or not all(group))

@@ -1,5 +1,6 @@
 """`detguard evaluate` and `compare`: parse, call, show."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from detguard import DetguardError, defaults
 from detguard.cli.app import (
     ClassMap,
     Device,
+    DryRun,
     EndToEnd,
     Fusion,
     ImageSize,
@@ -31,7 +33,7 @@ from detguard.cli.app import (
 
 if TYPE_CHECKING:
     from detguard.data.entries import Faults
-    from detguard.evaluation.run import Protocols
+    from detguard.evaluation.run import Cost, Protocols
     from detguard.evaluation.views import Subject
     from detguard.runs import Run
 
@@ -111,6 +113,7 @@ def evaluate(
     seed: Seed = defaults.Evaluate.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
+    dry_run: DryRun = False,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
@@ -124,8 +127,10 @@ def evaluate(
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
     from detguard.classes import parse_map
+    from detguard.data.entries import LOST
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.evaluation.pictures import check_pictures
+    from detguard.evaluation.run import measure_cost
     from detguard.runs import Run
     from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
 
@@ -165,7 +170,23 @@ def evaluate(
         subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
     for subject in subjects:  # a wrong patch leaves no run behind
         check_pictures(subject, wanted.patches(subject.detector))
-    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
+    lost = len(subjects[0].dataset.warnings[LOST])
+    with err.status("Measuring a batch"):
+        cost = measure_cost(subjects, wanted)
+    (out if dry_run else err).print(in_words(cost), highlight=False, soft_wrap=True)
+    if dry_run:
+        sys.exit(0)
+    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted, lost))
+
+
+def in_words(cost: "Cost") -> str:
+    """What an evaluation takes, in one line."""
+    from detguard.reports.tables import duration
+
+    if not cost.left:
+        return f"{cost.passes:,} forward passes, all of them known already"
+    known = f", {cost.passes - cost.left:,} of them known already" if cost.left < cost.passes else ""
+    return f"{cost.passes:,} forward passes{known}: about {duration(cost.seconds)}, as measured on one batch"
 
 
 def names(text: str) -> list[str]:
@@ -195,15 +216,17 @@ def show_warnings(_: str, faults: "Faults") -> None:
             err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
 
 
-def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -> int:
-    """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code."""
+def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols", told: int) -> int:
+    """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code.
+
+    told: how many photos that cannot be read were told of before.
+    """
     from detguard.data.entries import LOST
     from detguard.evaluation.run import evaluate, total_cost
-    from detguard.reports.evaluation import evaluation_page, tables
+    from detguard.reports.evaluation import evaluation_page, tables, verdict
     from detguard.reports.tables import terminal_table
 
     dataset = subjects[0].dataset
-    before = len(dataset.warnings[LOST])
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=total_cost(subjects, wanted))
         try:
@@ -215,10 +238,12 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
             return 130
     command = ["detguard", *run.config["arguments"]]
     run.write("report.html", evaluation_page(subjects, evaluation, wanted, command))
-    for table in tables(evaluation.metrics):
+    out.print(verdict(evaluation.metrics), highlight=False, soft_wrap=True, style="bold")
+    first, *others = tables(evaluation.metrics)
+    for table in (first.turned, *others):
         out.print(terminal_table(table))
     out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
-    for line in dataset.warnings[LOST][before:]:
+    for line in dataset.warnings[LOST][told:]:
         show_error(line)
     return 2 if dataset.warnings[LOST] else 0
 
@@ -226,10 +251,16 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
 @app.command(
     epilog="""Examples:
 
-`detguard compare runs/evaluate/001 runs/evaluate/002`"""
+`detguard compare runs/evaluate/001 runs/evaluate/002`
+
+`detguard compare runs/evaluate/001 runs/evaluate/002 --page comparison.html`"""
 )
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of evaluate runs.", metavar="RUN RUN...")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per run and model instead of a table.")
+    ] = False,
+    page: Annotated[Path | None, typer.Option(help="Write the comparison as a page to this .html file, too.")] = None,
 ) -> None:
     """Show the results of several evaluate runs side by side, and which differences are more than chance.
 
@@ -237,19 +268,22 @@ def compare(
     """
     from detguard.evaluation.bootstrap import RESAMPLES
     from detguard.evaluation.run import DRAWS
-    from detguard.files import read_json
-    from detguard.reports.evaluation import differences, headline
+    from detguard.files import read_json, write_file
+    from detguard.reports.comparison import comparison_page, comparison_tables, differences, short_names
+    from detguard.reports.evaluation import headline
     from detguard.reports.tables import terminal_table
     from detguard.runs import Run
     from detguard.schema import Items, Maybe, check, real
 
+    if page is not None and page.suffix != ".html":
+        raise DetguardError(f"--page {page}: expected a file that ends in .html")
     metrics: dict[str, Any] = {}
     draws: dict[str, Any] = {}
-    for folder in folders:
+    for folder, short in zip(folders, short_names(folders), strict=True):
         file = Run.open(folder, "evaluate").folder / "metrics.json"
         try:
-            found = {f"{folder}: {name}": row for name, row in read_json(file).items()}
-            drawn = {f"{folder}: {name}": row for name, row in read_json(file.with_name(DRAWS)).items()}
+            found = {f"{short}: {name}": row for name, row in read_json(file).items()}
+            drawn = {f"{short}: {name}": row for name, row in read_json(file.with_name(DRAWS)).items()}
             headline(found, "")  # a stranger's may lack what a row shows
             check(drawn, {"*": {"*": Items(Maybe(real()), RESAMPLES, RESAMPLES)}})
             for name in found:
@@ -259,10 +293,17 @@ def compare(
             raise DetguardError(
                 f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
             ) from error
-    out.print(terminal_table(headline(metrics, "Comparison")))
-    if len(metrics) > 1:
-        table, warnings = differences(metrics, draws)
-        if table:
+    changes, warnings = differences(metrics, draws)
+    if as_json:
+        for name, found in metrics.items():
+            over = {k: {"value": d.value, "error": d.error} for k, d in changes.get(name, {}).items()}
+            print(json.dumps({"name": name, "metrics": found, "difference": over}))
+    else:
+        for table in comparison_tables(metrics, changes):
             out.print(terminal_table(table))
-        for line in warnings:
-            show_warning(line)
+    for line in warnings:
+        show_warning(line)
+    if page is not None:
+        write_file(page, comparison_page(metrics, changes, warnings, ["detguard", *sys.argv[1:]]))
+        if not as_json:
+            out.print(f"page: {page}", highlight=False, soft_wrap=True)

@@ -175,7 +175,7 @@ def watch(
     from detguard.classes import left_out
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
     from detguard.hardening.monitor import observe
-    from detguard.reports.monitoring import monitor_page, timeline_table, windows
+    from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
     from detguard.workflows.monitor import DROPPED, LIVE, open_stream, write_dropped
@@ -214,7 +214,8 @@ def watch(
             return 130
     records = run.records()
     drops, dropped = write_dropped(run, records)
-    run.write("report.html", monitor_page(run, records, living.events))
+    run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living.at)))
+    out.print(verdict(records, options["window"]), highlight=False, soft_wrap=True, style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     judged = sum(r.get("f1") is not None for r in records)
     calm = "no drop" if judged >= options["window"] else "too few to judge"

@@ -149,17 +149,25 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def matches(objects: Detections, found: Detections, iou: float = 0.5) -> Tensor:
-    """Which of `found`, best first, are true positives: each object is matched once, by class and IoU; bool [N]."""
+def matched(objects: Detections, found: Detections, iou: float = 0.5) -> Tensor:
+    """Which object each of `found`, best first, is a true positive of: each is matched once, by class and IoU.
+
+    int64 [N]; -1: of none.
+    """
     overlap = box_iou(found.boxes, objects.boxes) * (found.classes[:, None] == objects.classes[None])
     taken = torch.zeros(len(objects), dtype=torch.bool)
-    true = torch.zeros(len(found), dtype=torch.bool)
+    of = torch.full((len(found),), -1)
     for i in (overlap >= iou).any(1).nonzero()[:, 0].tolist():
         free = overlap[i].masked_fill(taken, 0)
         if free.max() >= iou:
-            taken[free.argmax()] = True
-            true[i] = True
-    return true
+            of[i] = free.argmax()
+            taken[of[i]] = True
+    return of
+
+
+def matches(objects: Detections, found: Detections, iou: float = 0.5) -> Tensor:
+    """Which of `found`, best first, are true positives, as `matched`; bool [N]."""
+    return matched(objects, found, iou) >= 0
 
 
 def value_left(objects: Detections, found: Detections) -> tuple[float, float]:

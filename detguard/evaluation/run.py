@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
 from detguard.evaluation.pictures import Changed, patched, perturbed
 from detguard.evaluation.score import expert_shares, metrics_of, results
-from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, results_of
+from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
 from detguard.runs import Run
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
@@ -196,6 +197,49 @@ def total_cost(subjects: list[Subject], wanted: Protocols) -> int:
     return sum(len(s.dataset.files) * sum(view.cost for view in views) for s, views in work(subjects, wanted))
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What an evaluation takes. passes: forward passes of one photo, a backward counted as two; left: those of them
+    that the cache does not spare; seconds: of those left, by a batch of each detector that was measured.
+    """
+
+    passes: int
+    left: int
+    seconds: float
+
+
+def measure_cost(subjects: list[Subject], wanted: Protocols) -> Cost:
+    """How much there is to do, and about how long it takes here: what is beside the passes is not counted.
+
+    Raises:
+        DetguardError: no photo can be read.
+    """
+    passes = left = 0
+    seconds, of_pass = 0.0, dict[int, float]()
+    for subject, views in work(subjects, wanted):
+        missing = sum(view.cost for view in views for image in subject.hashes if not view.cached(subject, image))
+        passes += len(subject.hashes) * sum(view.cost for view in views)
+        left += missing
+        if missing:
+            detector = id(subject.detector)
+            if detector not in of_pass:
+                of_pass[detector] = _seconds_of_pass(subject)
+            seconds += missing * of_pass[detector]
+    return Cost(passes, left, seconds)
+
+
+def _seconds_of_pass(subject: Subject) -> float:
+    for images in subject.batches():
+        batch = Batch(subject, images)
+        batch.drop_unreadable()
+        if batch.images:
+            subject.detect(batch.photos)  # the first pass of a shape takes longer
+            begin = time.perf_counter()
+            subject.detect(batch.photos)
+            return (time.perf_counter() - begin) / len(batch.images)
+    raise DetguardError(f"{subject.dataset.name}: no photo can be read")
+
+
 def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Run, evaluation: Evaluation) -> None:
     curves = evaluation.curves.setdefault(subject.name, {})
     dataset, detector = subject.dataset, subject.detector
@@ -261,10 +305,11 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         for attack in wanted.attack_sets(subject.detector):
             parts, of_parts = {}, []
             for part in attack.scored:
-                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, write=part == WORST)
+                worst = part == WORST
+                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, sizes=worst, write=worst)
                 parts[part] = metrics.stats
                 of_parts.append(metrics.drawn)
-                if part == WORST:
+                if worst:
                     curves[f"attack eps {attack.eps}, {WORST_PER_PHOTO}"] = metrics.precision
             budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
             budgets[str(attack.eps)]["AP_error"] = whole("attack", of_parts, np.min)  # the last budget leads

@@ -1,6 +1,7 @@
-"""The page of an attack run."""
+"""The page of an attack run, and its verdict."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from detguard import DetguardError
 from detguard.attacks.group import AttackOptions
@@ -8,19 +9,49 @@ from detguard.attacks.run import PHOTO
 from detguard.detectors.base import Detector
 from detguard.objectives.parse import wanted
 from detguard.photos import read_photo
-from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
+from detguard.reports.page import MOST_PHOTOS, Item, Table, linked, pair, panel, render_page
 from detguard.reports.plots import least_budget_plot
-from detguard.reports.tables import attack_summary, least_budgets, survival_table
+from detguard.reports.tables import attack_summary, judged, least_budgets, survival_table
 from detguard.runs import Record, Run
+
+# Transformed copies of one photo that are shown.
+MOST_COPIES = 6
+# Failed photos that a verdict names.
+MOST_NAMED = 5
+
+
+def verdict(attacked: Sequence[Record], options: AttackOptions) -> str:
+    """One sentence: how many photos were fooled, within which budget, and after which transforms."""
+    members = list(dict.fromkeys(name for record in attacked for name in judged(record)))[1:]
+    fooled = sum(record["status"] == "fooled" for record in attacked)
+    also = f", also after {' and '.join(members)}" if 0 < len(members) <= MOST_NAMED else ""
+    if len(members) > MOST_NAMED:
+        also = f", also after each of {len(members)} transforms"
+    # What decides is every member: a photo that fools and whose copy does not is none that is fooled.
+    return f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
+
+
+def failures(attacked: Sequence[Record]) -> list[str]:
+    """Of each photo that was not fooled its name and the members that were not, worst first."""
+    lines = []
+    for record in attacked:
+        left = {name: member["confidence"] for name, member in judged(record).items() if not member["fooled"]}
+        if left:
+            ranked = sorted(left.items(), key=lambda item: -item[1])
+            lines.append(f"{record['key']}: " + ", ".join(f"{name} (confidence {conf:.2f})" for name, conf in ranked))
+    return lines
 
 
 def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     """report.html of an attack run, from its records; photos that can no longer be read are left out."""
     options = AttackOptions.from_config(run.config["attack"])
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
-    rate = survival_table(attacked, f"Success rate: {wanted(run.config)}")
-    tables = [Table("Result", ["", ""], attack_summary(records, options)), rate]
-    items = [item for record in attacked[:MOST_PHOTOS] if (item := _item(run, record, options))]
+    rate = survival_table(attacked, f"Success rate: {wanted(run.config)}", options.conf)
+    tables = [rate, Table("Result", ["", ""], attack_summary(records, options))]
+    if failed := failures(attacked):
+        rows = [line.partition(": ")[::2] for line in failed]
+        tables.append(Table("Not fooled", ["photo", "by what is left in"], rows, folded=len(rows) > 2 * MOST_NAMED))
+    items = [item for record in _shown(attacked) if (item := _item(run, record, options))]
     subtitle = f"{detector.name} at {detector.imgsz} px, budget {options.budget}, confidence {options.conf}"
     if options.black_box:
         subtitle += f", black box: at most {options.queries} queries"
@@ -29,15 +60,34 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     plots = {}
     if options.smallest:
         plots["Success over budget"] = least_budget_plot(least_budgets(attacked), options.budget.unit)
-    return render_page(title, subtitle, command, tables, plots, items, len(attacked) - len(items))
+    told = verdict(attacked, options)
+    return render_page(title, told, subtitle, command, tables, plots, items, len(attacked) - len(items))
+
+
+def _shown(attacked: Sequence[Record]) -> list[Record]:
+    """The photos of the gallery: those that failed, on at most half of it, and those that lost most objects."""
+
+    def lost(record: Record) -> int:
+        return sum(one["outcome"] != "kept" for one in record["objects"])
+
+    failed = [r for r in attacked if r["status"] == "failed"]
+    fooled = sorted((r for r in attacked if r["status"] == "fooled"), key=lost, reverse=True)
+    room = max(MOST_PHOTOS // 2, MOST_PHOTOS - len(fooled))
+    return (failed[:room] + fooled)[:MOST_PHOTOS]
 
 
 def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
+    members, files = record["members"], record["files"]
     try:
-        before, after = read_photo(record["photo"]), read_photo(run.path(record["files"]["photo"]))
+        before, after = read_photo(record["photo"]), read_photo(run.path(files[PHOTO]))
+        copies = [
+            panel(_judged(name, member), read_photo(run.path(files[name])), member["detections"], files[name])
+            for name, member in list(members.items())[: MOST_COPIES + 1]
+            if name != PHOTO
+        ]
     except DetguardError:
         return None
-    found = record["members"][PHOTO]["detections"]
+    found = members[PHOTO]["detections"]
     fates = Counter(o["outcome"] for o in record["objects"])
     reached = [f"{count} of {len(record['objects'])} objects {fate}" for fate, count in sorted(fates.items())]
     if new := sum(d["wrong"] for d in found):
@@ -45,5 +95,18 @@ def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
     if "candidates" in record:
         reached.append("{} candidates before NMS, then {}".format(*record["candidates"]))
     spent = "queries" if options.black_box else "iterations"
-    note = ", ".join([*reached, f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"])
-    return gallery_item(record["key"], record["status"], note, before, record["clean"], after, found)
+    reached += [f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"]
+    if record["status"] == "failed":
+        reached.append("not fooled: " + failures([record])[0].partition(": ")[2])
+    shown = pair(
+        panel(f"before: {len(record['clean'])} found", before, record["clean"]),
+        panel(f"after: {len(found)} found", after, found, files[PHOTO]),
+        (before, after),
+    )
+    overlay = {"before and after, full size": linked(f"overlays/{record['key']}.png")}
+    links = overlay | {"png" if name == PHOTO else name: linked(file) for name, file in files.items()}
+    return Item(record["key"], record["status"], ", ".join(reached), [shown], copies, links)
+
+
+def _judged(name: str, member: Record) -> str:
+    return f"{name}: {'fooled' if member['fooled'] else 'NOT fooled'}, {len(member['detections'])} found"

@@ -1,22 +1,43 @@
 """What `evaluate` and `compare` show: tables of metrics, and the page of a run."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from detguard.detections import Detections
-from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO
+from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO, AttackSet
 from detguard.evaluation.bootstrap import FEWEST, RESAMPLES
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
-from detguard.evaluation.compare import Difference, also_unlike, difference, same_photos, unlike
+from detguard.evaluation.pictures import Changed
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
-from detguard.reports.page import MOST_PHOTOS, Item, Table, gallery_item, render_page
+from detguard.reports.marks import marked
+from detguard.reports.page import MOST_PHOTOS, Item, Table, pair, panel, render_page
 from detguard.reports.plots import gate_plot, plots
 
 Metrics = dict[str, dict[str, Any]]
+# A photo as a view shows it.
+CHANGED = "changed"
+# Rows over which a table is shown by its title alone.
+FOLDED = 14
+# COCO's numbers in words.
+NUMBERS = {
+    "AP": "AP, IoU .50 to .95",
+    "AP50": "AP50, IoU .50",
+    "AP75": "AP75, IoU .75",
+    "APs": "AP, small: under 32 x 32 px",
+    "APm": "AP, medium",
+    "APl": "AP, large: over 96 x 96 px",
+    "AR1": "recall, 1 detection a photo",
+    "AR10": "recall, 10 detections a photo",
+    "AR100": "recall, 100 detections a photo",
+    "ARs": "recall, small",
+    "ARm": "recall, medium",
+    "ARl": "recall, large",
+}
 
 
 def number(value: float | None) -> str:
@@ -35,7 +56,7 @@ def _checks(found: dict[str, Any]) -> str:
     return f"failed: {', '.join(failed)}" if failed else "passed"
 
 
-def _strength(found: dict[str, Any]) -> str:
+def strength(found: dict[str, Any]) -> str:
     """How an attack was made; of what has no gradient, by the Square attack."""
     attack = found["attack"]
     spent = f"{attack['steps']} steps" if "steps" in attack else f"Square, {attack['queries']} queries"
@@ -53,19 +74,31 @@ def _of_class(found: dict[str, Any], kind: str, stat: str) -> float | None:
     return row[stat] if row else None
 
 
+# Of a table that shows figures or words of each model: protocol, title, and what to show.
 COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("clean", "clean AP", lambda m: with_error(m["clean"])),
     ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
     ("corruptions", "mPC", lambda m: with_error(m["corruptions"])),
     ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
-    ("attack", "attack", _strength),
+    ("attack", "attack", strength),
     ("attack", "attacked AP", lambda m: with_error(m["attack"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
     ("transfer", "transfer AP", lambda m: with_error(m["transfer"])),
     ("blackbox", "black box AP", lambda m: with_error(m["blackbox"])),
-    ("patch", "patch AP", lambda m: f"{number(_of_class(m, 'patch', 'AP'))} ({m['patch']['class']})"),
+    ("patch", "patch on", lambda m: str(m["patch"]["class"])),
+    ("patch", "patch AP", lambda m: number(_of_class(m, "patch", "AP"))),
     ("universal", "universal AP", lambda m: with_error(m["universal"]["shown"]["universal"])),
     ("checks", "checks", _checks),
+)
+# The parts of a verdict: protocol, words behind its AP, and the AP.
+VERDICT: tuple[tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[str, Any]], float | None]], ...] = (
+    ("clean", lambda m: "clean", lambda m: m["clean"]["AP"]),
+    ("corruptions", lambda m: "corrupted", lambda m: m["corruptions"]["mPC"]),
+    ("attack", lambda m: f"attacked at {m['attack']['eps']}/255", lambda m: m["attack"]["AP"]),
+    ("transfer", lambda m: "by transferred attacks", lambda m: m["transfer"]["AP"]),
+    ("blackbox", lambda m: f"by black box at {m['blackbox']['eps']}/255", lambda m: m["blackbox"]["AP"]),
+    ("patch", lambda m: f"for {m['patch']['class']} with the patch", lambda m: _of_class(m, "patch", "AP")),
+    ("universal", lambda m: "by the universal perturbation", lambda m: m["universal"]["shown"]["universal"]["AP"]),
 )
 # What figures are of; in the title of a table whose models have it in common.
 SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
@@ -111,50 +144,6 @@ def headline(metrics: Metrics, title: str) -> Table:
     return Table(title, ["model", *(name for _, name, _ in columns)], rows, note)
 
 
-FIGURES = {"clean": "clean AP", "corruptions": "mPC"} | {
-    name: f"{word} AP"
-    for name, word in (
-        ("attack", "attacked"), ("transfer", "transfer"), ("blackbox", "black box"), ("universal", "universal")
-    )
-}  # fmt: skip
-
-
-def differences(metrics: Metrics, draws: Metrics) -> tuple[Table | None, list[str]]:
-    """Each model's figures less those of the first, and what keeps them from being compared; None: nothing is left.
-
-    draws: of each model, by protocol, its AP in each draw of the photos.
-    """
-    (name, first), *others = metrics.items()
-    rows, warnings = [], []
-    shown = [one for one in FIGURES if any(one in m for _, m in others) and one in first]
-    for other, m in others:
-        if not same_photos(first, m):
-            counts = f"{m['setting']['photos']} and {first['setting']['photos']} photos"
-            warnings.append(f"{other}: other photos, labels or classes than {name} ({counts}); not compared with it")
-            continue
-        cells = []
-        for protocol in shown:
-            unequal = unlike(first, m, protocol) if protocol in m else []
-            if unequal:
-                warnings.append(f"{other}: {FIGURES[protocol]} not compared with {name}: {'; '.join(unequal)}")
-            found = difference(first, m, (draws[name], draws[other]), protocol) if protocol in m else None
-            cells.append("-" if found is None or unequal else _difference(found))
-        if also := also_unlike(first, m):
-            warnings.append(f"{other}: compared with {name} all the same: {'; '.join(also)}")
-        rows.append([other, *cells])
-    note = "With half of the 95 % interval, by the same draws of the same photos; noise: there may be no difference."
-    head = ["model", *(FIGURES[protocol] for protocol in shown)]
-    return Table(f"Difference to {name}", head, rows, note) if rows else None, warnings
-
-
-def _difference(found: Difference) -> str:
-    """Like "-.102 ±.031", or "+.012 ±.031 noise"."""
-    value = f"{found.value:+.3f}".replace("0.", ".", 1)
-    if found.error is None:
-        return f"{value}, too few photos to tell"
-    return f"{value} ±{number(found.error)}{' noise' if found.noise else ''}"
-
-
 def tables(metrics: Metrics) -> list[Table]:
     """All tables of a run, the headline first."""
     made = [headline(metrics, "Result")]
@@ -195,7 +184,7 @@ def tables(metrics: Metrics) -> list[Table]:
             if len(severities) > 1
             else f"AP at severity {severities[0]}."
         )
-        made.append(Table("Corruptions", head, rows, note))
+        made.append(Table("Corruptions", head, rows, note, folded=len(rows) > FOLDED))
     patched = {name: m for name, m in metrics.items() if "patch" in m}
     if patched:
         first_patch = next(iter(patched.values()))["patch"]
@@ -254,27 +243,75 @@ def gate_by_kind(shares: dict[str, list[float]]) -> dict[str, list[float]]:
     return {kind: [sum(w) / len(w) for w in zip(*rows, strict=True)] for kind, rows in kinds.items()}
 
 
+def verdict(metrics: Metrics) -> str:
+    """One sentence: the AP of each model as it was measured, and checks that failed."""
+    sentences = []
+    for name, found in metrics.items():
+        parts = [f"{number(show(found))} {words(found)}" for key, words, show in VERDICT if key in found]
+        if "checks" in found and _checks(found) != "passed":
+            parts.append(f"the attack's own checks FAILED ({_checks(found).partition(': ')[2]})")
+        photos = f" ({found['clean']['photos']} photos)" if "clean" in found else ""
+        sentences.append(f"{name}: " + (f"AP {', '.join(parts)}{photos}" if parts else "nothing was measured"))
+    return "; ".join(sentences)
+
+
+def numbers_table(metrics: Metrics) -> Table:
+    """COCO's 12 numbers of the clean photos, and of the worst attack on each where that was measured."""
+    columns: dict[str, dict[str, float | None]] = {}
+    for name, found in metrics.items():
+        label = f"{name}, " if len(metrics) > 1 else ""
+        if "clean" in found:
+            columns[f"{label}clean"] = found["clean"]
+        if "attack" in found:
+            worst = found["attack"]["budgets"][str(found["attack"]["eps"])]["attacks"][WORST]
+            columns[f"{label}eps {found['attack']['eps']}, worst per photo"] = worst
+    rows = [[words, *(number(stats.get(stat)) for stats in columns.values())] for stat, words in NUMBERS.items()]
+    note = "- where there are no objects of that size. Sizes are of boxes in the photo's own pixels."
+    return Table("COCO's 12 numbers: by size, and recall", ["", *columns], rows if columns else [], note)
+
+
+def classes_table(evaluation: Evaluation, eps: int) -> Table:
+    """AP of each class, most objects first, on the clean photos and under the worst attack on each at `eps`."""
+    shown = {"clean": "clean", f"attack eps {eps} {WORST}": f"eps {eps}, worst per photo"}
+    found: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {}
+    for model, view, name, row in evaluation.classes:
+        if view in shown:
+            found.setdefault((name, model), {})[view] = row
+    views = [view for view in shown if any(view in rows for rows in found.values())]
+    several = len(evaluation.metrics) > 1
+    head = ["class", *(["model"] if several else []), "objects"]
+    figures = [(view, stat) for view in views for stat in ("AP", "AP50") if view == "clean" or stat == "AP"]
+    head += [f"{stat} {shown[view]}" for view, stat in figures]
+    rows = []
+    for (name, model), by_view in sorted(found.items(), key=lambda item: -_objects(item[1])):
+        cells = [number(by_view.get(view, {}).get(stat)) for view, stat in figures]
+        rows.append([name, *([model] if several else []), str(_objects(by_view)), *cells])
+    note = "Classes without labelled objects are left out. Worst per photo: the attack that does most on each photo."
+    return Table(f"AP of {len({name for name, _ in found})} classes", head, rows, note, folded=len(rows) > FOLDED)
+
+
+def _objects(by_view: dict[str, dict[str, float | None]]) -> int:
+    return int(next(iter(by_view.values()))["objects"] or 0)
+
+
 def evaluation_page(
     subjects: Sequence[Subject], evaluation: Evaluation, wanted: Protocols, command: Sequence[str]
 ) -> bytes:
     """report.html of an evaluate run."""
-    data = subjects[0].dataset
-    each = max(1, MOST_PHOTOS // len(subjects))
-    changed = bool(wanted.patch or wanted.universal) or bool(
-        {"attack", "transfer", "corruptions"} & set(wanted.protocols)
-    )
-    sides = ("before", "after") if changed else ("labelled", "found")
-    items = [item for subject in subjects for item in _gallery(subject, _shown_view(subject, wanted), each)]
-    shown = f"{data.name}, {len(data.files)} photos"
-    left_out = sum(max(0, len(s.dataset.files) - each) for s in subjects)
+    data, metrics = subjects[0].dataset, evaluation.metrics
+    items = _gallery(subjects, [_shown_view(subject, wanted) for subject in subjects], MOST_PHOTOS // len(subjects))
     title = f"Evaluation of {', '.join(s.name for s in subjects)}"
-    made = plots(evaluation.metrics, evaluation.curves)
-    for name, found in evaluation.metrics.items():
+    made = plots(metrics, evaluation.curves)
+    for name, found in metrics.items():
         if "gate" in found:
             made[f"Which expert spoke: {name}"] = gate_plot(
                 found["gate"]["experts"], gate_by_kind(found["gate"]["shares"])
             )
-    return render_page(title, shown, command, tables(evaluation.metrics), made, items, left_out, sides)
+    first, *others = tables(metrics)
+    more = [table for table in (numbers_table(metrics), classes_table(evaluation, wanted.eps[-1])) if table.rows]
+    left_out = len(data.files) - len(items)
+    shown = f"{data.name}, {len(data.files)} photos"
+    return render_page(title, verdict(metrics), shown, command, [first, *more, *others], made, items, left_out)
 
 
 def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
@@ -288,32 +325,71 @@ def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
     return wanted.corruptions[-1] if "corruptions" in wanted.protocols else None
 
 
-def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
-    names, scored = subject.detector.class_names, list(subject.category_ids)
-    for image, file in list(subject.dataset.files.items())[:count]:
-        photo, objects = read_photo(file), subject.objects(image)
-        clean = Clean().load(subject, image).above(SHOWN_CONFIDENCE).of(scored)
-        if view is None:
-            before, after, shown = objects, clean, photo
-        else:
-            before = clean
-            after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE).of(scored)
-            shown = view.show(Batch(subject, [image]))[0]
-        scores = [f1(objects, found) for found in (clean, after)]
-        note = f"{view.name}: " if view else ""
-        note += f"{_count(objects)} labelled, F1 {scores[0]:.2f}" + (f" to {scores[1]:.2f}" if view else "")
-        if subject.detector.experts:
-            spoke = [_speaker(found, subject.detector.experts) for found in (clean, after)]
-            note += f"; spoke: {spoke[0]}" + (f", then {spoke[1]}" if view else "")
-        yield gallery_item(
-            f"{subject.name}: {file.name}",
-            _outcome(*scores) if view else _quality(scores[1]),
-            note,
-            photo,
-            before.records(names),
-            shown,
-            after.records(names),
-        )
+@dataclass(frozen=True)
+class Seen:
+    """What a detector finds on one photo: clean, and as a view shows it; None: no view but the clean one."""
+
+    objects: Detections
+    clean: Detections
+    after: Detections | None
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """F1 before and after; without a view 1 and what it is, so that the worst photos are those that lose most."""
+        clean = f1(self.objects, self.clean)
+        return (1.0, clean) if self.after is None else (clean, f1(self.objects, self.after))
+
+    @property
+    def loss(self) -> float:
+        """How much F1 is lost."""
+        return self.scores[0] - self.scores[1]
+
+
+def _seen(subject: Subject, view: View | None, image: int) -> Seen:
+    scored = list(subject.category_ids)
+    clean = Clean().load(subject, image).above(SHOWN_CONFIDENCE).of(scored)
+    after = None
+    if view is not None:
+        after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE).of(scored)
+    return Seen(subject.objects(image), clean, after)
+
+
+def _gallery(subjects: Sequence[Subject], views: Sequence[View | None], count: int) -> list[Item]:
+    """The photos on which the detectors lose most, one detector under the other."""
+    pairs = list(zip(subjects, views, strict=True))
+    files = subjects[0].dataset.files
+    loss = {image: max(_seen(subject, view, image).loss for subject, view in pairs) for image in files}
+    objects = {image: len(subjects[0].objects(image)) for image in files}
+    ranked = sorted(files, key=lambda image: (loss[image], objects[image]), reverse=True)
+    return [_item(pairs, image) for image in ranked[:count]]
+
+
+def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
+    file = pairs[0][0].dataset.files[image]
+    photo, made, worst = read_photo(file), [], None
+    for subject, view in pairs:
+        seen, names = _seen(subject, view, image), subject.detector.class_names
+        worst = seen if worst is None or seen.loss > worst.loss else worst
+        before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, marked(seen.objects, seen.clean, names))
+        spoke = [_speaker(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None]
+        told = f"spoke: {', then '.join(spoke)}" if subject.detector.experts else ""
+        name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", told) if part)
+        if view is None or seen.after is None:
+            labelled = [record | {"kind": "", "confidence": 1.0} for record in seen.objects.records(names)]
+            made.append(pair(panel(f"labelled: {_count(seen.objects)}", photo, labelled), before, name=name))
+            continue
+        shown = view.show(Batch(subject, [image]))[0]
+        right = marked(seen.objects, seen.after, names)
+        after = panel(f"{CHANGED}: F1 {f1(seen.objects, seen.after):.2f}", shown, right)
+        small = isinstance(view, AttackSet) or (isinstance(view, Changed) and not view.targets)
+        made.append(pair(before, after, (photo, shown) if small else None, name))
+    assert worst is not None
+    if len(worst.objects):
+        outcome = _quality(worst.scores[1]) if worst.after is None else _outcome(*worst.scores)
+    else:  # where F1 is all or nothing
+        outcome = "nothing to find" if worst.scores[1] else "false alarms only"
+    how = "".join(f"; {CHANGED}: {view.name}" for view in {view.name: view for _, view in pairs if view}.values())
+    return Item(file.name, outcome, f"{_count(worst.objects)} labelled{how}", made)
 
 
 def _speaker(found: Detections, names: Sequence[str]) -> str:

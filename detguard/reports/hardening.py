@@ -1,5 +1,6 @@
 """The page of a harden run: how each stage learned, and which expert the gate came to ask."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from detguard.detectors.gated import EXPERTS
@@ -75,4 +76,17 @@ def hardening_page(run: Run) -> bytes:
         f"seed {plan['seed']}{through}"
     )
     title = f"Hardening of {Path(run.config['model']).stem}: {plan['recipe']}"
-    return render_page(title, subtitle, ["detguard", *run.config["arguments"]], tables, made, [], 0)
+    return render_page(title, verdict(validated), subtitle, ["detguard", *run.config["arguments"]], tables, made)
+
+
+def verdict(validated: Sequence[Record]) -> str:
+    """One sentence: what the last stage that was validated did to the loss on photos held out."""
+    if not validated:
+        return "No photos were held out, or training was too short to look at them: judge it by detguard evaluate"
+    of_stage = [record for record in validated if record["stage"] == validated[-1]["stage"]]
+    first, best = of_stage[0], min(of_stage, key=lambda record: record[ATTACKED])
+    return (
+        f"Loss on photos held out, under PGD: {number(first[ATTACKED])} at batch {first['batch']} of stage "
+        f"{first['stage']}, {number(best[ATTACKED])} at batch {best['batch']}, whose weights are kept "
+        f"(clean: {number(best.get(CLEAN))}); AP is told by detguard evaluate"
+    )

@@ -1,13 +1,24 @@
 """The page of a monitor run: how accuracy went over the stream, and where it dropped."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from detguard import DetguardError
+from detguard.data.entries import DataError
+from detguard.data.stream import from_records
+from detguard.detectors.base import Detector
 from detguard.evaluation.run import mean
+from detguard.evaluation.views import SHOWN_CONFIDENCE
+from detguard.photos import read_photo
 from detguard.reports.evaluation import number
-from detguard.reports.page import Table, render_page
+from detguard.reports.marks import marked
+from detguard.reports.page import Item, Table, pair, panel, render_page
 from detguard.reports.plots import timeline_plot
 from detguard.runs import Record, Run
 from detguard.workflows.living import DEPLOYED, ROLLED_BACK, in_words
+
+# Photos of drops on the page.
+MOST_SHOWN = 12
 
 
 def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
@@ -66,8 +77,56 @@ def events_table(events: list[Record]) -> Table:
     return Table("Events", ["event", "what"], rows, note)
 
 
-def monitor_page(run: Run, records: list[Record], events: list[Record]) -> bytes:
-    """report.html of a monitor run; events: of one whose detector learns."""
+def verdict(records: Sequence[Record], window: int) -> str:
+    """One sentence: whether and since when accuracy has dropped, or that there was too little to judge by."""
+    judged = [r for r in records if r.get("f1") is not None]
+    alarms = [r for r in judged if r["began"] is not None]
+    if not alarms:
+        if len(judged) < window:
+            return f"Too few to judge: {len(judged)} photos have known objects, a window is {window}"
+        return f"No drop on {len(judged)} photos with known objects: mean F1 {number(mean(r['f1'] for r in judged))}"
+    first = alarms[0]
+    before = mean(r["f1"] for r in judged if r["number"] < first["began"])
+    after = mean(r["f1"] for r in judged if first["began"] <= r["number"] <= first["number"])
+    more = f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
+    return (
+        f"F1 dropped from {number(before)} to {number(after)} since photo {first['began']}, told at photo "
+        f"{first['number']}{more}"
+    )
+
+
+def drop_items(records: Sequence[Record], at: Callable[[int], Detector]) -> list[Item]:
+    """The photos of every drop, the least F1 first, as labelled and as found by the detector that saw each.
+
+    at: that of a photo's number. Photos that cannot be read any more are left out.
+    """
+    drops = [(r["began"], r["number"]) for r in records if r.get("began") is not None]
+    dropped = [
+        r for r in records if r.get("f1") is not None and any(began <= r["number"] <= last for began, last in drops)
+    ]
+    items = []
+    for record in sorted(dropped, key=lambda r: r["f1"])[:MOST_SHOWN]:
+        detector = at(record["number"])
+        (labelled,) = from_records([record], detector.class_names)
+        try:
+            if isinstance(labelled, DataError):
+                raise labelled
+            photo = read_photo(labelled.file)
+        except DetguardError:
+            continue
+        found = labelled.counted(detector.detect([photo], SHOWN_CONFIDENCE, multi_label=True)[0])
+        names = detector.class_names
+        sides = (
+            panel(f"labelled: {len(labelled.objects)}", photo, labelled.objects.records(names)),
+            panel(f"found: F1 {record['f1']:.2f}", photo, marked(labelled.objects, found, names)),
+        )
+        outcome = "nothing right" if record["f1"] == 0 else "partly right" if record["f1"] < 1 else "all right"
+        items.append(Item(f"photo {record['number']}: {labelled.file.name}", outcome, "", [pair(*sides)]))
+    return items
+
+
+def monitor_page(run: Run, records: list[Record], events: list[Record], items: Sequence[Item] = ()) -> bytes:
+    """report.html of a monitor run; events: of one whose detector learns; items: photos of its drops."""
     options = run.config["monitor"]
     rows = windows(records, options["window"])
     alarms = [r for r in records if r.get("began") is not None]
@@ -79,4 +138,5 @@ def monitor_page(run: Run, records: list[Record], events: list[Record]) -> bytes
         plots["Accuracy over the stream"] = line
     title = f"Monitor: {run.config['detector']['model']}"
     tables = [events_table(events)] * bool(events) + [timeline_table(rows)]
-    return render_page(title, subtitle, ["detguard", *run.config["arguments"]], tables, plots, [])
+    told, command = verdict(records, options["window"]), ["detguard", *run.config["arguments"]]
+    return render_page(title, told, subtitle, command, tables, plots, items)

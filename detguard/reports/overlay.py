@@ -1,8 +1,9 @@
 """Pictures of detections: boxes on a photo, and before | after | difference."""
 
+import colorsys
 from functools import cache
+from zlib import crc32
 
-import cv2
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,11 +21,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 @cache
-def _colour(index: int) -> tuple[int, int, int]:
-    # Golden-ratio steps around the hue circle: neighbours in the class list differ clearly.
-    hue = np.array([[[(index * 0.618034 + 0.02) % 1 * 179, 190, 235]]], np.uint8)
-    r, g, b = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+def class_colour(name: str) -> tuple[int, int, int]:
+    """The colour of a class, RGB 0..255, dark enough for white letters; the same in every picture and page."""
+    # By the name, which all that is kept of a detection has; its hash spreads alike names over the circle.
+    hue = crc32(printable(name).encode()) * 0.618034 % 1
+    r, g, b = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.42, 0.75))
     return r, g, b
+
+
+def difference(before: Photo, after: Photo) -> Photo:
+    """How two photos differ, x DIFFERENCE_GAIN around grey."""
+    return np.clip(128 + DIFFERENCE_GAIN * (after.astype(np.int16) - before), 0, 255).astype(np.uint8)
 
 
 def draw_detections(photo: Photo, detections: Detections, class_names: dict[int, str]) -> Photo:
@@ -36,7 +43,7 @@ def draw_detections(photo: Photo, detections: Detections, class_names: dict[int,
     for box, score, index in reversed(
         list(zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True))
     ):
-        colour = _colour(index)
+        colour = class_colour(class_names[index])
         draw.rectangle(box, outline=colour, width=line)
         label = f" {printable(class_names[index])} {score:.2f} "
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
@@ -52,12 +59,11 @@ def before_after(
     before: Photo, found_before: Detections, after: Photo, found_after: Detections, class_names: dict[int, str]
 ) -> Photo:
     """Side by side: before and after with their detections, and the difference x10 around grey, each captioned."""
-    difference = np.clip(128 + DIFFERENCE_GAIN * (after.astype(np.int16) - before), 0, 255).astype(np.uint8)
     largest = int(np.abs(after.astype(np.int16) - before).max())
     panels = [
         (f"before: {_summary(found_before, class_names)}", draw_detections(before, found_before, class_names)),
         (f"after: {_summary(found_after, class_names)}", draw_detections(after, found_after, class_names)),
-        (f"difference x{DIFFERENCE_GAIN} (at most {largest} of 255 levels)", difference),
+        (f"difference x{DIFFERENCE_GAIN} (at most {largest} of 255 levels)", difference(before, after)),
     ]
     height, width = before.shape[:2]
     font_size = max(12, round(width / 32))

@@ -5,8 +5,9 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -16,107 +17,170 @@ from markupsafe import Markup
 from detguard import __version__
 from detguard.files import printable
 from detguard.photos import Photo, encode_jpeg
+from detguard.reports.overlay import DIFFERENCE_GAIN, class_colour, difference
 
 # A page of this many photos is some megabytes; more would make browsers slow.
 MOST_PHOTOS = 40
 LONGEST_SIDE = 560
 QUALITY = 85
+# Of a difference, which is noise: as much as all else on the page otherwise.
+DIFFERENCE_SIDE, DIFFERENCE_QUALITY = 420, 60
+# Letters that fit beside each other on a phone, and of one cell before it is broken into lines.
+WIDE, LONG = 46, 14
 
 
 @dataclass(frozen=True)
 class Box:
-    """One detection for the page: in per mille of the photo's width and height."""
+    """One detection for the page: in per mille of the photo's width and height.
+
+    kind: found, missed or false, where that is known and colours the box; else its class does.
+    """
 
     left: float
     top: float
     width: float
     height: float
     label: str
-    hue: int
+    colour: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture with its boxes; file: of the run's folder, shown instead where it is there and a reader zooms."""
+
+    caption: str
+    image: str
+    ratio: float
+    boxes: list[Box] = field(default_factory=list)
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A photo before and after, beside each other or under a slider; name: of the detector, where there are several."""
+
+    before: Panel
+    after: Panel
+    difference: Panel | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One photo of the gallery, before and after; outcome: what its filter is called; note: one line below it."""
+    """One photo of the gallery; outcome: what its filter is called; note: one line below it; copies: what transforms
+    made of it; files: of the run's folder, by what they are called.
+    """
 
     title: str
     outcome: str
     note: str
-    before: str
-    after: str
-    ratio: float
-    boxes_before: list[Box]
-    boxes_after: list[Box]
+    pairs: list[Pair]
+    copies: list[Panel] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; the first column names the row. note: what a reader must know to read it."""
+    """Rows of text; the first column names the row. note: what a reader must know to read it.
+
+    folded: shown on the page by its title alone until it is opened.
+    """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    folded: bool = False
 
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only and stand to the right."""
         columns = zip(*self.rows, strict=True)
-        return [all(re.fullmatch(r"[-+]?[\d.]*( ±[\d.]+)?", cell) for cell in column) for column in columns] or [
-            False
-        ] * len(self.head)
+        found = [all(re.fullmatch(r"[-+]?[\d.]*( ±[\d.]+)?", cell) for cell in column) for column in columns]
+        return found or [False] * len(self.head)
+
+    @property
+    def filled(self) -> "Table":
+        """The same without columns that are empty in every row."""
+        kept = [i for i in range(len(self.head)) if i == 0 or not self.rows or any(row[i] for row in self.rows)]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return Table(self.title, [self.head[i] for i in kept], rows, self.note, self.folded)
+
+    @property
+    def turned(self) -> "Table":
+        """The same with rows as columns: of few rows with many columns, which do not fit beside each other."""
+        head, *rows = zip(self.head, *self.rows, strict=True)
+        return Table(self.title, ["", *head[1:]], rows, self.note, self.folded)
+
+    @property
+    def wide(self) -> bool:
+        """Whether a phone shows each row as a card: where its longest words do not fit beside each other."""
+        widths = [
+            max(*map(len, head.split() or [""]), *(len(cell) for cell in column), 0)
+            for head, *column in zip(self.head, *self.rows, strict=True)
+        ]
+        return len(widths) > 2 and sum(2 + min(width, LONG) for width in widths) > WIDE
 
 
-def gallery_item(
-    title: str,
-    outcome: str,
-    note: str,
-    before: Photo,
-    found_before: Sequence[dict[str, Any]],
-    after: Photo,
-    found_after: Sequence[dict[str, Any]],
-) -> Item:
-    """An item from two photos of one shape and their detections as `Detections.records` gives them."""
-    height, width = before.shape[:2]
-    return Item(
-        title,
-        outcome,
-        note,
-        _data_url(before),
-        _data_url(after),
-        width / height,
-        _boxes(found_before, width, height),
-        _boxes(found_after, width, height),
-    )
+def panel(caption: str, photo: Photo, found: Sequence[dict[str, Any]] = (), file: str = "") -> Panel:
+    """A photo and what was found in it, as `Detections.records` gives it.
+
+    A record may tell its `kind` as well, see `Box`.
+    """
+    height, width = photo.shape[:2]
+    image = _data_url(photo, LONGEST_SIDE, QUALITY, cv2.INTER_AREA)
+    return Panel(caption, image, width / height, _boxes(found, width, height), linked(file))
+
+
+def pair(before: Panel, after: Panel, photos: tuple[Photo, Photo] | None = None, name: str = "") -> Pair:
+    """Two panels of one shape; photos: theirs, where they differ and the difference is to be shown."""
+    if photos is None:
+        return Pair(before, after, None, name)
+    largest = int(np.abs(photos[1].astype(np.int16) - photos[0]).max())
+    # Not averaged over neighbours, which would make noise look smaller than it is.
+    image = _data_url(difference(*photos), DIFFERENCE_SIDE, DIFFERENCE_QUALITY, cv2.INTER_NEAREST)
+    caption = f"difference x {DIFFERENCE_GAIN}, at most {largest} of 255"
+    return Pair(before, after, Panel(caption, image, before.ratio), name)
+
+
+def linked(file: str) -> str:
+    """A path in the run's folder as a link of the page, which leads to no other host."""
+    return "./" + quote(file, errors="surrogateescape") if file else ""
 
 
 def render_page(
     title: str,
+    verdict: str,
     subtitle: str,
     command: Sequence[str],
     tables: Sequence[Table],
     plots: dict[str, str],
-    items: Iterable[Item],
+    items: Iterable[Item] = (),
     left_out: int = 0,
-    sides: tuple[str, str] = ("before", "after"),
 ) -> bytes:
-    """The page as UTF-8 bytes. plots: title -> SVG; left_out: photos not shown; sides: captions left and right."""
+    """The page as UTF-8 bytes.
+
+    verdict: what came out, in one sentence; plots: title -> SVG; left_out: photos not shown.
+    """
     items = list(items)
     environment = Environment(
         loader=PackageLoader("detguard", "reports"), autoescape=True, trim_blocks=True, finalize=_shown
     )
+    kinds = {box.kind for item in items for pair in item.pairs for box in pair.before.boxes + pair.after.boxes}
     return (
         environment.get_template("report.html.j2")
         .render(
             title=title,
+            verdict=verdict,
             subtitle=subtitle,
             command=shlex.join(command),
-            tables=tables,
+            tables=[table.filled for table in tables],
             plots=plots,
             items=items,
             outcomes=Counter(item.outcome for item in items),
+            kinds=[kind for kind in ("found", "missed", "false") if kind in kinds],
             left_out=left_out,
-            sides=sides,
             version=__version__,
         )
         .encode(errors="backslashreplace")  # of file names that are not UTF-8
@@ -132,22 +196,23 @@ def _boxes(records: Sequence[dict[str, Any]], width: int, height: int) -> list[B
     boxes = []
     for record in records:
         x1, y1, x2, y2 = record["box"]
+        kind = record.get("kind", "")
         boxes.append(
             Box(
                 round(1000 * x1 / width, 1),
                 round(1000 * y1 / height, 1),
                 round(1000 * (x2 - x1) / width, 1),
                 round(1000 * (y2 - y1) / height, 1),
-                f"{record['class']} {record['confidence']:.2f}",
-                # Neighbouring names get hues far apart, the same in every page.
-                sum(map(ord, record["class"])) * 137 % 360,
+                f"{record['class']} missed" if kind == "missed" else f"{record['class']} {record['confidence']:.2f}",
+                "rgb({} {} {})".format(*class_colour(record["class"])),
+                kind,
             )
         )
     return boxes
 
 
-def _data_url(photo: Photo) -> str:
-    scale = LONGEST_SIDE / max(photo.shape[:2])
+def _data_url(photo: Photo, side: int, quality: int, interpolation: int) -> str:
+    scale = side / max(photo.shape[:2])
     if scale < 1:
-        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(photo, QUALITY)).decode()
+        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=interpolation).astype(np.uint8, copy=False)
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(photo, quality)).decode()

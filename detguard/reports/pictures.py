@@ -1,10 +1,12 @@
 """The page of a run of `detguard patch` or `detguard universal`."""
 
+from collections import Counter
+
 from detguard.attacks.pictures import Picture, Stage
 from detguard.detectors.base import Detector
 from detguard.objectives.base import Objective
 from detguard.photos import Photo, read_photo
-from detguard.reports.page import Item, gallery_item, render_page
+from detguard.reports.page import Item, pair, panel, render_page
 from detguard.reports.plots import picture as plotted
 from detguard.reports.plots import training_plot
 from detguard.runs import Run
@@ -23,13 +25,13 @@ def picture_page(
     if records:
         plots["Loss per object"] = training_plot(records, ("loss",))
     items = [_item(run, detector, objective, photo, kind, picture) for photo in photos[:MOST_SHOWN]]
-    subtitle = (
-        f"{detector.name} at {detector.imgsz} px; the photos below are some that it learned on: "
-        f"detguard evaluate --{kind.kind} judges it on others"
-    )
+    outcomes = Counter(item.outcome for item in items)
+    verdict = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+    verdict = f"{config['target']} on {len(items)} photos that it learned on: {verdict}"
+    subtitle = f"{detector.name} at {detector.imgsz} px; detguard evaluate --{kind.kind} judges it on other photos"
     command = ["detguard", *config["arguments"]]
     title = f"{kind.kind.capitalize()}: {config['target']} not found any more"
-    return render_page(title, subtitle, command, [], plots, items, len(photos) - len(items))
+    return render_page(title, verdict, subtitle, command, [], plots, items, len(photos) - len(items))
 
 
 def _item(run: Run, detector: Detector, objective: Objective, stage: Stage, kind: Picture, picture: Photo) -> Item:
@@ -41,4 +43,8 @@ def _item(run: Run, detector: Detector, objective: Objective, stage: Stage, kind
     outcome = "all gone" if not len(after) else "fewer" if len(after) < len(before) else "not fewer"
     note = f"{len(boxes)} attacked; found: {len(before)}, then {len(after)}"
     names = detector.class_names
-    return gallery_item(stage.file.name, outcome, note, photo, before.records(names), shown, after.records(names))
+    sides = (
+        panel(f"without: {len(before)} found", photo, before.records(names)),
+        panel(f"with: {len(after)} found", shown, after.records(names)),
+    )
+    return Item(stage.file.name, outcome, note, [pair(*sides)])

@@ -19,6 +19,10 @@ from detguard.photos import Photo, encode_png
 
 Metrics = dict[str, dict[str, Any]]
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
+FEW = 20
+INK = "#16202c"
+# Colours of the page, which change with its light or dark mode.
+OF_THE_PAGE = {INK: "currentColor"} | {c: f"var(--plot-{i}, {c})" for i, c in enumerate(COLOURS, 1)}
 STYLE: Any = {
     "svg.hashsalt": "detguard",  # the same plot is the same file
     "text.parse_math": False,  # a name with two $ is a name
@@ -27,6 +31,10 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
+    "savefig.transparent": True,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+    ),
 }
 
 
@@ -46,6 +54,8 @@ def _svg(figure: Figure) -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
+    # In attributes alone, where the colours of lines and letters are.
+    text = re.sub(r'(?<=[ "])((?:fill|stroke): )(#[0-9a-f]{6})', lambda m: m[1] + OF_THE_PAGE.get(m[2], m[2]), text)
     # As wide as the page allows, up to 1.4 of its own size: what it says in points becomes the limit.
     width = figure.get_figwidth() * 72 * 1.4
     return re.sub(r"<svg [^>]*>", lambda tag: _sized(tag[0], width), text[text.index("<svg") :], count=1)
@@ -82,7 +92,7 @@ def corruption_plot(metrics: Metrics) -> str:
             axis.set_title(kind.replace("_", " "), fontsize=10)
             axis.set_xticks(range(1, 6))
             axis.set_xlim(0.7, 5.3)
-        axes[0].set_ylim(bottom=0)  # of all, once all are drawn: it ends the scaling to what is drawn
+        axes[0].set_ylim(0)  # of all, once all is drawn
         figure.supxlabel("severity (dashed: clean)", fontsize=10)
         figure.supylabel("AP", fontsize=10)
         _legend(figure, axes[0])
@@ -162,7 +172,9 @@ def training_plot(records: list[dict[str, Any]], kinds: Sequence[str] = EXPERTS)
             for colour, kind in zip(COLOURS, kinds, strict=False):
                 points = [(record["batch"], record[kind]) for record in of_stage if kind in record]
                 if points:
-                    axis.plot(*zip(*points, strict=True), lw=1.6, color=colour, label=_text(kind))
+                    # A short run has few records: of one alone there is no line.
+                    dots = "o" if len(points) < FEW else ""
+                    axis.plot(*zip(*points, strict=True), lw=1.6, marker=dots, ms=4, color=colour, label=_text(kind))
             axis.set_title(_text(stage), fontsize=10)
             axis.set_xlabel("batch")
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

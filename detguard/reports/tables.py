@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from math import inf
 from statistics import mean, median
 
+from rich.console import Group
 from rich.table import Table as TerminalTable
 
 from detguard import __version__
@@ -28,30 +29,40 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.4g} % ({part}/{whole})" if whole else "-"
 
 
-def survival_table(records: Sequence[Record], title: str) -> Table:
-    """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold."""
-    head = ["judged from file", *(f"conf {t:g}" for t in THRESHOLDS)]
-    judged = [_judged(r) for r in records]
-    names = list(dict.fromkeys(name for one in judged for name in one))
+def survival_table(records: Sequence[Record], title: str, conf: float) -> Table:
+    """Success rate of each member (rows) at each threshold (columns), over what was found clean at that threshold.
+
+    conf: the confidence that decides, whose column says so.
+    """
+    of_each = [judged(r) for r in records]
+    decides = f"{conf:g}"
+    # At a threshold of its own, which nothing but the verdict is kept of.
+    own = [] if conf in THRESHOLDS else [decides]
+    columns = [*own, *(f"{t:g}" for t in THRESHOLDS)]
+    head = ["judged from file", *(f"conf {t}" + (", decides" if t == decides else "") for t in columns)]
+
+    def success(member: Record, threshold: str) -> bool | None:
+        return member["fooled"] if threshold in own else member["success"][threshold]
+
+    names = list(dict.fromkeys(name for one in of_each for name in one))
     rows = [
-        [name, *(rate([one[name]["success"][f"{t:g}"] for one in judged if name in one]) for t in THRESHOLDS)]
-        for name in names
+        [name, *(rate([success(one[name], t) for one in of_each if name in one]) for t in columns)] for name in names
     ]
     gone = [[r["members"][PHOTO]["objects_not_kept"][f"{t:g}"] for r in records] for t in THRESHOLDS]
     if any(number for pairs in gone for _, number in pairs):
         shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
-        rows.append(["objects not kept (png)", *shares])
+        rows.append(["objects not kept (png)", *["-"] * len(own), *shares])
     if len(names) > 1:
         together: list[str] = []
-        for t in THRESHOLDS:
-            values = [[m["success"][f"{t:g}"] for m in one.values()] for one in judged]
+        for t in columns:
+            values = [[success(m, t) for m in one.values()] for one in of_each]
             together.append(rate([None if None in v else all(v) for v in values]))
         rows.append(["all members", *together])
     note = "Photos that fool the detector at each confidence; - where nothing was found."
     return Table(title, head, rows, note)
 
 
-def _judged(record: Record) -> dict[str, Record]:
+def judged(record: Record) -> dict[str, Record]:
     """The members of a photo by the names of their rows, those before further detectors behind their own."""
     rows = {PHOTO_ROW if name == PHOTO else name: member for name, member in record["members"].items()}
     for detector, members in record.get("also", {}).items():
@@ -118,14 +129,22 @@ def _least(attacked: Sequence[Record]) -> str:
     return ", ".join(words + ([f"not reached by {more} of {len(sizes)} photos"] if more else []))
 
 
-def terminal_table(table: Table) -> TerminalTable:
-    """A table for the terminal."""
-    shown = TerminalTable(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
+def terminal_table(table: Table) -> Group:
+    """A table for the terminal, its title above and its note below, as wide as the terminal is."""
+    table = table.filled
+    shown = TerminalTable()
     for name, number in zip(table.head, table.numeric, strict=True):
         shown.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
-    return shown
+    return Group(table.title, shown, *([table.note] if table.note else []))
+
+
+def duration(seconds: float) -> str:
+    """Like "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def terminal_list(rows: Sequence[Sequence[str]]) -> TerminalTable:
@@ -136,7 +155,7 @@ def terminal_list(rows: Sequence[Sequence[str]]) -> TerminalTable:
     return table
 
 
-def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> TerminalTable:
+def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> Group:
     """One row per detection: its number, best first, from 1; class, confidence, box in photo pixels."""
     rows = [
         [str(number), record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"])]

@@ -75,7 +75,7 @@ def test_the_adapted_ensemble_loads_like_any_detector_and_says_where_it_is_from(
     assert card["adapted"][0]["eps"] == 2.0
     assert yaml.safe_load((place / "run/config.yaml").read_text())["corruptions"] == ["fog", "frost"]
     page = (place / "run/report.html").read_text()
-    for text in ("Adapting ensemble<", "Before and after", "Losses", "new photos"):
+    for text in ("Adapting ensemble<", "Before and after", "Losses", "new photos", "AP on "):
         assert text in page
 
 

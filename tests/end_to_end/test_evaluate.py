@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -86,11 +87,31 @@ def test_the_table_per_class_names_every_view(done):
 def test_the_report_is_one_file_with_gallery_and_plots(done):
     folder, result = done
     page = (folder / "run/report.html").read_text()
-    assert page.count('class="card item"') == 8
+    assert page.count('class="card item"') == 4
+    assert page.count('class="pair"') == page.count('class="layer difference"') == 8  # of both models
     assert page.count("<svg") == 3
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "report.html" in result.stdout
     assert "Checks of the attack itself" in page
+    assert "recall, large" in page
+    assert all(page.count(f'class="box {kind}') for kind in ("missed", "found", "false"))
+    found = json.loads((folder / "run/metrics.json").read_text())["detguard-n"]
+    verdict = f"detguard-n: AP {found['clean']['AP']:.3f} clean, ".replace("0.", ".")
+    assert verdict in page
+    assert verdict in result.stdout
+    shown = re.findall(r"clean: F1 ([\d.]+)</span>.*?changed: F1 ([\d.]+)</span>", page, re.DOTALL)
+    losses = [float(clean) - float(changed) for clean, changed in shown[::2]]  # both models are one
+    assert losses == sorted(losses, reverse=True) != sorted(losses)
+
+
+def test_it_tells_what_it_costs_before_it_starts(done, tiny_data):
+    folder, result = done
+    assert "forward passes: about" in result.stderr
+    models = ("--model", "detguard-n", "--model", "detguard-n")
+    again = detguard("evaluate", *models, "--data", tiny_data, *ALL, *OPTIONS, "--dry-run", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert re.fullmatch(r"[\d,]+ forward passes, all of them known already\n", again.stdout)
+    assert not list((folder / "runs/evaluate").glob("0*"))
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(done, tiny_data, tmp_path):
@@ -126,19 +147,31 @@ def test_of_an_ensemble_it_tells_which_expert_spoke(tmp_path, tiny_data, bundled
     assert {"clean", "attack eps 4 worst"} <= found["gate"]["shares"].keys()
     page = (tmp_path / "run/report.html").read_text()
     assert page.count("Which expert spoke: three") == 2
-    assert "; spoke: " in page
+    assert "spoke: " in page
 
 
 def test_compare_shows_runs_side_by_side(done):
     folder, _ = done
     shutil.copytree(folder / "run", folder / "again", dirs_exist_ok=True)
-    result = detguard("compare", "run", "again", cwd=folder)
+    metrics = json.loads((folder / "run/metrics.json").read_text())
+    metrics["detguard-n#2"]["clean"]["AP"] -= 0.25
+    metrics["detguard-n#2"]["attack"] |= {"eps": 9, "AP": 1}
+    (folder / "again/metrics.json").write_text(json.dumps({"detguard-n": metrics["detguard-n#2"]}))
+    result = detguard("compare", folder / "run", "again", "--page", "c.html", cwd=folder, columns=80)
     assert result.returncode == 0, result.stderr
     assert "run: detguard-n" in result.stdout
-    assert "again: detguard-n#2" in result.stdout
-    assert "too few photos to tell" in result.stdout
     title = "4 photos, 13 classes, 320 px, multi-label NMS at IoU .700, seed 0, detguard"
-    assert title in result.stdout
+    assert title in " ".join(result.stdout.split())
+    assert "Difference to run: detguard-n" in result.stdout
+    assert re.search(r"clean AP +│ \+.000, too few +│ -.250, too few", result.stdout)
+    assert "again: detguard-n: attacked AP not compared with run: detguard-n: eps 4, 9" in result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "again: detguard-n: clean AP -.250, too few photos to tell" in (folder / "c.html").read_text()
+    result = detguard("compare", "run", "again", "--json", cwd=folder)
+    *_, last = map(json.loads, result.stdout.splitlines())
+    assert last["name"] == "again: detguard-n"
+    assert last["difference"]["clean AP"]["value"] == pytest.approx(-0.25)
+    assert "attacked AP" not in last["difference"]
 
 
 def test_compare_names_a_run_that_is_not_done(done, tmp_path):

@@ -43,6 +43,8 @@ def test_a_drop_is_told_with_its_photos(stream):
     assert records[7]["AP50"] > 0.5 > records[-1]["AP50"]
     page = (stream / "run/report.html").read_text()
     assert "Accuracy over the stream" in page
+    assert "F1 dropped from" in page
+    assert page.count('class="card item"') == min(12, len(dropped))
     assert "1 to 8" in page
 
 

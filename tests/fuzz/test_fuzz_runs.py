@@ -124,12 +124,12 @@ def use(run, detector):
     records = run.records()
     if run.config["command"] == "attack":
         attacked = [r for r in records if r["status"] in ("fooled", "failed")]
-        survival_table(attacked, "")
+        survival_table(attacked, "", 0.25)
         attack_summary(records, AttackOptions.from_config(run.config["attack"]))
     elif run.config["command"] == "harden":
         hardening_page(run)
     elif run.config["command"] == "adapt":
-        adaptation_page(run, {}, {})
+        adaptation_page(run, {}, {}, {})
     else:
         timeline_table(windows(records, 8))
         monitor_page(run, records, [])

@@ -4,6 +4,7 @@ import re
 import shutil
 import warnings
 from html import unescape
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 
 from detguard.detections import Detections
 from detguard.files import printable
-from detguard.reports.overlay import before_after, draw_detections
-from detguard.reports.page import Table, gallery_item, render_page
+from detguard.reports.overlay import before_after, class_colour, draw_detections
+from detguard.reports.page import Item, Table, linked, pair, panel, render_page
 from detguard.reports.plots import budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
 
 CHROMIUM = shutil.which("chromium")
@@ -38,17 +39,35 @@ HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     photo = np.full((240, 320, 3), 90, np.uint8)
-    boxes = [{"class": "person", "confidence": 0.9, "box": [20, 30, 120, 200]}]
-    odd = [{"class": HOSTILE, "confidence": 0.4, "box": [20, 2, 120, 200]}]
+    boxes = [{"class": "person", "confidence": 0.9, "box": box} for box in ([20, 30, 120, 200], [300, 2, 320, 200])]
+    odd = [
+        {"class": "car", "confidence": 0.5, "box": [20, 30, 300, 200]},
+        {"class": HOSTILE, "confidence": 0.4, "box": [280, 2, 320, 200], "kind": "missed"},
+    ]
     items = [
-        gallery_item(f"photo {i}", "failed" if i == 2 else "fooled", "a note", photo, boxes, photo, odd if i else [])
+        Item(
+            f"photo {i}",
+            "failed" if i == 2 else "fooled",
+            "a note",
+            [pair(panel("before", photo, boxes), panel("after", photo, odd if i else []), (photo, photo + 1))],
+            [panel("jpeg:75: fooled", photo[:120])],
+            {"png": linked(f"adversarial/{HOSTILE}.png")},
+        )
         for i in range(3)
     ]
-    tables = [Table("Result", ["model", "AP"], [["first", ".400"], [HOSTILE, ".500"]], "A note.")]
+    rows = [["first", ".400", "", ".1"], [HOSTILE, ".500", "", "-"], ["c", "-", "", ".2"], ["d", ".450", "", "1.000"]]
+    tables = [Table("Result", ["a model", "AP of clean photos", "empty", "AP of attacked photos"], rows, "A note.")]
     made = plots(METRICS, CURVES)
     assert len(made) == 3
     page = render_page(
-        f"Title {HOSTILE}", "subtitle", ["detguard", "attack", "a b.jpg"], tables, made, items, left_out=5
+        f"Title {HOSTILE}",
+        f"AP .4 {HOSTILE}",
+        "subtitle",
+        ["detguard", "attack", "a b.jpg"],
+        tables,
+        made,
+        items,
+        left_out=5,
     )
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_bytes(page)
@@ -97,6 +116,7 @@ def test_text_from_data_is_text(opened):
 
 def test_the_slider_moves_the_edge_between_before_and_after(opened):
     page, _, _ = opened
+    page.set_viewport_size({"width": 390, "height": 800})
     pair = page.locator(".pair").first
     pair.scroll_into_view_if_needed()
     box = pair.bounding_box()
@@ -118,16 +138,86 @@ def test_outcomes_filter_the_gallery(opened):
 
 def test_boxes_switch_off(opened):
     page, _, _ = opened
-    assert page.locator(".box:visible").count() == 5
+    assert page.locator(".box:visible").count() == 10
     page.get_by_label("boxes", exact=True).uncheck()
     assert page.locator(".box:visible").count() == 0
 
 
 def test_boxes_lie_where_the_detections_are(opened):
     page, _, _ = opened
-    pair, box = page.locator(".pair").first.bounding_box(), page.locator(".before .box").first.bounding_box()
+    pair, box = page.locator(".before").first.bounding_box(), page.locator(".before .box").first.bounding_box()
     assert (box["x"] - pair["x"]) / pair["width"] == pytest.approx(20 / 320, abs=0.01)
     assert box["height"] / pair["height"] == pytest.approx(170 / 240, abs=0.01)
+
+
+def test_before_after_and_difference_stand_side_by_side_where_there_is_room(opened):
+    page, _, _ = opened
+    places = [page.locator(f".{side}").first.bounding_box() for side in ("before", "after", "difference")]
+    assert len({place["y"] for place in places}) == 1
+    assert all(a["x"] + a["width"] <= b["x"] for a, b in pairwise(places))
+
+
+def test_labels_lie_in_the_part_of_a_photo_that_is_seen(opened):
+    page, _, _ = opened
+    photo, label = (page.locator(one).first.bounding_box() for one in (".before", ".before .box:nth-of-type(2) span"))
+    assert label["y"] >= photo["y"]
+    assert label["x"] + label["width"] <= photo["x"] + photo["width"] + 1
+    page.set_viewport_size({"width": 390, "height": 800})
+    photo = page.locator(".after").nth(1).bounding_box()
+    label = page.locator(".after").nth(1).locator(".box span").first.bounding_box()
+    assert label["x"] >= photo["x"] + photo["width"] / 2 - 1
+
+
+def test_a_press_zooms_and_another_closes(opened):
+    page, _, _ = opened
+    page.locator(".difference").first.click()
+    assert page.locator("dialog .layer").bounding_box()["width"] > 1000
+    page.locator("dialog .layer").click()
+    assert not page.locator("dialog").is_visible()
+
+
+def test_links_lead_into_the_run_alone(opened):
+    page, _, _ = opened
+    links = page.locator(".item a").evaluate_all("links => links.map(one => one.getAttribute('href'))")
+    assert len(links) == 3
+    assert all(link.startswith("./adversarial/%3C/script") for link in links)
+    assert linked("//host/x") == ".///host/x"
+    assert linked("javascript:x") == "./javascript%3Ax"
+
+
+def test_tables_sort_by_a_press_and_leave_out_what_is_empty(opened):
+    page, _, _ = opened
+
+    def column(number):
+        return page.locator(f"tbody td:nth-child({number})").all_inner_texts()
+
+    assert page.locator("th").count() == 3
+    page.get_by_role("button", name="AP of attacked photos").click()
+    assert column(3) == ["1.000", ".2", ".1", "-"]
+    page.get_by_role("button", name="AP of attacked photos").click()
+    assert column(3) == [".1", ".2", "1.000", "-"]
+    page.get_by_role("button", name="a model").click()
+    assert column(1)[1:] == ["c", "d", "first"]
+
+
+def test_rows_of_wide_tables_are_cards_on_a_phone(opened):
+    page, _, _ = opened
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.locator("thead").is_hidden()
+    assert page.locator("tbody td").nth(1).evaluate("e => getComputedStyle(e, '::before').content") == (
+        '"AP of clean photos"'
+    )
+
+
+def test_plots_follow_the_dark_mode(browser, page_file):
+    page = browser.new_page(color_scheme="dark")
+    page.goto(page_file.as_uri())
+    colours = page.locator(".plot svg :is(path, use, g)").evaluate_all(
+        "drawn => drawn.map(e => getComputedStyle(e)).flatMap(e => [e.fill, e.stroke])"
+    )
+    page.close()
+    assert {"rgb(230, 235, 241)", "rgb(122, 165, 255)"} <= set(colours)
+    assert not {"rgb(22, 32, 44)", "rgb(37, 99, 235)", "rgb(255, 255, 255)"} & set(colours)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -164,8 +254,8 @@ def test_names_in_plots_are_text_and_none_is_left_out(name):
 def test_names_on_the_page_are_shown_and_not_obeyed():
     name = "a\x1b\u202egnp.exe\udcff<b>"
     table = Table(name, [name, "b"], [[name, name]], name)
-    page = render_page(name, name, [name], [table], {name: "<svg/>"}, [], sides=(name, name)).decode()
-    assert page.count(r"a\x1b\u202egnp.exe\udcff&lt;b&gt;") == 10
+    page = render_page(name, name, name, [name], [table], {name: "<svg/>"}).decode()
+    assert page.count(r"a\x1b\u202egnp.exe\udcff&lt;b&gt;") == 12
     assert "<svg/>" in page
 
 
@@ -184,3 +274,13 @@ def test_no_panel_of_corruptions_cuts_off_what_others_reach(monkeypatch):
     low, high = figure.axes[0].get_ylim()
     assert low == 0
     assert high > 0.9
+
+
+def test_a_class_has_one_colour_in_page_and_picture():
+    photo = np.zeros((200, 200, 3), np.uint8)
+    found = Detections(torch.tensor([[50.0, 50.0, 150.0, 150.0]]), torch.tensor([0.9]), torch.tensor([0]))
+    red, green, blue = class_colour("person")
+    assert draw_detections(photo, found, {0: "person"})[100, 50].tolist() == [red, green, blue]
+    (box,) = panel("", photo, found.records({0: "person"})).boxes
+    assert box.colour == f"rgb({red} {green} {blue})"
+    assert class_colour("person") != class_colour("car")

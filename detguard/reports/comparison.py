@@ -1,0 +1,94 @@
+"""What `compare` shows: figures of several evaluate runs, and how much each is over the first one's."""
+
+from pathlib import Path
+
+from detguard.evaluation.compare import Difference, also_unlike, difference, same_photos, unlike
+from detguard.reports.evaluation import Metrics, headline, number
+from detguard.reports.page import Table, render_page
+from detguard.reports.plots import plots
+
+# What is compared, by protocol.
+FIGURES = {
+    "clean": "clean AP", "corruptions": "mPC", "attack": "attacked AP", "transfer": "transfer AP",
+    "blackbox": "black box AP", "universal": "universal AP",
+}  # fmt: skip
+# By model, figure -> how much more it is than the first model's.
+Changes = dict[str, dict[str, Difference]]
+
+
+def short_names(folders: list[Path]) -> list[str]:
+    """The folders by their last parts, as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def differences(metrics: Metrics, draws: Metrics) -> tuple[Changes, list[str]]:
+    """Each model's figures less those of the first, and what keeps them from being compared.
+
+    draws: of each model, by protocol, its AP in each draw of the photos.
+    """
+    (name, first), *others = metrics.items()
+    changes: Changes = {}
+    warnings = []
+    for other, m in others:
+        if not same_photos(first, m):
+            counts = f"{m['setting']['photos']} and {first['setting']['photos']} photos"
+            warnings.append(f"{other}: other photos, labels or classes than {name} ({counts}); not compared with it")
+            continue
+        changes[other] = {}
+        for protocol, figure in FIGURES.items():
+            if protocol not in m or protocol not in first:
+                continue
+            if unequal := unlike(first, m, protocol):
+                warnings.append(f"{other}: {figure} not compared with {name}: {'; '.join(unequal)}")
+            elif (found := difference(first, m, (draws[name], draws[other]), protocol)) is not None:
+                changes[other][figure] = found
+        if also := also_unlike(first, m):
+            warnings.append(f"{other}: compared with {name} all the same: {'; '.join(also)}")
+    return changes, warnings
+
+
+def comparison_tables(metrics: Metrics, changes: Changes) -> list[Table]:
+    """A row per figure, a column per model; then how much more it is than the first one's."""
+    made = [headline(metrics, "Comparison").turned]
+    figures = [figure for figure in FIGURES.values() if any(figure in one for one in changes.values())]
+    if figures:
+        rows = [
+            [figure, *(in_words(found[figure]) if figure in found else "-" for found in changes.values())]
+            for figure in figures
+        ]
+        note = "With half of the 95 % interval, by the same draws of the same photos; noise: there may be none."
+        made.append(Table(f"Difference to {next(iter(metrics))}", ["", *changes], rows, note))
+    return made
+
+
+def in_words(found: Difference) -> str:
+    """Like "-.102 ±.031", or "+.012 ±.031 noise"."""
+    value = f"{found.value:+.3f}".replace("0.", ".", 1)
+    if found.error is None:
+        return f"{value}, too few photos to tell"
+    return f"{value} ±{number(found.error)}{' noise' if found.noise else ''}"
+
+
+def verdict(metrics: Metrics, changes: Changes) -> str:
+    """One sentence: what each model has gained or lost against the first."""
+    first = next(iter(metrics))
+    sentences = [
+        f"{name}: {', '.join(f'{figure} {in_words(one)}' for figure, one in found.items())}"
+        for name, found in changes.items()
+        if found
+    ]
+    return f"Against {first}: {'; '.join(sentences)}" if sentences else f"{first}: nothing to compare with"
+
+
+def comparison_page(metrics: Metrics, changes: Changes, warnings: list[str], command: list[str]) -> bytes:
+    """The comparison as a page of its own."""
+    title = f"Comparison of {', '.join(metrics)}"
+    made, left_out = comparison_tables(metrics, changes), [[line] for line in warnings]
+    if left_out:
+        made.append(Table("Not compared, or in spite of", ["why"], left_out))
+    return render_page(title, verdict(metrics, changes), "", command, made, plots(metrics, {}))

@@ -1,0 +1,18 @@
+"""What was found on a labelled photo, as right, wrong and missed."""
+
+from typing import Any
+
+import torch
+
+from detguard.detections import Detections
+from detguard.evaluation.coco import matched
+
+
+def marked(objects: Detections, found: Detections, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Records of what was found, each right (found) or wrong (false), and of the objects that were missed."""
+    of = matched(objects, found)
+    missed = torch.ones(len(objects), dtype=torch.bool)
+    missed[of[of >= 0]] = False
+    kinds = ["found" if one >= 0 else "false" for one in of.tolist()]
+    records = [record | {"kind": kind} for record, kind in zip(found.records(names), kinds, strict=True)]
+    return records + [record | {"kind": "missed"} for record in objects[missed].records(names)]

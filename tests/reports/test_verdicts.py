@@ -1,0 +1,78 @@
+"""The sentence on top of each page."""
+
+from pathlib import Path
+
+from detguard.attacks.group import AttackOptions
+from detguard.reports import adaptation, attack, comparison, evaluation, hardening, monitoring
+from detguard.reports.tables import duration, survival_table
+
+
+def photo(key, **left):
+    """A record of an attack, by the confidence that each member leaves; over .25 it is found."""
+    success = {threshold: None for threshold in ("0.05", "0.1", "0.25", "0.5")}
+    members = {
+        name: {
+            "fooled": conf <= 0.25,
+            "confidence": conf,
+            "success": success,
+            "objects_gone": {threshold: [0, 0] for threshold in success},
+        }
+        for name, conf in left.items()
+    }
+    status = "fooled" if all(member["fooled"] for member in members.values()) else "failed"
+    return {"key": key, "status": status, "members": members, "also": {}}
+
+
+def test_an_attack_tells_how_many_and_after_what():
+    records = [photo("a", photo=0.1, blur=0.2), photo("b", photo=0.2, blur=0.6)]
+    told = attack.verdict(records, AttackOptions())
+    assert told == "4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25)"
+    assert attack.failures(records) == ["b: blur (confidence 0.60)"]
+
+
+def test_the_confidence_that_decides_is_marked_and_shown_where_it_is_another():
+    records = [photo("a", photo=0.1), photo("b", photo=0.6)]
+    assert survival_table(records, "", 0.25).head[3] == "conf 0.25, decides"
+    own = survival_table(records, "", 0.3)
+    assert own.head[1] == "conf 0.3, decides"
+    assert own.rows[0][1] == "50 % (1/2)"
+
+
+def test_an_evaluation_tells_ap_and_checks_that_failed():
+    found = {
+        "clean": {"AP": 0.459, "photos": 128},
+        "attack": {"AP": 0.001, "eps": 4},
+        "checks": {"more steps": {"passed": False}, "large budget": {"passed": True}},
+    }
+    assert evaluation.verdict({"a": found}) == (
+        "a: AP .459 clean, .001 attacked at 4/255, the attack's own checks FAILED (more steps) (128 photos)"
+    )
+
+
+def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
+    def seen(f1, began=None):
+        return {"f1": f1, "began": began}
+
+    records = [{"number": n, **one} for n, one in enumerate([seen(1.0)] * 8 + [seen(0.5)] * 3 + [seen(0.5, 9)], 1)]
+    assert monitoring.verdict(records, 8) == "F1 dropped from 1.000 to .500 since photo 9, told at photo 12"
+    assert monitoring.verdict(records[:8], 8) == "No drop on 8 photos with known objects: mean F1 1.000"
+    assert monitoring.verdict(records[:3], 8).startswith("Too few to judge: 3 photos")
+
+
+def test_training_tells_what_was_held_out():
+    records = [
+        {"stage": "joint", "batch": n, "attacked": loss, "clean": 1.0} for n, loss in ((10, 9.0), (20, 4.0), (30, 5.0))
+    ]
+    assert "9.000 at batch 10 of stage joint, 4.000 at batch 20, whose weights are kept" in hardening.verdict(records)
+    assert hardening.verdict([]).startswith("No photos were held out")
+    figures = ({"new": {"AP": 0.2}}, {"new": {"AP": 0.4}})
+    assert adaptation.verdict(*figures, {"new": 12}) == "AP on 12 new photos .200 before, .400 after"
+
+
+def test_runs_are_named_by_as_little_as_tells_them_apart():
+    assert comparison.short_names([Path("runs/evaluate/001"), Path("runs/evaluate/002")]) == ["001", "002"]
+    assert comparison.short_names([Path("a/001"), Path("b/001")]) == ["a/001", "b/001"]
+
+
+def test_times_are_in_units_that_can_be_read():
+    assert [duration(seconds) for seconds in (0.2, 61, 720, 12_600)] == ["1 s", "61 s", "12 min", "3.5 h"]
