@@ -226,6 +226,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "data": {"new": texts, "replay": texts, "split": text},
         "adapt": {
             "experts": whole(0, 64),
+            "expert?": one_of("adapter", "head", "whole"),
             "mode": text,
             "init": one_of("best", "fresh"),
             "keep": real(0),

@@ -18,6 +18,7 @@ from detguard.detections import suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
+from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
 from detguard.detectors.ultralytics import decode, run_layers
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
@@ -44,14 +45,16 @@ JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How to adapt; the options of `detguard adapt`. keep: weight of what old experts said before, the lambda of L2;
-    eps: budget of the attacks that old photos are shown under, levels of 255.
+    """How to adapt; the options of `detguard adapt`. expert: one of FORMS, what a new one has of its own;
+    keep: weight of what old experts said before, the lambda of L2; eps: budget of the attacks that old photos are shown
+    under, levels of 255.
 
     Raises:
         DetguardError: an option is not one of those known.
     """
 
     experts: int = defaults.Adapt.experts
+    expert: str = WHOLE  # as of runs that do not tell
     mode: str = "full"
     init: str = defaults.Adapt.init
     keep: float = defaults.Adapt.keep
@@ -64,6 +67,10 @@ class Adaptation:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise DetguardError(f"`mode` {self.mode}: expected one of {', '.join(MODES)}")
+        if self.expert not in FORMS:
+            raise DetguardError(f"`expert` {self.expert}: expected one of {', '.join(FORMS)}")
+        if self.expert == ADAPTER and self.init == "fresh":
+            raise DetguardError("`init` fresh: an adapter changes what another expert has learned; use `expert` whole")
         if self.mode == "frozen" and not self.experts:
             raise DetguardError("`experts` 0: in `mode` frozen only new experts learn; add some, or use `mode` full")
 
@@ -103,7 +110,8 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
     if not plan.experts:
         return
     first = sum(name.startswith("adapted") for name in network.names) + 1
-    network.grow([f"adapted {number}" for number in range(first, first + plan.experts)], best(network, new, setting))
+    names = [f"adapted {number}" for number in range(first, first + plan.experts)]
+    network.grow(names, best(network, new, setting), plan.expert)
     if plan.init == "fresh":
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
@@ -261,11 +269,14 @@ def batch_losses(
     setting: Setting,
 ) -> dict[str, Tensor]:
     """L1, of labels and of who should be asked, and L2 of a batch: this rank's summands of means over all of it."""
-    frames, labels, ranks = new.shown, list(new.labels), setting.ranks
+    frames, ranks, said = new.shown, setting.ranks, None
+    if any(label.known is not None and len(label.known) < len(network.class_names) for label in new.labels):
+        with torch.no_grad():
+            said = setting.run(before, new.clean)[0]
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
-        labels += list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
+        labels = list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
         shown, first = old.shown, counts.old - counts.attacked
         rows = slice(len(ranks.rows(0, first)), len(shown))
         if rows.stop > rows.start:
@@ -279,11 +290,12 @@ def batch_losses(
     known, batch = len(before.names), counts.new + counts.old * (old is not None)
     with setting.precision():
         raw, logits = network(frames)
-    found = decode(network.head, raw, logits)
-    of_labels = label_loss(found, labels)
-    losses = {"loss": of_labels.sum() / batch, "new": of_labels[: len(new.shown)].sum() / counts.new}
+    found, first = decode(network.head, raw, logits), slice(len(new.shown))
+    of_new = label_loss(found[first], new.labels, said).sum()
+    losses = {"loss": of_new / batch, "new": of_new / counts.new}
     if old is not None:
-        losses["old"] = of_labels[len(new.shown) :].sum() / counts.old
+        of_old = label_loss(found[len(new.shown) :], labels, wanted).sum()
+        losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}
     if plan.experts:
         log_weights = logits.log_softmax(1)
         groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])

@@ -36,8 +36,8 @@ DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
 NICENESS = 5
 # Options of `detguard adapt` that a user may give; where it reads and writes is up to the monitor.
 OPTIONS = (
-    "--experts", "--mode", "--init", "--lambda", "--max-experts", "--photos", "--corruptions", "--batch", "--rate",
-    "--seed", "--workers",
+    "--experts", "--expert", "--mode", "--init", "--lambda", "--max-experts", "--photos", "--corruptions", "--batch",
+    "--rate", "--seed", "--workers",
 )  # fmt: skip
 
 
