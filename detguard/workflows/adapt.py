@@ -1,20 +1,29 @@
 """Teach hardened ensembles photos of a new kind, from Python."""
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError, defaults
-from detguard.data.sources import OnData, photo_files, read_labelled, unlabelled, warn_of
+from detguard.data.batches import PhotoSet, read_photos
+from detguard.data.corruptions import chosen_kinds
+from detguard.data.sources import OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
 from detguard.data.stream import Labelled
-from detguard.detectors.gated import GatedNetwork
-from detguard.detectors.load import load_model
-from detguard.hardening.adapt import Adaptation
+from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedDetector, GatedNetwork
+from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, hold_out, judge
+from detguard.hardening.adapt import adapt as train_experts
+from detguard.hardening.loop import OnBatch
+from detguard.hardening.train import Setting
+from detguard.photos import PhotoError, read_photo
 from detguard.ranks import Ranks
-from detguard.runs import Run
-from detguard.workflows.harden import Trained, listed, named
+from detguard.runs import Run, shared_run
+from detguard.schema import CONFIGS, check
+from detguard.workflows.harden import Sources, Trained, listed, named
 
 # Photos seen by default: so many for each new one, and at most.
 VIEWS, MOST_VIEWS = 50, 5_000
@@ -104,20 +113,145 @@ class Adapting:
     ) -> "Adapting":
         """A new run, once all that it asks for is known to go together.
 
-            plan: the fields of `Adaptation`: `experts`, `expert` (adapter, head, whole), `mode` (full, frozen, or by default
-                auto: by how many photos are new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000 at most),
-                `batch`, `rate` and `seed`.
+        plan: the fields of `Adaptation` that are told, or AUTO as its mode; told: what is told that is no error.
 
         Raises:
-            DetguardError: the ensemble or photos cannot be read, or options do not go together.
-            KeyboardInterrupt: `on_batch` asked for it; go on with `resume`.
-
-        Example:
-            >>> import detguard
-            >>> made = detguard.adapt("hard.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
-            >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP
+            DetguardError: it does not, or the ensemble or data cannot be read; no run is left behind.
         """
+        network, imgsz = load_ensemble(model, trust)
+        sources = read_sources(new, replay, split, network.class_names, on_data)
+        count, why = len(sources[0]), "as told"
+        usual = {"photos": min(VIEWS * count, MOST_VIEWS), "mode": AUTO, "expert": defaults.Adapt.expert}
+        plan = usual | plan
+        if plan["mode"] == AUTO:
+            plan["mode"], why = choose_mode(count)
+        if not replay:
+            told("without `replay` nothing tells the gate when not to ask the new experts")
+        if network.rule.number or network.rule.leads:
+            told(f"fusion {network.fusion} bounds what new experts may change of the adversarial one's answer")
+        hardened = read_card(model).get("hardened")
+        hardened = hardened if isinstance(hardened, dict) else {}
+        eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")
+        kinds = chosen_kinds(corruptions or (list(map(str, known)) if isinstance(known, list) else None))
+        adaptation = Adaptation(**plan, eps=eps)
+        check(asdict(adaptation), CONFIGS["adapt"]["adapt"])
+        check_growth(network, adaptation, max_experts)
+        config = {
+            "model": model,
+            "detector": detector_config(load_detector(model, imgsz, trust), model),
+            "data": {"new": list(new), "replay": list(replay), "split": split},
+            "adapt": asdict(adaptation),
+            "why": why,
+            "corruptions": list(kinds),
+            "arguments": list(arguments),
+            "replayed": [str(file) for file in sources[2]],
+        }
+        kept = {name: as_lines(photos, network.class_names) for name, photos in zip(KEPT, sources[:2], strict=True)}
+        return cls(shared_run(ranks, lambda: Run.create("adapt", out, config, kept)), network, imgsz, ranks)
 
+    @classmethod
+    def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Adapting":
+        """A run to go on with.
+
+        Raises:
+            DetguardError: there is none, or its ensemble is no longer what it was.
+        """
+        run = shared_run(ranks, lambda: Run.resume(folder, "adapt"))
+        load_configured(run.config["detector"], trust)
+        return cls(run, *load_ensemble(run.config["model"], trust), ranks)
+
+    def load(self, workers: int | None = None) -> None:
+        """Read the photos; `unread` then says which could not be. workers: processes that make batches."""
+        config, self.unread = self.run.config, list[str]()
+        names = self.network.class_names
+        # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
+        kept = self.ranks.given(lambda: [read_labelled(str(self.run.folder / name), "", names) for name in KEPT])
+        files = [Path(file) for file in config["replayed"]]
+        (shown, new_judged), (labelled, old_judged) = map(hold_out, kept)
+        self.new, unread = read_photos([(shown, 1.0)], self.imgsz, plain=True)
+        self.unread += unread
+        self.old: PhotoSet | None = None
+        if labelled or files:  # plain as well, or the gate would learn what augmentation looks like
+            self.old, unread = read_photos([(labelled or files, 1.0)], self.imgsz, plain=True)
+            self.unread += unread
+        self.judged = {"new": self._readable(new_judged), "old": self._readable(old_judged)}
+        self.plan = Adaptation(**config["adapt"])
+        kinds = chosen_kinds(config["corruptions"])
+        self.setting = Setting.on(self.ranks, workers, self.plan.batch, self.imgsz, self.plan.seed, kinds)
+        self.network.to(self.ranks.device)
+
+    def _readable(self, photos: Sequence[Labelled]) -> list[Labelled]:
+        readable = []
+        for one in photos:
+            try:
+                read_photo(one.file)
+            except PhotoError as error:
+                self.unread.append(str(error))
+            else:
+                readable.append(one)
+        return readable
+
+    def figures(self) -> Figures:
+        """How good the ensemble is as it is now, on photos that it does not learn from; told to the first rank."""
+        if not self.ranks.first:
+            return {}
+        detector = GatedDetector(copy.deepcopy(self.network), "", self.imgsz, str(self.ranks.device))
+        return {kind: judge(detector, photos) for kind, photos in self.judged.items() if photos}
+
+    def train(self, on_batch: OnBatch | None = None) -> Path:
+        """Grow and train what the run has not finished, after `load`; returns the file of the weights.
+
+        Raises:
+            KeyboardInterrupt: `on_batch` asked for it; `resume` goes on.
+        """
+        config = self.run.config
+        card = read_card(config["model"])
+        card |= {"adapted": [*card.get("adapted", []), config["adapt"] | {"from": Path(config["model"]).stem}]}
+        made = train_experts(self.network, card, self.new, self.old, self.plan, self.setting, self.run, on_batch)
+        self.ranks.end()
+        return made
+
+
+def adapt(
+    detector: Detector | str | Path | None = None,
+    new: Sources | None = None,
+    *,
+    replay: Sources | None = None,
+    split: str = defaults.Adapt.split,
+    max_experts: int = defaults.Adapt.max_experts,
+    corruptions: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    trust: bool = False,
+    on_batch: OnBatch | None = None,
+    **plan: Any,
+) -> Adapted:
+    """Teach a gated ensemble a new kind of photos by new experts, as `detguard adapt` does.
+
+    Args:
+        detector: the ensemble that `harden` made: its file, or by `load_detector`.
+        new: labelled photos of the new kind: data.yaml, COCO json or JSON lines, as `monitor` writes them.
+        replay: photos of kinds that it knows, as `new`, or folders of them; split: of a data.yaml.
+        max_experts: beyond so many it is not to grow.
+        corruptions: kinds that old photos are shown with, by default those that it was hardened with.
+        out, resume, device, workers, trust: as of `harden`.
+        on_batch: told the number of the batch, the share that is over, and the last losses; returns True to save and
+            stop.
+        plan: the fields of `Adaptation`: `experts`, `expert` (adapter, head, whole), `mode` (full, frozen, or by
+            default auto: by how many photos are new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000
+            at most), `batch`, `rate` and `seed`.
+
+    Raises:
+        DetguardError: the ensemble or photos cannot be read, or options do not go together.
+        KeyboardInterrupt: `on_batch` asked for it; go on with `resume`.
+
+    Example:
+        >>> import detguard
+        >>> made = detguard.adapt("hard.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
+        >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP
+    """
     if unknown := sorted(set(plan) - (Adaptation.__dataclass_fields__.keys() - {"eps"})):
         raise TypeError(f"adapt() got an unexpected keyword argument '{unknown[0]}'")
     if resume is not None:

@@ -263,12 +263,13 @@ def test_experts_that_share_weights_are_saved_with_what_is_their_own(bundled_mod
     with torch.no_grad():
         scores = [made(frames, expert)[0]["scores"] for expert in range(8)]
         for same in (again.model, copied, made.unshared()):
-            assert all(torch.equal(same(frames, i)[0]["scores"], wanted) for i, wanted in enumerate(scores))
-            assert torch.equal(same(frames)[0]["scores"], made(frames)[0]["scores"])
+            for i, wanted in enumerate(scores):
+                assert torch.allclose(same(frames, i)[0]["scores"], wanted, atol=1e-3)
+            assert torch.allclose(same(frames)[0]["scores"], made(frames)[0]["scores"], atol=1e-3)
         next(copied.experts[2].parameters()).mul_(2)  # of a copy, the adapter follows the copy
-        assert not torch.equal(copied(frames, 4)[0]["scores"], scores[4])
+        assert not torch.allclose(copied(frames, 4)[0]["scores"], scores[4], atol=0.1)
         assert torch.equal(made(frames, 4)[0]["scores"], scores[4])
-        assert not torch.equal(scores[4], scores[2])
+        assert not torch.allclose(scores[4], scores[2], atol=0.1)
 
 
 @pytest.mark.parametrize(
