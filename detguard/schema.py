@@ -290,6 +290,8 @@ PASSED_OVER = {
     "seconds?": real(0),
 }
 SHOWN = {"number": whole(1), "photo": text, "objects": Items(DETECTION), "classes?": texts, "AP50?": Maybe(real())}
+# Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed.
+SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1)}
 TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
 VALIDATED = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}
