@@ -199,12 +199,12 @@ def main(
     limit: Annotated[int | None, typer.Option(help="Judge on the first so many photos of each set.")] = None,
     eps: int = 2,
     minutes: Annotated[float | None, typer.Option(help="Begin no row after so many.")] = None,
+    idle: Annotated[bool, typer.Option(help="Take only the time that nobody else wants (Linux).")] = True,
     with_costs: Annotated[bool, typer.Option(help="Also what a photo costs by number of experts.")] = False,
     out: Path = Path("runs/benchmark/adapting"),
 ) -> None:
     keep_freed_memory()
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
+    if idle and hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if not (VOC / "data.yaml").exists():
         subprocess.run([sys.executable, "scripts/voc_split.py", "--out", VOC], check=True)

@@ -290,16 +290,16 @@ def batch_losses(
     known, batch = len(before.names), counts.new + counts.old * (old is not None)
     with setting.precision():
         raw, logits = network(frames)
-    found, first = decode(network.head, raw, logits), slice(len(new.shown))
-    of_new = label_loss(found[first], new.labels, said).sum()
+    found, count = decode(network.head, raw, logits), len(new.shown)
+    of_new = label_loss(found[:count], new.labels, said).sum()
     losses = {"loss": of_new / batch, "new": of_new / counts.new}
     if old is not None:
-        of_old = label_loss(found[len(new.shown) :], labels, wanted).sum()
+        of_old = label_loss(found[count:], labels, wanted).sum()
         losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}
     if plan.experts:
         log_weights = logits.log_softmax(1)
         groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])
-        asked = torch.cat([groups[1, : len(new.shown)], groups[0, len(new.shown) :]])
+        asked = torch.cat([groups[1, :count], groups[0, count:]])
         losses["gate"] = -asked.sum() / batch
         losses["loss"] = losses["loss"] + losses["gate"]
     if plan.mode == "full" and plan.keep:

@@ -121,8 +121,7 @@ class Adapting:
         network, imgsz = load_ensemble(model, trust)
         sources = read_sources(new, replay, split, network.class_names, on_data)
         count, why = len(sources[0]), "as told"
-        usual = {"photos": min(VIEWS * count, MOST_VIEWS), "mode": AUTO, "expert": defaults.Adapt.expert}
-        plan = usual | plan
+        plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO, expert=defaults.Adapt.expert) | plan
         if plan["mode"] == AUTO:
             plan["mode"], why = choose_mode(count)
         if not replay:
