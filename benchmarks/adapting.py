@@ -1,32 +1,40 @@
 """What an ensemble gains on a kind of photos that it was not hardened for, and what it forgets.
 
-    python benchmarks/adapting.py --model runs/harden/001/weights/sparse.safetensors --kinds snow
+    python benchmarks/adapting.py --model runs/harden/001/weights/sparse.safetensors
 
-The model should come from `detguard harden --corruptions` with all kinds but those. New photos: some of the street and
-VOC photos, labelled by --labeller and shown as the new kind ("vanish": attacked by the objective that hides objects,
-with the model before).
-Judged on photos that nothing was trained on, by COCO's AP; attacked ones are attacked anew for each model. Then, with
-more and more experts, what a photo costs when only k of them are asked.
+The model should come from `detguard harden --corruptions` with all kinds but those. New photos: some of VOC's, with its
+labels (20 classes; the others are unlabelled), shown as the new kind; "vanish": attacked by the objective that hides
+objects, with the model before. Replayed: others of VOC's, and COCO's 128 training photos. Judged by AP on photos that
+nothing was trained on: VOC's held-out ones in the new kind, by the classes that the new photos have, COCO's in the new
+kind, clean and in old kinds, by all that the model knows. Attacked ones are attacked anew for each model.
+
+It runs at idle priority; a killed one goes on where it was, and --minutes ends it between two rows. Rows come by seed,
+then variant, then kind, and each is kept in rows.jsonl.
 """
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean, stdev
+from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import torch
 import typer
-import yaml
-from hardening import detguard, slug
+from hardening import VOC, detguard, slug
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torchvision.ops import box_convert
+from typing_extensions import override
 
-from detguard.data.corruptions import SEVERITIES, corrupt
+from detguard.data.corruptions import SEVERITIES
 from detguard.data.dataset import Dataset, read_dataset
+from detguard.data.stream import as_line, in_order, to_lines
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector
 from detguard.detectors.load import load_detector
@@ -35,81 +43,115 @@ from detguard.evaluation.attacks import WORST, AttackSet
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill
-from detguard.photos import Photo, read_photo
+from detguard.files import write_file
+from detguard.photos import Photo, encode_png, read_photo
 from detguard.reports.evaluation import number
 
-SHARED = Path("../shared/data")
-VANISH = "vanish"
+COCO = Path("../shared/data/coco256/data.yaml")
+VANISH, NIGHT = "vanish", "fog_at_night"
+KINDS = ("snow", "glass_blur", NIGHT, "motion_blur", VANISH)
 OLD_KINDS = ("fog", "gaussian_noise", "defocus_blur", "brightness")
-# Name -> options of `detguard adapt`; replay is added but to those without, which only lambda protects, if it is not 0.
-ALONE = "no replay, no expert"
-VARIANTS: dict[str, list[object]] = {"frozen": ["--mode", "frozen"]}
-VARIANTS |= {f"full, lambda {keep}": ["--mode", "full", "--lambda", keep] for keep in (0, 1, 10)}
-VARIANTS |= {f"{ALONE}, lambda {keep}": [*VARIANTS[f"full, lambda {keep}"], "--experts", 0] for keep in (0, 1, 10)}
-# What the street photos' own labels were made by: at this size and confidence.
-LABEL_SIZE, LABEL_CONFIDENCE = 640, 0.3
+# Name -> options of `detguard adapt`; replay is added but to the last.
+UNPROTECTED = "unprotected"
+VARIANTS: dict[str, list[object]] = {
+    "frozen, adapter": ["--mode", "frozen", "--expert", "adapter"],
+    "full, lambda 1": ["--mode", "full", "--lambda", 1],
+    UNPROTECTED: ["--mode", "full", "--lambda", 0, "--experts", 0],
+    "full, lambda 0": ["--mode", "full", "--lambda", 0],
+    "full, lambda 10": ["--mode", "full", "--lambda", 10],
+    "frozen, whole": ["--mode", "frozen", "--expert", "whole"],
+    "frozen, head": ["--mode", "frozen", "--expert", "head"],
+}
+# Of what is judged: the photos, then how they are shown; one row has a figure of each before and after.
+FIGURES = ("new kind, VOC", "new kind, COCO", "clean, COCO", "old kinds, COCO")
+
+
+@dataclass(frozen=True)
+class FogAtNight(Corrupted):
+    """Photos in fog, with a quarter of their light."""
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        return [(photo * 0.25).astype(np.uint8) for photo in super().show(batch)]
+
+
+def view_of(kind: str, severity: int, eps: int) -> tuple[View, str]:
+    """A kind as a view, and the part of it that is judged."""
+    if kind == VANISH:
+        return AttackSet((VANISH,), eps, 10), WORST
+    return (FogAtNight("fog", severity, 0) if kind == NIGHT else Corrupted(kind, severity, 0)), ""
 
 
 def subject_of(detector: Detector, dataset: Dataset, cache: Cache) -> Subject:
     return Subject(detector.name, detector, dataset, dataset.category_ids(detector.class_names), cache)
 
 
-def labels_by(labeller: Detector, photos: dict[str, Path]) -> dict[str, str]:
-    """What a detector finds on photos, as YOLO labels."""
-    labels = {}
-    for name, file in track(photos.items(), "labelling", transient=True):
-        photo = read_photo(file)
-        found = labeller.detect([photo], LABEL_CONFIDENCE)[0]
-        size = torch.tensor([photo.shape[1], photo.shape[0]] * 2)
-        boxes = box_convert(found.boxes, "xyxy", "cxcywh") / size
-        rows = [(int(c), *box.tolist()) for c, box in zip(found.classes, boxes, strict=True)]
-        labels[name] = "".join(" ".join(f"{value:g}" for value in row) + "\n" for row in rows)
-    return labels
+def drawn(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """So many photos of a data set, and as many others."""
+    images = np.random.default_rng(seed).permutation(list(dataset.files))[: 2 * count].tolist()
+    parts = (sorted(images[:count]), sorted(images[count:]))
+    first, second = (replace(dataset, files={image: dataset.files[image] for image in part}) for part in parts)
+    return first, second
 
 
-def labelled_folder(folder: Path, labels: dict[str, str], shown: dict[str, Photo], names: dict[int, str]) -> Path:
-    """A data.yaml of photos, shown as they are to be learned, with the labels of what they were."""
-    for part in ("images", "labels"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for name, photo in shown.items():
-        cv2.imwrite(str(folder / "images" / f"{name}.png"), photo[..., ::-1])
-        (folder / "labels" / f"{name}.txt").write_text(labels[name])
-    (folder / "data.yaml").write_text(yaml.safe_dump({"path": ".", "train": "images", "names": names}))
-    return folder / "data.yaml"
+def lines_of(dataset: Dataset, detector: Detector, files: dict[int, Path] | None = None) -> bytes:
+    """The photos of a data set as JSON lines for `detguard adapt`; files: others in their place."""
+    shown = replace(dataset, files=files or dataset.files)
+    return to_lines(
+        as_line(replace(one, file=one.file.absolute()), detector.class_names)
+        for one in in_order(shown, dataset.category_ids(detector.class_names))
+    )
 
 
-def drawn(count: int, seed: int) -> dict[str, Path]:
-    """Photos of the street and VOC sets."""
-    files = sorted(file for name in ("street1569", "voc3608") for file in (SHARED / name / "images").glob("*.jpg"))
-    return {file.stem: file for file in np.random.default_rng(seed).permutation(np.array(files))[:count]}
+def write_new(folder: Path, kind: str, dataset: Dataset, detector: Detector, eps: int) -> Path:
+    """Photos of a data set as the new kind, corruptions at severities drawn at random, and their labels."""
+    made = folder / "new.jsonl"
+    if made.exists():
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    images, files = list(dataset.files), dict[int, Path]()
+    levels = [SEVERITIES[0]] if kind == VANISH else SEVERITIES
+    drawn = np.random.default_rng(0).choice(levels, len(images))
+    for level in levels:
+        of_level = {image: dataset.files[image] for image, one in zip(images, drawn, strict=True) if one == level}
+        subject, (view, _) = subject_of(detector, replace(dataset, files=of_level), Cache()), view_of(kind, level, eps)
+        if kind == VANISH:
+            fill(subject, [view])
+        for batch in track(subject.batches() if of_level else [], f"{kind}, new photos", transient=True):
+            for image, photo in zip(batch, view.show(Batch(subject, batch)), strict=True):
+                files[image] = folder / f"{image}.png"
+                write_file(files[image], encode_png(photo))
+    write_file(made, lines_of(dataset, detector, {image: files[image] for image in images}))
+    return made
 
 
-def shown_as(kind: str, photos: dict[str, Path], clean: Path, detector: Detector, eps: int) -> dict[str, Photo]:
-    """Photos as the new kind; attacked ones by way of their clean data.yaml, whose labels the attack needs."""
-    if kind != VANISH:
-        rng = np.random.default_rng(0)
-        levels = {name: int(rng.choice(SEVERITIES)) for name in photos}
-        return {n: corrupt(read_photo(f), kind, levels[n], i) for i, (n, f) in enumerate(photos.items())}
-    dataset = read_dataset(clean, "train")
-    subject = subject_of(detector, dataset, Cache())
-    view = AttackSet((VANISH,), eps, 10)
-    fill(subject, [view])
-    shown = {}
-    for images in track(subject.batches(), "attacked photos", transient=True):
-        for image, photo in zip(images, view.show(Batch(subject, images)), strict=True):
-            shown[dataset.files[image].stem] = photo
-    return shown
-
-
-def judged(file: str, dataset: Dataset, new: str, eps: int, cache: Cache) -> tuple[float | None, ...]:
-    """AP on the new kind, on clean photos and, the mean, on old corruptions."""
-    subject = subject_of(load_detector(file), dataset, cache)
-    of_new: tuple[View, str] = (AttackSet((VANISH,), eps, 10), WORST) if new == VANISH else (Corrupted(new, 3, 0), "")
-    views = [of_new, (Clean(), ""), *((Corrupted(kind, 3, 0), "") for kind in OLD_KINDS)]
-    for view, _ in track(views, "judging", transient=True):
+def judged(file: str, voc: Dataset, coco: Dataset, kind: str, eps: int, cache: Cache) -> list[float | None]:
+    """AP by FIGURES."""
+    detector = load_detector(file)
+    on_voc, on_coco = (subject_of(detector, dataset, cache) for dataset in (voc, coco))
+    of_new = view_of(kind, 3, eps)
+    shown = [(on_voc, *of_new), (on_coco, *of_new), (on_coco, Clean(), "")]
+    shown += [(on_coco, *view_of(old, 3, eps)) for old in OLD_KINDS]
+    for subject, view, _ in track(shown, "judging", transient=True):
         fill(subject, [view])
-    first, clean, *old = (score(subject, view, part).stats["AP"] for view, part in views)
-    return first, clean, float(np.mean([value or 0 for value in old]))
+    *first, one, two, three, four = (score(subject, view, part).stats["AP"] for subject, view, part in shown)
+    return [*first, fmean(value or 0 for value in (one, two, three, four))]
+
+
+def table_of(rows: list[dict[str, Any]], title: str) -> Table:
+    """Before > after of each kind and variant; over several seeds the mean, and the deviation of one of them."""
+    table = Table(title=title)
+    for column in ("new kind", "variant", "seeds", *FIGURES):
+        table.add_column(column, justify="left" if column in ("new kind", "variant") else "right")
+    for kind, variant in dict.fromkeys((row["kind"], row["variant"]) for row in rows):
+        part = [row for row in rows if (row["kind"], row["variant"]) == (kind, variant)]
+        cells = []
+        for index in range(len(FIGURES)):
+            before, after = ([row[when][index] or 0 for row in part] for when in ("before", "after"))
+            spread = f" ± {number(stdev(after))}" if len(part) > 1 else ""
+            cells.append(f"{number(fmean(before))} > {number(fmean(after))}{spread}")
+        table.add_row(kind, variant, str(len(part)), *cells)
+    return table
 
 
 def costs(file: str, dataset: Dataset, counts: tuple[int, ...], ks: tuple[int, ...], photos: int) -> Table:
@@ -148,48 +190,60 @@ def costs(file: str, dataset: Dataset, counts: tuple[int, ...], ks: tuple[int, .
 
 def main(
     model: Annotated[str, typer.Option(help="A gated ensemble that was hardened without the kinds.")],
-    kinds: str = "snow,glass_blur,vanish",
+    kinds: str = ",".join(KINDS),
     variants: Annotated[str, typer.Option(help="Some of the variants, separated by semicolons.")] = ";".join(VARIANTS),
-    labeller: Annotated[str, typer.Option(help="What labels the new photos.")] = "../shared/weights/yolo11n-coco.pt",
-    new: Annotated[int, typer.Option(help="Photos of the new kind.")] = 600,
+    seeds: str = "0,1,2",
+    new: Annotated[int, typer.Option(help="Photos of the new kind, and as many of VOC's to replay.")] = 600,
     photos: Annotated[int, typer.Option(help="Photos seen in adapting.")] = 5_000,
     rate: float = 1e-3,
-    data: str = str(SHARED / "coco256/data.yaml"),
-    limit: int | None = None,
+    limit: Annotated[int | None, typer.Option(help="Judge on the first so many photos of each set.")] = None,
     eps: int = 2,
+    minutes: Annotated[float | None, typer.Option(help="Begin no row after so many.")] = None,
+    idle: Annotated[bool, typer.Option(help="Take only the time that nobody else wants (Linux).")] = True,
+    with_costs: Annotated[bool, typer.Option(help="Also what a photo costs by number of experts.")] = False,
     out: Path = Path("runs/benchmark/adapting"),
 ) -> None:
     keep_freed_memory()
-    detector, dataset, cache = load_detector(model), read_dataset(data, limit=limit), Cache()
-    names = yaml.safe_load((SHARED / "coco256/data.yaml").read_text())["names"]
-    fresh, replayed = drawn(2 * new, 0), {}
-    for name in list(fresh)[new:]:
-        replayed[name] = fresh.pop(name)
-    labels = labels_by(load_detector(labeller, LABEL_SIZE), fresh | replayed)
-    replay, clean = out / "replay/data.yaml", out / "clean/data.yaml"
-    for file, photos_of in ((replay, replayed), (clean, fresh)):
-        if not file.exists():
-            labelled_folder(file.parent, labels, {n: read_photo(f) for n, f in photos_of.items()}, names)
-    for kind in kinds.split(","):
-        table = Table(
-            title=f"{detector.name}, {new} new photos, {photos} seen; {len(dataset.files)} of {dataset.name}, AP "
-            f"before > after; corruptions at severity 3, vanish: eps {eps}, 10 steps, seed 0"
-        )
-        for column in ("new kind", "variant", "new kind AP", "clean AP", f"old AP ({', '.join(OLD_KINDS)})"):
-            table.add_column(column, justify="left" if column in ("new kind", "variant") else "right")
-        folder = out / kind
-        if not (folder / "data.yaml").exists():
-            labelled_folder(folder, labels, shown_as(kind, fresh, clean, detector, eps), names)
-        before = judged(model, dataset, kind, eps, cache)
-        for name in variants.split(";"):
-            run = out / f"{kind}-{slug(name)}"
-            options = [*VARIANTS[name], "--photos", photos, "--rate", rate]
-            options += [] if name.startswith(ALONE) else ["--replay", replay]
-            detguard("adapt", run, "--model", model, "--new", folder / "data.yaml", *options)
-            after = judged(str(run / "weights/adapted.safetensors"), dataset, kind, eps, cache)
-            table.add_row(kind, name, *(f"{number(a)} > {number(b)}" for a, b in zip(before, after, strict=True)))
-        Console(width=170).print(table)
-    Console(width=170).print(costs(model, dataset, (3, 6, 12), (1, 2), 40))
+    if idle and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    if not (VOC / "data.yaml").exists():
+        subprocess.run([sys.executable, "scripts/voc_split.py", "--out", VOC], check=True)
+    detector, cache, began = load_detector(model), Cache(), time.monotonic()
+    train, old = read_dataset(VOC / "data.yaml", "train"), read_dataset(COCO, "train")
+    voc, coco = read_dataset(VOC / "data.yaml", "val", limit=limit), read_dataset(COCO, "val", limit=limit)
+    done, kept = list[dict[str, Any]](), out / "rows.jsonl"
+    asked = {"model": detector.state_hash(), "new": new, "photos": photos, "rate": rate, "limit": limit, "eps": eps}
+    if kept.exists():
+        done = [json.loads(line) for line in kept.read_text().splitlines()]
+        if any(row["asked"] != asked for row in done):
+            raise SystemExit(f"{kept}: rows of other options; choose another --out")
+    wanted = [(k, v, int(s)) for s in seeds.split(",") for v in variants.split(";") for k in kinds.split(",")]
+    for kind, variant, seed in wanted:
+        if any((row["kind"], row["variant"], row["seed"]) == (kind, variant, seed) for row in done):
+            continue
+        if minutes is not None and time.monotonic() - began > 60 * minutes:
+            break
+        fresh, replayed = drawn(train, new, seed)
+        file = write_new(out / f"{kind}-{seed}", kind, fresh, detector, eps)
+        replay = out / f"replay-{seed}.jsonl"
+        write_file(replay, lines_of(replayed, detector) + lines_of(old, detector))
+        run = out / f"{kind}-{seed}-{slug(variant)}"
+        options = [*VARIANTS[variant], "--photos", photos, "--rate", rate, "--seed", seed]
+        options += [] if variant == UNPROTECTED else ["--replay", replay]
+        detguard("adapt", run, "--model", model, "--new", file, *options)
+        row = {"kind": kind, "variant": variant, "seed": seed, "asked": asked}
+        for when, weights in (("before", model), ("after", str(run / "weights/adapted.safetensors"))):
+            row[when] = judged(weights, voc, coco, kind, eps, cache)
+        done.append(row)
+        write_file(kept, "".join(json.dumps(row) + "\n" for row in done).encode())
+        print(f"{(time.monotonic() - began) / 60:.1f} min: {kind}, {variant}, seed {seed}: {row}", flush=True)
+    title = (
+        f"{detector.name}, {new} new photos, {photos} seen, AP before > after on {len(voc.files)} of VOC, "
+        f"{len(coco.files)} of COCO; {len(done)} of {len(wanted)} rows; severity 3, vanish: eps {eps}, 10 steps"
+    )
+    Console(width=170).print(table_of(done, title))
+    if with_costs:
+        Console(width=170).print(costs(model, coco, (3, 6, 12), (1, 2), 40))
 
 
 if __name__ == "__main__":

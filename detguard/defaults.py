@@ -77,6 +77,7 @@ class Adapt:
 
     split: Final = "train"
     experts: Final = 1
+    expert: Final = "adapter"
     mode: Final = "auto"
     init: Final = "best"
     keep: Final = 1.0

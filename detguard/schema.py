@@ -231,6 +231,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "data": {"new": texts, "replay": texts, "split": text},
         "adapt": {
             "experts": whole(0, 64),
+            "expert?": one_of("adapter", "head", "whole"),
             "mode": text,
             "init": one_of("best", "fresh"),
             "keep": real(0),
@@ -301,6 +302,8 @@ SHOWN = {
     "unknown?": texts,
     "AP50?": Maybe(real()),
 }
+# Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed.
+SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1)}
 TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
 VALIDATED = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}

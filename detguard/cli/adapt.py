@@ -61,6 +61,12 @@ def adapt(
     split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Adapt.split,
     class_map: ClassMap = None,
     experts: Annotated[int, typer.Option(min=0, help="New experts.")] = defaults.Adapt.experts,
+    expert: Annotated[
+        Literal["adapter", "head", "whole"],
+        typer.Option(
+            help="What a new expert has of its own: small changes of another one's layers, its head, or all of it."
+        ),
+    ] = defaults.Adapt.expert,
     mode: Annotated[
         Literal["auto", "full", "frozen"],
         typer.Option(
@@ -112,7 +118,8 @@ def adapt(
                 "--new: give labelled photos of the new kind: a data.yaml, a COCO json or a .jsonl file"
             )
         plan = {
-            "experts": experts, "mode": mode, "init": init, "keep": keep, "batch": batch, "rate": rate, "seed": seed,
+            "experts": experts, "expert": expert, "mode": mode, "init": init, "keep": keep, "batch": batch,
+            "rate": rate, "seed": seed,
         } | ({"photos": photos} if photos else {})  # fmt: skip
         kinds = None if corruptions is None else names(corruptions)
         job = start_adaptation(

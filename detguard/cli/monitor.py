@@ -174,7 +174,7 @@ def watch(
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
     from detguard.classes import left_out
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
-    from detguard.hardening.monitor import observe
+    from detguard.hardening.monitor import latest, observe
     from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
@@ -204,6 +204,9 @@ def watch(
                     message = f"photo {record['number']}: accuracy has dropped since photo {record['began']}"
                     out.print(message, highlight=False, soft_wrap=True)
                     write_dropped(run, run.records())  # a live stream may never end
+                elif "hint" in record:
+                    message = f"photo {record['number']}: a hint, without labels: confidence has dropped since photo "
+                    out.print(f"{message}{record['hint']}; labels would tell", highlight=False, soft_wrap=True)
                 if adapts:
                     living.saw(record)
             if adapts:
@@ -212,7 +215,7 @@ def watch(
             living.stop()
             show_error(f"stopped; go on with: detguard monitor --resume {run.folder}")
             return 130
-    records = run.records()
+    records = latest(run.records())
     drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living.at)))
     out.print(verdict(records, options["window"]), highlight=False, soft_wrap=True, style="bold")
@@ -221,6 +224,8 @@ def watch(
     calm = "no drop" if judged >= options["window"] else "too few to judge"
     told = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
     told = f"{told}; {judged} of {len(records)} photos have objects of classes that the detector knows"
+    if unlabelled := sum(r.get("labelled") is False for r in records):
+        told = f"{told}, {unlabelled} have no labels yet and gave hints alone"
     if boxes := unknown_boxes(r.get("unknown", ()) for r in records):
         show_warning(f"{sum(boxes.values())} {left_out(boxes, detector.class_names.values())}")
     out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,8 +16,8 @@ from detguard.data.entries import DataError
 from detguard.detections import Detections
 from detguard.files import MAX_ANNOTATIONS, MAX_LINE, parse_json, read_file
 
-# Objects that one photo may have, and pixels from its corner that a box may lie.
-MOST_OBJECTS = 10_000
+# Objects that one photo may have, bytes of its id, and pixels from its corner that a box may lie.
+MOST_OBJECTS, LONGEST_ID = 10_000, 200
 MOST_PIXELS = 1e9
 # Of the name of a class that is not known, which is only told.
 MOST_LETTERS = 100
@@ -29,16 +29,33 @@ class Labelled:
 
     known: the classes that are labelled wherever they are seen; None: all that the detector knows; unknown: of each
     object that is left out, since the detector does not know its class, that class's name.
+    id: by which `Labels` that come later name it; labelled: whether none are waited for.
     """
 
     file: Path
     objects: Detections
     known: tuple[int, ...] | None = None
     unknown: tuple[str, ...] = ()
+    id: str = ""
+    labelled: bool = True
 
     def counted(self, found: Detections) -> Detections:
         """Those of detections that the labels can tell to be true or false."""
         return found if self.known is None else found.of(self.known)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What was labelled of a photo that came before, by its id; the rest is as in `Labelled`."""
+
+    id: str
+    objects: Detections
+    known: tuple[int, ...] | None = None
+    unknown: tuple[str, ...] = ()
+
+    def of(self, photo: Labelled) -> Labelled:
+        """The photo with its labels."""
+        return replace(photo, objects=self.objects, known=self.known, unknown=self.unknown, labelled=True)
 
 
 def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelled]:
@@ -68,7 +85,7 @@ def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
         line["classes"] = [class_names[index] for index in photo.known]
     if photo.unknown:
         line["unknown"] = list(photo.unknown)
-    return line
+    return line | ({"id": photo.id, "labelled": photo.labelled} if photo.id else {})
 
 
 def to_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
@@ -90,11 +107,12 @@ def from_lines(
     class_names: dict[int, str],
     source: str = "`stream`",
     class_map: Mapping[str, str] | None = None,
-) -> Iterator[Labelled | DataError]:
+) -> Iterator[Labelled | Labels | DataError]:
     """Photos from JSON lines: {"photo": "a.jpg", "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}.
 
     Boxes in pixels of the photo; objects of classes that the detector does not know are left out. "classes" may list
-    those that are labelled, if not all are. A line that is not such an object is given as the error that names it by
+    those that are labelled, if not all are. Labels may come later: {"id": "17", "photo": "a.jpg"}, then
+    {"id": "17", "objects": [...]}. A line that is not such an object is given as the error that names it by
     its number. source: where the lines are from, for errors; class_map: names of their classes -> the detector's.
     """
     index = _index(class_names, source, class_map)
@@ -108,7 +126,7 @@ def from_records(
     class_names: dict[int, str],
     source: str = "`photos`",
     class_map: Mapping[str, str] | None = None,
-) -> Iterator[Labelled | DataError]:
+) -> Iterator[Labelled | Labels | DataError]:
     """Photos from mappings such as lines are, as `from_lines`."""
     index = _index(class_names, source, class_map)
     for number, record in enumerate(records, 1):
@@ -118,16 +136,24 @@ def from_records(
 def read_lines(
     file: str | Path, class_names: dict[int, str], class_map: Mapping[str, str] | None = None
 ) -> list[Labelled]:
-    """The photos of a file of JSON lines, as `from_lines`.
+    """The photos of a file of JSON lines, as `from_lines`, with labels that come later.
 
     Raises:
-        DetguardError: it cannot be read, or a line is wrong.
+        DetguardError: it cannot be read, or a line is wrong, or labels and photos are without each other.
     """
-    photos: list[Labelled] = []
+    photos, places = list[Labelled](), dict[str, int]()
     for one in from_lines(read_file(file, MAX_ANNOTATIONS).split(b"\n"), class_names, str(file), class_map):
         if isinstance(one, DataError):
             raise one
+        if isinstance(one, Labels):
+            if one.id not in places:
+                raise DataError(f"{file}: labels of '{one.id}', but no photo of that id before them")
+            photos[places[one.id]] = one.of(photos[places[one.id]])
+            continue
+        places |= {one.id: len(photos)} if one.id else {}
         photos.append(one)
+    if bare := [one.id for one in photos if not one.labelled]:
+        raise DataError(f"{file}: no labels of '{bare[0]}' ({len(bare)} such); add a line with its id and objects")
     return photos
 
 
@@ -141,7 +167,7 @@ def _index(class_names: dict[int, str], source: str, class_map: Mapping[str, str
     return kept | {name: index[to] for name, to in renamed.items() if to in index}
 
 
-def _labelled(one: bytes | Mapping[str, Any], index: dict[str, int], where: str) -> Labelled | DataError:
+def _labelled(one: bytes | Mapping[str, Any], index: dict[str, int], where: str) -> Labelled | Labels | DataError:
     try:
         return _read(_parsed(one) if isinstance(one, bytes) else one, index)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -157,10 +183,25 @@ def _parsed(line: bytes) -> Any:
     return parse_json(line.decode("utf-8-sig"))
 
 
-def _read(record: Any, index: dict[str, int]) -> Labelled:
-    name, objects, classes = record["photo"], record["objects"], record.get("classes")
+def _read(record: Any, index: dict[str, int]) -> Labelled | Labels:
+    if not isinstance(record, Mapping):
+        raise TypeError("no object")
+    later = record.get("id") is not None
+    if later and (not isinstance(record["id"], str | int) or not 0 < len(str(record["id"]).encode()) <= LONGEST_ID):
+        raise ValueError(f"id: no text of 1 to {LONGEST_ID} bytes")
+    key, labelled = str(record["id"]) if later else "", "objects" in record or not later
+    if later and "photo" not in record:
+        return Labels(key, *_objects(record, index))
+    name = record["photo"]
     if b"\0" in os.fsencode(name):  # which no file can be called, as is what cannot be encoded
         raise ValueError("a name with a null byte")
+    objects, known, unknown = _objects(record if labelled else {"objects": []}, index)
+    return Labelled(Path(name), objects, known, unknown, key, labelled)
+
+
+def _objects(record: Any, index: dict[str, int]) -> tuple[Detections, tuple[int, ...] | None, tuple[str, ...]]:
+    """The labels of a photo, the classes that are known to be labelled, and those of objects that are left out."""
+    objects, classes = record["objects"], record.get("classes")
     if not isinstance(objects, list) or len(objects) > MOST_OBJECTS:
         raise ValueError(f"objects: no list, or over {MOST_OBJECTS}")
     if not isinstance(classes, list | None):
@@ -170,7 +211,7 @@ def _read(record: Any, index: dict[str, int]) -> Labelled:
     boxes = torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4)
     detections = Detections(boxes, torch.ones(len(found)), torch.tensor([c for c, _ in found], dtype=torch.int64))
     known = None if classes is None else tuple(dict.fromkeys(index[c] for c in classes if c in index))
-    return Labelled(Path(name), detections, known, unknown)
+    return detections, known, unknown
 
 
 def _box(values: Sequence[float]) -> list[float]:

@@ -3,11 +3,11 @@
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from detguard import DetguardError
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector, Family
 from detguard.detectors.fusion import Fusion, parse_fusion
+from detguard.detectors.shared import HEAD, WHOLE, Shared, unshared
 from detguard.detectors.sparse import add_sparse, drop_sparse, fit_sparse
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
 from detguard.photos import Letterbox, Photo, read_photo
@@ -26,6 +27,8 @@ from detguard.photos import Letterbox, Photo, read_photo
 EXPERTS = ("normal", "hard", "adversarial")
 GATES = ("trunk", "frame", "detail")
 MOST_EXPERTS = 64
+# Of experts that were asked, by number: what their layers before the head made of the frames.
+Ran = dict[int, tuple[Any, dict[int, Tensor]]]
 # How far below the least bias of the gate's old outputs that of a new one begins: e^-10 of its weight.
 UNASKED = 10.0
 
@@ -79,7 +82,8 @@ class GatedNetwork(nn.Module):
     names: what each expert is for. gate_on: what the gate sees, the "trunk", the "frame" or the frame's "detail".
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
     fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the adversarial expert, or
-    the first where none is called so. sparse: the numbers of experts with mean sparsity.
+    the first where none is called so. sparse: the numbers of experts with mean sparsity. shared: by number, experts
+    that share weights with one before them; `experts` holds what each has of its own.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class GatedNetwork(nn.Module):
         top_k: int | None = None,
         fusion: str = "average:0",
         sparse: Sequence[int] = (),
+        shared: Mapping[int, Shared] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         layers = list(model.model)
@@ -103,11 +108,17 @@ class GatedNetwork(nn.Module):
         self.save = set(model.save)
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
         self.trunk = nn.ModuleList(copy.deepcopy(layers[:split]))
-        self.experts = nn.ModuleList(nn.ModuleList(copy.deepcopy(layers[split:])) for _ in names)
-        drop_sparse(self)
-        self.sparse = sorted(sparse)
-        for expert in sparse:
-            add_sparse(self.experts[expert])
+        drop_sparse(self.trunk)
+        self.sparse, self.shared = sorted(sparse), dict(shared)
+        self.experts = nn.ModuleList()
+        for expert in range(len(names)):
+            if expert in self.shared:  # sparse where the other one is
+                self.experts.append(self._own(self.shared[expert]))
+                continue
+            self.experts.append(nn.ModuleList(copy.deepcopy(layers[split:])))
+            drop_sparse(self.experts[expert])
+            if expert in self.sparse:
+                add_sparse(self.experts[expert])
         self.gate = Gate(self._gate_channels(), len(names))
 
     def _gate_channels(self) -> int:
@@ -136,7 +147,8 @@ class GatedNetwork(nn.Module):
             raw = self._run(0, last, saved)
             return raw | {"maps": saved, "experts": [(None, raw)]}, logits
         log_weights = self.log_weights(logits)
-        outputs = [self._answer(expert, last, saved, log_weights) for expert in range(len(self.experts))]
+        ran: Ran = {}
+        outputs = [self._answer(expert, last, saved, log_weights, ran) for expert in range(len(self.experts))]
         return self.rule.fuse(outputs, log_weights, self.robust) | {"maps": saved, "experts": outputs}, logits
 
     def backbone(self, expert: int) -> list[Any]:
@@ -145,13 +157,13 @@ class GatedNetwork(nn.Module):
         return layers[: backbone_end(layers)]
 
     def _answer(
-        self, expert: int, last: Tensor, saved: dict[int, Tensor], log_weights: Tensor
+        self, expert: int, last: Tensor, saved: dict[int, Tensor], log_weights: Tensor, ran: Ran
     ) -> tuple[Tensor | None, dict[str, Any] | None]:
         """The rows that an expert is asked for, None for all, and what it says."""
         # A traced graph has no branches: all experts answer in it, and those beyond the top k weigh 0.
         everywhere = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if self.top_k is None or everywhere or (self.rule.leads and expert == self.robust):
-            return None, self._run(expert, last, saved)
+            return None, self._run(expert, last, saved, ran=ran)
         rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
         return rows, self._run(expert, last, saved, rows) if len(rows) else None
 
@@ -159,12 +171,27 @@ class GatedNetwork(nn.Module):
         """What the gate looks at, of the frames and the trunk's last map."""
         return last if self.gate_on == "trunk" else detail(frames) if self.gate_on == "detail" else frames
 
-    def _run(self, expert: int, last: Tensor, saved: dict[int, Tensor], rows: Tensor | None = None) -> dict[str, Any]:
+    def _run(
+        self,
+        expert: int,
+        last: Tensor,
+        saved: dict[int, Tensor],
+        rows: Tensor | None = None,
+        ran: Ran | None = None,
+    ) -> dict[str, Any]:
         if rows is not None:
             last, saved = last[rows], {i: x[rows] for i, x in saved.items()}
         *layers, head = self._expert(expert)
-        last, saved = run_layers(layers, last, dict(saved), self.save)
+        while (shared := self.shared.get(expert)) and shared.form == HEAD:
+            expert = shared.of
+        ran = {} if ran is None else ran
+        if expert not in ran:  # once for all heads
+            ran[expert] = run_layers(layers, last, dict(saved), self.save)
+        last, saved = ran[expert]
         return {**head_outputs(head, last, saved), "maps": saved}
+
+    def _own(self, shared: Shared) -> nn.ModuleList:
+        return shared.own(self._expert(shared.of))
 
     def log_weights(self, logits: Tensor) -> Tensor:
         """Logarithm of each expert's weight, [B, K], from the gate's logits; -inf beyond the top k."""
@@ -173,10 +200,10 @@ class GatedNetwork(nn.Module):
             logits = logits.masked_fill(beyond, -torch.inf)
         return self.rule.log_weights(logits.log_softmax(1), self.robust)
 
-    def grow(self, names: Sequence[str], source: int) -> None:
+    def grow(self, names: Sequence[str], source: int, form: str = WHOLE) -> None:
         """Add experts, each a copy of expert `source`, and outputs of the gate that at first give them next to nothing.
 
-        The old outputs of the gate stay as they are, bit by bit.
+        The old outputs of the gate stay as they are, bit by bit. form: one of FORMS, what they do not share with it.
 
         Raises:
             DetguardError: there would be more than MOST_EXPERTS.
@@ -192,7 +219,12 @@ class GatedNetwork(nn.Module):
             self.gate.out.bias[: old.out_features] = old.bias
         if source in self.sparse:
             self.sparse += range(len(self.names), len(self.names) + len(names))
-        self.experts.extend(copy.deepcopy(self.experts[source]) for _ in names)
+        for expert in range(len(self.names), len(self.names) + len(names)):
+            if form == WHOLE:
+                self.experts.append(unshared(self._expert(source)))
+            else:
+                self.shared[expert] = Shared(form, source)
+                self.experts.append(self._own(self.shared[expert]))
         self.names += names
 
     def sparsen(self, frames: Iterable[Tensor], reach: float) -> None:
@@ -241,8 +273,15 @@ class GatedNetwork(nn.Module):
         return self._expert(number)[-1]
 
     def _expert(self, number: int) -> list[Any]:
-        layers: Any = self.experts[number]
-        return list(layers)
+        own: Any = self.experts[number]
+        shared = self.shared.get(number)
+        return shared.whole(self._expert(shared.of), own) if shared else list(own)
+
+    def unshared(self) -> "GatedNetwork":
+        """A network that computes the same, and whose experts' convolutions share nothing."""
+        network = copy.copy(self)
+        network._modules = self._modules | {"experts": unshared(list(self.experts))}
+        return network
 
 
 class GatedDetector(Detector):
@@ -276,7 +315,9 @@ class GatedDetector(Detector):
     @override
     def state_hash(self) -> str:
         """As of any detector, with the expert that is forced; how experts are put together is the network's own."""
-        return hashlib.sha256(f"{super().state_hash()} {self.route}".encode()).hexdigest()
+        shared = self.model.shared
+        parts = [super().state_hash(), str(self.route)] + [str(shared)] * bool(shared)
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
@@ -341,6 +382,7 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
         "top_k": network.top_k,
         "fusion": network.fusion,
         "sparse": network.sparse,
+        "shared": {str(expert): shared.entry() for expert, shared in network.shared.items()},
     }
 
 
@@ -356,8 +398,15 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
         split, sparse = int(card["split"]), [int(expert) for expert in card.get("sparse", [])]
         if not set(sparse) <= set(range(len(names))):
             raise ValueError("it has no such sparse experts")
-        if len(names) * sum(p.numel() for layer in model.model[split:] for p in layer.parameters()) > most:
+        entries = card.get("shared", {})  # of those that older versions wrote, none
+        shared = {number: Shared.read(entries[key], number) for key in entries for number in [int(key)]}
+        if not shared.keys() <= set(range(1, len(names))):
+            raise ValueError("it has no such experts that share")
+        layers = list(model.model[split:])
+        of_whole = sum(p.numel() for layer in layers for p in layer.parameters())
+        of_shared = sum(one.weights(layers) for one in shared.values())
+        if (len(names) - len(shared)) * of_whole + of_shared > most:
             raise ValueError("it has more experts than the weights beside it")
-        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse, shared)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

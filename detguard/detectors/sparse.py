@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detguard.detectors.shared import LowRank
+
 
 class MeanSparse(nn.Module):
     """Sets values near the mean of their channel to it, before an activation (Amini et al. 2024, MeanSparse).
@@ -54,7 +56,9 @@ def fit_sparse(run: Callable[[Tensor], Any], layers: nn.Module, frames: Iterable
 def blocks_of(layers: nn.Module) -> list[tuple[str, Any]]:
     """The convolutions with an activation, by name."""
     modules: list[tuple[str, Any]] = list(layers.named_modules())
-    return [(n, m) for n, m in modules if isinstance(getattr(m, "conv", None), nn.Conv2d) and hasattr(m, "act")]
+    return [
+        (n, m) for n, m in modules if isinstance(getattr(m, "conv", None), nn.Conv2d | LowRank) and hasattr(m, "act")
+    ]
 
 
 def output_statistics(

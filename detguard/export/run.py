@@ -58,6 +58,7 @@ def plan_export(
     network: Any = detector.model
     architecture = ""
     if isinstance(network, GatedNetwork):
+        detector.model = network.unshared()  # runtimes want weights, not sums of them
         if kind == "pt" and len(network.names) > 1:
             raise DetguardError(
                 f"`format` pt: {model} is an ensemble of {len(network.names)} experts, and Ultralytics' .pt holds one "

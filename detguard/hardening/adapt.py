@@ -18,6 +18,7 @@ from detguard.detections import suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
+from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
 from detguard.detectors.ultralytics import decode, run_layers
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
@@ -48,6 +49,7 @@ class Adaptation:
 
     Attributes:
         experts: new ones.
+        expert: what a new one has of its own, one of FORMS: adapter, head or whole.
         mode: frozen (old experts stay as they are, to the bit) or full.
         init: new experts start as the `best` of the old ones, or `fresh`, from random weights.
         keep: weight of what old experts said before, the lambda of L2.
@@ -62,6 +64,7 @@ class Adaptation:
     """
 
     experts: int = defaults.Adapt.experts
+    expert: str = WHOLE  # as of runs that do not tell
     mode: str = "full"
     init: str = defaults.Adapt.init
     keep: float = defaults.Adapt.keep
@@ -74,6 +77,10 @@ class Adaptation:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise DetguardError(f"`mode` {self.mode}: expected one of {', '.join(MODES)}")
+        if self.expert not in FORMS:
+            raise DetguardError(f"`expert` {self.expert}: expected one of {', '.join(FORMS)}")
+        if self.expert == ADAPTER and self.init == "fresh":
+            raise DetguardError("`init` fresh: an adapter changes what another expert has learned; use `expert` whole")
         if self.mode == "frozen" and not self.experts:
             raise DetguardError("`experts` 0: in `mode` frozen only new experts learn; add some, or use `mode` full")
 
@@ -113,7 +120,8 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
     if not plan.experts:
         return
     first = sum(name.startswith("adapted") for name in network.names) + 1
-    network.grow([f"adapted {number}" for number in range(first, first + plan.experts)], best(network, new, setting))
+    names = [f"adapted {number}" for number in range(first, first + plan.experts)]
+    network.grow(names, best(network, new, setting), plan.expert)
     if plan.init == "fresh":
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
@@ -271,11 +279,14 @@ def batch_losses(
     setting: Setting,
 ) -> dict[str, Tensor]:
     """L1, of labels and of who should be asked, and L2 of a batch: this rank's summands of means over all of it."""
-    frames, labels, ranks = new.shown, list(new.labels), setting.ranks
+    frames, ranks, said = new.shown, setting.ranks, None
+    if any(label.known is not None and len(label.known) < len(network.class_names) for label in new.labels):
+        with torch.no_grad():
+            said = setting.run(before, new.clean)[0]
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
-        labels += list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
+        labels = list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
         shown, first = old.shown, counts.old - counts.attacked
         rows = slice(len(ranks.rows(0, first)), len(shown))
         if rows.stop > rows.start:
@@ -289,15 +300,16 @@ def batch_losses(
     known, batch = len(before.names), counts.new + counts.old * (old is not None)
     with setting.precision():
         raw, logits = network(frames)
-    found = decode(network.head, raw, logits)
-    of_labels = label_loss(found, labels)
-    losses = {"loss": of_labels.sum() / batch, "new": of_labels[: len(new.shown)].sum() / counts.new}
+    found, count = decode(network.head, raw, logits), len(new.shown)
+    of_new = label_loss(found[:count], new.labels, said).sum()
+    losses = {"loss": of_new / batch, "new": of_new / counts.new}
     if old is not None:
-        losses["old"] = of_labels[len(new.shown) :].sum() / counts.old
+        of_old = label_loss(found[count:], labels, wanted).sum()
+        losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}
     if plan.experts:
         log_weights = logits.log_softmax(1)
         groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])
-        asked = torch.cat([groups[1, : len(new.shown)], groups[0, len(new.shown) :]])
+        asked = torch.cat([groups[1, :count], groups[0, count:]])
         losses["gate"] = -asked.sum() / batch
         losses["loss"] = losses["loss"] + losses["gate"]
     if plan.mode == "full" and plan.keep:

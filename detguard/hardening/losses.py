@@ -26,17 +26,19 @@ def imitation_loss(student: Candidates, teacher: Candidates) -> Tensor:
     return torch.stack(list(imitation_parts(student, teacher).values())).sum(0)
 
 
-def imitation_parts(student: Candidates, teacher: Candidates) -> dict[str, Tensor]:
+def imitation_parts(student: Candidates, teacher: Candidates, among: Tensor | None = None) -> dict[str, Tensor]:
     """KL divergence of the student's classes and boxes from the teacher's, each per frame, [B].
 
     Classes by Bernoulli KL at every candidate, distances by KL of their distributions; both over the sum of the
     teacher's confidences, which also weighs the distances: where there is nothing, boxes do not matter.
+    among: float [B, C], 1 for classes that are imitated; by default all are.
     """
     wanted, found = teacher.logits.detach().float(), student.logits.float()
     p = wanted.sigmoid()
-    weight = p.amax(2)
-    norm = weight.sum(1).clamp(min=1)
     classes = binary_cross_entropy(found, p) - binary_cross_entropy(wanted, p)
+    weight = (p if among is None else p * among[:, None]).amax(2)
+    classes = classes if among is None else classes * among[:, None]
+    norm = weight.sum(1).clamp(min=1)
     parts = {"class": classes.flatten(1).sum(1) / norm}
     if student.anchors is not None and student.anchors.bins is not None and teacher.anchors is not None:
         assert teacher.anchors.bins is not None
@@ -125,9 +127,16 @@ class Goal:
         return torch.stack(raised).sum(0)
 
 
-def label_loss(found: Candidates, labels: Sequence[Labelled]) -> Tensor:
-    """The training loss of each frame, [B], by labels that are assigned by what is found itself; see `Goal.of`."""
-    return Goal.of("labels", found, labels).loss(found)
+def label_loss(found: Candidates, labels: Sequence[Labelled], said: Candidates | None = None) -> Tensor:
+    """The training loss of each frame, [B], by labels that are assigned by what is found itself; see `Goal.of`.
+
+    said: what is wanted of the classes that a frame is not labelled for, as an `imitation_loss`; by default nothing.
+    """
+    goal = Goal.of("labels", found, labels)
+    loss = goal.loss(found)
+    if said is not None and goal.known is not None:
+        loss = loss + torch.stack(list(imitation_parts(found, said, 1 - goal.known).values())).sum(0)
+    return loss
 
 
 def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:

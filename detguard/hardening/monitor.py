@@ -1,9 +1,11 @@
 """Watching a detector's accuracy over a stream of labelled photos: a drop means that they are of a new kind."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from statistics import fmean as mean
 from statistics import variance
 from typing import Any
@@ -14,7 +16,7 @@ from river.drift import ADWIN, KSWIN, PageHinkley
 
 from detguard import DetguardError, defaults
 from detguard.data.entries import DataError
-from detguard.data.stream import Labelled, as_line
+from detguard.data.stream import Labelled, Labels, as_line
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.coco import f1, metrics_of_photos
@@ -27,6 +29,8 @@ SMALLEST_DROP = 0.1
 SIGMAS = 3.0
 # Windows of photos that a change is looked for in: older ones are forgotten.
 MOST_WINDOWS = 32
+# Photos whose labels are waited for; those of older ones are no longer taken.
+MOST_WAITING = 4096
 
 
 class LikelihoodRatio:
@@ -176,14 +180,50 @@ class Deployment:
         return self.first
 
 
+class Numbered:
+    """A `Monitor` of photos by their numbers."""
+
+    def __init__(self, kind: str, window: int) -> None:
+        self.monitor, self.numbers = Monitor(kind, window), deque[int](maxlen=MOST_WINDOWS * window)
+
+    def add(self, number: int, value: float) -> int | None:
+        """Take the quality of the next photo; where it dropped, the number of the photo since which it has."""
+        self.numbers.append(number)
+        began = self.monitor.add(value)
+        return None if began is None else self.numbers[-began]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A photo whose labels have not come; found: on it by the detector of its time, None where a run was resumed."""
+
+    number: int
+    photo: Labelled
+    found: Detections | None = None
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record of each photo, with the labels that came later."""
+    photos: dict[int, Record] = {}
+    for record in records:
+        photos[record["number"]] = photos.get(record["number"], {}) | record
+    return list(photos.values())
+
+
 def observe(
-    run: Run, deployed: Deployment, photos: Iterable[Labelled | DataError], kind: str, window: int, again: bool = True
+    run: Run,
+    deployed: Deployment,
+    photos: Iterable[Labelled | Labels | DataError],
+    kind: str,
+    window: int,
+    again: bool = True,
 ) -> Iterator[Record]:
     """Watch what is deployed on photos in order, and append a record of each to the run: number, `as_line`, `Quality`,
     and `began`, where accuracy has dropped, the number of the photo since which it has; AP50 at the end of each window.
-    Photos without labels that are known are shown, and not judged.
+    Photos without labels that are known are shown, and not judged; where labels come later, there is a second record.
 
-    A detector that takes another one's place is judged from there on.
+    A detector that takes another one's place is judged from there on. Where a photo without labels is shown and the
+    confidence has dropped as accuracy would have to, its `hint` is the number of the photo since which it has.
 
     again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, and a
     line of a stream that is none, is a record with its error.
@@ -192,35 +232,67 @@ def observe(
     if again:  # from the start of a window, for its AP
         seen = seen[: len(seen) // window * window]
         run.keep(seen)
-    monitor, numbers, since = Monitor(kind, window), list[int](), 0
+    accuracy, hints, since = Numbered(kind, window), Numbered(kind, window), 0
+    waiting, names = dict[str, Waiting](), deployed.first.class_names
+
+    def of(number: int) -> bool:
+        """Whether the detector that saw a photo is the one that is judged, which may change."""
+        nonlocal accuracy, hints, since
+        if deployed.since(number) > since:
+            accuracy, hints, since = Numbered(kind, window), Numbered(kind, window), deployed.since(number)
+        return deployed.since(number) == since
+
+    def wait(one: Waiting) -> None:
+        waiting[one.photo.id] = one
+        if len(waiting) > MOST_WAITING:
+            del waiting[next(iter(waiting))]
+
+    count = 0
     for known in seen:
-        if deployed.since(known["number"]) != since:
-            monitor, numbers, since = Monitor(kind, window), [], deployed.since(known["number"])
-        if known.get("f1") is not None:
-            monitor.add(known["f1"])
-            numbers.append(known["number"])
+        judged, late = of(known["number"]), known["number"] <= count
+        count = max(count, known["number"])
+        if judged and known.get("f1") is not None:
+            accuracy.add(known["number"], known["f1"])
+        if judged and "confidence" in known and not late:
+            hints.add(known["number"], known["confidence"])
+        if known.get("labelled") is False:
+            nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+            wait(Waiting(known["number"], Labelled(Path(known["photo"]), nothing, None, known["id"], False)))
+        else:
+            waiting.pop(known.get("id", ""), None)
     shown: list[tuple[Detections, Detections]] = []
-    for number, labelled in enumerate(islice(photos, len(seen) if again else 0, None), len(seen) + 1):
+    for one in islice(photos, count if again else 0, None):
+        earlier = waiting.pop(one.id, None) if isinstance(one, Labels) else None
+        number = earlier.number if earlier else count + 1
+        count, judged = max(count, number), of(number)
         record: Record = {"number": number, "photo": "", "objects": []}
-        detector = deployed.at(number)
-        if deployed.since(number) != since:
-            monitor, numbers, since = Monitor(kind, window), [], deployed.since(number)
         try:
-            if isinstance(labelled, DataError):
-                raise labelled
-            record |= as_line(labelled, detector.class_names)
-            (found,) = detector.detect([read_photo(labelled.file)], LOWEST_CONFIDENCE, multi_label=True)
+            if isinstance(one, DataError):
+                raise one
+            if isinstance(one, Labels) and earlier is None:
+                raise DataError(f"labels of '{one.id}': none of the last {MOST_WAITING} photos without labels is that")
+            photo = one.of(earlier.photo) if isinstance(one, Labels) and earlier else one
+            assert isinstance(photo, Labelled)
+            record |= as_line(photo, names)
+            found = earlier.found if earlier else None
+            if found is None:
+                (found,) = deployed.at(number).detect([read_photo(photo.file)], LOWEST_CONFIDENCE, multi_label=True)
         except (DataError, PhotoError) as error:
             record["error"] = str(error)
         else:
-            found = labelled.counted(found)
-            shown.append((labelled.objects, found))
-            values, began = quality(labelled.objects, found), None
-            if values.f1 is not None:
-                numbers.append(number)
-                began = monitor.add(values.f1)
-            record |= {**asdict(values), "began": None if began is None else numbers[-began]}
-        if number % window == 0 and shown:
+            if not photo.labelled:
+                wait(Waiting(number, photo, found))
+            found = photo.counted(found)
+            values, began = quality(photo.objects, found), None
+            if photo.labelled:
+                shown.append((photo.objects, found))
+            if judged and values.f1 is not None:
+                began = accuracy.add(number, values.f1)
+            record |= {**asdict(values), "began": began}
+            hint = hints.add(number, values.confidence) if judged and not earlier else None
+            if hint is not None and not photo.labelled:
+                record["hint"] = hint
+        if number % window == 0 and shown and not earlier:
             record["AP50"] = metrics_of_photos(*zip(*shown, strict=True)).stats["AP50"]
             shown.clear()
         run.append(record)

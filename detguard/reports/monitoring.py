@@ -9,6 +9,7 @@ from detguard.data.stream import from_records
 from detguard.detectors.base import Detector
 from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
+from detguard.hardening.monitor import latest
 from detguard.photos import read_photo
 from detguard.reports.evaluation import number
 from detguard.reports.marks import marked
@@ -25,7 +26,7 @@ def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
     """Means of the photos of a stream by window: first and last photo, how many have known objects to be judged by, f1
     of those, AP50, hints, and the alarms in it.
     """
-    made = []
+    made, records = [], latest(records)
     for start in range(0, len(records), size):
         part = [r for r in records[start : start + size] if "f1" in r]
         if not part:
@@ -36,6 +37,7 @@ def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
             row[key] = mean(r[key] for r in part)
         row["AP50"] = next((r["AP50"] for r in records[start : start + size] if "AP50" in r), None)
         row["alarms"] = [r["number"] for r in part if r["began"] is not None]
+        row["hints"] = [r["number"] for r in part if "hint" in r]
         made.append(row)
     return made
 
@@ -60,11 +62,11 @@ def timeline_table(rows: list[dict[str, Any]]) -> Table:
             number(row["AP50"]),
             number(row["confidence"]),
             *([number(row["entropy"])] if hints else []),
-            ", ".join(map(str, row["alarms"])) or "-",
+            ", ".join([*map(str, row["alarms"]), *(f"{hint} (hint)" for hint in row["hints"])]) or "-",
         ]
         for row in rows
     ]
-    note = "F1 at IoU .50 and confidence .25, of photos with known objects. Hints need no labels and raise no alarm."
+    note = "F1 at IoU .50 and confidence .25, of photos with known objects. Hints need no labels and are no alarm."
     return Table("Windows", head, cells, note)
 
 
@@ -129,6 +131,7 @@ def monitor_page(run: Run, records: list[Record], events: list[Record], items: S
     """report.html of a monitor run; events: of one whose detector learns; items: photos of its drops."""
     options = run.config["monitor"]
     rows = windows(records, options["window"])
+    records = latest(records)
     alarms = [r for r in records if r.get("began") is not None]
     subtitle = f"{len(records)} photos, {len(alarms)} alarm(s); {options['detector']}, windows of {options['window']}"
     deployed = [event["number"] for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]

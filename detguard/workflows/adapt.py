@@ -133,7 +133,7 @@ class Adapting:
         network, imgsz = load_ensemble(model, trust)
         sources = read_sources(new, replay, split, network.class_names, on_data, class_map)
         count, why = len(sources[0]), "as told"
-        plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO) | plan
+        plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO, expert=defaults.Adapt.expert) | plan
         if plan["mode"] == AUTO:
             plan["mode"], why = choose_mode(count)
         if not replay:
@@ -257,8 +257,9 @@ def adapt(
         trust: as of `load_detector`.
         on_batch: told the number of the batch, the share that is over, and the last losses; returns True to save and
             stop.
-        **plan: the fields of `Adaptation`: `experts`, `mode` (full, frozen, or by default auto: by how many photos are
-            new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000 at most), `batch`, `rate` and `seed`.
+        **plan: the fields of `Adaptation`: `experts`, `expert` (adapter, head, whole), `mode` (full, frozen, or by
+            default auto: by how many photos are new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000
+            at most), `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: the ensemble or photos cannot be read, or options do not go together.

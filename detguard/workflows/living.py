@@ -22,12 +22,14 @@ from detguard.data.stream import to_lines
 from detguard.detectors.base import Detector
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
-from detguard.files import read_json
-from detguard.hardening.monitor import Deployment
+from detguard.files import MAX_PHOTO, is_file, parse_json, read_file, read_json
+from detguard.hardening.monitor import MOST_WINDOWS, Deployment
 from detguard.runs import Record, Run
 from detguard.workflows.adapt import FIGURES
 
 EVENTS = "events.jsonl"
+# Of a run, copies of the photos that may still be learned from.
+PHOTOS = "photos"
 # What may be lost of the F1 of old kinds: as much as chance moves it.
 LOST = 0.01
 # What becomes of an adaptation, and of a detector that it replaced.
@@ -36,8 +38,8 @@ DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
 NICENESS = 5
 # Options of `detguard adapt` that a user may give; where it reads and writes is up to the monitor.
 OPTIONS = (
-    "--experts", "--mode", "--init", "--lambda", "--max-experts", "--photos", "--corruptions", "--batch", "--rate",
-    "--seed", "--workers",
+    "--experts", "--expert", "--mode", "--init", "--lambda", "--max-experts", "--photos", "--corruptions", "--batch",
+    "--rate", "--seed", "--workers",
 )  # fmt: skip
 
 
@@ -47,6 +49,9 @@ class Living(Deployment):
 
     run: of the monitor, whose config says how many photos are gathered after a drop (`gather`), how many old ones are
     replayed (`keep`), and which options `detguard adapt` gets. told: what has happened, in a line.
+
+    Of photos, those are remembered, and kept as copies in the run, that a drop may reach back to, those of a reservoir
+    of `keep` judged ones of all that came (Vitter 1985, algorithm R), and those that are being gathered or learned.
     """
 
     run: Run
@@ -59,7 +64,11 @@ class Living(Deployment):
         self.options = self.run.config["living"]
         check_options(self.options["adapt"])
         self.events = self.run.records(name=EVENTS)
-        self.seen = {record["number"]: record for record in self.run.records()}
+        self.seen, self.reservoir, self.judged, self.number = dict[int, Record](), list[int](), 0, 0
+        self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
+        if self.run.config["on_drift"] == "adapt":
+            for record in self.run.records():
+                self._remember(record)
         self._loaded = ("", self.first)
 
     def _change(self, number: int) -> Record:
@@ -91,8 +100,8 @@ class Living(Deployment):
 
     def saw(self, record: Record) -> None:
         """Do what is to be done after a photo: begin to gather after a drop, to adapt, or to deploy what was made."""
-        number = record["number"]
-        self.seen[number] = record
+        self._remember(record, copied=True)
+        number = self.number
         if self.last["event"] == "adapting":
             if self.child is None:  # stopped before it was over
                 self._start(self.last)
@@ -109,7 +118,7 @@ class Living(Deployment):
 
         wait: is shown the process first.
         """
-        number = max(self.seen, default=0)
+        number = self.number
         if self.last["event"] == "gathering":
             self._adapt(number)
         if self.last["event"] == "adapting":
@@ -137,10 +146,47 @@ class Living(Deployment):
         undone = sum(e["event"] == ROLLED_BACK for e in self.events)
         if len(deployed) <= undone:
             raise DetguardError("`roll_back`: the run has deployed nothing that could be taken back")
-        number = max(self.seen, default=0)
+        number = self.number
         models = [self.run.config["detector"]["model"], *(e["model"] for e in deployed)]
         model = models[len(deployed) - undone - 1]
         self._note({"event": ROLLED_BACK, "number": number, "model": model, "why": "", "before": {}, "after": {}})
+
+    def _remember(self, record: Record, copied: bool = False) -> None:
+        """Take what is known of a photo; copied: while it can still be read, a copy of it."""
+        number = record["number"]
+        first, self.number = number > self.number, max(number, self.number)
+        if number in self.seen or first:
+            copy = f"{PHOTOS}/{number}{Path(record['photo']).suffix[:8]}"
+            if copied and first and "error" not in record and is_file(Path(record["photo"])):
+                self.run.write(copy, read_file(record["photo"], MAX_PHOTO))
+            kept = {"photo": str(self.run.path(copy))} if self.run.path(copy).exists() else {}
+            self.seen[number] = self.seen.get(number, {}) | record | kept
+        if record.get("f1") is not None and number in self.seen:
+            self.judged += 1
+            place = self.judged - 1
+            if place >= self.options["keep"]:
+                place = int(np.random.default_rng(self.judged).integers(self.judged))
+            if place < self.options["keep"]:
+                self.reservoir[place : place + 1] = [number]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the photos that nothing can be learned from any more, and of their copies."""
+        recent = self.number - MOST_WINDOWS * self.run.config["monitor"]["window"]
+        since = self.last["began"] if self.last["event"] == "gathering" else self.number + 1
+        needed = self.learned.union(self.reservoir)
+        for number in [n for n in self.seen if n <= recent and n not in needed]:
+            if number < since or self.seen[number].get("f1") is None:
+                file = Path(self.seen.pop(number)["photo"])
+                if file.parent == self.run.path(PHOTOS):
+                    file.unlink(missing_ok=True)
+
+    def _learned(self) -> set[int]:
+        """The numbers of the photos that are being learned."""
+        files = [self.run.path(f"{self.last['folder']}.{name}.jsonl") for name in ("new", "replay")]
+        lines = [line for file in files if file.exists() for line in read_file(file).splitlines()]
+        photos = [Path(parse_json(line)["photo"]) for line in lines]
+        return {int(photo.stem) for photo in photos if photo.resolve().parent == self.run.path(PHOTOS).resolve()}
 
     def _photos(self, began: int, number: int) -> list[Record]:
         """Those with known objects of a part of the stream."""
@@ -151,10 +197,14 @@ class Living(Deployment):
         began = self.last["began"]
         count = 1 + sum(e["event"] == "adapting" for e in self.events)
         folder = f"adapted/{count:03d}"
-        known = self._photos(1, began - 1)
-        chosen = np.random.default_rng(count).permutation(len(known))[: self.options["keep"]]
-        self.run.write(f"{folder}.new.jsonl", to_lines(self._photos(began, number)))
-        self.run.write(f"{folder}.replay.jsonl", to_lines(known[i] for i in sorted(chosen)))
+        new, known = self._photos(began, number), [one["number"] for one in self._photos(1, began - 1)]
+        drawn = [n for n in self.reservoir if n < began]
+        # Where the reservoir has since taken in new ones, recent ones make up for them.
+        drawn += [n for n in np.random.default_rng(count).permutation(known).tolist() if n not in set(drawn)]
+        replayed = [self.seen[n] for n in sorted(drawn[: self.options["keep"]])]
+        self.learned = {one["number"] for one in (*new, *replayed)}
+        self.run.write(f"{folder}.new.jsonl", to_lines(new))
+        self.run.write(f"{folder}.replay.jsonl", to_lines(replayed))
         self._note(
             {"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.model(number + 1)}
         )
@@ -188,7 +238,7 @@ class Living(Deployment):
 
     def _judge(self, number: int) -> None:
         assert self.child is not None
-        code, event, self.child = self.child.returncode, self.last, None
+        code, event, self.child, self.learned = self.child.returncode, self.last, None, set()
         folder = self.run.path(event["folder"])
         found: dict[str, Any] = {"before": {}, "after": {}}
         if code in (0, 2) and (folder / FIGURES).exists():  # 2: some photos could not be read

@@ -11,7 +11,7 @@ from detguard.data.sources import OnData, read_labelled, warn_of
 from detguard.data.stream import Labelled, from_records, to_lines
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
-from detguard.hardening.monitor import Deployment, Monitor, observe
+from detguard.hardening.monitor import Deployment, Monitor, latest, observe
 from detguard.photos import encode_png
 from detguard.runs import Record, Run
 from detguard.schema import CONFIGS, check
@@ -33,8 +33,9 @@ def open_stream(source: Mapping[str, Any], detector: Detector, on_data: OnData =
 
 def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
     """Write the photos of every drop to dropped.jsonl; returns how many drops there are and how many photos."""
+    records = latest(records)
     drops = [r for r in records if r.get("began") is not None]
-    seen = [r for r in records if "f1" in r]
+    seen = [r for r in records if "f1" in r and r.get("labelled", True)]
     dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
     run.write(DROPPED, to_lines(dropped.values()))
     return len(drops), len(dropped)
@@ -69,6 +70,8 @@ def monitor(
         A record per photo: `number`, `photo`, `objects`, `f1` against its labels, `confidence` and, of an ensemble, the
             `entropy` of its gate; `began`, where accuracy has dropped, the number of the photo since which it has, else
             None; `AP50` at the end of each window; or `error`, where a photo cannot be read or its labels are wrong.
+            A photo without "objects" but with an "id" is not `labelled` yet, and `hint` tells since which photo the
+            confidence has dropped; when {"id", "objects"} come, the photo gets a second record.
 
     Raises:
         DetguardError: an option is wrong, or the data set cannot be read.
@@ -120,7 +123,9 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: dict[str, Any], 
 
 def _on_disk(run: Run, number: int, photo: Mapping[str, Any]) -> dict[str, Any]:
     """A labelled photo whose photo is a path: one in memory becomes a file of the run."""
-    source = photo["photo"]
+    source = photo.get("photo")
+    if source is None:
+        return dict(photo)
     if isinstance(source, str | Path):
         return dict(photo) | {"photo": str(source)}
     name = f"inputs/photo-{number:03}.png"

@@ -7,7 +7,7 @@ import torch
 
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import DataError
-from detguard.data.stream import Labelled, as_line, from_lines, in_order, lines_of, read_lines
+from detguard.data.stream import Labelled, Labels, as_line, from_lines, in_order, lines_of, read_lines
 from detguard.detections import Detections
 
 NAMES = {0: "person", 1: "bus"}
@@ -110,6 +110,31 @@ def test_a_wrong_line_of_a_file_is_one_error_that_names_both(tmp_path):
     (tmp_path / "new.jsonl").write_bytes(PLAIN + b"{\n")
     with pytest.raises(DataError, match=r"new\.jsonl line 2"):
         read_lines(tmp_path / "new.jsonl", NAMES)
+
+
+def test_labels_that_come_later_are_joined_by_their_id(tmp_path):
+    later = {"id": 17, "objects": [{"class": "bus", "box": [1, 2, 30, 40]}], "classes": ["bus"]}
+    photo = {"id": "17", "photo": "b.jpg"}
+    _, bare, labels = from_lines([PLAIN, as_bytes(photo), as_bytes(later)], NAMES)
+    assert (bare.id, bare.labelled, len(bare.objects)) == ("17", False, 0)
+    assert as_line(bare, NAMES)["labelled"] is False
+    assert isinstance(labels, Labels)
+    file = tmp_path / "new.jsonl"
+
+    def read(*lines):
+        file.write_bytes(b"\n".join(as_bytes(line) for line in lines) + b"\n" + PLAIN)
+        return read_lines(file, NAMES)
+
+    first, second = read(photo, later)
+    assert (first.file, first.known, first.labelled) == (Path("b.jpg"), (1,), True)
+    assert first.objects.boxes.tolist() == [[1, 2, 30, 40]]
+    assert second.labelled
+    with pytest.raises(DataError, match="no labels of '17'"):
+        read(photo)
+    with pytest.raises(DataError, match="labels of '17', but no photo"):
+        read(later, photo)
+    (odd,) = from_lines([as_bytes(photo | {"id": "x" * 201})], NAMES)
+    assert isinstance(odd, DataError)
 
 
 def test_classes_of_one_name_cannot_be_told_apart_by_labels():

@@ -243,6 +243,56 @@ def test_a_grown_ensemble_says_the_same_until_it_learns(bundled_model, bundled, 
     assert load_detector(tmp_path / "grown.safetensors").state_hash() == made.state_hash()
 
 
+def test_experts_that_share_weights_are_saved_with_what_is_their_own(bundled_model, bundled, frames, tmp_path):
+    made = network(bundled_model, noise=0, sparse=(2,))
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 320}
+    sizes = []
+    for form, source in (("whole", 2), ("adapter", 2), ("head", 3), ("adapter", 5), ("whole", 4)):
+        made.grow([form], source, form)
+        sizes.append(sum(p.numel() for p in made.experts[-1].parameters()))
+        with torch.no_grad():
+            assert torch.equal(made(frames, source)[0]["scores"], made(frames, len(made.names) - 1)[0]["scores"])
+            for name, parameter in made.experts[-1].named_parameters():
+                if name.endswith(".up"):
+                    parameter.normal_(std=1e-3)
+    assert sizes[1] < sizes[0] / 5
+    assert sizes[2] < sizes[0] / 2
+    save_gated(made, card, tmp_path / "grown.safetensors")
+    again, copied = load_detector(tmp_path / "grown.safetensors"), copy.deepcopy(made)
+    assert again.state_hash() == GatedDetector(made, "grown", 320).state_hash()
+    with torch.no_grad():
+        scores = [made(frames, expert)[0]["scores"] for expert in range(8)]
+        for same in (again.model, copied, made.unshared()):
+            for i, wanted in enumerate(scores):
+                assert torch.allclose(same(frames, i)[0]["scores"], wanted, atol=1e-3)
+            assert torch.allclose(same(frames)[0]["scores"], made(frames)[0]["scores"], atol=1e-3)
+        next(copied.experts[2].parameters()).mul_(2)  # of a copy, the adapter follows the copy
+        assert not torch.allclose(copied(frames, 4)[0]["scores"], scores[4], atol=0.1)
+        assert torch.equal(made(frames, 4)[0]["scores"], scores[4])
+        assert not torch.allclose(scores[4], scores[2], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"3": {"form": "head", "of": 3, "rank": 8}}, {"9": {"form": "head", "of": 0, "rank": 8}}, ["head"],
+        {"0": {"form": "head", "of": -1, "rank": 8}}, {"3": {"form": "adapter", "of": 0, "rank": 10**9}},
+        {"3": {"form": "x", "of": 0, "rank": 8}}, {"3": {"form": "head"}}, {"3": {"form": "head", "of": 1, "rank": 8}},
+    ],
+)  # fmt: skip
+def test_a_card_whose_experts_share_oddly_is_an_error(bundled_model, bundled, tmp_path, shared):
+    made = network(bundled_model, split=NECK)
+    made.grow(["fog"], 0, "adapter")
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 320}
+    save_gated(made, card, tmp_path / "grown.safetensors")
+    file = tmp_path / "grown.json"
+    data = json.loads(file.read_text())
+    data["gated"]["shared"] = shared
+    file.write_text(json.dumps(data))
+    with pytest.raises(DetguardError, match="grown"):
+        load_model(tmp_path / "grown.safetensors")
+
+
 def test_the_floor_stays_under_the_adversarial_expert_when_others_come(bundled_model, bundled, frames):
     made = detector(bundled_model, bundled, fusion="average:0.3")
     made.model.grow(["fog"], 0)

@@ -12,7 +12,7 @@ from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, hold_out, judge
-from detguard.hardening.losses import retention_loss
+from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
 from detguard.photos import encode_png, read_photo
 from detguard.runs import Run
@@ -49,16 +49,19 @@ def train(network, new, old, tmp_path):
     return run
 
 
-def test_frozen_changes_new_experts_and_the_gates_new_rows_and_not_one_bit_else(network, train):
+@pytest.mark.parametrize("form", ["whole", "adapter", "head"])
+def test_frozen_changes_new_experts_and_the_gates_new_rows_and_not_one_bit_else(network, train, new, form):
     before = copy.deepcopy(network.state_dict())
-    train()
+    train(replace(PLAN, expert=form, rate=3e-3))
     after = network.state_dict()
     grown = {"gate.out.weight", "gate.out.bias"}
     for name, value in before.items():
         assert torch.equal(after[name][: len(value)] if name in grown else after[name], value), name
     assert len(after["gate.out.bias"]) == 4
-    start = {name.replace("experts.0", "experts.3"): value for name, value in before.items()}
-    assert any(not torch.equal(after[name], start[name]) for name in after if name.startswith("experts.3"))
+    with torch.no_grad():
+        shown = next(batches(new, 4, 128, 9, 0, 1))
+        harm = [float(label_loss(SETTING.run(network, shown.shown, i)[0], shown.labels).mean()) for i in range(4)]
+    assert harm[3] < min(harm[:3]) - 0.2
 
 
 def test_full_lets_all_learn(network, train):
@@ -165,7 +168,10 @@ def test_what_labels_cannot_tell_is_not_judged(bundled, bus_file):
     assert by_all < 1
 
 
-@pytest.mark.parametrize("options", [{"mode": "frozen", "experts": 0}, {"mode": "half"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "frozen", "experts": 0}, {"mode": "half"}, {"expert": "arm"}, {"expert": "adapter", "init": "fresh"}],
+)
 def test_wrong_plans_are_refused(options):
     with pytest.raises(DetguardError, match="`"):
         Adaptation(**options)

@@ -16,6 +16,7 @@ from detguard.hardening.losses import (
     gate_margin,
     imitation_loss,
     js_divergence,
+    label_loss,
     retention_loss,
 )
 
@@ -89,6 +90,19 @@ def test_classes_that_a_photo_is_not_labelled_for_are_not_learned():
         goal.loss(Candidates(logits, found.boxes, anchors=found.anchors)).sum().backward()
         learned = logits.grad.abs().sum((0, 1)) > 0
         assert [number for number in range(3) if not learned[number]] == silent
+
+
+def test_classes_that_a_photo_is_not_labelled_for_stay_what_a_teacher_says():
+    found, said = proposed(0), proposed(1)
+    found.logits.requires_grad_()
+    labels = [labelled((1,))[0], labelled()[0]]
+    alone, by_teacher = (label_loss(found, labels, of) for of in (None, said))
+    assert by_teacher[0] > alone[0] + 0.1
+    assert by_teacher[1] == alone[1]  # all of them are labelled
+    (gradient,) = torch.autograd.grad((by_teacher - alone)[0], found.logits)
+    assert (gradient[0, :, [0, 2]] != 0).all()
+    assert (gradient[0, :, 1] == 0).all()
+    assert torch.allclose(label_loss(found, labels, found), alone, atol=1e-5)
 
 
 def test_the_parts_that_attacks_aim_at_sum_to_the_loss_and_both_to_that_of_each():

@@ -13,6 +13,8 @@ from PIL import Image
 
 import detguard
 from detguard import DetguardError
+from detguard.data.stream import from_records
+from detguard.hardening.monitor import Deployment, latest, observe
 from detguard.photos import encode_png, read_photo
 from detguard.runs import Run
 from detguard.workflows.attack import as_photo
@@ -236,6 +238,29 @@ def test_odd_photos_of_a_stream_are_told_and_the_watch_goes_on(bundled, small):
     for wrong, named in (({"window": 2}, "`window`"), ({"drift": "magic"}, "`drift` magic")):
         with pytest.raises(DetguardError, match=named):
             detguard.monitor(bundled, photos, **wrong)
+
+
+def test_labels_may_come_later_than_their_photos_which_give_hints_until_then(bundled, small, tmp_path):
+    found = bundled.detect([small], 0.3)[0].records(bundled.class_names)
+    dark = (small * 0.02).astype(np.uint8)
+    photos = [{"id": str(n), "photo": small if n < 16 else dark} for n in range(32)]
+    labels = [{"id": str(n), "objects": found} for n in range(32)]
+    records = list(detguard.monitor(bundled, [*photos, *labels, {"id": "5", "objects": found}], window=8, out=tmp_path))
+    bare, late = records[:32], records[32:64]
+    assert [r["number"] for r in records] == [*range(1, 33), *range(1, 33), 33]
+    assert {r["f1"] for r in bare} == {None}
+    assert [r["hint"] for r in bare if "hint" in r] == [17]
+    assert [r["began"] for r in (*bare, *late) if r["began"]] == [17]
+    assert late[0]["f1"] > 0.5 > late[31]["f1"]
+    assert "labels of '5'" in records[64]["error"]  # they have come already
+    assert not any("hint" in r for r in late)
+    run = Run.open(tmp_path, "monitor")
+    assert len(latest(run.records())) == 33
+    # Another process waits for what this one waited for.
+    run.keep(bare)
+    again = from_records(labels[:1], bundled.class_names)
+    resumed = observe(run, Deployment(bundled), again, "likelihood-ratio", 8, again=False)
+    assert [(r["number"], r["f1"]) for r in resumed] == [(1, late[0]["f1"])]
 
 
 def test_importing_detguard_imports_no_torch_and_names_all_that_it_offers():
