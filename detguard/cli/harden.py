@@ -224,12 +224,18 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
 def run_hardening(job: "Hardening", workers: int | None) -> int:
     """Train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.hardening import hardening_page
+    from detguard.reports.tables import duration
 
     run = job.run
     with err.status("Loading the photos"):
         job.load(workers)
     for message in job.unread:
         show_error(message)
+    with err.status("Measuring a batch"):
+        passes, seconds = job.cost()
+    if passes:
+        told = f"{passes:,} forward and backward passes in all: at least {duration(seconds)}, as measured on one batch"
+        err.print(told, highlight=False, soft_wrap=True)
     stopped = stop_signals()
     with progress_bar() as progress:
         setbacks = dict[str, list[float]]()

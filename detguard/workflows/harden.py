@@ -1,10 +1,13 @@
 """Harden detectors, from Python."""
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from detguard import DetguardError
 from detguard.attacks.samples import KEPT, Sample, kept_samples, load_samples, read_samples, sample_lines
@@ -22,6 +25,8 @@ from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, check
 
+# Frames that a pass is measured on, at most.
+MEASURED = 4
 Sources = str | Path | Sequence[str | Path]
 # Told the stage, the share of all stages that is over, and the losses of the last record; True saves and stops.
 OnStage = Callable[[str, float, dict[str, float]], object]
@@ -175,6 +180,26 @@ class Hardening:
                 **config["harden"],
             },
         }
+
+    def cost(self) -> tuple[int, float]:
+        """Forward and backward passes of whole frames in all stages, and the seconds that they take at least.
+
+        As measured on a batch; updates, validation and what waits for photos come on top. A plan in hours says the
+        seconds itself, and no passes.
+        """
+        if self.plan.hours is not None:
+            return 0, 3600 * self.plan.hours
+        size, ranks = self.setting.size, self.ranks
+        stages = self.plan.stages(self.network)
+        number = self.plan.batch * sum(passes(stage, size) * (stage.number or 0) for stage in stages)
+        shape = (min(self.plan.batch, MEASURED), 3, size, size)
+        frames = torch.full(shape, 0.5, device=ranks.device, requires_grad=True)
+        for _ in range(2):  # the first takes longer
+            begin = time.perf_counter()
+            (gradient,) = torch.autograd.grad(self.teacher.candidates(frames).logits.sum(), frames)
+            float(gradient.sum())  # waits for the device
+            seconds = (time.perf_counter() - begin) / len(frames)
+        return round(number), number * seconds / ranks.count
 
     def train(self, on_stage: OnStage | None = None) -> Trained:
         """Train what the run has not finished, after `load`.

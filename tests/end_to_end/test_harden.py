@@ -30,6 +30,7 @@ def hardened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harden")
     result = detguard("harden", *SHARED, "--out", "run", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "forward and backward passes in all: at least" in result.stderr
     return folder / "run"
 
 
@@ -148,7 +149,14 @@ def test_a_run_whose_detector_has_changed_does_not_go_on(hardened, tmp_path):
 
 def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
     page = (hardened / "report.html").read_text()
-    for text in ("Hardening of detguard-n: gated", "adversarial", "joint", "Losses", "Which expert the gate asks for"):
+    for text in (
+        "Hardening of detguard-n: gated",
+        "adversarial",
+        "joint",
+        "Losses",
+        "Which expert the gate asks for",
+        "No photos were held out",
+    ):
         assert text in page
 
 
