@@ -77,6 +77,13 @@ def evaluate(
     severities: Annotated[str, typer.Option(help="Of the corruptions, 1 to 5.")] = ",".join(
         map(str, defaults.Evaluate.severities)
     ),
+    corruptions: Annotated[
+        str | None, typer.Option(help="Only these of the 15 corruptions, as fog,snow; mPC is then of them.")
+    ] = None,
+    corruption_file: Annotated[
+        Path | None,
+        typer.Option(help="A pipeline of your own, as albumentations.save writes it (.json or .yaml), to be judged."),
+    ] = None,
     eps: Annotated[str, typer.Option(help="Attack budgets in levels of 255; the last one leads.")] = ",".join(
         map(str, defaults.Evaluate.eps)
     ),
@@ -106,6 +113,14 @@ def evaluate(
     universal: Annotated[
         Path | None, typer.Option(help="A perturbation, as of detguard universal, to be added to every photo.")
     ] = None,
+    save_images: Annotated[
+        bool,
+        typer.Option(
+            "--save-images",
+            help="Write each corrupted and attacked set into the run as a data set: images, YOLO labels, data.yaml, "
+            "COCO json.",
+        ),
+    ] = False,
     seed: Seed = defaults.Evaluate.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -121,6 +136,7 @@ def evaluate(
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
     Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
     """
+    from detguard.data.corruptions import chosen_kinds
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.evaluation.pictures import check_pictures
     from detguard.runs import Run
@@ -148,7 +164,9 @@ def evaluate(
                 "eps": whole_numbers("--eps", eps), "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
                 "attacks": names(attacks), "queries": queries, "seed": seed,
                 "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
-                "universal": str(universal) if universal else None,
+                "universal": str(universal) if universal else None, "save_images": save_images,
+                "corruption_file": str(corruption_file) if corruption_file else None,
+                "corruptions": list(chosen_kinds(None if corruptions is None else names(corruptions))),
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
@@ -215,6 +233,8 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
     for table in tables(evaluation.metrics):
         out.print(terminal_table(table))
     out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    if wanted.save_images:
+        out.print(f"data sets: {run.folder / 'datasets'}", highlight=False, soft_wrap=True)
     for line in dataset.warnings[LOST][before:]:
         show_error(line)
     return 2 if dataset.warnings[LOST] else 0

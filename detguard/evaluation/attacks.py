@@ -109,7 +109,7 @@ class AttackSet(View):
     @override
     def show(self, batch: Batch) -> list[Photo]:
         """The worst photos, from the cache."""
-        return [worst_photo(batch.subject, self, image) for image in batch.images]
+        return [kept_photo(batch.subject, self, image) for image in batch.images]
 
     @override
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:
@@ -173,9 +173,9 @@ def attacked_photos(batch: Batch, detector: Detector, objective: Objective, opti
     return [done[key] for key in keys]
 
 
-def worst_photo(subject: Subject, attacks: AttackSet, image: int) -> Photo:
-    """The adversarial photo of the worst attack, `uint8 [H, W, 3]`, from the cache."""
-    data = subject.cache.get(attacks.key(subject, image, PHOTO))
+def kept_photo(subject: Subject, attack: "AttackSet | BlackBox", image: int) -> Photo:
+    """The adversarial photo of an attack, of several the worst, `uint8 [H, W, 3]`, from the cache."""
+    data = subject.cache.get(attack.key(subject, image, PHOTO))
     if data is None:
         raise DetguardError(f"{subject.cache.file}: entries of this run were taken away; run it again")
     return decode_photo(data)
@@ -203,7 +203,7 @@ class Transferred(View):
 
     @override
     def show(self, batch: Batch) -> list[Photo]:
-        return [worst_photo(self.source, self.attacks, image) for image in batch.images]
+        return [kept_photo(self.source, self.attacks, image) for image in batch.images]
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,18 @@ class BlackBox(View):
     def depends_on(self, subject: Subject, image: int) -> object:
         return [subject.labels[image], sorted(subject.category_ids)]
 
+    @property
+    @override
+    def parts(self) -> tuple[str, ...]:
+        return ("", PHOTO)
+
     @override
     def show(self, batch: Batch) -> list[Photo]:
-        return square_photos(batch, self.eps, self.queries, self.seed)
+        """The attacked photos, from the cache."""
+        return [kept_photo(batch.subject, self, image) for image in batch.images]
+
+    @override
+    def entries(self, batch: Batch) -> list[dict[str, bytes]]:
+        photos = square_photos(batch, self.eps, self.queries, self.seed)
+        found = batch.subject.detect(photos)
+        return [{"": pack(one), PHOTO: encode_png(photo)} for one, photo in zip(found, photos, strict=True)]

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from detguard import DetguardError, defaults
-from detguard.data.corruptions import KINDS, SEVERITIES
+from detguard.data.corruptions import KINDS, SEVERITIES, chosen_kinds
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
+from detguard.evaluation.corruptions import PACKAGE
 from detguard.evaluation.pictures import Changed, patched, perturbed
+from detguard.evaluation.saved import save_views
 from detguard.evaluation.score import expert_shares, metrics_of, results
-from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, results_of
+from detguard.evaluation.views import Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
 from detguard.runs import Run
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
@@ -30,6 +32,8 @@ class Protocols:
 
     patch: file of a patch to be judged on the labelled objects of the class `patch_target`, of the size `patch_size`;
     universal: file of a perturbation to be judged on all photos.
+    corruptions: which of the common ones; corruption_file: a pipeline of albumentations to be judged on all photos.
+    save_images: write what was shown, clean photos left out, as data sets of the run.
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -47,6 +51,9 @@ class Protocols:
     patch_target: str = defaults.Evaluate.patch_target
     patch_size: float = defaults.Evaluate.patch_size
     universal: str | None = None
+    corruptions: tuple[str, ...] = tuple(KINDS)
+    corruption_file: str | None = None
+    save_images: bool = False
 
     def __post_init__(self) -> None:
         for name in self.protocols:
@@ -61,7 +68,9 @@ class Protocols:
         for attack in self.attacks:
             if attack not in ATTACKS:
                 raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
-        for name in ("protocols", "severities", "eps", "attacks"):  # what is said twice is done once
+        chosen_kinds(self.corruptions)
+        _ = self.own_corruption  # a wrong file leaves no run behind
+        for name in ("protocols", "severities", "eps", "attacks", "corruptions"):  # what is said twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.protocols and self.severities and self.eps and self.attacks):
             raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")
@@ -76,9 +85,14 @@ class Protocols:
         return [AttackSet(names, eps, steps, restarts, self.seed) for eps in self.eps]
 
     @property
-    def corruptions(self) -> list[Corrupted]:
-        """All kinds at all wanted severities."""
-        return [Corrupted(kind, severity, self.seed) for kind in KINDS for severity in self.severities]
+    def corrupted(self) -> list[Corrupted]:
+        """The wanted kinds at all wanted severities."""
+        return [Corrupted(kind, severity, self.seed) for kind in self.corruptions for severity in self.severities]
+
+    @property
+    def own_corruption(self) -> list[Piped]:
+        """The user's own pipeline, if one is judged."""
+        return [] if self.corruption_file is None else [piped(self.corruption_file, self.seed)]
 
     @property
     def blackbox(self) -> BlackBox:
@@ -99,13 +113,13 @@ class Protocols:
     def views(self, detector: Detector) -> list[View]:
         """What is shown of all photos, transfer left out; the clean photos always, to compare with."""
         views: list[View] = [Clean()]
-        views += self.corruptions if "corruptions" in self.protocols else []
+        views += self.corrupted if "corruptions" in self.protocols else []
         if "attack" in self.protocols:
             views += self.attack_sets(detector)
         elif "transfer" in self.protocols:
             views.append(self.attack_sets(detector)[-1])
         views += [self.blackbox] if "blackbox" in self.protocols else []
-        return views + self.patches(detector) + self.perturbations
+        return views + self.own_corruption + self.patches(detector) + self.perturbations
 
 
 @dataclass
@@ -167,6 +181,10 @@ def evaluate(
     for model, view, name, row in evaluation.classes:
         writer.writerow((model, view, name, row["AP"], row["AP50"], row["objects"]))
     run.write("per_class.csv", table.getvalue().encode())
+    if wanted.save_images:
+        for subject in subjects:
+            views = wanted.views(subject.detector)
+            save_views(subject, views, run, lambda what: on_progress(what, 0) if on_progress else None)
     return evaluation
 
 
@@ -209,7 +227,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
     if "corruptions" in wanted.protocols:
         kinds: dict[str, dict[str, dict[str, float | None]]] = {}
         lines = []
-        for view in wanted.corruptions:
+        for view in wanted.corrupted:
             metrics = measure(view, f"{view.kind} {view.severity}", write=view.severity == WRITTEN_SEVERITY)
             kinds.setdefault(view.kind, {})[str(view.severity)] = metrics.stats
             lines.append(metrics.precision)
@@ -245,6 +263,8 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         metrics = measure(wanted.blackbox, "blackbox")
         curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
         found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
+    for own in wanted.own_corruption:
+        found["corruption_file"] = measure(own, own.name).stats | {"file": wanted.corruption_file}
     if wanted.patch is not None:
         name = detector.class_names[detector.class_index(wanted.patch_target)]
         of_class = {"clean": unchanged.per_class.get(name)}
@@ -270,8 +290,7 @@ def _corruption_summary(kinds: dict[str, dict[str, dict[str, float | None]]], cl
     summary: dict[str, Any] = overall | {"mPC": overall["AP"]}
     summary["rPC"] = overall["AP"] / clean if clean and overall["AP"] is not None else None
     summary["kinds"] = {
-        kind: means[kind] | {"made by": KINDS[kind].made_by, "differs": KINDS[kind].differs, "severities": rows}
-        for kind, rows in kinds.items()
+        kind: means[kind] | {"made by": PACKAGE, "differs": "", "severities": rows} for kind, rows in kinds.items()
     }
     return summary
 

@@ -45,6 +45,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
     ("corruptions", "mPC", lambda m: number(m["corruptions"]["mPC"])),
     ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
+    ("corruption_file", "own corruption AP", lambda m: number(m["corruption_file"]["AP"])),
     ("attack", "attack", _strength),
     ("attack", "attacked AP", lambda m: number(m["attack"]["AP"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
@@ -216,7 +217,7 @@ def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
         return wanted.perturbations[-1]
     if {"attack", "transfer"} & set(wanted.protocols):
         return wanted.attack_sets(subject.detector)[-1]
-    return wanted.corruptions[-1] if "corruptions" in wanted.protocols else None
+    return wanted.corrupted[-1] if "corruptions" in wanted.protocols else None
 
 
 def _gallery(subject: Subject, view: View | None, count: int) -> Iterator[Item]:
