@@ -60,11 +60,11 @@ class PhotoError(DetguardError):
     """A photo that cannot be read or written; the message starts with its path."""
 
 
-def find_photos(sources: Iterable[str | Path]) -> list[Path]:
+def find_photos(sources: Iterable[str | Path], recursive: bool = False) -> list[Path]:
     """Expand files, folders and glob patterns to a list of files, each once, folders and patterns in sorted order.
 
     A source that holds no photos or cannot be listed stays in the list as it is, so that `read_photo` says so in
-    its turn and the others are done.
+    its turn and the others are done. recursive: folders with all that is in their folders, too.
 
     Raises:
         PhotoError: no source exists.
@@ -72,7 +72,7 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for source in sources:
         for match in _matching(str(source)) or [Path(source)]:
-            found |= dict.fromkeys(_photos_in(match) or [match])
+            found |= dict.fromkeys(_photos_in(match, recursive) or [match])
     if not any(map(is_file, found)):
         raise PhotoError(f"{', '.join(map(str, found))}: no photos here (looked for {' '.join(SUFFIXES)})")
     return list(found)
@@ -86,9 +86,10 @@ def _matching(pattern: str) -> list[Path]:
         return []
 
 
-def _photos_in(folder: Path) -> list[Path]:
+def _photos_in(folder: Path, recursive: bool) -> list[Path]:
     try:
-        return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        inside = folder.rglob("*") if recursive and folder.is_dir() else folder.iterdir()
+        return sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
     except (OSError, ValueError):
         return []
 

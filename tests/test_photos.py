@@ -202,6 +202,14 @@ def test_a_name_that_is_not_utf8_is_found_and_refused_in_its_turn(tmp_path, grad
             read_photo(found)
 
 
+def test_find_photos_looks_into_folders_of_folders_when_it_is_to(tmp_path):
+    for name in ("a.jpg", "in/b.png", "in/deep/c.webp", "in/no.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [f.name for f in find_photos([tmp_path])] == ["a.jpg"]
+    assert [f.name for f in find_photos([tmp_path], recursive=True)] == ["a.jpg", "b.png", "c.webp"]
+
+
 def test_find_photos_says_when_there_is_nothing_at_all(tmp_path):
     with pytest.raises(PhotoError, match="no photos here"):
         find_photos([tmp_path, str(tmp_path / "*.jpg")])

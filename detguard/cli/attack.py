@@ -17,15 +17,18 @@ from detguard.cli.app import (
     EndToEnd,
     Fusion,
     ImageSize,
+    Json,
     Model,
     NmsIou,
     OutFolder,
+    Recursive,
     Resume,
     Seed,
     TopK,
     Trust,
     app,
     err,
+    levels,
     only_resumes,
     out,
     progress_bar,
@@ -61,6 +64,7 @@ def attack(
     photos: Annotated[
         list[str] | None, typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")
     ] = None,
+    recursive: Recursive = False,
     data: Annotated[
         str | None,
         typer.Option(
@@ -118,14 +122,13 @@ def attack(
     imgsz: ImageSize = None,
     conf: Confidence = defaults.Attack.conf,
     eps: Annotated[
-        float,
+        str,
         typer.Option(
-            min=0,
-            max=1e5,
-            help="Budget: largest change of a pixel value, levels of 255; of --norm l2, of the whole photo, black to "
+            metavar="LEVELS",
+            help="Budget: largest change of a pixel value, as 4 or 4/255; of --norm l2, of the whole photo, black to "
             "white counted as 1.",
         ),
-    ] = defaults.Attack.eps,
+    ] = str(defaults.Attack.eps),
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="How the budget is measured.")] = defaults.Attack.norm,
     mask: Annotated[
         str | None,
@@ -186,6 +189,7 @@ def attack(
             min=0, max=0.99, help="Search until confidence is this share under --conf: survives more transforms."
         ),
     ] = defaults.Attack.margin,
+    as_json: Json = False,
     seed: Seed = defaults.Attack.seed,
     batch: Annotated[int, typer.Option(min=1, help="Photos attacked at once.")] = defaults.Attack.batch,
     out_folder: OutFolder = None,
@@ -194,7 +198,7 @@ def attack(
     top_k: TopK = None,
     fusion: Fusion = None,
     iou: NmsIou = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Change photos a little, so that the detector no longer finds the target, in the saved file and its transforms.
@@ -220,10 +224,12 @@ def attack(
     else:
         if bool(photos) == bool(data):
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
-        files = [str(file) for file in find_photos(photos)] if photos else []
+        if norm == "l2" and "/" in eps:
+            raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
+        files = [str(file) for file in find_photos(photos, recursive)] if photos else []
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
-            conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
+            conf=conf, budget=parse_budget(norm, levels(eps), mask), smallest=smallest, steps=steps, rule=rule,
             black_box=black_box, queries=queries, step=step, aggregate=aggregate,
             weights=tuple(shares) if shares else None, gradient=gradient, momentum=momentum,
             random_start=random_start, margin=margin, seed=seed, batch=batch,
@@ -249,7 +255,8 @@ def attack(
             arguments=sys.argv[1:],
         )  # fmt: skip
         run = Run.create("attack", out_folder, config | {"photos": files}, kept)
-    sys.exit(run_attack(attack_job(run, detectors)))
+    out.quiet = out.quiet or as_json
+    sys.exit(run_attack(attack_job(run, detectors), as_json))
 
 
 def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
@@ -283,7 +290,7 @@ def places(text: str | None) -> list[int] | None:
     return [int(number) for number in read]
 
 
-def run_attack(job: "Job") -> int:
+def run_attack(job: "Job", as_json: bool = False) -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
     from detguard.attacks.run import attack_photos
     from detguard.objectives.parse import wanted
@@ -312,6 +319,8 @@ def run_attack(job: "Job") -> int:
             for record in attack_photos(job, waiting, on_step):
                 records.append(record)
                 progress.advance(task)
+                if as_json:
+                    print(json.dumps(record))
                 if record["status"] == "error":
                     show_error(record["error"])
                 elif record["status"] == "no-target":
@@ -365,16 +374,17 @@ def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Pa
 )
 def detect(
     photos: Annotated[list[str], typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")],
+    recursive: Recursive = False,
     model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
     conf: Confidence = defaults.Attack.conf,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")] = False,
+    as_json: Json = False,
     out_folder: OutFolder = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
     iou: NmsIou = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
@@ -384,7 +394,7 @@ def detect(
     from detguard.reports.tables import detections_table
     from detguard.runs import Run, photo_keys
 
-    files = photo_keys(find_photos(photos))
+    files = photo_keys(find_photos(photos, recursive))
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
@@ -428,7 +438,7 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="Judge by this detector, not the one attacked: do the photos fool it, too?")
     ] = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Read the saved files of an attack again, run the detector on each, and print survival per transform.

@@ -1,5 +1,6 @@
 """`detguard evaluate` and `compare`: parse, call, show."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    levels,
     only_resumes,
     out,
     progress_bar,
@@ -30,6 +32,7 @@ from detguard.cli.app import (
 
 if TYPE_CHECKING:
     from detguard.data.dataset import Dataset
+    from detguard.evaluation.floors import Floors
     from detguard.evaluation.run import Protocols
     from detguard.evaluation.views import Subject
     from detguard.runs import Run
@@ -84,7 +87,7 @@ def evaluate(
         Path | None,
         typer.Option(help="A pipeline of your own, as albumentations.save writes it (.json or .yaml), to be judged."),
     ] = None,
-    eps: Annotated[str, typer.Option(help="Attack budgets in levels of 255; the last one leads.")] = ",".join(
+    eps: Annotated[str, typer.Option(help="Attack budgets, as 2,4 or 2/255,4/255; the last one leads.")] = ",".join(
         map(str, defaults.Evaluate.eps)
     ),
     steps: Annotated[
@@ -121,6 +124,14 @@ def evaluate(
             "COCO json.",
         ),
     ] = False,
+    fail_under: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AP=X",
+            help="Exit code 1 where a model's figure is lower: AP=.2 of every protocol, clean.AP50=.6 of one.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json instead of tables.")] = False,
     seed: Seed = defaults.Evaluate.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -128,16 +139,17 @@ def evaluate(
     top_k: TopK = None,
     fusion: Fusion = None,
     iou: NmsIou = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Measure detectors in COCO numbers on clean, corrupted and attacked photos; makes tables, plots and a page.
 
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
-    Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
+    Exit code: 0 done, 1 less than --fail-under, 2 wrong use, or photos that could not be read (the rest is still done).
     """
     from detguard.data.corruptions import chosen_kinds
     from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.evaluation.floors import read_floors
     from detguard.evaluation.pictures import check_pictures
     from detguard.runs import Run
     from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
@@ -161,7 +173,8 @@ def evaluate(
             },
             "evaluate": {
                 "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
-                "eps": whole_numbers("--eps", eps), "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
+                "eps": [levels(one) for one in names(eps)],
+                "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
                 "attacks": names(attacks), "queries": queries, "seed": seed,
                 "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
                 "universal": str(universal) if universal else None, "save_images": save_images,
@@ -176,11 +189,12 @@ def evaluate(
         config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
+    floors = read_floors(fail_under, wanted.protocols) if fail_under else {}
     with err.status("Reading the annotations"):
         subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
     for subject in subjects:  # a wrong patch leaves no run behind
         check_pictures(subject, wanted.patches(subject.detector))
-    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted))
+    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted, floors, as_json))
 
 
 def names(text: str) -> list[str]:
@@ -210,9 +224,10 @@ def show_warnings(dataset: "Dataset") -> None:
             err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
 
 
-def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -> int:
+def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols", floors: "Floors", as_json: bool) -> int:
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code."""
     from detguard.data.entries import LOST
+    from detguard.evaluation.floors import shortfalls
     from detguard.evaluation.run import evaluate, total_cost
     from detguard.reports.evaluation import evaluation_page, tables
     from detguard.reports.tables import terminal_table
@@ -230,14 +245,20 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols") -
             return 130
     command = ["detguard", *run.config["arguments"]]
     run.write("report.html", evaluation_page(subjects, evaluation, wanted, command))
-    for table in tables(evaluation.metrics):
-        out.print(terminal_table(table))
-    out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
-    if wanted.save_images:
-        out.print(f"data sets: {run.folder / 'datasets'}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(evaluation.metrics))
+    else:
+        for table in tables(evaluation.metrics):
+            out.print(terminal_table(table))
+        out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+        if wanted.save_images:
+            out.print(f"data sets: {run.folder / 'datasets'}", highlight=False, soft_wrap=True)
+    short = list(shortfalls(evaluation.metrics, floors))
+    for line in short:
+        show_error(line)
     for line in dataset.warnings[LOST][before:]:
         show_error(line)
-    return 2 if dataset.warnings[LOST] else 0
+    return 2 if dataset.warnings[LOST] else int(bool(short))
 
 
 @app.command(

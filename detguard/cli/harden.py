@@ -8,6 +8,7 @@ import typer
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
     Device,
+    Eps,
     Fusion,
     Model,
     OutFolder,
@@ -18,6 +19,7 @@ from detguard.cli.app import (
     Workers,
     app,
     err,
+    levels,
     only_resumes,
     out,
     progress_bar,
@@ -121,9 +123,7 @@ def harden(
             "free, by mtd pgd."
         ),
     ] = None,
-    eps: Annotated[
-        float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")
-    ] = defaults.Harden.eps,
+    eps: Eps = str(defaults.Harden.eps),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
     mix: Annotated[
         float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")
@@ -145,7 +145,7 @@ def harden(
     seed: Seed = defaults.Harden.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     workers: Workers = None,
     trust: Trust = False,
 ) -> None:
@@ -169,7 +169,8 @@ def harden(
             )
         plan: dict[str, Any] = {
             "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
-            "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "top_k": top_k, "fusion": fusion,
+            "crop": crop, "attack": attack, "eps": levels(eps), "steps": steps, "mix": mix, "top_k": top_k,
+            "fusion": fusion,
             "sparse": sparse, "batch": batch, "rate": rate, "seed": seed,
         }  # fmt: skip
         ranks = start_ranks(device)

@@ -12,6 +12,7 @@ from detguard import DetguardError, defaults, first_line
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
+from detguard.engine import torch_device
 from detguard.files import is_file, read_json, write_file
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def load_detector(
     name: "str | Path | YOLO" = BUNDLED,
     imgsz: int | None = None,
     trust: bool = False,
-    device: str = "cpu",
+    device: str = defaults.DEVICE,
     end_to_end: bool = False,
     top_k: int | None = None,
     fusion: str | None = None,
@@ -48,6 +49,7 @@ def load_detector(
     top_k, fusion: experts that a gated ensemble asks per photo, and how they become one answer; by default as it was
     made.
     iou: overlap over which NMS drops the worse of two boxes; by default the family's own.
+    device: cpu, cuda, 0 or cuda:0, ...; by default a GPU where CUDA finds one, else (and for .onnx) the CPU.
     trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
     name like `module:factory` means.
 
@@ -58,6 +60,9 @@ def load_detector(
 
     from detguard.detectors.custom import is_custom, load_custom
 
+    if device == defaults.DEVICE and Path(str(name)).suffix == ".onnx":
+        device = "cpu"  # onnxruntime for GPUs is another package
+    device = torch_device(device)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -123,7 +128,7 @@ def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
     }
 
 
-def load_configured(config: dict[str, Any], trust: bool = False, device: str = "cpu") -> "Detector":
+def load_configured(config: dict[str, Any], trust: bool = False, device: str = defaults.DEVICE) -> "Detector":
     """The detector of a run by its `detector_config`.
 
     Raises:

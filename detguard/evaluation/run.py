@@ -63,7 +63,7 @@ class Protocols:
             if severity not in SEVERITIES:
                 raise DetguardError(f"`severities` {severity}: expected some of 1,2,3,4,5")
         for eps in self.eps:
-            if not 0 < eps <= 255:
+            if eps != int(eps) or not 0 < eps <= 255:
                 raise DetguardError(f"`eps` {eps}: expected whole levels of 1..255")
         for attack in self.attacks:
             if attack not in ATTACKS:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, read_photos
 from detguard.data.corruptions import chosen_kinds
 from detguard.data.sources import LABELLED, OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
@@ -186,7 +186,7 @@ def harden(
     corruptions: Sequence[str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
-    device: str = "cpu",
+    device: str = defaults.DEVICE,
     workers: int | None = None,
     trust: bool = False,
     on_stage: OnStage | None = None,
@@ -201,7 +201,8 @@ def harden(
         imgsz: longest side of a frame, px; corruptions: kinds of hard photos, by default all.
         out: folder of the run; by default the next of runs/harden/. resume: a run's folder, to go on with, instead of
             all above and of `plan`.
-        device, workers: where to train, and the processes that make batches, by default one per core.
+        device, workers: where to train, by default a GPU where CUDA finds one, and the processes that make batches, by
+            default one per core.
         trust: as of `load_detector`.
         on_stage: told the stage, the share of all that is over, and the last losses; returns True to save and stop.
         plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,

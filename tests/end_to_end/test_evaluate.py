@@ -136,9 +136,13 @@ def test_of_an_ensemble_it_tells_which_expert_spoke(tmp_path, tiny_data, bundled
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled_model.names.values()), "imgsz": 320}
     save_gated(network, card, tmp_path / "three.safetensors")
     options = ("--protocols", "clean,attack", "--attacks", "all", "--steps", 1, "--limit", 2, "--out", "run")
+    options += ("--json", "--fail-under", "attack.AP=1")
     result = detguard("evaluate", "--model", "three.safetensors", "--data", tiny_data, *options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "run/metrics.json").read_text())["three"]
+    assert result.returncode == 1, result.stderr
+    assert "error: three: attack AP 0." in result.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert json.loads(result.stdout) == metrics
+    found = metrics["three"]
     assert {"worst", "all-0", "all-1", "gate:10-0", "route:2-1"} <= found["attack"]["budgets"]["4"]["attacks"].keys()
     assert found["gate"]["experts"] == ["normal", "hard", "adversarial"]
     assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in found["gate"]["shares"].values())
@@ -179,6 +183,8 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
         (("--data", "DATA", "--corruption-file", "run/config.yaml"), "--corruption-file run/config.yaml: not a pip"),
         (("--data", "DATA", "--attacks", "pgd"), "--attacks 'pgd'"),
         (("--data", "DATA", "--eps", "300"), "--eps 300"),
+        (("--data", "DATA", "--eps", "4,2.5/255"), "--eps 2.5"),
+        (("--data", "DATA", "--fail-under", "AP=.2,blackbox.AP=.1"), "--fail-under blackbox.AP=.1: not measured"),
         (("--data", "DATA", "--classes", "unicorn"), "unicorn"),
         (("--data", "DATA", "--protocols", "transfer"), "two detectors"),
         (("--resume", "run", "--eps", "8"), "leave out --eps"),
