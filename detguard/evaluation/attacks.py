@@ -137,22 +137,27 @@ class AttackSet(View):
         subject = batch.subject
         if name == SQUARE:
             return square_photos(batch, self.eps, self.steps, self.seed + restart)
-        options = AttackOptions(
-            conf=VANISH_BELOW,
-            budget=Linf(self.eps),
-            # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
-            step=max(self.eps / 2, 1) if self.steps > 2 else self.eps,
-            momentum=0.75,
-            steps=self.steps,
-            gradient="exact",
-            random_start=restart > 0,
-            seed=self.seed + restart,
-            batch=len(batch.images),
-            stop=False,
-        )
+        options = pgd_options(self.eps, self.steps, len(batch.images), self.seed + restart, random_start=restart > 0)
         objective = attack_objective(name, sorted(subject.category_ids), subject.detector)
         detector = subject.detector.variants().get(name.replace("rank:", "route:"), subject.detector)
         return attacked_photos(batch, detector, objective, options)
+
+
+def pgd_options(eps: int, steps: int, batch: int, seed: int = 0, *, random_start: bool = False) -> AttackOptions:
+    """White-box PGD as detectors are judged by it. eps: levels of 255; batch: photos attacked together."""
+    return AttackOptions(
+        conf=VANISH_BELOW,
+        budget=Linf(eps),
+        # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
+        step=max(eps / 2, 1) if steps > 2 else eps,
+        momentum=0.75,
+        steps=steps,
+        gradient="exact",
+        random_start=random_start,
+        seed=seed,
+        batch=batch,
+        stop=False,
+    )
 
 
 def square_photos(batch: Batch, eps: int, queries: int, seed: int) -> list[Photo]:

@@ -8,6 +8,7 @@ import pytest
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS
 from detguard.evaluation.corruptions import SEEDED, corrupt, read_pipeline, through
+from detguard.evaluation.run import Protocols
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,10 @@ def test_a_pipeline_that_is_nested_without_end_is_refused(tmp_path):
     (tmp_path / "own.json").write_text(json.dumps({"transform": inner}))
     with pytest.raises(DetguardError, match="within each other"):
         read_pipeline(tmp_path / "own.json")
+
+
+@pytest.mark.parametrize("wrong", [{"corruptions": ("rain",)}, {"corruption_file": "gone.json"}, {"eps": (2.5,)}])
+def test_evaluations_that_cannot_be_name_the_option(wrong):
+    (option,) = wrong
+    with pytest.raises(DetguardError, match=f"^`{option}` "):
+        Protocols(**wrong)
