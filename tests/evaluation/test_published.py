@@ -77,7 +77,7 @@ def test_a_pipeline_that_is_nested_without_end_is_refused(tmp_path):
         read_pipeline(tmp_path / "own.json")
 
 
-@pytest.mark.parametrize("wrong", [{"corruptions": ("rain",)}, {"corruption_file": "gone.json"}, {"eps": (2.5,)}])
+@pytest.mark.parametrize("wrong", [{"corruptions": ("rain",)}, {"eps": (2.5,)}])
 def test_evaluations_that_cannot_be_name_the_option(wrong):
     (option,) = wrong
     with pytest.raises(DetguardError, match=f"^`{option}` "):
