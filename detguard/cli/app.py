@@ -62,7 +62,7 @@ OPTIONS = {
     "targets": "target",
 }  # fmt: skip
 # Options that a resumed run takes anew.
-KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json"}
+KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json", "log"}
 out = Terminal()
 err = Terminal(stderr=True)
 
@@ -110,6 +110,7 @@ Confidence = Annotated[
     float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with the folders in them, too.")]
+Every = Annotated[int, typer.Option("--every", min=1, help="Of videos, every so many frames.")]
 Trust = Annotated[
     bool,
     typer.Option(

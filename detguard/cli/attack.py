@@ -15,6 +15,7 @@ from detguard.cli.app import (
     Confidence,
     Device,
     EndToEnd,
+    Every,
     Fusion,
     ImageSize,
     Json,
@@ -62,9 +63,11 @@ if TYPE_CHECKING:
 def attack(
     context: typer.Context,
     photos: Annotated[
-        list[str] | None, typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")
+        list[str] | None,
+        typer.Argument(help="Photos, videos, folders or patterns.", metavar="PHOTO|VIDEO|FOLDER|GLOB..."),
     ] = None,
     recursive: Recursive = False,
+    every: Every = 1,
     data: Annotated[
         str | None,
         typer.Option(
@@ -254,7 +257,8 @@ def attack(
             detectors, options, objective=objective, transforms=transforms, samples=data is not None,
             arguments=sys.argv[1:],
         )  # fmt: skip
-        run = Run.create("attack", out_folder, config | {"photos": files}, kept)
+        shown, out_folder = framed([Path(file) for file in files], "attack", out_folder, every)
+        run = Run.create("attack", out_folder, config | {"photos": list(map(str, shown))}, kept)
     out.quiet = out.quiet or as_json
     sys.exit(run_attack(attack_job(run, detectors), as_json))
 
@@ -274,6 +278,18 @@ def numbers(option: str, text: str | None, example: str, count: int | None = Non
     if not read or not all(map(isfinite, read)) or count not in (None, len(read)):
         raise DetguardError(f"{option} '{text}': expected {count or ''} numbers, as in {example}".replace("  ", " "))
     return read
+
+
+def framed(files: Sequence[Path], command: str, out: Path | None, every: int) -> tuple[list[Path], Path | None]:
+    """Photos and the folder of a new run, into which the frames of the videos among them are written."""
+    from detguard.data.video import is_video, with_frames
+    from detguard.runs import next_free
+
+    if not any(map(is_video, files)) or (out and (out / "config.yaml").exists()):  # a run, which is then refused
+        return list(files), out
+    folder = out or next_free(Path("runs") / command)
+    with err.status("Reading the videos"):
+        return with_frames(files, folder / "frames", every), folder
 
 
 def places(text: str | None) -> list[int] | None:
@@ -370,11 +386,16 @@ def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Pa
 
 `detguard detect bus.jpg`: a table of boxes, and the photo with boxes under runs/detect/
 
-`detguard detect photos/ --json > boxes.jsonl`: one JSON object per photo"""
+`detguard detect photos/ --json > boxes.jsonl`: one JSON object per photo
+
+`detguard detect drive.mp4 --every 30`: frames of a video"""
 )
 def detect(
-    photos: Annotated[list[str], typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")],
+    photos: Annotated[
+        list[str], typer.Argument(help="Photos, videos, folders or patterns.", metavar="PHOTO|VIDEO|FOLDER|GLOB...")
+    ],
     recursive: Recursive = False,
+    every: Every = 1,
     model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
     conf: Confidence = defaults.Attack.conf,
@@ -394,9 +415,11 @@ def detect(
     from detguard.reports.tables import detections_table
     from detguard.runs import Run, photo_keys
 
-    files = photo_keys(find_photos(photos, recursive))
+    sources = find_photos(photos, recursive)
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+    shown, out_folder = framed(sources, "detect", out_folder, every)
+    files = photo_keys(shown)
     config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
     run = Run.create("detect", out_folder, config)
     code = 0

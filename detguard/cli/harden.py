@@ -142,6 +142,12 @@ def harden(
     corruptions: Corruptions = None,
     batch: Batch = defaults.Harden.batch,
     rate: Rate = defaults.Harden.rate,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACKER", help="Log losses to tensorboard, into the run; or to wandb, mlflow, ... of Accelerate's."
+        ),
+    ] = None,
     seed: Seed = defaults.Harden.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -155,8 +161,11 @@ def harden(
     with --learn what labels say.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
+    from detguard.hardening.trackers import check_tracker, track
     from detguard.workflows.harden import Hardening
 
+    if log:  # what is not installed leaves no run behind
+        check_tracker(log)
     if resume:
         only_resumes(context)
         ranks = start_ranks(device)
@@ -180,6 +189,8 @@ def harden(
                 corruptions=None if corruptions is None else names(corruptions), out=out_folder, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip
+    if log and job.ranks.first:
+        track(job.run, log)
     sys.exit(run_hardening(job, workers))
 
 

@@ -15,6 +15,7 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
 from detguard.hardening.run import Plan, check_teacher, passes, split_layer
 from detguard.hardening.run import harden as train_stages
+from detguard.hardening.trackers import check_tracker, track
 from detguard.hardening.train import Setting
 from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
@@ -189,6 +190,7 @@ def harden(
     device: str = defaults.DEVICE,
     workers: int | None = None,
     trust: bool = False,
+    log: str | None = None,
     on_stage: OnStage | None = None,
     **plan: Any,
 ) -> Trained:
@@ -204,6 +206,7 @@ def harden(
         device, workers: where to train, by default a GPU where CUDA finds one, and the processes that make batches, by
             default one per core.
         trust: as of `load_detector`.
+        log: tensorboard, wandb, mlflow or another of Accelerate's trackers that losses go to.
         on_stage: told the stage, the share of all that is over, and the last losses; returns True to save and stop.
         plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
             `steps`, `mix`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
@@ -219,6 +222,8 @@ def harden(
     """
     if unknown := sorted(set(plan) - (Plan.__dataclass_fields__.keys() - {"pretrain"})):
         raise TypeError(f"harden() got an unexpected keyword argument '{unknown[0]}'")
+    if log is not None:
+        check_tracker(log)
     if resume is not None:
         if detector or data or teacher or pretrain or imgsz or corruptions or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
@@ -232,6 +237,8 @@ def harden(
             pretrain=listed(pretrain), imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
             corruptions=corruptions, out=None if out is None else Path(out), trust=trust,
         )  # fmt: skip
+    if log is not None and job.ranks.first:
+        track(job.run, log)
     job.load(workers)
     for message in job.unread:
         warnings.warn(message, stacklevel=2)
