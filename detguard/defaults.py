@@ -3,6 +3,8 @@
 from typing import Final
 
 MODEL: Final = "detguard-n"
+# A GPU where CUDA finds one, else the CPU.
+DEVICE: Final = "auto"
 
 
 class Attack:

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import nms
+
+from detguard import DetguardError
 
 MAX_DETECTIONS = 300
 
@@ -104,6 +107,47 @@ class Detections:
             }
             for b, s, c in zip(self.boxes, self.scores, self.classes, strict=True)
         ]
+
+    def to_supervision(self, class_names: dict[int, str] | None = None) -> Any:
+        """As `supervision.Detections`, which its annotators draw and its metrics take.
+
+        Args:
+            class_names: class index -> name, kept as `data["class_name"]`.
+
+        Raises:
+            DetguardError: supervision is not installed.
+        """
+        named = {} if class_names is None else {"class_name": [class_names[c] for c in self.classes.tolist()]}
+        return _supervision().Detections(
+            xyxy=self.boxes.cpu().numpy().reshape(-1, 4),
+            confidence=self.scores.cpu().numpy(),
+            class_id=self.classes.cpu().numpy(),
+            data={name: np.array(values, dtype=str) for name, values in named.items()},
+        )
+
+    @classmethod
+    def from_supervision(cls, detections: Any) -> "Detections":
+        """From `supervision.Detections`; those without a confidence, as of labelled data, have a score of 1.
+
+        Raises:
+            DetguardError: they have no classes.
+        """
+        if detections.class_id is None:
+            raise DetguardError("detections: have no class_id; expected supervision.Detections with classes")
+        scores = np.ones(len(detections)) if detections.confidence is None else detections.confidence
+        return cls(
+            torch.tensor(detections.xyxy, dtype=torch.float32).reshape(-1, 4),
+            torch.tensor(scores, dtype=torch.float32),
+            torch.tensor(detections.class_id, dtype=torch.int64),
+        )
+
+
+def _supervision() -> Any:
+    try:
+        import supervision
+    except ImportError as error:
+        raise DetguardError("supervision is not installed; pip install 'detguard[supervision]'") from error
+    return supervision
 
 
 def boxes_as(boxes: Tensor, classes: Tensor) -> Tensor:

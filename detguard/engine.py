@@ -28,6 +28,19 @@ def keep_freed_memory() -> None:
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def torch_device(name: str) -> str:
+    """What torch calls a device.
+
+    Args:
+        name: as users name it: auto (a GPU where CUDA finds one, else the CPU), a number of a GPU, or as torch does.
+    """
+    if name == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{name}" if name.isdecimal() else name
+
+
 def die_with(parent: int) -> None:
     """Have this process, just started by `parent`, be killed when that one ends; elsewhere than on Linux do nothing."""
     if sys.platform == "linux":

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -32,9 +33,14 @@ from torch.nn.functional import interpolate
 from detguard import DetguardError
 from detguard.files import MAX_PHOTO, FileError, is_file, is_folder, open_file, read_file
 
+try:
+    from PIL.AvifImagePlugin import SUPPORTED, AvifImageFile
+except ImportError:  # Pillow before 11.3
+    SUPPORTED = False
+
 Photo = NDArray[np.uint8]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
 # Decoders may go so often over the pixels of the largest photo, and oftener over those of a smaller one: a JPEG of 2 kB
@@ -51,6 +57,10 @@ READERS: dict[bytes, Callable[[BinaryIO], ImageFile]] = {
     rb"RIFF....WEBP": WebPImageFile,
     rb"II[*+]\0|MM\0[*+]": TiffImageFile,
 }
+AVIF = rb".{4}ftypavi[fs]"
+if SUPPORTED:
+    SUFFIXES += (".avif",)
+    READERS[AVIF] = AvifImageFile
 EXIF_ORIENTATION = 274
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment of a JPEG, with a length
 PADDING_LEVEL = 114
@@ -60,11 +70,11 @@ class PhotoError(DetguardError):
     """A photo that cannot be read or written; the message starts with its path."""
 
 
-def find_photos(sources: Iterable[str | Path]) -> list[Path]:
+def find_photos(sources: Iterable[str | Path], recursive: bool = False) -> list[Path]:
     """Expand files, folders and glob patterns to a list of files, each once, folders and patterns in sorted order.
 
     A source that holds no photos or cannot be listed stays in the list as it is, so that `read_photo` says so in
-    its turn and the others are done.
+    its turn and the others are done. recursive: folders with all that is in their folders, too.
 
     Raises:
         PhotoError: no source exists.
@@ -72,7 +82,7 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for source in sources:
         for match in _matching(str(source)) or [Path(source)]:
-            found |= dict.fromkeys(_photos_in(match) or [match])
+            found |= dict.fromkeys(_photos_in(match, recursive) or [match])
     if not any(map(is_file, found)):
         raise PhotoError(f"{', '.join(map(str, found))}: no photos here (looked for {' '.join(SUFFIXES)})")
     return list(found)
@@ -86,18 +96,19 @@ def _matching(pattern: str) -> list[Path]:
         return []
 
 
-def _photos_in(folder: Path) -> list[Path]:
+def _photos_in(folder: Path, recursive: bool) -> list[Path]:
     try:
-        return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        inside = folder.rglob("*") if recursive and folder.is_dir() else folder.iterdir()
+        return sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
     except (OSError, ValueError):
         return []
 
 
 def read_photo(file: str | Path) -> Photo:
-    """Read a JPEG, PNG, WebP, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
+    """Read a JPEG, PNG, WebP, AVIF, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
 
-    Pixels come from OpenCV, as in the detectors' own predict path; Pillow looks first, because OpenCV decodes
-    half a file without a word and believes any size in a header.
+    Pixels come from OpenCV, as in the detectors' own predict path, and of AVIF from Pillow. Pillow looks first, because
+    OpenCV decodes half a file without a word and believes any size in a header.
 
     Raises:
         PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow.
@@ -188,8 +199,11 @@ def decode_photo(data: bytes | memoryview, file: str | Path = "photo") -> Photo:
     """Decode the bytes of an image file to `uint8 [H, W, 3]` RGB; `file` names it in errors.
 
     Raises:
-        PhotoError: OpenCV cannot decode it.
+        PhotoError: it cannot be decoded.
     """
+    if re.match(AVIF, bytes(data[:12]), re.DOTALL):  # which OpenCV does not turn upright
+        with _opened(io.BytesIO(data), file) as opened:
+            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except Exception as error:  # of a damaged image, a decoder can raise anything

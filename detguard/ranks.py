@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from detguard import DetguardError
+from detguard.engine import torch_device
 
 Thing = TypeVar("Thing")
 CPU = torch.device("cpu")
@@ -38,6 +39,7 @@ class Ranks:
         Raises:
             DetguardError: the device cannot be used, or several processes would share one GPU.
         """
+        device = torch_device(device)
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls(torch.device(device))

@@ -56,6 +56,8 @@ class Run:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
         self.config = config
+        # Told of each record of results.jsonl once it is there.
+        self.on_record: Callable[[Record], object] | None = None
 
     @classmethod
     def create(
@@ -188,6 +190,8 @@ class Run:
                     raise
         except OSError as error:
             raise RunError(f"{file}: cannot be written ({error.strerror or error})") from error
+        if self.on_record and name == RESULTS:
+            self.on_record(record)
 
     def records(self, checked: bool = True, name: str = RESULTS) -> list[Record]:
         """All whole records of a file of them; a last line that a kill cut short is left out.

@@ -193,6 +193,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "patch_target?": text,
             "patch_size?": real(0.01, 2),
             "universal?": Maybe(text),
+            "corruptions?": texts,
+            "corruption_file?": Maybe(text),
+            "save_images?": flag,
         },
     },
     "harden": {

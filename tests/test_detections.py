@@ -1,13 +1,15 @@
 from dataclasses import replace
 
 import pytest
+import supervision as sv
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 from ultralytics.utils.nms import non_max_suppression
 
-from detguard.detections import Candidates, suppress
+from detguard import DetguardError
+from detguard.detections import Candidates, Detections, suppress
 
 
 def candidates(seed, end_to_end=False, batch=1, boxes=400, classes=7):
@@ -102,3 +104,28 @@ def test_where_each_class_has_its_own_box_a_detection_has_that_of_its_class(mult
         kept += [(1, [20, 0, 30, 10])]
     assert list(zip(found.classes.tolist(), found.boxes.tolist(), strict=True)) == kept
     assert candidates.best_boxes[0, :2].tolist() == [[0, 0, 10, 10], [40, 0, 50, 10]]
+
+
+def test_they_go_to_supervision_and_back(bus, bundled):
+    found = bundled.detect([bus])[0]
+    theirs = found.to_supervision(bundled.class_names)
+    assert isinstance(theirs, sv.Detections)
+    assert theirs["class_name"].tolist() == [bundled.class_names[c] for c in found.classes.tolist()]
+    assert sv.BoxAnnotator().annotate(bus.copy(), theirs).shape == bus.shape
+    back = Detections.from_supervision(theirs[theirs.confidence > 0.5])
+    kept = found.above(0.5)
+    assert 0 < len(kept) == len(back)
+    assert all(torch.equal(getattr(kept, name), getattr(back, name)) for name in ("boxes", "scores", "classes"))
+
+
+def test_none_go_to_supervision_and_back():
+    none = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    assert len(Detections.from_supervision(none.to_supervision({}))) == 0
+
+
+def test_labels_of_supervision_are_sure_and_need_classes():
+    labels = sv.Detections(xyxy=torch.tensor([[1.0, 2, 3, 4]]).numpy(), class_id=torch.tensor([5]).numpy())
+    assert Detections.from_supervision(labels).scores.tolist() == [1]
+    labels.class_id = None
+    with pytest.raises(DetguardError, match="no class_id"):
+        Detections.from_supervision(labels)

@@ -68,12 +68,22 @@ def test_exif_orientation_is_applied(tmp_path, gradient_image):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.avif"])
 def test_the_size_in_the_header_is_that_of_the_photo(tmp_path, gradient_image, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = save(tmp_path, name, gradient_image, exif=exif)
     assert photo_size(file) == read_photo(file).shape[1::-1]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_avif_files_are_read_upright(tmp_path, gradient_image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = save(tmp_path, "a.avif", gradient_image, exif=exif, quality=100, subsampling="4:4:4")
+    turned = {1: gradient_image, 3: gradient_image.rotate(180), 6: gradient_image.rotate(-90, expand=True)}
+    assert np.abs(read_photo(file).astype(int) - np.asarray(turned[orientation])).max() <= 4
+    assert find_photos([tmp_path]) == [file]
 
 
 def bad_files(tmp_path):
@@ -86,6 +96,8 @@ def bad_files(tmp_path):
     frames = [Image.new("L", (20, 20), level) for level in (0, 100, 200)]
     animated = io.BytesIO()
     frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
+    moving = io.BytesIO()
+    frames[0].save(moving, "AVIF", save_all=True, append_images=frames[1:])
     one = io.BytesIO()
     Image.new("RGB", (1, 1)).save(one, "PNG")
     return {
@@ -94,11 +106,14 @@ def bad_files(tmp_path):
         "truncated.jpg": (jpeg.getvalue()[:3000], "damaged or cut short"),
         "bomb.png": (bytes(bomb), "megapixels"),
         "animated.gif": (animated.getvalue(), "animated"),
+        "animated.avif": (moving.getvalue(), "animated"),
         "one.png": (one.getvalue(), "too small"),
     }
 
 
-@pytest.mark.parametrize("name", ["empty.jpg", "text.jpg", "truncated.jpg", "bomb.png", "animated.gif", "one.png"])
+@pytest.mark.parametrize(
+    "name", ["empty.jpg", "text.jpg", "truncated.jpg", "bomb.png", "animated.gif", "animated.avif", "one.png"]
+)
 def test_bad_files_are_errors_that_name_them(tmp_path, name):
     data, reason = bad_files(tmp_path)[name]
     (tmp_path / name).write_bytes(data)
@@ -136,7 +151,7 @@ def run_lengths(side):
         (coded("EPS"), "not an image"),
         (coded("PDF"), "not an image"),
         (coded("TGA"), "not an image"),
-        (coded("AVIF")[:200], "not an image"),
+        (coded("AVIF")[:200], "damaged"),
         (b"II*\0\x08\0\0\0" + bytes(6), "damaged"),  # a TIFF without dimensions
         (b"MM\0*" + b"\xff" * 30, "damaged"),
         (coded("WEBP")[:60], "damaged"),
@@ -200,6 +215,14 @@ def test_a_name_that_is_not_utf8_is_found_and_refused_in_its_turn(tmp_path, grad
         (found,) = find_photos([source])
         with pytest.raises(PhotoError, match="name is not UTF-8; rename it"):
             read_photo(found)
+
+
+def test_find_photos_looks_into_folders_of_folders_when_it_is_to(tmp_path):
+    for name in ("a.jpg", "in/b.png", "in/deep/c.webp", "in/no.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [f.name for f in find_photos([tmp_path])] == ["a.jpg"]
+    assert [f.name for f in find_photos([tmp_path], recursive=True)] == ["a.jpg", "b.png", "c.webp"]
 
 
 def test_find_photos_says_when_there_is_nothing_at_all(tmp_path):

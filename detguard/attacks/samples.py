@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from detguard import DetguardError
 from detguard.attacks.run import PHOTO, drawn_transforms
 from detguard.data.batches import PhotoSet, Samples, as_kept, shrunk
 from detguard.data.sources import OnData, attack_run, has_samples, read_labelled, warn_of, whole_run
 from detguard.data.stream import Labelled, as_line, read_lines
+from detguard.data.writing import DatasetWriter, as_objects
 from detguard.detections import Detections
 from detguard.files import MAX_ANNOTATIONS, parse_json, read_file
 from detguard.photos import Photo, encode_png, photo_size, read_photo
@@ -35,8 +35,7 @@ def write_samples(
     class_names: all that the data set is to have. Returns how many images it has.
     """
     index = {name: number for number, name in class_names.items()}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    made = DatasetWriter(lambda name, data: run.write(f"{FOLDER}/{name}", data), class_names)
     for record in records:
         key, files = record["key"], record["files"]
         width, height = photo_size(run.path(files[PHOTO]))
@@ -48,24 +47,9 @@ def write_samples(
             here, _ = seen(drawn.get(name), (height, width), objects, torch.ones(len(objects), dtype=torch.bool))
             source = run.path(file)
             stem = _stem(key, name, source)
-            run.write(f"{FOLDER}/images/{stem}{source.suffix}", source.read_bytes())
-            wide, high = photo_size(source)
-            run.write(f"{FOLDER}/labels/{stem}.txt", yolo_lines(here, wide, high).encode())
-            images.append({"id": len(images) + 1, "file_name": f"{stem}{source.suffix}", "width": wide, "height": high})
-            for category, (x1, y1, x2, y2) in zip(here.classes.tolist(), here.boxes.tolist(), strict=True):
-                box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1, "image_id": len(images), "category_id": category, "bbox": box,
-                        "area": round(box[2] * box[3], 2), "iscrowd": 0,
-                    }
-                )  # fmt: skip
-    described = {"path": ".", "train": "images", "val": "images", "names": class_names}
-    run.write(f"{FOLDER}/data.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True).encode())
-    categories = [{"id": number, "name": name} for number, name in class_names.items()]
-    instances = {"images": images, "annotations": annotations, "categories": categories}
-    run.write(f"{FOLDER}/instances.json", (json.dumps(instances) + "\n").encode())
-    return len(images)
+            made.add(f"{stem}{source.suffix}", source.read_bytes(), photo_size(source), as_objects(here))
+    made.close()
+    return len(made)
 
 
 def _stem(key: str, name: str, file: Path) -> str:
@@ -182,13 +166,3 @@ def from_records(found: list[dict[str, Any]], index: Mapping[str, int]) -> Detec
         torch.tensor([float(one["confidence"]) for one in known]),
         torch.tensor([index[one["class"]] for one in known], dtype=torch.int64),
     )
-
-
-def yolo_lines(objects: Detections, width: int, height: int) -> str:
-    """One line per object: class, and middle and size of its box as shares of the picture."""
-    lines = []
-    for category, (x1, y1, x2, y2) in zip(objects.classes.tolist(), objects.boxes.tolist(), strict=True):
-        middle = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height
-        lines.append(" ".join(f"{v:.6f}" for v in (*middle, (x2 - x1) / width, (y2 - y1) / height)))
-        lines[-1] = f"{category} {lines[-1]}\n"
-    return "".join(lines)

@@ -94,7 +94,7 @@ def adapt(
     seed: Seed = defaults.Adapt.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     workers: Workers = None,
     trust: Trust = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TimeRemainingColumn
+from rich.status import Status
 from rich.text import Text
 from typing_extensions import override
 
@@ -23,7 +24,17 @@ if TYPE_CHECKING:
 
 
 class Terminal(Console):
-    """A console that shows text as it is: no markup, no emoji codes, and nothing that a terminal would obey."""
+    """A console that shows text as it is: no markup, no emoji codes, and nothing that a terminal would obey.
+
+    still: no live lines.
+    """
+
+    still = False
+
+    @override
+    def status(self, *args: Any, **options: Any) -> Status:
+        shown = super().status(*args, **options)
+        return Status(shown.status, console=Console(quiet=True)) if self.still else shown
 
     @override
     def render_str(self, text: str, **options: Any) -> Text:
@@ -42,7 +53,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Attack object detectors, harden them, and prove both in COCO numbers.",
 )
@@ -51,15 +61,31 @@ OPTIONS = {
     "class_map": "map", "detector": "model", "drift": "detector", "keep": "lambda", "measure": "loss",
     "objects": "object", "targets": "target",
 }  # fmt: skip
+# Options that a resumed run takes anew.
+KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json", "log"}
 out = Terminal()
 err = Terminal(stderr=True)
 
 
 def device_name(name: str) -> str:
-    """A torch device that detectors run on; torch knows others, which they do not."""
-    if not re.fullmatch(r"cpu|(cuda|xpu)(:\d{1,2})?|mps", name):
-        raise DetguardError(f"--device {name}: expected cpu, cuda, cuda:0, xpu or mps")
+    """A device that detectors run on; torch knows others, which they do not."""
+    if re.fullmatch(r"\d{1,2}(,\d{1,2})+", name):
+        raise DetguardError(f"--device {name}: expected one; several train together by accelerate launch or torchrun")
+    if not re.fullmatch(r"auto|\d{1,2}|cpu|(cuda|xpu)(:\d{1,2})?|mps", name):
+        raise DetguardError(f"--device {name}: expected cpu, cuda, 0 or cuda:0, xpu, mps, or auto")
     return name
+
+
+def levels(eps: str) -> float:
+    """From "4" or "4/255" to 4: levels of 255, whole ones as int.
+
+    Raises:
+        DetguardError: it is neither.
+    """
+    if not (read := re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(?:/\s*255\s*)?", eps, re.ASCII)):
+        raise DetguardError(f"--eps {eps}: expected levels of 255, as 4 or 4/255")
+    value = float(read[1])
+    return int(value) if value.is_integer() else value
 
 
 def warned(trust: bool) -> bool:
@@ -83,6 +109,8 @@ ImageSize = Annotated[
 Confidence = Annotated[
     float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
 ]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with the folders in them, too.")]
+Every = Annotated[int, typer.Option("--every", min=1, help="Of videos, every so many frames.")]
 Trust = Annotated[
     bool,
     typer.Option(
@@ -107,14 +135,20 @@ Fusion = Annotated[
         "average:F that of all by the gate's weights, of which the adversarial expert has at least F.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda:0, ...", callback=device_name)]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, 0 or cuda:0, ...; auto: a GPU where CUDA finds one, else the CPU.", callback=device_name),
+]
 Workers = Annotated[
     int | None, typer.Option(min=1, max=256, help="Processes that make training batches; default: one per core.")
 ]
+# Read by `levels`.
+Eps = Annotated[str, typer.Option(metavar="LEVELS", help="Largest change of a pixel value, as 4 or 4/255.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all that is random.")]
 PatchSize = Annotated[
     float, typer.Option(min=0.01, max=2, help="Side of a patch, as a share of the root of the area of an object's box.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
 ]
@@ -166,9 +200,7 @@ def only_resumes(context: typer.Context) -> None:
     names = {
         one.name: one.opts[0] if one.opts[0].startswith("-") else one.name.upper() for one in context.command.params
     }
-    if others := sorted(
-        names[name] for name in given - {"resume", "trust", "device", "workers", "roll_back", "dry_run"}
-    ):
+    if others := sorted(names[name] for name in given - KEPT_BY_NO_RUN):
         raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
 
 
@@ -200,8 +232,15 @@ def start_ranks(device: str) -> "Ranks":
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Before the command: only errors, warnings, and what --json prints.")
+    ] = False,
+) -> None:
     """Print the version when asked."""
+    if quiet:
+        out.quiet = err.still = True
     if version:
         out.print(f"detguard {__version__}", highlight=False)
         raise typer.Exit
@@ -210,5 +249,12 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 def progress_bar(*columns: ProgressColumn) -> Progress:
     """A live line on stderr that leaves nothing behind: what is done, a bar, `columns`, and the time left."""
     return Progress(
-        SpinnerColumn(), Description(), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
+        SpinnerColumn(),
+        Description(),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=err.still,
     )

@@ -16,17 +16,21 @@ from detguard.cli.app import (
     Confidence,
     Device,
     EndToEnd,
+    Every,
     Fusion,
     ImageSize,
+    Json,
     Model,
     NmsIou,
     OutFolder,
+    Recursive,
     Resume,
     Seed,
     TopK,
     Trust,
     app,
     err,
+    levels,
     only_resumes,
     out,
     progress_bar,
@@ -63,8 +67,11 @@ NOTHING = 3
 def attack(
     context: typer.Context,
     photos: Annotated[
-        list[str] | None, typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")
+        list[str] | None,
+        typer.Argument(help="Photos, videos, folders or patterns.", metavar="PHOTO|VIDEO|FOLDER|GLOB..."),
     ] = None,
+    recursive: Recursive = False,
+    every: Every = 1,
     data: Annotated[
         str | None,
         typer.Option(
@@ -123,14 +130,13 @@ def attack(
     imgsz: ImageSize = None,
     conf: Confidence = defaults.Attack.conf,
     eps: Annotated[
-        float,
+        str,
         typer.Option(
-            min=0,
-            max=1e5,
-            help="Budget: largest change of a pixel value, levels of 255; of --norm l2, of the whole photo, black to "
+            metavar="LEVELS",
+            help="Budget: largest change of a pixel value, as 4 or 4/255; of --norm l2, of the whole photo, black to "
             "white counted as 1.",
         ),
-    ] = defaults.Attack.eps,
+    ] = str(defaults.Attack.eps),
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="How the budget is measured.")] = defaults.Attack.norm,
     mask: Annotated[
         str | None,
@@ -198,6 +204,7 @@ def attack(
             min=0, max=0.99, help="Search until confidence is this share under --conf: survives more transforms."
         ),
     ] = defaults.Attack.margin,
+    as_json: Json = False,
     seed: Seed = defaults.Attack.seed,
     batch: Annotated[int, typer.Option(min=1, help="Photos attacked at once.")] = defaults.Attack.batch,
     out_folder: OutFolder = None,
@@ -206,7 +213,7 @@ def attack(
     top_k: TopK = None,
     fusion: Fusion = None,
     iou: NmsIou = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Change photos a little, so that the detector no longer finds the target, in the saved file and its transforms.
@@ -234,10 +241,12 @@ def attack(
     else:
         if bool(photos) == bool(data):
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
-        files = [str(file) for file in find_photos(photos)] if photos else []
+        if norm == "l2" and "/" in eps:
+            raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
+        files = [str(file) for file in find_photos(photos, recursive)] if photos else []
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
-            conf=conf, budget=parse_budget(norm, eps, mask), smallest=smallest, steps=steps, rule=rule,
+            conf=conf, budget=parse_budget(norm, levels(eps), mask), smallest=smallest, steps=steps, rule=rule,
             black_box=black_box, queries=queries, step=step, aggregate=aggregate,
             weights=tuple(shares) if shares else None, schedule=schedule, gradient=gradient, momentum=momentum,
             random_start=random_start, margin=margin, seed=seed, batch=batch,
@@ -264,8 +273,10 @@ def attack(
             detectors, options, objective=objective, transforms=transforms, samples=data is not None,
             arguments=sys.argv[1:],
         )  # fmt: skip
-        run = Run.create("attack", out_folder, config | {"photos": files}, kept)
-    sys.exit(run_attack(attack_job(run, detectors)))
+        shown, out_folder = framed([Path(file) for file in files], "attack", out_folder, every)
+        run = Run.create("attack", out_folder, config | {"photos": list(map(str, shown))}, kept)
+    out.quiet = out.quiet or as_json
+    sys.exit(run_attack(attack_job(run, detectors), as_json))
 
 
 def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
@@ -285,6 +296,18 @@ def numbers(option: str, text: str | None, example: str, count: int | None = Non
     return read
 
 
+def framed(files: Sequence[Path], command: str, out: Path | None, every: int) -> tuple[list[Path], Path | None]:
+    """Photos and the folder of a new run, into which the frames of the videos among them are written."""
+    from detguard.data.video import is_video, with_frames
+    from detguard.runs import next_free
+
+    if not any(map(is_video, files)) or (out and (out / "config.yaml").exists()):  # a run, which is then refused
+        return list(files), out
+    folder = out or next_free(Path("runs") / command)
+    with err.status("Reading the videos"):
+        return with_frames(files, folder / "frames", every), folder
+
+
 def places(text: str | None) -> list[int] | None:
     """From "1,3" to [1, 3], of --object.
 
@@ -299,7 +322,7 @@ def places(text: str | None) -> list[int] | None:
     return [int(number) for number in read]
 
 
-def run_attack(job: "Job") -> int:
+def run_attack(job: "Job", as_json: bool = False) -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
     from detguard.attacks.run import attack_photos
     from detguard.objectives.parse import wanted
@@ -328,6 +351,8 @@ def run_attack(job: "Job") -> int:
             for record in attack_photos(job, waiting, on_step):
                 records.append(record)
                 progress.advance(task)
+                if as_json:
+                    print(json.dumps(record))
                 if record["status"] == "error":
                     show_error(record["error"])
                 elif record["status"] == "no-target":
@@ -384,20 +409,26 @@ def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Pa
 
 `detguard detect bus.jpg`: a table of boxes, and the photo with boxes under runs/detect/
 
-`detguard detect photos/ --json > boxes.jsonl`: one JSON object per photo"""
+`detguard detect photos/ --json > boxes.jsonl`: one JSON object per photo
+
+`detguard detect drive.mp4 --every 30`: frames of a video"""
 )
 def detect(
-    photos: Annotated[list[str], typer.Argument(help="Photos, folders or patterns.", metavar="PHOTO|FOLDER|GLOB...")],
+    photos: Annotated[
+        list[str], typer.Argument(help="Photos, videos, folders or patterns.", metavar="PHOTO|VIDEO|FOLDER|GLOB...")
+    ],
+    recursive: Recursive = False,
+    every: Every = 1,
     model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
     conf: Confidence = defaults.Attack.conf,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")] = False,
+    as_json: Json = False,
     out_folder: OutFolder = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
     iou: NmsIou = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
@@ -407,9 +438,11 @@ def detect(
     from detguard.reports.tables import detections_table
     from detguard.runs import Run, photo_keys
 
-    files = photo_keys(find_photos(photos))
+    sources = find_photos(photos, recursive)
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+    shown, out_folder = framed(sources, "detect", out_folder, every)
+    files = photo_keys(shown)
     config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
     run = Run.create("detect", out_folder, config)
     code = 0
@@ -451,7 +484,7 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="Judge by this detector, not the one attacked: do the photos fool it, too?")
     ] = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Read the saved files of an attack again, run the detector on each, and print survival per transform.

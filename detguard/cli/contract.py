@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from detguard import defaults
 from detguard.cli.app import Device, ImageSize, Trust, app, err, out, with_dashes
 
 
@@ -25,7 +26,7 @@ def check_detector(
     ] = None,
     conf: Annotated[float, typer.Option(min=0.001, max=0.999, help="What is found over it is compared.")] = 0.05,
     imgsz: ImageSize = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Test on a photo that what is attacked is what users run, that the gradient reaches it, and that nothing changes.

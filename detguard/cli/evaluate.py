@@ -24,6 +24,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    levels,
     only_resumes,
     out,
     progress_bar,
@@ -33,6 +34,7 @@ from detguard.cli.app import (
 
 if TYPE_CHECKING:
     from detguard.data.entries import Faults
+    from detguard.evaluation.floors import Floors
     from detguard.evaluation.run import Cost, Protocols
     from detguard.evaluation.views import Subject
     from detguard.runs import Run
@@ -81,7 +83,14 @@ def evaluate(
     severities: Annotated[str, typer.Option(help="Of the corruptions, 1 to 5.")] = ",".join(
         map(str, defaults.Evaluate.severities)
     ),
-    eps: Annotated[str, typer.Option(help="Attack budgets in levels of 255; the last one leads.")] = ",".join(
+    corruptions: Annotated[
+        str | None, typer.Option(help="Only these of the 15 corruptions, as fog,snow; mPC is then of them.")
+    ] = None,
+    corruption_file: Annotated[
+        Path | None,
+        typer.Option(help="A pipeline of your own, as albumentations.save writes it (.json or .yaml), to be judged."),
+    ] = None,
+    eps: Annotated[str, typer.Option(help="Attack budgets, as 2,4 or 2/255,4/255; the last one leads.")] = ",".join(
         map(str, defaults.Evaluate.eps)
     ),
     steps: Annotated[
@@ -110,6 +119,22 @@ def evaluate(
     universal: Annotated[
         Path | None, typer.Option(help="A perturbation, as of detguard universal, to be added to every photo.")
     ] = None,
+    save_images: Annotated[
+        bool,
+        typer.Option(
+            "--save-images",
+            help="Write each corrupted and attacked set into the run as a data set: images, YOLO labels, data.yaml, "
+            "COCO json.",
+        ),
+    ] = False,
+    fail_under: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AP=X",
+            help="Exit code 1 where a model's figure is lower: AP=.2 of every protocol, clean.AP50=.6 of one.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json instead of tables.")] = False,
     seed: Seed = defaults.Evaluate.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -118,17 +143,19 @@ def evaluate(
     top_k: TopK = None,
     fusion: Fusion = None,
     iou: NmsIou = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Measure detectors in COCO numbers on clean, corrupted and attacked photos; makes tables, plots and a page.
 
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
-    Exit code: 0 done, 2 wrong use, or photos that could not be read (the rest is still done).
+    Exit code: 0 done, 1 less than --fail-under, 2 wrong use, or photos that could not be read (the rest is still done).
     """
     from detguard.classes import parse_map
+    from detguard.data.corruptions import chosen_kinds
     from detguard.data.entries import LOST
     from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.evaluation.floors import read_floors
     from detguard.evaluation.pictures import check_pictures
     from detguard.evaluation.run import measure_cost
     from detguard.runs import Run
@@ -153,10 +180,13 @@ def evaluate(
             },
             "evaluate": {
                 "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
-                "eps": whole_numbers("--eps", eps), "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
+                "eps": [levels(one) for one in names(eps)],
+                "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
                 "attacks": names(attacks), "queries": queries, "seed": seed,
                 "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
-                "universal": str(universal) if universal else None,
+                "universal": str(universal) if universal else None, "save_images": save_images,
+                "corruption_file": str(corruption_file) if corruption_file else None,
+                "corruptions": list(chosen_kinds(None if corruptions is None else names(corruptions))),
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
@@ -166,6 +196,7 @@ def evaluate(
         config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
+    floors = read_floors(fail_under, wanted.protocols) if fail_under else {}
     with err.status("Reading the annotations"):
         subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
     for subject in subjects:  # a wrong patch leaves no run behind
@@ -176,7 +207,8 @@ def evaluate(
     (out if dry_run else err).print(in_words(cost), highlight=False, soft_wrap=True)
     if dry_run:
         sys.exit(0)
-    sys.exit(run_evaluation(run or Run.create("evaluate", out_folder, config), subjects, wanted, lost))
+    run = run or Run.create("evaluate", out_folder, config)
+    sys.exit(run_evaluation(run, subjects, wanted, lost, floors, as_json))
 
 
 def in_words(cost: "Cost") -> str:
@@ -216,12 +248,15 @@ def show_warnings(_: str, faults: "Faults") -> None:
             err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
 
 
-def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols", told: int) -> int:
+def run_evaluation(
+    run: "Run", subjects: "list[Subject]", wanted: "Protocols", told: int, floors: "Floors", as_json: bool
+) -> int:
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code.
 
-    told: how many photos that cannot be read were told of before.
+    told: how many photos that cannot be read were told of before; as_json: show the metrics instead of tables.
     """
     from detguard.data.entries import LOST
+    from detguard.evaluation.floors import shortfalls
     from detguard.evaluation.run import evaluate, total_cost
     from detguard.reports.evaluation import evaluation_page, tables, verdict
     from detguard.reports.tables import terminal_table
@@ -238,14 +273,22 @@ def run_evaluation(run: "Run", subjects: "list[Subject]", wanted: "Protocols", t
             return 130
     command = ["detguard", *run.config["arguments"]]
     run.write("report.html", evaluation_page(subjects, evaluation, wanted, command))
-    out.print(verdict(evaluation.metrics), highlight=False, soft_wrap=True, style="bold")
-    first, *others = tables(evaluation.metrics)
-    for table in (first.turned, *others):
-        out.print(terminal_table(table))
-    out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(evaluation.metrics))
+    else:
+        out.print(verdict(evaluation.metrics), highlight=False, soft_wrap=True, style="bold")
+        first, *others = tables(evaluation.metrics)
+        for table in (first.turned, *others):
+            out.print(terminal_table(table))
+        out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+        if wanted.save_images:
+            out.print(f"data sets: {run.folder / 'datasets'}", highlight=False, soft_wrap=True)
+    short = list(shortfalls(evaluation.metrics, floors))
+    for line in short:
+        show_error(line)
     for line in dataset.warnings[LOST][told:]:
         show_error(line)
-    return 2 if dataset.warnings[LOST] else 0
+    return 2 if dataset.warnings[LOST] else int(bool(short))
 
 
 @app.command(

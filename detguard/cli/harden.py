@@ -9,6 +9,7 @@ from detguard import DetguardError, defaults
 from detguard.cli.app import (
     ClassMap,
     Device,
+    Eps,
     Fusion,
     Model,
     OutFolder,
@@ -19,6 +20,7 @@ from detguard.cli.app import (
     Workers,
     app,
     err,
+    levels,
     only_resumes,
     out,
     progress_bar,
@@ -133,9 +135,7 @@ def harden(
             "free, by mtd pgd."
         ),
     ] = None,
-    eps: Annotated[
-        float, typer.Option(min=0.1, max=64, help="Budget of the attacks, levels of 255.")
-    ] = defaults.Harden.eps,
+    eps: Eps = str(defaults.Harden.eps),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each attack; default: 2, by fgsm 1.")] = None,
     mix: Annotated[
         float, typer.Option(min=0, max=1, help="Share of other kinds in each expert's photos.")
@@ -165,10 +165,16 @@ def harden(
     class_map: ClassMap = None,
     batch: Batch = defaults.Harden.batch,
     rate: Rate = defaults.Harden.rate,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACKER", help="Log losses to tensorboard, into the run; or to wandb, mlflow, ... of Accelerate's."
+        ),
+    ] = None,
     seed: Seed = defaults.Harden.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     workers: Workers = None,
     trust: Trust = False,
 ) -> None:
@@ -179,8 +185,11 @@ def harden(
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
     from detguard.classes import parse_map
+    from detguard.hardening.trackers import check_tracker, track
     from detguard.workflows.harden import Hardening
 
+    if log:  # what is not installed leaves no run behind
+        check_tracker(log)
     if resume:
         only_resumes(context)
         ranks = start_ranks(device)
@@ -193,7 +202,7 @@ def harden(
             )
         plan: dict[str, Any] = {
             "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
-            "crop": crop, "attack": attack, "eps": eps, "steps": steps, "mix": mix, "tune_normal": tune_normal,
+            "crop": crop, "attack": attack, "eps": levels(eps), "steps": steps, "mix": mix, "tune_normal": tune_normal,
             "transforms": transforms, "top_k": top_k, "fusion": fusion, "sparse": sparse,
             "batch": batch, "rate": rate, "seed": seed,
         }  # fmt: skip
@@ -205,6 +214,8 @@ def harden(
                 out=out_folder, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip
+    if log and job.ranks.first:
+        track(job.run, log)
     sys.exit(run_hardening(job, workers))
 
 

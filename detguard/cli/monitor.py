@@ -1,5 +1,6 @@
 """`detguard monitor`: parse, call, show."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from detguard.cli.app import (
     Device,
     Fusion,
     ImageSize,
+    Json,
     Model,
     NmsIou,
     OutFolder,
@@ -92,8 +94,9 @@ def monitor(
     roll_back: Annotated[
         bool, typer.Option("--roll-back", help="With --resume: first go back to the ensemble before the last one.")
     ] = False,
+    as_json: Json = False,
     resume: Resume = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Watch accuracy over a stream of labelled photos, and tell when it drops: photos of a new kind have come.
@@ -113,7 +116,7 @@ def monitor(
         run = Run.resume(resume, "monitor")
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)
-        sys.exit(watch(run, watched, device, roll_back=roll_back))
+        sys.exit(watch(run, watched, device, roll_back=roll_back, as_json=as_json))
     if roll_back:
         raise DetguardError("--roll-back: goes with --resume")
     if not stream:
@@ -140,7 +143,7 @@ def monitor(
     }  # fmt: skip
     # Wrong data leave no run behind.
     listed = None if stream == LIVE else open_stream(config["stream"], watched, show_warnings)
-    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, listed))
+    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, listed, as_json=as_json))
 
 
 def adapting_options(text: str) -> list[str]:
@@ -170,6 +173,7 @@ def watch(
     device: str,
     photos: "Sequence[Labelled] | None" = None,
     roll_back: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
     from detguard.classes import left_out
@@ -198,6 +202,8 @@ def watch(
         try:
             for record in observe(run, living, shown, options["detector"], options["window"], again=not live):
                 progress.update(task, completed=record["number"])
+                if as_json:
+                    print(json.dumps(record), flush=True)
                 if "error" in record:
                     show_error(record["error"])
                 elif record["began"] is not None:

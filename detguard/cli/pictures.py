@@ -12,6 +12,7 @@ from detguard.cli.app import (
     Confidence,
     Device,
     EndToEnd,
+    Eps,
     Fusion,
     ImageSize,
     Model,
@@ -24,6 +25,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    levels,
     only_resumes,
     out,
     progress_bar,
@@ -90,7 +92,7 @@ def patch(
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Make one square patch that hides the objects that wear it, on whatever photo; in a file to be printed.
@@ -125,9 +127,7 @@ def universal(
     target: Annotated[str, typer.Option(help="Classes that are to vanish, comma-separated, or all.")] = "all",
     model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
-    eps: Annotated[
-        int, typer.Option(min=1, max=127, help="Largest change of a pixel value, levels of 255.")
-    ] = defaults.Picture.eps,
+    eps: Eps = str(defaults.Picture.eps),
     photos: Photos = defaults.Picture.photos,
     hours: Hours = None,
     rate: Rate = defaults.Picture.rate,
@@ -140,7 +140,7 @@ def universal(
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
-    device: Device = "cpu",
+    device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
     """Make one perturbation that hides objects when it is added to whatever photo, stretched to its size.
@@ -153,9 +153,12 @@ def universal(
 
     if resume:
         return go_on(context, resume, "universal", device, trust)
+    most = levels(eps)
+    if not isinstance(most, int) or not 1 <= most <= 127:
+        raise DetguardError(f"--eps {eps}: expected whole levels of 1..127, as 128 + the change must fit a PNG")
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf, seed)
-    kind = Universal(eps, detector.imgsz)
+    kind = Universal(most, detector.imgsz)
     return begin(kind, detector, model, data, split, learning, {"target": target}, out_folder)
 
 

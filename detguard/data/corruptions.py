@@ -2,7 +2,8 @@
 
 Kinds and strengths are those of Hendrycks and Dietterich (2019, ImageNet-C), as Michaelis et al. (2019) brought them
 to detection: at the photo's own resolution, boxes unchanged. Albumentations makes those that it defines alike;
-`KINDS` says where ours differ. Evaluation and the training of hard images share this one definition.
+`KINDS` says where ours differ. Training and attacks use these; detectors are judged under the published ones
+(`evaluation/corruptions.py`).
 """
 
 from collections.abc import Callable, Sequence

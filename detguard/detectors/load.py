@@ -12,9 +12,12 @@ from detguard import DetguardError, defaults, first_line
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
+from detguard.engine import torch_device
 from detguard.files import is_file, read_json, write_file
 
 if TYPE_CHECKING:
+    from ultralytics.models import YOLO
+
     from detguard.detectors.base import Detector, Family
     from detguard.detectors.gated import GatedNetwork
 
@@ -28,10 +31,10 @@ LACKS = {
 
 
 def load_detector(
-    name: str | Path = BUNDLED,
+    name: "str | Path | YOLO" = BUNDLED,
     imgsz: int | None = None,
     trust: bool = False,
-    device: str = "cpu",
+    device: str = defaults.DEVICE,
     end_to_end: bool = False,
     top_k: int | None = None,
     fusion: str | None = None,
@@ -40,11 +43,13 @@ def load_detector(
     """A detector by bundled name, file (.pt, .safetensors, .onnx), or name of Ultralytics or torchvision (yolo11n).
 
     Args:
-        name: one of these, or `module:factory`, a function of yours that returns a `Detector` (with `trust`).
+        name: one of these, or an `ultralytics.YOLO` object, as it is in memory: a copy, which its further training does
+            not change; or `module:factory`, a function of yours that returns a `Detector` (with `trust`).
         imgsz: longest side of a frame, px; by default what the weights were made for.
         trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
             name like `module:factory` means.
-        device: of torch: cpu, cuda, cuda:1, xpu or mps.
+        device: of torch: cpu, cuda, 0 or cuda:0, xpu or mps; by default a GPU where CUDA finds one, else (and for
+            .onnx) the CPU.
         end_to_end: the head without NMS of YOLOv10 and YOLO26.
         top_k: experts that a gated ensemble asks per photo; by default as it was made.
         fusion: how they become one answer, `bounded:B` or `average:F`; by default as it was made.
@@ -63,27 +68,52 @@ def load_detector(
 
     from detguard.detectors.custom import is_custom, load_custom
 
+    if device == defaults.DEVICE and Path(str(name)).suffix == ".onnx":
+        device = "cpu"  # onnxruntime for GPUs is another package
+    device = torch_device(device)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
         raise DetguardError(f"`device` {device}: cannot be used ({reason})") from error
-    if is_custom(name):
+    if isinstance(name, str | Path) and is_custom(name):
         if imgsz or end_to_end or top_k or fusion:
             raise DetguardError(f"{name}: is made by your own function; `imgsz`, `end_to_end` and such are up to it")
         detector = load_custom(str(name), trust, device)
     else:
-        detector = _of_weights(name, imgsz, trust, device, end_to_end=end_to_end, top_k=top_k, fusion=fusion)
+        options: dict[str, Any] = {"end_to_end": end_to_end, "top_k": top_k, "fusion": fusion}
+        if isinstance(name, str | Path):
+            detector = _of_network(*load_model(name, trust), name, imgsz, device, **options)
+        else:
+            network, size, name = _of_yolo(name)
+            detector = _of_network(network, size, name, imgsz, device, **options)
     detector.source = str(name)
     detector.iou = detector.iou if iou is None else iou
     return detector
 
 
-def _of_weights(name: str | Path, imgsz: int | None, trust: bool, device: str, **options: Any) -> "Detector":
-    """The detector of weights, by the family that they are of."""
+def _of_yolo(model: Any) -> tuple[nn.Module, int, str]:
+    """Of an object of Ultralytics', its network, the frame size that it was made for, and its file or name.
+
+    Raises:
+        DetguardError: it is none, or it runs an export.
+    """
+    network = getattr(model, "model", None)
+    if not isinstance(network, nn.Module) or not hasattr(network, "names"):
+        raise DetguardError(
+            f"{type(model).__name__}: expected a name, a file, or a YOLO object of a .pt or .yaml; give exports by file"
+        )
+    arguments = getattr(network, "args", None)
+    size = frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
+    return network, size, str(getattr(model, "ckpt_path", None) or getattr(model, "model_name", None) or "yolo")
+
+
+def _of_network(
+    model: nn.Module, size: int, name: str | Path, imgsz: int | None, device: str, **options: Any
+) -> "Detector":
+    """The detector of a network, by the family that it is of."""
     from detguard.detectors.families import FAMILIES
 
-    model, size = load_model(name, trust)
     family = next(family for family in FAMILIES if family.owns(model))
     given = {option: value for option, value in options.items() if value}
     for option in sorted(given.keys() - family.options):
@@ -106,7 +136,7 @@ def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
     }
 
 
-def load_configured(config: dict[str, Any], trust: bool = False, device: str = "cpu") -> "Detector":
+def load_configured(config: dict[str, Any], trust: bool = False, device: str = defaults.DEVICE) -> "Detector":
     """The detector of a run by its `detector_config`.
 
     Raises:

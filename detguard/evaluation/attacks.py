@@ -111,7 +111,7 @@ class AttackSet(View):
     @override
     def show(self, batch: Batch) -> list[Photo]:
         """The worst photos, from the cache."""
-        return [worst_photo(batch.subject, self, image) for image in batch.images]
+        return [kept_photo(batch.subject, self, image) for image in batch.images]
 
     @override
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:
@@ -139,22 +139,27 @@ class AttackSet(View):
         subject = batch.subject
         if name == SQUARE:
             return square_photos(batch, self.eps, self.steps, self.seed + restart)
-        options = AttackOptions(
-            conf=VANISH_BELOW,
-            budget=Linf(self.eps),
-            # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
-            step=max(self.eps / 2, 1) if self.steps > 2 else self.eps,
-            momentum=0.75,
-            steps=self.steps,
-            gradient="exact",
-            random_start=restart > 0,
-            seed=self.seed + restart,
-            batch=len(batch.images),
-            stop=False,
-        )
+        options = pgd_options(self.eps, self.steps, len(batch.images), self.seed + restart, random_start=restart > 0)
         objective = attack_objective(name, sorted(subject.category_ids), subject.detector)
         detector = subject.detector.variants().get(name.replace("rank:", "route:"), subject.detector)
         return attacked_photos(batch, detector, objective, options)
+
+
+def pgd_options(eps: int, steps: int, batch: int, seed: int = 0, *, random_start: bool = False) -> AttackOptions:
+    """White-box PGD as detectors are judged by it. eps: levels of 255; batch: photos attacked together."""
+    return AttackOptions(
+        conf=VANISH_BELOW,
+        budget=Linf(eps),
+        # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
+        step=max(eps / 2, 1) if steps > 2 else eps,
+        momentum=0.75,
+        steps=steps,
+        gradient="exact",
+        random_start=random_start,
+        seed=seed,
+        batch=batch,
+        stop=False,
+    )
 
 
 def square_photos(batch: Batch, eps: int, queries: int, seed: int) -> list[Photo]:
@@ -175,9 +180,9 @@ def attacked_photos(batch: Batch, detector: Detector, objective: Objective, opti
     return [done[key] for key in keys]
 
 
-def worst_photo(subject: Subject, attacks: AttackSet, image: int) -> Photo:
-    """The adversarial photo of the worst attack, `uint8 [H, W, 3]`, from the cache."""
-    data = subject.cache.get(attacks.key(subject, image, PHOTO))
+def kept_photo(subject: Subject, attack: "AttackSet | BlackBox", image: int) -> Photo:
+    """The adversarial photo of an attack, of several the worst, `uint8 [H, W, 3]`, from the cache."""
+    data = subject.cache.get(attack.key(subject, image, PHOTO))
     if data is None:
         raise DetguardError(f"{subject.cache.file}: entries of this run were taken away; run it again")
     return decode_photo(data)
@@ -205,7 +210,7 @@ class Transferred(View):
 
     @override
     def show(self, batch: Batch) -> list[Photo]:
-        return [worst_photo(self.source, self.attacks, image) for image in batch.images]
+        return [kept_photo(self.source, self.attacks, image) for image in batch.images]
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,18 @@ class BlackBox(View):
     def depends_on(self, subject: Subject, image: int) -> object:
         return [subject.labels[image], sorted(subject.category_ids)]
 
+    @property
+    @override
+    def parts(self) -> tuple[str, ...]:
+        return ("", PHOTO)
+
     @override
     def show(self, batch: Batch) -> list[Photo]:
-        return square_photos(batch, self.eps, self.queries, self.seed)
+        """The attacked photos, from the cache."""
+        return [kept_photo(batch.subject, self, image) for image in batch.images]
+
+    @override
+    def entries(self, batch: Batch) -> list[dict[str, bytes]]:
+        photos = square_photos(batch, self.eps, self.queries, self.seed)
+        found = batch.subject.detect(photos)
+        return [{"": pack(one), PHOTO: encode_png(photo)} for one, photo in zip(found, photos, strict=True)]

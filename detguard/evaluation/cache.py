@@ -22,7 +22,7 @@ from detguard.files import MAX_PHOTO, is_file
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 8
+RESULTS = 9
 TABLE = "entries (key text primary key, value blob)"
 # Bytes of the digest before each blob, of a blob, and of packed detections.
 DIGEST = 16
@@ -35,7 +35,7 @@ NO_DAMAGE = {
 }  # fmt: skip
 # A disk on which each new file is damaged is no place for a cache.
 MOST_BEGUN = 3
-LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations")
+LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations", "imagecorruptions-imaug")
 
 
 class Cache:

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 
 from detguard import DetguardError, __version__, defaults
-from detguard.data.corruptions import KINDS, SEVERITIES
+from detguard.data.corruptions import KINDS, SEVERITIES, chosen_kinds
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import Metrics
+from detguard.evaluation.corruptions import PACKAGE
 from detguard.evaluation.pictures import Changed, patched, perturbed
+from detguard.evaluation.saved import save_views
 from detguard.evaluation.score import expert_shares, metrics_of, results
-from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
+from detguard.evaluation.views import Batch, Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
 from detguard.runs import Run
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
@@ -48,6 +50,9 @@ class Protocols:
         patch_target: name of that class.
         patch_size: side of the patch, as a share of the root of the area of an object's box.
         universal: file of a perturbation, to be judged on all photos.
+        corruptions: which of the common ones.
+        corruption_file: a pipeline of albumentations, to be judged on all photos.
+        save_images: write what was shown, clean photos left out, as data sets of the run.
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -65,6 +70,9 @@ class Protocols:
     patch_target: str = defaults.Evaluate.patch_target
     patch_size: float = defaults.Evaluate.patch_size
     universal: str | None = None
+    corruptions: tuple[str, ...] = tuple(KINDS)
+    corruption_file: str | None = None
+    save_images: bool = False
 
     def __post_init__(self) -> None:
         for name in self.protocols:
@@ -74,12 +82,14 @@ class Protocols:
             if severity not in SEVERITIES:
                 raise DetguardError(f"`severities` {severity}: expected some of 1,2,3,4,5")
         for eps in self.eps:
-            if not 0 < eps <= 255:
+            if eps != int(eps) or not 0 < eps <= 255:
                 raise DetguardError(f"`eps` {eps}: expected whole levels of 1..255")
         for attack in self.attacks:
             if attack not in ATTACKS:
                 raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
-        for name in ("protocols", "severities", "eps", "attacks"):  # what is said twice is done once
+        chosen_kinds(self.corruptions)
+        _ = self.own_corruption  # a wrong file leaves no run behind
+        for name in ("protocols", "severities", "eps", "attacks", "corruptions"):  # what is said twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.protocols and self.severities and self.eps and self.attacks):
             raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")
@@ -94,9 +104,14 @@ class Protocols:
         return [AttackSet(names, eps, steps, restarts, self.seed) for eps in self.eps]
 
     @property
-    def corruptions(self) -> list[Corrupted]:
-        """All kinds at all wanted severities."""
-        return [Corrupted(kind, severity, self.seed) for kind in KINDS for severity in self.severities]
+    def corrupted(self) -> list[Corrupted]:
+        """The wanted kinds at all wanted severities."""
+        return [Corrupted(kind, severity, self.seed) for kind in self.corruptions for severity in self.severities]
+
+    @property
+    def own_corruption(self) -> list[Piped]:
+        """The user's own pipeline, if one is judged."""
+        return [] if self.corruption_file is None else [piped(self.corruption_file, self.seed)]
 
     @property
     def blackbox(self) -> BlackBox:
@@ -117,13 +132,13 @@ class Protocols:
     def views(self, detector: Detector) -> list[View]:
         """What is shown of all photos, transfer left out; the clean photos always, to compare with."""
         views: list[View] = [Clean()]
-        views += self.corruptions if "corruptions" in self.protocols else []
+        views += self.corrupted if "corruptions" in self.protocols else []
         if "attack" in self.protocols:
             views += self.attack_sets(detector)
         elif "transfer" in self.protocols:
             views.append(self.attack_sets(detector)[-1])
         views += [self.blackbox] if "blackbox" in self.protocols else []
-        return views + self.patches(detector) + self.perturbations
+        return views + self.own_corruption + self.patches(detector) + self.perturbations
 
 
 @dataclass
@@ -189,6 +204,10 @@ def evaluate(
     for model, view, name, row in evaluation.classes:
         writer.writerow((model, view, name, row["AP"], row["AP50"], row["objects"]))
     run.write("per_class.csv", table.getvalue().encode())
+    if wanted.save_images:
+        for subject in subjects:
+            views = wanted.views(subject.detector)
+            save_views(subject, views, run, lambda what: on_progress(what, 0) if on_progress else None)
     return evaluation
 
 
@@ -290,7 +309,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         kinds: dict[str, dict[str, dict[str, float | None]]] = {}
         lines = []
         drawn: dict[str, list[np.ndarray | None]] = {}
-        for view in wanted.corruptions:
+        for view in wanted.corrupted:
             metrics = measure(view, f"{view.kind} {view.severity}", write=view.severity == WRITTEN_SEVERITY)
             kinds.setdefault(view.kind, {})[str(view.severity)] = metrics.stats
             lines.append(metrics.precision)
@@ -336,6 +355,8 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
         whole("blackbox", [metrics.drawn], np.min)
         found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
+    for own in wanted.own_corruption:
+        found["corruption_file"] = measure(own, own.name).stats | {"file": wanted.corruption_file}
     if wanted.patch is not None:
         name = detector.class_names[detector.class_index(wanted.patch_target)]
         of_class = {"clean": unchanged.per_class.get(name)}
@@ -363,8 +384,7 @@ def _corruption_summary(kinds: dict[str, dict[str, dict[str, float | None]]], cl
     summary: dict[str, Any] = overall | {"mPC": overall["AP"]}
     summary["rPC"] = overall["AP"] / clean if clean and overall["AP"] is not None else None
     summary["kinds"] = {
-        kind: means[kind] | {"made by": KINDS[kind].made_by, "differs": KINDS[kind].differs, "severities": rows}
-        for kind, rows in kinds.items()
+        kind: means[kind] | {"made by": PACKAGE, "differs": "", "severities": rows} for kind, rows in kinds.items()
     }
     return summary
 

@@ -8,18 +8,19 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 from typing_extensions import override
 
 from detguard import DetguardError
-from detguard.data.corruptions import corrupt
 from detguard.data.dataset import Dataset
 from detguard.data.entries import LOST
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
+from detguard.evaluation.corruptions import corrupt, read_pipeline, through
 from detguard.files import MAX_PHOTO, FileError, read_file
 from detguard.photos import Photo, photo_seed, read_photo
 
@@ -121,6 +122,11 @@ class Batch:
         self.images, self.photos = list(photos), list(photos.values())
         return unreadable
 
+    def seeds(self, name: str, seed: int) -> list[int]:
+        """A seed of 32 bits for each photo, of the view `name`."""
+        hashes = self.subject.hashes
+        return [photo_seed(f"{hashes[image]}/{name}", seed) % 2**32 for image in self.images]
+
     @cached_property
     def objects(self) -> list[Detections]:
         """The labelled objects of each."""
@@ -199,7 +205,7 @@ class Clean(View):
 
 @dataclass(frozen=True)
 class Corrupted(View):
-    """The photos under one of the common corruptions."""
+    """The photos under one of the published corruptions."""
 
     kind: str
     severity: int
@@ -212,11 +218,41 @@ class Corrupted(View):
 
     @override
     def show(self, batch: Batch) -> list[Photo]:
-        hashes = batch.subject.hashes
-        return [
-            corrupt(photo, self.kind, self.severity, photo_seed(f"{hashes[image]}/{self.name}", self.seed) % 2**32)
-            for image, photo in zip(batch.images, batch.photos, strict=True)
-        ]
+        seeds = batch.seeds(self.name, self.seed)
+        return [corrupt(photo, self.kind, self.severity, seed) for photo, seed in zip(batch.photos, seeds, strict=True)]
+
+
+@dataclass(frozen=True)
+class Piped(View):
+    """The photos after a pipeline of the user's own, of which `digest` is that of its settings."""
+
+    digest: str
+    seed: int
+    pipeline: Any = field(compare=False, repr=False)
+
+    @property
+    @override
+    def name(self) -> str:
+        return "own corruption"
+
+    @override
+    def spec(self) -> object:
+        return [type(self).__name__, self.digest, self.seed]
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        seeds = batch.seeds(self.name, self.seed)
+        return [through(self.pipeline, photo, seed) for photo, seed in zip(batch.photos, seeds, strict=True)]
+
+
+def piped(file: str, seed: int) -> Piped:
+    """The view of a pipeline's file.
+
+    Raises:
+        DetguardError: it cannot be used.
+    """
+    pipeline = read_pipeline(file)
+    return Piped(hashlib.sha256(repr(pipeline.to_dict()).encode()).hexdigest(), seed, pipeline)
 
 
 def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int], None] | None = None) -> None:

@@ -136,6 +136,8 @@ class Plan:
             raise DetguardError(f"`crop` {self.crop}: expected a multiple of {STRIDE}, the stride of detectors")
         if self.recipe == "mtd" and self.attack != "pgd":
             raise DetguardError(f"`attack` {self.attack}: `recipe` mtd chooses between two attacks, which pgd makes")
+        if not 0.1 <= self.eps <= 64:
+            raise DetguardError(f"`eps` {self.eps:g}: expected .1 to 64 levels of 255")
         if not 0 <= self.sparse <= 1:
             raise DetguardError(f"`sparse` {self.sparse:g}: expected 0 (none) to 1 standard deviations")
         if parse_members(self.transforms) and self.recipe == "finetune":

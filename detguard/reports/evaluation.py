@@ -80,6 +80,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
     ("corruptions", "mPC", lambda m: with_error(m["corruptions"])),
     ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
+    ("corruption_file", "own corruption AP", lambda m: with_error(m["corruption_file"])),
     ("attack", "attack", strength),
     ("attack", "attacked AP", lambda m: with_error(m["attack"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
@@ -322,7 +323,7 @@ def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
         return wanted.perturbations[-1]
     if {"attack", "transfer"} & set(wanted.protocols):
         return wanted.attack_sets(subject.detector)[-1]
-    return wanted.corruptions[-1] if "corruptions" in wanted.protocols else None
+    return wanted.corrupted[-1] if "corruptions" in wanted.protocols else None
 
 
 @dataclass(frozen=True)

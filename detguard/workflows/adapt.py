@@ -234,7 +234,7 @@ def adapt(
     corruptions: Sequence[str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
-    device: str = "cpu",
+    device: str = defaults.DEVICE,
     workers: int | None = None,
     trust: bool = False,
     on_batch: OnBatch | None = None,

@@ -98,7 +98,8 @@ def evaluate(
         cache: SQLite file of what was found before, which is not done again.
         on_progress: told what is being shown and how many forward passes are done.
         **protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
-            `seed`, `patch`, `patch_target`, `patch_size`, `universal`.
+            `seed`, `patch`, `patch_target`, `patch_size`, `universal`, `corruptions`, `corruption_file`,
+            `save_images`.
 
     Raises:
         DetguardError: the data cannot be read, or an option is wrong.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.attacks.samples import KEPT, Sample, kept_samples, load_samples, read_samples, sample_lines
 from detguard.data.batches import PhotoSet, Samples, read_photos
 from detguard.data.corruptions import chosen_kinds
@@ -19,6 +19,7 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
 from detguard.hardening.run import Plan, check_teacher, passes, split_layer
 from detguard.hardening.run import harden as train_stages
+from detguard.hardening.trackers import check_tracker, track
 from detguard.hardening.train import Setting
 from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
@@ -234,9 +235,10 @@ def harden(
     class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
-    device: str = "cpu",
+    device: str = defaults.DEVICE,
     workers: int | None = None,
     trust: bool = False,
+    log: str | None = None,
     on_stage: OnStage | None = None,
     **plan: Any,
 ) -> Trained:
@@ -254,9 +256,10 @@ def harden(
         class_map: names of classes in labelled data -> the detector's, as {"pedestrian": "person"}.
         out: folder of the run; by default the next of runs/harden/.
         resume: a run's folder, to go on with, instead of all above and of `plan`.
-        device: of torch, where to train: cpu, cuda, cuda:1 or mps.
+        device: of torch, where to train: cpu, 0, cuda:1 or mps; by default a GPU where CUDA finds one.
         workers: processes that make batches, by default one per core.
         trust: as of `load_detector`.
+        log: tensorboard, wandb, mlflow or another of Accelerate's trackers that losses go to.
         on_stage: told the stage, the share of all that is over, and the last losses; returns True to save and stop.
         **plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
             `steps`, `mix`, `tune_normal`, `transforms`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
@@ -273,6 +276,8 @@ def harden(
     """
     if unknown := sorted(set(plan) - (Plan.__dataclass_fields__.keys() - {"pretrain"})):
         raise TypeError(f"harden() got an unexpected keyword argument '{unknown[0]}'")
+    if log is not None:
+        check_tracker(log)
     if resume is not None:
         if detector or data or teacher or pretrain or samples or imgsz or corruptions or class_map or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
@@ -287,6 +292,8 @@ def harden(
             imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
             corruptions=corruptions, class_map=class_map, out=None if out is None else Path(out), trust=trust,
         )  # fmt: skip
+    if log is not None and job.ranks.first:
+        track(job.run, log)
     job.load(workers)
     for message in job.unread:
         warnings.warn(message, stacklevel=2)

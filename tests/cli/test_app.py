@@ -10,9 +10,11 @@ import typer
 from rich.progress import TextColumn
 from typer.main import get_command
 
+from detguard import DetguardError
 from detguard.cli import main
-from detguard.cli.app import Terminal, app, progress_bar, with_dashes
+from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, with_dashes
 from detguard.detectors.load import weights_folder
+from detguard.engine import torch_device
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
 
@@ -138,6 +140,58 @@ def test_seeds_that_are_none_are_refused(command, value):
 def test_devices_that_detectors_do_not_run_on_are_one_line(monkeypatch, capsys, device):
     assert run(monkeypatch, "detect", "a.jpg", "--device", device) == 2
     assert capsys.readouterr().err.startswith(f"error: --device {device}: expected cpu")
+
+
+@pytest.mark.parametrize(("name", "device"), [("0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_devices_are_numbers_or_as_torch_calls_them(name, device):
+    assert torch_device(name) == device
+
+
+@pytest.mark.parametrize(("gpu", "device"), [(True, "cuda"), (False, "cpu")])
+def test_the_best_device_is_a_gpu_where_there_is_one(monkeypatch, gpu, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert torch_device("auto") == device
+
+
+@pytest.mark.parametrize(("given", "read"), [("4", 4), ("4/255", 4), (" .5", None), ("2.5/255", 2.5), ("0", 0)])
+def test_budgets_are_levels_with_or_without_255(given, read):
+    if read is None:
+        with pytest.raises(DetguardError, match="expected levels of 255, as 4 or 4/255"):
+            levels(given)
+    else:
+        assert levels(given) == read
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["attack", "PHOTO", f"--eps={value}"] for value in ("nan", "-1", "4/256", "1e999", "2.5", "256", "")),
+        ["attack", "PHOTO", "--norm", "l2", "--eps", "4/255"],
+        ["harden", "--data", "PHOTO", "--eps", "65"],
+        ["universal", "--data", "PHOTO", "--eps", "128"],
+        ["universal", "--data", "PHOTO", "--eps", "1.5"],
+    ],
+)
+def test_budgets_that_are_none_are_one_line_and_leave_no_run(monkeypatch, capsys, tmp_path, bus_file, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(bus_file if one == "PHOTO" else one for one in arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --eps")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quiet_shows_nothing_but_what_json_prints(monkeypatch, capsys, tmp_path, bus_file):
+    monkeypatch.chdir(tmp_path)
+    for console, what in ((out, "quiet"), (err, "still")):
+        monkeypatch.setattr(console, what, False)
+    assert run(monkeypatch, "-q", "detect", bus_file, "--json", "--out", "a") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["key"] == "bus"
+    assert not shown.err
+    assert run(monkeypatch, "-q", "detect", bus_file, "gone.jpg", "--out", "b") == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert shown.err.startswith("error: gone.jpg")
 
 
 WEIGHTS = ("nan,1,1", "inf,1,1", "-1,1,1", "0,-0,0", "1e308,1e308,1", "1,,1")

@@ -10,6 +10,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from ultralytics import YOLO
 
 from detguard import DetguardError
 from detguard.detectors.load import (
@@ -249,3 +250,23 @@ def test_an_overlap_of_nms_is_kept_with_the_run_and_changes_what_is_found(bus):
     assert load_configured({k: v for k, v in detector_config(usual, "detguard-n").items() if k != "iou"}).iou == 0.7
     with pytest.raises(DetguardError, match="iou"):
         load_configured(detector_config(usual, "detguard-n") | {"iou": 7})
+
+
+def test_a_yolo_object_is_taken_as_it_is_in_memory_and_left_alone(bus):
+    yolo = YOLO("yolo11n.yaml")
+    first = load_detector(yolo, imgsz=320)
+    with torch.no_grad():
+        next(yolo.model.parameters()).mul_(2)
+    second = load_detector(yolo, imgsz=320)
+    assert first.state_hash() != second.state_hash()
+    assert not yolo.model.is_fused()
+    theirs = yolo.predict(bus[..., ::-1], imgsz=320, conf=0.0001, verbose=False)[0].boxes  # which fuses it
+    found = second.predict(bus, 0.0001)
+    assert len(found)
+    assert torch.allclose(found.boxes, theirs.xyxy.cpu(), atol=0.01)
+    assert load_detector(yolo, imgsz=320).state_hash() == second.state_hash()
+
+
+def test_of_other_objects_it_says_what_it_takes():
+    with pytest.raises(DetguardError, match="dict: expected a name, a file, or a YOLO object"):
+        load_detector({})

@@ -216,8 +216,10 @@ def test_mislabel_finds_the_object_as_the_other_class(tmp_path):
     names = [detector.class_names[int(c)] for c in detector.predict(BUS, 0.25).classes]
     source = next((n for n in names if n != "person"), "person")
     other = "car" if source != "car" else "truck"
-    result = detguard("attack", BUS, "--target", source, "--to", other, "--eps", 8, "--out", "run", cwd=tmp_path)
+    options = ("--target", source, "--to", other, "--eps", "8/255", "--json", "--out", "run")
+    result = detguard("attack", BUS, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert [json.loads(line) for line in result.stdout.splitlines()] == records(tmp_path / "run")
     assert {o["outcome"] for o in records(tmp_path / "run")[0]["objects"]} == {"relabelled"}
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from functools import partial
 
+import albumentations as A
 import program
 import pytest
 import torch
@@ -22,16 +23,23 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
 
 OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5)
+OPTIONS += ("--corruptions", "fog,contrast", "--corruption-file", "OWN", "--save-images")
 ALL = ("--protocols", "clean,corruptions,attack,transfer,blackbox,checks")
 detguard = partial(program.detguard, columns=250)
+
+
+def command_line(folder, data):
+    models = ("--model", "detguard-n", "--model", "detguard-n")
+    options = (folder / "own.yaml" if one == "OWN" else one for one in OPTIONS)
+    return ("evaluate", *models, "--data", data, *ALL, *options, "--out", "run")
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, tiny_data):
     """One run of all protocols on two detectors: the bundled one, twice."""
     folder = tmp_path_factory.mktemp("evaluate")
-    models = ("--model", "detguard-n", "--model", "detguard-n")
-    result = detguard("evaluate", *models, "--data", tiny_data, *ALL, *OPTIONS, "--out", "run", cwd=folder)
+    A.save(A.Compose([A.ToGray(p=1)]), folder / "own.yaml", data_format="yaml")
+    result = detguard(*command_line(folder, tiny_data), cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
 
@@ -41,11 +49,13 @@ def test_metrics_hold_every_protocol_of_every_model(done):
     metrics = json.loads((folder / "run/metrics.json").read_text())
     assert list(metrics) == ["detguard-n", "detguard-n#2"]
     for found in metrics.values():
-        assert list(found) == ["setting", "clean", "corruptions", "attack", "transfer", "blackbox", "checks"]
+        protocols = ["clean", "corruptions", "attack", "transfer", "blackbox", "corruption_file", "checks"]
+        assert list(found) == ["setting", *protocols]
         assert found["setting"]["imgsz"] == 320
         assert len(found["clean"]) == 12 + 3
         assert found["clean"]["AP_error"] is None  # of four photos
-        assert len(found["corruptions"]["kinds"]) == 15
+        assert list(found["corruptions"]["kinds"]) == ["fog", "contrast"]
+        assert 0 < found["corruption_file"]["AP"] < 1
         assert found["corruptions"]["rPC"] == pytest.approx(found["corruptions"]["mPC"] / found["clean"]["AP"])
         assert list(found["attack"]["budgets"]) == ["4", "8"]
         parts = found["attack"]["budgets"]["8"]["attacks"]
@@ -84,6 +94,16 @@ def test_the_table_per_class_names_every_view(done):
     assert int(persons[0]["objects"]) >= 4
 
 
+def test_what_was_shown_is_saved_as_data_sets(done):
+    folder, result = done
+    made = {"fog-3", "contrast-3"}
+    for model in ("detguard-n", "detguard-n#2"):
+        made |= {f"{model}-attack-eps{eps}-steps3" for eps in (4, 8)}
+        made |= {f"{model}-blackbox-eps8-queries5", f"{model}-own-corruption"}
+    assert {path.parent.name for path in folder.glob("run/datasets/*/data.yaml")} == made
+    assert "data sets: run/datasets" in result.stdout
+
+
 def test_the_report_is_one_file_with_gallery_and_plots(done):
     folder, result = done
     page = (folder / "run/report.html").read_text()
@@ -116,9 +136,9 @@ def test_it_tells_what_it_costs_before_it_starts(done, tiny_data):
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(done, tiny_data, tmp_path):
     folder, _ = done
-    models = ("--model", "detguard-n", "--model", "detguard-n")
-    arguments = ("evaluate", *models, "--data", tiny_data, *ALL, *OPTIONS, "--out", "run")
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*command_line(folder, tiny_data)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     cache = tmp_path / "runs/evaluate/cache.sqlite"
     deadline = time.monotonic() + 120
     while not (cache.exists() and cache.stat().st_size > 100_000) and time.monotonic() < deadline:
@@ -138,9 +158,13 @@ def test_of_an_ensemble_it_tells_which_expert_spoke(tmp_path, tiny_data, bundled
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled_model.names.values()), "imgsz": 320}
     save_gated(network, card, tmp_path / "three.safetensors")
     options = ("--protocols", "clean,attack", "--attacks", "all", "--steps", 1, "--limit", 2, "--out", "run")
+    options += ("--json", "--fail-under", "attack.AP=1")
     result = detguard("evaluate", "--model", "three.safetensors", "--data", tiny_data, *options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "run/metrics.json").read_text())["three"]
+    assert result.returncode == 1, result.stderr
+    assert "error: three: attack AP 0." in result.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert json.loads(result.stdout) == metrics
+    found = metrics["three"]
     assert {"worst", "all-0", "all-1", "gate:10-0", "route:2-1"} <= found["attack"]["budgets"]["4"]["attacks"].keys()
     assert found["gate"]["experts"] == ["normal", "hard", "adversarial"]
     assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in found["gate"]["shares"].values())
@@ -192,6 +216,7 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
         (("--data", "DATA", "--protocols", "clena"), "--protocols 'clena'"),
         (("--data", "DATA", "--severities", "3,x"), "--severities '3,x'"),
         (("--data", "DATA", "--severities", "6"), "--severities 6"),
+        (("--data", "DATA", "--corruption-file", "run/config.yaml"), "--corruption-file run/config.yaml: not a pip"),
         (("--data", "DATA", "--attacks", "pgd"), "--attacks 'pgd'"),
         (("--data", "DATA", "--eps", "300"), "--eps 300"),
         (("--data", "DATA", "--classes", "unicorn"), "unicorn"),

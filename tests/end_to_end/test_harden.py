@@ -13,6 +13,7 @@ import torch
 import yaml
 from program import command, detguard
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from ultralytics.utils import ASSETS
 
 from detguard import DetguardError
@@ -28,7 +29,7 @@ SHARED = (*OPTIONS, "--split", "neck", "--mode", "full")
 @pytest.fixture(scope="module")
 def hardened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harden")
-    result = detguard("harden", *SHARED, "--out", "run", cwd=folder)
+    result = detguard("harden", *SHARED, "--log", "tensorboard", "--out", "run", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "forward and backward passes in all: at least" in result.stderr
     return folder / "run"
@@ -43,6 +44,15 @@ def test_it_makes_an_ensemble_that_loads_like_any_detector(hardened, bus_file):
     card = json.loads((hardened / "weights/joint.json").read_text())
     assert card["hardened"]["from"] == "detguard-n"
     assert card["hardened"]["photos"] == 80
+
+
+def test_tensorboard_shows_the_losses_of_each_stage(hardened):
+    records = [json.loads(line) for line in (hardened / "results.jsonl").read_text().splitlines()]
+    shown = EventAccumulator(str(hardened / "tensorboard")).Reload()
+    first = next(r for r in records if "loss" in r)
+    event = shown.Scalars(f"{first['stage']}/loss")[0]
+    assert (event.step, event.value) == (first["batch"], pytest.approx(first["loss"], rel=1e-5))
+    assert {tag.partition("/")[0] for tag in shown.Tags()["scalars"]} >= {"adversarial", "normal", "hard", "joint"}
 
 
 def test_in_the_end_its_adversarial_expert_is_made_sparse(hardened, bus):

@@ -57,9 +57,10 @@ def test_a_stopped_run_goes_on_to_the_same_records(tiny_data, tmp_path):
     records = file.read_text()
     assert len(records.splitlines()) == 4
     file.write_text("".join(records.splitlines(keepends=True)[:2]) + '{"number": 3, "cut short by the k')
-    resumed = detguard("monitor", "--resume", "run", cwd=tmp_path)
+    resumed = detguard("monitor", "--resume", "run", "--json", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert file.read_text() == records
+    assert [json.loads(line)["number"] for line in resumed.stdout.splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_live_stream_goes_on_behind_a_line_that_a_kill_cut_short(stream):

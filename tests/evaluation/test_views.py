@@ -9,7 +9,7 @@ import torch
 from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, Faults
-from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, worst_photo
+from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, kept_photo
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import value_left
@@ -113,7 +113,7 @@ def test_a_stopped_fill_goes_on_to_the_same_result(subject, tmp_path, monkeypatc
 def test_attacked_photos_are_8_bit_within_the_budget_and_what_was_scored(subject):
     fill(subject, [QUICK])
     for image, found in results_of(subject, QUICK, WORST):
-        photo, adversarial = read_photo(subject.dataset.files[image]), worst_photo(subject, QUICK, image)
+        photo, adversarial = read_photo(subject.dataset.files[image]), kept_photo(subject, QUICK, image)
         assert adversarial.dtype == np.uint8
         assert 1 <= np.abs(adversarial.astype(int) - photo).max() <= 8
         again = subject.detect([adversarial])[0]
@@ -152,7 +152,7 @@ def test_transfer_shows_the_other_detectors_adversarial_photos(subject, bundled_
     view = Transferred(subject, QUICK)
     batch = Batch(other, list(other.dataset.files))
     for image, photo in zip(batch.images, view.show(batch), strict=True):
-        assert np.array_equal(photo, worst_photo(subject, QUICK, image))
+        assert np.array_equal(photo, kept_photo(subject, QUICK, image))
     fill(other, [Clean(), view])
     assert score(other, view).stats["AP"] < score(other, Clean()).stats["AP"]
 

@@ -1,0 +1,43 @@
+"""Figures that an evaluation must reach, as a check of CI."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from detguard import DetguardError
+
+# Protocols whose AP is a figure of the headline.
+FIGURED = ("clean", "corruptions", "attack", "transfer", "blackbox")
+Floors = dict[tuple[str, str], float]
+
+
+def read_floors(text: str, protocols: tuple[str, ...]) -> Floors:
+    """From "AP=.2,clean.AP50=.6" to figures by protocol and name; without a protocol, the figure is of every one.
+
+    Args:
+        text: [PROTOCOL.]AP=X or [PROTOCOL.]AP50=X, comma-separated, each X in 0..1.
+        protocols: those that are measured.
+
+    Raises:
+        DetguardError: it is none, or of a protocol that is not measured.
+    """
+    measured = [name for name in FIGURED if name in protocols]
+    floors: Floors = {}
+    for part in text.split(","):
+        read = re.fullmatch(r"\s*(?:([a-z]+)\.)?(AP|AP50)\s*=\s*(0|1|0?\.\d{1,6}|1\.0+)\s*", part, re.ASCII)
+        if not read:
+            raise DetguardError(f"`fail_under` '{part}': expected AP=X, AP50=X or attack.AP=X, X in 0..1")
+        if (read[1] and read[1] not in measured) or not measured:
+            raise DetguardError(f"`fail_under` {part}: not measured; `protocols` has {', '.join(measured) or 'no AP'}")
+        floors |= {(protocol, read[2]): float(read[3]) for protocol in ([read[1]] if read[1] else measured)}
+    return floors
+
+
+def shortfalls(metrics: Mapping[str, Any], floors: Floors) -> Iterator[str]:
+    """What does not reach its floor, a line each; figures without objects to measure do not."""
+    for model, found in metrics.items():
+        for (protocol, stat), floor in floors.items():
+            value = found[protocol][stat]
+            if value is None or value < floor:
+                shown = "not measured" if value is None else f"{value:.3f}"
+                yield f"{model}: {protocol} {stat} {shown}, expected {floor:.3f} or more"

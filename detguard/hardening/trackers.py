@@ -1,0 +1,44 @@
+"""Records of a training for TensorBoard and the like, by Accelerate's trackers."""
+
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from detguard import DetguardError
+from detguard.runs import Record, Run
+
+
+def check_tracker(name: str) -> Any:
+    """The class of a tracker.
+
+    Args:
+        name: as Accelerate calls it: tensorboard, wandb, mlflow, ...
+
+    Raises:
+        DetguardError: there is none of that name, or its package is not installed.
+    """
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise DetguardError(f"`log` {name}: expected one of {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+    if name not in map(str, get_available_trackers()):
+        raise DetguardError(f"`log` {name}: not installed; pip install {name}")
+    return LOGGER_TYPE_TO_CLASS[name]
+
+
+def track(run: Run, name: str) -> None:
+    """Have a tracker told the numbers of every record that the run is given from now on, as stage/name by batch.
+
+    Trackers that write files write them into the run: tensorboard --logdir RUN.
+
+    Raises:
+        DetguardError: as `check_tracker`.
+    """
+    kind = check_tracker(name)
+    tracker = kind(name, run.folder) if kind.requires_logging_directory else kind(f"detguard-{run.config['command']}")
+    tracker.start()
+
+    def log(record: Record) -> None:
+        stage, batch = record.get("stage", ""), record.get("batch")
+        numbers = {f"{stage}/{k}": v for k, v in record.items() if k != "batch" and isinstance(v, int | float)}
+        tracker.log(numbers, step=batch)
+
+    run.on_record = log

@@ -1,0 +1,1 @@
+"""Other frameworks: their protocols around what detguard has, and what is theirs as detguard takes it."""

@@ -1,0 +1,273 @@
+"""MAITE's object detection protocols: what detguard has for MAITE's tasks, and MAITE's models as detectors.
+
+`maite.tasks.evaluate(model=Model(detector), dataset=Dataset(file, detector.class_names), metric=CocoMetric())`
+
+Images are [3, H, W] RGB, uint8 or floats in 0..1; boxes are [x1, y1, x2, y2] in pixels. The protocols are structural:
+nothing of MAITE is imported here.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from typing_extensions import override
+
+from detguard import DetguardError, defaults
+from detguard.attacks.group import attack_group
+from detguard.data.dataset import indexed, read_dataset
+from detguard.data.entries import annotation
+from detguard.detections import MAX_DETECTIONS, Candidates, Detections
+from detguard.detectors.base import Detector
+from detguard.evaluation.attacks import attack_objective, pgd_options
+from detguard.evaluation.coco import coco_metrics, coco_results
+from detguard.evaluation.corruptions import corrupt
+from detguard.evaluation.views import LOWEST_CONFIDENCE
+from detguard.photos import Letterbox, Photo, photo_seed, read_photo
+from detguard.workflows.attack import as_photo
+
+Images = Sequence[Any]
+Batch = tuple[Images, Sequence[Any], Sequence[Any]]
+# A logit of nothing at all, and how near to 0 and 1 a score may be.
+NONE, SURE = -30.0, 1e-6
+
+
+@dataclass(frozen=True)
+class Target:
+    """Objects of one image. boxes: float32 [N, 4] xyxy, pixels; labels: int64 [N]; scores: float32 [N], 1 of labels."""
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, found: Detections) -> "Target":
+        """Detections as MAITE has them."""
+        return cls(found.boxes.numpy(), found.classes.numpy(), found.scores.numpy())
+
+
+def detections(target: Any) -> Detections:
+    """What MAITE calls a target as detections, best first; of scores per class, [N, C], the highest."""
+    scores = np.asarray(target.scores, np.float32)
+    scores = scores.max(1) if scores.ndim == 2 and len(scores) else scores.reshape(-1)
+    boxes = torch.from_numpy(np.array(target.boxes, np.float32).reshape(-1, 4))
+    found = Detections(boxes, torch.from_numpy(scores.copy()), torch.from_numpy(np.array(target.labels, np.int64)))
+    return found[found.scores.argsort(descending=True, stable=True)]
+
+
+class Model:
+    """A detector as MAITE's model; down to the confidence of .001 that COCO scores.
+
+    Args:
+        detector: by `load_detector`.
+        conf: confidence over which an object counts as found.
+    """
+
+    def __init__(self, detector: Detector, conf: float = LOWEST_CONFIDENCE) -> None:
+        self.detector, self.conf = detector, conf
+        self.metadata: dict[str, Any] = {"id": detector.name, "index2label": dict(detector.class_names)}
+
+    def __call__(self, batch: Images) -> list[Target]:
+        """What is found in images."""
+        photos = [to_photo(image) for image in batch]
+        return [Target.of(found) for found in self.detector.detect(photos, self.conf, multi_label=True)]
+
+
+class Dataset:
+    """A data set that detguard reads as MAITE's, labelled by the class indices of a detector.
+
+    Args:
+        source: a data.yaml, a COCO instances json, or a name of one, as of `detguard evaluate`.
+        class_names: those of the detector, class index -> name; objects of other classes are left out.
+        split: of a data.yaml.
+        images: folder of the photos of a json; by default found beside it.
+        limit: only the first so many photos.
+
+    Raises:
+        DetguardError: the data cannot be read, or have no class in common with the detector.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        class_names: dict[int, str],
+        *,
+        split: str = defaults.Evaluate.split,
+        images: Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._dataset = read_dataset(source, split, images, limit)
+        self._ids = self._dataset.category_ids(class_names)
+        self._images = list(self._dataset.files)
+        self.metadata: dict[str, Any] = {
+            "id": self._dataset.name,
+            "index2label": {index: class_names[index] for index in self._ids},
+        }
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Photo, Target, dict[str, Any]]:
+        image = self._images[index]
+        file = self._dataset.files[image]
+        found = Target.of(self._dataset.objects(image, self._ids))
+        return np.ascontiguousarray(read_photo(file).transpose(2, 0, 1)), found, {"id": image, "file_name": file.name}
+
+
+class CocoMetric:
+    """The 12 COCO numbers by pycocotools over all images since `reset`.
+
+    As `detguard evaluate` has them, but that MAITE's targets know no crowds, and no areas other than those of boxes.
+    """
+
+    def __init__(self) -> None:
+        self.metadata: dict[str, Any] = {"id": "detguard-coco"}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._found: list[Detections] = []
+        self._labelled: list[Detections] = []
+
+    def update(self, preds: Sequence[Any], targets: Sequence[Any], metadatas: Sequence[Any]) -> None:
+        """Add a batch: what was found in its images, and what is labelled."""
+        self._found += map(detections, preds)
+        self._labelled += map(detections, targets)
+
+    def compute(self) -> dict[str, float]:
+        """AP, AP50, ... by name; NaN where there is nothing to measure, as of AP where nothing is labelled."""
+        classes = sorted({int(c) for one in self._labelled for c in one.classes})
+        images = [{"id": number, "width": 1, "height": 1} for number in range(1, len(self._labelled) + 1)]
+        annotations: list[dict[str, Any]] = []
+        for number, one in enumerate(self._labelled, 1):
+            for (x1, y1, x2, y2), c in zip(one.boxes.tolist(), one.classes.tolist(), strict=True):
+                box = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append(annotation(len(annotations), number, c, box, box[2] * box[3]))
+        categories = [{"id": c, "name": str(c)} for c in classes]
+        truth = indexed({"images": images, "annotations": annotations, "categories": categories})
+        known = {c: c for c in classes}
+        results = [r for number, one in enumerate(self._found, 1) for r in coco_results(number, one, known)]
+        stats = coco_metrics(truth, results, classes).stats
+        return {name: float("nan") if value is None else value for name, value in stats.items()}
+
+
+class Corruption:
+    """One of the 15 corruptions as published, as MAITE's augmentation; the same for the same id of an image.
+
+    Args:
+        kind: as fog.
+        severity: 1..5.
+        seed: of what is random in it.
+    """
+
+    def __init__(self, kind: str, severity: int, seed: int = 0) -> None:
+        self.kind, self.severity, self.seed = kind, severity, seed
+        self.metadata: dict[str, Any] = {"id": f"{kind}-{severity}"}
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with its images corrupted."""
+        images, targets, metadatas = batch
+        seeds = [photo_seed(f"{one['id']}/{self.metadata['id']}", self.seed) % 2**32 for one in metadatas]
+        changed = [
+            like(corrupt(to_photo(image), self.kind, self.severity, seed), image)
+            for image, seed in zip(images, seeds, strict=True)
+        ]
+        return changed, targets, metadatas
+
+
+class Attack:
+    """A white-box attack on the objects that are labelled, as MAITE's augmentation: 8-bit images within the budget.
+
+    Args:
+        detector: what is attacked, and whose class indices label the images.
+        eps: largest change of a pixel value, whole levels of 255.
+        steps: of PGD.
+        attack: class, box or all of the training loss, vanish or rank, as of `detguard evaluate --attacks`.
+        seed: of what is random.
+
+    Raises:
+        DetguardError: no such attack, or the detector has no gradient.
+    """
+
+    def __init__(self, detector: Detector, eps: int = 4, steps: int = 20, attack: str = "all", seed: int = 0) -> None:
+        if not detector.differentiable:
+            raise DetguardError(f"{detector.name}: has no gradient; a white-box attack needs one")
+        self.detector, self.eps, self.steps, self.seed = detector, eps, steps, seed
+        self.objective = attack_objective(attack, sorted(detector.class_names), detector)
+        self.metadata: dict[str, Any] = {"id": f"{attack}-eps{eps}-steps{steps}-on-{detector.name}"}
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with its images attacked."""
+        images, targets, metadatas = batch
+        keys = [f"{number}/{one['id']}" for number, one in enumerate(metadatas)]
+        given = zip(keys, map(to_photo, images), map(detections, targets), strict=True)
+        options = pgd_options(self.eps, self.steps, len(keys), self.seed)
+        done = {one.key: one.adversarial for one in attack_group(self.detector, given, self.objective, [], options)}
+        return [like(done[key], image) for key, image in zip(keys, images, strict=True)], targets, metadatas
+
+
+class MaiteDetector(Detector):
+    """A model of MAITE as a detector, which only predicts: it is judged, and attacked by its scores alone.
+
+    Args:
+        model: with `metadata["index2label"]`; is given images of their own size, uint8 [3, H, W] RGB.
+        imgsz: longest side of its frames, px, which is only shown.
+
+    Raises:
+        DetguardError: the model does not say its classes.
+    """
+
+    differentiable = False
+    end_to_end = True
+
+    def __init__(self, model: Any, imgsz: int = 640) -> None:
+        names = getattr(model, "metadata", {}).get("index2label")
+        if not names:
+            raise DetguardError(f"{type(model).__name__}: its metadata has no index2label; expected MAITE's model")
+        self.name, self.class_names = str(model.metadata["id"]), {int(k): str(v) for k, v in names.items()}
+        self.imgsz, self.device, self.model = imgsz, torch.device("cpu"), nn.Module()
+        self._maite = model
+        self._state = hashlib.sha256(uuid.uuid4().bytes).hexdigest()
+
+    @override
+    def state_hash(self) -> str:
+        """One of its own: weights that cannot be seen may change, so nothing of it is found in a cache later."""
+        return self._state
+
+    @override
+    def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
+        return Letterbox(photo_shape, photo_shape, photo_shape, (0, 0))
+
+    @override
+    def candidates(self, frames: Tensor) -> Candidates:
+        images = (frames * 255).round().to(torch.uint8).cpu().numpy()
+        found = [detections(one)[:MAX_DETECTIONS] for one in self._maite(list(images))]
+        # As many for every image, whatever its neighbours in the batch are.
+        logits = torch.full((len(found), MAX_DETECTIONS, max(self.class_names) + 1), NONE)
+        boxes = torch.zeros(len(found), MAX_DETECTIONS, 4)
+        for i, one in enumerate(found):
+            logits[i, torch.arange(len(one)), one.classes] = one.scores.clamp(SURE, 1 - SURE).logit()
+            boxes[i, : len(one)] = one.boxes
+        return Candidates(logits, boxes, end_to_end=True)
+
+    @override
+    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
+        photo = read_photo(source) if isinstance(source, Path) else source
+        return self.detect([photo], conf)[0]
+
+
+def to_photo(image: Any) -> Photo:
+    """An image, [3, H, W] RGB of uint8 or floats in 0..1, as `uint8 [H, W, 3]`."""
+    return as_photo(torch.as_tensor(np.asarray(image)))
+
+
+def like(photo: Photo, image: Any) -> NDArray[Any]:
+    """A photo, `uint8 [H, W, 3]`, as an image of the type of another: uint8, or floats in 0..1."""
+    changed, kind = np.ascontiguousarray(photo.transpose(2, 0, 1)), np.asarray(image).dtype
+    return (changed / 255).astype(kind) if kind.kind == "f" else changed
