@@ -5,7 +5,7 @@ from typing import Any
 
 from detguard import DetguardError
 from detguard.data.entries import DataError
-from detguard.data.stream import from_records
+from detguard.data.stream import Labelled, from_records
 from detguard.detectors.base import Detector
 from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
@@ -111,8 +111,8 @@ def drop_items(records: Sequence[Record], at: Callable[[int], Detector]) -> list
         detector = at(record["number"])
         (labelled,) = from_records([record], detector.class_names)
         try:
-            if isinstance(labelled, DataError):
-                raise labelled
+            if not isinstance(labelled, Labelled):
+                raise labelled if isinstance(labelled, DataError) else DetguardError("labels without a photo")
             photo = read_photo(labelled.file)
         except DetguardError:
             continue
