@@ -366,7 +366,7 @@ def run_attack(job: "Job", as_json: bool = False) -> int:
             return 130
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.print(verdict(attacked, job.options), highlight=False, soft_wrap=True, style="bold")
+        out.print(verdict(records, job.options), highlight=False, soft_wrap=True, style="bold")
         title = f"{wanted(job.run.config)}: success rate"
         out.print(terminal_table(survival_table(attacked, title, job.options.conf)))
         failed = failures(attacked)

@@ -20,15 +20,18 @@ MOST_COPIES = 6
 MOST_NAMED = 5
 
 
-def verdict(attacked: Sequence[Record], options: AttackOptions) -> str:
+def verdict(records: Sequence[Record], options: AttackOptions) -> str:
     """One sentence: how many photos were fooled, within which budget, and after which transforms."""
+    attacked = [r for r in records if r["status"] in ("fooled", "failed")]
+    without = sum(record["status"] == "no-target" for record in records)
     members = list(dict.fromkeys(name for record in attacked for name in judged(record)))[1:]
     fooled = sum(record["status"] == "fooled" for record in attacked)
     also = f", also after {' and '.join(members)}" if 0 < len(members) <= MOST_NAMED else ""
     if len(members) > MOST_NAMED:
         also = f", also after each of {len(members)} transforms"
     # What decides is every member: a photo that fools and whose copy does not is none that is fooled.
-    return f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
+    told = f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
+    return told + (f"; {without} without target" if without else "")
 
 
 def failures(attacked: Sequence[Record]) -> list[str]:
@@ -60,7 +63,7 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     plots = {}
     if options.smallest:
         plots["Success over budget"] = least_budget_plot(least_budgets(attacked), options.budget.unit)
-    told = verdict(attacked, options)
+    told = verdict(records, options)
     return render_page(title, told, subtitle, command, tables, plots, items, len(attacked) - len(items))
 
 

@@ -25,8 +25,8 @@ def photo(key, **left):
 
 def test_an_attack_tells_how_many_and_after_what():
     records = [photo("a", photo=0.1, blur=0.2), photo("b", photo=0.2, blur=0.6)]
-    told = attack.verdict(records, AttackOptions())
-    assert told == "4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25)"
+    told = attack.verdict([*records, {"key": "c", "status": "no-target"}], AttackOptions())
+    assert told == "4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25); 1 without target"
     assert attack.failures(records) == ["b: blur (confidence 0.60)"]
 
 
