@@ -14,6 +14,9 @@ WHOLE, HEAD, ADAPTER = FORMS = ("whole", "head", "adapter")
 RANK, MOST_RANK = 8, 64
 # The optimizer takes weights of nothing for so large, and moves them in proportion to that.
 OF_NOTHING = 1e-2
+# A change of low rank learns at so many times the rate of a whole network (Schulman et al. 2025 found ten): of a dark
+# photo, in 12 batches, the loss fell from 7.2 to 6.3 at once the rate, 5.7 at three times, 4.3 at ten; whole, to 6.0.
+FASTER = 5
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class LowRank(nn.Module):
         self._shared = (conv,)  # in a tuple it is no part of this module: neither saved with it, nor trained
         weight = conv.weight.detach()
         rows, columns = weight.flatten(1).shape
-        # So that a step of `up` changes weights as much as a step of a whole network does.
-        length = float(weight.square().mean().sqrt()) / (OF_NOTHING * math.sqrt(rank))
+        # A step of `up` then changes weights as much as FASTER steps of a whole network do.
+        length = FASTER * float(weight.square().mean().sqrt()) / (OF_NOTHING * math.sqrt(rank))
         self.down = nn.Parameter(weight.new_empty(rank, columns).normal_(std=length))
         self.up = nn.Parameter(weight.new_zeros(rows, rank))
         bias = weight.new_zeros(rows) if conv.bias is None else conv.bias.detach()
