@@ -257,7 +257,7 @@ def observe(
             hints.add(known["number"], known["confidence"])
         if known.get("labelled") is False:
             nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-            wait(Waiting(known["number"], Labelled(Path(known["photo"]), nothing, None, known["id"], False)))
+            wait(Waiting(known["number"], Labelled(Path(known["photo"]), nothing, None, known.get("id", ""), False)))
         else:
             waiting.pop(known.get("id", ""), None)
     shown: list[tuple[Detections, Detections]] = []
