@@ -257,7 +257,8 @@ def observe(
             hints.add(known["number"], known["confidence"])
         if known.get("labelled") is False:
             nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-            wait(Waiting(known["number"], Labelled(Path(known["photo"]), nothing, id=known["id"], labelled=False)))
+            late_one = Labelled(Path(known["photo"]), nothing, id=known.get("id", ""), labelled=False)
+            wait(Waiting(known["number"], late_one))
         else:
             waiting.pop(known.get("id", ""), None)
     shown: list[tuple[Detections, Detections]] = []

@@ -185,8 +185,12 @@ class Living(Deployment):
         """The numbers of the photos that are being learned."""
         files = [self.run.path(f"{self.last['folder']}.{name}.jsonl") for name in ("new", "replay")]
         lines = [line for file in files if file.exists() for line in read_file(file).splitlines()]
-        photos = [Path(parse_json(line)["photo"]) for line in lines]
-        return {int(photo.stem) for photo in photos if photo.resolve().parent == self.run.path(PHOTOS).resolve()}
+        copies = self.run.path(PHOTOS).resolve()
+        try:
+            photos = [Path(parse_json(line)["photo"]) for line in lines]
+            return {int(photo.stem) for photo in photos if photo.resolve().parent == copies}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DetguardError(f"{self.run.folder}: not photos that detguard wrote there ({error})") from error
 
     def _photos(self, began: int, number: int) -> list[Record]:
         """Those with known objects of a part of the stream."""

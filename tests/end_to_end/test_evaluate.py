@@ -127,8 +127,7 @@ def test_the_report_is_one_file_with_gallery_and_plots(done):
 def test_it_tells_what_it_costs_before_it_starts(done, tiny_data):
     folder, result = done
     assert "forward passes: about" in result.stderr
-    models = ("--model", "detguard-n", "--model", "detguard-n")
-    again = detguard("evaluate", *models, "--data", tiny_data, *ALL, *OPTIONS, "--dry-run", cwd=folder)
+    again = detguard(*command_line(folder, tiny_data)[:-2], "--dry-run", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert re.fullmatch(r"[\d,]+ forward passes, all of them known already\n", again.stdout)
     assert not list((folder / "runs/evaluate").glob("0*"))
