@@ -13,6 +13,7 @@ Row = Mapping[str, Any]
 SAME: dict[str, tuple[str, ...]] = {
     "clean": (),
     "corruptions": ("severities",),
+    "corruption_file": ("file",),
     "attack": ("eps", "steps", "restarts", "queries"),
     "transfer": ("eps", "from"),
     "blackbox": ("eps", "queries"),

@@ -356,7 +356,9 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         whole("blackbox", [metrics.drawn], np.min)
         found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
     for own in wanted.own_corruption:
-        found["corruption_file"] = measure(own, own.name).stats | {"file": wanted.corruption_file}
+        metrics = measure(own, own.name)
+        whole("corruption_file", [metrics.drawn], np.min)
+        found["corruption_file"] = metrics.stats | {"file": wanted.corruption_file}
     if wanted.patch is not None:
         name = detector.class_names[detector.class_index(wanted.patch_target)]
         of_class = {"clean": unchanged.per_class.get(name)}

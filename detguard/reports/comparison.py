@@ -9,8 +9,8 @@ from detguard.reports.plots import plots
 
 # What is compared, by protocol.
 FIGURES = {
-    "clean": "clean AP", "corruptions": "mPC", "attack": "attacked AP", "transfer": "transfer AP",
-    "blackbox": "black box AP", "universal": "universal AP",
+    "clean": "clean AP", "corruptions": "mPC", "corruption_file": "own corruption AP", "attack": "attacked AP",
+    "transfer": "transfer AP", "blackbox": "black box AP", "universal": "universal AP",
 }  # fmt: skip
 # By model, figure -> how much more it is than the first model's.
 Changes = dict[str, dict[str, Difference]]
