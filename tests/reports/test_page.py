@@ -56,7 +56,9 @@ def page_file(tmp_path_factory):
         for i in range(3)
     ]
     rows = [["first", ".400", "", ".1"], [HOSTILE, ".500", "", "-"], ["c", "-", "", ".2"], ["d", ".450", "", "1.000"]]
-    tables = [Table("Result", ["a model", "AP of clean photos", "empty", "AP of attacked photos"], rows, "A note.")]
+    rows = [[*row, "as long as a sentence", "and as another"] for row in rows]
+    head = ["a model", "AP of clean photos", "empty", "AP of attacked photos", "words", "more"]
+    tables = [Table("Result", head, rows, "A note.")]
     made = plots(METRICS, CURVES)
     assert len(made) == 3
     page = render_page(
@@ -191,7 +193,7 @@ def test_tables_sort_by_a_press_and_leave_out_what_is_empty(opened):
     def column(number):
         return page.locator(f"tbody td:nth-child({number})").all_inner_texts()
 
-    assert page.locator("th").count() == 3
+    assert page.locator("th").count() == 5
     page.get_by_role("button", name="AP of attacked photos").click()
     assert column(3) == ["1.000", ".2", ".1", "-"]
     page.get_by_role("button", name="AP of attacked photos").click()
