@@ -15,7 +15,7 @@ def photo(key, **left):
             "fooled": conf <= 0.25,
             "confidence": conf,
             "success": success,
-            "objects_gone": {threshold: [0, 0] for threshold in success},
+            "objects_not_kept": {threshold: [0, 0] for threshold in success},
         }
         for name, conf in left.items()
     }
