@@ -502,7 +502,13 @@ def _look(members: Sequence[tuple[Member, Photo]], stepped: Sequence[bool]) -> l
         batch = frames_tensor([frames[number] for number in numbers], detector.device)
         batch.requires_grad_(stepped[numbers[0]])
         with torch.set_grad_enabled(batch.requires_grad):
-            passes.append((numbers, batch, detector.candidates(batch)))
+            candidates = detector.candidates(batch)
+        if batch.requires_grad and not candidates.logits.requires_grad:
+            raise DetguardError(
+                f"{detector.name}: its candidates have no gradient at the frames; `detguard check-detector` tells what "
+                "to look at, or give `black_box`"
+            )
+        passes.append((numbers, batch, candidates))
     return passes
 
 

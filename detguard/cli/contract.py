@@ -31,7 +31,7 @@ def check_detector(
 ) -> None:
     """Test on a photo that what is attacked is what users run, that the gradient reaches it, and that nothing changes.
 
-    Exit code: 0 all promises are kept, 1 some are not.
+    Exit code: 0 all promises are kept, if doubtfully, 1 some are not.
     """
     from ultralytics.utils import ASSETS
 
@@ -47,16 +47,19 @@ def check_detector(
     rows = [
         [
             p.name,
-            "skipped" if p.skipped else "BROKEN" if p.wrong else "kept",
-            p.skipped or with_dashes(p.wrong or ""),
-            p.remedy if p.wrong else "",
+            "skipped" if p.skipped else "BROKEN" if p.wrong else "DOUBTFUL" if p.doubt else "kept",
+            p.skipped or with_dashes(p.wrong or "") or p.doubt or p.seen,
+            p.remedy if p.wrong or p.doubt else "",
         ]
         for p in promises
     ]
     out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
     broken, skipped = sum(p.wrong is not None for p in promises), sum(p.skipped is not None for p in promises)
+    doubtful = sum(p.doubt is not None for p in promises)
     if broken:
         out.print(f"{broken} of {len(promises)} broken")
+    elif doubtful:
+        out.print(f"{doubtful} of {len(promises)} doubtful: look at them before you believe a figure of this detector")
     elif skipped:
         out.print(f"{len(promises) - skipped} kept, {skipped} skipped: it can be attacked by --black-box, and judged")
     else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +17,37 @@ from detguard.photos import Photo, frames_tensor
 PIXELS, CONFIDENCE = 0.5, 1e-3
 # What is over this confidence is compared: by default little, for a network with random weights finds little.
 CONF = 0.05
+# Sides of boxes, px, of which not one is larger: they are shares of the frame, most likely.
+SMALL = 2
+
+
+class Broken(Exception):
+    """A promise is not kept; says what was seen."""
+
+
+class Doubtful(Exception):
+    """A promise is kept by what is hardly meant; says what was seen."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """One promise, kept or not.
+    """One promise, kept, kept in a way that is hardly meant, or broken.
 
     Attributes:
         name: what is promised.
         remedy: what to look at where it is not kept.
         wrong: what was seen then; None: it is kept.
         skipped: why this detector does not make it.
+        doubt: what is odd where it is kept; None: nothing.
+        seen: what was seen where it is kept.
     """
 
     name: str
     remedy: str
     wrong: str | None = None
     skipped: str | None = None
+    doubt: str | None = None
+    seen: str = ""
 
 
 def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iterator[Promise]:
@@ -44,17 +59,21 @@ def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iter
         conf: confidence over which detections are compared, 0..1; low, for a network with random weights finds little.
 
     Yields:
-        Each promise, kept or not.
+        Each promise, in the order of `PROMISES`.
     """
     for name, (test, remedy) in PROMISES.items():
         if test is _gradient and not detector.differentiable:
             yield Promise(name, remedy, skipped="it has none: black-box attacks only")
             continue
         try:
-            wrong = test(detector, photo, conf)
+            promise = Promise(name, remedy, seen=test(detector, photo, conf))
+        except Doubtful as odd:
+            promise = Promise(name, remedy, doubt=str(odd))
+        except Broken as wrong:
+            promise = Promise(name, remedy, str(wrong))
         except Exception as error:  # of somebody's detector
-            wrong = f"{type(error).__name__}: {first_line(error)}"
-        yield Promise(name, remedy, wrong)
+            promise = Promise(name, remedy, f"{type(error).__name__}: {first_line(error)}")
+        yield promise
 
 
 def _frames(detector: Detector, photo: Photo, number: int = 1) -> Tensor:
@@ -63,84 +82,111 @@ def _frames(detector: Detector, photo: Photo, number: int = 1) -> Tensor:
     return frames_tensor([box((photo * 0.8**i).astype(np.uint8)) for i in range(number)], detector.device)
 
 
-def _shapes(detector: Detector, photo: Photo, conf: float) -> str | None:
+def _shapes(detector: Detector, photo: Photo, conf: float) -> str:
     found = detector.candidates(_frames(detector, photo, 2))
     shape = (2, found.boxes.shape[1], len(detector.class_names))
     if tuple(found.logits.shape) != shape:
-        return f"logits {tuple(found.logits.shape)}, expected {shape}"
+        raise Broken(f"logits {tuple(found.logits.shape)}, expected {shape}")
     if tuple(found.boxes.shape) not in ((*shape[:2], 4), (*shape, 4)):
-        return f"boxes {tuple(found.boxes.shape)}, expected {(*shape[:2], 4)} or {(*shape, 4)}"
+        raise Broken(f"boxes {tuple(found.boxes.shape)}, expected {(*shape[:2], 4)} or {(*shape, 4)}")
     if sorted(detector.class_names) != list(range(len(detector.class_names))):
-        return "class_names: expected a name for each index from 0"
-    return None
+        raise Broken("class_names: expected a name for each index from 0")
+    low, high = found.logits.min(), found.logits.max()
+    if low >= 0 and high <= 1:
+        raise Doubtful("all logits lie in 0..1, as confidences do: return them as before the sigmoid")
+    return f"{shape[1]} candidates, logits {low:.2g} to {high:.2g}"
 
 
-def _something(detector: Detector, photo: Photo, conf: float) -> str | None:
-    return (
-        None if len(detector.predict(photo, conf)) else f"nothing over {conf}: give another `photo` or a lower `conf`"
-    )
+def _something(detector: Detector, photo: Photo, conf: float) -> str:
+    found = detector.predict(photo, conf)
+    if not len(found):
+        raise Broken(f"nothing over {conf}: give another `photo` or a lower `conf`")
+    if (found.boxes[:, 2:] - found.boxes[:, :2]).max() < SMALL:
+        raise Doubtful(f"{len(found)} objects, not one of {SMALL} px: boxes are in pixels, not in shares of the frame")
+    best, box = found.records(detector.class_names)[0], ", ".join(f"{side:.0f}" for side in found.boxes[0].tolist())
+    return f"{len(found)} over {conf:g}, first {best['class']} {best['confidence']:.2f} at {box}"
 
 
-def _gradient(detector: Detector, photo: Photo, conf: float) -> str | None:
+def _gradient(detector: Detector, photo: Photo, conf: float) -> str:
     frames = _frames(detector, photo).requires_grad_()
-    (gradient,) = torch.autograd.grad(detector.candidates(frames).logits.amax(2).topk(5).values.sum(), frames)
+    logits = detector.candidates(frames).logits
+    if not logits.requires_grad:
+        raise Broken("the logits are cut off from the frames")
+    (gradient,) = torch.autograd.grad(logits.amax(2).topk(5).values.sum(), frames)
     if not gradient.isfinite().all():
-        return "it is not finite"
+        raise Broken("it is not finite")
     share = float((gradient != 0).float().mean())
-    return None if share > 0.01 else f"it is 0 for {100 - 100 * share:.3g} % of the values"
+    if share <= 0.01:
+        raise Broken(f"it is 0 for {100 - 100 * share:.3g} % of the values")
+    return ""
 
 
-def _same(a: Detections, b: Detections) -> str | None:
+def _same(a: Detections, b: Detections) -> None:
     if len(a) != len(b):
-        return f"{len(a)} and {len(b)} detections"
+        raise Broken(f"{len(a)} and {len(b)} detections")
     if not torch.equal(a.classes, b.classes):
-        return "other classes, or another order"
+        raise Broken("other classes, or another order")
     if not len(a):
-        return None
+        return
     apart, surer = (a.boxes - b.boxes).abs().max(), (a.scores - b.scores).abs().max()
     if apart > PIXELS or surer > CONFIDENCE:
-        return f"boxes up to {apart:.2g} px and confidences up to {surer:.2g} apart"
-    return None
+        raise Broken(f"boxes up to {apart:.2g} px and confidences up to {surer:.2g} apart")
 
 
-def _paths(detector: Detector, photo: Photo, conf: float) -> str | None:
-    return _same(detector.detect([photo], conf)[0], detector.predict(photo, conf))
+def _paths(detector: Detector, photo: Photo, conf: float) -> str:
+    found, asked = detector.detect([photo], conf)[0], []
+
+    def detect(*args: Any, **options: Any) -> list[Detections]:
+        asked.append(True)
+        return type(detector).detect(detector, *args, **options)
+
+    vars(detector)["detect"] = detect
+    try:
+        _same(found, detector.predict(photo, conf))
+    finally:
+        del vars(detector)["detect"]
+    return "predict is detect: compared with itself, which shows nothing" if asked else ""
 
 
-def _state(detector: Detector, photo: Photo, conf: float) -> str | None:
+def _state(detector: Detector, photo: Photo, conf: float) -> str:
     before = detector.state_hash()
     frames = _frames(detector, photo).requires_grad_(detector.differentiable)
     logits = detector.candidates(frames).logits
-    if detector.differentiable:
+    if logits.requires_grad:
         logits.sum().backward()
     detector.predict(photo, conf)
     if any(parameter.grad is not None for parameter in detector.model.parameters()):
-        return "parameters got gradients: freeze them with requires_grad_(False)"
-    return None if detector.state_hash() == before else "weights or buffers changed: is it in eval mode?"
+        raise Broken("parameters got gradients: freeze them with requires_grad_(False)")
+    if detector.state_hash() != before:
+        raise Broken("weights or buffers changed: is it in eval mode?")
+    return ""
 
 
-def _batch(detector: Detector, photo: Photo, conf: float) -> str | None:
+def _batch(detector: Detector, photo: Photo, conf: float) -> str:
     frames = _frames(detector, photo, 3)
     together, alone = detector.candidates(frames), detector.candidates(frames[2:])
     if together.logits.shape[1:] != alone.logits.shape[1:]:
-        return f"{alone.logits.shape[1]} candidates alone and {together.logits.shape[1]} with others"
+        raise Broken(f"{alone.logits.shape[1]} candidates alone and {together.logits.shape[1]} with others")
     apart = (together.logits[2:] - alone.logits).abs().max()
-    return None if apart < 0.05 else f"logits up to {apart:.2g} apart"
+    if not apart < 0.05:
+        raise Broken(f"logits up to {apart:.2g} apart")
+    return ""
 
 
-def _settings(detector: Detector, photo: Photo, conf: float) -> str | None:
+def _settings(detector: Detector, photo: Photo, conf: float) -> str:
     found = detector.predict(photo, conf)
     if len(found) and not (found.scores > conf).all():
-        return "predict gives what is under conf"
+        raise Broken("predict gives what is under conf")
     if not torch.equal(found.scores, found.scores.sort(descending=True).values):
-        return "predict does not give the best first"
+        raise Broken("predict does not give the best first")
     loose, tight = (detector.predict(photo, conf, iou) for iou in (0.95, 0.05))
     if len(loose) < len(tight):
-        return f"{len(loose)} detections with an IoU of .95 and {len(tight)} with .05"
-    return _same(detector.detect([photo], conf, 0.95)[0], loose)
+        raise Broken(f"{len(loose)} detections with an IoU of .95 and {len(tight)} with .05")
+    _same(detector.detect([photo], conf, 0.95)[0], loose)
+    return ""
 
 
-PROMISES: dict[str, tuple[Callable[[Detector, Photo, float], str | None], str]] = {
+PROMISES: dict[str, tuple[Callable[[Detector, Photo, float], str], str]] = {
     "candidates have the shapes that class_names say": (
         _shapes,
         "logits [B, N, C], boxes [B, N, 4], class_names from 0",

@@ -48,6 +48,21 @@ class Detached(UltralyticsDetector):
         return Candidates(found.logits + 0 * frames.mean(), found.boxes)
 
 
+class Cut(UltralyticsDetector):
+    @override
+    def candidates(self, frames):
+        return super().candidates(frames.detach())
+
+
+class Shares(Shy):
+    """Confidences for logits and shares of the frame for boxes, of which its own two paths say the same."""
+
+    @override
+    def candidates(self, frames):
+        found = UltralyticsDetector.candidates(self, frames)
+        return Candidates(found.logits.sigmoid(), found.boxes / 320)
+
+
 class Shifted(UltralyticsDetector):
     @override
     def predict(self, source, conf, iou=None):
@@ -87,6 +102,24 @@ def test_each_promise_is_missed_where_it_is_broken(bundled, small, kind, broken)
     detector = kind(bundled.model, "one", 320)
     wrong = {promise.name: promise.wrong for promise in check_contract(detector, small) if promise.wrong}
     assert (broken in wrong) if broken else not wrong
+
+
+def test_a_cut_gradient_breaks_one_promise_and_an_attack_says_so(bundled, small):
+    cut = Cut(bundled.model, "cut", 320)
+    assert [promise.name for promise in check_contract(cut, small) if promise.wrong] == [GRADIENT]
+    with pytest.raises(DetguardError, match="cut: .*check-detector"):
+        list(detguard.attack(cut, small))
+
+
+def test_what_is_kept_by_comparing_a_detector_with_itself_is_told(bundled, small):
+    kept = {promise.name: promise for promise in check_contract(Shares(bundled.model, "one", 320), small)}
+    assert "sigmoid" in kept[SHAPES].doubt
+    assert "2 px" in kept[SOMETHING].doubt
+    assert "itself" in kept[PATHS].seen
+    fine = {promise.name: promise for promise in check_contract(UltralyticsDetector(bundled.model, "one", 320), small)}
+    assert not any(promise.doubt for promise in fine.values())
+    assert "person" in fine[SOMETHING].seen
+    assert not fine[PATHS].seen
 
 
 class Blind(UltralyticsDetector):
