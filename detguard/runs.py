@@ -81,7 +81,8 @@ class Run:
         run.claim()
         _sweep(folder.iterdir())
         if (folder / "config.yaml").exists():
-            raise RunError(f"{folder}: already holds a run; choose another `out` or continue it with `resume` {folder}")
+            go_on = "" if command == "detect" else f", or go on with it: detguard {command} --resume {folder}"
+            raise RunError(f"{folder}: already holds a run; choose another `out`{go_on}")
         for name, data in (files or {}).items():
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.

@@ -14,6 +14,13 @@ def is_custom(name: str | Path) -> bool:
     return bool(colon) and factory.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
+def nearly_custom(name: str | Path) -> str | None:
+    """What to write instead of a name like `folder/file.py:factory`; None: it is nothing like it."""
+    file, colon, factory = str(name).rpartition(":")
+    wanted = f"{file.removesuffix('.py').strip('./').replace('/', '.')}:{factory}"
+    return wanted if colon and is_custom(wanted) and Path(file).suffix in ("", ".py") else None
+
+
 def load_custom(name: str, trust: bool, device: str = "cpu") -> Detector:
     """The detector that a function returns; its module is looked for in the working folder, too.
 
@@ -29,7 +36,9 @@ def load_custom(name: str, trust: bool, device: str = "cpu") -> Detector:
     try:
         made = getattr(importlib.import_module(module), factory)(device)
     except Exception as error:  # it is the user's own code that runs here
-        raise DetguardError(f"{name}: cannot be made ({type(error).__name__}: {first_line(error)})") from error
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        where = f"; looked in the working folder, {Path.cwd()}, and among what is installed" if missing else ""
+        raise DetguardError(f"{name}: cannot be made ({type(error).__name__}: {first_line(error)}){where}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(made, Detector):

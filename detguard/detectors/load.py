@@ -188,6 +188,7 @@ def find_weights(name: str | Path) -> Path:
 
 def _find(name: str | Path) -> "tuple[Path, Family | None]":
     """The file of a detector, and the family of which its name is an official one, or that alone reads such files."""
+    from detguard.detectors.custom import nearly_custom
     from detguard.detectors.families import FAMILIES
 
     file = Path(name)
@@ -203,6 +204,8 @@ def _find(name: str | Path) -> "tuple[Path, Family | None]":
     for family in FAMILIES:
         if (found := family.fetch(str(name))) is not None:
             return found, family
+    if wanted := nearly_custom(name):
+        raise DetguardError(f"{name}: no such file; a function of yours is named {wanted}, from the working folder")
     bundled_names = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
     raise DetguardError(f"{name}: no such file, bundled detector ({bundled_names}) or official name ({_known()})")
 

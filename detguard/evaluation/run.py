@@ -29,6 +29,8 @@ from detguard.runs import Run
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
 # Of a run, each model's AP under each protocol for each draw of the photos: what `compare` takes differences of.
 DRAWS = "draws.json"
+# Options that are of several values.
+SEVERAL = ("protocols", "severities", "eps", "attacks", "corruptions")
 # Of the corruptions only this severity's results are written: all of them would be gigabytes.
 WRITTEN_SEVERITY = 3
 
@@ -75,6 +77,9 @@ class Protocols:
     save_images: bool = False
 
     def __post_init__(self) -> None:
+        for name in SEVERAL:
+            if isinstance(given := getattr(self, name), str) or not isinstance(given, Sequence):
+                raise DetguardError(f"`{name}` {given!r}: expected a tuple or list, as {getattr(Protocols, name)[:2]}")
         for name in self.protocols:
             if name not in PROTOCOLS:
                 raise DetguardError(f"`protocols` '{name}': expected some of {', '.join(PROTOCOLS)}")
@@ -89,7 +94,7 @@ class Protocols:
                 raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
         chosen_kinds(self.corruptions)
         _ = self.own_corruption  # a wrong file leaves no run behind
-        for name in ("protocols", "severities", "eps", "attacks", "corruptions"):  # what is said twice is done once
+        for name in SEVERAL:  # what is said twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.protocols and self.severities and self.eps and self.attacks):
             raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")

@@ -59,6 +59,8 @@ def survival_table(records: Sequence[Record], title: str, conf: float) -> Table:
             together.append(rate([None if None in v else all(v) for v in values]))
         rows.append(["all members", *together])
     note = "Photos that fool the detector at each confidence; - where nothing was found."
+    if any(number for pairs in gone for _, number in pairs):
+        note += " Objects not kept: of the attacked objects found before, those that vanished or were relabelled."
     return Table(title, head, rows, note)
 
 
@@ -94,6 +96,7 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
         quality = f"{mean(r['psnr'] for r in attacked):.1f} dB, {mean(r['ssim'] for r in attacked):.3f}"
         seconds = [r["seconds"] for r in attacked]
         found = [d for r in attacked for d in r["members"][PHOTO]["detections"]]
+        most = max(r["used"] for r in attacked)
         before, wrong = sum(len(r["clean"]) for r in attacked), sum(d["wrong"] for d in found)
         if fates:
             rows.append(
@@ -105,18 +108,26 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
                 f"confidence {options.conf:g}, at most {options.steps} steps, seed {options.seed}, "
                 f"NMS of each box's best class, detguard {__version__}",
             ],
-            ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong"],
+            ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong (were not there before)"],
             [
                 f"queries (black box, at most {options.queries})" if options.black_box else "iterations",
                 f"median {median(spent):g}, mean {mean(spent):.1f}, most {max(spent)}",
             ],
             ["largest difference", f"{max(r['difference'] for r in attacked)} of 255 levels"],
-            ["budget used", f"at most {max(r['used'] for r in attacked):.4g} of {options.budget}"],
+            ["budget used", f"at most {most:.4g} of {options.budget}{_unspent(attacked, options)}"],
             *([["least budget", _least(attacked)]] if options.smallest else []),
             ["PSNR, SSIM", quality],
             ["time", f"{sum(seconds):.1f} s, {mean(seconds):.1f} s per photo"],
         ]
     return rows
+
+
+def _unspent(attacked: Sequence[Record], options: AttackOptions) -> str:
+    """Why photos that were not fooled did not get all of the budget, where it is too few and too short steps."""
+    unspent = any(r["status"] == "failed" and r["used"] < options.budget.eps for r in attacked)
+    if options.black_box or not unspent or options.steps * options.length >= options.budget.eps:
+        return ""
+    return f"; {options.steps} steps of {options.length:g} cannot use all of it: give more --steps, or a larger --step"
 
 
 def _least(attacked: Sequence[Record]) -> str:

@@ -165,6 +165,8 @@ class Drawn(Transform):
     @classmethod
     def between(cls, kind: type[Transform], low: str, high: str) -> "Drawn":
         """A kind between two parameters; raises ValueError with what was expected."""
+        if not (low and high):
+            raise ValueError("expected numbers on both sides of ..")
         ends = kind.parse(low), kind.parse(high)
         try:
             numbers = float(low), float(high)

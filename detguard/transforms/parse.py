@@ -1,5 +1,7 @@
 """From "median:3,jpeg:75" to transforms. A new kind is one file and one line here."""
 
+from collections.abc import Sequence
+
 from detguard import DetguardError
 from detguard.transforms.base import Drawn, Transform
 from detguard.transforms.blur import Defocus, Gaussian, Median, Motion
@@ -25,6 +27,22 @@ PRESETS = {
     "driving": "brightness:-0.3..0.3,motion:5,corrupt:fog-1,rotate:-3..3",
     "print": "rotate:-10..10,stretch:0.9..1.1,brightness:-0.2..0.2,noise:4,defocus:3",
 }
+
+
+def written(transforms: Sequence[Transform]) -> str:
+    """Transforms as the specs that `parse_transforms` reads.
+
+    Raises:
+        DetguardError: the class of one is not in `KINDS`, by which a run's transforms are read again.
+    """
+    for one in transforms:
+        made = type(one.low if isinstance(one, Drawn) else one)
+        if isinstance(one, Transform) and KINDS.get(made.kind) is not made:
+            raise DetguardError(
+                f"transform '{one}': its class is not in KINDS; put it there before: "
+                f"detguard.transforms.parse.KINDS['{made.kind}'] = {made.__name__}"
+            )
+    return ",".join(map(str, transforms)) or "none"
 
 
 def parse_transforms(specs: str) -> list[Transform]:

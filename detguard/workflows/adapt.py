@@ -24,6 +24,7 @@ from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, check
 from detguard.workflows.harden import Sources, Trained, listed, named
+from detguard.workflows.keywords import refuse_unknown
 
 # Photos seen by default: so many for each new one, and at most.
 VIEWS, MOST_VIEWS = 50, 5_000
@@ -271,8 +272,7 @@ def adapt(
         >>> made = detguard.adapt("hard.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
         >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP
     """
-    if unknown := sorted(set(plan) - (Adaptation.__dataclass_fields__.keys() - {"eps"})):
-        raise TypeError(f"adapt() got an unexpected keyword argument '{unknown[0]}'")
+    refuse_unknown("adapt", plan, Adaptation.__dataclass_fields__.keys() - {"eps"})
     if resume is not None:
         if detector or new or replay or corruptions or class_map or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")

@@ -28,9 +28,25 @@ from detguard.photos import Photo, decode_photo, encode_png, read_photo
 from detguard.runs import Record, Run, photo_keys
 from detguard.schema import CONFIGS, check
 from detguard.transforms.base import Transform
-from detguard.transforms.parse import parse_transforms
+from detguard.transforms.parse import parse_transforms, written
+from detguard.workflows.keywords import refuse_unknown
 
 OBJECTIVE = Vanish()
+# What stands for options of `detguard attack`.
+ELSEWHERE = {
+    "eps": "`budget=Linf(8)`",
+    "norm": "`budget=L2(3)`",
+    "mask": '`budget=Masked.of(Linf(8), "inside")`',
+    "goal": "`objective`, one of Vanish, Mislabel, Untargeted, Fabricate, Flood",
+    "target": '`objective=Vanish("person")`',
+    "to": '`objective=Mislabel({"person": "car"})`',
+    "strict": "`objective=Vanish(strict=True)`",
+    "keep_others": "`objective=Vanish(keep_others=True)`",
+    "loss": '`objective=Vanish(measure="confidence")`',
+    "count": '`objective=Fabricate("person", count=2)`',
+    "data": "`photos`, without labels",
+    "resume": "on the command line alone: detguard attack --resume RUN",
+}
 # What a photo may be given as.
 Source = str | Path | Photo | Image.Image | torch.Tensor
 
@@ -126,7 +142,7 @@ def attack_config(
     Raises:
         DetguardError: a class, a goal or a transform is not known, or options do not go together.
     """
-    specs = transforms if isinstance(transforms, str) else ",".join(map(str, transforms)) or "none"
+    specs = transforms if isinstance(transforms, str) else written(transforms)
     config = {
         "detector": detector_config(detectors[0], detectors[0].source),
         "also": [detector_config(other, other.source) for other in detectors[1:]],
@@ -168,15 +184,15 @@ def attack(
             `Fabricate("person", count=2)` or `Flood()`, each with `only=Selection(...)` or `keep_others=True`.
         transforms: the group beside the photo, as of the command line; "none" for none.
         budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
-        out: folder of a run as `detguard attack` writes it; by default a temporary one.
+        out: folder of a run as `detguard attack` writes it, but for its page, report.html; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
-        **options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `gradient`,
-            `momentum`, `random_start`, `margin`, `smallest`, `black_box`, `queries`, `seed` and `batch`.
+        **options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `schedule`,
+            `gradient`, `momentum`, `random_start`, `margin`, `smallest`, `black_box`, `queries`, `seed` and `batch`.
 
     Raises:
         DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no
             gradient and `black_box` is not asked for.
-        TypeError: `options` holds no such field.
+        TypeError: `options` are no such fields; says where else an option of the command line is.
 
     Examples:
         >>> import detguard
@@ -186,8 +202,7 @@ def attack(
         ...     print(result.key, result.success, result.photo.shape)  # doctest: +SKIP
     """
     detectors = [detector] if isinstance(detector, Detector) else list(detector)
-    if unknown := sorted(set(options) - (AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"})):
-        raise TypeError(f"attack() got an unexpected keyword argument '{unknown[0]}'")
+    refuse_unknown("attack", options, AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"}, ELSEWHERE)
     search = AttackOptions(budget=budget, **options)
     config = attack_config(detectors, search, objective=objective, transforms=transforms)
     given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]

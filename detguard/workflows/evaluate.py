@@ -17,9 +17,12 @@ from detguard.evaluation.run import Protocols
 from detguard.evaluation.run import evaluate as run_protocols
 from detguard.evaluation.views import Subject
 from detguard.runs import Run
+from detguard.workflows.keywords import refuse_unknown
 
 # White-box steps and starts: of detectors, and where one of them is a defence.
 STEPS, RESTARTS = (20, 40), (1, 2)
+# What stands for an option of `detguard evaluate`.
+ELSEWHERE = {"fail_under": "on the command line alone; compare the figures that are returned"}
 
 
 def plan(options: dict[str, Any], detectors: int) -> Protocols:
@@ -94,8 +97,9 @@ def evaluate(
         class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         steps: of each white-box attack; by default 20, where a detector is a defence 40.
         restarts: starts of each white-box attack; by default 1, where a detector is a defence 2.
-        out: folder for metrics.json, per_class.csv and what was found; by default none is kept.
-        cache: SQLite file of what was found before, which is not done again.
+        out: folder for metrics.json, per_class.csv and what was found; by default none is kept (but for `cache`).
+        cache: SQLite file of what was found before, which is not done again; by default runs/evaluate/cache.sqlite in
+            the working folder.
         on_progress: told what is being shown and how many forward passes are done.
         **protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
             `seed`, `patch`, `patch_target`, `patch_size`, `universal`, `corruptions`, `corruption_file`,
@@ -103,6 +107,7 @@ def evaluate(
 
     Raises:
         DetguardError: the data cannot be read, or an option is wrong.
+        TypeError: `protocols` are no such fields.
 
     Examples:
         >>> import detguard
@@ -110,6 +115,9 @@ def evaluate(
         >>> metrics = detguard.evaluate(detector, "coco128", protocols=("clean", "attack"))  # doctest: +SKIP
         >>> metrics["detguard-n"]["attack"]["AP50"]  # doctest: +SKIP
     """
+    refuse_unknown("evaluate", protocols, Protocols.__dataclass_fields__.keys(), ELSEWHERE)
+    if isinstance(classes, str):
+        raise DetguardError(f'`classes` {classes}: expected a sequence of names, as ("{classes}",)')
     detectors = [detector] if isinstance(detector, Detector) else list(detector)
     wanted = plan(protocols | strength(detectors, steps, restarts), len(detectors))
     source = {

@@ -25,6 +25,7 @@ from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, check
+from detguard.workflows.keywords import refuse_unknown
 
 # Frames that a pass is measured on, at most.
 MEASURED = 4
@@ -274,8 +275,7 @@ def harden(
         >>> made = detguard.harden("detguard-n", "photos/", recipe="pgd", hours=2)  # doctest: +SKIP
         >>> hardened = detguard.load_detector(made.weights)  # doctest: +SKIP
     """
-    if unknown := sorted(set(plan) - (Plan.__dataclass_fields__.keys() - {"pretrain"})):
-        raise TypeError(f"harden() got an unexpected keyword argument '{unknown[0]}'")
+    refuse_unknown("harden", plan, Plan.__dataclass_fields__.keys() - {"pretrain"})
     if log is not None:
         check_tracker(log)
     if resume is not None:

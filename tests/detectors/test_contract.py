@@ -107,7 +107,7 @@ def test_each_promise_is_missed_where_it_is_broken(bundled, small, kind, broken)
 def test_a_cut_gradient_breaks_one_promise_and_an_attack_says_so(bundled, small):
     cut = Cut(bundled.model, "cut", 320)
     assert [promise.name for promise in check_contract(cut, small) if promise.wrong] == [GRADIENT]
-    with pytest.raises(DetguardError, match="cut: .*check-detector"):
+    with pytest.raises(DetguardError, match=r"cut: .*check-detector"):
         list(detguard.attack(cut, small))
 
 
@@ -175,7 +175,16 @@ def test_a_module_is_not_imported_without_trust_not_even_by_a_run(example):
     assert load_configured(config, trust=True).class_names == detector.class_names
 
 
-@pytest.mark.parametrize("name", ["nowhere:make", "adapter:nothing", "adapter:torch", "adapter:Path"])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("nowhere:make", f"looked in .*{EXAMPLES.name}"), ("examples/adapter.py:make", "is named examples.adapter:make")],
+)
+def test_where_a_module_is_looked_for_is_told(example, name, told):
+    with pytest.raises(DetguardError, match=told):
+        load_detector(name, trust=True)
+
+
+@pytest.mark.parametrize("name", ["adapter:nothing", "adapter:torch", "adapter:Path"])
 def test_what_makes_no_detector_is_refused(example, name):
     with pytest.raises(DetguardError, match=name):
         load_detector(name, trust=True)

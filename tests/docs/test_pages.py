@@ -14,11 +14,12 @@ import torch
 import typer
 
 import detguard
+from detguard import DetguardError
 from detguard.cli.app import app
 from detguard.detections import Candidates, Detections
 from detguard.detectors.contract import check_contract
 from detguard.objectives.base import Scene
-from detguard.transforms.parse import KINDS, parse_transforms
+from detguard.transforms.parse import KINDS, parse_transforms, written
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
@@ -86,7 +87,10 @@ def test_the_detector_of_the_how_to_keeps_all_promises(own, bus):
 
 @pytest.mark.parametrize("own", [("adding_a_transform.md", "solarize.py")], indirect=True)
 def test_the_transform_of_the_how_to_is_one(own, bus, monkeypatch):
+    with pytest.raises(DetguardError, match=r"solarize:64.*KINDS"):
+        written([own["Solarize"](64)])
     monkeypatch.setitem(KINDS, "solarize", own["Solarize"])
+    assert written([own["Solarize"](64), *parse_transforms("solarize:2..8")]) == "solarize:64,solarize:2..8"
     (solarize,) = parse_transforms("solarize:128")
     assert str(solarize) == "solarize:128"
     assert solarize(bus).max() == 127

@@ -205,8 +205,9 @@ def test_verify_does_not_follow_names_out_of_the_run(attacked, tmp_path):
 
 
 def test_an_attack_that_runs_out_of_steps_exits_with_1(tmp_path):
-    result = detguard("attack", BUS, "--steps", 1, "--eps", 1, "--out", "run", cwd=tmp_path)
+    result = detguard("attack", BUS, "--steps", 1, "--eps", 2, "--out", "run", cwd=tmp_path)
     assert result.returncode == 1
+    assert "at most 1 of 2 levels of 255; 1 steps of 1 cannot" in " ".join(result.stdout.split())
     assert "0 of 1 fooled" in result.stdout
     assert records(tmp_path / "run")[0]["status"] == "failed"
 

@@ -66,7 +66,7 @@ def test_a_run_that_is_there_is_left_as_it_is(bundled, small, tmp_path):
     options = {"transforms": "none", "steps": 1, "out": tmp_path / "run"}
     list(detguard.attack(bundled, small, **options))
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    with pytest.raises(DetguardError, match="already holds a run"):
+    with pytest.raises(DetguardError, match=r"already holds a run.*detguard attack --resume"):
         list(detguard.attack(bundled, 255 - small, **options))
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
@@ -115,8 +115,10 @@ def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_p
     ):
         with pytest.raises(DetguardError):
             detguard.attack(bundled, small, out=tmp_path / "run", **options)
-    with pytest.raises(TypeError, match=r"attack\(\) got .*'epsilon'"):
-        detguard.attack(bundled, small, epsilon=4)
+    unknown = {"epsilon": "'epsilon'$", "eps": "Linf", "imgsz": "load_detector", "margins": "did you mean `margin`"}
+    for option, told in unknown.items():
+        with pytest.raises(TypeError, match=rf"attack\(\) got .*{told}"):
+            detguard.attack(bundled, small, **{option: 4})
     for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7]):
         with pytest.raises(DetguardError, match="photo"):
             detguard.attack(bundled, nothing, out=tmp_path / "run")
@@ -218,6 +220,14 @@ def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
         (lambda: detguard.harden("detguard-n", "photos", corruptions=["rain"]), DetguardError, "`corruptions` rain"),
         (lambda: detguard.harden("detguard-n", "photos", photo=1), TypeError, "'photo'"),
         (lambda: detguard.harden("detguard-n", resume="runs/harden/1"), DetguardError, "`resume`"),
+        (lambda: detguard.evaluate([], "coco", step=1), TypeError, r"evaluate\(\) .*`steps`"),
+        (
+            lambda: detguard.evaluate([], "coco", protocols="clean,attack"),
+            DetguardError,
+            "`protocols` 'clean,attack'",
+        ),
+        (lambda: detguard.evaluate([], "coco", eps=4), DetguardError, "`eps` 4: expected a tuple"),
+        (lambda: detguard.evaluate([], "coco", classes="person"), DetguardError, "`classes` person"),
         (lambda: detguard.adapt("detguard-n"), DetguardError, "`new`"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl"), DetguardError, "gated ensemble"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps'"),
