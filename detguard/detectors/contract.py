@@ -17,7 +17,7 @@ from detguard.photos import Photo, frames_tensor
 PIXELS, CONFIDENCE = 0.5, 1e-3
 # What is over this confidence is compared: by default little, for a network with random weights finds little.
 CONF = 0.05
-# Sides of boxes, px, of which not one is larger: they are shares of the frame, most likely.
+# Pixels of the frame; where no box has a side as long, they are shares of the frame, most likely.
 SMALL = 2
 
 
@@ -101,10 +101,13 @@ def _something(detector: Detector, photo: Photo, conf: float) -> str:
     found = detector.predict(photo, conf)
     if not len(found):
         raise Broken(f"nothing over {conf}: give another `photo` or a lower `conf`")
-    if (found.boxes[:, 2:] - found.boxes[:, :2]).max() < SMALL:
-        raise Doubtful(f"{len(found)} objects, not one of {SMALL} px: boxes are in pixels, not in shares of the frame")
+    boxes = detector.letterbox((photo.shape[0], photo.shape[1])).boxes_to_frame(found.boxes)
+    if (boxes[:, 2:] - boxes[:, :2]).max() < SMALL:
+        raise Doubtful(
+            f"{len(found)} objects, all under {SMALL} px of the frame: boxes are in pixels, not in shares of it"
+        )
     best, box = found.records(detector.class_names)[0], ", ".join(f"{side:.0f}" for side in found.boxes[0].tolist())
-    return f"{len(found)} over {conf:g}, first {best['class']} {best['confidence']:.2f} at {box}"
+    return f"{len(found)} objects over {conf:g}, first {best['class']} {best['confidence']:.2f} at {box}"
 
 
 def _gradient(detector: Detector, photo: Photo, conf: float) -> str:
