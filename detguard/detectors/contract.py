@@ -103,9 +103,7 @@ def _something(detector: Detector, photo: Photo, conf: float) -> str:
         raise Broken(f"nothing over {conf}: give another `photo` or a lower `conf`")
     boxes = detector.letterbox((photo.shape[0], photo.shape[1])).boxes_to_frame(found.boxes)
     if (boxes[:, 2:] - boxes[:, :2]).max() < SMALL:
-        raise Doubtful(
-            f"{len(found)} objects, all under {SMALL} px of the frame: boxes are in pixels, not in shares of it"
-        )
+        raise Doubtful(f"{len(found)} objects, all under {SMALL} px of the frame: are boxes shares of it, not pixels?")
     best, box = found.records(detector.class_names)[0], ", ".join(f"{side:.0f}" for side in found.boxes[0].tolist())
     return f"{len(found)} objects over {conf:g}, first {best['class']} {best['confidence']:.2f} at {box}"
 
@@ -194,7 +192,10 @@ PROMISES: dict[str, tuple[Callable[[Detector, Photo, float], str], str]] = {
         _shapes,
         "logits [B, N, C], boxes [B, N, 4], class_names from 0",
     ),
-    "something is found in the photo": (_something, "the class names, the size of frames, or the photo"),
+    "something is found in the photo": (
+        _something,
+        "the class names, the size of frames, the scale of boxes, or the photo",
+    ),
     "the gradient reaches the photo": (_gradient, "no torch.no_grad, detach, numpy or rounding before the logits"),
     "the tensor path finds what predict finds": (_paths, "letterbox, normalization, the scale of boxes, NMS"),
     "attacking changes no state": (_state, "eval mode, frozen parameters, no buffers that count"),

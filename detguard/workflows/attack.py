@@ -201,8 +201,8 @@ def attack(
         >>> for result in detguard.attack(detector, "bus.jpg", objective=person, budget=detguard.Linf(8)):
         ...     print(result.key, result.success, result.photo.shape)  # doctest: +SKIP
     """
-    detectors = [detector] if isinstance(detector, Detector) else list(detector)
     refuse_unknown("attack", options, AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"}, ELSEWHERE)
+    detectors = [detector] if isinstance(detector, Detector) else list(detector)
     search = AttackOptions(budget=budget, **options)
     config = attack_config(detectors, search, objective=objective, transforms=transforms)
     given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]
