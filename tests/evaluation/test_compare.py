@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from detguard.reports.evaluation import differences
+from detguard.reports.comparison import differences
 
 FIRST = {
     "setting": {"photos": 40, "photos_sha256": "a", "imgsz": 320, "nms": 0.7, "seed": 0, "version": "1"},
