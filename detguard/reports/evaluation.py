@@ -71,7 +71,7 @@ def _checks(found: dict[str, Any]) -> str:
     """Which checks failed, and what they were made on: of few photos and steps "passed" says little."""
     failed = _failed(found)
     on = found.get("checked")
-    made = f" ({on['photos']} photos, {on['steps']} steps, {on['queries']} queries)" if on else ""
+    made = f" (photos: {on['photos']}, steps: {on['steps']}, queries: {on['queries']})" if on else ""
     return (f"failed: {', '.join(failed)}" if failed else "passed") + made
 
 
