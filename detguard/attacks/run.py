@@ -18,6 +18,7 @@ from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group
 from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
+from detguard.files import is_file
 from detguard.objectives.base import Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
 from detguard.photos import Photo, encode_png, frames_tensor, photo_seed, read_photo
@@ -304,7 +305,8 @@ def verify_run(
 
     Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), used (of the
     budget); or key, error; or key, skipped: another detector than the one attacked, which finds no target in the clean
-    photo. What is random in a transform is drawn by the photo's key, not as the attack drew it.
+    photo. What is random in a transform is drawn by the photo's key, not as the attack drew it; of one that is a member
+    of the group, too, as "rotate:-8..8, drawn anew" beside the saved copy.
     """
     conf = float(run.config["attack"]["conf"])
     lowest = lowest_threshold(conf)
@@ -317,6 +319,11 @@ def verify_run(
             paths = {name: run.path(path) for name, path in record["files"].items()}
             # Reading says clearly what is wrong with a damaged file, which the predict path does not.
             saved = {name: read_photo(path) for name, path in paths.items()}[PHOTO]
+            if not is_file(record["photo"]):
+                raise RunError(
+                    f"{record['photo']}: the photo as it was before the attack is not there; put it back, or where "
+                    "that is a relative path, work in the folder where the attack was started"
+                )
             original = read_photo(record["photo"])
             clean = detector.predict(original, lowest)
             if objective.needs_target and not objective.attacked(clean.above(conf)).any():
@@ -324,7 +331,10 @@ def verify_run(
                 continue
             found = find_in(detector, paths, conf)
             rng = np.random.default_rng(photo_seed(record["key"], VERIFY_SEED))
-            further = {str(t): t.draw(rng) for t in transforms if str(t) not in found}
+            again = [t for t in transforms if str(t) in found]
+            further = {str(t): t.draw(rng) for t in transforms if t not in again}
+            # Of a random member there is the copy that the attack drew last; another draw is another copy.
+            further |= {f"{t}, drawn anew": drawn for t in again if (drawn := t.draw(rng)) is not t}
             found |= {name: detector.predict(t(saved), lowest) for name, t in further.items()}
             shown_as = drawn_transforms(record) | further
             attacked = torch.tensor([o["box"] for o in record["objects"]]).view(-1, 4)

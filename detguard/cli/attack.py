@@ -477,7 +477,13 @@ def detect(
 )
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of an attack run.", metavar="RUN")],
-    transforms: Annotated[str, typer.Option(help="Further transforms of the adversarial photo.")] = "none",
+    transforms: Annotated[
+        str,
+        typer.Option(
+            help="Further transforms of the adversarial photo, which the exit code does not depend on; a range that "
+            "is in the group is drawn anew."
+        ),
+    ] = "none",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per photo, with what is found on each member.")
     ] = False,
@@ -489,7 +495,8 @@ def verify(
 ) -> None:
     """Read the saved files of an attack again, run the detector on each, and print survival per transform.
 
-    With --model another detector judges, on the photos in which it finds the target before the attack.
+    Compares with the original photos, where they were. With --model another detector judges, on the photos in which it
+    finds the target before the attack.
 
     Exit code: 0 every file of the group still fools the detector within its budget, 1 not, 2 unreadable files,
     3 nothing to judge: no photo was attacked, or the detector finds no target in any.

@@ -102,7 +102,8 @@ def monitor(
     """Watch accuracy over a stream of labelled photos, and tell when it drops: photos of a new kind have come.
 
     Writes the photos of every drop to dropped.jsonl, which detguard adapt takes, and a page with the timeline.
-    With --on-drift adapt, photos must stay where they are, and events.jsonl tells what was deployed when, and why.
+    With --on-drift adapt the run keeps copies of the photos that it may learn from, so that the camera may delete them,
+    and events.jsonl tells what was deployed when, and why.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
     """
     from detguard.classes import parse_map
@@ -184,6 +185,7 @@ def watch(
     from detguard.workflows.living import Living
     from detguard.workflows.monitor import DROPPED, LIVE, open_stream, write_dropped
 
+    out.quiet = out.quiet or as_json
     source, options = run.config["stream"], run.config["monitor"]
     live = source["source"] == LIVE
     if photos is None and not live:

@@ -171,9 +171,10 @@ def _labelled(one: bytes | Mapping[str, Any], index: dict[str, int], where: str)
     try:
         return _read(_parsed(one) if isinstance(one, bytes) else one, index)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
+        why = f"no {error!s:.50}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error!s:.150}"
         return DataError(
             f'{where}: expected {{"photo": "a.jpg", "objects": [{{"class": "person", '
-            f'"box": [x1, y1, x2, y2]}}]}} ({type(error).__name__}: {error!s:.100})'
+            f'"box": [x1, y1, x2, y2]}}]}}, or an "id" by which the objects come later ({why})'
         )
 
 
@@ -217,5 +218,5 @@ def _objects(record: Any, index: dict[str, int]) -> tuple[Detections, tuple[int,
 def _box(values: Sequence[float]) -> list[float]:
     x1, y1, x2, y2 = map(float, values)
     if not (-MOST_PIXELS <= x1 <= x2 <= MOST_PIXELS and -MOST_PIXELS <= y1 <= y2 <= MOST_PIXELS):
-        raise ValueError(f"box {values!s:.50}")
+        raise ValueError(f"box {values!s:.50}: x1 <= x2 and y1 <= y2, within {MOST_PIXELS:g} pixels, are expected")
     return [x1, y1, x2, y2]

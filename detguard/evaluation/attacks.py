@@ -32,6 +32,14 @@ VANISH_BELOW = 0.02
 GATE_TERMS = (1, 10, 100)
 
 
+def attack_name(run: str) -> str:
+    """What a part of an attack is called where it is shown: of `class-0` "class, start 1"."""
+    if run == WORST:
+        return WORST_PER_PHOTO
+    attack, restart = run.rsplit("-", 1)
+    return f"{attack}, start {int(restart) + 1}"
+
+
 def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
     """The attacks `names`, and for a gated ensemble those that know of its gate; SQUARE where there is no gradient.
 

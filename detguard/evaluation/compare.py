@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 # Protocols whose AP is compared, with what must be the same.
 SAME: dict[str, tuple[str, ...]] = {
     "clean": (),
-    "corruptions": ("severities",),
+    "corruptions": ("kinds", "severities"),
     "corruption_file": ("file",),
     "attack": ("eps", "steps", "restarts", "queries"),
     "transfer": ("eps", "from"),
@@ -51,7 +51,7 @@ def _setting(row: Row, protocol: str, name: str) -> Any:
     found = row[protocol]
     if name == "severities":
         return ",".join(next(iter(found["kinds"].values()))["severities"])
-    return ",".join(found["from"]) if name == "from" else found.get(name, "-")
+    return "+".join(found[name]) if name in ("from", "kinds") else found.get(name, "-")
 
 
 def also_unlike(first: Row, other: Row) -> list[str]:

@@ -330,16 +330,17 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
             parts, of_parts = {}, []
             for part in attack.scored:
                 worst = part == WORST
-                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, sizes=worst, write=worst)
+                sizes = worst or attack.eps == wanted.eps[-1]  # of which any may be the one that leads
+                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, sizes=sizes, write=worst)
                 parts[part] = metrics.stats
                 of_parts.append(metrics.drawn)
                 if worst:
                     curves[f"attack eps {attack.eps}, {WORST_PER_PHOTO}"] = metrics.precision
             budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
             budgets[str(attack.eps)]["AP_error"] = whole("attack", of_parts, np.min)  # the last budget leads
-            budgets[str(attack.eps)]["attacks"] = parts
+            budgets[str(attack.eps)] |= {"by": least_of(parts), "attacks": parts}
         leading = budgets[str(wanted.eps[-1])]
-        found["attack"] = {stat: leading[stat] for stat in ("AP", "AP50", "AP_error")} | {"eps": wanted.eps[-1]}
+        found["attack"] = {stat: leading[stat] for stat in ("AP", "AP50", "AP_error", "by")} | {"eps": wanted.eps[-1]}
         if detector.differentiable:
             found["attack"] |= {"steps": wanted.steps, "restarts": wanted.restarts}
         else:
@@ -379,6 +380,8 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         found["universal"] = {"eps": round(eps * 255), "file": wanted.universal, "shown": shown}
     if "checks" in wanted.protocols and checkable([subject]):
         found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
+        found["checked"] = {"photos": len(first_photos(subject).dataset.files)}
+        found["checked"] |= {"steps": wanted.steps, "queries": wanted.queries}
     if gate:
         found["gate"] = {"experts": list(detector.experts), "shares": gate}
     evaluation.metrics[subject.name] = found
@@ -400,6 +403,11 @@ def mean(values: Any) -> float | None:
     """Mean of those that are not None."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
+
+
+def least_of(parts: dict[str, dict[str, float | None]]) -> str:
+    """The part of an attack whose AP is the least."""
+    return min(parts, key=lambda part: math.inf if (ap := parts[part]["AP"]) is None else ap)
 
 
 def lowest(values: Any) -> float | None:

@@ -158,10 +158,12 @@ def render_page(
     plots: dict[str, str],
     items: Iterable[Item] = (),
     left_out: int = 0,
+    gallery: str = "",
 ) -> bytes:
     """The page as UTF-8 bytes.
 
-    verdict: what came out, in one sentence; plots: title -> SVG; left_out: photos not shown.
+    verdict: what came out, in one sentence; plots: title -> SVG; left_out: photos not shown; gallery: what a reader
+    must know of the photos.
     """
     items = list(items)
     environment = Environment(
@@ -181,6 +183,7 @@ def render_page(
             outcomes=Counter(item.outcome for item in items),
             kinds=[kind for kind in ("found", "missed", "false") if kind in kinds],
             left_out=left_out,
+            gallery=gallery,
             version=__version__,
         )
         .encode(errors="backslashreplace")  # of file names that are not UTF-8

@@ -156,6 +156,20 @@ def test_a_record_whose_member_is_called_by_no_transform_is_an_error_of_that_pho
     assert name in verified["error"]
 
 
+def test_a_range_of_the_group_is_drawn_anew_and_a_photo_that_is_gone_is_told(attacked, bundled, tmp_path):
+    run, record = attacked
+    copy, name = Run(tmp_path, run.config), "rotate:-8..8"
+    for file in record["files"].values():
+        copy.write(file, run.path(file).read_bytes())
+    files = {"photo": record["files"]["photo"], name: record["files"]["median:3"]}
+    copy.append(record | {"files": files, "draws": {name: "rotate:1"}})
+    copy.append(record | {"photo": "bus.png", "key": "gone"})
+    transforms = parse_transforms(f"{name},median:3")
+    judged, gone = verify_run(copy, bundled, PERSONS, transforms, OPTIONS.budget)
+    assert list(judged["members"]) == ["photo", name, "median:3", f"{name}, drawn anew"]
+    assert "work in the folder where the attack was started" in gone["error"]
+
+
 def test_of_a_flood_the_candidates_before_nms_are_told(bundled, bus, tmp_path):
     small = cv2.resize(bus, (96, 128), interpolation=cv2.INTER_AREA)
     (tmp_path / "bus.png").write_bytes(encode_png(small))

@@ -89,6 +89,13 @@ def test_an_odd_line_is_an_error_that_names_it_and_the_others_go_on(line):
     assert len(str(wrong)) < 400
 
 
+def test_an_error_says_which_rule_a_line_breaks():
+    bare, turned = b'{"photo": "a.jpg"}', PLAIN.replace(b"[]", b'[{"class": "bus", "box": [60, 118, 50, 253]}]')
+    told = [str(error) for error in from_lines([bare, turned], NAMES)]
+    assert "an \"id\" by which the objects come later (no 'objects')" in told[0]
+    assert "box [60, 118, 50, 253]: x1 <= x2" in told[1]
+
+
 def test_a_line_without_an_end_is_not_read_whole():
     stream = io.BytesIO(PLAIN + bytes(100 << 20) + b"\n" + PLAIN)
     first, wrong, last = lines_of(stream)

@@ -50,7 +50,7 @@ def test_metrics_hold_every_protocol_of_every_model(done):
     assert list(metrics) == ["detguard-n", "detguard-n#2"]
     for found in metrics.values():
         protocols = ["clean", "corruptions", "attack", "transfer", "blackbox", "corruption_file", "checks"]
-        assert list(found) == ["setting", *protocols]
+        assert list(found) == ["setting", *protocols, "checked"]
         assert found["setting"]["imgsz"] == 320
         assert len(found["clean"]) == 12 + 3
         assert found["clean"]["AP_error"] is None  # of four photos
@@ -61,6 +61,8 @@ def test_metrics_hold_every_protocol_of_every_model(done):
         parts = found["attack"]["budgets"]["8"]["attacks"]
         assert list(parts) == ["worst", "all-0", "vanish-0"]
         assert found["attack"]["AP"] == min(p["AP"] for p in parts.values()) < found["clean"]["AP"]
+        assert found["attack"]["AP"] == parts[found["attack"]["by"]]["AP"]
+        assert "APs" in parts[found["attack"]["by"]]
         assert all({"passed", "value", "meaning", "remedy"} <= check.keys() for check in found["checks"].values())
     same = [{k: v for k, v in found.items() if k != "transfer"} for found in metrics.values()]
     assert same[0] == same[1]

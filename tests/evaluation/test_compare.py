@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from detguard.reports.evaluation import differences
+from detguard.evaluation.compare import unlike
+from detguard.reports.comparison import differences, in_words
 
 FIRST = {
     "setting": {"photos": 40, "photos_sha256": "a", "imgsz": 320, "nms": 0.7, "seed": 0, "version": "1"},
@@ -16,7 +17,7 @@ NOISE = np.random.default_rng(0).normal(0, 0.02, 100)
 
 
 def compared(better: float, apart: float, **setting):
-    """Cells and warnings of a model that is better by so much, and whose draws differ by so much."""
+    """Differences in words, and warnings, of a model that is better by so much, and whose draws differ by so much."""
     other = copy.deepcopy(FIRST)
     other["clean"]["AP"] += better
     other["setting"] |= {key: value for key, value in setting.items() if key in other["setting"]}
@@ -25,33 +26,37 @@ def compared(better: float, apart: float, **setting):
         "first": {"clean": (0.4 + NOISE).tolist(), "attack": [0.1] * 100},
         "other": {"clean": (0.4 + better + NOISE + apart * NOISE[::-1]).tolist(), "attack": [0.1] * 100},
     }
-    table, warnings = differences({"first": FIRST, "other": other}, draws)
-    return table and table.rows[0][1:], warnings
+    changes, warnings = differences({"first": FIRST, "other": other}, draws)
+    return {figure: in_words(found) for figure, found in changes.get("other", {}).items()}, warnings
 
 
 def test_a_difference_is_noise_where_its_interval_holds_none():
-    assert compared(0.03, apart=1)[0][0].endswith("noise")
+    assert compared(0.03, apart=1)[0]["clean AP"].endswith("noise")
     # As far apart, but on the same photos alike.
-    assert not compared(0.03, apart=0.1)[0][0].endswith("noise")
-    assert compared(-0.03, apart=0.1)[0][0].startswith("-.030 ±.00")
+    assert not compared(0.03, apart=0.1)[0]["clean AP"].endswith("noise")
+    assert compared(-0.03, apart=0.1)[0]["clean AP"].startswith("-.030 ±.00")
 
 
 def test_other_photos_are_not_compared():
-    table, (warning,) = compared(0.1, apart=0, photos_sha256="b", photos=20)
-    assert table is None
+    figures, (warning,) = compared(0.1, apart=0, photos_sha256="b", photos=20)
+    assert not figures
     assert "20 and 40 photos" in warning
 
 
 @pytest.mark.parametrize("setting", [{"eps": 8}, {"steps": 40}, {"restarts": 2}])
 def test_an_attack_of_another_budget_is_not_compared(setting):
-    cells, (warning,) = compared(0.1, apart=0, **setting)
-    assert cells[1] == "-"
-    assert cells[0] != "-"
+    figures, (warning,) = compared(0.1, apart=0, **setting)
+    assert list(figures) == ["clean AP"]
     ((name, value),) = setting.items()
     assert f"attacked AP not compared with first: {name} {FIRST['attack'][name]}, {value}" in warning
 
 
 def test_what_may_differ_is_told():
-    cells, (warning,) = compared(0.1, apart=0, imgsz=640)
-    assert "-" not in cells
+    figures, (warning,) = compared(0.1, apart=0, imgsz=640)
+    assert len(figures) == 2
     assert "imgsz 320, 640" in warning
+
+
+def test_means_over_other_corruptions_are_not_compared():
+    fog, snow = ({"corruptions": {"kinds": {kind: {"severities": {"3": {}}}}}} for kind in ("fog", "snow"))
+    assert unlike(fog, snow, "corruptions") == ["kinds fog, snow"]

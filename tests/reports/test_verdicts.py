@@ -49,6 +49,23 @@ def test_an_evaluation_tells_ap_and_checks_that_failed():
     )
 
 
+def test_of_a_part_of_the_corruptions_and_of_few_queries_the_verdict_says_so():
+    kinds = {"fog": {"AP": 0.7, "severities": {"3": {"AP": 0.7}}}}
+    found = {"corruptions": {"mPC": 0.7, "kinds": kinds}, "blackbox": {"AP": 0.6, "eps": 4, "queries": 50}}
+    told = evaluation.verdict({"a": found})
+    assert told == "a: AP .700 corrupted (fog at severity 3), .600 by 50 black-box queries at 4/255"
+    kinds |= {kind: {"severities": dict.fromkeys("12345")} for kind in evaluation.KINDS}
+    assert evaluation.verdict({"a": found}).startswith("a: AP .700 corrupted, ")
+
+
+def test_the_attack_of_the_headline_is_the_one_that_is_shown_by_size():
+    attacks = {"worst": {"AP": 0.481, "APs": 0.3}, "class-1": {"AP": 0.038, "APs": 0.01}}
+    found = {"clean": {"AP": 0.6}, "attack": {"eps": 2, "by": "class-1", "budgets": {"2": {"attacks": attacks}}}}
+    table = evaluation.numbers_table({"a": found})
+    assert table.head == ["", "clean", "eps 2, class, start 2"]
+    assert table.rows[3] == [evaluation.NUMBERS["APs"], "-", ".010"]
+
+
 def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     def seen(f1, began=None):
         return {"f1": f1, "began": began}
