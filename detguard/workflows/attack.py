@@ -40,6 +40,8 @@ ELSEWHERE = {
     "goal": "`objective`, one of Vanish, Mislabel, Untargeted, Fabricate, Flood",
     "target": '`objective=Vanish("person")`',
     "to": '`objective=Mislabel({"person": "car"})`',
+    "object": "`objective=Vanish(only=Selection(objects=(3,)))`",
+    "box": "`objective=Vanish(only=Selection(box=(10, 20, 200, 300)))`",
     "strict": "`objective=Vanish(strict=True)`",
     "keep_others": "`objective=Vanish(keep_others=True)`",
     "loss": '`objective=Vanish(measure="confidence")`',

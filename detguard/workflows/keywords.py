@@ -3,11 +3,9 @@
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
-# Options of the command line that are no keyword of any function, as Python has them.
+# What stands for options of the command line in every function.
 ELSEWHERE = {
     "model": "`detector`, the first argument",
-    "object": "`objective=Vanish(only=Selection(objects=(3,)))`",
-    "box": "`objective=Vanish(only=Selection(box=(10, 20, 200, 300)))`",
     "map": "`class_map`, a mapping",
 } | dict.fromkeys(("imgsz", "trust", "end_to_end", "top_k", "fusion", "iou", "device"), "of `load_detector`")
 
