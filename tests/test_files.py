@@ -1,9 +1,11 @@
+import json
 import os
+import re
 import resource
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from detguard.files import FileError, parse_json, printable, read_file, read_json, read_yaml, write_file
@@ -153,6 +155,8 @@ plain = st.recursive(
 @settings(deadline=None)
 @given(plain)
 def test_what_is_dumped_is_read_back(tmp_path_factory, value):
+    # PyYAML writes some ends of lines as they are, and reads them as spaces.
+    assume(not re.search("[\x85\u2028\u2029]", json.dumps(value, ensure_ascii=False)))
     text = yaml.safe_dump([value, value], allow_unicode=True)
     assert read_text_as_yaml(tmp_path_factory.getbasetemp(), text) == [value, value]
 

@@ -1,6 +1,7 @@
 """`detguard adapt` as a user runs it: an ensemble learns photos that are all but black."""
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -54,8 +55,8 @@ def adapted(place):
 
 
 def figures(text, kind):
-    rows = [line.replace("│", " ").split() for line in text.splitlines() if f"│ {kind} photos" in line]
-    return {row[2]: (float(row[3]), float(row[4])) for row in rows}
+    rows = re.findall(rf"\d+ {kind} photos │ (\w+) +│ +([.\d]+) +│ +([.\d]+) ", text)
+    return {figure: (float(before), float(after)) for figure, before, after in rows}
 
 
 def test_it_learns_the_new_kind_and_keeps_the_old(adapted, place):
