@@ -245,6 +245,15 @@ class Letterbox:
     offset: tuple[int, int]
 
     @classmethod
+    def whole(cls, photo: tuple[int, int]) -> "Letterbox":
+        """The letterbox of a detector whose frame is the photo.
+
+        Args:
+            photo: (height, width), px.
+        """
+        return cls(photo, photo, photo, (0, 0))
+
+    @classmethod
     def fit(cls, photo: tuple[int, int], size: int, stride: int = 32, stretch: bool = False) -> "Letterbox":
         """The letterbox of Ultralytics' predict path: longest side to `size`, short side padded to whole strides.
 

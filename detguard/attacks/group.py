@@ -12,6 +12,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -217,7 +218,7 @@ class Attempt:
     """The attack on one photo as it stands.
 
     clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has asked for;
-    in_turn: whether members are stepped against one at a time, alone, the number of that one; None: all are asked.
+    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are asked.
     """
 
     key: str
@@ -435,8 +436,8 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     running = [i for i in running if not attempts[i].failed and not _turns(attempts[i], losses[i])]
     if not running:
         return
-    firsts = [sum(counts[:i]) for i in range(len(attempts))]
-    places = {i: range(firsts[i], firsts[i] + counts[i]) for i in running}
+    ends = list(accumulate(counts))
+    places = {i: range(ends[i] - counts[i], ends[i]) for i in running}
     gradients = {}
     if not options.black_box:
         gradients = _gradients(torch.cat([losses[i] for i in running]), passes)

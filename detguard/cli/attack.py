@@ -184,8 +184,8 @@ def attack(
     schedule: Annotated[
         Literal["worst", "group"],
         typer.Option(
-            help="Who is stepped against: the whole group each time, or between such steps the worst member alone "
-            "until it is fooled, which costs less."
+            help="Who is stepped against: the whole group each time, or the worst member alone until it is fooled, "
+            "which costs less."
         ),
     ] = defaults.Attack.schedule,
     weights: Annotated[str | None, typer.Option(help="For --aggregate weighted: photo first, e.g. 1,1,2.")] = None,

@@ -122,7 +122,7 @@ class HuggingFaceDetector(Detector):
         patch = getattr(self.model.config, "patch_size", 1)
         if not self.stretch and min(photo_shape) * self.imgsz < patch * max(photo_shape):
             raise DetguardError(f"{self.name}: a photo of {width} x {height} px is too narrow for its patches")
-        return Letterbox(photo_shape, photo_shape, photo_shape, (0, 0))
+        return Letterbox.whole(photo_shape)
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:

@@ -90,7 +90,7 @@ class TorchvisionDetector(Detector):
 
     @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
-        return Letterbox(photo_shape, photo_shape, photo_shape, (0, 0))
+        return Letterbox.whole(photo_shape)
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:

@@ -29,8 +29,9 @@ def drawn_ap(judge: COCOeval, counts: np.ndarray) -> np.ndarray:
     an object in a draw are left out of its mean. judge: evaluated, of photos called 0, 1, ...; counts: [draws, photos].
     """
     of_class: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    all_areas = list(judge.params.area_rng[0])
     for one in judge.eval_imgs:
-        if one is not None:
+        if one is not None and one["aRng"] == all_areas:
             of_class[one["category_id"]].append(one)
     found = [_class_ap(photos, counts) for photos in of_class.values()]
     if not found:

@@ -91,8 +91,6 @@ def coco_metrics(
         if (precision[:, :, i] > -1).any()
     }
     curve = precision[0][:, (precision[0] > -1).all(0)]
-    if drawn and sizes:  # which counts the objects of all sizes again
-        judge = _judge(annotations, results, categories, images, sizes=False)
     named = {name: None if value is None or value < 0 else value for name, value in zip(STATS, stats, strict=False)}
     aps = drawn_ap(judge, draws(len(images))) if drawn else None
     if aps is not None:

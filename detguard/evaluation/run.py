@@ -282,9 +282,13 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
         return metrics
 
+    def in_each(drawn: Sequence[np.ndarray | None], of: Callable[..., np.ndarray]) -> np.ndarray:
+        """The mean or least `of` several figures in each draw."""
+        return of([one for one in drawn if one is not None], axis=0)
+
     def whole(figure: str, drawn: Sequence[np.ndarray | None], of: Callable[..., np.ndarray]) -> float | None:
         """The error of a figure that is the mean or least `of` several in each draw, which are kept for `compare`."""
-        values = of([one for one in drawn if one is not None], axis=0)
+        values = in_each(drawn, of)
         kept[figure] = [None if math.isnan(value) else round(float(value), 5) for value in values]
         return error_95(values, len(dataset.files))
 
@@ -322,7 +326,7 @@ def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Ru
         curves["corruptions, mean"] = [sum(values) / len(lines) for values in zip(*lines, strict=True)]
         found["corruptions"] = _corruption_summary(kinds, clean["AP"])
         for kind, summary in found["corruptions"]["kinds"].items():
-            summary["AP_error"] = whole("corruptions", drawn[kind], np.mean)
+            summary["AP_error"] = error_95(in_each(drawn[kind], np.mean), len(dataset.files))
         found["corruptions"]["AP_error"] = whole("corruptions", [one for of in drawn.values() for one in of], np.mean)
     if "attack" in wanted.protocols:
         budgets: dict[str, Any] = {}

@@ -36,13 +36,13 @@ def verdict(records: Sequence[Record], options: AttackOptions) -> str:
 
 def failures(attacked: Sequence[Record]) -> list[str]:
     """Of each photo that was not fooled its name and the members that were not, worst first."""
-    lines = []
-    for record in attacked:
-        left = {name: member["confidence"] for name, member in judged(record).items() if not member["fooled"]}
-        if left:
-            ranked = sorted(left.items(), key=lambda item: -item[1])
-            lines.append(f"{record['key']}: " + ", ".join(f"{name} (confidence {conf:.2f})" for name, conf in ranked))
-    return lines
+    return [f"{record['key']}: {left}" for record in attacked if (left := _left_in(record))]
+
+
+def _left_in(record: Record) -> str:
+    """The members of a photo that were not fooled, worst first; none: ""."""
+    left = {name: member["confidence"] for name, member in judged(record).items() if not member["fooled"]}
+    return ", ".join(f"{name} (confidence {conf:.2f})" for name, conf in sorted(left.items(), key=lambda one: -one[1]))
 
 
 def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
@@ -51,8 +51,7 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     rate = survival_table(attacked, f"Success rate: {wanted(run.config)}", options.conf)
     tables = [rate, Table("Result", ["", ""], attack_summary(records, options))]
-    if failed := failures(attacked):
-        rows = [line.partition(": ")[::2] for line in failed]
+    if rows := [[record["key"], left] for record in attacked if (left := _left_in(record))]:
         tables.append(Table("Not fooled", ["photo", "by what is left in"], rows, folded=len(rows) > 2 * MOST_NAMED))
     items = [item for record in _shown(attacked) if (item := _item(run, record, options))]
     subtitle = f"{detector.name} at {detector.imgsz} px, budget {options.budget}, confidence {options.conf}"
@@ -100,7 +99,7 @@ def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
     spent = "queries" if options.black_box else "iterations"
     reached += [f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"]
     if record["status"] == "failed":
-        reached.append("not fooled: " + failures([record])[0].partition(": ")[2])
+        reached.append("not fooled: " + _left_in(record))
     shown = pair(
         panel(f"before: {len(record['clean'])} found", before, record["clean"]),
         panel(f"after: {len(found)} found", after, found, files[PHOTO]),
