@@ -1,4 +1,4 @@
-"""What options are where nothing else is said, for Python and the command line. Light, so that --help is quick."""
+"""Defaults of options, for Python and the command line. Light, so that --help is quick."""
 
 from typing import Final
 

@@ -105,8 +105,8 @@ def attack_photos(
             yield key, photo, clean.above(job.options.conf)
 
     search = attack_smallest if job.options.smallest else attack_group
-    asked = (job.objective, job.transforms, job.options, on_step, job.also)
-    for attempt in search(job.detector, readable(), *asked):
+    arguments = (job.objective, job.transforms, job.options, on_step, job.also)
+    for attempt in search(job.detector, readable(), *arguments):
         yield from unattackable
         unattackable.clear()
         file = files[attempt.key]

@@ -125,7 +125,7 @@ NmsIou = Annotated[
     ),
 ]
 TopK = Annotated[
-    int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
+    int | None, typer.Option(min=1, help="Experts that a gated ensemble evaluates per photo; default: as it was made.")
 ]
 Fusion = Annotated[
     str | None,

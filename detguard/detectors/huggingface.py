@@ -226,7 +226,7 @@ class HuggingFace(Family):
 
 
 def check_package(name: str) -> None:
-    """See that transformers is there, which `name` is asked of.
+    """See that transformers is there, which has `name`.
 
     Raises:
         DetguardError: it is not.
@@ -236,7 +236,7 @@ def check_package(name: str) -> None:
 
 
 def _downloaded(name: str) -> Path:
-    """The folder of a detector of the hub; what is here already is not asked for again."""
+    """The folder of a detector of the hub; what is here already is not fetched again."""
     from huggingface_hub import snapshot_download
 
     wanted = [CONFIG, PREPROCESSOR, WEIGHTS]
@@ -302,7 +302,7 @@ def _network(described: Any, file: Path) -> Any:
                 state_dict=tensors,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below
+                ignore_mismatched_sizes=True,  # they are named below
             )
     except Damaged:
         raise

@@ -259,7 +259,7 @@ def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int]
     """Have in the cache what `views` show of every photo; what is there already is not done again.
 
     A photo that cannot be read is taken out of the data set, with a warning there.
-    on_batch: told of each view and how many photos of it are done.
+    on_batch: called with each view and how many photos of it are done.
 
     Raises:
         DetguardError: no photo can be read.

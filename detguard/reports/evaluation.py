@@ -153,7 +153,7 @@ SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
 
 
 def headline(metrics: Metrics, title: str) -> Table:
-    """One row per model, with what was measured of any of them; what all have in common is told above."""
+    """One row per model, with what was measured of any of them; what all have in common stands above."""
 
     def values(protocol: str, show: Callable[[dict[str, Any]], str]) -> set[str]:
         return {show(m) if protocol in m else "-" for m in metrics.values()}
@@ -252,8 +252,8 @@ def tables(metrics: Metrics) -> list[Table]:
         if "gate" in m:
             shares = gate_by_kind(m["gate"]["shares"])
             rows = [[kind, *(f"{w:.2f}" for w in weights)] for kind, weights in shares.items()]
-            note = "Mean weight of each expert by the gate. Equal rows mean that the gate tells nothing apart."
-            made.append(Table(f"Which expert spoke: {name}", ["photos", *m["gate"]["experts"]], rows, note))
+            note = "Mean weight of each expert by the gate. Equal rows mean that the gate does not distinguish them."
+            made.append(Table(f"Expert weights: {name}", ["photos", *m["gate"]["experts"]], rows, note))
     checked = {name: m["checks"] for name, m in metrics.items() if "checks" in m}
     if checked:
         rows = [
@@ -352,9 +352,7 @@ def evaluation_page(
     made = plots(metrics, evaluation.curves)
     for name, found in metrics.items():
         if "gate" in found:
-            made[f"Which expert spoke: {name}"] = gate_plot(
-                found["gate"]["experts"], gate_by_kind(found["gate"]["shares"])
-            )
+            made[f"Expert weights: {name}"] = gate_plot(found["gate"]["experts"], gate_by_kind(found["gate"]["shares"]))
     first, *others = tables(metrics)
     more = [table for table in (numbers_table(metrics), classes_table(evaluation, wanted.eps[-1])) if table.rows]
     left_out = len(data.files) - len(items)
@@ -419,9 +417,11 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
         seen, names = _seen(subject, view, image), subject.detector.class_names
         worst = seen if worst is None or seen.loss > worst.loss else worst
         before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, marked(seen.objects, seen.clean, names))
-        spoke = [_speaker(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None]
-        told = f"spoke: {', then '.join(spoke)}" if subject.detector.experts else ""
-        name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", told) if part)
+        heaviest = [
+            _heaviest(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None
+        ]
+        weighed = f"most weight: {', then '.join(heaviest)}" if subject.detector.experts else ""
+        name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", weighed) if part)
         if view is None or seen.after is None:
             labelled = [record | {"kind": "", "confidence": 1.0} for record in seen.objects.records(names)]
             made.append(pair(panel(f"labelled: {_count(seen.objects)}", photo, labelled), before, name=name))
@@ -440,7 +440,7 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
     return Item(file.name, outcome, f"{_count(worst.objects)} labelled{how}", made)
 
 
-def _speaker(found: Detections, names: Sequence[str]) -> str:
+def _heaviest(found: Detections, names: Sequence[str]) -> str:
     """The expert with the largest weight on a photo, like "normal .93"."""
     if found.experts is None:
         return "-"
