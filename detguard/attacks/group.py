@@ -281,7 +281,7 @@ class Attempt:
     @property
     def levels(self) -> Photo:
         """`x` in whole levels, as it would be saved and as the detector is shown it."""
-        return self.rule.budget.levels(self.x, self.original).to("cpu", torch.uint8).numpy()
+        return self.rule.budget.levels(self.x, self.original).cpu().numpy().astype(np.uint8)
 
     @property
     def done(self) -> bool:
