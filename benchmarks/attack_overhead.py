@@ -2,8 +2,8 @@
 
     python benchmarks/attack_overhead.py [PHOTO] [--model ...] [--rounds 15]
 
-The two are measured in turns, so that a machine that slows down slows both; the ratio is of the medians. With one thread
-(OMP_NUM_THREADS=1) it is the processor's time, which other programs change less, else that of the clock.
+The two are measured in turns, so that a machine that slows down slows both; the ratio is of the medians. With one
+thread (OMP_NUM_THREADS=1) it is the processor's time, which other programs change less, else the clock's.
 """
 
 import time
