@@ -40,7 +40,7 @@ def main(
     pixels = read_photo(photo)
     group = parse_transforms(transforms)
     # No budget: the photo never changes, so every iteration does the full work and none succeeds.
-    options = AttackOptions(budget=Linf(0), steps=3 * rounds)
+    options = AttackOptions(budget=Linf(0), steps=3 * rounds, schedule="group")
     clean = detector.predict(pixels, options.conf)
     loop = attack_group(detector, [("photo", pixels, clean)], Vanish((0,)), group, options, on_step=lambda _: tick())
     letterbox = detector.letterbox(pixels.shape[:2])
