@@ -42,7 +42,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# Where the rest is: imported when it is first asked for, as torch and the detectors take seconds.
+# Where the rest is: imported when it is first used, as torch and the detectors take seconds.
 _MODULES = {
     "attacks.budgets": ("L2", "Linf", "Masked"),
     "detectors.load": ("load_detector",),

@@ -53,7 +53,7 @@ def parse_map(text: str | None) -> dict[str, str]:
 
 
 def left_out(boxes: Mapping[str, int], known: Iterable[str]) -> str:
-    """What is said of labelled classes that a detector does not know, by their boxes: how many, and what to do."""
+    """The warning about labelled classes that a detector does not have: how many boxes of each, and what to do."""
     known = list(known)
     most = sorted(boxes, key=lambda name: (-boxes[name], name))
     named = [f"{name} ({boxes[name]})" for name in most[:MOST_NAMED]]

@@ -1,4 +1,4 @@
-"""What options are where nothing else is said, for Python and the command line. Light, so that --help is quick."""
+"""Defaults of options, for Python and the command line. Light, so that --help is quick."""
 
 from typing import Final
 
@@ -19,7 +19,7 @@ class Attack:
     rule: Final = "steepest"
     steps: Final = 100
     aggregate: Final = "mean"
-    schedule: Final = "group"
+    schedule: Final = "worst"
     gradient: Final = "straight-through"
     momentum: Final = 0
     margin: Final = 0.05

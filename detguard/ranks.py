@@ -55,7 +55,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and tells."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def rows(self, start: int, end: int) -> range:
@@ -92,9 +92,9 @@ class Ranks:
         """Whether it is so in one of them."""
         if self.count == 1:
             return flag
-        told = torch.tensor(int(flag))
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.control)
-        return bool(told)
+        any_of = torch.tensor(int(flag))
+        dist.all_reduce(any_of, dist.ReduceOp.MAX, group=self.control)
+        return bool(any_of)
 
     def given(self, make: Callable[[], Thing]) -> Thing:
         """What the first process makes, given to all; where that is wrong use, it is so for all.
@@ -104,16 +104,16 @@ class Ranks:
         """
         if self.count == 1:
             return make()
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         if self.first:
             try:
-                told[0] = make()
+                answer[0] = make()
             except DetguardError as error:
-                told[1] = error
-        dist.broadcast_object_list(told, group=self.control)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                answer[1] = error
+        dist.broadcast_object_list(answer, group=self.control)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
     def end(self) -> None:
         """Wait until all have come as far, and part."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where two processes on one run are not told from one
+except ImportError:  # not on Windows, where two processes on one run are not noticed
     fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
@@ -227,11 +227,11 @@ def shared_run(ranks: "Ranks", make: Callable[[], Run]) -> Run:
     """The run that the first rank makes or resumes; the others only know it."""
     mine: list[Run] = []
 
-    def told() -> tuple[Path, dict[str, Any]]:
+    def place() -> tuple[Path, dict[str, Any]]:
         mine.append(make())
         return mine[0].folder, mine[0].config
 
-    folder, config = ranks.given(told)
+    folder, config = ranks.given(place)
     return mine[0] if mine else Run(folder, config)
 
 

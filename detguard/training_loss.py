@@ -74,7 +74,7 @@ def detection_loss(candidates: Candidates, assignment: Assignment, known: Tensor
     """The parts of the training loss, each [B], times its gain and over the frame's sum of weights: see GAINS.
 
     "distance" is zero for heads without a distribution of distances. known: float [B, C], 1 for classes of which all
-    objects of a frame are labelled; what is said of the others, 0, does not count. By default all are.
+    objects of a frame are labelled; scores of the others, 0, do not count. By default all are.
     """
     logits, (frames, found) = candidates.logits.float(), (assignment.frames, assignment.candidates)
     weights = assignment.weights

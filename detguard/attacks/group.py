@@ -5,7 +5,7 @@ else step, within a budget: against the aggregated gradient of their losses, or 
 loss alone until it is fooled; in a black box, where there is no gradient, propose another photo and keep it if the
 aggregated loss is lower. The 8-bit photo that would be saved is what the detector is shown at every step. How far it
 may go (`budgets.py`), how it moves (`steps.py`), what is wanted (`objectives`) and where transforms take its pixels
-(`transforms`) are asked of these.
+(`transforms`) are taken from these.
 """
 
 import math
@@ -51,9 +51,9 @@ class AttackOptions:
         rule: how it moves: steepest, sign, normalized, raw, adam, or apgd, which finds its own steps.
         aggregate: how the members' gradients become one: mean, weighted or max.
         weights: of `aggregate="weighted"`, one per member, photo first.
-        schedule: who is stepped against: group, all members each time; worst, the one of highest loss among those that
-            are not fooled, alone until it is, which costs less (rules that compare losses, and groups with random
-            members, which are averaged over, take group).
+        schedule: who is stepped against: worst, the member of highest loss among those that are not fooled, alone until
+            it is; group, all members each time, their gradients averaged. Another `aggregate` than mean, rules that
+            compare losses, and groups with random members, which are averaged over, take group.
         gradient: through transforms: straight-through (BPDA) or exact.
         momentum: share of earlier gradients in each step, 0..1.
         random_start: start from noise within the budget.
@@ -62,8 +62,8 @@ class AttackOptions:
         seed: of all that is random.
         batch: photos attacked at once.
         smallest: search for the least budget that fools, up to that of `budget`.
-        black_box: search by losses alone (Square); all members of a group are asked each time, and `WHITE_BOX` options
-            are of no use.
+        black_box: search by losses alone (Square); the whole group is evaluated each time, and `WHITE_BOX` options are
+            of no use.
         queries: of `black_box`, most forwards of one frame per photo.
         stop: end as soon as all are fooled, of random members `STEADY` draws in a row; without it all `steps` are made
             and the one of lowest loss counts.
@@ -217,8 +217,8 @@ class Member:
 class Attempt:
     """The attack on one photo as it stands.
 
-    clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has asked for;
-    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are asked.
+    clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has taken;
+    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are evaluated.
     """
 
     key: str
@@ -264,7 +264,7 @@ class Attempt:
         return len(self.members) // len(self.clean_by)
 
     @property
-    def asked(self) -> Sequence[int]:
+    def evaluated(self) -> Sequence[int]:
         """The numbers of the members that the next pass is for."""
         return range(len(self.members)) if self.alone is None else (self.alone,)
 
@@ -281,7 +281,7 @@ class Attempt:
     @property
     def levels(self) -> Photo:
         """`x` in whole levels, as it would be saved and as the detector is shown it."""
-        return self.rule.budget.levels(self.x, self.original).to("cpu", torch.uint8).numpy()
+        return self.rule.budget.levels(self.x, self.original).cpu().numpy().astype(np.uint8)
 
     @property
     def done(self) -> bool:
@@ -365,8 +365,8 @@ def _begin(
     rule = options.moves(budget, original, options.length, options.most(len(members)), options.momentum, seed)
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
-    alike = enough == 1 and options.stop and not (rule.blind or rule.compares)
-    in_turn = options.schedule == "worst" and alike and len(members) > 1
+    averaged = options.aggregate != "mean" or rule.blind or rule.compares or enough > 1 or not options.stop
+    in_turn = options.schedule == "worst" and not averaged and len(members) > 1
     aims: list[Any] = [None] * len(members)
     return Attempt(key, photo, found, original, x, rule, rng, members, aims, enough=enough, in_turn=in_turn)
 
@@ -388,7 +388,7 @@ Pass = tuple[list[int], Tensor, Candidates]
 
 
 def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], options: AttackOptions) -> None:
-    """One forward and at most one backward for all members that are asked; updates the attempts in place.
+    """One forward and at most one backward for all members that are evaluated; updates the attempts in place.
 
     In a black box nothing but the forward.
     """
@@ -398,10 +398,10 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     for attempt in attempts:
         _draw(attempt, transforms)
     shown = [attempt.levels for attempt in attempts]
-    asked = [(i, number) for i, attempt in enumerate(attempts) for number in attempt.asked]
-    members = [(attempts[i].members[number], shown[i]) for i, number in asked]
-    counts = [len(attempt.asked) for attempt in attempts]
-    stepped = [not (options.black_box or (attempts[i].in_turn and attempts[i].alone is None)) for i, _ in asked]
+    evaluated = [(i, number) for i, attempt in enumerate(attempts) for number in attempt.evaluated]
+    members = [(attempts[i].members[number], shown[i]) for i, number in evaluated]
+    counts = [len(attempt.evaluated) for attempt in attempts]
+    stepped = [not (options.black_box or (attempts[i].in_turn and attempts[i].alone is None)) for i, _ in evaluated]
     passes = _look(members, stepped)
     for attempt, count in zip(attempts, counts, strict=True):
         attempt.queries += count
@@ -410,10 +410,10 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     for frames, _, candidates in passes:
         iou = members[frames[0]][0].victim.detector.iou
         for frame, found in zip(frames, suppress(candidates, conf, iou) if options.stop else (), strict=False):
-            i, number = asked[frame]
+            i, number = evaluated[frame]
             attempts[i].fooled[number] = members[frame][0].fooled(found, sure)
         for k, frame in enumerate(frames):
-            i, number = asked[frame]
+            i, number = evaluated[frame]
             _take_aim(attempts[i], number, candidates[k : k + 1])
     for attempt in attempts:
         whole = attempt.alone is None
@@ -422,15 +422,15 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    losses = _losses(passes, members, [attempts[i].aims[number] for i, number in asked], conf).split(counts)
+    losses = _losses(passes, members, [attempts[i].aims[number] for i, number in evaluated], conf).split(counts)
     if options.black_box:
-        told = _aggregate(torch.stack(losses), options).tolist()
+        values = _aggregate(torch.stack(losses), options).tolist()
     else:
-        told = torch.stack([one.sum() for one in losses]).tolist()
+        values = torch.stack([one.sum() for one in losses]).tolist()
     for i in running:
         attempt = attempts[i]
         if attempt.alone is None:
-            rank = (sum(attempt.fooled), -told[i])
+            rank = (sum(attempt.fooled), -values[i])
             if attempt.best is None or rank > attempt.best_rank:
                 attempt.best, attempt.best_rank, attempt.best_members = shown[i], rank, list(attempt.members)
     running = [i for i in running if not attempts[i].failed and not _turns(attempts[i], losses[i])]
@@ -447,26 +447,28 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
         if not options.black_box:
             there = [members[frame][0] for frame in places[i]]
             gradient = photo_gradient([gradients[frame] for frame in places[i]], shown[i], there, options)
-            attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), told[i])
+            attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), values[i])
             if attempt.steps >= attempt.rule.steps:
                 attempt.alone = None
-        elif not attempt.in_a_row:  # else the same photo is asked again, whether it fools other draws as well
-            attempt.x = attempt.rule(attempt.x, attempt.x.new_empty(0), told[i])
+        elif (
+            not attempt.in_a_row
+        ):  # else the same photo is evaluated again, to see whether it fools other draws as well
+            attempt.x = attempt.rule(attempt.x, attempt.x.new_empty(0), values[i])
 
 
 def _turns(attempt: Attempt, losses: Tensor) -> bool:
-    """Whether other members are asked next, without a step before: where they take turns, after all were asked, or the
+    """Whether other members are evaluated next, without a step before: where they take turns, after all were, or the
     one alone is fooled.
 
-    losses: of the members that were asked.
+    losses: of the members that were evaluated.
     """
     if attempt.alone is not None and attempt.fooled[attempt.alone]:
         attempt.alone = None
         return True
     if attempt.in_turn and attempt.alone is None:
         if not all(attempt.fooled):
-            told = losses.tolist()
-            attempt.alone = max((i for i, fooled in enumerate(attempt.fooled) if not fooled), key=told.__getitem__)
+            values = losses.tolist()
+            attempt.alone = max((i for i, fooled in enumerate(attempt.fooled) if not fooled), key=values.__getitem__)
         return True
     return False
 
@@ -484,8 +486,8 @@ def _gradients(losses: Tensor, passes: Sequence[Pass]) -> dict[int, Tensor]:
     """That of all losses at each frame, [3, H', W'], by the frame's number."""
     passes = [one for one in passes if one[1].requires_grad]
     by_pass = torch.autograd.grad(losses.sum(), [frames for _, frames, _ in passes], allow_unused=True)
-    told = [(numbers, found) for (numbers, *_), found in zip(passes, by_pass, strict=True) if found is not None]
-    return {number: gradient for numbers, found in told for number, gradient in zip(numbers, found, strict=True)}
+    there = [(numbers, found) for (numbers, *_), found in zip(passes, by_pass, strict=True) if found is not None]
+    return {number: gradient for numbers, found in there for number, gradient in zip(numbers, found, strict=True)}
 
 
 def _look(members: Sequence[tuple[Member, Photo]], stepped: Sequence[bool]) -> list[Pass]:

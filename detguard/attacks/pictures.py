@@ -170,8 +170,8 @@ def learn_picture(
 
     Args:
         photos: by `stages`, at least one.
-        on_step: told of the share that is done, 0..1, and at every tenth step of batch, photos shown so far, and mean
-            loss since the last time; ends the learning when it returns True.
+        on_step: called with the share that is done, 0..1, and at every tenth step of batch, photos shown so far, and
+            mean loss since the last time; ends the learning when it returns True.
         checkpoint: file to go on from, and to write to.
     """
     frames: dict[tuple[int, int], list[Stage]] = {}

@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from kornia.metrics import ssim
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget, largest_difference
@@ -105,8 +104,8 @@ def attack_photos(
             yield key, photo, clean.above(job.options.conf)
 
     search = attack_smallest if job.options.smallest else attack_group
-    asked = (job.objective, job.transforms, job.options, on_step, job.also)
-    for attempt in search(job.detector, readable(), *asked):
+    arguments = (job.objective, job.transforms, job.options, on_step, job.also)
+    for attempt in search(job.detector, readable(), *arguments):
         yield from unattackable
         unattackable.clear()
         file = files[attempt.key]
@@ -289,6 +288,8 @@ def judge(
 
 def structural_similarity(a: Photo, b: Photo) -> float:
     """Mean SSIM of two photos (Wang et al. 2004), window 11, over the three channels."""
+    from kornia.metrics import ssim  # late: takes long to import
+
     x, y = (torch.from_numpy(p.astype(np.float32) / 255).permute(2, 0, 1)[None] for p in (a, b))
     return float(ssim(x, y, 11).mean())
 

@@ -130,8 +130,8 @@ def kept_samples(file: Path, class_names: dict[int, str]) -> list[Sample]:
     attacked, data = read_lines(file, class_names), read_file(file, MAX_ANNOTATIONS)
     try:
         lines = map(parse_json, data.splitlines())
-        told = [(Path(line["clean"]), str(line["transform"])) for line in lines]
-        return [Sample(one, *rest) for one, rest in zip(attacked, told, strict=True)]
+        sources = [(Path(line["clean"]), str(line["transform"])) for line in lines]
+        return [Sample(one, *rest) for one, rest in zip(attacked, sources, strict=True)]
     except (ValueError, KeyError, TypeError) as error:
         raise DetguardError(f"{file}: not one that detguard wrote ({error})") from error
 

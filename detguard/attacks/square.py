@@ -13,7 +13,7 @@ from detguard.attacks.steps import Rule
 class Square(Rule):
     """Proposes a photo with one square changed, and goes on from it where the loss is lower; its gradient is empty.
 
-    The first photo that it is told of is the clean one. Where squares lie and what they change, the budget knows.
+    The first photo that it is called with is the clean one. The budget decides where squares lie and what they change.
     """
 
     blind: ClassVar[bool] = True

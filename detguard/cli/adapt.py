@@ -136,7 +136,7 @@ def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "R
 
     with err.status("Loading the ensemble and the labels"):
         job = Adapting.begin(
-            model, new, plan, ranks, arguments=sys.argv[1:], told=show_warning, on_data=show_warnings, **options
+            model, new, plan, ranks, arguments=sys.argv[1:], on_warning=show_warning, on_data=show_warnings, **options
         )
     if plan.get("mode", AUTO) == AUTO:
         config = job.run.config

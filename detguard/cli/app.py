@@ -51,7 +51,7 @@ class Description(ProgressColumn):
 
 app = typer.Typer(
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Attack object detectors, harden them, and prove both in COCO numbers.",
@@ -125,7 +125,7 @@ NmsIou = Annotated[
     ),
 ]
 TopK = Annotated[
-    int | None, typer.Option(min=1, help="Experts that a gated ensemble asks per photo; default: as it was made.")
+    int | None, typer.Option(min=1, help="Experts that a gated ensemble evaluates per photo; default: as it was made.")
 ]
 Fusion = Annotated[
     str | None,

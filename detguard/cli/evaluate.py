@@ -250,11 +250,11 @@ def show_warnings(_: str, faults: "Faults") -> None:
 
 
 def run_evaluation(
-    run: "Run", subjects: "list[Subject]", wanted: "Protocols", told: int, floors: "Floors", as_json: bool
+    run: "Run", subjects: "list[Subject]", wanted: "Protocols", warned: int, floors: "Floors", as_json: bool
 ) -> int:
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code.
 
-    told: how many photos that cannot be read were told of before; as_json: show the metrics instead of tables.
+    warned: how many photos that cannot be read were shown before; as_json: show the metrics instead of tables.
     """
     from detguard.data.entries import LOST
     from detguard.evaluation.floors import shortfalls
@@ -287,7 +287,7 @@ def run_evaluation(
     short = list(shortfalls(evaluation.metrics, floors))
     for line in short:
         show_error(line)
-    for line in dataset.warnings[LOST][told:]:
+    for line in dataset.warnings[LOST][warned:]:
         show_error(line)
     return 2 if dataset.warnings[LOST] else int(bool(short))
 

@@ -225,7 +225,7 @@ def last_loss(losses: dict[str, float]) -> str:
 
 
 def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> None:
-    """Say once that a stage has gone back; `shown`: what was said of it."""
+    """Say once that a stage has gone back; `shown`: what was printed of it."""
     at = losses.get("diverged")
     if at is not None and losses["setbacks"] not in shown:
         shown.append(losses["setbacks"])
@@ -245,8 +245,10 @@ def run_hardening(job: "Hardening", workers: int | None) -> int:
     with err.status("Measuring a batch"):
         passes, seconds = job.cost()
     if passes:
-        told = f"{passes:,} forward and backward passes in all: at least {duration(seconds)}, as measured on one batch"
-        err.print(told, highlight=False, soft_wrap=True)
+        message = (
+            f"{passes:,} forward and backward passes in all: at least {duration(seconds)}, as measured on one batch"
+        )
+        err.print(message, highlight=False, soft_wrap=True)
     stopped = stop_signals()
     with progress_bar() as progress:
         setbacks = dict[str, list[float]]()

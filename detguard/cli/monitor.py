@@ -128,7 +128,7 @@ def monitor(
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     parsed = adapting_options(adapt_options)
     renamed = parse_map(class_map)
-    for source in replay or []:  # wrong data are told now, not after a drop
+    for source in replay or []:  # wrong data are an error now, not after a drop
         if not unlabelled(source):
             read_labelled(source, "train", watched.class_names, show_warnings, class_map=renamed)
     config: dict[str, Any] = {
@@ -230,12 +230,12 @@ def watch(
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     judged = sum(r.get("f1") is not None for r in records)
     calm = "no drop" if judged >= options["window"] else "too few to judge"
-    told = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
-    told = f"{told}; {judged} of {len(records)} photos have objects of classes that the detector knows"
+    summary = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
+    summary = f"{summary}; {judged} of {len(records)} photos have objects of classes that the detector knows"
     if unlabelled := sum(r.get("labelled") is False for r in records):
-        told = f"{told}, {unlabelled} have no labels yet and gave hints alone"
+        summary = f"{summary}, {unlabelled} have no labels yet and gave hints alone"
     if boxes := unknown_boxes(r.get("unknown", ()) for r in records):
         show_warning(f"{sum(boxes.values())} {left_out(boxes, detector.class_names.values())}")
-    out.print(f"{told}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    out.print(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
     code = 2 if any("error" in r for r in records) else int(bool(drops))
     return code

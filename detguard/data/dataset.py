@@ -71,11 +71,11 @@ class Dataset:
         if len(set(shared.values())) < len(shared):
             raise DataError(f"{self.name}: the detector has several classes of one name; leave them out by `classes`")
         boxes = self.unknown(class_names)
-        told = left_out(boxes, class_names.values())
+        message = left_out(boxes, class_names.values())
         if not shared:
-            raise DataError(f"{self.name}: has no class in common with the detector; {told}")
+            raise DataError(f"{self.name}: has no class in common with the detector; {message}")
         if boxes and only is None:
-            self.warnings.count(told, sum(boxes.values()))
+            self.warnings.count(message, sum(boxes.values()))
         return shared
 
     def objects(self, image_id: int, category_ids: dict[int, int]) -> Detections:

@@ -103,8 +103,8 @@ def read_labelled(
 ) -> list[Labelled]:
     """The labelled photos of a data.yaml, a COCO json, a file of JSON lines or an attack run, by class indices.
 
-    on_data: told what was wrong with it; images: folder of the photos of a COCO json, by default beside it; class_map:
-    names of its classes -> the detector's.
+    on_data: called with what was wrong with it; images: folder of the photos of a COCO json, by default beside it;
+    class_map: names of its classes -> the detector's.
     """
     source = with_samples(source)
     if Path(source).suffix == ".jsonl":

@@ -19,7 +19,7 @@ from detguard.files import MAX_ANNOTATIONS, MAX_LINE, parse_json, read_file
 # Objects that one photo may have, bytes of its id, and pixels from its corner that a box may lie.
 MOST_OBJECTS, LONGEST_ID = 10_000, 200
 MOST_PIXELS = 1e9
-# Of the name of a class that is not known, which is only told.
+# Of the name of a class that is not known, which is only shown.
 MOST_LETTERS = 100
 
 

@@ -135,10 +135,10 @@ def _same(a: Detections, b: Detections) -> None:
 
 
 def _paths(detector: Detector, photo: Photo, conf: float) -> str:
-    found, asked = detector.detect([photo], conf)[0], []
+    found, called = detector.detect([photo], conf)[0], []
 
     def detect(*args: Any, **options: Any) -> list[Detections]:
-        asked.append(True)
+        called.append(True)
         return type(detector).detect(detector, *args, **options)
 
     vars(detector)["detect"] = detect
@@ -146,7 +146,7 @@ def _paths(detector: Detector, photo: Photo, conf: float) -> str:
         _same(found, detector.predict(photo, conf))
     finally:
         del vars(detector)["detect"]
-    return "predict is detect: compared with itself, which shows nothing" if asked else ""
+    return "predict is detect: compared with itself, which shows nothing" if called else ""
 
 
 def _state(detector: Detector, photo: Photo, conf: float) -> str:

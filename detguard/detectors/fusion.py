@@ -16,7 +16,7 @@ TINY = 1e-37
 # Of a box, each at a distance from the candidate's place.
 SIDES = 4
 # Of each expert the rows of the batch that it answered for, None for all, and its raw outputs, None where it was not
-# asked: `scores` (logits [b, C, N]) and `boxes` (logits of the distances' distributions, [b, 4 * R, N]).
+# evaluated: `scores` (logits [b, C, N]) and `boxes` (logits of the distances' distributions, [b, 4 * R, N]).
 Outputs = Sequence[tuple[Tensor | None, dict[str, Any] | None]]
 
 
@@ -123,7 +123,7 @@ def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
 
     Both come out as logits again.
     """
-    asked = [i for i, (_, raw) in enumerate(outputs) if raw is not None]  # or cost would grow with the others
+    evaluated = [i for i, (_, raw) in enumerate(outputs) if raw is not None]  # or cost would grow with the others
     given = [(rows, raw) for rows, raw in outputs if raw is not None]
     first = given[0][1]
 
@@ -138,7 +138,7 @@ def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:
         return torch.stack(whole, 1)
 
     scores, boxes = stacked("scores").float(), stacked("boxes").float().unflatten(2, (SIDES, -1))
-    weights = torch.stack([log_weights[:, i] for i in asked], 1).float().exp()[:, :, None, None]
+    weights = torch.stack([log_weights[:, i] for i in evaluated], 1).float().exp()[:, :, None, None]
     # Probabilities of yes and of no, each by a sigmoid of its own: exact at both ends, and far faster than logarithms.
     yes, no = ((weights * x.sigmoid()).sum(1).clamp(min=TINY) for x in (scores, -scores))
     share = weights[:, :, 0] * scores.amax(2).sigmoid()

@@ -27,7 +27,7 @@ from detguard.photos import Letterbox, Photo, read_photo
 EXPERTS = ("normal", "hard", "adversarial")
 GATES = ("trunk", "frame", "detail")
 MOST_EXPERTS = 64
-# Of experts that were asked, by number: what their layers before the head made of the frames.
+# Of experts that were evaluated, by number: what their layers before the head made of the frames.
 Ran = dict[int, tuple[Any, dict[int, Tensor]]]
 # How far below the least bias of the gate's old outputs that of a new one begins: e^-10 of its weight.
 UNASKED = 10.0
@@ -159,7 +159,7 @@ class GatedNetwork(nn.Module):
     def _answer(
         self, expert: int, last: Tensor, saved: dict[int, Tensor], log_weights: Tensor, ran: Ran
     ) -> tuple[Tensor | None, dict[str, Any] | None]:
-        """The rows that an expert is asked for, None for all, and what it says."""
+        """The rows that an expert is evaluated on, None for all, and its outputs."""
         # A traced graph has no branches: all experts answer in it, and those beyond the top k weigh 0.
         everywhere = torch.jit.is_tracing()  # type: ignore[attr-defined]
         if self.top_k is None or everywhere or (self.rule.leads and expert == self.robust):

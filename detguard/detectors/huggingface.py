@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 from typing_extensions import override
 
 from detguard import DetguardError, first_line
@@ -126,6 +125,8 @@ class HuggingFaceDetector(Detector):
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:
+        from torchvision.ops import box_convert
+
         found = self.model(**self._inputs(frames))
         logits = softmax_logits(found.logits) if self.kind.softmax else found.logits
         height, width = frames.shape[2:]
@@ -226,7 +227,7 @@ class HuggingFace(Family):
 
 
 def check_package(name: str) -> None:
-    """See that transformers is there, which `name` is asked of.
+    """See that transformers is there, which has `name`.
 
     Raises:
         DetguardError: it is not.
@@ -236,7 +237,7 @@ def check_package(name: str) -> None:
 
 
 def _downloaded(name: str) -> Path:
-    """The folder of a detector of the hub; what is here already is not asked for again."""
+    """The folder of a detector of the hub; what is here already is not fetched again."""
     from huggingface_hub import snapshot_download
 
     wanted = [CONFIG, PREPROCESSOR, WEIGHTS]
@@ -302,7 +303,7 @@ def _network(described: Any, file: Path) -> Any:
                 state_dict=tensors,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below
+                ignore_mismatched_sizes=True,  # they are named below
             )
     except Damaged:
         raise

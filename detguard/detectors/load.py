@@ -51,7 +51,7 @@ def load_detector(
         device: of torch: cpu, cuda, 0 or cuda:0, xpu or mps; by default a GPU where CUDA finds one, else (and for
             .onnx) the CPU.
         end_to_end: the head without NMS of YOLOv10 and YOLO26.
-        top_k: experts that a gated ensemble asks per photo; by default as it was made.
+        top_k: experts that a gated ensemble evaluates per photo; by default as it was made.
         fusion: how they become one answer, `bounded:B` or `average:F`; by default as it was made.
         iou: overlap, 0..1, over which NMS drops the worse of two boxes; by default the family's own.
 

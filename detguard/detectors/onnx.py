@@ -33,7 +33,7 @@ MAX_BYTES = 2 << 30
 PACKAGES = ("onnx", "onnxruntime")
 # What is kept of what a file tells of itself, and how long a text of it may be.
 TOLD = ("names", "imgsz", "stride", "task", "end2end", "args")
-MOST_TOLD = 1 << 20
+MAX_METADATA = 1 << 20
 STRIDES = (8, 16, 32, 64, 128)
 DTYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # Of a probability, so that its logit is finite and gives it back.
@@ -41,8 +41,8 @@ LEAST = 1e-12
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a file tells of itself. imgsz: side of a square frame, px; listed: whether its output is detections."""
+class Metadata:
+    """What a file says about itself. imgsz: side of a square frame, px; listed: whether its output is detections."""
 
     names: dict[int, str]
     imgsz: int
@@ -53,9 +53,9 @@ class Told:
 class OnnxNetwork(nn.Module):
     """The graph of a file, checked, as bytes for ONNX Runtime; sha256: of the file."""
 
-    def __init__(self, graph: bytes, told: Told, sha256: str) -> None:
+    def __init__(self, graph: bytes, metadata: Metadata, sha256: str) -> None:
         super().__init__()
-        self.graph, self.told, self.sha256 = graph, told, sha256
+        self.graph, self.metadata, self.sha256 = graph, metadata, sha256
 
 
 class OnnxDetector(Detector):
@@ -72,7 +72,7 @@ class OnnxDetector(Detector):
         import onnxruntime
 
         self.name, self.model, self.device = name, network, torch.device(device)
-        self.class_names, self.stride = network.told.names, network.told.stride
+        self.class_names, self.stride = network.metadata.names, network.metadata.stride
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # what it has to say comes as an error, too
@@ -88,7 +88,7 @@ class OnnxDetector(Detector):
         self._input, self._dtype = inputs[0].name, DTYPES[inputs[0].type]
         # As Ultralytics' predictor tells it.
         self.dynamic = isinstance(outputs[0].shape[0], str)
-        fixed = network.told.imgsz
+        fixed = network.metadata.imgsz
         if not self.dynamic and imgsz != fixed:
             raise DetguardError(f"`imgsz` {imgsz}: {name} was exported for frames of {fixed} px alone")
         self.imgsz = -(-imgsz // self.stride) * self.stride
@@ -151,7 +151,7 @@ class OnnxDetector(Detector):
 
     def _listed(self, found: Tensor) -> bool:
         """As Ultralytics' NMS tells it."""
-        return self.model.told.listed or found.shape[-1] == 6
+        return self.model.metadata.listed or found.shape[-1] == 6
 
 
 def _logits(scores: Tensor) -> Tensor:
@@ -203,13 +203,13 @@ class Onnx(Family):
             raise DetguardError(f"{file}: no ONNX file, or a damaged one ({first_line(error)})") from error
         try:
             check_graph(model)
-            told = read_told({one.key: one.value for one in model.metadata_props})
+            metadata = read_metadata({one.key: one.value for one in model.metadata_props})
         except Damaged as error:
             raise DetguardError(f"{file}: {error}") from error
         kept = [(one.key, one.value) for one in model.metadata_props if one.key in TOLD]
         del model.metadata_props[:], model.training_info[:]
         onnx.helper.set_model_props(model, dict(kept))
-        return OnnxNetwork(model.SerializeToString(), told, hashlib.sha256(data).hexdigest()), told.imgsz
+        return OnnxNetwork(model.SerializeToString(), metadata, hashlib.sha256(data).hexdigest()), metadata.imgsz
 
 
 def check_graph(model: Any) -> None:
@@ -249,18 +249,18 @@ def _graphs(graph: Any) -> Iterator[Any]:
                 yield from _graphs(inner)
 
 
-def read_told(metadata: dict[str, str]) -> Told:
+def read_metadata(entries: dict[str, str]) -> Metadata:
     """What Ultralytics' exports tell of themselves.
 
     Raises:
         Damaged: it is missing or odd, or the graph finds no boxes.
     """
-    if missing := {"names", "imgsz", "stride", "task"} - metadata.keys():
+    if missing := {"names", "imgsz", "stride", "task"} - entries.keys():
         raise Damaged(f"says no {sorted(missing)[0]} of itself; expected an export of Ultralytics or detguard")
-    if metadata["task"] != "detect":
-        raise Damaged(f"is a {metadata['task'][:20]!r} model; only box detection can be attacked")
-    names, size, stride = (_literal(metadata, key) for key in ("names", "imgsz", "stride"))
-    end_to_end, given = (_literal(metadata, key, default) for key, default in (("end2end", "False"), ("args", "{}")))
+    if entries["task"] != "detect":
+        raise Damaged(f"is a {entries['task'][:20]!r} model; only box detection can be attacked")
+    names, size, stride = (_literal(entries, key) for key in ("names", "imgsz", "stride"))
+    end_to_end, given = (_literal(entries, key, default) for key, default in (("end2end", "False"), ("args", "{}")))
     count = len(names) if isinstance(names, dict | list) else 0
     if not 0 < count <= MOST_CLASSES:
         raise Damaged(f"has no names of 1 to {MOST_CLASSES} classes")
@@ -271,12 +271,12 @@ def read_told(metadata: dict[str, str]) -> Told:
         raise Damaged(f"has an odd stride; expected one of {', '.join(map(str, STRIDES))}")
     if not isinstance(given, dict):
         raise Damaged("has odd args; expected names with values")
-    return Told(class_names(names, count), imgsz, stride, bool(end_to_end or given.get("nms")))
+    return Metadata(class_names(names, count), imgsz, stride, bool(end_to_end or given.get("nms")))
 
 
 def _literal(metadata: dict[str, str], key: str, default: str = "") -> Any:
     text = metadata.get(key, default)
-    if len(text) > MOST_TOLD:
+    if len(text) > MAX_METADATA:
         raise Damaged(f"says too much of its {key}")
     try:
         return ast.literal_eval(text)

@@ -22,7 +22,7 @@ from detguard.files import MAX_PHOTO, is_file
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 9
+RESULTS = 10
 TABLE = "entries (key text primary key, value blob)"
 # Bytes of the digest before each blob, of a blob, and of packed detections.
 DIGEST = 16
@@ -42,16 +42,16 @@ class Cache:
     """Blobs by key. Each `put` is one transaction: a killed run leaves whole entries or none.
 
     A damaged entry is one that is not there. A damaged file is set aside, beside it, and begun anew; `begun` counts.
-    told: what is told of either, once.
+    on_warning: called with what is wrong with either, once.
 
     Raises:
         DetguardError: the file cannot be opened or written.
     """
 
-    def __init__(self, file: Path = DEFAULT, told: Callable[[str], object] = warnings.warn) -> None:
+    def __init__(self, file: Path = DEFAULT, on_warning: Callable[[str], object] = warnings.warn) -> None:
         self.file = file
         self.begun = 0
-        self._told = told
+        self._warn = on_warning
         self._damaged = False
         self._database = self._open()
 
@@ -81,7 +81,7 @@ class Cache:
         return DetguardError(f"{self.file}: cannot be used as a cache ({error}); delete it or make it writable")
 
     def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
-        """Set the file aside if that is what an error tells of, and open a new one."""
+        """Set the file aside if that is what an error is about, and open a new one."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in NO_DAMAGE or self.begun == MOST_BEGUN:
             raise self._unusable(error) from error
         self.begun += 1
@@ -94,7 +94,7 @@ class Cache:
                     self.file.with_name(self.file.name + suffix).rename(aside.with_name(aside.name + suffix))
         except OSError as failed:
             raise self._unusable(failed) from failed
-        self._told(f"{self.file}: damaged ({error}); set aside as {aside.name} and begun anew")
+        self._warn(f"{self.file}: damaged ({error}); set aside as {aside.name} and begun anew")
         return self._open()
 
     def get(self, key: str) -> bytes | None:
@@ -112,7 +112,7 @@ class Cache:
         if isinstance(value, bytes) and value[:DIGEST] == _digest(value[DIGEST:]):
             return value[DIGEST:]
         if not self._damaged:
-            self._told(f"{self.file}: damaged entries in it are made again")
+            self._warn(f"{self.file}: damaged entries in it are made again")
         self._damaged = True
         return None
 

@@ -12,10 +12,9 @@ import torch
 from hotcoco import COCOeval
 from pycocotools.coco import COCO
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from detguard.data.dataset import indexed
-from detguard.detections import Detections
+from detguard.detections import Detections, box_iou
 from detguard.evaluation.bootstrap import drawn_classes, draws, error_95, mean_ap
 from detguard.evaluation.metrics import STATS, OfClass, Stats
 

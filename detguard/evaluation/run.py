@@ -114,7 +114,7 @@ class Protocols:
                 raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
         chosen_kinds(self.corruptions)
         _ = self.own_corruption  # a wrong file leaves no run behind
-        for name in SEVERAL:  # what is said twice is done once
+        for name in SEVERAL:  # what is given twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.protocols and self.severities and self.eps and self.attacks):
             raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")
@@ -205,7 +205,7 @@ def evaluate(
 ) -> Evaluation:
     """Show everything, score it, and write metrics.json, draws.json, per_class.csv and detections/ of the run.
 
-    on_progress: told what is being shown and how much of the total `cost` is done.
+    on_progress: called with what is being shown and how much of the total `cost` is done.
     """
     filled = False
     while not filled:

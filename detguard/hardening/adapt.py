@@ -52,7 +52,7 @@ class Adaptation:
         expert: what a new one has of its own, one of FORMS: adapter, head or whole.
         mode: frozen (old experts stay as they are, to the bit) or full.
         init: new experts start as the `best` of the old ones, or `fresh`, from random weights.
-        keep: weight of what old experts said before, the lambda of L2.
+        keep: weight of the old experts' earlier outputs, the lambda of L2.
         photos: seen, with repeats.
         batch: frames per batch, of all processes together.
         rate: learning rate, in proportion to weights.
@@ -205,7 +205,7 @@ def adapt(
     new: labelled photos of the new kind; old: of those that it knows. card: what the json beside the weights is to say.
 
     Raises:
-        KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
+        KeyboardInterrupt: `on_batch` returned True; resume with the same run.
     """
     torch.manual_seed(plan.seed)  # of experts that start afresh
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -215,7 +215,7 @@ def adapt(
     made, checkpoint = ranks.given(lambda: (run.path("weights/adapted.safetensors"), run.path(f"state/{STAGE}.pt")))
     if load_made(network, made, ranks):
         return made
-    top_k, network.top_k = network.top_k, None  # who is not asked does not learn
+    top_k, network.top_k = network.top_k, None  # what is not evaluated does not learn
     count = plan.batch if old is None else round(NEW_SHARE * plan.batch)
     third = (plan.batch - count) // 3
 
@@ -278,11 +278,11 @@ def batch_losses(
     plan: Adaptation,
     setting: Setting,
 ) -> dict[str, Tensor]:
-    """L1, of labels and of who should be asked, and L2 of a batch: this rank's summands of means over all of it."""
-    frames, ranks, said = new.shown, setting.ranks, None
+    """L1, of labels and of the gate's choice, and L2 of a batch: this rank's summands of means over all of it."""
+    frames, ranks, reference = new.shown, setting.ranks, None
     if any(label.known is not None and len(label.known) < len(network.class_names) for label in new.labels):
         with torch.no_grad():
-            said = setting.run(before, new.clean)[0]
+            reference = setting.run(before, new.clean)[0]
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
@@ -301,7 +301,7 @@ def batch_losses(
     with setting.precision():
         raw, logits = network(frames)
     found, count = decode(network.head, raw, logits), len(new.shown)
-    of_new = label_loss(found[:count], new.labels, said).sum()
+    of_new = label_loss(found[:count], new.labels, reference).sum()
     losses = {"loss": of_new / batch, "new": of_new / counts.new}
     if old is not None:
         of_old = label_loss(found[count:], labels, wanted).sum()
@@ -309,8 +309,8 @@ def batch_losses(
     if plan.experts:
         log_weights = logits.log_softmax(1)
         groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])
-        asked = torch.cat([groups[1, :count], groups[0, count:]])
-        losses["gate"] = -asked.sum() / batch
+        evaluate = torch.cat([groups[1, :count], groups[0, count:]])
+        losses["gate"] = -evaluate.sum() / batch
         losses["loss"] = losses["loss"] + losses["gate"]
     if plan.mode == "full" and plan.keep:
         with setting.precision():

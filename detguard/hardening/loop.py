@@ -65,7 +65,8 @@ class Pace:
 class Validate:
     """Now and then, how good the average of the weights is on photos that nothing is learned from.
 
-    every: batches between; losses: this rank's summands of what is told, the first of which chooses the best weights.
+    every: batches between; losses: this rank's summands of what is recorded, the first of which chooses the best
+    weights.
     """
 
     every: int
@@ -85,7 +86,7 @@ class BatchLog:
     last: int | None
     batch: int
     ranks: Ranks = ALONE
-    told: dict[str, float] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
 
@@ -116,17 +117,17 @@ class BatchLog:
         self.seen += 1
         if (number + 1) % LOG_EVERY == 0 or number + 1 == self.last:
             self.end(number + 1)
-        return self.told
+        return self.means
 
     def end(self, batch: int) -> None:
         """Write a record of the losses that are in none yet, after a batch."""
         if not self.rows:
             return
         means = self.waiting().double().mean(0).tolist()
-        self.told = {name: round(value, 4) for name, value in zip(self.names, means, strict=True)}
+        self.means = {name: round(value, 4) for name, value in zip(self.names, means, strict=True)}
         rate = round(self.seen * self.batch / (time.monotonic() - self.began), 1)
         if all(map(math.isfinite, means)):
-            self.note(batch, {"photos_per_second": rate} | self.told)
+            self.note(batch, {"photos_per_second": rate} | self.means)
         self.rows, self.began, self.seen = [], time.monotonic(), 0
 
     def note(self, batch: int, what: dict[str, float]) -> None:
@@ -187,14 +188,14 @@ def train(
 ) -> GatedNetwork:
     """Train the `learned` parameters in place, from `checkpoint` on; returns the network with their moving average.
 
-    made: batches from a number on; learn: told a batch, its number, the share of the stage that is over after it, and
-    how to update the weights by a loss, of which each of the `ranks` has a summand; returns what is to be told of it,
+    made: batches from a number on; learn: given a batch, its number, the share of the stage that is over after it, and
+    how to update the weights by a loss, of which each of the `ranks` has a summand; returns what is to be recorded,
     in summands too, a "loss" among them. No device is waited for but at records and checkpoints. validate: by which
     the best average is returned, not the last. shares: of the rate, of parameters that learn slower. Where the loss
     grows out of all bounds, training goes back to the checkpoint, at half the rate.
 
     Raises:
-        KeyboardInterrupt: `on_batch` asked one of the ranks for it; the checkpoint holds all that was learned.
+        KeyboardInterrupt: `on_batch` returned True on one of the ranks; the checkpoint holds all that was learned.
         AheadError: no more batches can be made; the same.
         DetguardError: the loss has grown so again and again.
     """
@@ -238,11 +239,11 @@ def train(
             average.update()
 
         losses = learn(batch, at.number, pace.done(at.number + 1, at.spent), update)
-        told = log.add(at.number, losses)
+        losses_now = log.add(at.number, losses)
         at.number += 1
-        stop = ranks.any(bool(on_batch and on_batch(at.number - 1, pace.done(at.number, at.spent), told)))
+        stop = ranks.any(bool(on_batch and on_batch(at.number - 1, pace.done(at.number, at.spent), losses_now)))
         late = stop or ranks.any(time.monotonic() - saved > pace.save_every)
-        loss = told["loss"] if not log.rows else log.now() if late else None
+        loss = losses_now["loss"] if not log.rows else log.now() if late else None
         if loss is not None and diverged(loss, healthy):
             worst, setbacks = at.number, at.setbacks + 1
             at = files.restore() or Progress()
@@ -252,8 +253,8 @@ def train(
                     f"{SETBACKS} times; start anew with a lower `rate` or a smaller `eps`"
                 )
             at.setbacks, began = setbacks, time.monotonic() - at.spent
-            log.told = {"diverged": worst, "setbacks": setbacks}
-            log.note(at.number, log.told)
+            log.means = {"diverged": worst, "setbacks": setbacks}
+            log.note(at.number, log.means)
             files.save(at)  # or a resumed run would not know
             batches = made(at.number)
             continue

@@ -68,7 +68,8 @@ def feature_loss(student: dict[int, Tensor], teacher: dict[int, Tensor], varianc
     """Squared error of the feature maps that both have, [B, C, H, W] by layer, from the teacher's; per frame, [B].
 
     Each channel in units of its variance over the batch (`feature_variances`); a tenth of the layer's is added, so that
-    channels that hardly ever speak do not outweigh the rest. Of large maps a grid of about 12 x 12 positions counts.
+    channels that are hardly ever active do not outweigh the rest. Of large maps a grid of about 12 x 12 positions
+    counts.
     """
     errors = []
     for layer in sorted(student.keys() & teacher.keys()):
@@ -97,22 +98,22 @@ class Goal:
     variances: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, learn: str, said: Candidates, labels: Sequence[Labelled] = ()) -> "Goal":
-        """That of frames; learn: one of LEARN; said: what the teacher says of them.
+    def of(cls, learn: str, reference: Candidates, labels: Sequence[Labelled] = ()) -> "Goal":
+        """That of frames; learn: one of LEARN; reference: the teacher's outputs on them.
 
         labels: of each frame, boxes in its pixels; none are read where the teacher alone is learned. Classes that a
-        frame is not labelled for are not known. Candidates are assigned by what is said, which no attack changes: by
+        frame is not labelled for are not known. Candidates are assigned by these outputs, which no attack changes: by
         what YOLO11n finds under one of 4 levels, objects weigh 44 % less, and it would learn the least where it fails.
         """
         if learn == "teacher":
-            return cls(said)
-        known = torch.ones(len(labels), said.logits.shape[2])
+            return cls(reference)
+        known = torch.ones(len(labels), reference.logits.shape[2])
         for row, label in zip(known, labels, strict=True):
             if label.known is not None:
                 row.zero_()[list(label.known)] = 1
-        assigned = assign(said, [label.objects for label in labels])
-        known = known.to(said.logits.device, non_blocking=True)
-        return cls(said if learn == "both" else None, assigned, known)
+        assigned = assign(reference, [label.objects for label in labels])
+        known = known.to(reference.logits.device, non_blocking=True)
+        return cls(reference if learn == "both" else None, assigned, known)
 
     def loss(self, found: Candidates | None, maps: dict[int, Tensor] | None = None, aim: str = "all") -> Tensor:
         """The loss of each frame, [B], or the part of it that an attack raises: "class" or "box".
@@ -127,15 +128,15 @@ class Goal:
         return torch.stack(raised).sum(0)
 
 
-def label_loss(found: Candidates, labels: Sequence[Labelled], said: Candidates | None = None) -> Tensor:
+def label_loss(found: Candidates, labels: Sequence[Labelled], reference: Candidates | None = None) -> Tensor:
     """The training loss of each frame, [B], by labels that are assigned by what is found itself; see `Goal.of`.
 
-    said: what is wanted of the classes that a frame is not labelled for, as an `imitation_loss`; by default nothing.
+    reference: outputs to imitate in the classes that a frame is not labelled for; by default they do not count.
     """
     goal = Goal.of("labels", found, labels)
     loss = goal.loss(found)
-    if said is not None and goal.known is not None:
-        loss = loss + torch.stack(list(imitation_parts(found, said, 1 - goal.known).values())).sum(0)
+    if reference is not None and goal.known is not None:
+        loss = loss + torch.stack(list(imitation_parts(found, reference, 1 - goal.known).values())).sum(0)
     return loss
 
 
@@ -145,7 +146,7 @@ def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:
 
 
 def retention_loss(now: Candidates, before: Candidates) -> Tensor:
-    """How far an expert has moved from what it said before, per frame, [B]: the L2 of one expert.
+    """How far an expert has moved from its earlier outputs, per frame, [B]: the L2 of one expert.
 
     Jensen-Shannon divergence of the classes at every candidate and of the distances' distributions, weighted by where
     either is confident, over the sum of those weights (DESIGN, section 2).

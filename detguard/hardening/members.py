@@ -23,7 +23,7 @@ def parse_members(specs: str) -> tuple[Transform, ...]:
     for transform in transforms:
         if isinstance(transform.low if isinstance(transform, Drawn) else transform, Geometric):
             raise DetguardError(
-                f"`transforms` {transform}: moves pixels away from what is to be said of them; expected transforms "
+                f"`transforms` {transform}: moves pixels away from their labels; expected transforms "
                 "that leave them in place, as in median:3,jpeg:75"
             )
     return tuple(transforms)

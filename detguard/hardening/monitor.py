@@ -145,8 +145,8 @@ def _error(before: list[float], after: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Quality:
-    """What one photo of a stream tells. f1: at IoU .50 and confidence .25, against its labels; None: it has none that
-    are known, so that it cannot tell a detector that finds nothing from one that is right.
+    """What is measured on one photo of a stream. f1: at IoU .50 and confidence .25, against its labels; None: it has
+    none that are known, so that it cannot tell a detector that finds nothing from one that is right.
 
     Without labels, as hints: confidence, the mean over the detections that a user would see; entropy of the gate's
     weights, nats, of an ensemble.

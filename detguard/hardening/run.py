@@ -83,7 +83,7 @@ class Plan:
         steps: of each of them.
         transforms: specs of what attacked frames go through (see `detguard.hardening.members.parse_members`).
         mix: share of other kinds in each expert's photos, 0..1.
-        top_k: experts that are asked per photo, by default all.
+        top_k: experts that are evaluated per photo, by default all.
         fusion: how the experts' answers become one, `bounded:B` or `average:F` (see `detguard.detectors.fusion`).
         sparse: standard deviations from the mean of a channel within which the robust expert, once trained, sets values
             to it; 0: none.
@@ -146,12 +146,12 @@ class Plan:
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> "Plan":
+    def of(cls, given: dict[str, Any]) -> "Plan":
         """Of options by name; those that are left out, or None, are what the recipe and the attack have them be."""
-        told = {name: value for name, value in told.items() if value is not None}
-        told.setdefault("attack", "pgd" if told.get("recipe") == "mtd" else cls.attack)
-        told.setdefault("steps", 1 if told["attack"] == "fgsm" else cls.steps)
-        return cls(**told)
+        given = {name: value for name, value in given.items() if value is not None}
+        given.setdefault("attack", "pgd" if given.get("recipe") == "mtd" else cls.attack)
+        given.setdefault("steps", 1 if given["attack"] == "fgsm" else cls.steps)
+        return cls(**given)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -325,13 +325,14 @@ def harden(
 ) -> Path:
     """Train all stages that the run has not finished; returns the file of the ensemble.
 
-    model: the unfused detector to start from, a single hardened network, or an ensemble whose experts go on; card: what
-    the json beside the weights is to say (architecture, classes, imgsz); on_batch: told stage, the share of it that is
-    over, and losses; returns True to save and stop; held: photos to validate on; first: photos that the backbone learns
-    from, where the plan has it learn first; samples: a share of the adversarial frames (SAMPLED).
+    model: the unfused detector to start from, a single hardened network, or an ensemble whose experts go on; card:
+    what the json beside the weights is to say (architecture, classes, imgsz); on_batch: called with the stage, the
+    share of it that is over, and losses; returns True to save and stop; held: photos to validate on; first: photos
+    that the backbone learns from, where the plan has it learn first; samples: a share of the adversarial frames
+    (SAMPLED).
 
     Raises:
-        KeyboardInterrupt: `on_batch` asked for it; resume with the same run.
+        KeyboardInterrupt: `on_batch` returned True; resume with the same run.
     """
     torch.manual_seed(plan.seed)  # of the gate's first weights
     if isinstance(model, GatedNetwork):
@@ -369,14 +370,14 @@ def harden(
         checkpoint = path(f"state/{stage.name}.pt")
         validate = None
 
-        def told(number: int, done: float, losses: dict[str, float], name: str = stage.name) -> bool:
+        def on_stage(number: int, done: float, losses: dict[str, float], name: str = stage.name) -> bool:
             return bool(on_batch and on_batch(name, done, losses))
 
         if every := held.every(stage, setting, passes(stage, setting.size)):
             validate = Validate(every, partial(held.losses, network, undefended, stage, setting))
         log = BatchLog(run, stage.name, stage.number, setting.batch, ranks)
         shown = first if stage.learn == MAPS and first else source
-        train_stage(network, undefended, shown, stage, setting, checkpoint, told, log, validate, samples)
+        train_stage(network, undefended, shown, stage, setting, checkpoint, on_stage, log, validate, samples)
         if ranks.first:
             save_gated(network, card, made)
     if not plan.sparse or plan.recipe == "finetune":

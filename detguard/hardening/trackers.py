@@ -25,7 +25,7 @@ def check_tracker(name: str) -> Any:
 
 
 def track(run: Run, name: str) -> None:
-    """Have a tracker told the numbers of every record that the run is given from now on, as stage/name by batch.
+    """Have a tracker log the numbers of every record that is appended to the run from now on, as stage/name by batch.
 
     Trackers that write files write them into the run: tensorboard --logdir RUN.
 

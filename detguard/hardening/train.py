@@ -219,7 +219,7 @@ def train_stage(
     slower = network.backbone(stage.route or 0) if stage.backbone < 1 else []
     shares = {p: stage.backbone for layer in slower for p in layer.parameters()}
     pace = Pace(stage.number, stage.rate, GATE_RATE, setting.save_every, stage.seconds)
-    top_k, network.top_k = network.top_k, None  # who is not asked does not learn
+    top_k, network.top_k = network.top_k, None  # what is not evaluated does not learn
     try:
         return train(network, learned, made, learn, pace, checkpoint, on_batch, log, ranks, validate, shares)
     finally:
@@ -323,7 +323,7 @@ def worst(attacks: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
 def _losses(
     per_frame: Tensor, gate_logits: Tensor | None, kinds: Kinds, batch: int, gate_weight: float
 ) -> dict[str, Tensor]:
-    """The loss of a batch and, to be told, its mean on each kind of frames and the gate's weights there.
+    """The loss of a batch and, for the records, its mean on each kind of frames and the gate's weights there.
 
     batch: frames of all ranks, of whose means these are this rank's summands.
     """

@@ -1,4 +1,4 @@
-"""How robust a network is on photos that it is not trained on, told while it trains."""
+"""How robust a network is on photos that it is not trained on, measured while it trains."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ from detguard.photos import PADDING_LEVEL, Letterbox, Photo, frames_tensor, read
 HELD_OUT, ONE_IN = 32, 20
 # Steps of PGD, and the share of the time of training that validation may take.
 STEPS, SHARE = 10, 0.03
-# What records of it tell of each stage: the losses under attack, by which the best weights are chosen, and without.
+# What its records hold of each stage: the losses under attack, by which the best weights are chosen, and without.
 ATTACKED, CLEAN = "attacked", "clean"
 
 Entry = TypeVar("Entry", Path, Labelled)
@@ -93,7 +93,7 @@ class Validation:
         teacher: the undefended detector as a network of one expert, shown clean photos.
         """
         ranks, adversary = setting.ranks, Adversary(stage.adversary.eps, STEPS)
-        told = {ATTACKED: torch.zeros((), device=ranks.device), CLEAN: torch.zeros((), device=ranks.device)}
+        sums = {ATTACKED: torch.zeros((), device=ranks.device), CLEAN: torch.zeros((), device=ranks.device)}
         torch.manual_seed(setting.seed)  # of the noise
         for start in range(0, len(self.frames), setting.batch):
             end = min(start + setting.batch, len(self.frames))
@@ -102,14 +102,14 @@ class Validation:
                 continue
             clean = frames_tensor([self.frames[i] for i in rows], ranks.device)
             with torch.no_grad():
-                said = setting.run(teacher, clean, 0)[0]
-            goal = Goal.of(stage.learn, said, self.labels[rows.start : rows.stop : rows.step])
+                reference = setting.run(teacher, clean, 0)[0]
+            goal = Goal.of(stage.learn, reference, self.labels[rows.start : rows.stop : rows.step])
 
             def harm(x: Tensor, goal: Goal = goal) -> Tensor:
                 return goal.loss(setting.run(network, x, stage.route)[0])
 
             moved = perturb(clean, harm, adversary, range(rows.start - start, end - start, ranks.count))
             with torch.no_grad():
-                told[ATTACKED] += harm(moved).sum() / len(self.frames)
-                told[CLEAN] += harm(clean).sum() / len(self.frames)
-        return told
+                sums[ATTACKED] += harm(moved).sum() / len(self.frames)
+                sums[CLEAN] += harm(clean).sum() / len(self.frames)
+        return sums

@@ -39,7 +39,7 @@ class Outrank(Objective):
             of_objects = pick(logits, objects.classes)  # [N, K]
             # Of an object that nothing lies on any more there is nothing left to push down.
             found = of_objects.masked_fill(~near(boxes, objects), UNFOUND).logsumexp(0).clamp(min=LOWEST)
-            # Where the objects are, for no device is to be asked how many classes there are.
+            # Where the objects are, as no device may be read to know how many classes there are.
             present = objects.classes.unique() if len(objects) else torch.tensor(self.targets)
             false = pick(logits, present).masked_fill(on_class(boxes, objects, present), UNFOUND).flatten()
             raised = false.topk(min(FALSE_ONES, len(false))).values.clamp(max=HIGHEST).mean()

@@ -30,8 +30,8 @@ def verdict(records: Sequence[Record], options: AttackOptions) -> str:
     if len(members) > MOST_NAMED:
         also = f", also after each of {len(members)} transforms"
     # What decides is every member: a photo that fools and whose copy does not is none that is fooled.
-    told = f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
-    return told + (f"; {without} without target" if without else "")
+    summary = f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
+    return summary + (f"; {without} without target" if without else "")
 
 
 def failures(attacked: Sequence[Record]) -> list[str]:
@@ -62,8 +62,8 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     plots = {}
     if options.smallest:
         plots["Success over budget"] = least_budget_plot(least_budgets(attacked), options.budget.unit)
-    told = verdict(records, options)
-    return render_page(title, told, subtitle, command, tables, plots, items, len(attacked) - len(items))
+    summary = verdict(records, options)
+    return render_page(title, summary, subtitle, command, tables, plots, items, len(attacked) - len(items))
 
 
 def _shown(attacked: Sequence[Record]) -> list[Record]:

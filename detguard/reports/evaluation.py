@@ -152,7 +152,7 @@ SETTINGS: tuple[tuple[str, str, Callable[[ModelMetrics], str]], ...] = (
 
 
 def headline(metrics: Metrics, title: str) -> Table:
-    """One row per model, with what was measured of any of them; what all have in common is told above."""
+    """One row per model, with what was measured of any of them; what all have in common stands above."""
 
     def values(protocol: str, show: Callable[[ModelMetrics], str]) -> set[str]:
         return {show(m) if protocol in m else "-" for m in metrics.values()}
@@ -259,8 +259,8 @@ def _gates(metrics: Metrics) -> Iterator[Table]:
         if "gate" in m:
             shares = gate_by_kind(m["gate"]["shares"])
             rows = [[kind, *(f"{w:.2f}" for w in weights)] for kind, weights in shares.items()]
-            note = "Mean weight of each expert by the gate. Equal rows mean that the gate tells nothing apart."
-            yield Table(f"Which expert spoke: {name}", ["photos", *m["gate"]["experts"]], rows, note)
+            note = "Mean weight of each expert by the gate. Equal rows mean that the gate does not distinguish them."
+            yield Table(f"Expert weights: {name}", ["photos", *m["gate"]["experts"]], rows, note)
 
 
 def _checked(metrics: Metrics) -> Iterator[Table]:
@@ -367,9 +367,7 @@ def evaluation_page(
     made = plots(metrics, evaluation.curves)
     for name, found in metrics.items():
         if "gate" in found:
-            made[f"Which expert spoke: {name}"] = gate_plot(
-                found["gate"]["experts"], gate_by_kind(found["gate"]["shares"])
-            )
+            made[f"Expert weights: {name}"] = gate_plot(found["gate"]["experts"], gate_by_kind(found["gate"]["shares"]))
     first, *others = tables(metrics)
     more = [table for table in (numbers_table(metrics), classes_table(evaluation, wanted.eps[-1])) if table.rows]
     left_out = len(data.files) - len(items)
@@ -434,9 +432,11 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
         seen, names = _seen(subject, view, image), subject.detector.class_names
         worst = seen if worst is None or seen.loss > worst.loss else worst
         before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, marked(seen.objects, seen.clean, names))
-        spoke = [_speaker(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None]
-        told = f"spoke: {', then '.join(spoke)}" if subject.detector.experts else ""
-        name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", told) if part)
+        heaviest = [
+            _heaviest(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None
+        ]
+        weighed = f"most weight: {', then '.join(heaviest)}" if subject.detector.experts else ""
+        name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", weighed) if part)
         if view is None or seen.after is None:
             labelled = [record | {"kind": "", "confidence": 1.0} for record in seen.objects.records(names)]
             made.append(pair(panel(f"labelled: {_count(seen.objects)}", photo, labelled), before, name=name))
@@ -455,7 +455,7 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
     return Item(file.name, outcome, f"{_count(worst.objects)} labelled{how}", made)
 
 
-def _speaker(found: Detections, names: Sequence[str]) -> str:
+def _heaviest(found: Detections, names: Sequence[str]) -> str:
     """The expert with the largest weight on a photo, like "normal .93"."""
     if found.experts is None:
         return "-"

@@ -1,4 +1,4 @@
-"""The page of a harden run: how each stage learned, and which expert the gate came to ask."""
+"""The page of a harden run: how each stage learned, and which expert the gate came to choose."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +46,7 @@ def hardening_page(run: Run) -> bytes:
     note = (
         "Loss on training photos at the end of each stage: divergence from what the undefended detector says of the "
         "clean photo, or by --learn that of labels. Its weights are those that were best on photos held out, under "
-        "PGD, at the batch named. How good the detector is, detguard evaluate tells."
+        "PGD, at the batch named. How good the detector is: detguard evaluate."
     )
     tables = [
         Table(
@@ -66,7 +66,7 @@ def hardening_page(run: Run) -> bytes:
         if at_end("joint", f"gate {kind} 0") is not None
     }
     if shares:
-        made["Which expert the gate asks for, on training photos"] = gate_plot(list(experts), shares)
+        made["Gate weights on training photos"] = gate_plot(list(experts), shares)
     plan = run.config["harden"]
     length = f"{plan['hours']:g} hours" if plan.get("hours") else f"{plan['photos']} photos"
     transforms = plan.get("transforms", "none")
@@ -88,5 +88,5 @@ def verdict(validated: Sequence[Record]) -> str:
     return (
         f"Loss on photos held out, under PGD: {number(first[ATTACKED])} at batch {first['batch']} of stage "
         f"{first['stage']}, {number(best[ATTACKED])} at batch {best['batch']}, whose weights are kept "
-        f"(clean: {number(best.get(CLEAN))}); AP is told by detguard evaluate"
+        f"(clean: {number(best.get(CLEAN))}); AP: detguard evaluate"
     )

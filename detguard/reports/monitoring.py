@@ -92,7 +92,7 @@ def verdict(records: Sequence[Record], window: int) -> str:
     after = mean(r["f1"] for r in judged if first["began"] <= r["number"] <= first["number"])
     more = f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
     return (
-        f"F1 dropped from {number(before)} to {number(after)} since photo {first['began']}, told at photo "
+        f"F1 dropped from {number(before)} to {number(after)} since photo {first['began']}, detected at photo "
         f"{first['number']}{more}"
     )
 
@@ -141,5 +141,5 @@ def monitor_page(run: Run, records: list[Record], events: list[Record], items: S
         plots["Accuracy over the stream"] = line
     title = f"Monitor: {run.config['detector']['model']}"
     tables = [events_table(events)] * bool(events) + [timeline_table(rows)]
-    told, command = verdict(records, options["window"]), ["detguard", *run.config["arguments"]]
-    return render_page(title, told, subtitle, command, tables, plots, items)
+    summary, command = verdict(records, options["window"]), ["detguard", *run.config["arguments"]]
+    return render_page(title, summary, subtitle, command, tables, plots, items)

@@ -121,26 +121,27 @@ class Adapting:
         out: Path | None = None,
         trust: bool = False,
         arguments: Sequence[str] = (),
-        told: Callable[[str], object] = warnings.warn,
+        on_warning: Callable[[str], object] = warnings.warn,
         on_data: OnData = warn_of,
     ) -> "Adapting":
         """A new run, once all that it asks for is known to go together.
 
-        plan: the fields of `Adaptation` that are told, or AUTO as its mode; told: what is told that is no error.
+        plan: the fields of `Adaptation` that are given, or AUTO as its mode; on_warning: called with what
+            is no error.
 
         Raises:
             DetguardError: it does not, or the ensemble or data cannot be read; no run is left behind.
         """
         network, imgsz = load_ensemble(model, trust)
         sources = read_sources(new, replay, split, network.class_names, on_data, class_map)
-        count, why = len(sources[0]), "as told"
+        count, why = len(sources[0]), "as given"
         plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO, expert=defaults.Adapt.expert) | plan
         if plan["mode"] == AUTO:
             plan["mode"], why = choose_mode(count)
         if not replay:
-            told("without `replay` nothing tells the gate when not to ask the new experts")
+            on_warning("without `replay` nothing tells the gate when not to ask the new experts")
         if network.rule.number or network.rule.leads:
-            told(f"fusion {network.fusion} bounds what new experts may change of the adversarial one's answer")
+            on_warning(f"fusion {network.fusion} bounds what new experts may change of the adversarial one's answer")
         hardened = read_card(model).get("hardened")
         hardened = hardened if isinstance(hardened, dict) else {}
         eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")
@@ -204,7 +205,7 @@ class Adapting:
         return readable
 
     def figures(self) -> Figures:
-        """How good the ensemble is as it is now, on photos that it does not learn from; told to the first rank."""
+        """How good the ensemble is as it is now, on photos that it does not learn from; known to the first rank."""
         if not self.ranks.first:
             return {}
         detector = GatedDetector(copy.deepcopy(self.network), "", self.imgsz, str(self.ranks.device))
@@ -214,7 +215,7 @@ class Adapting:
         """Grow and train what the run has not finished, after `load`; returns the file of the weights.
 
         Raises:
-            KeyboardInterrupt: `on_batch` asked for it; `resume` goes on.
+            KeyboardInterrupt: `on_batch` returned True; `resume` goes on.
         """
         config = self.run.config
         card = read_card(config["model"])
@@ -256,15 +257,15 @@ def adapt(
         device: of torch, where to train: cpu, cuda, cuda:1 or mps.
         workers: processes that make batches, by default one per core.
         trust: as of `load_detector`.
-        on_batch: told the number of the batch, the share that is over, and the last losses; returns True to save and
-            stop.
+        on_batch: called with the number of the batch, the share that is over, and the last losses; returns True to save
+            and stop.
         **plan: the fields of `Adaptation`: `experts`, `expert` (adapter, head, whole), `mode` (full, frozen, or by
             default auto: by how many photos are new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000
             at most), `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: the ensemble or photos cannot be read, or options do not go together.
-        KeyboardInterrupt: `on_batch` asked for it; go on with `resume`.
+        KeyboardInterrupt: `on_batch` returned True; go on with `resume`.
         TypeError: `plan` holds no such field.
 
     Examples:

@@ -36,7 +36,7 @@ def plan(options: dict[str, Any], detectors: int) -> Protocols:
 
 
 def strength(detectors: Sequence[Detector], steps: int | None, restarts: int | None) -> dict[str, int]:
-    """Steps and starts of the white-box attacks where they are not told: a defence is judged harder."""
+    """Steps and starts of the white-box attacks where they are not given: a defence is judged harder."""
     hard = any(detector.hardened for detector in detectors)
     return {"steps": steps or STEPS[hard], "restarts": restarts or RESTARTS[hard]}
 
@@ -44,18 +44,18 @@ def strength(detectors: Sequence[Detector], steps: int | None, restarts: int | N
 def load_subjects(
     detectors: Sequence[Detector],
     source: dict[str, Any],
-    told: Callable[[str], object] = warnings.warn,
+    on_warning: Callable[[str], object] = warnings.warn,
     cache: Path = DEFAULT,
     on_data: OnData = warn_of,
 ) -> list[Subject]:
     """The detectors on the data set that a run's config names, each with a name of its own.
 
-    told: what is told that is no error; on_data: told what was wrong with the data.
+    on_warning: called with what is no error; on_data: called with what was wrong with the data.
     """
     images = Path(source["images"]) if source["images"] else None
     dataset = read_dataset(source["source"], source["split"], images, source["limit"], source.get("class_map"))
     subjects: list[Subject] = []
-    kept = Cache(cache, told=told)
+    kept = Cache(cache, on_warning=on_warning)
     for detector in detectors:
         taken = [s.detector.name for s in subjects].count(detector.name)
         name = f"{detector.name}#{taken + 1}" if taken else detector.name
@@ -66,7 +66,7 @@ def load_subjects(
     on_data(dataset.name, dataset.warnings)
     if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
         counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
-        told(f"the detectors know different classes of {dataset.name} ({counts}); `classes` makes them equal")
+        on_warning(f"the detectors know different classes of {dataset.name} ({counts}); `classes` makes them equal")
     return subjects
 
 
@@ -101,7 +101,7 @@ def evaluate(
         out: folder for metrics.json, per_class.csv and what was found; by default none is kept (but for `cache`).
         cache: SQLite file of what was found before, which is not done again; by default runs/evaluate/cache.sqlite in
             the working folder.
-        on_progress: told what is being shown and how many forward passes are done.
+        on_progress: called with what is being shown and how many forward passes are done.
         **protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
             `seed`, `patch`, `patch_target`, `patch_size`, `universal`, `corruptions`, `corruption_file`,
             `save_images`.

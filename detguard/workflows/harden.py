@@ -87,7 +87,7 @@ class Hardening:
         arguments: Sequence[str] = (),
         on_data: OnData = warn_of,
     ) -> "Hardening":
-        """A new run, once all that it asks for is known to go together. plan: the fields of `Plan` that are told.
+        """A new run, once all that it asks for is known to go together. plan: the fields of `Plan` that are given.
 
         samples: runs of `attack`, of which all photos become adversarial frames.
 
@@ -207,7 +207,7 @@ class Hardening:
         """Train what the run has not finished, after `load`.
 
         Raises:
-            KeyboardInterrupt: `on_stage` asked for it; `resume` goes on.
+            KeyboardInterrupt: `on_stage` returned True; `resume` goes on.
         """
         # In forward-backward passes or seconds, so that the time left is right in stages with and without attacks.
         stages = self.plan.stages(self.network)
@@ -218,8 +218,8 @@ class Hardening:
             share = (starts[name] + costs[name] * done) / sum(costs.values())
             return bool(on_stage and on_stage(name, share, losses))
 
-        asked = (self.network, self.card(), self.teacher, self.source, self.plan, self.setting, self.run, on_batch)
-        made = train_stages(*asked, self.held, self.first, self.samples)
+        arguments = (self.network, self.card(), self.teacher, self.source, self.plan, self.setting, self.run, on_batch)
+        made = train_stages(*arguments, self.held, self.first, self.samples)
         self.ranks.end()
         return Trained(made, self.run.folder, self.unread)
 
@@ -261,13 +261,14 @@ def harden(
         workers: processes that make batches, by default one per core.
         trust: as of `load_detector`.
         log: tensorboard, wandb, mlflow or another of Accelerate's trackers that losses go to.
-        on_stage: told the stage, the share of all that is over, and the last losses; returns True to save and stop.
+        on_stage: called with the stage, the share of all that is over, and the last losses; returns True to save
+            and stop.
         **plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
             `steps`, `mix`, `tune_normal`, `transforms`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: a detector or photos cannot be read, or options do not go together.
-        KeyboardInterrupt: `on_stage` asked for it; go on with `resume`.
+        KeyboardInterrupt: `on_stage` returned True; go on with `resume`.
         TypeError: `plan` holds no such field.
 
     Examples:

@@ -48,7 +48,7 @@ class Living(Deployment):
     """The ensembles of a stream, each adapted from the one before it.
 
     run: of the monitor, whose config says how many photos are gathered after a drop (`gather`), how many old ones are
-    replayed (`keep`), and which options `detguard adapt` gets. told: what has happened, in a line.
+    replayed (`keep`), and which options `detguard adapt` gets. report: called with what has happened, in a line.
 
     Of photos, those are remembered, and kept as copies in the run, that a drop may reach back to, those of a reservoir
     of `keep` judged ones of all that came (Vitter 1985, algorithm R), and those that are being gathered or learned.
@@ -57,7 +57,7 @@ class Living(Deployment):
     run: Run
     first: Detector
     device: str = "cpu"
-    told: Callable[[str], object] = print
+    report: Callable[[str], object] = print
     child: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -257,7 +257,7 @@ class Living(Deployment):
     def _note(self, event: Record) -> None:
         self.run.append(event, EVENTS)
         self.events.append(event)
-        self.told(in_words(event))
+        self.report(in_words(event))
 
 
 def check_options(parts: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def train(ranks, folder):
         start[name] = copy.deepcopy(network.state_dict())
         log = BatchLog(None, name, stage.number, BATCH, ranks)
         train_stage(network, teacher, source, stage, setting, folder / f"{name}.pt", log=log)
-        weights[name], told[name] = network.state_dict(), log.told
+        weights[name], told[name] = network.state_dict(), log.means
     torch.manual_seed(0)
     network = GatedNetwork(fused(load_model()[0]), 11)
     before = copy.deepcopy(network.state_dict())

@@ -71,7 +71,7 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
         return {"f1": f1, "began": began}
 
     records = [{"number": n, **one} for n, one in enumerate([seen(1.0)] * 8 + [seen(0.5)] * 3 + [seen(0.5, 9)], 1)]
-    assert monitoring.verdict(records, 8) == "F1 dropped from 1.000 to .500 since photo 9, told at photo 12"
+    assert monitoring.verdict(records, 8) == "F1 dropped from 1.000 to .500 since photo 9, detected at photo 12"
     assert monitoring.verdict(records[:8], 8) == "No drop on 8 photos with known objects: mean F1 1.000"
     assert monitoring.verdict(records[:3], 8).startswith("Too few to judge: 3 photos")
 
