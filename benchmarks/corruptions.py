@@ -21,7 +21,7 @@ from detguard.engine import keep_freed_memory
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.run import mean
 from detguard.evaluation.score import score
-from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, fill
+from detguard.evaluation.views import Clean, Corrupted, Subject, fill
 from detguard.photos import Photo
 from detguard.reports.evaluation import number
 
@@ -31,9 +31,8 @@ class Own(Corrupted):
     """The photos under one of the corruptions that detectors are trained with."""
 
     @override
-    def show(self, batch: Batch) -> list[Photo]:
-        seeds = batch.seeds(self.name, self.seed)
-        return [corrupt(photo, self.kind, self.severity, seed) for photo, seed in zip(batch.photos, seeds, strict=True)]
+    def alter(self, photo: Photo, seed: int) -> Photo:
+        return corrupt(photo, self.kind, self.severity, seed)
 
 
 def main(
