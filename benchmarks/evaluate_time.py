@@ -3,7 +3,8 @@
     python benchmarks/evaluate_time.py --model ../shared/weights/yolo11n-coco.pt --data ../shared/data/coco256/data.yaml
 
 Runs `clean,corruptions,attack` with an empty cache in this process and counts the time within the detector's forward
-(decoding of boxes included) and within autograd (the loss's own backward included).
+(decoding of boxes included) and within autograd (the loss's own backward included); of corruptions that processes make
+ahead it is the waiting.
 """
 
 import tempfile
@@ -24,7 +25,7 @@ from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.run import Protocols, evaluate
-from detguard.evaluation.views import Subject
+from detguard.evaluation.views import Makers, Subject
 from detguard.runs import Run
 
 
@@ -52,6 +53,7 @@ def main(
     detector.candidates = timed("forward", detector.candidates)
     torch.autograd.grad = timed("backward", torch.autograd.grad)
     detguard.evaluation.views.corrupt = timed("corruptions", detguard.evaluation.views.corrupt)
+    Makers.photo = timed("corruptions ahead", Makers.photo)
     detguard.evaluation.views.read_photo = timed("reading photos", detguard.evaluation.views.read_photo)
     detguard.evaluation.run.metrics_of = timed("COCO metrics", detguard.evaluation.run.metrics_of)
     detguard.evaluation.run.results = timed("reading results", detguard.evaluation.run.results)

@@ -57,7 +57,7 @@ def attack(
     keep_freed_memory()
     detector = load_detector(model)
     files = [str(file) for file in find_photos([photos])]
-    base = AttackOptions(**{"steps": 60, "budget": Linf(eps), **options})
+    base = AttackOptions(**{"steps": 60, "schedule": "group", "budget": Linf(eps), **options})
     config = {
         "detector": detector_config(detector, str(model)), "also": [], "samples": False,
         "goal": "vanish" if to is None else "mislabel",
@@ -128,7 +128,9 @@ def group(model: Model = MODEL, photos: Photos = PHOTOS, most: int = 1000) -> No
     for name, transforms, options in ways:
         folder = name.split()[0] if not options else name.replace(" ", "-").replace(",", "")
         records, judged = attack(folder, model, photos, transforms, GROUP, most, "person", None, eps=4, **options)
-        stepped = 1 if "schedule" in options else 1 + (0 if transforms == "none" else len(transforms.split(",")))
+        stepped = (
+            1 if options.get("schedule") == "worst" else 1 + (0 if transforms == "none" else len(transforms.split(",")))
+        )
         frames = f"{sum(r['queries'] for r in records)} / {sum(r['iterations'] for r in records) * stepped}"
         survived = [survival(judged, t) for t in GROUP.split(",")]
         rows.append([f"{name}: {transforms}", *describe(records), frames, *survived])

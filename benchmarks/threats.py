@@ -150,7 +150,9 @@ def geometry(
     print(f"{model} at {detector.imgsz} px, {len(files)} photos, eps {eps}, at most {steps} iterations\n")
     header(["group", "photo", *FIXED.split(","), *UNSEEN.split(","), "iterations", "s per photo"])
     for name in group:
-        results, seconds = made(detector, files, transforms=GROUPS[name], budget=Linf(eps), steps=steps)
+        results, seconds = made(
+            detector, files, transforms=GROUPS[name], budget=Linf(eps), steps=steps, schedule="group"
+        )
         cells = [rate([r.members["photo"]["fooled"] for r in results]), *judged(detector, results, f"{FIXED},{UNSEEN}")]
         iterations = mean(r.record["iterations"] for r in results)
         row([f"{name}: `{GROUPS[name]}`", *cells, f"{iterations:.1f}", f"{seconds:.1f}"])

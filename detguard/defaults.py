@@ -19,7 +19,7 @@ class Attack:
     rule: Final = "steepest"
     steps: Final = 100
     aggregate: Final = "mean"
-    schedule: Final = "group"
+    schedule: Final = "worst"
     gradient: Final = "straight-through"
     momentum: Final = 0
     margin: Final = 0.05

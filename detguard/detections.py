@@ -2,16 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from detguard import DetguardError
 
 MAX_DETECTIONS = 300
+
+
+def _load_operators() -> None:
+    """Have torch know torchvision's operators, without its Python package, which takes as long to import as torch."""
+    found = find_spec("torchvision")
+    folder = Path(found.origin).parent if found and found.origin else Path()
+    for suffix in EXTENSION_SUFFIXES:
+        for file in folder.glob(f"_C*{suffix}"):
+            torch.ops.load_library(file)
+    if not hasattr(torch.ops.torchvision, "nms"):
+        import torchvision  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,31 @@ def _supervision() -> Any:
     return supervision
 
 
+def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Greedy non-maximum suppression by torchvision's operator: the indices that are kept, int64 [K], best first.
+
+    Args:
+        boxes: float [N, 4] xyxy.
+        scores: of their type, [N].
+        iou: overlap, 0..1, over which the worse of two is dropped.
+    """
+    kept: Tensor = torch.ops.torchvision.nms(boxes, scores, iou)
+    return kept
+
+
+def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of all pairs, [N, M], digit by digit that of `torchvision.ops.box_iou`.
+
+    Args:
+        boxes: float [N, 4] xyxy.
+        others: float [M, 4] xyxy.
+    """
+    lower, upper = torch.maximum(boxes[:, None, :2], others[:, :2]), torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    both = (upper - lower).clamp(min=0).prod(2)
+    area, area_of_others = ((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, others))
+    return both / (area[:, None] + area_of_others - both)
+
+
 def boxes_as(boxes: Tensor, classes: Tensor) -> Tensor:
     """The boxes, [..., 4], of candidates that are of the `classes`, int64 [...]; boxes: [..., 4] or [..., C, 4]."""
     return boxes if boxes.ndim == classes.ndim + 1 else boxes.take_along_dim(classes[..., None, None], -2).squeeze(-2)
@@ -204,3 +242,6 @@ def _best(logits: Tensor, boxes: Tensor, conf: float, multi_label: bool) -> Dete
     candidate = index if labels is not None else index // logits.shape[1]
     classes = labels[index] if labels is not None else index % logits.shape[1]
     return Detections(boxes_as(boxes[candidate], classes).cpu(), scores.cpu(), classes.cpu())
+
+
+_load_operators()

@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from detguard import DetguardError
 
@@ -106,6 +107,32 @@ flag = Kind("true or false", lambda x: isinstance(x, bool))
 measured = Kind("a number", lambda x: type(x) is float or (type(x) is int and abs(x) <= MOST))
 texts = Items(text)
 size = whole(1, 10_000)
+PLAIN = {str: text, bool: flag, int: whole(), float: real()}
+
+
+def shape_of(hint: Any) -> Any:
+    """The shape that a type stands for, so that it need not be written twice.
+
+    hint: a TypedDict, a dict by names, a list, a plain type, or one of these or None; Annotated names a shape itself.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return inner[1]
+    if origin in (Union, UnionType):
+        (one,) = (kind for kind in inner if kind is not NoneType)
+        return Maybe(shape_of(one))
+    if origin is NotRequired:
+        return shape_of(inner[0])
+    if origin is list:
+        return Items(shape_of(inner[0]))
+    if origin is dict:
+        names = [f"{name}?" for name in get_args(inner[0])] if get_origin(inner[0]) is Literal else ["*"]
+        return dict.fromkeys(names, shape_of(inner[1]))
+    if is_typeddict(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        return {name if name in hint.__required_keys__ else f"{name}?": shape_of(of) for name, of in hints.items()}
+    return PLAIN[hint]
+
 
 DETECTOR = {
     "model": text,

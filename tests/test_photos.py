@@ -288,6 +288,8 @@ def test_a_spread_gradient_reaches_the_pixels_that_the_letterbox_does_not_read()
     assert (exact == 0).float().mean() > 0.5
     assert (spread > 0).all()
     assert torch.isclose(spread.sum(), exact.sum(), rtol=1e-2)
+    enlarged = interpolate(gradient[None], (320, 320), mode="bilinear")[0] / 25
+    assert torch.allclose(spread, enlarged, atol=1e-5)
 
 
 def test_the_frame_is_the_bilinear_resize_that_pull_back_assumes(bus):

@@ -165,7 +165,7 @@ class Linf(Budget):
     @override
     def project(self, x: Tensor, original: Tensor, white: float = WHITE) -> Tensor:
         reach = self.eps * white / WHITE
-        return torch.maximum(x, original - reach).minimum(original + reach).clamp_(0, white)
+        return (x - original).clamp_(-reach, reach).add_(original).clamp_(0, white)
 
     @override
     def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:

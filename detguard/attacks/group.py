@@ -51,9 +51,9 @@ class AttackOptions:
         rule: how it moves: steepest, sign, normalized, raw, adam, or apgd, which finds its own steps.
         aggregate: how the members' gradients become one: mean, weighted or max.
         weights: of `aggregate="weighted"`, one per member, photo first.
-        schedule: who is stepped against: group, all members each time; worst, the one of highest loss among those that
-            are not fooled, alone until it is, which costs less (rules that compare losses, and groups with random
-            members, which are averaged over, take group).
+        schedule: who is stepped against: worst, the member of highest loss among those that are not fooled, alone until
+            it is; group, all members each time, their gradients averaged. Another `aggregate` than mean, rules that
+            compare losses, and groups with random members, which are averaged over, take group.
         gradient: through transforms: straight-through (BPDA) or exact.
         momentum: share of earlier gradients in each step, 0..1.
         random_start: start from noise within the budget.
@@ -281,7 +281,7 @@ class Attempt:
     @property
     def levels(self) -> Photo:
         """`x` in whole levels, as it would be saved and as the detector is shown it."""
-        return self.rule.budget.levels(self.x, self.original).to("cpu", torch.uint8).numpy()
+        return self.rule.budget.levels(self.x, self.original).cpu().numpy().astype(np.uint8)
 
     @property
     def done(self) -> bool:
@@ -365,8 +365,8 @@ def _begin(
     rule = options.moves(budget, original, options.length, options.most(len(members)), options.momentum, seed)
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
-    alike = enough == 1 and options.stop and not (rule.blind or rule.compares)
-    in_turn = options.schedule == "worst" and alike and len(members) > 1
+    averaged = options.aggregate != "mean" or rule.blind or rule.compares or enough > 1 or not options.stop
+    in_turn = options.schedule == "worst" and not averaged and len(members) > 1
     aims: list[Any] = [None] * len(members)
     return Attempt(key, photo, found, original, x, rule, rng, members, aims, enough=enough, in_turn=in_turn)
 

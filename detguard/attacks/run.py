@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from kornia.metrics import ssim
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget, largest_difference
@@ -289,6 +288,8 @@ def judge(
 
 def structural_similarity(a: Photo, b: Photo) -> float:
     """Mean SSIM of two photos (Wang et al. 2004), window 11, over the three channels."""
+    from kornia.metrics import ssim  # late: takes long to import
+
     x, y = (torch.from_numpy(p.astype(np.float32) / 255).permute(2, 0, 1)[None] for p in (a, b))
     return float(ssim(x, y, 11).mean())
 

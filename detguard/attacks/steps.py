@@ -69,7 +69,7 @@ class Steepest(Rule):
 
     @override
     def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
-        return self.within(x - self.length * self.direction(self.gathered(gradient)))
+        return self.within(x.sub(self.direction(self.gathered(gradient)), alpha=self.length))
 
     def direction(self, gradient: Tensor) -> Tensor:
         """What is gone along, `length` times."""

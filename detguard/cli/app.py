@@ -51,7 +51,7 @@ class Description(ProgressColumn):
 
 app = typer.Typer(
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Attack object detectors, harden them, and prove both in COCO numbers.",

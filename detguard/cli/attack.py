@@ -184,8 +184,8 @@ def attack(
     schedule: Annotated[
         Literal["worst", "group"],
         typer.Option(
-            help="Who is stepped against: the whole group each time, or the worst member alone until it is fooled, "
-            "which costs less."
+            help="Who is stepped against: the worst member alone until it is fooled, which costs less, or the whole "
+            "group each time (as other --aggregate than mean, --rule apgd and random members always are)."
         ),
     ] = defaults.Attack.schedule,
     weights: Annotated[str | None, typer.Option(help="For --aggregate weighted: photo first, e.g. 1,1,2.")] = None,

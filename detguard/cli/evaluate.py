@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,6 +35,7 @@ from detguard.cli.app import (
 if TYPE_CHECKING:
     from detguard.data.entries import Faults
     from detguard.evaluation.floors import Floors
+    from detguard.evaluation.metrics import Draws, Metrics
     from detguard.evaluation.run import Cost, Protocols
     from detguard.evaluation.views import Subject
     from detguard.runs import Run
@@ -309,38 +310,26 @@ def compare(
 
     Figures of other photos or budgets are not compared: a warning says why.
     """
-    from detguard.evaluation.bootstrap import RESAMPLES
-    from detguard.evaluation.run import DRAWS
-    from detguard.files import read_json, write_file
+    from detguard.evaluation.metrics import DRAWS, METRICS, read_draws, read_metrics
+    from detguard.files import write_file
     from detguard.reports.comparison import comparison_page, comparison_tables, differences, short_names
-    from detguard.reports.evaluation import headline
     from detguard.reports.tables import terminal_table
     from detguard.runs import Run
-    from detguard.schema import Items, Maybe, check, real
 
     if page is not None and page.suffix != ".html":
         raise DetguardError(f"--page {page}: expected a file that ends in .html")
-    metrics: dict[str, Any] = {}
-    draws: dict[str, Any] = {}
+    metrics: Metrics = {}
+    draws: Draws = {}
     for folder, short in zip(folders, short_names(folders), strict=True):
-        file = Run.open(folder, "evaluate").folder / "metrics.json"
-        try:
-            found = {f"{short}: {name}": row for name, row in read_json(file).items()}
-            drawn = {f"{short}: {name}": row for name, row in read_json(file.with_name(DRAWS)).items()}
-            headline(found, "")  # a stranger's may lack what a row shows
-            check(drawn, {"*": {"*": Items(Maybe(real()), RESAMPLES, RESAMPLES)}})
-            for name in found:
-                differences({name: found[name], "again": found[name]}, {name: drawn[name], "again": drawn[name]})
-            metrics, draws = metrics | found, draws | drawn
-        except (DetguardError, AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
-            raise DetguardError(
-                f"{file}: no metrics to compare; finish the run with: detguard evaluate --resume {folder}"
-            ) from error
+        made = Run.open(folder, "evaluate").folder
+        found, drawn = read_metrics(made / METRICS), read_draws(made / DRAWS)
+        metrics |= {f"{short}: {name}": row for name, row in found.items()}
+        draws |= {f"{short}: {name}": drawn.get(name, {}) for name in found}
     changes, warnings = differences(metrics, draws)
     if as_json:
-        for name, found in metrics.items():
+        for name, row in metrics.items():
             over = {k: {"value": d.value, "error": d.error} for k, d in changes.get(name, {}).items()}
-            print(json.dumps({"name": name, "metrics": found, "difference": over}))
+            print(json.dumps({"name": name, "metrics": row, "difference": over}))
     else:
         for table in comparison_tables(metrics, changes):
             out.print(terminal_table(table))

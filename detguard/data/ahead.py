@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -34,7 +34,7 @@ def ahead(
     workers: int = 1,
     pinned: bool = False,
     patience: float = PATIENCE,
-) -> Iterator[Thing]:
+) -> Generator[Thing, None, None]:
     """The things of numbers `first` to `last`, in order, made by `workers` processes while those before are used.
 
     A process that is killed, or whose thing has not come in `patience` seconds, is started again with all others, at
@@ -55,9 +55,9 @@ def ahead(
             failed += 1
             if failed == ATTEMPTS:
                 raise AheadError(
-                    f"a process that makes training batches was killed or hung {ATTEMPTS} times at batch {number + 1}; "
+                    f"a process that makes photos ahead was killed or hung {ATTEMPTS} times at number {number + 1}; "
                     "see that there is memory for it, in containers shared memory too (--shm-size), or give fewer "
-                    "`workers`, and go on with `resume`"
+                    "`workers` where there is such an option, and go on with `resume`"
                 ) from None
         finally:
             makers.end()

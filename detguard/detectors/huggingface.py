@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 from typing_extensions import override
 
 from detguard import DetguardError, first_line
@@ -126,6 +125,8 @@ class HuggingFaceDetector(Detector):
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:
+        from torchvision.ops import box_convert
+
         found = self.model(**self._inputs(frames))
         logits = softmax_logits(found.logits) if self.kind.softmax else found.logits
         height, width = frames.shape[2:]

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torchvision.models.detection.faster_rcnn import FasterRCNN
-from torchvision.ops import clip_boxes_to_image
 from typing_extensions import override
 
 from detguard.detections import Candidates
@@ -47,6 +45,8 @@ class RcnnDetector(TorchvisionDetector):
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:
+        from torchvision.ops import clip_boxes_to_image
+
         images, _ = self.model.transform(list(frames))
         features = self.model.backbone(images.tensors)
         with torch.no_grad():
@@ -72,4 +72,4 @@ def _filled(values: Tensor, counts: Sequence[int], number: int, fill: float) -> 
     return torch.stack(parts)
 
 
-TWO_STAGE = Torchvision(ARCHITECTURES, (FasterRCNN,), RcnnDetector)
+TWO_STAGE = Torchvision(ARCHITECTURES, ("FasterRCNN",), RcnnDetector)

@@ -11,10 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from torchvision.models import get_model, get_model_weights
-from torchvision.models.detection.fcos import FCOS
-from torchvision.models.detection.retinanet import RetinaNet
-from torchvision.models.detection.ssd import SSD
 from typing_extensions import override
 
 from detguard import DetguardError, first_line
@@ -30,6 +26,7 @@ ARCHITECTURES = (
     "ssdlite320_mobilenet_v3_large",
 )  # fmt: skip
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# Torchvision takes as long to import as torch: only what runs one of its networks does.
 # Outputs of torchvision's networks that stand for no class.
 NO_CLASS = ("__background__", "no person", "N/A")
 
@@ -117,6 +114,9 @@ class TorchvisionDetector(Detector):
     def _logits(self, raw: dict[str, Tensor]) -> Tensor:
         """Logits of the confidences that users see, [B, N, outputs], from the head's own."""
         logits = raw["cls_logits"]
+        from torchvision.models.detection.fcos import FCOS
+        from torchvision.models.detection.ssd import SSD
+
         if isinstance(self.model, SSD):
             return softmax_logits(logits)
         if isinstance(self.model, FCOS):
@@ -160,13 +160,13 @@ def softmax_logits(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Torchvision(Family):
-    """Networks that torchvision builds by the names `architectures`, of the types `networks`; run by `kind`.
+    """Networks that torchvision builds by the names `architectures`, of the types called `networks`; run by `kind`.
 
     The names of a network's outputs, "__background__" first as torchvision has them, become its `outputs`.
     """
 
     architectures: tuple[str, ...]
-    networks: tuple[type[nn.Module], ...]
+    networks: tuple[str, ...]
     kind: type[TorchvisionDetector]
 
     @property
@@ -176,7 +176,8 @@ class Torchvision(Family):
 
     @override
     def owns(self, network: nn.Module) -> bool:
-        return isinstance(network, self.networks)
+        types = type(network).__mro__
+        return any(one.__name__ in self.networks and one.__module__.startswith("torchvision.") for one in types)
 
     @override
     def detector(self, network: Any, name: str, imgsz: int, device: str, **options: Any) -> Detector:
@@ -186,6 +187,8 @@ class Torchvision(Family):
     def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
         if architecture not in self.architectures or not 1 < len(classes) <= MOST_CLASSES:
             return None
+        from torchvision.models import get_model
+
         model: Any = get_model(architecture, weights=None, weights_backbone=None, num_classes=len(classes))
         model.outputs = classes
         return model
@@ -194,6 +197,8 @@ class Torchvision(Family):
     def fetch(self, name: str) -> Path | None:
         if name not in self.architectures:
             return None
+        from torchvision.models import get_model_weights
+
         weights = get_model_weights(name).DEFAULT
         with _published(name) as file:
             if not is_file(file):
@@ -203,6 +208,8 @@ class Torchvision(Family):
 
     @override
     def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
+        from torchvision.models import get_model, get_model_weights
+
         weights = get_model_weights(name).DEFAULT
         with _published(name), weights_only():
             model: Any = get_model(name, weights=weights, progress=False)
@@ -213,6 +220,8 @@ class Torchvision(Family):
 @contextmanager
 def _published(architecture: str) -> Iterator[Path]:
     """Where torchvision keeps its COCO-trained weights; what goes wrong with them meanwhile becomes one line."""
+    from torchvision.models import get_model_weights
+
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(get_model_weights(architecture).DEFAULT.url).name
     try:
         yield file
@@ -223,4 +232,4 @@ def _published(architecture: str) -> Iterator[Path]:
         ) from error
 
 
-ONE_STAGE = Torchvision(ARCHITECTURES, (RetinaNet, FCOS, SSD), TorchvisionDetector)
+ONE_STAGE = Torchvision(ARCHITECTURES, ("RetinaNet", "FCOS", "SSD"), TorchvisionDetector)

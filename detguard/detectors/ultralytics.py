@@ -100,6 +100,8 @@ class UltralyticsDetector(Detector):
             threads = torch.get_num_threads()
             self._predictor.setup_model(model=self.model, verbose=False)
             torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
+            # Its warm-up would import torchvision, which takes as long as torch, for the same NMS as its own.
+            self._predictor.done_warmup = True
         self._predictor.args.conf, self._predictor.args.iou = conf, self.iou if iou is None else iou
         if isinstance(source, Path) and (source.suffix not in PLAIN or "*" in str(source.absolute())):
             source = read_photo(source)

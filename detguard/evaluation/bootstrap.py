@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict, cast
 
 import numpy as np
 from hotcoco import COCOeval
@@ -22,36 +23,66 @@ def draws(photos: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(photos, np.full(photos, 1 / photos), RESAMPLES).astype(np.float32)
 
 
-def drawn_ap(judge: COCOeval, counts: np.ndarray) -> np.ndarray:
-    """AP (.50:.95) of each draw of photos, [draws]; not a number where none has an object.
+class Matches(TypedDict):
+    """hotcoco's matches of one class on one photo at each IoU, [IoUs, detections]; the objects' are [objects]."""
 
-    Its matches are COCO's, of all areas; each photo's count as often as it was drawn (Efron 1979), and classes without
-    an object in a draw are left out of its mean. judge: evaluated, of photos called 0, 1, ...; counts: [draws, photos].
+    image_id: int
+    category_id: int
+    aRng: list[float]
+    dtScores: list[float]
+    dtMatched: list[list[bool]]
+    dtIgnore: list[list[bool]]
+    gtInDenominator: list[bool]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """AP (.50:.95) of one class in each draw, [draws], not a number where it has no object; photos: that have one."""
+
+    ap: np.ndarray
+    photos: int
+
+    @property
+    def error(self) -> float | None:
+        """Half of the 95 % interval about its AP; None of too few photos with an object of it."""
+        return error_95(self.ap, self.photos)
+
+
+def drawn_classes(judge: COCOeval, counts: np.ndarray) -> dict[int, Drawn]:
+    """AP of each class in each draw of photos, by category.
+
+    Its matches are COCO's, of all areas; each photo's count as often as it was drawn (Efron 1979). judge: evaluated, of
+    photos called 0, 1, ...; counts: [draws, photos].
     """
-    of_class: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    of_class: dict[int, list[Matches]] = defaultdict(list)
     all_areas = list(judge.params.area_rng[0])
     for one in judge.eval_imgs:
         if one is not None and one["aRng"] == all_areas:
-            of_class[one["category_id"]].append(one)
-    found = [_class_ap(photos, counts) for photos in of_class.values()]
+            of_class[one["category_id"]].append(cast(Matches, one))
+    return {category: _drawn_class(photos, counts) for category, photos in of_class.items()}
+
+
+def mean_ap(classes: Iterable[Drawn]) -> np.ndarray:
+    """AP over the classes in each draw, those without an object in it left out; not a number where none has one."""
+    found = [one.ap for one in classes]
     if not found:
-        return np.full(len(counts), np.nan)
+        return np.full(RESAMPLES, np.nan)
     table = np.stack(found)
     there = ~np.isnan(table)
     with np.errstate(invalid="ignore"):
         return np.where(there, table, 0).sum(0) / there.sum(0)
 
 
-def _class_ap(photos: Sequence[dict[str, Any]], counts: np.ndarray) -> np.ndarray:
-    """AP of one class in each draw; not a number where it has no object."""
+def _drawn_class(photos: Sequence[Matches], counts: np.ndarray) -> Drawn:
     place = np.array([one["image_id"] for one in photos])
-    objects = counts[:, place] @ np.array([sum(one["gtInDenominator"]) for one in photos], np.float32)
+    labelled = np.array([sum(one["gtInDenominator"]) for one in photos], np.float32)
+    objects = counts[:, place] @ labelled
     scores = [np.array(one["dtScores"], float) for one in photos]
     order = np.argsort(-np.concatenate(scores), kind="stable")
     times = counts[:, np.repeat(place, [len(one) for one in scores])[order]]
     matched, ignored = (
-        np.concatenate([np.array(one[key], bool).reshape(len(one[key]), -1) for one in photos], 1)[:, order]
-        for key in ("dtMatched", "dtIgnore")
+        np.concatenate([np.array(rows, bool).reshape(len(rows), -1) for rows in of_photos], 1)[:, order]
+        for of_photos in ([one["dtMatched"] for one in photos], [one["dtIgnore"] for one in photos])
     )
     aps = []
     for true, left_out in zip(matched & ~ignored, ignored, strict=True):  # at each IoU
@@ -62,7 +93,7 @@ def _class_ap(photos: Sequence[dict[str, Any]], counts: np.ndarray) -> np.ndarra
         with np.errstate(invalid="ignore"):
             reached = np.searchsorted(RECALLS, right.astype(float) / objects[:, None], "right")
         aps.append((precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS))
-    return np.where(objects > 0, np.mean(aps, 0), np.nan)
+    return Drawn(np.where(objects > 0, np.mean(aps, 0), np.nan), int((labelled > 0).sum()))
 
 
 def error_95(values: Iterable[float], photos: int) -> float | None:

@@ -22,7 +22,7 @@ from detguard.files import MAX_PHOTO, is_file
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 9
+RESULTS = 10
 TABLE = "entries (key text primary key, value blob)"
 # Bytes of the digest before each blob, of a blob, and of packed detections.
 DIGEST = 16

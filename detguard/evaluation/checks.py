@@ -1,11 +1,11 @@
 """Signs that a detector looks robust because the attack was blind, and not because it is."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from detguard.evaluation.attacks import AttackSet, BlackBox, attack_objective
+from detguard.evaluation.metrics import Check
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Subject, View, fill
 from detguard.photos import frames_tensor
@@ -16,18 +16,6 @@ TOLERANCE = 0.01
 # Steps under which an attack that leaves something may only have stopped too early.
 FEW_STEPS = 20
 ZERO_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Check:
-    """One sign: what was measured, the most that is allowed, what it means where it is more, and what to do then."""
-
-    passed: bool
-    value: float
-    limit: float
-    what: str
-    meaning: str
-    remedy: str
 
 
 def check_views(attack: AttackSet, queries: int) -> list[View]:
@@ -46,7 +34,7 @@ def first_photos(subject: Subject) -> Subject:
     return replace(subject, dataset=replace(subject.dataset, files=files))
 
 
-def run_checks(subject: Subject, attack: AttackSet, queries: int) -> dict[str, dict[str, Any]]:
+def run_checks(subject: Subject, attack: AttackSet, queries: int) -> dict[str, Check]:
     """All checks of one subject on its first photos, by name; their views must be in the cache or are shown now."""
     few = first_photos(subject)
     views = check_views(attack, queries)
@@ -54,44 +42,45 @@ def run_checks(subject: Subject, attack: AttackSet, queries: int) -> dict[str, d
     once, longer, large = (attack_ap(few, view) for view in views[:3] if isinstance(view, AttackSet))
     black = score(few, views[3]).stats["AP"] or 0.0
     converged, more = longer >= once - TOLERANCE, f"use --steps {2 * attack.steps} or more"
-    checks = {
+    zero = zero_gradient_share(few)
+    return {
         "more steps": Check(
-            abs(longer - once) <= TOLERANCE,
-            abs(longer - once),
-            TOLERANCE,
-            f"AP goes from {once:.3f} after {attack.steps} steps to {longer:.3f} after {2 * attack.steps}",
-            "more steps should never help the detector: the loss surface is rough, or the steps are too large"
+            passed=abs(longer - once) <= TOLERANCE,
+            value=abs(longer - once),
+            limit=TOLERANCE,
+            what=f"AP goes from {once:.3f} after {attack.steps} steps to {longer:.3f} after {2 * attack.steps}",
+            meaning="more steps should never help the detector: the loss surface is rough, or the steps are too large"
             if converged
             else "not converged: the figures are too good",
-            "try other step counts and restarts, and believe the lowest figure only" if converged else more,
+            remedy="try other step counts and restarts, and believe the lowest figure only" if converged else more,
         ),
         "large budget": Check(
-            large <= TOLERANCE,
-            large,
-            TOLERANCE,
-            f"AP at {LARGE_EPS} of 255 levels",
-            "at a budget that anybody sees, an attack that works leaves nothing: this one is kept from the gradient",
-            ("" if converged and attack.steps >= FEW_STEPS else f"first {more}; if it stays, ")
+            passed=large <= TOLERANCE,
+            value=large,
+            limit=TOLERANCE,
+            what=f"AP at {LARGE_EPS} of 255 levels",
+            meaning="at a budget that anybody sees, an attack that works leaves nothing: this one is kept from the "
+            "gradient",
+            remedy=("" if converged and attack.steps >= FEW_STEPS else f"first {more}; if it stays, ")
             + "look for rounding, saturation or randomness between photo and loss, and attack around it",
         ),
         "black box": Check(
-            black >= once - TOLERANCE,
-            once - black,
-            TOLERANCE,
-            f"AP under the white-box attack less that under {queries} queries of the Square attack",
-            "an attack without gradients should not beat one with them: the gradients are of no use",
-            "take the black-box figure for the true one, and attack by another loss",
+            passed=black >= once - TOLERANCE,
+            value=once - black,
+            limit=TOLERANCE,
+            what=f"AP under the white-box attack less that under {queries} queries of the Square attack",
+            meaning="an attack without gradients should not beat one with them: the gradients are of no use",
+            remedy="take the black-box figure for the true one, and attack by another loss",
         ),
         "zero gradient": Check(
-            (zero := zero_gradient_share(few)) <= ZERO_SHARE,
-            zero,
-            ZERO_SHARE,
-            "share of frame pixels where the loss has no gradient",
-            "where the gradient is exactly zero the attack does not know where to go",
-            "attack logits instead of probabilities, and a smooth stand-in for hard decisions",
+            passed=zero <= ZERO_SHARE,
+            value=zero,
+            limit=ZERO_SHARE,
+            what="share of frame pixels where the loss has no gradient",
+            meaning="where the gradient is exactly zero the attack does not know where to go",
+            remedy="attack logits instead of probabilities, and a smooth stand-in for hard decisions",
         ),
     }
-    return {name: asdict(check) for name, check in checks.items()}
 
 
 def attack_ap(subject: Subject, attack: AttackSet) -> float:

@@ -2,9 +2,9 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, cast
 
 import hotcoco
 import numpy as np
@@ -12,29 +12,35 @@ import torch
 from hotcoco import COCOeval
 from pycocotools.coco import COCO
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from detguard.data.dataset import indexed
-from detguard.detections import Detections
-from detguard.evaluation.bootstrap import drawn_ap, draws, error_95
+from detguard.detections import Detections, box_iou
+from detguard.evaluation.bootstrap import drawn_classes, draws, error_95, mean_ap
+from detguard.evaluation.metrics import STATS, OfClass, Stats
 
-STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-Result = dict[str, Any]
+
+class Result(TypedDict):
+    """A detection in COCO's results format; bbox: x, y, width, height in pixels of the photo."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    score: float
 
 
 @dataclass(frozen=True)
-class Metrics:
+class CocoMetrics:
     """What COCO's evaluation says, None where there is nothing to measure.
 
-    stats: by the names of STATS, or of its first two alone; per_class: class name -> AP, AP50, objects;
-    precision: mean over the classes at IoU .50, at recalls 0, .01, ... 1; drawn: AP of photos drawn anew, as `draws`
-    of them.
+    stats: all of STATS, or its first two alone; per_class: by class name; precision: mean over the classes at IoU .50,
+    at recalls 0, .01, ... 1; drawn: AP of photos drawn anew, as `draws` of them; drawn_classes: that of each class.
     """
 
-    stats: dict[str, float | None]
-    per_class: dict[str, dict[str, float | None]]
+    stats: Stats
+    per_class: dict[str, OfClass]
     precision: list[float]
     drawn: np.ndarray | None = None
+    drawn_classes: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def coco_results(image_id: int, detections: Detections, category_ids: dict[int, int]) -> list[Result]:
@@ -60,11 +66,12 @@ def coco_metrics(
     images: Sequence[int] | None = None,
     sizes: bool = True,
     drawn: bool = False,
-) -> Metrics:
+) -> CocoMetrics:
     """The 12 COCO numbers at maxDets 1, 10, 100 over `categories`, and AP and AP50 of each that has objects.
 
     images: only these; without `sizes` the small, medium and large objects are not told apart: AP and AP50 only;
-    `drawn`: AP of photos drawn anew, too, and AP_error among the numbers, half of the 95 % interval about AP.
+    `drawn`: AP of photos drawn anew, too, and AP_error among the numbers, half of the 95 % interval about AP; of a
+    class, by the photos that have an object of it.
     """
     categories = sorted(categories)
     images = sorted(annotations.imgs if images is None else images)
@@ -78,7 +85,7 @@ def coco_metrics(
     precision = judge.eval["precision"][:, :, :, 0, -1]
     stats = list(map(float, judge.stats)) if sizes else [_mean(precision), _mean(precision[0])]
     wanted = set(images)
-    per_class = {
+    per_class: dict[str, OfClass] = {
         annotations.cats[category]["name"]: {
             "AP": _mean(precision[:, :, i]),
             "AP50": _mean(precision[0, :, i]),
@@ -91,20 +98,33 @@ def coco_metrics(
         if (precision[:, :, i] > -1).any()
     }
     curve = precision[0][:, (precision[0] > -1).all(0)]
-    named = {name: None if value is None or value < 0 else value for name, value in zip(STATS, stats, strict=False)}
-    aps = drawn_ap(judge, draws(len(images))) if drawn else None
-    if aps is not None:
-        named["AP_error"] = error_95(aps, len(images))
-    return Metrics(named, per_class, curve.mean(1).tolist() if curve.size else [], aps)
+    known = (None if value is None or value < 0 else value for value in stats)
+    named = cast(Stats, dict(zip(STATS, known, strict=False)))
+    metrics = CocoMetrics(named, per_class, curve.mean(1).tolist() if curve.size else [])
+    names = [annotations.cats[category]["name"] for category in categories]
+    return _with_errors(metrics, judge, names) if drawn else metrics
+
+
+def _with_errors(metrics: CocoMetrics, judge: COCOeval, names: Sequence[str]) -> CocoMetrics:
+    """With what figures are of photos drawn anew, and their errors. names: of the classes, as the judge counts them."""
+    photos = len(judge.params.img_ids)
+    places = drawn_classes(judge, draws(photos))
+    aps, classes = mean_ap(places.values()), {names[place]: one for place, one in places.items()}
+    per_class: dict[str, OfClass] = {
+        name: {**row, "AP_error": classes[name].error} for name, row in metrics.per_class.items()
+    }
+    stats: Stats = {**metrics.stats, "AP_error": error_95(aps, photos)}
+    drawn = {name: one.ap for name, one in classes.items()}
+    return replace(metrics, stats=stats, per_class=per_class, drawn=aps, drawn_classes=drawn)
 
 
 def _judge(annotations: COCO, results: list[Result], categories: list[int], images: list[int], sizes: bool) -> COCOeval:
     """hotcoco, which has matched the results; categories and images are numbered by their places in the lists."""
     category_at, image_at = ({one: place for place, one in enumerate(ids)} for ids in (categories, images))
 
-    def numbered(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    def numbered(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [
-            entry | {"image_id": image_at[entry["image_id"]], "category_id": category_at[entry["category_id"]]}
+            {**entry, "image_id": image_at[entry["image_id"]], "category_id": category_at[entry["category_id"]]}
             for entry in entries
             if entry["image_id"] in image_at and entry["category_id"] in category_at
         ]
@@ -124,9 +144,9 @@ def _judge(annotations: COCO, results: list[Result], categories: list[int], imag
     return judge
 
 
-def metrics_of_photos(objects: Sequence[Detections], found: Sequence[Detections]) -> Metrics:
+def metrics_of_photos(objects: Sequence[Detections], found: Sequence[Detections]) -> CocoMetrics:
     """COCO's AP and AP50 of some photos, by the labelled objects and the detections of each; classes by index."""
-    labelled = [
+    labelled: list[dict[str, Any]] = [
         {"id": 0, "image_id": image, "iscrowd": 0, "category_id": r["category_id"], "bbox": r["bbox"]}
         for image, o in enumerate(objects)
         for r in coco_results(image, o, {int(c): int(c) for c in o.classes})

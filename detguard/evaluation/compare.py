@@ -2,25 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from detguard.evaluation.bootstrap import error_95
+from detguard.evaluation.metrics import ModelMetrics
 
-Row = Mapping[str, Any]
 # Protocols whose AP is compared, with what must be the same.
-SAME: dict[str, tuple[str, ...]] = {
+Compared = Literal["clean", "corruptions", "corruption_file", "attack", "transfer", "blackbox", "patch", "universal"]
+SAME: dict[Compared, tuple[str, ...]] = {
     "clean": (),
     "corruptions": ("kinds", "severities"),
     "corruption_file": ("file",),
     "attack": ("eps", "steps", "restarts", "queries"),
     "transfer": ("eps", "from"),
     "blackbox": ("eps", "queries"),
+    "patch": ("class", "size", "file"),
     "universal": ("eps", "file"),
 }
 # What may differ, since it is a part of the model or may be what is compared, but must be said.
-TOLD = ("imgsz", "nms", "seed", "version")
+ALSO: tuple[Literal["imgsz", "nms", "seed", "version"], ...] = ("imgsz", "nms", "seed", "version")
 
 
 @dataclass(frozen=True)
@@ -36,44 +38,44 @@ class Difference:
         return self.error is None or abs(self.value) <= self.error
 
 
-def same_photos(first: Row, other: Row) -> bool:
+def same_photos(first: ModelMetrics, other: ModelMetrics) -> bool:
     """Whether two models were shown the same photos with the same labels, so that figures are of the same."""
-    return bool(first["setting"]["photos_sha256"] == other["setting"]["photos_sha256"])
+    return first["setting"]["photos_sha256"] == other["setting"]["photos_sha256"]
 
 
-def unlike(first: Row, other: Row, protocol: str) -> list[str]:
+def unlike(first: ModelMetrics, other: ModelMetrics, protocol: Compared) -> list[str]:
     """The settings by which two figures of a protocol are not of the same, like "steps 20, 40"."""
     pairs = [(name, _setting(first, protocol, name), _setting(other, protocol, name)) for name in SAME[protocol]]
     return [f"{name} {a}, {b}" for name, a, b in pairs if a != b]
 
 
-def _setting(row: Row, protocol: str, name: str) -> Any:
-    found = row[protocol]
-    if name == "severities":
-        return ",".join(next(iter(found["kinds"].values()))["severities"])
-    return "+".join(found[name]) if name in ("from", "kinds") else found.get(name, "-")
+def _setting(row: ModelMetrics, protocol: Compared, name: str) -> object:
+    found: Mapping[str, object] = row[protocol]
+    if protocol == "corruptions":
+        kinds = row["corruptions"]["kinds"]
+        return "+".join(kinds) if name == "kinds" else ",".join(next(iter(kinds.values()))["severities"])
+    return "+".join(row["transfer"]["from"]) if name == "from" else found.get(name, "-")
 
 
-def also_unlike(first: Row, other: Row) -> list[str]:
+def also_unlike(first: ModelMetrics, other: ModelMetrics) -> list[str]:
     """Settings that differ and leave figures comparable, like "imgsz 320, 640"."""
-    pairs = [(name, first["setting"][name], other["setting"][name]) for name in TOLD]
+    pairs = [(name, first["setting"][name], other["setting"][name]) for name in ALSO]
     return [f"{name} {a}, {b}" for name, a, b in pairs if a != b]
 
 
-def ap_of(row: Row, protocol: str) -> float | None:
+def ap_of(row: ModelMetrics, protocol: Compared) -> float | None:
     """AP of a protocol's headline figure."""
-    found = row[protocol]["shown"]["universal"] if protocol == "universal" else row[protocol]
-    ap: float | None = found["AP"]
-    return ap
+    if protocol == "universal":
+        return row["universal"]["shown"]["universal"]["AP"]
+    if protocol == "patch":
+        worn = row["patch"]["shown"]["patch"]
+        return worn and worn["AP"]
+    return row[protocol]["AP"]
 
 
-def difference(first: Row, other: Row, draws: tuple[Row, Row], protocol: str) -> Difference | None:
-    """Of one figure, by what both are in the same draws of the same photos; None: there is none.
-
-    draws: of each model, protocol -> AP in each draw.
-    """
-    before, after = ap_of(first, protocol), ap_of(other, protocol)
-    if before is None or after is None:
-        return None
-    a, b = (np.array(one[protocol], float) for one in draws)
-    return Difference(after - before, error_95(b - a, first["setting"]["photos"]))
+def difference(
+    before: float, after: float, draws: tuple[list[float | None], list[float | None]], photos: int
+) -> Difference:
+    """Of two figures, by what both are in the same draws of so many photos."""
+    a, b = (np.array(one, float) for one in draws)
+    return Difference(after - before, error_95(b - a, photos))

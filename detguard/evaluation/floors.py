@@ -1,14 +1,16 @@
 """Figures that an evaluation must reach, as a check of CI."""
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Literal, cast, get_args
 
 from detguard import DetguardError
+from detguard.evaluation.metrics import Metrics
 
 # Protocols whose AP is a figure of the headline.
-FIGURED = ("clean", "corruptions", "attack", "transfer", "blackbox")
-Floors = dict[tuple[str, str], float]
+Figured = Literal["clean", "corruptions", "attack", "transfer", "blackbox"]
+FIGURED: tuple[Figured, ...] = get_args(Figured)
+Floors = dict[tuple[Figured, Literal["AP", "AP50"]], float]
 
 
 def read_floors(text: str, protocols: tuple[str, ...]) -> Floors:
@@ -29,11 +31,12 @@ def read_floors(text: str, protocols: tuple[str, ...]) -> Floors:
             raise DetguardError(f"`fail_under` '{part}': expected AP=X, AP50=X or attack.AP=X, X in 0..1")
         if (read[1] and read[1] not in measured) or not measured:
             raise DetguardError(f"`fail_under` {part}: not measured; `protocols` has {', '.join(measured) or 'no AP'}")
-        floors |= {(protocol, read[2]): float(read[3]) for protocol in ([read[1]] if read[1] else measured)}
+        of, stat = cast(Figured | None, read[1]), cast(Literal["AP", "AP50"], read[2])
+        floors |= {(protocol, stat): float(read[3]) for protocol in ([of] if of else measured)}
     return floors
 
 
-def shortfalls(metrics: Mapping[str, Any], floors: Floors) -> Iterator[str]:
+def shortfalls(metrics: Metrics, floors: Floors) -> Iterator[str]:
     """What does not reach its floor, a line each; figures without objects to measure do not."""
     for model, found in metrics.items():
         for (protocol, stat), floor in floors.items():

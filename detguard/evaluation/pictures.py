@@ -17,6 +17,7 @@ from detguard.evaluation.views import Batch, Subject, View
 from detguard.photos import Photo, photo_seed, read_photo
 
 GREY, RANDOM = "grey", "random"
+PATCH, UNIVERSAL = Patch.kind, Universal.kind
 GREY_LEVEL = 128
 # Squares along a side of the random patch: noise of single pixels would be grey once it is shown smaller.
 SQUARES = 16
@@ -66,7 +67,7 @@ def patched(file: str, target: int, size: float, seed: int) -> list[Changed]:
     patch = _read_square("`patch`", file)
     places = np.arange(len(patch)) * SQUARES // len(patch)
     noise = _random(seed).integers(0, 256, (SQUARES, SQUARES, 3), dtype=np.uint8)[places][:, places]
-    images = {GREY: np.full_like(patch, GREY_LEVEL), RANDOM: noise, Patch.kind: patch}
+    images = {GREY: np.full_like(patch, GREY_LEVEL), RANDOM: noise, PATCH: patch}
     return _views(Patch(size, len(patch)), (target,), images)
 
 
@@ -81,7 +82,7 @@ def perturbed(file: str, seed: int) -> list[Changed]:
     if not eps:
         raise DetguardError(f"`universal` {file}: changes nothing; expected one that detguard universal has made")
     signs = NOTHING + eps * _random(seed).choice(np.array([-1, 1]), perturbation.shape)
-    images = {RANDOM: signs.astype(np.uint8), Universal.kind: perturbation}
+    images = {RANDOM: signs.astype(np.uint8), UNIVERSAL: perturbation}
     return _views(Universal(eps, len(perturbation)), (), images)
 
 

@@ -5,9 +5,9 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -18,17 +18,37 @@ from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
-from detguard.evaluation.coco import Metrics
+from detguard.evaluation.coco import CocoMetrics
+from detguard.evaluation.compare import Compared
 from detguard.evaluation.corruptions import PACKAGE
-from detguard.evaluation.pictures import Changed, patched, perturbed
+from detguard.evaluation.metrics import (
+    DRAWS,
+    METRICS,
+    SCHEMA,
+    Attack,
+    BlackBoxStats,
+    Budget,
+    Corruption,
+    Corruptions,
+    Draws,
+    Figure,
+    Metrics,
+    ModelMetrics,
+    OfClass,
+    Patch,
+    Setting,
+    Severity,
+    Spent,
+    Transfer,
+    UniversalStats,
+)  # fmt: skip
+from detguard.evaluation.pictures import PATCH, UNIVERSAL, Changed, patched, perturbed
 from detguard.evaluation.saved import save_views
 from detguard.evaluation.score import expert_shares, metrics_of, results
 from detguard.evaluation.views import Batch, Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
 from detguard.runs import Run
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
-# Of a run, each model's AP under each protocol for each draw of the photos: what `compare` takes differences of.
-DRAWS = "draws.json"
 # Options that are of several values.
 SEVERAL = ("protocols", "severities", "eps", "attacks", "corruptions")
 # Of the corruptions only this severity's results are written: all of them would be gigabytes.
@@ -152,13 +172,13 @@ class Evaluation:
     headline figures in each draw of the photos.
     """
 
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    classes: list[tuple[str, str, str, dict[str, float | None]]] = field(default_factory=list)
-    draws: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    classes: list[tuple[str, str, str, OfClass]] = field(default_factory=list)
+    draws: Draws = field(default_factory=dict)
 
 
-def work(subjects: list[Subject], wanted: Protocols) -> Iterator[tuple[Subject, list[View]]]:
+def work(subjects: list[Subject], wanted: Protocols) -> Iterator[tuple[Subject, Sequence[View]]]:
     """What is to be shown, in order: each detector's own views, then what the others' attacks do to it, then checks."""
     for subject in subjects:
         yield subject, wanted.views(subject.detector)
@@ -175,7 +195,7 @@ def checkable(subjects: Iterable[Subject]) -> list[Subject]:
     return [subject for subject in subjects if subject.detector.differentiable]
 
 
-def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> list[View]:
+def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> list[Transferred]:
     """The other detectors' adversarial photos."""
     return [Transferred(other, wanted.attack_sets(other.detector)[-1]) for other in subjects if other is not subject]
 
@@ -200,14 +220,14 @@ def evaluate(
         filled = begun == [subject.cache.begun for subject in subjects]  # else what was there before is not any more
     evaluation = Evaluation()
     for subject in subjects:
-        _score(subject, subjects, wanted, run, evaluation)
-    run.write("metrics.json", (json.dumps(evaluation.metrics, indent=1) + "\n").encode())
+        evaluation.metrics[subject.name] = Scorer(subject, subjects, wanted, run, evaluation).metrics()
+    run.write(METRICS, (json.dumps(evaluation.metrics, indent=1) + "\n").encode())
     run.write(DRAWS, (json.dumps(evaluation.draws) + "\n").encode())
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("model", "view", "class", "AP", "AP50", "objects"))
+    writer.writerow(("model", "view", "class", "AP", "AP50", "objects", "AP_error"))
     for model, view, name, row in evaluation.classes:
-        writer.writerow((model, view, name, row["AP"], row["AP50"], row["objects"]))
+        writer.writerow((model, view, name, row["AP"], row["AP50"], row["objects"], row["AP_error"]))
     run.write("per_class.csv", table.getvalue().encode())
     if wanted.save_images:
         for subject in subjects:
@@ -264,156 +284,212 @@ def _seconds_of_pass(subject: Subject) -> float:
     raise DetguardError(f"{subject.dataset.name}: no photo can be read")
 
 
-def _score(subject: Subject, subjects: list[Subject], wanted: Protocols, run: Run, evaluation: Evaluation) -> None:
-    curves = evaluation.curves.setdefault(subject.name, {})
-    dataset, detector = subject.dataset, subject.detector
-    gate: dict[str, list[float]] = {}
-    kept = evaluation.draws.setdefault(subject.name, {})
+@dataclass
+class Scorer:
+    """The figures of one subject, from what the cache holds; what else is shown or compared goes into `evaluation`."""
 
-    def measure(view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> Metrics:
-        seen = list(results_of(subject, view, part))
-        shown = results(subject, seen)
+    subject: Subject
+    subjects: list[Subject]
+    wanted: Protocols
+    run: Run
+    evaluation: Evaluation
+
+    def __post_init__(self) -> None:
+        self.curves = self.evaluation.curves.setdefault(self.subject.name, {})
+        self.draws = self.evaluation.draws.setdefault(self.subject.name, {})
+        self.gate: dict[str, list[float]] = {}
+        self.photos = len(self.subject.dataset.files)
+
+    def metrics(self) -> ModelMetrics:
+        """All that was wanted."""
+        wanted, detector = self.wanted, self.subject.detector
+        found: ModelMetrics = {"setting": self.setting()}
+        clean = self.measure(Clean(), "clean", sizes=True)
+        self.curves["clean"] = clean.precision
+        if "clean" in wanted.protocols:
+            self.error([clean], np.mean, "clean")
+            found["clean"] = {**clean.stats, "photos": self.photos, "classes": len(self.subject.category_ids)}
+        if "corruptions" in wanted.protocols:
+            found["corruptions"] = self.corruptions(clean.stats["AP"])
+        if "attack" in wanted.protocols:
+            found["attack"] = self.attack()
+        if "transfer" in wanted.protocols:
+            found["transfer"] = self.transfer()
+        if "blackbox" in wanted.protocols:
+            found["blackbox"] = self.blackbox()
+        for own in wanted.own_corruption:
+            metrics = self.measure(own, own.name)
+            self.error([metrics], np.mean, "corruption_file")
+            found["corruption_file"] = {**metrics.stats, "file": wanted.corruption_file}
+        if wanted.patch is not None:
+            found["patch"] = self.patch(wanted.patch, clean)
+        if wanted.universal is not None:
+            found["universal"] = self.universal(wanted.universal, clean)
+        if "checks" in wanted.protocols and checkable([self.subject]):
+            few = len(first_photos(self.subject).dataset.files)
+            found["checks"] = run_checks(self.subject, wanted.attack_sets(detector)[-1], wanted.queries)
+            found["checked"] = {"photos": few, "steps": wanted.steps, "queries": wanted.queries}
+        if self.gate:
+            found["gate"] = {"experts": list(detector.experts), "shares": self.gate}
+        return found
+
+    def measure(self, view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> CocoMetrics:
+        """COCO metrics of a part of a view; `write`: what was found into detections/ of the run."""
+        seen = list(results_of(self.subject, view, part))
+        shown = results(self.subject, seen)
+        name = self.subject.name
         if write:
-            file = f"detections/{subject.name}/{label.replace(' ', '-')}.json"
-            run.write(file, json.dumps(shown).encode())
-        metrics = metrics_of(subject, shown, sizes, drawn=True)
-        if detector.experts:
-            gate[label] = expert_shares(seen)
-        evaluation.classes += [(subject.name, label, name, row) for name, row in metrics.per_class.items()]
+            self.run.write(f"detections/{name}/{label.replace(' ', '-')}.json", json.dumps(shown).encode())
+        metrics = metrics_of(self.subject, shown, sizes, drawn=True)
+        if self.subject.detector.experts:
+            self.gate[label] = expert_shares(seen)
+        self.evaluation.classes += [(name, label, of_class, row) for of_class, row in metrics.per_class.items()]
         return metrics
 
-    def in_each(drawn: Sequence[np.ndarray | None], of: Callable[..., np.ndarray]) -> np.ndarray:
-        """The mean or least `of` several figures in each draw."""
-        return of([one for one in drawn if one is not None], axis=0)
+    def error(
+        self, parts: Iterable[CocoMetrics], of: Callable[..., np.ndarray], protocol: Compared | None = None
+    ) -> float | None:
+        """The error of a figure that is the mean or least `of` several; as a protocol's its draws are kept."""
+        drawn = of([part.drawn for part in parts], axis=0)
+        if protocol:
+            self.keep(protocol, drawn)
+        return error_95(drawn, self.photos)
 
-    def whole(figure: str, drawn: Sequence[np.ndarray | None], of: Callable[..., np.ndarray]) -> float | None:
-        """The error of a figure that is the mean or least `of` several in each draw, which are kept for `compare`."""
-        values = in_each(drawn, of)
-        kept[figure] = [None if math.isnan(value) else round(float(value), 5) for value in values]
-        return error_95(values, len(dataset.files))
+    def keep(self, protocol: Compared, drawn: np.ndarray) -> None:
+        """A protocol's figure in each draw of the photos, for `compare`."""
+        self.draws[protocol] = [None if math.isnan(value) else round(float(value), 5) for value in drawn]
 
-    unchanged = measure(Clean(), "clean", sizes=True)
-    clean, curves["clean"] = unchanged.stats, unchanged.precision
-    found: dict[str, Any] = {
-        "setting": {
+    def setting(self) -> Setting:
+        """What the figures are of."""
+        dataset, detector = self.subject.dataset, self.subject.detector
+        return {
+            "schema": SCHEMA,
             "version": __version__,
             "data": dataset.name,
-            "photos": len(dataset.files),
-            "photos_sha256": subject.photos_sha256,
-            "classes": len(subject.category_ids),
+            "photos": self.photos,
+            "photos_sha256": self.subject.photos_sha256,
+            "classes": len(self.subject.category_ids),
             "unknown_classes": dataset.unknown(detector.class_names),
             "imgsz": detector.imgsz,
             "end_to_end": detector.end_to_end,
             "nms": None if detector.end_to_end else detector.iou,
-            "seed": wanted.seed,
+            "seed": self.wanted.seed,
             "sha256": detector.state_hash(),
             "left_out": dataset.warnings[LOST].total,
         }
-    }
-    if "clean" in wanted.protocols:
-        counts = {"photos": len(subject.dataset.files), "classes": len(subject.category_ids)}
-        whole("clean", [unchanged.drawn], np.mean)
-        found["clean"] = clean | counts
-    if "corruptions" in wanted.protocols:
-        kinds: dict[str, dict[str, dict[str, float | None]]] = {}
-        lines = []
-        drawn: dict[str, list[np.ndarray | None]] = {}
-        for view in wanted.corrupted:
-            metrics = measure(view, f"{view.kind} {view.severity}", write=view.severity == WRITTEN_SEVERITY)
-            kinds.setdefault(view.kind, {})[str(view.severity)] = metrics.stats
-            lines.append(metrics.precision)
-            drawn.setdefault(view.kind, []).append(metrics.drawn)
-        curves["corruptions, mean"] = [sum(values) / len(lines) for values in zip(*lines, strict=True)]
-        found["corruptions"] = _corruption_summary(kinds, clean["AP"])
-        for kind, summary in found["corruptions"]["kinds"].items():
-            summary["AP_error"] = error_95(in_each(drawn[kind], np.mean), len(dataset.files))
-        found["corruptions"]["AP_error"] = whole("corruptions", [one for of in drawn.values() for one in of], np.mean)
-    if "attack" in wanted.protocols:
-        budgets: dict[str, Any] = {}
-        for attack in wanted.attack_sets(subject.detector):
-            parts, of_parts = {}, []
-            for part in attack.scored:
-                worst = part == WORST
-                sizes = worst or attack.eps == wanted.eps[-1]  # of which any may be the one that leads
-                metrics = measure(attack, f"attack eps {attack.eps} {part}", part, sizes=sizes, write=worst)
-                parts[part] = metrics.stats
-                of_parts.append(metrics.drawn)
-                if worst:
-                    curves[f"attack eps {attack.eps}, {WORST_PER_PHOTO}"] = metrics.precision
-            budgets[str(attack.eps)] = {stat: lowest(p[stat] for p in parts.values()) for stat in ("AP", "AP50")}
-            budgets[str(attack.eps)]["AP_error"] = whole("attack", of_parts, np.min)  # the last budget leads
-            budgets[str(attack.eps)] |= {"by": least_of(parts), "attacks": parts}
-        leading = budgets[str(wanted.eps[-1])]
-        found["attack"] = {stat: leading[stat] for stat in ("AP", "AP50", "AP_error", "by")} | {"eps": wanted.eps[-1]}
-        if detector.differentiable:
-            found["attack"] |= {"steps": wanted.steps, "restarts": wanted.restarts}
-        else:
-            found["attack"] |= {"queries": wanted.queries}
-        found["attack"] |= {"seed": wanted.seed, "budgets": budgets}
-    if "transfer" in wanted.protocols:
-        measured = {
-            view.source.name: measure(view, f"transfer from {view.source.name}")
-            for view in transfers(subject, subjects, wanted)
-            if isinstance(view, Transferred)
+
+    def corruptions(self, clean: float | None) -> Corruptions:
+        """Under each kind at each severity."""
+        shown: dict[str, dict[Severity, CocoMetrics]] = {}
+        for view in self.wanted.corrupted:
+            severity = cast(Severity, str(view.severity))
+            metrics = self.measure(view, f"{view.kind} {severity}", write=view.severity == WRITTEN_SEVERITY)
+            shown.setdefault(view.kind, {})[severity] = metrics
+        each = [metrics for rows in shown.values() for metrics in rows.values()]
+        lines = zip(*(metrics.precision for metrics in each), strict=True)
+        self.curves["corruptions, mean"] = [sum(values) / len(each) for values in lines]
+        kinds: dict[str, Corruption] = {
+            kind: {
+                **figure([m.stats for m in rows.values()], mean, self.error(rows.values(), np.mean)),
+                "made by": PACKAGE,
+                "differs": "",
+                "severities": {severity: m.stats for severity, m in rows.items()},
+            }
+            for kind, rows in shown.items()
         }
-        rows = {name: metrics.stats for name, metrics in measured.items()}
-        found["transfer"] = {stat: lowest(r[stat] for r in rows.values()) for stat in ("AP", "AP50")}
-        found["transfer"]["AP_error"] = whole("transfer", [m.drawn for m in measured.values()], np.min)
-        found["transfer"] |= {"eps": wanted.eps[-1], "from": rows}
-    if "blackbox" in wanted.protocols:
-        metrics = measure(wanted.blackbox, "blackbox")
-        curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
-        whole("blackbox", [metrics.drawn], np.min)
-        found["blackbox"] = metrics.stats | {"eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
-    for own in wanted.own_corruption:
-        metrics = measure(own, own.name)
-        whole("corruption_file", [metrics.drawn], np.min)
-        found["corruption_file"] = metrics.stats | {"file": wanted.corruption_file}
-    if wanted.patch is not None:
+        overall = figure(kinds.values(), mean, self.error(each, np.mean, "corruptions"))
+        share = overall["AP"] / clean if clean and overall["AP"] is not None else None
+        return {**overall, "mPC": overall["AP"], "rPC": share, "kinds": kinds}
+
+    def attack(self) -> Attack:
+        """Under each attack at each budget."""
+        wanted, differentiable = self.wanted, self.subject.detector.differentiable
+        budgets = {str(attack.eps): self.budget(attack) for attack in wanted.attack_sets(self.subject.detector)}
+        leading = budgets[str(wanted.eps[-1])]
+        spent: Spent = {"queries": wanted.queries}
+        if differentiable:
+            spent = {"steps": wanted.steps, "restarts": wanted.restarts}
+        return {
+            "AP": leading["AP"],
+            "AP50": leading["AP50"],
+            "AP_error": leading["AP_error"],
+            "by": leading["by"],
+            "eps": wanted.eps[-1],
+            **spent,
+            "seed": wanted.seed,
+            "budgets": budgets,
+        }
+
+    def budget(self, attack: AttackSet) -> Budget:
+        """Under each attack at one budget."""
+        shown: dict[str, CocoMetrics] = {}
+        for part in attack.scored:
+            worst = part == WORST
+            sizes = worst or attack.eps == self.wanted.eps[-1]  # of which any may be the one that leads
+            shown[part] = self.measure(attack, f"attack eps {attack.eps} {part}", part, sizes=sizes, write=worst)
+        self.curves[f"attack eps {attack.eps}, {WORST_PER_PHOTO}"] = shown[WORST].precision
+        parts = {part: metrics.stats for part, metrics in shown.items()}
+        # The draws that are kept are those of the last budget, which leads.
+        least = figure(parts.values(), lowest, self.error(shown.values(), np.min, "attack"))
+        return {**least, "by": least_of(parts), "attacks": parts}
+
+    def transfer(self) -> Transfer:
+        """Under the other models' attacks."""
+        shown = {
+            view.source.name: self.measure(view, f"transfer from {view.source.name}")
+            for view in transfers(self.subject, self.subjects, self.wanted)
+        }
+        rows = {name: metrics.stats for name, metrics in shown.items()}
+        least = figure(rows.values(), lowest, self.error(shown.values(), np.min, "transfer"))
+        return {**least, "eps": self.wanted.eps[-1], "from": rows}
+
+    def blackbox(self) -> BlackBoxStats:
+        """Under the Square attack."""
+        wanted = self.wanted
+        metrics = self.measure(wanted.blackbox, "blackbox")
+        self.curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
+        self.error([metrics], np.mean, "blackbox")
+        return {**metrics.stats, "eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}
+
+    def patch(self, file: str, clean: CocoMetrics) -> Patch:
+        """With a patch, and with those that mean nothing."""
+        detector, wanted = self.subject.detector, self.wanted
         name = detector.class_names[detector.class_index(wanted.patch_target)]
-        of_class = {"clean": unchanged.per_class.get(name)}
+        shown = {"clean": clean.per_class.get(name)}
         for worn in wanted.patches(detector):
-            metrics = measure(worn, worn.name)
-            of_class[worn.label] = metrics.per_class.get(name)
-        found["patch"] = {"class": name, "size": wanted.patch_size, "file": wanted.patch, "shown": of_class}
-    if added := wanted.perturbations:
-        measured = {view.label: measure(view, view.name) for view in added}
-        shown = {"clean": clean} | {label: metrics.stats for label, metrics in measured.items()}
-        whole("universal", [measured["universal"].drawn], np.min)
-        (eps,) = {view.how.bounds[1] for view in added}
-        found["universal"] = {"eps": round(eps * 255), "file": wanted.universal, "shown": shown}
-    if "checks" in wanted.protocols and checkable([subject]):
-        found["checks"] = run_checks(subject, wanted.attack_sets(subject.detector)[-1], wanted.queries)
-        found["checked"] = {"photos": len(first_photos(subject).dataset.files)}
-        found["checked"] |= {"steps": wanted.steps, "queries": wanted.queries}
-    if gate:
-        found["gate"] = {"experts": list(detector.experts), "shares": gate}
-    evaluation.metrics[subject.name] = found
+            metrics = self.measure(worn, worn.name)
+            shown[worn.label] = metrics.per_class.get(name)
+            if worn.label == PATCH and name in metrics.drawn_classes:
+                self.keep("patch", metrics.drawn_classes[name])
+        return {"class": name, "size": wanted.patch_size, "file": file, "shown": shown}
+
+    def universal(self, file: str, clean: CocoMetrics) -> UniversalStats:
+        """Under a universal perturbation, and under signs that mean nothing."""
+        views = self.wanted.perturbations
+        shown = {view.label: self.measure(view, view.name) for view in views}
+        self.error([shown[UNIVERSAL]], np.mean, "universal")
+        (eps,) = {view.how.bounds[1] for view in views}
+        rows = {"clean": clean.stats} | {label: metrics.stats for label, metrics in shown.items()}
+        return {"eps": round(eps * 255), "file": file, "shown": rows}
 
 
-def _corruption_summary(kinds: dict[str, dict[str, dict[str, float | None]]], clean: float | None) -> dict[str, Any]:
-    """Mean AP under corruption (mPC) and its share of the clean AP (rPC), as Michaelis et al. (2019) define them."""
-    means = {kind: {s: mean(row[s] for row in rows.values()) for s in ("AP", "AP50")} for kind, rows in kinds.items()}
-    overall = {stat: mean(row[stat] for row in means.values()) for stat in ("AP", "AP50")}
-    summary: dict[str, Any] = overall | {"mPC": overall["AP"]}
-    summary["rPC"] = overall["AP"] / clean if clean and overall["AP"] is not None else None
-    summary["kinds"] = {
-        kind: means[kind] | {"made by": PACKAGE, "differs": "", "severities": rows} for kind, rows in kinds.items()
-    }
-    return summary
+def figure(rows: Iterable[Figure], of: Callable[[Iterable[float | None]], float | None], error: float | None) -> Figure:
+    """The mean or least `of` several figures."""
+    rows = list(rows)
+    return {"AP": of(row["AP"] for row in rows), "AP50": of(row["AP50"] for row in rows), "AP_error": error}
 
 
-def mean(values: Any) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     """Mean of those that are not None."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
 
 
-def least_of(parts: dict[str, dict[str, float | None]]) -> str:
+def least_of(parts: Mapping[str, Figure]) -> str:
     """The part of an attack whose AP is the least."""
     return min(parts, key=lambda part: math.inf if (ap := parts[part]["AP"]) is None else ap)
 
 
-def lowest(values: Any) -> float | None:
+def lowest(values: Iterable[float | None]) -> float | None:
     """Least of those that are not None."""
     return min((v for v in values if v is not None), default=None)

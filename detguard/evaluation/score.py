@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from detguard.detections import Detections
-from detguard.evaluation.coco import Metrics, Result, coco_metrics, coco_results
+from detguard.evaluation.coco import CocoMetrics, Result, coco_metrics, coco_results
 from detguard.evaluation.views import Subject, View, results_of
 
 
@@ -14,13 +14,13 @@ def results(subject: Subject, found: Iterable[tuple[int, Detections]]) -> list[R
     return [r for image, detections in found for r in coco_results(image, detections, subject.category_ids)]
 
 
-def metrics_of(subject: Subject, found: list[Result], sizes: bool = False, drawn: bool = False) -> Metrics:
+def metrics_of(subject: Subject, found: list[Result], sizes: bool = False, drawn: bool = False) -> CocoMetrics:
     """COCO metrics of results of the subject's photos; see `coco_metrics`."""
     images = list(subject.dataset.files)
     return coco_metrics(subject.dataset.annotations, found, subject.category_ids.values(), images, sizes, drawn)
 
 
-def score(subject: Subject, view: View, part: str = "", sizes: bool = False) -> Metrics:
+def score(subject: Subject, view: View, part: str = "", sizes: bool = False) -> CocoMetrics:
     """COCO metrics of one part of a view."""
     return metrics_of(subject, results(subject, results_of(subject, view, part)), sizes)
 

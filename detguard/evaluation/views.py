@@ -6,19 +6,26 @@ shape go through in fixed batches, each written to the cache whole, so that a ki
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 from typing_extensions import override
 
 from detguard import DetguardError
+from detguard.data.ahead import ahead
 from detguard.data.dataset import Dataset
 from detguard.data.entries import LOST
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
+from detguard.engine import cores, free_memory
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
 from detguard.evaluation.corruptions import corrupt, read_pipeline, through
 from detguard.files import MAX_PHOTO, FileError, read_file
@@ -29,6 +36,8 @@ LOWEST_CONFIDENCE = 0.001
 # Boxes that a user would see.
 SHOWN_CONFIDENCE = 0.25
 BATCH = 8
+# From how many altered photos on processes make them, how many at most, what one takes for each pixel, and how long.
+MANY, MOST_WORKERS, PIXEL_BYTES, PATIENCE = 64, 16, 256, 3600.0
 
 
 @dataclass(eq=False)
@@ -99,10 +108,14 @@ class Subject:
 
 @dataclass
 class Batch:
-    """Photos that go through the detector together; read when first needed."""
+    """Photos that go through the detector together; read when first needed.
+
+    makers: the processes that alter them ahead, if there are any.
+    """
 
     subject: Subject
     images: list[int]
+    makers: "Makers | None" = None
 
     @cached_property
     def photos(self) -> list[Photo]:
@@ -126,6 +139,13 @@ class Batch:
         """A seed of 32 bits for each photo, of the view `name`."""
         hashes = self.subject.hashes
         return [photo_seed(f"{hashes[image]}/{name}", seed) % 2**32 for image in self.images]
+
+    def altered(self, view: "Altered") -> list[Photo]:
+        """The photos as a view alters them."""
+        if self.makers:
+            return [self.makers.photo(view, image) for image in self.images]
+        seeds = self.seeds(view.name, view.seed)
+        return [view.alter(photo, seed) for photo, seed in zip(self.photos, seeds, strict=True)]
 
     @cached_property
     def objects(self) -> list[Detections]:
@@ -203,8 +223,22 @@ class Clean(View):
         return batch.photos
 
 
+class Altered(View):
+    """Each photo becomes another one, whatever detector looks: slow, so that processes do it ahead."""
+
+    seed: int
+
+    @abstractmethod
+    def alter(self, photo: Photo, seed: int) -> Photo:
+        """What becomes of a photo, which stays as it is; all that is random is drawn by the `seed` of 32 bits."""
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        return batch.altered(self)
+
+
 @dataclass(frozen=True)
-class Corrupted(View):
+class Corrupted(Altered):
     """The photos under one of the published corruptions."""
 
     kind: str
@@ -217,13 +251,12 @@ class Corrupted(View):
         return f"{self.kind}-{self.severity}"
 
     @override
-    def show(self, batch: Batch) -> list[Photo]:
-        seeds = batch.seeds(self.name, self.seed)
-        return [corrupt(photo, self.kind, self.severity, seed) for photo, seed in zip(batch.photos, seeds, strict=True)]
+    def alter(self, photo: Photo, seed: int) -> Photo:
+        return corrupt(photo, self.kind, self.severity, seed)
 
 
 @dataclass(frozen=True)
-class Piped(View):
+class Piped(Altered):
     """The photos after a pipeline of the user's own, of which `digest` is that of its settings."""
 
     digest: str
@@ -240,9 +273,8 @@ class Piped(View):
         return [type(self).__name__, self.digest, self.seed]
 
     @override
-    def show(self, batch: Batch) -> list[Photo]:
-        seeds = batch.seeds(self.name, self.seed)
-        return [through(self.pipeline, photo, seed) for photo, seed in zip(batch.photos, seeds, strict=True)]
+    def alter(self, photo: Photo, seed: int) -> Photo:
+        return through(self.pipeline, photo, seed)
 
 
 def piped(file: str, seed: int) -> Piped:
@@ -255,6 +287,64 @@ def piped(file: str, seed: int) -> Piped:
     return Piped(hashlib.sha256(repr(pipeline.to_dict()).encode()).hexdigest(), seed, pipeline)
 
 
+# A view and a photo as it is wanted in it, by its number in the data set.
+Wanted = tuple[Altered, int]
+
+
+class Makers:
+    """Processes that alter photos ahead of `fill`, in the order in which it asks for them."""
+
+    def __init__(self, subject: Subject, wanted: Sequence[Wanted], workers: int) -> None:
+        for kind in {view.kind for view, _ in wanted if isinstance(view, Corrupted)}:
+            corrupt(np.zeros((32, 32, 3), np.uint8), kind, 1, 0)  # imports and compiles, once for all processes
+        cv2.setNumThreads(1)  # a forked process would wait for its threads for ever
+        seeds = (Batch(subject, [image]).seeds(view.name, view.seed)[0] for view, image in wanted)
+        jobs = [(view, subject.dataset.files[image], seed) for (view, image), seed in zip(wanted, seeds, strict=True)]
+        self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, patience=PATIENCE)
+        self._wanted = zip(wanted, self._made, strict=False)
+
+    @classmethod
+    def of(cls, subject: Subject, wanted: Sequence[Wanted]) -> "Makers | None":
+        """As many as processors and memory allow; None: it is not worth it, or there is no fork that shares all."""
+        sizes = [subject.dataset.annotations.imgs[image] for image in {image for _, image in wanted}]
+        each = PIXEL_BYTES * max((entry["height"] * entry["width"] for entry in sizes), default=1)
+        free = free_memory()
+        workers = min(cores(), MOST_WORKERS, MOST_WORKERS if free is None else free // each)
+        few = len(wanted) < MANY or workers < 2
+        return None if few or sys.platform != "linux" else cls(subject, wanted, workers)
+
+    def photo(self, view: Altered, image: int) -> Photo:
+        """The next one; those before it that are not asked for, as they cannot be read, are passed over.
+
+        Raises:
+            DetguardError: it cannot be made.
+        """
+        made = next(made for wanted, made in self._wanted if wanted == (view, image))
+        if isinstance(made, str):
+            raise DetguardError(made)
+        data, shape = made
+        return np.frombuffer(data, np.uint8).reshape(shape).copy()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._made.close()
+
+
+@lru_cache(BATCH)
+def _read(file: Path) -> Photo:
+    return read_photo(file)
+
+
+def _made(jobs: Sequence[tuple[Altered, Path, int]], number: int) -> tuple[bytes, tuple[int, ...]] | str:
+    """An altered photo, as bytes, which need no shared memory, and its shape; or why there is none."""
+    view, file, seed = jobs[number]
+    try:
+        photo = view.alter(_read(file), seed)
+    except DetguardError as error:
+        return str(error)
+    return photo.tobytes(), photo.shape
+
+
 def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int], None] | None = None) -> None:
     """Have in the cache what `views` show of every photo; what is there already is not done again.
 
@@ -264,21 +354,28 @@ def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int]
     Raises:
         DetguardError: no photo can be read.
     """
-    for images in subject.batches():
-        missing = {view: [i for i in images if not view.cached(subject, i)] for view in views}
-        batch = Batch(subject, images)
-        if any(missing.values()):
-            unreadable = batch.drop_unreadable()
-            missing = {view: [i for i in ids if i not in unreadable] for view, ids in missing.items()}
-        for view in views:
-            if missing[view]:
-                # The whole batch again, so that what is missing comes out as it would have without the rest cached.
-                entries = dict(zip(batch.images, view.entries(batch), strict=True))
-                subject.cache.put(
-                    (view.key(subject, i, part), blob) for i in missing[view] for part, blob in entries[i].items()
-                )
-            if on_batch:
-                on_batch(view, len(images))
+    batches = subject.batches()
+    lacking = [{view: [i for i in images if not view.cached(subject, i)] for view in views} for images in batches]
+    # The whole batch again, so that what is missing comes out as it would have without the rest cached.
+    wanted = [
+        (view, image)
+        for images, missing in zip(batches, lacking, strict=True)
+        for view in views
+        if isinstance(view, Altered) and missing[view]
+        for image in images
+    ]
+    with closing(makers) if (makers := Makers.of(subject, wanted)) else nullcontext():
+        for images, missing in zip(batches, lacking, strict=True):
+            batch = Batch(subject, images, makers)
+            unreadable = batch.drop_unreadable() if any(missing.values()) else set()
+            for view in views:
+                if ids := [i for i in missing[view] if i not in unreadable]:
+                    entries = dict(zip(batch.images, view.entries(batch), strict=True))
+                    subject.cache.put(
+                        (view.key(subject, i, part), blob) for i in ids for part, blob in entries[i].items()
+                    )
+                if on_batch:
+                    on_batch(view, len(images))
     if not subject.dataset.files:
         raise DetguardError(f"{subject.dataset.name}: no photo can be read ({subject.dataset.warnings[LOST][0]})")
 

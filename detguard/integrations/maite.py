@@ -28,6 +28,7 @@ from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import attack_objective, pgd_options
 from detguard.evaluation.coco import coco_metrics, coco_results
 from detguard.evaluation.corruptions import corrupt
+from detguard.evaluation.metrics import STATS
 from detguard.evaluation.views import LOWEST_CONFIDENCE
 from detguard.photos import Letterbox, Photo, photo_seed, read_photo
 from detguard.workflows.attack import as_photo
@@ -154,7 +155,7 @@ class CocoMetric:
         known = {c: c for c in classes}
         results = [r for number, one in enumerate(self._found, 1) for r in coco_results(number, one, known)]
         stats = coco_metrics(truth, results, classes).stats
-        return {name: float("nan") if value is None else value for name, value in stats.items()}
+        return {name: float("nan") if (value := stats[name]) is None else value for name in STATS}
 
 
 class Corruption:

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
-from torchvision.ops import box_iou
 from typing_extensions import override
 
 from detguard import DetguardError, defaults
-from detguard.detections import Candidates, Detections
+from detguard.detections import Candidates, Detections, box_iou
 from detguard.detectors.base import Detector
 
 # Instead of a class's name: every one that a detector knows, and any but an object's own.

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, stack
-from torchvision.ops import box_iou, nms
 from typing_extensions import override
 
-from detguard.detections import Candidates, Detections
+from detguard.detections import Candidates, Detections, box_iou, nms
 from detguard.objectives.base import UNFOUND, Goal, Scene, new, pick
 
 # Places at which an object is tried to be raised, for each that is wanted; the candidates that they are chosen from;

@@ -6,11 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 from typing_extensions import override
 
 from detguard import DetguardError
-from detguard.detections import Candidates, Detections
+from detguard.detections import Candidates, Detections, box_iou
 from detguard.detectors.base import Detector
 from detguard.objectives.base import (
     ARROW,

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from detguard.evaluation.compare import Difference, also_unlike, difference, same_photos, unlike
-from detguard.reports.evaluation import Metrics, headline, number
+from detguard.evaluation.compare import Compared, Difference, also_unlike, ap_of, difference, same_photos, unlike
+from detguard.evaluation.metrics import DRAWS, Draws, Metrics
+from detguard.reports.evaluation import headline, number
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import plots
 
 # What is compared, by protocol.
-FIGURES = {
+FIGURES: dict[Compared, str] = {
     "clean": "clean AP", "corruptions": "mPC", "corruption_file": "own corruption AP", "attack": "attacked AP",
-    "transfer": "transfer AP", "blackbox": "black box AP", "universal": "universal AP",
+    "transfer": "transfer AP", "blackbox": "black box AP", "patch": "patch AP", "universal": "universal AP",
 }  # fmt: skip
 # By model, figure -> how much more it is than the first model's.
 Changes = dict[str, dict[str, Difference]]
@@ -26,7 +27,7 @@ def short_names(folders: list[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def differences(metrics: Metrics, draws: Metrics) -> tuple[Changes, list[str]]:
+def differences(metrics: Metrics, draws: Draws) -> tuple[Changes, list[str]]:
     """Each model's figures less those of the first, and what keeps them from being compared.
 
     draws: of each model, by protocol, its AP in each draw of the photos.
@@ -43,10 +44,17 @@ def differences(metrics: Metrics, draws: Metrics) -> tuple[Changes, list[str]]:
         for protocol, figure in FIGURES.items():
             if protocol not in m or protocol not in first:
                 continue
-            if unequal := unlike(first, m, protocol):
-                warnings.append(f"{other}: {figure} not compared with {name}: {'; '.join(unequal)}")
-            elif (found := difference(first, m, (draws[name], draws[other]), protocol)) is not None:
-                changes[other][figure] = found
+            before, after = ap_of(first, protocol), ap_of(m, protocol)
+            left_out = unlike(first, m, protocol)
+            if not all(protocol in draws[one] for one in (name, other)):
+                left_out.append(f"not in every {DRAWS}; write it anew by `detguard evaluate --resume RUN`")
+            if before is None or after is None:
+                continue
+            if left_out:
+                warnings.append(f"{other}: {figure} not compared with {name}: {'; '.join(left_out)}")
+                continue
+            drawn = (draws[name][protocol], draws[other][protocol])
+            changes[other][figure] = difference(before, after, drawn, first["setting"]["photos"])
         if also := also_unlike(first, m):
             warnings.append(f"{other}: compared with {name} all the same: {'; '.join(also)}")
     return changes, warnings

@@ -1,9 +1,8 @@
 """What `evaluate` and `compare` show: tables of metrics, and the page of a run."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.detections import Detections
@@ -11,6 +10,8 @@ from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO, AttackSet, attac
 from detguard.evaluation.bootstrap import FEWEST, RESAMPLES
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
+from detguard.evaluation.compare import Compared, ap_of
+from detguard.evaluation.metrics import Figure, Metrics, ModelMetrics, OfClass, Spent, Stat, Stats
 from detguard.evaluation.pictures import Changed
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
@@ -19,7 +20,6 @@ from detguard.reports.marks import marked
 from detguard.reports.page import MOST_PHOTOS, Item, Table, pair, panel, render_page
 from detguard.reports.plots import gate_plot, plots
 
-Metrics = dict[str, dict[str, Any]]
 # A photo as a view shows it.
 CHANGED = "changed"
 ALL_KINDS = f"all {len(KINDS)}"
@@ -36,7 +36,7 @@ GALLERY = (
     "hidden from them by a surer wrong class."
 )
 # COCO's numbers in words.
-NUMBERS = {
+NUMBERS: dict[Stat, str] = {
     "AP": "AP, IoU .50 to .95",
     "AP50": "AP50, IoU .50",
     "AP75": "AP75, IoU .75",
@@ -57,17 +57,22 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
 
 
-def with_error(stats: dict[str, Any]) -> str:
-    """AP and half of its 95 % interval, like ".444 ±.031"; AP alone where all draws are alike, as of 0."""
+def with_error(stats: Figure | None) -> str:
+    """AP and half of its 95 % interval, like ".444 ±.031"; AP alone where all draws are alike, as of 0.
+
+    stats: None of nothing.
+    """
+    if stats is None:
+        return number(None)
     error = stats.get("AP_error")
     return number(stats["AP"]) + (f" ±{number(error)}" if error and stats["AP"] is not None else "")
 
 
-def _failed(found: dict[str, Any]) -> list[str]:
+def _failed(found: ModelMetrics) -> list[str]:
     return [name for name, check in found["checks"].items() if not check["passed"]]
 
 
-def _checks(found: dict[str, Any]) -> str:
+def _checks(found: ModelMetrics) -> str:
     """Which checks failed, and what they were made on: of few photos and steps "passed" says little."""
     failed = _failed(found)
     on = found.get("checked")
@@ -75,7 +80,7 @@ def _checks(found: dict[str, Any]) -> str:
     return (f"failed: {', '.join(failed)}" if failed else "passed") + made
 
 
-def corrupted_by(found: dict[str, Any]) -> str:
+def corrupted_by(found: ModelMetrics) -> str:
     """By what the mean is over: of a selection its kinds, since that is not what others call mPC."""
     kinds = found["corruptions"]["kinds"]
     severities = list(next(iter(kinds.values()))["severities"])
@@ -86,62 +91,56 @@ def corrupted_by(found: dict[str, Any]) -> str:
     return ALL_KINDS if len(kinds) == len(KINDS) else by
 
 
-def _corrupted(found: dict[str, Any]) -> str:
+def _corrupted(found: ModelMetrics) -> str:
     return "corrupted" if (by := corrupted_by(found)) == ALL_KINDS else f"corrupted ({by})"
 
 
-def _black_box(found: dict[str, Any]) -> str:
+def _black_box(found: ModelMetrics) -> str:
     return f"by {found['blackbox']['queries']} black-box queries at {found['blackbox']['eps']}/255"
 
 
-def strength(attack: dict[str, Any]) -> str:
+def strength(eps: int, spent: Spent) -> str:
     """How an attack was made; of what has no gradient, by the Square attack."""
-    spent = f"{attack['steps']} steps" if "steps" in attack else f"Square, {attack['queries']} queries"
-    starts = f", {attack['restarts']} starts" if attack.get("restarts", 1) > 1 else ""
-    return f"eps {attack['eps']}, {spent}{starts}"
+    how = f"{spent['steps']} steps" if "steps" in spent else f"Square, {spent['queries']} queries"
+    starts = f", {spent['restarts']} starts" if spent.get("restarts", 1) > 1 else ""
+    return f"eps {eps}, {how}{starts}"
 
 
 def _nms(iou: float | None) -> str:
     return "no NMS" if iou is None else f"multi-label NMS at IoU {number(iou)}"
 
 
-def _of_class(found: dict[str, Any], kind: str, stat: str) -> float | None:
-    """AP or AP50 of the class that wears a patch, with one kind of patch; None: no such object is labelled."""
-    row: dict[str, float | None] | None = found["patch"]["shown"][kind]
-    return row[stat] if row else None
-
-
 # Of a table that shows figures or words of each model: protocol, title, and what to show.
-COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+COLUMNS: tuple[tuple[str, str, Callable[[ModelMetrics], str]], ...] = (
     ("clean", "clean AP", lambda m: with_error(m["clean"])),
     ("clean", "clean AP50", lambda m: number(m["clean"]["AP50"])),
     ("corruptions", "corruptions", corrupted_by),
     ("corruptions", "mPC", lambda m: with_error(m["corruptions"])),
     ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
     ("corruption_file", "own corruption AP", lambda m: with_error(m["corruption_file"])),
-    ("attack", "attack", lambda m: strength(m["attack"])),
+    ("attack", "attack", lambda m: strength(m["attack"]["eps"], m["attack"])),
     ("attack", "attacked AP", lambda m: with_error(m["attack"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
     ("transfer", "transfer AP", lambda m: with_error(m["transfer"])),
-    ("blackbox", "black box", lambda m: strength(m["blackbox"])),
+    ("blackbox", "black box", lambda m: strength(m["blackbox"]["eps"], {"queries": m["blackbox"]["queries"]})),
     ("blackbox", "black box AP", lambda m: with_error(m["blackbox"])),
     ("patch", "patch on", lambda m: str(m["patch"]["class"])),
-    ("patch", "patch AP", lambda m: number(_of_class(m, "patch", "AP"))),
+    ("patch", "patch AP", lambda m: with_error(m["patch"]["shown"]["patch"])),
     ("universal", "universal AP", lambda m: with_error(m["universal"]["shown"]["universal"])),
     ("checks", "checks", _checks),
 )
-# The parts of a verdict: protocol, words behind its AP, and the AP.
-VERDICT: tuple[tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[str, Any]], float | None]], ...] = (
-    ("clean", lambda m: "clean", lambda m: m["clean"]["AP"]),
-    ("corruptions", _corrupted, lambda m: m["corruptions"]["mPC"]),
-    ("attack", lambda m: f"attacked at {m['attack']['eps']}/255", lambda m: m["attack"]["AP"]),
-    ("transfer", lambda m: "by transferred attacks", lambda m: m["transfer"]["AP"]),
-    ("blackbox", _black_box, lambda m: m["blackbox"]["AP"]),
-    ("patch", lambda m: f"for {m['patch']['class']} with the patch", lambda m: _of_class(m, "patch", "AP")),
-    ("universal", lambda m: "by the universal perturbation", lambda m: m["universal"]["shown"]["universal"]["AP"]),
+# The parts of a verdict: protocol, and words behind its AP.
+VERDICT: tuple[tuple[Compared, Callable[[ModelMetrics], str]], ...] = (
+    ("clean", lambda m: "clean"),
+    ("corruptions", _corrupted),
+    ("attack", lambda m: f"attacked at {m['attack']['eps']}/255"),
+    ("transfer", lambda m: "by transferred attacks"),
+    ("blackbox", _black_box),
+    ("patch", lambda m: f"for {m['patch']['class']} with the patch"),
+    ("universal", lambda m: "by the universal perturbation"),
 )
 # What figures are of; in the title of a table whose models have it in common.
-SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+SETTINGS: tuple[tuple[str, str, Callable[[ModelMetrics], str]], ...] = (
     ("setting", "data", lambda m: str(m["setting"]["data"])),
     ("setting", "photos", lambda m: f"{m['setting']['photos']} photos"),
     ("setting", "classes", lambda m: f"{m['setting']['classes']} classes"),
@@ -155,7 +154,7 @@ SETTINGS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
 def headline(metrics: Metrics, title: str) -> Table:
     """One row per model, with what was measured of any of them; what all have in common stands above."""
 
-    def values(protocol: str, show: Callable[[dict[str, Any]], str]) -> set[str]:
+    def values(protocol: str, show: Callable[[ModelMetrics], str]) -> set[str]:
         return {show(m) if protocol in m else "-" for m in metrics.values()}
 
     common = [values(protocol, show) for protocol, _, show in SETTINGS]
@@ -186,90 +185,103 @@ def headline(metrics: Metrics, title: str) -> Table:
 
 def tables(metrics: Metrics) -> list[Table]:
     """All tables of a run, the headline first."""
-    made = [headline(metrics, "Result")]
+    return [headline(metrics, "Result"), *(table for made in TABLES for table in made(metrics))]
+
+
+def _attacks(metrics: Metrics) -> Iterator[Table]:
     attacked = {name: m["attack"] for name, m in metrics.items() if "attack" in m}
-    if attacked:
-        budgets = [(name, eps, b) for name, a in attacked.items() for eps, b in a["budgets"].items()]
-        runs = list(dict.fromkeys(run for _, _, b in budgets for run in b["attacks"]))
-        rows = [
-            [attack_name(run)] + [with_error(b["attacks"][run]) if run in b["attacks"] else "-" for _, _, b in budgets]
-            for run in runs
-        ]
-        first = next(iter(attacked.values()))
-        note = f"AP, on 8-bit photos, seed {first['seed']}. {ABOVE}"
-        if white := next((a for a in attacked.values() if "steps" in a), None):
-            note += f" PGD with {white['steps']} steps, {white['restarts']} start(s)."
-        if black := next((a for a in attacked.values() if "queries" in a), None):
-            note += f" Square, of detectors without a gradient: {black['queries']} queries of scores."
-        title = "White-box attacks" if white else "Attacks without a gradient"
-        heads = [f"{name}, eps {eps}" for name, eps, _ in budgets]
-        made.append(Table(title, ["attack", *heads], rows, note))
+    if not attacked:
+        return
+    budgets = [(name, eps, b["attacks"]) for name, a in attacked.items() for eps, b in a["budgets"].items()]
+    runs = list(dict.fromkeys(run for _, _, attacks in budgets for run in attacks))
+    rows = [[attack_name(run), *(with_error(attacks.get(run)) for _, _, attacks in budgets)] for run in runs]
+    note = f"AP, on 8-bit photos, seed {next(iter(attacked.values()))['seed']}. {ABOVE}"
+    if white := next((a for a in attacked.values() if "steps" in a), None):
+        note += f" PGD with {white['steps']} steps, {white['restarts']} start(s)."
+    if black := next((a for a in attacked.values() if "queries" in a), None):
+        note += f" Square, of detectors without a gradient: {black['queries']} queries of scores."
+    title = "White-box attacks" if white else "Attacks without a gradient"
+    yield Table(title, ["attack", *(f"{name}, eps {eps}" for name, eps, _ in budgets)], rows, note)
+
+
+def _corruptions(metrics: Metrics) -> Iterator[Table]:
     corrupted = {name: m["corruptions"]["kinds"] for name, m in metrics.items() if "corruptions" in m}
-    if corrupted:
-        first_kinds = next(iter(corrupted.values()))
-        rows = [
-            [
-                kind.replace("_", " "),
-                *(with_error(k[kind]) for k in corrupted.values()),
-                row["made by"],
-                row["differs"],
-            ]
-            for kind, row in first_kinds.items()
-        ]
-        head = ["corruption", *corrupted, "made by", "differs from ImageNet-C"]
-        severities = list(next(iter(first_kinds.values()))["severities"])
-        note = (
-            f"AP, mean over severities {', '.join(severities)}."
-            if len(severities) > 1
-            else f"AP at severity {severities[0]}."
-        )
-        made.append(Table("Corruptions", head, rows, note, folded=len(rows) > FOLDED))
-    patched = {name: m for name, m in metrics.items() if "patch" in m}
-    if patched:
-        first_patch = next(iter(patched.values()))["patch"]
-        kinds = list(first_patch["shown"])
-        rows = [
-            [name, *(number(_of_class(m, kind, stat)) for stat in ("AP", "AP50") for kind in kinds)]
-            for name, m in patched.items()
-        ]
-        head = ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in kinds)]
-        note = (
-            f"On each labelled {first_patch['class']}, with a side of {first_patch['size']:g} of the root of its box's "
-            "area; grey and random tell what covering as much of it does alone."
-        )
-        made.append(Table(f"Patch: AP of {first_patch['class']}", head, rows, note))
+    if not corrupted:
+        return
+    first = next(iter(corrupted.values()))
+    rows = [
+        [kind.replace("_", " "), *(with_error(k[kind]) for k in corrupted.values()), row["made by"], row["differs"]]
+        for kind, row in first.items()
+    ]
+    severities = list(next(iter(first.values()))["severities"])
+    note = f"AP, mean over severities {', '.join(severities)}."
+    if len(severities) == 1:
+        note = f"AP at severity {severities[0]}."
+    head = ["corruption", *corrupted, "made by", "differs from ImageNet-C"]
+    yield Table("Corruptions", head, rows, note, folded=len(rows) > FOLDED)
+
+
+def _patches(metrics: Metrics) -> Iterator[Table]:
+    patched = {name: m["patch"] for name, m in metrics.items() if "patch" in m}
+    if not patched:
+        return
+    first = next(iter(patched.values()))
+    rows = [
+        [name, *map(with_error, p["shown"].values()), *(number(row and row["AP50"]) for row in p["shown"].values())]
+        for name, p in patched.items()
+    ]
+    note = (
+        f"On each labelled {first['class']}, with a side of {first['size']:g} of the root of its box's area; grey and "
+        "random tell what covering as much of it does alone."
+    )
+    yield Table(f"Patch: AP of {first['class']}", _pictures(first["shown"]), rows, note)
+
+
+def _perturbations(metrics: Metrics) -> Iterator[Table]:
     perturbed = {name: m["universal"] for name, m in metrics.items() if "universal" in m}
-    if perturbed:
-        first_universal = next(iter(perturbed.values()))
-        rows = [
-            [name, *map(with_error, m["shown"].values()), *(number(row["AP50"]) for row in m["shown"].values())]
-            for name, m in perturbed.items()
-        ]
-        head = ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in first_universal["shown"])]
-        note = f"One change for all photos, of at most {first_universal['eps']} levels; random: signs of that size."
-        made.append(Table("Universal perturbation", head, rows, note))
+    if not perturbed:
+        return
+    first = next(iter(perturbed.values()))
+    rows = [
+        [name, *map(with_error, m["shown"].values()), *(number(row["AP50"]) for row in m["shown"].values())]
+        for name, m in perturbed.items()
+    ]
+    note = f"One change for all photos, of at most {first['eps']} levels; random: signs of that size."
+    yield Table("Universal perturbation", _pictures(first["shown"]), rows, note)
+
+
+def _pictures(shown: Iterable[str]) -> list[str]:
+    return ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in shown)]
+
+
+def _gates(metrics: Metrics) -> Iterator[Table]:
     for name, m in metrics.items():
         if "gate" in m:
             shares = gate_by_kind(m["gate"]["shares"])
             rows = [[kind, *(f"{w:.2f}" for w in weights)] for kind, weights in shares.items()]
             note = "Mean weight of each expert by the gate. Equal rows mean that the gate does not distinguish them."
-            made.append(Table(f"Expert weights: {name}", ["photos", *m["gate"]["experts"]], rows, note))
-    checked = {name: m["checks"] for name, m in metrics.items() if "checks" in m}
-    if checked:
-        rows = [
-            [
-                f"{name}: {check}",
-                "passed" if c["passed"] else "FAILED",
-                number(c["value"]),
-                number(c["limit"]),
-                c["what"] if c["passed"] else f"{c['what']}: {c['meaning']}. What to do: {c['remedy']}.",
-            ]
-            for name, checks in checked.items()
-            for check, c in checks.items()
+            yield Table(f"Expert weights: {name}", ["photos", *m["gate"]["experts"]], rows, note)
+
+
+def _checked(metrics: Metrics) -> Iterator[Table]:
+    rows = [
+        [
+            f"{name}: {check}",
+            "passed" if c["passed"] else "FAILED",
+            number(c["value"]),
+            number(c["limit"]),
+            c["what"] if c["passed"] else f"{c['what']}: {c['meaning']}. What to do: {c['remedy']}.",
         ]
+        for name, m in metrics.items()
+        for check, c in m.get("checks", {}).items()
+    ]
+    if rows:
         head = ["check", "", "value", "at most", "what"]
-        made.append(Table("Checks of the attack itself", head, rows, f"On at most the first {PHOTOS} photos."))
-    return made
+        yield Table("Checks of the attack itself", head, rows, f"On at most the first {PHOTOS} photos.")
+
+
+# Of each, the tables that metrics allow.
+TABLES = (_attacks, _corruptions, _patches, _perturbations, _gates, _checked)
 
 
 def gate_by_kind(shares: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -286,7 +298,7 @@ def verdict(metrics: Metrics) -> str:
     """One sentence: the AP of each model as it was measured, and checks that failed."""
     sentences = []
     for name, found in metrics.items():
-        parts = [f"{number(show(found))} {words(found)}" for key, words, show in VERDICT if key in found]
+        parts = [f"{number(ap_of(found, key))} {words(found)}" for key, words in VERDICT if key in found]
         if "checks" in found and (failed := _failed(found)):
             parts.append(f"the attack's own checks FAILED ({', '.join(failed)})")
         photos = f" ({found['clean']['photos']} photos)" if "clean" in found else ""
@@ -296,7 +308,7 @@ def verdict(metrics: Metrics) -> str:
 
 def numbers_table(metrics: Metrics) -> Table:
     """COCO's 12 numbers of the clean photos, and of the attack of least AP where one was measured."""
-    columns: dict[str, dict[str, float | None]] = {}
+    columns: dict[str, Stats] = {}
     for name, found in metrics.items():
         label = f"{name}, " if len(metrics) > 1 else ""
         if "clean" in found:
@@ -317,7 +329,7 @@ def classes_table(evaluation: Evaluation, eps: int) -> Table:
     named = {attack_name(run) for run in by.values()}
     attacked = f"eps {eps}, {named.pop() if len(named) == 1 else 'least'}"
     shown = {"clean": "clean", attacked: attacked}
-    found: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {}
+    found: dict[tuple[str, str], dict[str, OfClass]] = {}
     for model, label, name, row in evaluation.classes:
         view = attacked if label == f"attack eps {eps} {by.get(model)}" else label
         if view in shown:
@@ -325,21 +337,24 @@ def classes_table(evaluation: Evaluation, eps: int) -> Table:
     views = [view for view in shown if any(view in rows for rows in found.values())]
     several = len(evaluation.metrics) > 1
     head = ["class", *(["model"] if several else []), "objects"]
-    figures = [(view, stat) for view in views for stat in ("AP", "AP50") if view == "clean" or stat == "AP"]
-    head += [f"{stat} {shown[view]}" for view, stat in figures]
+    for view in views:
+        head += [f"AP {shown[view]}", *(["AP50 clean"] if view == "clean" else [])]
     rows = []
     for (name, model), by_view in sorted(found.items(), key=lambda item: -_objects(item[1])):
-        cells = [number(by_view.get(view, {}).get(stat)) for view, stat in figures]
+        cells = []
+        for view in views:
+            of_view = by_view.get(view)
+            cells += [with_error(of_view), *([number(of_view and of_view["AP50"])] if view == "clean" else [])]
         rows.append([name, *([model] if several else []), str(_objects(by_view)), *cells])
-    note = "Classes without labelled objects are left out."
+    note = f"Classes without labelled objects are left out. No ±: under {FEWEST} photos have an object of the class."
     if by:
         note += " Attacked: by the attack of least AP, the headline's"
         note += f" ({', '.join(f'{name}: {attack_name(run)}' for name, run in by.items())})." if several else "."
     return Table(f"AP of {len({name for name, _ in found})} classes", head, rows, note, folded=len(rows) > FOLDED)
 
 
-def _objects(by_view: dict[str, dict[str, float | None]]) -> int:
-    return int(next(iter(by_view.values()))["objects"] or 0)
+def _objects(by_view: dict[str, OfClass]) -> int:
+    return next(iter(by_view.values()))["objects"]
 
 
 def evaluation_page(

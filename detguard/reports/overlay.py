@@ -2,9 +2,10 @@
 
 import colorsys
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from zlib import crc32
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,7 +18,11 @@ DIFFERENCE_GAIN = 10
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", size)
+    # Matplotlib's font, which has letters of most scripts; where it is, as to import matplotlib takes long.
+    package = find_spec("matplotlib")
+    assert package
+    assert package.origin
+    return ImageFont.truetype(Path(package.origin).with_name("mpl-data") / "fonts/ttf/DejaVuSans-Bold.ttf", size)
 
 
 @cache

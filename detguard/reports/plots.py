@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from detguard.detectors.gated import EXPERTS
+from detguard.evaluation.metrics import Metrics, ModelMetrics
 from detguard.files import printable
 from detguard.photos import Photo, encode_png
 
-Metrics = dict[str, dict[str, Any]]
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
 FEW = 20
 INK = "#16202c"
@@ -80,14 +80,16 @@ def plots(metrics: Metrics, curves: dict[str, dict[str, list[float]]]) -> dict[s
 def corruption_plot(metrics: Metrics) -> str:
     """One small panel per corruption: AP over severity, a line per model, its clean AP dashed."""
     found = {model: m["corruptions"]["kinds"] for model, m in metrics.items() if "corruptions" in m}
-    kinds = list(next(iter(found.values())))
+    kinds = list(dict.fromkeys(kind for rows in found.values() for kind in rows))
     with _figure(10, 6.2) as figure:
         axes = figure.subplots(3, 5, sharex=True, sharey=True).flat
         for axis, kind in zip(axes, kinds, strict=False):
             for colour, (model, rows) in zip(COLOURS * 9, found.items(), strict=False):
+                if kind not in rows:
+                    continue
                 points = {int(s): r["AP"] for s, r in rows[kind]["severities"].items()}
                 axis.plot(list(points), list(points.values()), "o-", ms=3.5, lw=1.6, color=colour, label=_text(model))
-                if (clean := metrics[model].get("clean", {}).get("AP")) is not None:
+                if (clean := _clean_ap(metrics[model])) is not None:
                     axis.axhline(clean, color=colour, ls="--", lw=0.9)
             axis.set_title(kind.replace("_", " "), fontsize=10)
             axis.set_xticks(range(1, 6))
@@ -97,6 +99,10 @@ def corruption_plot(metrics: Metrics) -> str:
         figure.supylabel("AP", fontsize=10)
         _legend(figure, axes[0])
         return _svg(figure)
+
+
+def _clean_ap(found: ModelMetrics) -> float | None:
+    return found["clean"]["AP"] if "clean" in found else None
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
@@ -112,7 +118,7 @@ def budget_plot(metrics: Metrics) -> str:
             if "attack" not in found:
                 continue
             budgets = found["attack"]["budgets"]
-            clean = found.get("clean", {}).get("AP")
+            clean = _clean_ap(found)
             start = [] if clean is None else [(0, clean)]
             for run in next(iter(budgets.values()))["attacks"]:
                 points = start + [(int(e), b["attacks"][run]["AP"]) for e, b in budgets.items()]

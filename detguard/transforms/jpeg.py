@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from kornia.enhance import jpeg_codec_differentiable
 from torch import Tensor
 from typing_extensions import override
 
@@ -34,6 +33,8 @@ class Jpeg(Encoded):
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Surrogate: the gradient of kornia's differentiable codec (Reich et al. 2024, WACV) at this photo."""
+        from kornia.enhance import jpeg_codec_differentiable  # late: takes long to import
+
         quality = torch.tensor([float(self.quality)], device=gradient.device)
         with torch.enable_grad():
             planes = (

@@ -12,6 +12,7 @@ from detguard.data.sources import OnData, warn_of
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.evaluation.cache import DEFAULT, Cache
+from detguard.evaluation.metrics import Metrics
 from detguard.evaluation.pictures import check_pictures
 from detguard.evaluation.run import Protocols
 from detguard.evaluation.run import evaluate as run_protocols
@@ -84,7 +85,7 @@ def evaluate(
     cache: str | Path = DEFAULT,
     on_progress: Callable[[str, int], None] | None = None,
     **protocols: Any,
-) -> dict[str, dict[str, Any]]:
+) -> Metrics:
     """COCO metrics of one or several detectors on clean, corrupted and attacked photos, by name: as in metrics.json.
 
     Args:

@@ -175,7 +175,7 @@ class Scripted(Vanish):
 def scripted(detector, photo, objective, spec="none", **options):
     """The attempt of a failing attack, and the photos that it went through."""
     seen = [photo]
-    options = AttackOptions(**{"budget": Linf(1), "steps": 4, **options})
+    options = AttackOptions(**{"budget": Linf(1), "steps": 4, "schedule": "group", **options})
     source = [("bus", photo, detector.predict(photo, 0.25))]
     transforms = parse_transforms(spec)
     (attempt,) = attack_group(detector, source, objective, transforms, options, lambda a: seen.append(a[0].levels))

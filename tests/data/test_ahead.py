@@ -49,7 +49,7 @@ def test_one_that_hangs_is_started_again():
 
 
 def test_one_that_is_always_killed_is_an_error():
-    with pytest.raises(AheadError, match="3 times at batch 1; "):
+    with pytest.raises(AheadError, match="3 times at number 1; "):
         list(ahead(lambda n: os.kill(os.getpid(), signal.SIGKILL), 0, 2))
 
 

@@ -59,6 +59,14 @@ def test_each_draw_is_the_ap_of_its_photos(labelled, results):
         assert coco_metrics(of(range(PHOTOS), again), found, (1, 2, 3)).stats["AP"] == pytest.approx(ap, abs=1e-3)
 
 
+def test_a_class_has_an_error_by_the_photos_with_an_object_of_it(labelled, results):
+    few = {row["image_id"] for row in labelled if row["category_id"] == 3 and not row["iscrowd"]}
+    kept = [r for r in labelled if r["category_id"] != 3 or r["image_id"] in sorted(few)[: FEWEST - 1]]
+    rows = coco_metrics(of(range(PHOTOS), kept), results, (1, 2, 3), drawn=True).per_class
+    assert 0 < rows["class 1"]["AP_error"] < 0.3
+    assert rows["class 3"]["AP_error"] is None
+
+
 def test_a_class_that_a_draw_has_no_object_of_is_left_out_of_its_mean():
     labelled = [
         {"id": 1 + n, "image_id": n, "category_id": 1 + (n == 0), "bbox": [5, 5, 9, 9], "area": 81, "iscrowd": 0}

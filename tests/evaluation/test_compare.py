@@ -12,20 +12,22 @@ FIRST = {
     "setting": {"photos": 40, "photos_sha256": "a", "imgsz": 320, "nms": 0.7, "seed": 0, "version": "1"},
     "clean": {"AP": 0.4},
     "attack": {"AP": 0.1, "eps": 4, "steps": 20, "restarts": 1},
+    "patch": {"class": "person", "size": 0.3, "file": "p.png", "shown": {"patch": {"AP": 0.2}}},
 }
 NOISE = np.random.default_rng(0).normal(0, 0.02, 100)
 
 
-def compared(better: float, apart: float, **setting):
+def compared(better: float, apart: float, drawn=("attack", "patch"), **setting):
     """Differences in words, and warnings, of a model that is better by so much, and whose draws differ by so much."""
     other = copy.deepcopy(FIRST)
     other["clean"]["AP"] += better
     other["setting"] |= {key: value for key, value in setting.items() if key in other["setting"]}
     other["attack"] |= {key: value for key, value in setting.items() if key in other["attack"]}
     draws = {
-        "first": {"clean": (0.4 + NOISE).tolist(), "attack": [0.1] * 100},
-        "other": {"clean": (0.4 + better + NOISE + apart * NOISE[::-1]).tolist(), "attack": [0.1] * 100},
+        "first": {"clean": (0.4 + NOISE).tolist()},
+        "other": {"clean": (0.4 + better + NOISE + apart * NOISE[::-1]).tolist()},
     }
+    draws = {name: one | {protocol: [0.1] * 100 for protocol in drawn} for name, one in draws.items()}
     changes, warnings = differences({"first": FIRST, "other": other}, draws)
     return {figure: in_words(found) for figure, found in changes.get("other", {}).items()}, warnings
 
@@ -46,15 +48,21 @@ def test_other_photos_are_not_compared():
 @pytest.mark.parametrize("setting", [{"eps": 8}, {"steps": 40}, {"restarts": 2}])
 def test_an_attack_of_another_budget_is_not_compared(setting):
     figures, (warning,) = compared(0.1, apart=0, **setting)
-    assert list(figures) == ["clean AP"]
+    assert list(figures) == ["clean AP", "patch AP"]
     ((name, value),) = setting.items()
     assert f"attacked AP not compared with first: {name} {FIRST['attack'][name]}, {value}" in warning
 
 
 def test_what_may_differ_is_told():
     figures, (warning,) = compared(0.1, apart=0, imgsz=640)
-    assert len(figures) == 2
+    assert len(figures) == 3
     assert "imgsz 320, 640" in warning
+
+
+def test_a_figure_that_was_not_drawn_is_not_compared():
+    figures, (warning,) = compared(0.1, apart=0, drawn=("attack",))
+    assert list(figures) == ["clean AP", "attacked AP"]
+    assert warning.startswith("other: patch AP not compared with first: not in every draws.json")
 
 
 def test_means_over_other_corruptions_are_not_compared():

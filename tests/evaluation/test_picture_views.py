@@ -4,6 +4,7 @@ import pytest
 from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.evaluation.cache import Cache
+from detguard.evaluation.metrics import read_metrics
 from detguard.evaluation.pictures import check_pictures, patched, perturbed
 from detguard.evaluation.run import Protocols, evaluate
 from detguard.evaluation.views import Batch, Subject
@@ -53,6 +54,8 @@ def test_the_ap_of_the_class_is_told_of_clean_grey_random_and_patch(subject, fil
     (table,) = [table for table in tables(evaluation.metrics) if table.title == "Patch: AP of person"]
     assert len(table.rows[0]) == 1 + 2 * 4
     assert "patch AP" in headline(evaluation.metrics, "").head
+    assert len(evaluation.draws["bundled"]["patch"]) == 100
+    assert read_metrics(tmp_path / "run/metrics.json") == evaluation.metrics
     page = evaluation_page([subject], evaluation, wanted, ["detguard"]).decode()
     assert "Patch: AP of person" in page
     assert page.count("changed: patch") >= 2
@@ -88,6 +91,7 @@ def test_the_ap_is_told_of_clean_random_and_universal(subject, file, tmp_path):
     (table,) = [table for table in tables(evaluation.metrics) if table.title == "Universal perturbation"]
     assert len(table.rows[0]) == 1 + 2 * 3
     assert "universal AP" in headline(evaluation.metrics, "").head
+    assert read_metrics(tmp_path / "run/metrics.json") == evaluation.metrics
     page = evaluation_page([subject], evaluation, wanted, ["detguard"]).decode()
     assert page.count("changed: universal") >= 2
 

@@ -175,6 +175,26 @@ def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):
     assert score(broken, Clean()).stats["AP"] > 0.9
 
 
+def test_photos_that_processes_corrupt_ahead_are_those_that_one_makes(subject, tmp_path, monkeypatch):
+    views = [Clean(), Corrupted("fog", 3, 0), Corrupted("impulse_noise", 2, 0)]
+    files = dict(subject.dataset.files)
+    files[12] = tmp_path / "cut.png"
+    files[12].write_bytes(b"\x89PNG\r\n\x1a\n")
+    found, alone = [], Corrupted.alter
+    for many in (100, 1):
+        dataset = replace(subject.dataset, files=dict(files), warnings=Faults())
+        one = replace(subject, dataset=dataset, cache=Cache(tmp_path / f"{many}.sqlite"))
+        monkeypatch.setattr("detguard.evaluation.views.MANY", many)
+        monkeypatch.setattr("detguard.evaluation.views.cores", lambda: 2)
+        here = []
+        monkeypatch.setattr(Corrupted, "alter", lambda *a, here=here: here.append(a) or alone(*a))
+        fill(one, views)
+        assert list(dataset.files) == [11, 13, 14]
+        assert len(here) == (6 if many == 100 else 0)
+        found.append([(view.name, i, d.scores.tolist()) for view in views for i, d in results_of(one, view)])
+    assert found[0] == found[1]
+
+
 def test_an_undefended_detector_has_its_gradient_everywhere(subject):
     assert zero_gradient_share(subject) < 0.01
 

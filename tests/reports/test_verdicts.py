@@ -51,7 +51,7 @@ def test_an_evaluation_tells_ap_and_checks_that_failed():
 
 def test_of_a_part_of_the_corruptions_and_of_few_queries_the_verdict_says_so():
     kinds = {"fog": {"AP": 0.7, "severities": {"3": {"AP": 0.7}}}}
-    found = {"corruptions": {"mPC": 0.7, "kinds": kinds}, "blackbox": {"AP": 0.6, "eps": 4, "queries": 50}}
+    found = {"corruptions": {"AP": 0.7, "kinds": kinds}, "blackbox": {"AP": 0.6, "eps": 4, "queries": 50}}
     told = evaluation.verdict({"a": found})
     assert told == "a: AP .700 corrupted (fog at severity 3), .600 by 50 black-box queries at 4/255"
     kinds |= {kind: {"severities": dict.fromkeys("12345")} for kind in evaluation.KINDS}
