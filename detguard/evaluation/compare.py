@@ -73,6 +73,15 @@ def ap_of(row: ModelMetrics, protocol: Compared) -> float | None:
     return row[protocol]["AP"]
 
 
+def drawn_of(row: ModelMetrics, protocol: Compared) -> int:
+    """The photos that a figure's error is by; none where those with an object of a patch's class were too few."""
+    if protocol == "patch":
+        worn = row["patch"]["shown"]["patch"]
+        if worn is None or worn.get("AP_error") is None:
+            return 0
+    return row["setting"]["photos"]
+
+
 def difference(
     before: float, after: float, draws: tuple[list[float | None], list[float | None]], photos: int
 ) -> Difference:

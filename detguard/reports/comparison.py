@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from detguard.evaluation.compare import Compared, Difference, also_unlike, ap_of, difference, same_photos, unlike
+from detguard.evaluation.compare import (
+    Compared,
+    Difference,
+    also_unlike,
+    ap_of,
+    difference,
+    drawn_of,
+    same_photos,
+    unlike,
+)
 from detguard.evaluation.metrics import DRAWS, Draws, Metrics
 from detguard.reports.evaluation import headline, number
 from detguard.reports.page import Table, render_page
@@ -54,7 +63,7 @@ def differences(metrics: Metrics, draws: Draws) -> tuple[Changes, list[str]]:
                 warnings.append(f"{other}: {figure} not compared with {name}: {'; '.join(left_out)}")
                 continue
             drawn = (draws[name][protocol], draws[other][protocol])
-            changes[other][figure] = difference(before, after, drawn, first["setting"]["photos"])
+            changes[other][figure] = difference(before, after, drawn, drawn_of(first, protocol))
         if also := also_unlike(first, m):
             warnings.append(f"{other}: compared with {name} all the same: {'; '.join(also)}")
     return changes, warnings

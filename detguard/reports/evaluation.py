@@ -232,7 +232,7 @@ def _patches(metrics: Metrics) -> Iterator[Table]:
     ]
     note = (
         f"On each labelled {first['class']}, with a side of {first['size']:g} of the root of its box's area; grey and "
-        "random tell what covering as much of it does alone."
+        f"random tell what covering as much of it does alone. No ±: under {FEWEST} photos have an object of it."
     )
     yield Table(f"Patch: AP of {first['class']}", _pictures(first["shown"]), rows, note)
 

@@ -49,6 +49,7 @@ def test_other_photos_are_not_compared():
 def test_an_attack_of_another_budget_is_not_compared(setting):
     figures, (warning,) = compared(0.1, apart=0, **setting)
     assert list(figures) == ["clean AP", "patch AP"]
+    assert figures["patch AP"] == "+.000, too few photos to tell"  # with an object of its class
     ((name, value),) = setting.items()
     assert f"attacked AP not compared with first: {name} {FIRST['attack'][name]}, {value}" in warning
 
