@@ -1,5 +1,6 @@
 # make demo: hide the people in a street photo from the bundled detector, then try the same on the hardened one.
 # make test: run the tests.
+# make test-quick: those without programs, trainings and browsers, after an edit.
 # make docs: the site, into site/.
 # make fuzz: ten minutes of odd files for every reader, other ones each time.
 # All make .venv and install into it when needed.
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: demo test docs fuzz clean
+.PHONY: demo test test-quick docs fuzz clean
 
 BUS := .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg
 
@@ -16,9 +17,16 @@ demo: $(READY)
 	.venv/bin/detguard attack $(BUS) --target person --eps 2
 	.venv/bin/detguard attack $(BUS) --target person --eps 2 --steps 50 --model detguard-n-hard || test $$? -eq 1
 
-# A thread for each of several processes: most tests start programs, or wait for one core.
+# A thread for each of several processes: most tests start programs, or wait for one core. Each file by one of them:
+# what its tests share is made once.
+TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+QUICK := test_*.py cli/test_app.py data/test_dataset.py data/test_sources.py objectives transforms
+
 test: $(READY)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(TEST) -n auto
+
+test-quick: $(READY)
+	$(TEST) -n auto $(addprefix tests/,$(QUICK))
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

@@ -12,6 +12,13 @@ from detguard.photos import Photo, read_photo
 SHARED = Path(__file__).parents[2] / "shared"
 YOLO11N = SHARED / "weights" / "yolo11n-coco.pt"
 VAL = SHARED / "data" / "coco256" / "images" / "val"
+# Of programs, trainings and browsers.
+SLOW = ("end_to_end", "hardening", "workflows", "docs", "export")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files first: where each is run by one process, those that are left at the end are short."""
+    items.sort(key=lambda item: item.path.parent.name not in SLOW)
 
 
 @pytest.fixture(scope="session")

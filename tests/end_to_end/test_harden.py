@@ -22,7 +22,7 @@ from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector
 from detguard.photos import read_photo
 
-OPTIONS = ("--data", ASSETS, "--imgsz", 96, "--batch", 4, "--photos", 80, "--steps", 1)
+OPTIONS = ("--data", ASSETS, "--imgsz", 64, "--batch", 4, "--photos", 40, "--steps", 1)
 SHARED = (*OPTIONS, "--split", "neck", "--mode", "full")
 
 
@@ -39,11 +39,11 @@ def test_it_makes_an_ensemble_that_loads_like_any_detector(hardened, bus_file):
     detector = load_detector(hardened / "weights/joint.safetensors")
     assert isinstance(detector, GatedDetector)
     assert detector.model.names == ["normal", "hard", "adversarial"]
-    assert detector.imgsz == 96
+    assert detector.imgsz == 64
     detector.predict(bus_file, 0.25)
     card = json.loads((hardened / "weights/joint.json").read_text())
     assert card["hardened"]["from"] == "detguard-n"
-    assert card["hardened"]["photos"] == 80
+    assert card["hardened"]["photos"] == 40
 
 
 def test_tensorboard_shows_the_losses_of_each_stage(hardened):
@@ -164,7 +164,7 @@ def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
         "adversarial",
         "joint",
         "Losses",
-        "Which expert the gate asks for",
+        "Gate weights on training photos",
         "No photos were held out",
     ):
         assert text in page

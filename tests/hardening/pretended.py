@@ -8,8 +8,10 @@ import json
 import traceback
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from ultralytics.nn.tasks import DetectionModel
 
 import detguard.hardening.adapt as adapting
 import detguard.hardening.losses as losses
@@ -17,8 +19,8 @@ import detguard.hardening.optimizer as module
 from detguard.data.batches import Batch
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
-from detguard.detectors.gated import GatedNetwork
-from detguard.detectors.load import fused, load_detector, load_model
+from detguard.detectors.gated import GatedNetwork, backbone_end
+from detguard.detectors.load import fused
 from detguard.hardening.loop import Average
 from detguard.hardening.optimizer import Optimizer
 from detguard.hardening.run import Plan
@@ -30,6 +32,24 @@ from detguard.training_loss import Assignment
 _setup_privateuseone_for_python_backend("pretended")
 DEVICE = torch.device("pretended", 0)
 SETTING = Setting(batch=4, size=64, ranks=Ranks(DEVICE))
+# A layer of each kind that YOLO11 has: the device does not see how many.
+LAYERS = {
+    "nc": 8,
+    "backbone": [
+        *([-1, 1, "Conv", [channels, 3, 2]] for channels in (8, 16, 32, 64, 128)),
+        [-1, 1, "C3k2", [128, True]],
+        [-1, 1, "SPPF", [128, 5]],
+        [-1, 1, "C2PSA", [128]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 3], 1, "Concat", [1]],
+        [-1, 1, "C3k2", [64, False]],
+        [[2, 10, 7], 1, "Detect", ["nc"]],
+    ],
+}
+MODEL = DetectionModel(copy.deepcopy(LAYERS), verbose=False)
+NECK = backbone_end(MODEL.model)
 
 
 def there(network):
@@ -51,15 +71,14 @@ def labels(count):
     return [Labelled(None, objects)] * count
 
 
-def updates(network, learned):
-    """What a stage updates weights by. Sizes of steps are read once, when it begins."""
-    optimizer, average = Optimizer(learned, list(network.gate.parameters())), Average(learned)
-
-    def update(loss):
-        optimizer.update(loss, 1e-3)
+def update():
+    """An update of weights, which is the same in all stages."""
+    network = GatedNetwork(fused(MODEL), NECK)
+    with FakeTensorMode():
+        learned = list(there(network).parameters())
+        optimizer, average = Optimizer(learned, list(network.gate.parameters())), Average(learned)
+        optimizer.update(sum(parameter.sum() for parameter in learned), 1e-3)
         average.update()
-
-    return update
 
 
 STAGES = {
@@ -79,28 +98,29 @@ STAGES = {
 
 def harden(name):
     plan, stage = STAGES[name]
-    network = GatedNetwork(fused(load_model()[0]), 11 if plan.split == "neck" else 0, plan.experts, fusion=plan.fusion)
-    teacher = GatedNetwork(load_detector().model, 0, ("undefended",)).requires_grad_(False)
+    split = NECK if plan.split == "neck" else 0
+    network = GatedNetwork(fused(MODEL), split, plan.experts, fusion=plan.fusion)
+    teacher = GatedNetwork(fused(MODEL), 0, ("undefended",)).requires_grad_(False)
     stage = plan.stage(stage, 400)
     hard = Layout.of(stage, 4).hard
     with FakeTensorMode():
-        update = updates(there(network), learned_parameters(network, stage))
+        learned_parameters(there(network), stage)
         batch = Batch(frames(4), frames(4), hard, labels(4))
         # The last of the margins, which attack the gate, too.
-        losses = learn_batch(network, there(teacher), batch, stage, SETTING, 3, 0.5, update)
+        losses = learn_batch(network, there(teacher), batch, stage, SETTING, 3, 0.5, Tensor.backward)
     assert all(value.device.type == DEVICE.type for value in losses.values())
 
 
 def adapt(mode):
     plan = adapting.Adaptation(mode=mode, batch=6)
-    network = GatedNetwork(fused(load_model()[0]), 11)
+    network = GatedNetwork(fused(MODEL), NECK)
     before = copy.deepcopy(network).requires_grad_(False)
     network.grow(["adapted 1"], 0)
     with FakeTensorMode():
-        update = updates(there(network), adapting.learned_parameters(network, plan))
+        adapting.learned_parameters(there(network), plan)
         new, old = (Batch(frames(3), frames(3), hard, labels(3)) for hard in (0, 1))
         losses = adapting.batch_losses(network, there(before), new, old, adapting.Counts(3, 3, 1), plan, SETTING)
-        update(losses["loss"])
+        losses["loss"].backward()
     assert all(value.device.type == DEVICE.type for value in losses.values())
 
 
@@ -131,7 +151,11 @@ def what_went_wrong(step, *arguments):
 if __name__ == "__main__":
     losses.assign = assigned
     module._size = lambda parameter: 1.0
-    told = {name: what_went_wrong(harden, name) for name in STAGES}
-    told |= {f"adapt, {mode}": what_went_wrong(adapt, mode) for mode in ("full", "frozen")}
-    told |= {"a loss that is read": what_went_wrong(read), "a tensor on the CPU": what_went_wrong(leave)}
-    print(json.dumps(told))
+    errors = {name: what_went_wrong(harden, name) for name in STAGES}
+    errors |= {f"adapt, {mode}": what_went_wrong(adapt, mode) for mode in ("full", "frozen")}
+    errors |= {
+        "update": what_went_wrong(update),
+        "a loss that is read": what_went_wrong(read),
+        "a tensor on the CPU": what_went_wrong(leave),
+    }
+    print(json.dumps(errors))
