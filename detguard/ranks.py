@@ -54,7 +54,8 @@ class Ranks:
         if state.device.type != device or state.num_processes != count:
             raise DetguardError(f"`device` {device}: {count} processes cannot train on it here; found {state.device}")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        return cls(state.device, state.process_index, count, local, dist.new_group(backend="gloo", timeout=PATIENCE))
+        place = CPU if device == "cpu" else state.device  # which has a number where there is one alone
+        return cls(place, state.process_index, count, local, dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
     def first(self) -> bool:
