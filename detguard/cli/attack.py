@@ -346,6 +346,9 @@ def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
     files = photo_keys([Path(p) for p in job.run.config["photos"]])
     places = {key: number for number, key in enumerate(files)}
 
+    def in_order(records: "list[Record]") -> "list[Record]":
+        return sorted(records, key=lambda record: places.get(record["key"], len(places)))
+
     def tidied() -> "list[Record]":
         # What failed to read or write before a stop is tried again; the rest stays as it is.
         before = [r for r in job.run.records() if r["status"] != "error"]
@@ -382,9 +385,10 @@ def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
         return 0
     for record in made[len(here) :]:  # the first's own come first
         show_record(job, record, as_json)
-    records = sorted([*before, *made], key=lambda r: places.get(r["key"], len(places)))
-    if ranks.count > 1:
-        job.run.keep(sorted(job.run.records(), key=lambda r: places.get(r["key"], len(places))))
+    records = in_order([*before, *made])
+    kept = job.run.records()
+    if kept != (ordered := in_order(kept)):
+        job.run.keep(ordered)
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
         out.print(verdict(records, job.options), highlight=False, soft_wrap=True, style="bold")
