@@ -1,8 +1,9 @@
-"""The processes that train together, one per device: each sees a part of every batch, and the first one writes."""
+"""The processes of one launch, one per device: each sees a part of every batch, or of the photos."""
 
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ from detguard.engine import torch_device
 
 Thing = TypeVar("Thing")
 CPU = torch.device("cpu")
+# How long one may wait for the others: as long as the slowest works. The launcher ends all when one has died.
+PATIENCE = timedelta(weeks=4)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Ranks:
         if state.device.type != device or state.num_processes != count:
             raise DetguardError(f"`device` {device}: {count} processes cannot train on it here; found {state.device}")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        return cls(state.device, state.process_index, count, local, dist.new_group(backend="gloo"))
+        place = CPU if device == "cpu" else state.device  # which has a number where there is one alone
+        return cls(place, state.process_index, count, local, dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
     def first(self) -> bool:
@@ -115,10 +119,23 @@ class Ranks:
             raise answer[1]
         return answer[0]
 
-    def end(self) -> None:
-        """Wait until all have come as far, and part."""
+    def gathered(self, things: list[Thing]) -> list[Thing]:
+        """Those of all processes, in their order; nobody goes on until all have given theirs."""
+        if self.count == 1:
+            return things
+        lists: list[list[Thing]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(lists, things, group=self.control)
+        return [thing for one in lists for thing in one]
+
+    def wait(self) -> None:
+        """Wait until all have come as far."""
         if self.count > 1:
             dist.barrier(group=self.control)
+
+    def end(self) -> None:
+        """Wait until all have come as far, and part."""
+        self.wait()
+        if self.count > 1:
             dist.destroy_process_group()
 
 

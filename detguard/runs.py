@@ -125,6 +125,27 @@ class Run:
         Raises:
             RunError: another process does, or the folder cannot be written.
         """
+        self._claim(0, 0)
+        with suppress(OSError):  # a full disk; only the error of others tells of it
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()}\n".encode())
+
+    def share(self, ranks: "Ranks") -> None:
+        """Have all processes of a launch write to the run, of which the first has claimed it, and none besides.
+
+        Raises:
+            RunError: one of them cannot see the folder.
+        """
+        if ranks.count == 1:
+            return
+        if ranks.first and fcntl:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 0, 1)  # all but the first byte of the lock
+        ranks.wait()
+        if not ranks.first:
+            self._claim(1, ranks.rank)
+
+    def _claim(self, length: int, start: int) -> None:
+        """Hold some bytes of the lock, to its end by a length of 0, until this process ends."""
         file = self.folder / LOCK
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
@@ -135,14 +156,11 @@ class Run:
             return
         try:
             # A lock that ends with the process, and that no process forked from it shares: none is ever stale.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except OSError as error:
             owner = self._lock.read(20).decode(errors="replace").strip()
             owner = f"process {owner}" if owner.isdecimal() else "another process"
             raise RunError(f"{self.folder}: {owner} is at work on this run; wait until it is done") from error
-        with suppress(OSError):  # a full disk; only the error above tells of it
-            self._lock.truncate(0)
-            self._lock.write(f"{os.getpid()}\n".encode())
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file of the run, whole or not at all."""
@@ -179,6 +197,8 @@ class Run:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
             with FileIO(os.open(file, flags, 0o666), "a+") as stream:
+                if fcntl:
+                    fcntl.lockf(stream, fcntl.LOCK_EX)  # of several processes of a launch, one after the other
                 end = _end_of_lines(stream)
                 stream.truncate(end)  # half a line, cut short by a kill
                 try:

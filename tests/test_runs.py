@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -190,6 +191,22 @@ def test_a_run_that_a_process_is_at_work_on_is_refused_to_others(run):
     refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"process {os.getpid()} is at work on this run" in refused.stderr
     Run.open(run.folder, "harden")  # to look at
+
+
+def test_processes_of_a_launch_share_a_run_that_others_do_not_get_before_all_have_ended(run):
+    run.share(SimpleNamespace(count=2, rank=0, first=True, wait=int))
+    code = (
+        "from pathlib import Path; from types import SimpleNamespace; from detguard.runs import Run; "
+        f"run = Run.open(Path({str(run.folder)!r}), 'harden'); "
+        "run.share(SimpleNamespace(count=2, rank=1, first=False, wait=int)); print('shared', flush=True); input()"
+    )
+    second = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert second.stdout.readline() == "shared\n"
+    run._lock.close()  # as if the first had died
+    with pytest.raises(RunError, match="is at work on this run"):
+        Run.resume(run.folder, "harden")
+    second.communicate("\n")
+    Run.resume(run.folder, "harden")
 
 
 def test_the_lock_of_a_process_that_is_no_more_is_taken_over(tmp_path):

@@ -223,11 +223,12 @@ def stop_signals() -> list[int]:
 
 
 def start_ranks(device: str) -> "Ranks":
-    """The processes that train together, of which the first alone is heard."""
+    """The processes of this launch, of which the first alone is heard."""
     from detguard.ranks import Ranks
 
     ranks = Ranks.start(device)
-    out.quiet = err.quiet = not ranks.first
+    if not ranks.first:
+        out.quiet = err.quiet = True
     return ranks
 
 

@@ -35,6 +35,7 @@ from detguard.cli.app import (
     out,
     progress_bar,
     show_error,
+    start_ranks,
 )
 from detguard.cli.evaluate import show_warnings
 
@@ -42,6 +43,8 @@ from detguard.cli.evaluate import show_warnings
 if TYPE_CHECKING:
     from detguard.attacks.group import Attempt
     from detguard.attacks.run import Job
+    from detguard.ranks import Ranks
+    from detguard.runs import Record
 
 # The exit code where no photo was attacked, so that nothing was shown: neither a success nor a failure.
 NOTHING = 3
@@ -230,12 +233,14 @@ def attack(
     from detguard.detectors.load import load_configured, load_detector
     from detguard.objectives.parse import read_goal
     from detguard.photos import find_photos
-    from detguard.runs import Run
+    from detguard.runs import Run, shared_run
     from detguard.workflows.attack import attack_config, attack_job
 
+    ranks = start_ranks(device)
+    device = str(ranks.device)
     if resume:
         only_resumes(context)
-        run = Run.resume(resume, "attack")
+        run = shared_run(ranks, lambda: Run.resume(resume, "attack"))
         with err.status("Loading the detector"):
             detectors = [load_configured(one, trust, device) for one in (run.config["detector"], *run.config["also"])]
     else:
@@ -273,10 +278,15 @@ def attack(
             detectors, options, objective=objective, transforms=transforms, samples=data is not None,
             arguments=sys.argv[1:],
         )  # fmt: skip
-        shown, out_folder = framed([Path(file) for file in files], "attack", out_folder, every)
-        run = Run.create("attack", out_folder, config | {"photos": list(map(str, shown))}, kept)
+
+        def begin() -> Run:
+            shown, folder = framed([Path(file) for file in files], "attack", out_folder, every)
+            return Run.create("attack", folder, config | {"photos": list(map(str, shown))}, kept)
+
+        run = shared_run(ranks, begin)
+    run.share(ranks)
     out.quiet = out.quiet or as_json
-    sys.exit(run_attack(attack_job(run, detectors), as_json))
+    sys.exit(run_attack(attack_job(run, detectors), ranks, as_json))
 
 
 def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
@@ -322,24 +332,37 @@ def places(text: str | None) -> list[int] | None:
     return [int(number) for number in read]
 
 
-def run_attack(job: "Job", as_json: bool = False) -> int:
-    """Attack what the run has not done yet, with live progress and a closing table; returns the exit code."""
+def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
+    """Attack what the run has not done yet, with live progress and a closing table; returns the exit code.
+
+    ranks: each attacks its share of the photos; the first shows and closes the run.
+    """
     from detguard.attacks.run import attack_photos
     from detguard.objectives.parse import wanted
     from detguard.reports.attack import MOST_NAMED, attack_page, failures, verdict
     from detguard.reports.tables import attack_summary, survival_table, terminal_list, terminal_table
     from detguard.runs import photo_keys
 
-    # What failed to read or write before a stop is tried again; the rest stays as it is.
-    records = [r for r in job.run.records() if r["status"] != "error"]
-    job.run.keep(records)
-    if records:
-        out.print(f"{len(records)} photos done before")
-    done = {r["key"] for r in records}
     files = photo_keys([Path(p) for p in job.run.config["photos"]])
-    waiting = {key: file for key, file in files.items() if key not in done}
+    places = {key: number for number, key in enumerate(files)}
+
+    def in_order(records: "list[Record]") -> "list[Record]":
+        return sorted(records, key=lambda record: places.get(record["key"], len(places)))
+
+    def tidied() -> "list[Record]":
+        # What failed to read or write before a stop is tried again; the rest stays as it is.
+        before = [r for r in job.run.records() if r["status"] != "error"]
+        job.run.keep(before)
+        return before
+
+    before = ranks.given(tidied)
+    if before:
+        out.print(f"{len(before)} photos done before")
+    done = {r["key"] for r in before}
+    waiting = dict([pair for pair in files.items() if pair[0] not in done][ranks.rank :: ranks.count])
+    here: list[Record] = []
     with progress_bar(MofNCompleteColumn()) as progress:
-        task = progress.add_task("attack", total=len(files), completed=len(done))
+        task = progress.add_task("attack", total=len(done) + len(waiting), completed=len(done))
 
         def on_step(active: Sequence["Attempt"]) -> None:
             first = active[0]
@@ -349,21 +372,23 @@ def run_attack(job: "Job", as_json: bool = False) -> int:
 
         try:
             for record in attack_photos(job, waiting, on_step):
-                records.append(record)
+                here.append(record)
                 progress.advance(task)
-                if as_json:
-                    print(json.dumps(record))
-                if record["status"] == "error":
-                    show_error(record["error"])
-                elif record["status"] == "no-target":
-                    out.print(
-                        f"{record['photo']}: nothing found to attack ({wanted(job.run.config)})",
-                        highlight=False,
-                        soft_wrap=True,
-                    )
+                if ranks.first:
+                    show_record(job, record, as_json)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard attack --resume {job.run.folder}")
             return 130
+    made = ranks.gathered(here)
+    if not ranks.first:
+        ranks.end()
+        return 0
+    for record in made[len(here) :]:  # the first's own come first
+        show_record(job, record, as_json)
+    records = in_order([*before, *made])
+    kept = job.run.records()
+    if kept != (ordered := in_order(kept)):
+        job.run.keep(ordered)
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
         out.print(verdict(records, job.options), highlight=False, soft_wrap=True, style="bold")
@@ -380,8 +405,22 @@ def run_attack(job: "Job", as_json: bool = False) -> int:
         show_samples(job, attacked, files)
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
     out.print(f"results: {job.run.folder}{page}", highlight=False, soft_wrap=True)
+    ranks.end()
     statuses = {r["status"] for r in records}
     return 2 if "error" in statuses else NOTHING if not attacked else 1 if "failed" in statuses else 0
+
+
+def show_record(job: "Job", record: "Record", as_json: bool) -> None:
+    """Show what needs to be shown at once of a photo that is done."""
+    from detguard.objectives.parse import wanted
+
+    if as_json:
+        print(json.dumps(record))
+    if record["status"] == "error":
+        show_error(record["error"])
+    elif record["status"] == "no-target":
+        message = f"{record['photo']}: nothing found to attack ({wanted(job.run.config)})"
+        out.print(message, highlight=False, soft_wrap=True)
 
 
 def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Path]) -> None:

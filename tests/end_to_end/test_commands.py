@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -333,6 +334,28 @@ def test_a_run_killed_half_way_resumes_to_the_same_records(tmp_path):
     for record in records(tmp_path / "whole"):
         for name in record["files"].values():
             assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_processes_attack_one_run_and_one_takes_up_what_they_left(tmp_path):
+    for i in range(3):
+        Image.open(BUS).crop((60 * i, 0, 810, 1080)).resize((180, 240)).save(tmp_path / f"p{i}.png")
+    Image.new("RGB", (180, 240)).save(tmp_path / "p0-empty.png")
+    options = ["--random-start", "--seed", 5, "--imgsz", 192, "--steps", 4]
+    alone = detguard("attack", tmp_path, *options, "--out", "alone", cwd=tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    together = subprocess.run(
+        [*launch, *program.command("attack", tmp_path, *options, "--out", "shared")[1:]],
+        cwd=tmp_path, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert list(map(same, records(tmp_path / "shared"))) == list(map(same, records(tmp_path / "alone"))), together
+    assert together.stdout.count("results: shared") == 1
+    assert together.stdout.count("p0-empty.png: nothing found to attack") == 1
+    assert bool(together.returncode) == bool(alone.returncode)
+    lines = (tmp_path / "shared/results.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "shared/results.jsonl").write_bytes(lines[3] + lines[1])
+    resumed = detguard("attack", "--resume", "shared", cwd=tmp_path)
+    assert resumed.returncode == alone.returncode, resumed.stderr
+    assert list(map(same, records(tmp_path / "shared"))) == list(map(same, records(tmp_path / "alone")))
 
 
 def test_photos_of_odd_names_do_not_end_a_batch(tmp_path):
