@@ -48,7 +48,7 @@ def detguard(command: str, run: Path, *options: object) -> None:
     if (run / "report.html").exists():
         return
     arguments = ["--resume", run] if (run / "config.yaml").exists() else [*options, "--out", run]
-    code = subprocess.run([sys.executable, "-m", "detguard.cli", command, *map(str, arguments)], check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "detguard", command, *map(str, arguments)], check=False).returncode
     if code:
         raise SystemExit(code)
 

@@ -78,7 +78,7 @@ class Watched:
         self.process = self._start(["--stream", "-", "--out", str(run), *begin])
 
     def _start(self, options: list[str]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "detguard.cli", "monitor", *options]
+        command = [sys.executable, "-m", "detguard", "monitor", *options]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log)
 
     def records(self, name: str = "results.jsonl") -> list[dict[str, Any]]:

@@ -121,7 +121,7 @@ def families(
 
 
 FIXED = "median:3,jpeg:75,rotate:5,crop:0.9,brightness:0.2"
-RANGES = "median:3,jpeg:75,rotate:-10..10,crop:0.8..1,brightness:-0.3..0.3,motion:3..9,noise:4..10"
+RANGES = "median:3,jpeg:75,rotate:-12..12,crop:0.8..1,brightness:-0.3..0.3,motion:3..9,noise:4..10"
 UNSEEN = "rotate:3,rotate:8,crop:0.85,motion:7,noise:8"
 GROUPS = {"default": "median:3,jpeg:75", "fixed": FIXED, "ranges": RANGES}
 

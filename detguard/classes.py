@@ -59,5 +59,5 @@ def left_out(boxes: Mapping[str, int], known: Iterable[str]) -> str:
     named = [f"{name} ({boxes[name]})" for name in most[:MOST_NAMED]]
     named += [f"{len(most) - MOST_NAMED} more classes"] if len(most) > MOST_NAMED else []
     pairs = [f"{name}={one}" for name in most if (one := meant(name, known))]
-    advice = f"if they are the same: `class_map` {','.join(pairs)}" if pairs else "`class_map` NAME=KNOWN renames them"
+    advice = f"if they are the same, `class_map` says so: {','.join(pairs)}" if pairs else "`class_map` renames them"
     return f"boxes of classes that the detector does not know, left out: {', '.join(named)}; {advice}"

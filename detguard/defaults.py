@@ -5,12 +5,15 @@ from typing import Final
 MODEL: Final = "detguard-n"
 # A GPU where CUDA finds one, else the CPU.
 DEVICE: Final = "auto"
+# Confidence over which an object counts as found, of families that have no threshold of their own: that of Ultralytics'
+# predict. Torchvision's .05 is the least that its networks give, not one that is shown.
+CONF: Final = 0.25
 
 
 class Attack:
     """Of `attack`."""
 
-    conf: Final = 0.25
+    conf: Final = CONF
     eps: Final = 4
     norm: Final = "linf"
     transforms: Final = "median:3,jpeg:75"
@@ -52,7 +55,7 @@ class Picture:
     photos: Final = 4000
     rate: Final = 0.03
     batch: Final = 8
-    conf: Final = 0.25
+    conf: Final = CONF
     seed: Final = 0
 
 

@@ -107,7 +107,12 @@ ImageSize = Annotated[
     int | None, typer.Option(min=32, max=4096, help="Longest side of a frame, px; default: the model's own.")
 ]
 Confidence = Annotated[
-    float, typer.Option(min=0.001, max=0.999, help="Confidence over which an object counts as found.")
+    float | None,
+    typer.Option(
+        min=0.001,
+        max=0.999,
+        help="Confidence over which an object counts as found; default: the family's own, 0.25, of transformers 0.5.",
+    ),
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with the folders in them, too.")]
 Every = Annotated[int, typer.Option("--every", min=1, help="Of videos, every so many frames.")]

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -131,7 +132,7 @@ def attack(
         ),
     ] = None,
     imgsz: ImageSize = None,
-    conf: Confidence = defaults.Attack.conf,
+    conf: Confidence = None,
     eps: Annotated[
         str,
         typer.Option(
@@ -251,7 +252,7 @@ def attack(
         files = [str(file) for file in find_photos(photos, recursive)] if photos else []
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
-            conf=conf, budget=parse_budget(norm, levels(eps), mask), smallest=smallest, steps=steps, rule=rule,
+            budget=parse_budget(norm, levels(eps), mask), smallest=smallest, steps=steps, rule=rule,
             black_box=black_box, queries=queries, step=step, aggregate=aggregate,
             weights=tuple(shares) if shares else None, schedule=schedule, gradient=gradient, momentum=momentum,
             random_start=random_start, margin=margin, seed=seed, batch=batch,
@@ -265,6 +266,7 @@ def attack(
                 load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou)
                 for name in model or [defaults.MODEL]
             ]
+        options = replace(options, conf=conf or detectors[0].conf)
         kept = {}
         if data and unlabelled(data):
             files = [str(file) for file in find_photos([data])]
@@ -460,7 +462,7 @@ def detect(
     every: Every = 1,
     model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
-    conf: Confidence = defaults.Attack.conf,
+    conf: Confidence = None,
     as_json: Json = False,
     out_folder: OutFolder = None,
     end_to_end: EndToEnd = False,
@@ -480,6 +482,7 @@ def detect(
     sources = find_photos(photos, recursive)
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+    conf = conf or detector.conf
     shown, out_folder = framed(sources, "detect", out_folder, every)
     files = photo_keys(shown)
     config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}

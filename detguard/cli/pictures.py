@@ -84,7 +84,7 @@ def patch(
     hours: Hours = None,
     rate: Rate = defaults.Picture.rate,
     batch: Batch = defaults.Picture.batch,
-    conf: Confidence = defaults.Picture.conf,
+    conf: Confidence = None,
     seed: Seed = defaults.Picture.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -106,7 +106,7 @@ def patch(
     if resume:
         return go_on(context, resume, "patch", device, trust)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
-    learning = Learning(photos, hours, rate, batch, conf, seed)
+    learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     config = {"target": target, "print_cm": print_cm}
     return begin(Patch(size, pixels), detector, model, data, split, learning, config, out_folder)
 
@@ -132,7 +132,7 @@ def universal(
     hours: Hours = None,
     rate: Rate = defaults.Picture.rate,
     batch: Batch = defaults.Picture.batch,
-    conf: Confidence = defaults.Picture.conf,
+    conf: Confidence = None,
     seed: Seed = defaults.Picture.seed,
     out_folder: OutFolder = None,
     resume: Resume = None,
@@ -157,7 +157,7 @@ def universal(
     if not isinstance(most, int) or not 1 <= most <= 127:
         raise DetguardError(f"--eps {eps}: expected whole levels of 1..127, as 128 + the change must fit a PNG")
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
-    learning = Learning(photos, hours, rate, batch, conf, seed)
+    learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal(most, detector.imgsz)
     return begin(kind, detector, model, data, split, learning, {"target": target}, out_folder)
 

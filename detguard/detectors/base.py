@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.classes import meant
 from detguard.detections import Candidates, Detections, suppress
 from detguard.photos import Letterbox, Photo, frames_tensor
@@ -29,6 +29,7 @@ class Detector(ABC):
         model: the network, its parameters frozen; `state_hash` is of it.
         device: where its frames go.
         iou: overlap over which NMS drops the worse of two boxes, as the family has it.
+        conf: confidence over which an object counts as found where nothing else is asked for, as the family has it.
         end_to_end: whether its head needs no NMS.
         differentiable: whether candidates have a gradient at the frames; without one only black-box attacks are
             possible.
@@ -44,6 +45,7 @@ class Detector(ABC):
     model: nn.Module
     device: torch.device
     iou: float = 0.7
+    conf: float = defaults.CONF
     end_to_end: bool = False
     differentiable: bool = True
     hardened: bool = False

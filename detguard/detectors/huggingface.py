@@ -96,6 +96,9 @@ class HuggingFaceDetector(Detector):
         DetguardError: the network has one frame size, and `imgsz` is another.
     """
 
+    # As `post_process_object_detection` and pipelines have it.
+    conf = 0.5
+
     def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu") -> None:
         self.name = name
         self.kind = ARCHITECTURES[model.config.model_type]

@@ -188,8 +188,9 @@ def attack(
         budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
         out: folder of a run as `detguard attack` writes it, but for its page, report.html; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
-        **options: the fields of `AttackOptions`: `conf`, `step`, `steps`, `rule`, `aggregate`, `weights`, `schedule`,
-            `gradient`, `momentum`, `random_start`, `margin`, `smallest`, `black_box`, `queries`, `seed` and `batch`.
+        **options: the fields of `AttackOptions`: `conf` (by default the detector's own), `step`, `steps`, `rule`,
+            `aggregate`, `weights`, `schedule`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`,
+            `black_box`, `queries`, `seed` and `batch`.
 
     Raises:
         DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no
@@ -205,7 +206,7 @@ def attack(
     """
     refuse_unknown("attack", options, AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"}, ELSEWHERE)
     detectors = [detector] if isinstance(detector, Detector) else list(detector)
-    search = AttackOptions(budget=budget, **options)
+    search = AttackOptions(budget=budget, **{"conf": detectors[0].conf, **options})
     config = attack_config(detectors, search, objective=objective, transforms=transforms)
     given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]
     if not given:

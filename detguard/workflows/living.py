@@ -216,7 +216,7 @@ class Living(Deployment):
 
     def _start(self, event: Record) -> None:
         folder = self.run.path(event["folder"])
-        command = [sys.executable, "-m", "detguard.cli", "adapt", "--device", self.device]
+        command = [sys.executable, "-m", "detguard", "adapt", "--device", self.device]
         if (folder / "config.yaml").exists():
             command += ["--resume", str(folder)]
         else:

@@ -123,6 +123,7 @@ def between(detector, photo, rank=4):
 def test_it_keeps_what_every_detector_promises(untrained, photo):
     conf = between(untrained, photo)
     assert {p.name: p.wrong for p in check_contract(untrained, photo, conf) if p.wrong} == {}
+    assert untrained.conf == 0.5
     assert untrained.class_names == {0: "person", 1: "bus", 2: "dog"}
     assert len(untrained.predict(photo, conf)) == 4
 

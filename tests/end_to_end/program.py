@@ -14,7 +14,7 @@ SLOW_TO_IMPORT = ["torch", "torchvision", "ultralytics", "ultralytics.models", "
 
 def command(*arguments):
     """The command line, for tests that start, signal and kill it themselves."""
-    return [sys.executable, "-m", "detguard.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "detguard", *map(str, arguments)]
 
 
 def detguard(*arguments, cwd, columns=200, stdin=None, timeout=600, preexec_fn=None):
@@ -37,7 +37,7 @@ def detguard(*arguments, cwd, columns=200, stdin=None, timeout=600, preexec_fn=N
 
 
 def run(arguments, cwd, environment, streams, preexec_fn):
-    """What a process does instead of `python -m detguard.cli`."""
+    """What a process does instead of `python -m detguard`."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

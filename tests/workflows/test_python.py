@@ -62,9 +62,11 @@ def test_photos_in_memory_are_attacked_like_files_and_leave_nothing_behind(bundl
     assert not folder.exists()
 
 
-def test_a_run_that_is_there_is_left_as_it_is(bundled, small, tmp_path):
+def test_a_run_that_is_there_is_left_as_it_is(bundled, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundled, "conf", 0.4)
     options = {"transforms": "none", "steps": 1, "out": tmp_path / "run"}
     list(detguard.attack(bundled, small, **options))
+    assert "conf: 0.4\n" in (tmp_path / "run/config.yaml").read_text()  # the detector's own
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(DetguardError, match=r"already holds a run.*detguard attack --resume"):
         list(detguard.attack(bundled, 255 - small, **options))

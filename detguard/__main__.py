@@ -1,4 +1,4 @@
-"""`python -m detguard.cli`."""
+"""`python -m detguard`."""
 
 from detguard.cli import main
 
