@@ -33,6 +33,8 @@ NO_DAMAGE = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM,
 }  # fmt: skip
+# Of these, a disk that is full.
+DISK = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
 # A disk on which each new file is damaged is no place for a cache.
 MOST_BEGUN = 3
 LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations", "imagecorruptions-imaug")
@@ -78,6 +80,8 @@ class Cache:
         return database
 
     def _unusable(self, error: Exception) -> DetguardError:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK:
+            return DetguardError(f"{self.file}: cannot be written ({error}); free some space, what is in it is kept")
         return DetguardError(f"{self.file}: cannot be used as a cache ({error}); delete it or make it writable")
 
     def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:

@@ -44,6 +44,13 @@ def test_the_site_builds_strictly_and_is_whole_and_loads_nothing_from_elsewhere(
     assert [page for page in tmp_path.rglob("*.html") if re.search(loaded, page.read_text())] == []
 
 
+def test_what_is_promised_has_tests():
+    named = re.findall(r"`([a-z_/]+\.py)::(test_\w+)`", (ROOT / "docs/promises.md").read_text())
+    assert len(named) > 20
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert missing == []
+
+
 def commands():
     for page in PAGES:
         lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]

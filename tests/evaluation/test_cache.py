@@ -1,4 +1,6 @@
 import sqlite3
+import subprocess
+import sys
 import tracemalloc
 import zlib
 
@@ -129,6 +131,27 @@ def test_a_cache_that_cannot_be_opened_is_one_line_that_names_it(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DetguardError, match="cannot be used as a cache"):
         Cache(tmp_path / "file" / "cache.sqlite")
+
+
+def test_a_full_disk_costs_no_entry_and_says_what_to_do(tmp_path):
+    code = """
+import resource, sys
+from pathlib import Path
+from detguard import DetguardError
+from detguard.evaluation.cache import Cache
+cache = Cache(Path("c.sqlite"))
+cache.put([("first", b"found")])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    cache.put([("second", bytes(1 << 20))])
+except DetguardError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("c.sqlite: cannot be written (")
+    assert "free some space" in run.stdout
+    assert Cache(tmp_path / "c.sqlite").get("first") == b"found"
+    assert not list(tmp_path.glob("*.damaged-*"))
 
 
 BOXES, ONES, CLASSES = torch.ones(2, 4), torch.ones(2), torch.ones(2, dtype=torch.int32)
