@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -81,8 +82,11 @@ def corruption_plot(metrics: Metrics) -> str:
     """One small panel per corruption: AP over severity, a line per model, its clean AP dashed."""
     found = {model: m["corruptions"]["kinds"] for model, m in metrics.items() if "corruptions" in m}
     kinds = list(dict.fromkeys(kind for rows in found.values() for kind in rows))
-    with _figure(10, 6.2) as figure:
-        axes = figure.subplots(3, 5, sharex=True, sharey=True).flat
+    columns, lines = min(len(kinds), 5), math.ceil(len(kinds) / 5)
+    with _figure(max(2 * columns, 4), 1.9 * lines + 0.7) as figure:
+        axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+        for axis in axes[len(kinds) :]:
+            axis.set_axis_off()
         for axis, kind in zip(axes, kinds, strict=False):
             for colour, (model, rows) in zip(COLOURS * 9, found.items(), strict=False):
                 if kind not in rows:

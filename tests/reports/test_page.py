@@ -276,6 +276,7 @@ def test_no_panel_of_corruptions_cuts_off_what_others_reach(monkeypatch):
     low, high = figure.axes[0].get_ylim()
     assert low == 0
     assert high > 0.9
+    assert [axis.get_title() for axis in figure.axes] == ["fog", "snow"]  # and no empty ones
 
 
 def test_a_class_has_one_colour_in_page_and_picture():
