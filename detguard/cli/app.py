@@ -111,7 +111,8 @@ Confidence = Annotated[
     typer.Option(
         min=0.001,
         max=0.999,
-        help="Confidence over which an object counts as found; default: the family's own, 0.25, of transformers 0.5.",
+        help="Confidence over which an object counts as found; default: the family's own, 0.25, of transformers 0.5 "
+        "(of several detectors, the first's for all).",
     ),
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with the folders in them, too.")]

@@ -188,7 +188,7 @@ def attack(
         budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
         out: folder of a run as `detguard attack` writes it, but for its page, report.html; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
-        **options: the fields of `AttackOptions`: `conf` (by default the detector's own), `step`, `steps`, `rule`,
+        **options: the fields of `AttackOptions`: `conf` (by default the first detector's own), `step`, `steps`, `rule`,
             `aggregate`, `weights`, `schedule`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`,
             `black_box`, `queries`, `seed` and `batch`.
 
