@@ -340,9 +340,6 @@ def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
     ranks: each attacks its share of the photos; the first shows and closes the run.
     """
     from detguard.attacks.run import attack_photos
-    from detguard.objectives.parse import wanted
-    from detguard.reports.attack import MOST_NAMED, attack_page, failures, verdict
-    from detguard.reports.tables import attack_summary, survival_table, terminal_list, terminal_table
     from detguard.runs import photo_keys
 
     files = photo_keys([Path(p) for p in job.run.config["photos"]])
@@ -387,10 +384,20 @@ def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
         return 0
     for record in made[len(here) :]:  # the first's own come first
         show_record(job, record, as_json)
-    records = in_order([*before, *made])
     kept = job.run.records()
     if kept != (ordered := in_order(kept)):
         job.run.keep(ordered)
+    code = show_attack(job, in_order([*before, *made]), files)
+    ranks.end()
+    return code
+
+
+def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> int:
+    """Show what came of a run that is done, and write its page and its samples; returns the exit code."""
+    from detguard.objectives.parse import wanted
+    from detguard.reports.attack import MOST_NAMED, attack_page, failures, verdict
+    from detguard.reports.tables import attack_summary, survival_table, terminal_list, terminal_table
+
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
         out.print(verdict(records, job.options), highlight=False, soft_wrap=True, style="bold")
@@ -407,7 +414,6 @@ def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
         show_samples(job, attacked, files)
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
     out.print(f"results: {job.run.folder}{page}", highlight=False, soft_wrap=True)
-    ranks.end()
     statuses = {r["status"] for r in records}
     return 2 if "error" in statuses else NOTHING if not attacked else 1 if "failed" in statuses else 0
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from detguard import defaults
-from detguard.cli.app import Confidence, EndToEnd, ImageSize, TopK, Trust, app, err, out, show_error, show_warning
+from detguard.cli.app import EndToEnd, ImageSize, TopK, Trust, app, err, out, show_error, show_warning
 
 
 @app.command(
@@ -29,7 +29,9 @@ def export(
     file: Annotated[Path | None, typer.Option("--out", help="File to write; default: MODEL's name, here.")] = None,
     imgsz: ImageSize = None,
     nms: Annotated[bool, typer.Option("--nms", help="NMS inside: [B, 300, 6] of box, confidence and class.")] = False,
-    conf: Confidence = None,
+    conf: Annotated[
+        float, typer.Option(min=0.001, max=0.999, help="Of --nms: confidence over which a box stays.")
+    ] = defaults.CONF,
     iou: Annotated[float, typer.Option(min=0, max=1, help="Of --nms: overlap over which the worse box goes.")] = 0.7,
     dynamic: Annotated[
         bool, typer.Option("--dynamic/--static", help="Any batch, height and width, or one square frame of --imgsz.")
@@ -57,9 +59,7 @@ def export(
     check_file(file, model, kind)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []
     with err.status("Loading the detector"):
-        wanted = plan_export(
-            model, kind, shown, imgsz, nms, conf or defaults.CONF, iou, dynamic, end_to_end, top_k, trust
-        )
+        wanted = plan_export(model, kind, shown, imgsz, nms, conf, iou, dynamic, end_to_end, top_k, trust)
     if wanted.detector.experts and wanted.detector.model.top_k:
         show_warning("all experts are computed in the file: --top-k decides what is found, not how fast")
     with err.status("Exporting and checking"), warnings.catch_warnings():

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from threading import Timer, current_thread, main_thread
 from typing import Any, TypeVar
 
+import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,6 +44,7 @@ def ahead(
     Raises:
         AheadError: it is killed or hangs again and again.
     """
+    cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
     number, failed = first, 0
     while number < last:
         makers = _Makers(make, number, last, workers, pinned)

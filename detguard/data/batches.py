@@ -356,7 +356,6 @@ def batches(
     Raises:
         AheadError: those processes cannot be kept alive.
     """
-    cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
     maker = _Maker(source, count, size, seed, hard, zoom, kinds, ranks, samples, sampled)
     device = ranks.device
     for made in ahead(maker, first, last, workers, device.type == "cuda", PATIENCE + OF_FRAME * count):

@@ -31,8 +31,8 @@ from detguard.photos import Letterbox, Photo, read_photo
 # A protobuf holds no more.
 MAX_BYTES = 2 << 30
 PACKAGES = ("onnx", "onnxruntime")
-# What is kept of what a file tells of itself, and how long a text of it may be.
-TOLD = ("names", "imgsz", "stride", "task", "end2end", "args")
+# What is kept of what a file says about itself, and how long a text of it may be.
+KEPT = ("names", "imgsz", "stride", "task", "end2end", "args")
 MAX_METADATA = 1 << 20
 STRIDES = (8, 16, 32, 64, 128)
 DTYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -206,7 +206,7 @@ class Onnx(Family):
             metadata = read_metadata({one.key: one.value for one in model.metadata_props})
         except Damaged as error:
             raise DetguardError(f"{file}: {error}") from error
-        kept = [(one.key, one.value) for one in model.metadata_props if one.key in TOLD]
+        kept = [(one.key, one.value) for one in model.metadata_props if one.key in KEPT]
         del model.metadata_props[:], model.training_info[:]
         onnx.helper.set_model_props(model, dict(kept))
         return OnnxNetwork(model.SerializeToString(), metadata, hashlib.sha256(data).hexdigest()), metadata.imgsz

@@ -1,4 +1,7 @@
-"""Torchvision's detectors: what all have in common, and those of one stage, RetinaNet, FCOS and SSD."""
+"""Torchvision's detectors: what all have in common, and those of one stage, RetinaNet, FCOS and SSD.
+
+Torchvision takes as long to import as torch: only what builds or runs one of its networks imports it.
+"""
 
 import hashlib
 import os
@@ -26,7 +29,6 @@ ARCHITECTURES = (
     "ssdlite320_mobilenet_v3_large",
 )  # fmt: skip
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-# Torchvision takes as long to import as torch: only what runs one of its networks does.
 # Outputs of torchvision's networks that stand for no class.
 NO_CLASS = ("__background__", "no person", "N/A")
 
@@ -113,10 +115,10 @@ class TorchvisionDetector(Detector):
 
     def _logits(self, raw: dict[str, Tensor]) -> Tensor:
         """Logits of the confidences that users see, [B, N, outputs], from the head's own."""
-        logits = raw["cls_logits"]
         from torchvision.models.detection.fcos import FCOS
         from torchvision.models.detection.ssd import SSD
 
+        logits = raw["cls_logits"]
         if isinstance(self.model, SSD):
             return softmax_logits(logits)
         if isinstance(self.model, FCOS):

@@ -80,13 +80,13 @@ class Cache:
         return database
 
     def _unusable(self, error: Exception) -> DetguardError:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK:
+        if _code(error) in DISK:
             return DetguardError(f"{self.file}: cannot be written ({error}); free some space, what is in it is kept")
         return DetguardError(f"{self.file}: cannot be used as a cache ({error}); delete it or make it writable")
 
     def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
         """Set the file aside if that is what an error is about, and open a new one."""
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NO_DAMAGE or self.begun == MOST_BEGUN:
+        if _code(error) in NO_DAMAGE or self.begun == MOST_BEGUN:
             raise self._unusable(error) from error
         self.begun += 1
         aside = next(
@@ -142,6 +142,11 @@ class Cache:
     def _insert(self, rows: list[tuple[str, bytes]]) -> None:
         with self._database:
             self._database.executemany("insert or replace into entries values (?, ?)", rows)
+
+
+def _code(error: Exception) -> int:
+    """SQLite's own code of an error, without what it adds to it; 0: of none."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _digest(blob: bytes) -> bytes:

@@ -15,7 +15,6 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from typing_extensions import override
 
@@ -297,7 +296,6 @@ class Makers:
     def __init__(self, subject: Subject, wanted: Sequence[Wanted], workers: int) -> None:
         for kind in {view.kind for view, _ in wanted if isinstance(view, Corrupted)}:
             corrupt(np.zeros((32, 32, 3), np.uint8), kind, 1, 0)  # imports and compiles, once for all processes
-        cv2.setNumThreads(1)  # a forked process would wait for its threads for ever
         seeds = (Batch(subject, [image]).seeds(view.name, view.seed)[0] for view, image in wanted)
         jobs = [(view, subject.dataset.files[image], seed) for (view, image), seed in zip(wanted, seeds, strict=True)]
         self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, patience=PATIENCE)

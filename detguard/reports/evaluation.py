@@ -1,7 +1,7 @@
 """What `evaluate` and `compare` show: tables of metrics, and the page of a run."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from detguard.data.corruptions import KINDS, SEVERITIES
@@ -226,15 +226,11 @@ def _patches(metrics: Metrics) -> Iterator[Table]:
     if not patched:
         return
     first = next(iter(patched.values()))
-    rows = [
-        [name, *map(with_error, p["shown"].values()), *(number(row and row["AP50"]) for row in p["shown"].values())]
-        for name, p in patched.items()
-    ]
     note = (
         f"On each labelled {first['class']}, with a side of {first['size']:g} of the root of its box's area; grey and "
         f"random tell what covering as much of it does alone. No ±: under {FEWEST} photos have an object of it."
     )
-    yield Table(f"Patch: AP of {first['class']}", _pictures(first["shown"]), rows, note)
+    yield _pictures(f"Patch: AP of {first['class']}", {name: p["shown"] for name, p in patched.items()}, note)
 
 
 def _perturbations(metrics: Metrics) -> Iterator[Table]:
@@ -242,16 +238,18 @@ def _perturbations(metrics: Metrics) -> Iterator[Table]:
     if not perturbed:
         return
     first = next(iter(perturbed.values()))
-    rows = [
-        [name, *map(with_error, m["shown"].values()), *(number(row["AP50"]) for row in m["shown"].values())]
-        for name, m in perturbed.items()
-    ]
     note = f"One change for all photos, of at most {first['eps']} levels; random: signs of that size."
-    yield Table("Universal perturbation", _pictures(first["shown"]), rows, note)
+    yield _pictures("Universal perturbation", {name: p["shown"] for name, p in perturbed.items()}, note)
 
 
-def _pictures(shown: Iterable[str]) -> list[str]:
-    return ["model", *(f"{kind} {stat}" for stat in ("AP", "AP50") for kind in shown)]
+def _pictures(title: str, shown: Mapping[str, Mapping[str, Figure | None]], note: str) -> Table:
+    """AP and AP50 of each model, by the kind of picture that it was shown."""
+    head = [f"{kind} {stat}" for stat in ("AP", "AP50") for kind in next(iter(shown.values()))]
+    rows = [
+        [name, *map(with_error, of.values()), *(number(figure and figure["AP50"]) for figure in of.values())]
+        for name, of in shown.items()
+    ]
+    return Table(title, ["model", *head], rows, note)
 
 
 def _gates(metrics: Metrics) -> Iterator[Table]:
