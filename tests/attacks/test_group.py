@@ -320,7 +320,7 @@ def test_the_worst_member_alone_is_stepped_against_until_it_is_fooled(bundled, s
     alone = []
     clean = bundled.predict(small, 0.25)
     transforms = parse_transforms("median:3,jpeg:75")
-    options = AttackOptions(schedule="worst", steps=40)
+    options = AttackOptions(steps=40)  # by default
     (attempt,) = attack_group(
         bundled, [("bus", small, clean)], Vanish((0,)), transforms, options, lambda now: alone.append(now[0].alone)
     )
@@ -341,8 +341,11 @@ def test_members_in_turn_are_looked_at_together_when_steps_run_out(bundled, smal
     assert len(attempt.fooled) == 3
 
 
-@pytest.mark.parametrize(("spec", "rule"), [("median:3,rotate:-5..5", "steepest"), ("median:3", "apgd")])
-def test_random_members_and_rules_that_compare_losses_take_the_group(bundled, small, spec, rule):
-    group, worst = (attack(bundled, small, spec, schedule=name, rule=rule, steps=2) for name in ("group", "worst"))
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [("median:3,rotate:-5..5", {}), ("median:3", {"rule": "apgd"}), ("median:3", {"aggregate": "max"})],
+)
+def test_random_members_rules_that_compare_losses_and_other_aggregates_take_the_group(bundled, small, spec, options):
+    group, worst = (attack(bundled, small, spec, schedule=name, steps=2, **options) for name in ("group", "worst"))
     assert np.array_equal(group.adversarial, worst.adversarial)
     assert group.queries == worst.queries
