@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from detguard.workflows.evaluate import evaluate
     from detguard.workflows.harden import Trained, harden
     from detguard.workflows.monitor import monitor
+    from detguard.workflows.pictures import Learned, patch, universal
 
 __all__ = [
-    "L2", "Adapted", "DetguardError", "Fabricate", "Flood", "Linf", "Masked", "Mislabel", "Result", "Selection",
-    "Trained", "Untargeted", "Vanish", "adapt", "attack", "evaluate", "harden", "load_detector", "monitor", "verify",
+    "L2", "Adapted", "DetguardError", "Fabricate", "Flood", "Learned", "Linf", "Masked", "Mislabel", "Result",
+    "Selection", "Trained", "Untargeted", "Vanish", "adapt", "attack", "evaluate", "harden", "load_detector", "monitor",
+    "patch", "universal", "verify",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
@@ -53,6 +55,7 @@ _MODULES = {
     "workflows.evaluate": ("evaluate",),
     "workflows.harden": ("Trained", "harden"),
     "workflows.monitor": ("monitor",),
+    "workflows.pictures": ("Learned", "patch", "universal"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

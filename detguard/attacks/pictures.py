@@ -32,8 +32,13 @@ CHECKPOINT_SECONDS = 30.0
 class Learning:
     """How a picture is learned.
 
-    photos: how many are shown, counted again when they come again; hours: at most, instead; rate: of Adam, a share of
-    the range of the picture's values, falling to zero; batch: photos of a step; conf: what counts as found.
+    Attributes:
+        photos: how many are shown, counted again when they come again.
+        hours: how long at most, instead.
+        rate: of Adam, a share of the range of the picture's values, falling to zero.
+        batch: photos of a step.
+        conf: confidence over which an object counts as found, 0..1.
+        seed: of all that is random.
     """
 
     photos: int = defaults.Picture.photos

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from typing_extensions import override
 
-from detguard import defaults
+from detguard import DetguardError, defaults
 from detguard.attacks.pictures import Picture, Stage
 from detguard.photos import Photo
 
@@ -26,6 +26,13 @@ class Universal(Picture):
     kind = "universal"
     eps: int = defaults.Picture.eps
     pixels: int = 640
+
+    def __post_init__(self) -> None:
+        """Raise DetguardError if it fits no PNG."""
+        if not isinstance(self.eps, int) or not 1 <= self.eps <= LARGEST:
+            raise DetguardError(
+                f"`eps` {self.eps}: expected whole levels of 1..{LARGEST}, as 128 + the change must fit a PNG"
+            )
 
     @property
     @override

@@ -1,13 +1,12 @@
 """`detguard patch` and `detguard universal`: parse, call, show."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from detguard import DetguardError, defaults
+from detguard import defaults
 from detguard.cli.app import (
     Confidence,
     Device,
@@ -34,10 +33,9 @@ from detguard.cli.app import (
 from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
-    from detguard.attacks.pictures import Learning, Picture, Stage
+    from detguard.attacks.pictures import Learning, Picture
     from detguard.detectors.base import Detector
-    from detguard.objectives.base import Objective
-    from detguard.runs import Run
+    from detguard.workflows.pictures import PictureJob
 
 Data = Annotated[
     list[str] | None,
@@ -104,11 +102,12 @@ def patch(
     from detguard.attacks.pictures import Learning
 
     if resume:
-        return go_on(context, resume, "patch", device, trust)
+        return go_on(context, resume, "patch", trust, device)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
-    config = {"target": target, "print_cm": print_cm}
-    return begin(Patch(size, pixels), detector, model, data, split, learning, config, out_folder)
+    return begin(
+        Patch(size, pixels), detector, data, learning, target=target, split=split, out=out_folder, print_cm=print_cm
+    )
 
 
 @app.command(
@@ -152,14 +151,11 @@ def universal(
     from detguard.attacks.universal import Universal
 
     if resume:
-        return go_on(context, resume, "universal", device, trust)
-    most = levels(eps)
-    if not isinstance(most, int) or not 1 <= most <= 127:
-        raise DetguardError(f"--eps {eps}: expected whole levels of 1..127, as 128 + the change must fit a PNG")
+        return go_on(context, resume, "universal", trust, device)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
-    kind = Universal(most, detector.imgsz)
-    return begin(kind, detector, model, data, split, learning, {"target": target}, out_folder)
+    kind = Universal(levels(eps), detector.imgsz)
+    return begin(kind, detector, data, learning, target=target, split=split, out=out_folder)
 
 
 def loaded(*options: Any) -> "Detector":
@@ -170,104 +166,53 @@ def loaded(*options: Any) -> "Detector":
         return load_detector(*options)
 
 
-def begin(
-    kind: "Picture", detector: "Detector", model: str, data: list[str] | None, split: str, learning: "Learning",
-    config: dict[str, Any], out_folder: Path | None,
-) -> None:  # fmt: skip
+def begin(kind: "Picture", detector: "Detector", data: list[str] | None, learning: "Learning", **options: Any) -> None:
     """Learn a picture in a new run."""
-    from detguard.detectors.load import detector_config
-    from detguard.runs import Run
+    from detguard.workflows.pictures import PictureJob
 
-    if not data:
-        raise DetguardError("--data: give photos, a data.yaml or a COCO instances json (or --resume RUN)")
-    config |= {
-        "detector": detector_config(detector, model), "data": data, "split": split, "picture": asdict(kind),  # type: ignore[call-overload]
-        "learning": asdict(learning), "arguments": sys.argv[1:],
-    }  # fmt: skip
-    objective, photos = attacked_photos(detector, config)
-    learn(Run.create(kind.kind, out_folder, config), detector, objective, photos, kind, learning)
+    with err.status("Looking for targets"):
+        job = PictureJob.begin(
+            kind, detector, data or [], learning, arguments=sys.argv[1:], on_data=show_warnings, **options
+        )
+    learn(job)
 
 
-def go_on(context: typer.Context, folder: Path, command: str, device: str, trust: bool) -> None:
+def go_on(context: typer.Context, folder: Path, command: str, trust: bool, device: str) -> None:
     """Go on with a run."""
-    from detguard.attacks.patch import Patch
-    from detguard.attacks.pictures import Learning
-    from detguard.attacks.universal import Universal
-    from detguard.detectors.load import load_configured
-    from detguard.runs import Run
+    from detguard.workflows.pictures import PictureJob
 
     only_resumes(context)
-    run = Run.resume(folder, command)
-    with err.status("Loading the detector"):
-        detector = load_configured(run.config["detector"], trust, device)
-    kinds: dict[str, Any] = {one.kind: one for one in (Patch, Universal)}
-    kind, learning = kinds[command](**run.config["picture"]), Learning(**run.config["learning"])
-    learn(run, detector, *attacked_photos(detector, run.config), kind, learning)
+    with err.status("Loading the detector and looking for targets"):
+        job = PictureJob.resume(folder, command, trust, device, show_warnings)
+    learn(job)
 
 
-def attacked_photos(detector: "Detector", config: dict[str, Any]) -> "tuple[Objective, list[Stage]]":
-    """What is to vanish, and the photos of all sources that have some, by their labels or else by what is found.
-
-    Raises:
-        DetguardError: there are none, or a photo cannot be read.
-    """
-    from detguard.attacks.pictures import stages
-    from detguard.data.sources import read_labelled, unlabelled
-    from detguard.objectives import Vanish
-    from detguard.photos import find_photos
-
-    objective = Vanish([name.strip() for name in config["target"].split(",") if name.strip()]).on(detector)
-    photos: list[Any] = []
-    with err.status("Looking for targets"):
-        for source in config["data"]:
-            if unlabelled(source):
-                photos += [(file, None) for file in find_photos([source])]
-            else:
-                labelled = read_labelled(source, config["split"], detector.class_names, show_warnings)
-                photos += [(one.file, one.objects) for one in labelled]
-        return objective, stages(detector, photos, objective, config["learning"]["conf"])
-
-
-def learn(
-    run: "Run", detector: "Detector", objective: "Objective", photos: "list[Stage]", kind: "Picture",
-    learning: "Learning",
-) -> None:  # fmt: skip
+def learn(job: "PictureJob") -> None:
     """Learn the picture with live progress, and write it out with its page."""
-    from detguard.attacks.patch import printable_png
-    from detguard.attacks.pictures import learn_picture
-    from detguard.photos import encode_png
     from detguard.reports.pictures import picture_page
 
-    stopped = stop_signals()
+    stopped, kind, run = stop_signals(), job.kind, job.run
     with progress_bar() as progress:
         task = progress.add_task(kind.kind, total=1.0)
 
-        # A kill may come between a record and the checkpoint: what is learned anew is not told twice.
-        known = max((record["batch"] for record in run.records()), default=0)
-
-        def on_step(done: float, record: dict[str, Any] | None) -> bool:
+        def on_step(done: float, loss: float | None) -> bool:
             progress.update(task, completed=done)
-            if record:
-                if record["batch"] > known:
-                    run.append({"stage": kind.kind, **record})
-                progress.update(task, description=f"{kind.kind}: loss {record['loss']:.3g}")
+            if loss is not None:
+                progress.update(task, description=f"{kind.kind}: loss {loss:.3g}")
             return bool(stopped)
 
-        made = learn_picture(detector, photos, objective, kind, learning, on_step, run.path(f"state/{kind.kind}.pt"))
-    file = run.path(f"{kind.kind}.png")
-    printed = run.config.get("print_cm")
-    run.write(file.name, printable_png(made, printed) if printed else encode_png(made))
-    run.write("report.html", picture_page(run, detector, objective, photos, kind, made))
+        learned = job.learn(on_step)
+    run.write("report.html", picture_page(run, job.detector, job.objective, job.photos, kind, learned.picture))
     if stopped:
         out.print(
             f"stopped early; go on with: detguard {kind.kind} --resume {run.folder}", highlight=False, soft_wrap=True
         )
-    judged = f"--{kind.kind} {file}"
+    judged = f"--{kind.kind} {learned.file}"
     if kind.kind == "patch":
-        worn = detector.class_names[objective.classes[0]]
+        worn = job.detector.class_names[job.objective.classes[0]]
         judged += f" --patch-target '{worn}' --patch-size {run.config['picture']['size']:g}"
     out.print(
-        f"results: {file}, open {run.folder / 'report.html'}; judge it on other photos: detguard evaluate "
+        f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: detguard evaluate "
         f"--protocols clean {judged} --data ...",
         highlight=False,
         soft_wrap=True,

@@ -18,8 +18,15 @@ from detguard.photos import find_photos
 LABELLED = "labelled.jsonl"
 # Of a run of `detguard attack --data`; and how far a path may be inside of a run.
 SAMPLES, DEEPEST = "samples/data.yaml", 5
+# One that a caller names, or several.
+Sources = str | Path | Sequence[str | Path]
 # Told the name of data that was read, and what was wrong with it.
 OnData = Callable[[str, Faults], object]
+
+
+def listed(sources: Sources | None) -> list[str]:
+    """One source or several, as text."""
+    return [str(one) for one in ([sources] if isinstance(sources, str | Path) else sources or [])]
 
 
 def warn_of(name: str, faults: Faults) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, read_photos
 from detguard.data.corruptions import chosen_kinds
-from detguard.data.sources import OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
+from detguard.data.sources import OnData, Sources, as_lines, listed, photo_files, read_labelled, unlabelled, warn_of
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector, GatedNetwork
@@ -23,7 +23,7 @@ from detguard.photos import PhotoError, read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, check
-from detguard.workflows.harden import Sources, Trained, listed, named
+from detguard.workflows.harden import Trained, named
 from detguard.workflows.keywords import refuse_unknown
 
 # Photos seen by default: so many for each new one, and at most.

@@ -13,7 +13,17 @@ from detguard import DetguardError, defaults
 from detguard.attacks.samples import KEPT, Sample, kept_samples, load_samples, read_samples, sample_lines
 from detguard.data.batches import PhotoSet, Samples, read_photos
 from detguard.data.corruptions import chosen_kinds
-from detguard.data.sources import LABELLED, OnData, as_lines, photo_files, read_labelled, unlabelled, warn_of
+from detguard.data.sources import (
+    LABELLED,
+    OnData,
+    Sources,
+    as_lines,
+    listed,
+    photo_files,
+    read_labelled,
+    unlabelled,
+    warn_of,
+)
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
@@ -29,7 +39,6 @@ from detguard.workflows.keywords import refuse_unknown
 
 # Frames that a pass is measured on, at most.
 MEASURED = 4
-Sources = str | Path | Sequence[str | Path]
 # Told the stage, the share of all stages that is over, and the losses of the last record; True saves and stops.
 OnStage = Callable[[str, float, dict[str, float]], object]
 
@@ -47,11 +56,6 @@ class Trained:
     weights: Path
     folder: Path
     unread: list[str]
-
-
-def listed(sources: Sources | None) -> list[str]:
-    """One source or several, as text."""
-    return [str(one) for one in ([sources] if isinstance(sources, str | Path) else sources or [])]
 
 
 def known_classes(network: Any) -> dict[int, str]:

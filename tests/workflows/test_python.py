@@ -233,6 +233,10 @@ def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
         (lambda: detguard.adapt("detguard-n"), DetguardError, "`new`"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl"), DetguardError, "gated ensemble"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps'"),
+        (lambda: detguard.patch(data="photos"), DetguardError, "`detector`"),
+        (lambda: detguard.universal(resume="runs/universal/1", photos=2), DetguardError, "`resume`"),
+        (lambda: detguard.universal(eps=128), DetguardError, "`eps` 128: expected whole levels of 1..127"),
+        (lambda: detguard.patch(step=2), TypeError, "'step'"),
     ],
 )
 def test_wrong_trainings_are_refused_by_the_name_of_the_field(call, error, named, tmp_path, monkeypatch):
@@ -240,6 +244,33 @@ def test_wrong_trainings_are_refused_by_the_name_of_the_field(call, error, named
     with pytest.raises(error, match=named):
         call()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_picture_is_learned_and_gone_on_with_after_a_stop(bundled, file, tmp_path):
+    losses = []
+
+    def stop(share, loss):
+        losses.append(loss)
+        return share > 0.4
+
+    options = {"pixels": 16, "photos": 20, "batch": 1, "seed": 3}
+    whole = detguard.patch(bundled, file.parent, out=tmp_path / "whole", **options)
+    assert whole.picture.shape == (16, 16, 3)
+    assert np.array_equal(read_photo(whole.file), whole.picture)
+    assert whole.file == tmp_path / "whole/patch.png"
+    stopped = detguard.patch(bundled, [file.parent], out=tmp_path / "cut", on_step=stop, **options)
+    assert len(losses) == 9
+    assert not np.array_equal(stopped.picture, whole.picture)
+    assert np.array_equal(detguard.patch(resume=tmp_path / "cut").picture, whole.picture)
+
+
+def test_a_perturbation_for_all_photos_is_learned(bundled, file, tmp_path):
+    made = detguard.universal(bundled, file.parent, target="person", eps=5, photos=2, batch=1, out=tmp_path / "run")
+    assert made.picture.shape == (bundled.imgsz, bundled.imgsz, 3)
+    assert 0 < np.abs(made.picture.astype(int) - 128).max() <= 5
+    with pytest.raises(DetguardError, match="no photo has such an object"):
+        detguard.universal(bundled, file.parent, target="sheep", out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_odd_photos_of_a_stream_are_told_and_the_watch_goes_on(bundled, small):

@@ -1,0 +1,225 @@
+"""Learn one picture for many photos, from Python: a patch, or a universal perturbation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from detguard import DetguardError, defaults
+from detguard.attacks.patch import Patch, printable_png
+from detguard.attacks.pictures import Learning, Picture, Stage, learn_picture, stages
+from detguard.attacks.universal import Universal
+from detguard.data.sources import OnData, Sources, listed, read_labelled, unlabelled, warn_of
+from detguard.detectors.base import Detector
+from detguard.detectors.load import detector_config, load_configured
+from detguard.objectives import Vanish
+from detguard.objectives.base import Objective
+from detguard.photos import Photo, encode_png, find_photos
+from detguard.runs import Run
+from detguard.schema import CONFIGS, check
+from detguard.workflows.keywords import refuse_unknown
+
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (Patch, Universal)}
+# Called with the share that is done, 0..1, and the mean loss since the last time where there is one; True stops.
+OnPicture = Callable[[float, float | None], object]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A picture that was learned.
+
+    Attributes:
+        picture: the picture as it is saved, `uint8 [S, S, 3]` RGB.
+        file: its PNG, which `detguard evaluate --patch` or `--universal` judges on other photos.
+        folder: of the run.
+    """
+
+    picture: Photo
+    file: Path
+    folder: Path
+
+
+@dataclass
+class PictureJob:
+    """A run of `patch` or `universal`: the detector and the photos that the picture learns on."""
+
+    run: Run
+    detector: Detector
+    objective: Objective
+    photos: list[Stage]
+    kind: Picture
+    learning: Learning
+
+    @classmethod
+    def begin(
+        cls, kind: Picture, detector: Detector, data: Sequence[str], learning: Learning, *, target: str,
+        split: str = defaults.Picture.split, out: Path | None = None, arguments: Sequence[str] = (),
+        on_data: OnData = warn_of, **kept: Any,
+    ) -> "PictureJob":  # fmt: skip
+        """A new run. target: classes that are to vanish, comma-separated, or all; kept: more that its config says.
+
+        Raises:
+            DetguardError: an option is wrong, or no photo shows such an object; no run is left behind.
+        """
+        if not data:
+            raise DetguardError("`data`: give photos, a data.yaml or a COCO instances json (or `resume`)")
+        config = {
+            "target": target, **kept, "detector": detector_config(detector, detector.source), "data": list(data),
+            "split": split, "picture": asdict(kind), "learning": asdict(learning), "arguments": list(arguments),
+        }  # type: ignore[call-overload]  # fmt: skip
+        check(config, {name: CONFIGS[kind.kind][name] for name in config})
+        objective, photos = _attacked_photos(detector, config, on_data)
+        return cls(Run.create(kind.kind, out, config), detector, objective, photos, kind, learning)
+
+    @classmethod
+    def resume(
+        cls, folder: Path, command: str, trust: bool = False, device: str = defaults.DEVICE, on_data: OnData = warn_of
+    ) -> "PictureJob":
+        """A run to go on with. command: `patch` or `universal`.
+
+        Raises:
+            DetguardError: there is none, or its detector is no longer what it was.
+        """
+        run = Run.resume(folder, command)
+        detector = load_configured(run.config["detector"], trust, device)
+        kind, learning = KINDS[command](**run.config["picture"]), Learning(**run.config["learning"])
+        return cls(run, detector, *_attacked_photos(detector, run.config, on_data), kind, learning)
+
+    def learn(self, on_step: OnPicture | None = None) -> Learned:
+        """Learn the picture to its end, or until `on_step` returns True; what is learned is saved either way."""
+        name, run = self.kind.kind, self.run
+        # A kill may come between a record and the checkpoint: what is learned anew is recorded once.
+        known = max((record["batch"] for record in run.records()), default=0)
+
+        def on_batch(done: float, record: dict[str, Any] | None) -> bool:
+            if record and record["batch"] > known:
+                run.append({"stage": name, **record})
+            return bool(on_step and on_step(done, record["loss"] if record else None))
+
+        arguments = (self.detector, self.photos, self.objective, self.kind, self.learning)
+        made = learn_picture(*arguments, on_batch, run.path(f"state/{name}.pt"))
+        printed = run.config.get("print_cm")
+        run.write(f"{name}.png", printable_png(made, printed) if printed else encode_png(made))
+        return Learned(made, run.path(f"{name}.png"), run.folder)
+
+
+def _attacked_photos(detector: Detector, config: dict[str, Any], on_data: OnData) -> tuple[Objective, list[Stage]]:
+    """What is to vanish, and the photos of all sources that have some, by their labels or else by what is found."""
+    objective = Vanish([name.strip() for name in config["target"].split(",") if name.strip()]).on(detector)
+    photos: list[Any] = []
+    for source in config["data"]:
+        if unlabelled(source):
+            photos += [(file, None) for file in find_photos([source])]
+        else:
+            labelled = read_labelled(source, config["split"], detector.class_names, on_data)
+            photos += [(one.file, one.objects) for one in labelled]
+    return objective, stages(detector, photos, objective, config["learning"]["conf"])
+
+
+def patch(
+    detector: Detector | None = None,
+    data: Sources | None = None,
+    *,
+    target: str = "person",
+    size: float = defaults.Picture.size,
+    pixels: int = defaults.Picture.pixels,
+    print_cm: float = defaults.Picture.print_cm,
+    split: str = defaults.Picture.split,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    on_step: OnPicture | None = None,
+    **learning: Any,
+) -> Learned:
+    """Learn one square patch that hides the objects that wear it, as `detguard patch` does.
+
+    Args:
+        detector: what is attacked, by `load_detector`; it needs a gradient.
+        data: folders or patterns of photos, on which the detector says where targets are, or data.yaml or COCO json
+            files, whose labels say it.
+        target: classes that wear the patch and are to vanish, comma-separated.
+        size: side of the patch, a share of the root of the area of an object's box.
+        pixels: side of the PNG, px, 8..4096.
+        print_cm: side when it is printed, cm.
+        split: which split of a data.yaml.
+        out: folder of the run; by default the next of runs/patch/.
+        resume: a run's folder, to go on with, instead of all above and of `learning`.
+        on_step: called with the share that is done, 0..1, and every ten steps with the mean loss since (else None);
+            returns True to save and stop.
+        **learning: the fields of `Learning`: `photos`, `hours`, `rate`, `batch`, `conf` (by default the detector's own)
+            and `seed`.
+
+    Raises:
+        DetguardError: an option is wrong, a photo cannot be read, none shows a target, or the detector has no gradient.
+        TypeError: `learning` holds no such field.
+
+    Examples:
+        >>> import detguard
+        >>> detector = detguard.load_detector("detguard-n")
+        >>> made = detguard.patch(detector, "photos/", target="person", photos=2000)  # doctest: +SKIP
+        >>> made.picture.shape, made.file  # doctest: +SKIP
+    """
+    kind = Patch(size, pixels)
+    return _learned(
+        kind, detector, data, resume, on_step, learning, target=target, split=split, out=out, print_cm=print_cm
+    )
+
+
+def universal(
+    detector: Detector | None = None,
+    data: Sources | None = None,
+    *,
+    target: str = "all",
+    eps: int = defaults.Picture.eps,
+    split: str = defaults.Picture.split,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    on_step: OnPicture | None = None,
+    **learning: Any,
+) -> Learned:
+    """Learn one perturbation that hides objects when it is added to whatever photo, as `detguard universal` does.
+
+    Args:
+        detector: what is attacked, by `load_detector`; it needs a gradient.
+        data: as of `patch`.
+        target: classes that are to vanish, comma-separated, or all.
+        eps: most that a value changes by, whole levels of 255, 1..127, as 128 + the change must fit a PNG.
+        split: which split of a data.yaml.
+        out: folder of the run; by default the next of runs/universal/.
+        resume: as of `patch`.
+        on_step: as of `patch`.
+        **learning: as of `patch`.
+
+    Raises:
+        DetguardError: an option is wrong, a photo cannot be read, none shows a target, or the detector has no gradient.
+        TypeError: `learning` holds no such field.
+
+    Examples:
+        >>> import detguard
+        >>> detector = detguard.load_detector("detguard-n")
+        >>> made = detguard.universal(detector, "photos/", eps=8, photos=2000)  # doctest: +SKIP
+    """
+    kind = Universal(eps, detector.imgsz if detector else 0)
+    return _learned(kind, detector, data, resume, on_step, learning, target=target, split=split, out=out)
+
+
+def _learned(
+    kind: Picture,
+    detector: Detector | None,
+    data: Sources | None,
+    resume: str | Path | None,
+    on_step: OnPicture | None,
+    learning: dict[str, Any],
+    *,
+    out: str | Path | None,
+    **options: Any,
+) -> Learned:
+    refuse_unknown(kind.kind, learning, Learning.__dataclass_fields__)
+    if resume is not None:
+        if detector or data or out or learning:
+            raise DetguardError("`resume`: takes its detector, data and options from the run; give no others")
+        return PictureJob.resume(Path(resume), kind.kind).learn(on_step)
+    if detector is None:
+        raise DetguardError("`detector`: give one by load_detector (or `resume`)")
+    search = Learning(**{"conf": detector.conf, **learning})
+    begun = PictureJob.begin(kind, detector, listed(data), search, out=None if out is None else Path(out), **options)
+    return begun.learn(on_step)
