@@ -154,7 +154,7 @@ def universal(
         return go_on(context, resume, "universal", trust, device)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
-    kind = Universal(levels(eps), detector.imgsz)
+    kind = Universal(levels(eps), detector.imgsz)  # type: ignore[arg-type]  # which it refuses itself
     return begin(kind, detector, data, learning, target=target, split=split, out=out_folder)
 
 

@@ -65,8 +65,8 @@ class PictureJob:
             raise DetguardError("`data`: give photos, a data.yaml or a COCO instances json (or `resume`)")
         config = {
             "target": target, **kept, "detector": detector_config(detector, detector.source), "data": list(data),
-            "split": split, "picture": asdict(kind), "learning": asdict(learning), "arguments": list(arguments),
-        }  # type: ignore[call-overload]  # fmt: skip
+            "split": split, "picture": dict(vars(kind)), "learning": asdict(learning), "arguments": list(arguments),
+        }  # fmt: skip
         check(config, {name: CONFIGS[kind.kind][name] for name in config})
         objective, photos = _attacked_photos(detector, config, on_data)
         return cls(Run.create(kind.kind, out, config), detector, objective, photos, kind, learning)
