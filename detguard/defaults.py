@@ -11,7 +11,7 @@ CONF: Final = 0.25
 
 
 class Attack:
-    """Of `attack`."""
+    """Defaults of `detguard attack`."""
 
     conf: Final = CONF
     eps: Final = 4
@@ -31,7 +31,7 @@ class Attack:
 
 
 class Evaluate:
-    """Of `evaluate`."""
+    """Defaults of `detguard evaluate`."""
 
     split: Final = "val"
     protocols: Final = ("clean", "corruptions", "attack")
@@ -45,7 +45,7 @@ class Evaluate:
 
 
 class Picture:
-    """Of `patch` and `universal`."""
+    """Defaults of `detguard patch` and `detguard universal`."""
 
     split: Final = "train"
     size: Final = 0.3
@@ -60,7 +60,7 @@ class Picture:
 
 
 class Harden:
-    """Of `harden`."""
+    """Defaults of `detguard harden`."""
 
     recipe: Final = "gated"
     learn: Final = "teacher"
@@ -78,7 +78,7 @@ class Harden:
 
 
 class Adapt:
-    """Of `adapt`."""
+    """Defaults of `detguard adapt`."""
 
     split: Final = "train"
     experts: Final = 1
@@ -93,7 +93,7 @@ class Adapt:
 
 
 class Monitor:
-    """Of `monitor`."""
+    """Defaults of `detguard monitor`."""
 
     split: Final = "val"
     drift: Final = "likelihood-ratio"

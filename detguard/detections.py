@@ -103,11 +103,11 @@ class Detections:
         return len(self.scores)
 
     def above(self, conf: float) -> "Detections":
-        """Those with a confidence over `conf`."""
+        """The detections with a confidence over `conf`."""
         return self[self.scores > conf]
 
     def of(self, classes: Sequence[int]) -> "Detections":
-        """Those of one of the `classes`."""
+        """The detections whose class is one of `classes`."""
         return self[torch.isin(self.classes, torch.tensor(list(classes), dtype=torch.int64))]
 
     def records(self, class_names: dict[int, str]) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class Ranks:
         return range(start + self.among(start, end).start, end, self.count)
 
     def among(self, start: int, end: int) -> range:
-        """The same, counted from `start` on."""
+        """The same frames as `rows`, counted from `start` on."""
         return range((self.rank - start) % self.count, end - start, self.count)
 
     def total(self, x: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class Run:
 
     @property
     def gone(self) -> bool:
-        """Whether the folder was taken away."""
+        """Whether the run's folder was taken away while the run was under way."""
         return not self.folder.is_dir()
 
     def append(self, record: Record, name: str = RESULTS) -> None:

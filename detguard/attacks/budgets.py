@@ -153,7 +153,7 @@ class Linf(Budget):
 
     @override
     def start(self, original: Tensor, seed: int) -> Tensor:
-        """Whole levels, all alike likely."""
+        """Start from noise: whole levels within the budget, all alike likely."""
         share = torch.rand(original.shape, generator=torch.Generator().manual_seed(seed)).to(original.device)
         low, high = (original - self.eps).clamp_(min=0).ceil(), (original + self.eps).clamp_(max=WHITE).floor()
         return (low + ((high - low + 1) * share).floor()).minimum(high)
@@ -317,7 +317,7 @@ class Masked(Budget):
 
     @property
     def within(self) -> Budget:
-        """The budget there."""
+        """The budget that holds in the part of the photo that may change."""
         return self.kind_within(self.eps)
 
     def __str__(self) -> str:
@@ -326,12 +326,12 @@ class Masked(Budget):
 
     @property
     def unit(self) -> str:  # type: ignore[override]
-        """That of the budget within."""
+        """The unit of the budget within the part."""
         return self.within.unit
 
     @property
     def scale(self) -> float:  # type: ignore[override]
-        """That of the budget within."""
+        """Levels of 255 in one unit of the budget within the part."""
         return self.within.scale
 
     @override
@@ -407,7 +407,7 @@ class Masked(Budget):
 
     @override
     def used(self, photo: Photo, original: Photo) -> float:
-        """Infinite where anything changed elsewhere."""
+        """How much of the budget is used in the part; infinite where anything changed elsewhere."""
         used = self.within.used(photo, original)
         assert self.mask is not None, "on() gives the mask"
         elsewhere = (photo != original).any(2) & ~self.mask[..., 0].numpy()

@@ -95,7 +95,7 @@ class AttackOptions:
 
     @property
     def moves(self) -> type[Rule]:
-        """How it moves."""
+        """The rule of steps: Square in a black box, else the one that `rule` names."""
         return Square if self.black_box else rule_named(self.rule)
 
     def most(self, members: int) -> int:
@@ -185,7 +185,7 @@ class Member:
         return self.transform is None or self.transform.straight
 
     def frame(self, photo: Photo) -> Photo:
-        """What the detector is shown."""
+        """The frame that the detector is shown of a photo: transformed, then letterboxed."""
         return self.letterbox(self.transform(photo) if self.transform else photo)
 
     def aim(self, candidates: Candidates) -> Any:

@@ -71,7 +71,7 @@ class Picture(ABC):
     @property
     @abstractmethod
     def bounds(self) -> tuple[float, float]:
-        """The range of its values."""
+        """The least and the largest value of the picture while it is learned."""
 
     @abstractmethod
     def start(self, generator: torch.Generator) -> Tensor:

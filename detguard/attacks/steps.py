@@ -39,7 +39,7 @@ class Rule(ABC):
 
     @property
     def length(self) -> float:
-        """That of a step in levels."""
+        """The length of a step in levels of 255."""
         return self.step * self.budget.scale
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Steepest(Rule):
         return self.within(x.sub(self.direction(self.gathered(gradient)), alpha=self.length))
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """What is gone along, `length` times."""
+        """The direction of the step, which is `length` times as long; shape as the gradient."""
         return self.budget.direction(gradient)
 
 

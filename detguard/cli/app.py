@@ -211,12 +211,12 @@ def only_resumes(context: typer.Context) -> None:
 
 
 def show_error(message: str) -> None:
-    """One line on stderr."""
+    """Print an error as one line on stderr."""
     err.print(f"error: {with_dashes(message)}", style="red", highlight=False, soft_wrap=True)
 
 
 def show_warning(message: str) -> None:
-    """One line on stderr."""
+    """Print a warning as one line on stderr."""
     err.print(f"warning: {with_dashes(message)}", style="yellow", highlight=False, soft_wrap=True)
 
 

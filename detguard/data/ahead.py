@@ -119,7 +119,7 @@ class _Makers:
             watch.cancel()
 
     def end(self) -> None:
-        """Have no processes any more."""
+        """End the processes and forget what they have made."""
         self._kill()
         del self._things
 

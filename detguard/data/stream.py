@@ -54,7 +54,7 @@ class Labels:
     unknown: tuple[str, ...] = ()
 
     def of(self, photo: Labelled) -> Labelled:
-        """The photo with its labels."""
+        """Join a photo of a stream and its labels."""
         return replace(photo, objects=self.objects, known=self.known, unknown=self.unknown, labelled=True)
 
 

@@ -64,7 +64,7 @@ class DatasetWriter:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Write what lists the images."""
+        """Write data.yaml and the COCO json, which list the images."""
         # Without `path`: Ultralytics looks for the images beside the file then, and with "." in the working folder.
         described = {"train": "images", "val": "images", "names": dict(enumerate(self._categories.values()))}
         self._write("data.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True).encode())

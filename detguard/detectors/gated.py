@@ -67,7 +67,7 @@ class Gate(nn.Module):
         self.out = nn.Linear(4 * width, experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits."""
+        """The gate's logits, float32 [B, K], one per expert."""
         return self.out(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class GatedNetwork(nn.Module):
 
     @property
     def rule(self) -> Fusion:
-        """How the experts' answers become one."""
+        """The fusion rule by which the experts' answers become one."""
         return parse_fusion(self.fusion)
 
     @property
@@ -269,7 +269,7 @@ class GatedNetwork(nn.Module):
         return self.head_of(0)
 
     def head_of(self, number: int) -> Any:
-        """The head of one expert."""
+        """The detection head of one expert."""
         return self._expert(number)[-1]
 
     def _expert(self, number: int) -> list[Any]:

@@ -177,7 +177,7 @@ def _providers(device: str) -> list[Any]:
 
 
 class Onnx(Family):
-    """Files that end in .onnx."""
+    """The family of ONNX files, which are those that end in .onnx."""
 
     suffixes: ClassVar = frozenset({".onnx"})
 

@@ -40,7 +40,7 @@ class Shared:
         return found
 
     def entry(self) -> dict[str, Any]:
-        """What a card says of it."""
+        """The plain values that a card keeps of it."""
         return asdict(self)
 
     def own(self, layers: Sequence[nn.Module]) -> nn.ModuleList:
@@ -48,7 +48,7 @@ class Shared:
         return adapted(layers, self.rank) if self.form == ADAPTER else unshared(layers[-1:])
 
     def whole(self, layers: Sequence[nn.Module], own: Sequence[nn.Module]) -> list[nn.Module]:
-        """All layers of the expert."""
+        """All layers of the expert in order, the shared ones first."""
         return list(own) if self.form == ADAPTER else [*layers[:-1], *own]
 
     def weights(self, layers: Sequence[nn.Module]) -> int:
@@ -82,16 +82,16 @@ class LowRank(nn.Module):
 
     @property
     def conv(self) -> nn.Conv2d:
-        """The convolution that it shares."""
+        """The convolution whose weights are shared."""
         return self._shared[0]
 
     @property
     def weight(self) -> Tensor:
-        """What it convolves with."""
+        """The weights that it convolves with: the shared ones and what the expert adds."""
         return self.conv.weight + (self.up @ self.down).view_as(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of the convolution."""
+        """The shared convolution with the expert's own change to its weights."""
         return self.conv._conv_forward(x, self.weight, self.bias)
 
     def again(self) -> "LowRank":

@@ -38,7 +38,7 @@ def add_sparse(layers: nn.Module) -> None:
 
 
 def drop_sparse(layers: nn.Module) -> None:
-    """Take them out again."""
+    """Take the mean-sparse layers out of a network again."""
     for _, block in blocks_of(layers):
         if isinstance(block.act, nn.Sequential) and isinstance(block.act[0], MeanSparse):
             block.act = block.act[1]

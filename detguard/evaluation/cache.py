@@ -164,7 +164,7 @@ def _versions() -> list[object]:
 
 
 def pack(detections: Detections) -> bytes:
-    """Detections as bytes."""
+    """Detections as the bytes that the cache keeps."""
     classes = detections.classes.to(torch.int32)
     tensors = {"boxes": detections.boxes, "scores": detections.scores, "classes": classes}
     if detections.experts is not None:

@@ -64,7 +64,7 @@ def also_unlike(first: ModelMetrics, other: ModelMetrics) -> list[str]:
 
 
 def ap_of(row: ModelMetrics, protocol: Compared) -> float | None:
-    """AP of a protocol's headline figure."""
+    """The AP that stands for a protocol as a whole."""
     if protocol == "universal":
         return row["universal"]["shown"]["universal"]["AP"]
     if protocol == "patch":

@@ -73,7 +73,7 @@ class Setting(TypedDict):
 
 
 class Clean(Stats):
-    """On the photos as they are."""
+    """Figures on the photos as they are."""
 
     photos: Count
     classes: Count
@@ -129,7 +129,7 @@ class Transfer(Figure, Source):
 
 
 class BlackBoxStats(Stats):
-    """After a Square attack."""
+    """Figures under the Square attack, which uses no gradient."""
 
     eps: Eps
     queries: Count
@@ -169,7 +169,7 @@ class Check(TypedDict):
 
 
 class Checked(TypedDict):
-    """What the checks were made on."""
+    """The data and settings that the checks of the attack were made with."""
 
     photos: Count
     steps: Count

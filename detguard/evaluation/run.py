@@ -196,7 +196,7 @@ def checkable(subjects: Iterable[Subject]) -> list[Subject]:
 
 
 def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> list[Transferred]:
-    """The other detectors' adversarial photos."""
+    """The other detectors' adversarial photos, as views."""
     return [Transferred(other, wanted.attack_sets(other.detector)[-1]) for other in subjects if other is not subject]
 
 
@@ -301,7 +301,7 @@ class Scorer:
         self.photos = len(self.subject.dataset.files)
 
     def metrics(self) -> ModelMetrics:
-        """All that was wanted."""
+        """The figures of every protocol that was asked for, as metrics.json holds them."""
         wanted, detector = self.wanted, self.subject.detector
         found: ModelMetrics = {"setting": self.setting()}
         clean = self.measure(Clean(), "clean", sizes=True)
@@ -360,7 +360,7 @@ class Scorer:
         self.draws[protocol] = [None if math.isnan(value) else round(float(value), 5) for value in drawn]
 
     def setting(self) -> Setting:
-        """What the figures are of."""
+        """The setting that the figures belong to: data, photos, seed, steps, NMS and versions."""
         dataset, detector = self.subject.dataset, self.subject.detector
         return {
             "schema": SCHEMA,
@@ -379,7 +379,7 @@ class Scorer:
         }
 
     def corruptions(self, clean: float | None) -> Corruptions:
-        """Under each kind at each severity."""
+        """The figures under each kind of corruption at each severity, with mPC and rPC."""
         shown: dict[str, dict[Severity, CocoMetrics]] = {}
         for view in self.wanted.corrupted:
             severity = cast(Severity, str(view.severity))
@@ -402,7 +402,7 @@ class Scorer:
         return {**overall, "mPC": overall["AP"], "rPC": share, "kinds": kinds}
 
     def attack(self) -> Attack:
-        """Under each attack at each budget."""
+        """The figures under each attack at each budget."""
         wanted, differentiable = self.wanted, self.subject.detector.differentiable
         budgets = {str(attack.eps): self.budget(attack) for attack in wanted.attack_sets(self.subject.detector)}
         leading = budgets[str(wanted.eps[-1])]
@@ -421,7 +421,7 @@ class Scorer:
         }
 
     def budget(self, attack: AttackSet) -> Budget:
-        """Under each attack at one budget."""
+        """The figures under each attack at one budget."""
         shown: dict[str, CocoMetrics] = {}
         for part in attack.scored:
             worst = part == WORST
@@ -434,7 +434,7 @@ class Scorer:
         return {**least, "by": least_of(parts), "attacks": parts}
 
     def transfer(self) -> Transfer:
-        """Under the other models' attacks."""
+        """The figures under the attacks that were made for the other models."""
         shown = {
             view.source.name: self.measure(view, f"transfer from {view.source.name}")
             for view in transfers(self.subject, self.subjects, self.wanted)
@@ -444,7 +444,7 @@ class Scorer:
         return {**least, "eps": self.wanted.eps[-1], "from": rows}
 
     def blackbox(self) -> BlackBoxStats:
-        """Under the Square attack."""
+        """The figures under the Square attack, which uses no gradient."""
         wanted = self.wanted
         metrics = self.measure(wanted.blackbox, "blackbox")
         self.curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision

@@ -92,7 +92,7 @@ class Subject:
         return self.dataset.objects(image, self.category_ids)
 
     def detect(self, photos: Sequence[Photo]) -> list[Detections]:
-        """What COCO scores."""
+        """Detections as COCO scores them: down to the lowest confidence, a candidate for every class that it has."""
         return self.detector.detect(photos, LOWEST_CONFIDENCE, multi_label=True)
 
     def batches(self) -> list[list[int]]:
@@ -118,7 +118,7 @@ class Batch:
 
     @cached_property
     def photos(self) -> list[Photo]:
-        """The photos as their files say."""
+        """The photos of the batch as they are in their files."""
         return [read_photo(self.subject.dataset.files[image]) for image in self.images]
 
     def drop_unreadable(self) -> set[int]:
@@ -148,7 +148,7 @@ class Batch:
 
     @cached_property
     def objects(self) -> list[Detections]:
-        """The labelled objects of each."""
+        """The labelled objects of each photo of the batch."""
         return [self.subject.objects(image) for image in self.images]
 
 
@@ -183,7 +183,7 @@ class View(ABC):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that `entries` makes."""
+        """The parts of the cache entry that `entries` makes; a plain view has one without a name."""
         return ("",)
 
     def key(self, subject: Subject, image: int, part: str = "") -> str:
@@ -324,7 +324,7 @@ class Makers:
         return np.frombuffer(data, np.uint8).reshape(shape).copy()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes that make photos ahead."""
         self._made.close()
 
 

@@ -39,12 +39,12 @@ class Deployment:
 
     @property
     def graph(self) -> Graph:
-        """What is traced."""
+        """The module that is traced."""
         return Graph(self.detector, self.nms, self.conf, self.iou).eval()
 
     @property
     def example(self) -> Tensor:
-        """Frames to trace with."""
+        """Frames to trace the module with, float32 [B, 3, H, W], 0..1."""
         return torch.zeros(2 if self.dynamic else 1, 3, self.detector.imgsz, self.detector.imgsz)
 
     @property

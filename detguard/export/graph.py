@@ -35,7 +35,7 @@ class Graph(nn.Module):
         return self.nms or self.detector.end_to_end
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Boxes and probabilities."""
+        """Boxes and probabilities of all candidates of each frame, or of those that NMS leaves."""
         found = self.detector.candidates(frames)
         scores = found.logits.sigmoid()
         if not self.listed:

@@ -86,12 +86,12 @@ class Adaptation:
 
     @property
     def number(self) -> int:
-        """Batches in all."""
+        """The number of batches of the whole training."""
         return max(1, round(self.photos / self.batch))
 
     @property
     def adversary(self) -> Adversary:
-        """What attacks old photos in training."""
+        """The attack that is made on old photos in training."""
         return Adversary(self.eps)
 
 
@@ -116,7 +116,7 @@ def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
 
 
 def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Setting) -> None:
-    """Add the experts of a plan."""
+    """Add the new experts of a plan to an ensemble."""
     if not plan.experts:
         return
     first = sum(name.startswith("adapted") for name in network.names) + 1

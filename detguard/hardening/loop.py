@@ -145,7 +145,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the parameters after an update."""
+        """Move the averaged weights towards the parameters after an update."""
         decay = min(EMA_DECAY, self.updates / (9 + self.updates))
         torch._foreach_lerp_(self.values, list(self.parameters), 1 - decay)
         self.updates += 1

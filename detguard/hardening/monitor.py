@@ -50,7 +50,7 @@ class LikelihoodRatio:
         self.drift_detected = False
 
     def update(self, value: float) -> None:
-        """Take the next value."""
+        """Take the next value of the stream; `drift_detected` then says whether a change is seen."""
         self.values = [*self.values, value][-self.most :]
         total = len(self.values)
         before = np.arange(self.least, total - self.least + 1)
@@ -176,7 +176,7 @@ class Deployment:
         return 0
 
     def at(self, number: int) -> Detector:
-        """The detector that sees a photo."""
+        """The detector that is deployed when a photo of this number comes."""
         return self.first
 
 

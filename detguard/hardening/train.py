@@ -107,7 +107,7 @@ class Setting:
         return cls(batch, size, seed, bf16_helps(ranks.device), cls.save_every, corruptions, workers, ranks)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context of forward passes."""
+        """The context of forward passes: autocast to bfloat16 where the device has it."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def run(
@@ -142,7 +142,7 @@ class Layout:
 
     @classmethod
     def of(cls, stage: Stage, batch: int) -> "Layout":
-        """That of a stage."""
+        """The layout of the batches of one stage."""
         hard, normal = (round(stage.share[kind] * batch) for kind in (HARD, NORMAL))
         adversarial = batch - hard - normal
         sampled = round(stage.sampled * adversarial)

@@ -49,7 +49,7 @@ class Target:
 
     @classmethod
     def of(cls, found: Detections) -> "Target":
-        """Detections as MAITE has them."""
+        """Detections in the form that MAITE's protocols want."""
         return cls(found.boxes.numpy(), found.classes.numpy(), found.scores.numpy())
 
 
@@ -132,7 +132,7 @@ class CocoMetric:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Forget all images that were counted so far."""
         self._found: list[Detections] = []
         self._labelled: list[Detections] = []
 

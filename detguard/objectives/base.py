@@ -131,7 +131,7 @@ class ConfidenceLoss(LogitLoss):
 
     @override
     def under(self, logits: Tensor, others: Tensor) -> Tensor:
-        """Scalar: the mean difference of confidences."""
+        """Scalar: by how much what should be under is over, as a mean difference of confidences."""
         return (logits.sigmoid() - others.sigmoid()).sum() / max(1, logits.numel())
 
 
@@ -163,7 +163,7 @@ class Selection:
 
     @property
     def all(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether all objects are selected."""
         return not self.objects and self.box is None
 
     def of(self, clean: Detections) -> Tensor:
@@ -266,7 +266,7 @@ class Goal(Objective):
 
     @property
     def by(self) -> LogitLoss:
-        """The loss that `measure` names."""
+        """The loss on logits or on confidences that `measure` names."""
         return LOSSES[self.measure]
 
     @override

@@ -55,5 +55,5 @@ class Degrade(Objective):
 
     @override
     def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
-        """Never enough."""
+        """Always False: a lower score is better without end, so the search makes all its steps."""
         return False

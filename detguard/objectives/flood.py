@@ -42,5 +42,5 @@ class Flood(Goal):
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
-        """Enough is found."""
+        """Whether at least `count` objects are found."""
         return len(found.of(self.classes)) >= self.count

@@ -24,7 +24,7 @@ class Outrank(Objective):
 
     @override
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Detections:
-        """The attacked objects."""
+        """The attacked objects in the frame, which are to be ranked below the false ones."""
         return objects[attacked]
 
     @override
@@ -48,5 +48,5 @@ class Outrank(Objective):
 
     @override
     def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
-        """Never enough."""
+        """Always False: a lower score is better without end, so the search makes all its steps."""
         return False

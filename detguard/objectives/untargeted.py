@@ -41,5 +41,5 @@ class Untargeted(Goal):
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:
-        """No attacked object is kept."""
+        """Whether none of the attacked objects is found any more in its place and class."""
         return "kept" not in outcomes(attacked, found)

@@ -358,7 +358,7 @@ def _objects(by_view: dict[str, OfClass]) -> int:
 def evaluation_page(
     subjects: Sequence[Subject], evaluation: Evaluation, wanted: Protocols, command: Sequence[str]
 ) -> bytes:
-    """report.html of an evaluate run."""
+    """Render report.html of an evaluate run."""
     data, metrics = subjects[0].dataset, evaluation.metrics
     items = _gallery(subjects, [_shown_view(subject, wanted) for subject in subjects], MOST_PHOTOS // len(subjects))
     title = f"Evaluation of {', '.join(s.name for s in subjects)}"
@@ -400,7 +400,7 @@ class Seen:
 
     @property
     def loss(self) -> float:
-        """How much F1 is lost."""
+        """How much F1 an attacked or corrupted photo has lost against the clean one."""
         return self.scores[0] - self.scores[1]
 
 

@@ -123,7 +123,7 @@ class Encoded(Transform):
     @abstractmethod
     @override
     def encode(self, photo: Photo) -> bytes:
-        """The bytes of the file itself."""
+        """The bytes of the file that is saved for this member."""
 
 
 class Geometric(Transform):

@@ -81,7 +81,7 @@ class Spot:
 
     @property
     def side(self) -> int:
-        """The longest side, whole pixels."""
+        """The longest side of the spot in whole pixels."""
         lengths = np.linalg.norm(self.corners - np.roll(self.corners, 1, axis=0), axis=1)
         return round(float(lengths.max()))
 

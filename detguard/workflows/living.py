@@ -95,7 +95,7 @@ class Living(Deployment):
 
     @property
     def last(self) -> Record:
-        """What has happened last."""
+        """The last event of the log; one without a name where nothing has happened yet."""
         return self.events[-1] if self.events else {"event": ""}
 
     def saw(self, record: Record) -> None:
@@ -285,7 +285,7 @@ def verdict(before: dict[str, Any], after: dict[str, Any]) -> tuple[bool, str]:
 
 
 def in_words(event: Record) -> str:
-    """An event in a line."""
+    """An event of the log as one line for people."""
     number = event["number"]
     match event["event"]:
         case "gathering":
