@@ -212,26 +212,8 @@ def train(
     if not files.exist():  # what to go back to
         files.save(at)
 
-    def validated() -> None:
-        assert validate
-        average.swap()
-        losses = validate.losses()
-        values = ranks.total(torch.stack(list(losses.values()))).tolist()
-        if math.isfinite(values[0]) and values[0] < at.best:
-            at.best, at.kept = values[0], [p.detach().clone() for p in learned]
-        average.swap()
-        log.note(at.number, {name: round(value, 4) for name, value in zip(losses, values, strict=True)})
-
     while (done := pace.done(at.number, at.spent)) < 1:
-        lost, batch = None, None
-        try:
-            batch = next(batches)
-        except AheadError as error:
-            lost = error
-        if ranks.any(lost is not None):  # all of them, or the others would wait
-            files.save(at)
-            raise lost or AheadError("another of the processes that train can make no more batches")
-        assert batch is not None
+        batch = _next(batches, files, at)
         rate = pace.rate * pace.share(at.number, done) * 0.5**at.setbacks
 
         def update(loss: Tensor, step: float = rate) -> None:
@@ -245,17 +227,8 @@ def train(
         late = stop or ranks.any(time.monotonic() - saved > pace.save_every)
         loss = losses_now["loss"] if not log.rows else log.now() if late else None
         if loss is not None and diverged(loss, healthy):
-            worst, setbacks = at.number, at.setbacks + 1
-            at = files.restore() or Progress()
-            if setbacks > SETBACKS:
-                raise DetguardError(
-                    f"{log.stage}: the loss grew out of all bounds at batch {worst} ({loss:.3g}), after going back "
-                    f"{SETBACKS} times; start anew with a lower `rate` or a smaller `eps`"
-                )
-            at.setbacks, began = setbacks, time.monotonic() - at.spent
-            log.means = {"diverged": worst, "setbacks": setbacks}
-            log.note(at.number, log.means)
-            files.save(at)  # or a resumed run would not know
+            at = _back(files, at, loss)
+            began = time.monotonic() - at.spent
             batches = made(at.number)
             continue
         if loss is not None and not log.rows:
@@ -263,7 +236,7 @@ def train(
         spent = time.monotonic() - began
         at.spent = ranks.given(partial(float, spent)) if pace.last is None else spent  # all must end together
         if validate and at.number % validate.every == 0 and pace.done(at.number, at.spent) < 1:
-            validated()
+            _judge(validate, files, at)
         if late:
             files.save(at)
             saved = time.monotonic()
@@ -271,10 +244,55 @@ def train(
             raise KeyboardInterrupt
     log.end(at.number)
     if validate:
-        validated()
+        _judge(validate, files, at)
     average.values = at.kept or average.values
     average.swap()
     return network
+
+
+def _next(batches: Iterator[Shown], files: "Checkpoints", at: Progress) -> Shown:
+    """The next batch; where one of the ranks has none all of them stop, or the others would wait."""
+    lost, batch = None, None
+    try:
+        batch = next(batches)
+    except AheadError as error:
+        lost = error
+    if files.ranks.any(lost is not None):
+        files.save(at)
+        raise lost or AheadError("another of the processes that train can make no more batches")
+    assert batch is not None
+    return batch
+
+
+def _judge(validate: "Validate", files: "Checkpoints", at: Progress) -> None:
+    """Validate the average, record its losses, and keep it if it is the best so far."""
+    files.average.swap()
+    losses = validate.losses()
+    values = files.ranks.total(torch.stack(list(losses.values()))).tolist()
+    if math.isfinite(values[0]) and values[0] < at.best:
+        at.best, at.kept = values[0], [p.detach().clone() for p in files.average.parameters]
+    files.average.swap()
+    files.log.note(at.number, {name: round(value, 4) for name, value in zip(losses, values, strict=True)})
+
+
+def _back(files: "Checkpoints", at: Progress, loss: float) -> Progress:
+    """Go back to the last checkpoint, from where training goes on at half the rate.
+
+    Raises:
+        DetguardError: that has been done too often.
+    """
+    worst, setbacks = at.number, at.setbacks + 1
+    at = files.restore() or Progress()
+    if setbacks > SETBACKS:
+        raise DetguardError(
+            f"{files.log.stage}: the loss grew out of all bounds at batch {worst} ({loss:.3g}), after going back "
+            f"{SETBACKS} times; start anew with a lower `rate` or a smaller `eps`"
+        )
+    at.setbacks = setbacks
+    files.log.means = {"diverged": worst, "setbacks": setbacks}
+    files.log.note(at.number, files.log.means)
+    files.save(at)  # or a resumed run would not know
+    return at
 
 
 def diverged(loss: float, healthy: Sequence[float]) -> bool:

@@ -210,6 +210,73 @@ def latest(records: Iterable[Record]) -> list[Record]:
     return list(photos.values())
 
 
+class Watch:
+    """What is known of a stream so far. count: photos that were seen; waiting: those whose labels have not come.
+
+    Values of a detector are watched from the photo on that it was deployed at.
+    """
+
+    def __init__(self, deployed: Deployment, kind: str, window: int) -> None:
+        self.deployed, self.kind, self.window = deployed, kind, window
+        self.accuracy, self.hints, self._since = Numbered(kind, window), Numbered(kind, window), 0
+        self.count, self.waiting = 0, dict[str, Waiting]()
+
+    def _counts(self, number: int) -> bool:
+        """Whether the detector that saw a photo is the one that is judged, which may change."""
+        since = self.deployed.since(number)
+        if since > self._since:
+            self.accuracy, self.hints = Numbered(self.kind, self.window), Numbered(self.kind, self.window)
+            self._since = since
+        return since == self._since
+
+    def wait(self, one: Waiting) -> None:
+        """Keep a photo until its labels come; of very many the oldest is given up."""
+        self.waiting[one.photo.id] = one
+        if len(self.waiting) > MOST_WAITING:
+            del self.waiting[next(iter(self.waiting))]
+
+    def again(self, known: Record) -> None:
+        """Take a record of the run as if its photo came now."""
+        number = known["number"]
+        judged, late = self._counts(number), number <= self.count
+        self.count = max(self.count, number)
+        if judged and known.get("f1") is not None:
+            self.accuracy.add(number, known["f1"])
+        if judged and "confidence" in known and not late:
+            self.hints.add(number, known["confidence"])
+        if known.get("labelled") is False:
+            nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+            photo = Labelled(Path(known["photo"]), nothing, id=known.get("id", ""), labelled=False)
+            self.wait(Waiting(number, photo))
+        else:
+            self.waiting.pop(known.get("id", ""), None)
+
+    def judged(self, number: int, photo: Labelled, found: Detections, *, late: bool) -> Record:
+        """The `Quality` of a photo, and since when accuracy has dropped, or where it is without labels, confidence.
+
+        late: its labels came after it, so that it has been a hint already.
+        """
+        values, counts = quality(photo.objects, found), self._counts(number)
+        began = self.accuracy.add(number, values.f1) if counts and values.f1 is not None else None
+        hint = self.hints.add(number, values.confidence) if counts and not late else None
+        return {**asdict(values), "began": began} | ({} if hint is None or photo.labelled else {"hint": hint})
+
+
+def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None) -> Labelled:
+    """A photo, with the labels that came after it.
+
+    Raises:
+        DataError: it is a line of a stream that is none, or the labels are of no photo that waits for them.
+    """
+    if isinstance(one, DataError):
+        raise one
+    if isinstance(one, Labelled):
+        return one
+    if earlier is None:
+        raise DataError(f"labels of '{one.id}': none of the last {MOST_WAITING} photos without labels is that")
+    return one.of(earlier.photo)
+
+
 def observe(
     run: Run,
     deployed: Deployment,
@@ -232,67 +299,30 @@ def observe(
     if again:  # from the start of a window, for its AP
         seen = seen[: len(seen) // window * window]
         run.keep(seen)
-    accuracy, hints, since = Numbered(kind, window), Numbered(kind, window), 0
-    waiting, names = dict[str, Waiting](), deployed.first.class_names
-
-    def of(number: int) -> bool:
-        """Whether the detector that saw a photo is the one that is judged, which may change."""
-        nonlocal accuracy, hints, since
-        if deployed.since(number) > since:
-            accuracy, hints, since = Numbered(kind, window), Numbered(kind, window), deployed.since(number)
-        return deployed.since(number) == since
-
-    def wait(one: Waiting) -> None:
-        waiting[one.photo.id] = one
-        if len(waiting) > MOST_WAITING:
-            del waiting[next(iter(waiting))]
-
-    count = 0
+    watch = Watch(deployed, kind, window)
     for known in seen:
-        judged, late = of(known["number"]), known["number"] <= count
-        count = max(count, known["number"])
-        if judged and known.get("f1") is not None:
-            accuracy.add(known["number"], known["f1"])
-        if judged and "confidence" in known and not late:
-            hints.add(known["number"], known["confidence"])
-        if known.get("labelled") is False:
-            nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-            late_one = Labelled(Path(known["photo"]), nothing, id=known.get("id", ""), labelled=False)
-            wait(Waiting(known["number"], late_one))
-        else:
-            waiting.pop(known.get("id", ""), None)
+        watch.again(known)
     shown: list[tuple[Detections, Detections]] = []
-    for one in islice(photos, count if again else 0, None):
-        earlier = waiting.pop(one.id, None) if isinstance(one, Labels) else None
-        number = earlier.number if earlier else count + 1
-        count, judged = max(count, number), of(number)
+    for one in islice(photos, watch.count if again else 0, None):
+        earlier = watch.waiting.pop(one.id, None) if isinstance(one, Labels) else None
+        number = earlier.number if earlier else watch.count + 1
+        watch.count = max(watch.count, number)
         record: Record = {"number": number, "photo": "", "objects": []}
         try:
-            if isinstance(one, DataError):
-                raise one
-            if isinstance(one, Labels) and earlier is None:
-                raise DataError(f"labels of '{one.id}': none of the last {MOST_WAITING} photos without labels is that")
-            photo = one.of(earlier.photo) if isinstance(one, Labels) and earlier else one
-            assert isinstance(photo, Labelled)
-            record |= as_line(photo, names)
+            photo = _joined(one, earlier)
+            record |= as_line(photo, deployed.first.class_names)
             found = earlier.found if earlier else None
             if found is None:
                 (found,) = deployed.at(number).detect([read_photo(photo.file)], LOWEST_CONFIDENCE, multi_label=True)
         except (DataError, PhotoError) as error:
             record["error"] = str(error)
         else:
+            found_known = photo.counted(found)
             if not photo.labelled:
-                wait(Waiting(number, photo, found))
-            found = photo.counted(found)
-            values, began = quality(photo.objects, found), None
-            if photo.labelled:
-                shown.append((photo.objects, found))
-            if judged and values.f1 is not None:
-                began = accuracy.add(number, values.f1)
-            record |= {**asdict(values), "began": began}
-            hint = hints.add(number, values.confidence) if judged and not earlier else None
-            if hint is not None and not photo.labelled:
-                record["hint"] = hint
+                watch.wait(Waiting(number, photo, found))
+            else:
+                shown.append((photo.objects, found_known))
+            record |= watch.judged(number, photo, found_known, late=earlier is not None)
         if number % window == 0 and shown and not earlier:
             record["AP50"] = metrics_of_photos(*zip(*shown, strict=True)).stats["AP50"]
             shown.clear()

@@ -240,69 +240,104 @@ def learn_batch(
 
     Losses, those that `update` is given and those returned, are this rank's summands of means over the whole batch.
     """
-    ranks, shown, adversary = setting.ranks, batch.shown, stage.adversary_at(done)
-    layout = Layout.of(stage, setting.batch)
-    kinds, before = (layout.kinds(ranks, attacked) for attacked in (True, False))
-    first = layout.last - layout.attacked
-    rows = slice(len(ranks.rows(0, first)), len(ranks.rows(0, layout.last)))
-    # The noise of an attack is drawn for all ranks, of which this one has some.
-    among = ranks.among(first, layout.last)
-    seeds = ((setting.seed, number, i, 1) for i in ranks.rows(first, layout.last))  # others than made the frames
-    members = Members(stage.transforms, seeds)
-    free = layout.attacked > 0 and adversary.method == "free"
-    margin = stage.margins[number % len(stage.margins)]
-    torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
+    return Lesson(network, teacher, batch, stage, setting, number, stage.adversary_at(done)).learn(update)
 
-    def answer(of: GatedNetwork, frames: Tensor, route: int | None) -> tuple[Candidates | None, dict[int, Tensor]]:
-        return (None, setting.maps(of, frames, route or 0)) if stage.learn == MAPS else setting.run(of, frames, route)
 
-    def on_gate(found: Candidates | None) -> Tensor | None:
-        if not margin or found is None or found.gate is None:
+class Lesson:
+    """What is learned from one batch, of which this rank has some frames.
+
+    rows: of these, the ones that are attacked; goal: what is wanted of all of them.
+    """
+
+    def __init__(
+        self, network: GatedNetwork, teacher: GatedNetwork, batch: Batch, stage: Stage, setting: Setting,
+        number: int, adversary: Adversary,
+    ) -> None:  # fmt: skip
+        self.network, self.batch, self.stage, self.setting, self.adversary = network, batch, stage, setting, adversary
+        self.layout, ranks = Layout.of(stage, setting.batch), setting.ranks
+        first, last = self.layout.last - self.layout.attacked, self.layout.last
+        self.rows = slice(len(ranks.rows(0, first)), len(ranks.rows(0, last)))
+        # The noise of an attack is drawn for all ranks, of which this one has some.
+        self.among = ranks.among(first, last)
+        seeds = ((setting.seed, number, i, 1) for i in ranks.rows(first, last))  # others than made the frames
+        self.members = Members(stage.transforms, seeds)
+        self.free = self.layout.attacked > 0 and adversary.method == "free"
+        self.margin = stage.margins[number % len(stage.margins)]
+        torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
+        with torch.no_grad():
+            self.wanted, self.maps = self.answer(teacher, batch.clean, 0)
+            self.variances: dict[int, Tensor] = {}
+            if stage.features or self.wanted is None:
+                share = len(batch.shown) / self.layout.batch
+                self.variances = feature_variances(self.maps, lambda x: ranks.total(x * share))
+        self.goal = self.goal_of(slice(len(batch.shown)))
+
+    def answer(
+        self, of: GatedNetwork, frames: Tensor, route: int | None
+    ) -> tuple[Candidates | None, dict[int, Tensor]]:
+        """What a network says of frames: its candidates and feature maps, or where maps are learned these alone."""
+        if self.stage.learn == MAPS:
+            return None, self.setting.maps(of, frames, route or 0)
+        return self.setting.run(of, frames, route)
+
+    def on_gate(self, found: Candidates | None) -> Tensor | None:
+        """What an attack gains by leading the gate astray, where this batch's attack knows of it."""
+        if not self.margin or found is None or found.gate is None:
             return None
-        return margin * gate_margin(found.gate, NORMAL, network.robust)
+        return self.margin * gate_margin(found.gate, NORMAL, self.network.robust)
 
-    def goal_of(rows: slice) -> Goal:
-        if wanted is None:
-            return Goal(maps={layer: x[rows] for layer, x in wanted_maps.items()}, variances=variances)
-        return Goal.of(stage.learn, wanted[rows], batch.labels[rows])
+    def goal_of(self, rows: slice) -> Goal:
+        """What is wanted of some of the frames."""
+        if self.wanted is None:
+            return Goal(maps={layer: x[rows] for layer, x in self.maps.items()}, variances=self.variances)
+        return Goal.of(self.stage.learn, self.wanted[rows], self.batch.labels[rows])
 
-    with torch.no_grad():
-        wanted, wanted_maps = answer(teacher, batch.clean, 0)
-        if stage.features or wanted is None:
-            share = len(shown) / layout.batch
-            variances = feature_variances(wanted_maps, lambda x: ranks.total(x * share))
-    goal = goal_of(slice(len(shown)))
-    if rows.stop > rows.start and not free:
-        of_rows = goal_of(rows)
+    def attacked(self, shown: Tensor) -> Tensor:
+        """The frames after the attacks on those that are attacked, of which the worst stays."""
+        if self.rows.stop == self.rows.start or self.free:
+            return shown
+        goal, route = self.goal_of(self.rows), self.stage.route
 
         def harm(x: Tensor, aim: str) -> Tensor:
-            found, maps = answer(network, members(x), stage.route)
-            loss, more = of_rows.loss(found, maps, aim), on_gate(found)
+            found, maps = self.answer(self.network, self.members(x), route)
+            loss, more = goal.loss(found, maps, aim), self.on_gate(found)
             return loss if more is None else loss + more
 
-        attacks = [perturb(shown[rows], partial(harm, aim=aim), adversary, among) for aim in stage.aims]
-        shown = with_rows(shown, rows, worst(attacks, lambda x: of_rows.loss(*answer(network, x, stage.route))))
-    losses: dict[str, Tensor] = {}
-    for turn in range(adversary.updates if free else 1):
-        if free:
-            shown = shown.detach().requires_grad_()
-        looked = with_rows(shown, rows, members(shown[rows])) if stage.transforms and (turn or not free) else shown
-        found, maps = answer(network, looked, stage.route)
+        frames = shown[self.rows]
+        attacks = [perturb(frames, partial(harm, aim=aim), self.adversary, self.among) for aim in self.stage.aims]
+        return with_rows(shown, self.rows, worst(attacks, lambda x: goal.loss(*self.answer(self.network, x, route))))
+
+    def losses(self, found: Candidates | None, maps: dict[int, Tensor], *, attacked: bool) -> dict[str, Tensor]:
+        """The loss and its parts; before frames are `attacked`, those to be count as normal ones."""
+        stage, kinds = self.stage, self.layout.kinds(self.setting.ranks, attacked)
         gate = found.gate if found is not None and stage.gate else None
-        parts = _losses(goal.loss(found, maps), gate, before if free and turn == 0 else kinds, layout.batch, stage.gate)
+        parts = _losses(self.goal.loss(found, maps), gate, kinds, self.layout.batch, stage.gate)
         if stage.features:
-            parts["features"] = feature_loss(maps, wanted_maps, variances).sum() / layout.batch
+            parts["features"] = feature_loss(maps, self.maps, self.variances).sum() / self.layout.batch
             parts["loss"] = parts["loss"] + stage.features * parts["features"]
-        losses |= {name: value.detach() for name, value in parts.items()}
-        more = on_gate(found)
-        pull = torch.autograd.grad(more.sum(), shown, retain_graph=True)[0] if free and more is not None else None
-        update(parts["loss"])
-        if free and turn < adversary.steps and shown.grad is not None:
-            clean = batch.shown[rows]
-            x = shown.detach()[rows] if turn else adversary.start(clean, among)
-            gradient = shown.grad * layout.batch + (0 if pull is None else pull)
-            shown = with_rows(shown.detach(), rows, adversary.advance(x, gradient[rows], clean))
-    return losses
+        return parts
+
+    def learn(self, update: Update) -> dict[str, Tensor]:
+        """Attack, and update the weights, in free training once for every step of the attack; returns the losses."""
+        free, rows, shown = self.free, self.rows, self.attacked(self.batch.shown)
+        losses: dict[str, Tensor] = {}
+        for turn in range(self.adversary.updates if free else 1):
+            if free:
+                shown = shown.detach().requires_grad_()
+            transformed = self.stage.transforms and (turn or not free)
+            looked = with_rows(shown, rows, self.members(shown[rows])) if transformed else shown
+            found, maps = self.answer(self.network, looked, self.stage.route)
+            parts = self.losses(found, maps, attacked=not free or turn > 0)
+            losses |= {name: value.detach() for name, value in parts.items()}
+            more = self.on_gate(found)
+            pull = torch.autograd.grad(more.sum(), shown, retain_graph=True)[0] if free and more is not None else None
+            update(parts["loss"])
+            if free and turn < self.adversary.steps and shown.grad is not None:
+                clean = self.batch.shown[rows]
+                x = shown.detach()[rows] if turn else self.adversary.start(clean, self.among)
+                gradient = shown.grad * self.layout.batch + (0 if pull is None else pull)
+                shown = with_rows(shown.detach(), rows, self.adversary.advance(x, gradient[rows], clean))
+        return losses
 
 
 def with_rows(frames: Tensor, rows: slice, changed: Tensor) -> Tensor:
