@@ -1,6 +1,7 @@
 """Names of classes: what one that is not known may mean, and which names of data stand for a detector's."""
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 
 from detguard import DetguardError
@@ -58,6 +59,7 @@ def left_out(boxes: Mapping[str, int], known: Iterable[str]) -> str:
     most = sorted(boxes, key=lambda name: (-boxes[name], name))
     named = [f"{name} ({boxes[name]})" for name in most[:MOST_NAMED]]
     named += [f"{len(most) - MOST_NAMED} more classes"] if len(most) > MOST_NAMED else []
-    pairs = [f"{name}={one}" for name in most if (one := meant(name, known))]
-    advice = f"if they are the same, `class_map` says so: {','.join(pairs)}" if pairs else "`class_map` renames them"
+    same = {name: one for name in most if (one := meant(name, known))}
+    given = json.dumps(same, ensure_ascii=False)
+    advice = f"if they are the same, say so: `class_map={given}`" if same else "`class_map` renames them"
     return f"boxes of classes that the detector does not know, left out: {', '.join(named)}; {advice}"

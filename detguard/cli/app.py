@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import signal
 import sys
 from io import TextIOWrapper
@@ -190,8 +191,17 @@ def main() -> None:
 
 
 def with_dashes(message: str) -> str:
-    """A message in which fields are named in backticks, as `keep_others`, with the options that set them."""
-    return re.sub(r"`([a-z][a-z_]*)`", lambda m: "--" + OPTIONS.get(m[1], m[1]).replace("_", "-"), message)
+    """A message in which fields are named in backticks, as `keep_others`, with the options that set them.
+
+    A mapping that is given, as `class_map={"rider": "person"}`, becomes pairs: --map rider=person.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = "--" + OPTIONS.get(found[1], found[1]).replace("_", "-")
+        pairs = (found[2] or "").replace('": "', "=").replace('", "', ",")
+        return f"{name} {shlex.quote(pairs)}" if pairs else name
+
+    return re.sub(r"`([a-z][a-z_]*)(?:=\{\"(.*?)\"\})?`", option, message)
 
 
 def only_resumes(context: typer.Context) -> None:

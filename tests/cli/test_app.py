@@ -214,3 +214,5 @@ def test_fields_that_errors_name_are_shown_as_the_options_that_set_them(monkeypa
     assert run(monkeypatch, "attack", bus_file, "--goal", "flood", "--strict") == 2
     assert "--strict: goes with --goal vanish" in capsys.readouterr().err
     assert with_dashes("`keep_others`, `targets`: `A` file called ``") == "--keep-others, --target: `A` file called ``"
+    mapped = 'say so: `class_map={"traffic signal": "traffic light", "rider": "person"}`'
+    assert with_dashes(mapped) == "say so: --map 'traffic signal=traffic light,rider=person'"

@@ -97,7 +97,7 @@ def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
     records = [json.loads(line) for line in (stream / "broken/results.jsonl").read_text().splitlines()]
     assert [record.get("f1") == records[0]["f1"] for record in records] == [True, False, True, False]
     assert re.search(r"boxes of classes that the detector does not know, left out: persn \(\d\); ", result.stderr)
-    assert "--map says so: persn=person" in result.stderr
+    assert "say so: --map persn=person" in result.stderr
 
 
 def test_odd_lines_are_told_and_the_watch_goes_on(stream):
