@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -27,6 +28,7 @@ except ImportError:  # not on Windows, where two processes on one run are not no
 Record = dict[str, Any]
 
 LOCK = ".lock"
+CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
 # Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
 LONGEST_KEY = 200
@@ -61,9 +63,16 @@ class Run:
 
     @classmethod
     def create(
-        cls, command: str, out: Path | None, config: dict[str, Any], files: Mapping[str, bytes] | None = None
+        cls,
+        command: str,
+        out: Path | None,
+        config: dict[str, Any],
+        files: Mapping[str, bytes] | None = None,
+        exist_ok: bool = False,
     ) -> "Run":
         """A new folder, `out` or the next free `runs/<command>/<number>`, with `files`, then its config.yaml.
+
+        exist_ok: a run of the same command that is there already is replaced.
 
         Raises:
             RunError: `out` already holds a run, another process is making one there, or it cannot be written.
@@ -80,13 +89,14 @@ class Run:
         run = cls(folder, config)
         run.claim()
         _sweep(folder.iterdir())
-        if (folder / "config.yaml").exists():
-            go_on = "" if command == "detect" else f", or go on with it: detguard {command} --resume {folder}"
-            raise RunError(f"{folder}: already holds a run; choose another `out`{go_on}")
+        if exist_ok and (folder / CONFIG).exists():
+            cls.open(folder, command)  # nothing but a run is removed
+            run.clear()
+        refuse_taken(folder, command, "choose another `out`")
         for name, data in (files or {}).items():
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.
-        run.write("config.yaml", _yaml(config))
+        run.write(CONFIG, _yaml(config))
         return run
 
     @classmethod
@@ -96,7 +106,7 @@ class Run:
         Raises:
             RunError: no run there, damaged, of another command, or its config is none that detguard wrote.
         """
-        file = folder / "config.yaml"
+        file = folder / CONFIG
         try:
             config = read_yaml(file)
         except FileError as error:
@@ -161,6 +171,21 @@ class Run:
             owner = self._lock.read(20).decode(errors="replace").strip()
             owner = f"process {owner}" if owner.isdecimal() else "another process"
             raise RunError(f"{self.folder}: {owner} is at work on this run; wait until it is done") from error
+
+    def clear(self) -> None:
+        """Remove all that is in the folder of a claimed run but its lock; its config last, by which it is a run.
+
+        Raises:
+            RunError: something cannot be removed.
+        """
+        try:
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == CONFIG):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+        except OSError as error:
+            raise RunError(f"{error.filename}: cannot be removed ({error.strerror})") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file of the run, whole or not at all."""
@@ -253,6 +278,17 @@ def shared_run(ranks: "Ranks", make: Callable[[], Run]) -> Run:
 
     folder, config = ranks.given(place)
     return mine[0] if mine else Run(folder, config)
+
+
+def refuse_taken(folder: Path, command: str, advice: str) -> None:
+    """See that a folder holds no run yet; advice: what to do where it does.
+
+    Raises:
+        RunError: it does.
+    """
+    if os.path.lexists(folder / CONFIG):
+        go_on = "" if command == "detect" else f", or go on with it: detguard {command} --resume {folder}"
+        raise RunError(f"{folder}: already holds a run; {advice}{go_on}")
 
 
 def next_free(parent: Path) -> Path:

@@ -197,6 +197,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "photos": texts,
     },
+    "detect": {"detector": DETECTOR, "conf": real(0.001, 0.999), "photos": texts},
     "evaluate": {
         "detectors": Items(DETECTOR, 1),
         "data": {

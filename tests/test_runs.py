@@ -46,6 +46,23 @@ def test_records_are_read_back_in_order(run):
     assert run.records() == [record(1), record(2)]
 
 
+def test_nothing_but_a_run_of_the_same_command_is_replaced(run, tmp_path):
+    run.append(record(1))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/file").write_text("")
+    (run.folder / "link").symlink_to(tmp_path / "kept")
+    config = run.folder / "config.yaml"
+    for other in ("", "a: 1", "command: attack", "command: harden", config.read_text() + "more: 1"):
+        before, _ = config.read_text(), config.write_text(other)
+        with pytest.raises(RunError):
+            Run.create("harden", run.folder, CONFIG, exist_ok=True)
+        assert results(run).exists()
+        config.write_text(before)
+    again = Run.create("harden", run.folder, CONFIG, {"a.txt": b"a"}, exist_ok=True)
+    assert sorted(file.name for file in run.folder.iterdir()) == [".lock", "a.txt", "config.yaml"]
+    assert (again.records(), (tmp_path / "kept/file").exists()) == ([], True)
+
+
 def test_a_last_line_that_a_kill_cut_short_is_left_out_and_nothing_is_glued_onto_it(run):
     run.append(record(1))
     with results(run).open("ab") as stream:

@@ -10,8 +10,10 @@ from detguard import DetguardError, defaults
 from detguard.cli.app import (
     ClassMap,
     Device,
+    ExistOk,
     OutFolder,
     Resume,
+    RunName,
     Seed,
     Trust,
     Workers,
@@ -20,6 +22,7 @@ from detguard.cli.app import (
     only_resumes,
     out,
     progress_bar,
+    run_folder,
     show_error,
     show_warning,
     start_ranks,
@@ -93,6 +96,8 @@ def adapt(
     rate: Rate = defaults.Adapt.rate,
     seed: Seed = defaults.Adapt.seed,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     resume: Resume = None,
     device: Device = defaults.DEVICE,
     workers: Workers = None,
@@ -111,6 +116,7 @@ def adapt(
         with err.status("Loading the ensemble"):
             job = Adapting.resume(resume, ranks, trust)
     else:
+        out_folder = run_folder(context)
         if not model:
             raise DetguardError("--model: give the gated ensemble that detguard harden made (or --resume RUN)")
         if not new:
@@ -125,7 +131,7 @@ def adapt(
         job = start_adaptation(
             model, new, plan, start_ranks(device), replay=replay or [], split=split,
             class_map=parse_map(class_map), max_experts=max_experts,
-            corruptions=kinds, out=out_folder, trust=trust,
+            corruptions=kinds, out=out_folder, exist_ok=exist_ok, trust=trust,
         )  # fmt: skip
     sys.exit(run_adaptation(job, workers))
 

@@ -1,6 +1,7 @@
 """The program: its options, its errors, its consoles."""
 
 import logging
+import os
 import re
 import shlex
 import signal
@@ -159,6 +160,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per ph
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
 ]
+RunName = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="Instead of --out: results go to runs/COMMAND/NAME.")
+]
+ExistOk = Annotated[bool, typer.Option("--exist-ok", help="Of --name: replace the run of that name, if there is one.")]
 ClassMap = Annotated[
     str | None,
     typer.Option(
@@ -218,6 +223,34 @@ def only_resumes(context: typer.Context) -> None:
     }
     if others := sorted(names[name] for name in given - KEPT_BY_NO_RUN):
         raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
+
+
+def run_folder(context: typer.Context) -> Path | None:
+    """Where a command's new run goes, by its --out or --name; None: to the next number.
+
+    Raises:
+        DetguardError: both are given, the name is none, or there is a run of that name, which is not to be replaced.
+    """
+    from detguard.runs import refuse_taken
+
+    folder, name, exist_ok = (context.params[one] for one in ("out_folder", "name", "exist_ok"))
+    if name is None:
+        if exist_ok:
+            raise DetguardError("--exist-ok: goes with --name")
+        return folder
+    if folder:
+        raise DetguardError("--name: says where results go, as --out does; leave one of them out")
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise DetguardError(f"--name {name}: expected a plain name of letters, digits, _, - and ., as exp1")
+    command = str(context.command.name)
+    folder = Path("runs") / command / name
+    if not exist_ok:
+        refuse_taken(folder, command, "choose another --name, replace it by --exist-ok")
+    for given in context.params.values():
+        for one in given if isinstance(given, list) else [given]:
+            if isinstance(one, str | Path) and Path(os.path.abspath(one)).is_relative_to(folder.absolute()):  # noqa: PTH100
+                raise DetguardError(f"--name {name}: {one} is in that run, which would be replaced; choose another")
+    return folder
 
 
 def show_error(message: str) -> None:

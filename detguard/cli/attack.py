@@ -18,6 +18,7 @@ from detguard.cli.app import (
     Device,
     EndToEnd,
     Every,
+    ExistOk,
     Fusion,
     ImageSize,
     Json,
@@ -26,6 +27,7 @@ from detguard.cli.app import (
     OutFolder,
     Recursive,
     Resume,
+    RunName,
     Seed,
     TopK,
     Trust,
@@ -35,6 +37,7 @@ from detguard.cli.app import (
     only_resumes,
     out,
     progress_bar,
+    run_folder,
     show_error,
     start_ranks,
 )
@@ -212,6 +215,8 @@ def attack(
     seed: Seed = defaults.Attack.seed,
     batch: Annotated[int, typer.Option(min=1, help="Photos attacked at once.")] = defaults.Attack.batch,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     resume: Resume = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
@@ -237,10 +242,13 @@ def attack(
     from detguard.runs import Run, shared_run
     from detguard.workflows.attack import attack_config, attack_job
 
+    if resume:
+        only_resumes(context)
+    else:
+        out_folder = run_folder(context)
     ranks = start_ranks(device)
     device = str(ranks.device)
     if resume:
-        only_resumes(context)
         run = shared_run(ranks, lambda: Run.resume(resume, "attack"))
         with err.status("Loading the detector"):
             detectors = [load_configured(one, trust, device) for one in (run.config["detector"], *run.config["also"])]
@@ -282,8 +290,8 @@ def attack(
         )  # fmt: skip
 
         def begin() -> Run:
-            shown, folder = framed([Path(file) for file in files], "attack", out_folder, every)
-            return Run.create("attack", folder, config | {"photos": list(map(str, shown))}, kept)
+            shown, folder = framed([Path(file) for file in files], "attack", out_folder, every, exist_ok)
+            return Run.create("attack", folder, config | {"photos": list(map(str, shown))}, kept, exist_ok)
 
         run = shared_run(ranks, begin)
     run.share(ranks)
@@ -308,13 +316,19 @@ def numbers(option: str, text: str | None, example: str, count: int | None = Non
     return read
 
 
-def framed(files: Sequence[Path], command: str, out: Path | None, every: int) -> tuple[list[Path], Path | None]:
+def framed(
+    files: Sequence[Path], command: str, out: Path | None, every: int, exist_ok: bool
+) -> tuple[list[Path], Path | None]:
     """Photos and the folder of a new run, into which the frames of the videos among them are written."""
     from detguard.data.video import is_video, with_frames
-    from detguard.runs import next_free
+    from detguard.runs import CONFIG, Run, next_free
 
-    if not any(map(is_video, files)) or (out and (out / "config.yaml").exists()):  # a run, which is then refused
+    if not any(map(is_video, files)):
         return list(files), out
+    if out and (out / CONFIG).exists():
+        if not exist_ok:  # which is then refused
+            return list(files), out
+        Run.resume(out, command).clear()
     folder = out or next_free(Path("runs") / command)
     with err.status("Reading the videos"):
         return with_frames(files, folder / "frames", every), folder
@@ -461,6 +475,7 @@ def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Pa
 `detguard detect drive.mp4 --every 30`: frames of a video"""
 )
 def detect(
+    context: typer.Context,
     photos: Annotated[
         list[str], typer.Argument(help="Photos, videos, folders or patterns.", metavar="PHOTO|VIDEO|FOLDER|GLOB...")
     ],
@@ -471,6 +486,8 @@ def detect(
     conf: Confidence = None,
     as_json: Json = False,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
     fusion: Fusion = None,
@@ -485,14 +502,18 @@ def detect(
     from detguard.reports.tables import detections_table
     from detguard.runs import Run, photo_keys
 
+    out_folder = run_folder(context)
     sources = find_photos(photos, recursive)
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     conf = conf or detector.conf
-    shown, out_folder = framed(sources, "detect", out_folder, every)
+    shown, out_folder = framed(sources, "detect", out_folder, every, exist_ok)
     files = photo_keys(shown)
-    config = {"detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()]}
-    run = Run.create("detect", out_folder, config)
+    config = {
+        "detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()],
+        "arguments": sys.argv[1:],
+    }  # fmt: skip
+    run = Run.create("detect", out_folder, config, exist_ok=exist_ok)
     code = 0
     for key, file in files.items():
         try:

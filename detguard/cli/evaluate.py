@@ -13,12 +13,14 @@ from detguard.cli.app import (
     Device,
     DryRun,
     EndToEnd,
+    ExistOk,
     Fusion,
     ImageSize,
     NmsIou,
     OutFolder,
     PatchSize,
     Resume,
+    RunName,
     Seed,
     TopK,
     Trust,
@@ -28,6 +30,7 @@ from detguard.cli.app import (
     only_resumes,
     out,
     progress_bar,
+    run_folder,
     show_error,
     show_warning,
 )
@@ -138,6 +141,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json instead of tables.")] = False,
     seed: Seed = defaults.Evaluate.seed,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     resume: Resume = None,
     dry_run: DryRun = False,
     end_to_end: EndToEnd = False,
@@ -170,6 +175,7 @@ def evaluate(
         with err.status("Loading the detectors"):
             detectors = [load_configured(c, trust, device) for c in config["detectors"]]
     else:
+        out_folder = run_folder(context)
         if not data:
             raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
         models = model or [defaults.MODEL]
@@ -208,7 +214,7 @@ def evaluate(
     (out if dry_run else err).print(in_words(cost), highlight=False, soft_wrap=True)
     if dry_run:
         sys.exit(0)
-    run = run or Run.create("evaluate", out_folder, config)
+    run = run or Run.create("evaluate", out_folder, config, exist_ok=exist_ok)
     sys.exit(run_evaluation(run, subjects, wanted, lost, floors, as_json))
 
 

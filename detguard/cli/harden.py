@@ -10,10 +10,12 @@ from detguard.cli.app import (
     ClassMap,
     Device,
     Eps,
+    ExistOk,
     Fusion,
     Model,
     OutFolder,
     Resume,
+    RunName,
     Seed,
     TopK,
     Trust,
@@ -24,6 +26,7 @@ from detguard.cli.app import (
     only_resumes,
     out,
     progress_bar,
+    run_folder,
     show_error,
     show_warning,
     start_ranks,
@@ -173,6 +176,8 @@ def harden(
     ] = None,
     seed: Seed = defaults.Harden.seed,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     resume: Resume = None,
     device: Device = defaults.DEVICE,
     workers: Workers = None,
@@ -196,6 +201,7 @@ def harden(
         with err.status("Loading the detector"):
             job = Hardening.resume(resume, ranks, trust)
     else:
+        out_folder = run_folder(context)
         if not data:
             raise DetguardError(
                 "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
@@ -211,7 +217,7 @@ def harden(
             job = Hardening.begin(
                 model, data, plan, ranks, teacher=teacher, pretrain=pretrain or [], samples=samples or [], imgsz=imgsz,
                 corruptions=None if corruptions is None else names(corruptions), class_map=parse_map(class_map),
-                out=out_folder, trust=trust,
+                out=out_folder, exist_ok=exist_ok, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip
     if log and job.ranks.first:

@@ -13,6 +13,7 @@ from detguard.cli.adapt import Replay
 from detguard.cli.app import (
     ClassMap,
     Device,
+    ExistOk,
     Fusion,
     ImageSize,
     Json,
@@ -20,6 +21,7 @@ from detguard.cli.app import (
     NmsIou,
     OutFolder,
     Resume,
+    RunName,
     TopK,
     Trust,
     app,
@@ -27,6 +29,7 @@ from detguard.cli.app import (
     only_resumes,
     out,
     progress_bar,
+    run_folder,
     show_error,
     show_warning,
 )
@@ -73,6 +76,8 @@ def monitor(
     fusion: Fusion = None,
     iou: NmsIou = None,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     on_drift: Annotated[
         Literal["tell", "adapt"],
         typer.Option(
@@ -118,6 +123,7 @@ def monitor(
         with err.status("Loading the detector"):
             watched = load_configured(run.config["detector"], trust, device)
         sys.exit(watch(run, watched, device, roll_back=roll_back, as_json=as_json))
+    out_folder = run_folder(context)
     if roll_back:
         raise DetguardError("--roll-back: goes with --resume")
     if not stream:
@@ -144,7 +150,8 @@ def monitor(
     }  # fmt: skip
     # Wrong data leave no run behind.
     listed = None if stream == LIVE else open_stream(config["stream"], watched, show_warnings)
-    sys.exit(watch(Run.create("monitor", out_folder, config), watched, device, listed, as_json=as_json))
+    run = Run.create("monitor", out_folder, config, exist_ok=exist_ok)
+    sys.exit(watch(run, watched, device, listed, as_json=as_json))
 
 
 def adapting_options(text: str) -> list[str]:

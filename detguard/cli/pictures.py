@@ -12,6 +12,7 @@ from detguard.cli.app import (
     Device,
     EndToEnd,
     Eps,
+    ExistOk,
     Fusion,
     ImageSize,
     Model,
@@ -19,6 +20,7 @@ from detguard.cli.app import (
     OutFolder,
     PatchSize,
     Resume,
+    RunName,
     Seed,
     TopK,
     Trust,
@@ -28,6 +30,7 @@ from detguard.cli.app import (
     only_resumes,
     out,
     progress_bar,
+    run_folder,
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
@@ -85,6 +88,8 @@ def patch(
     conf: Confidence = None,
     seed: Seed = defaults.Picture.seed,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     resume: Resume = None,
     iou: NmsIou = None,
     end_to_end: EndToEnd = False,
@@ -103,11 +108,13 @@ def patch(
 
     if resume:
         return go_on(context, resume, "patch", trust, device)
+    out_folder = run_folder(context)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
-        Patch(size, pixels), detector, data, learning, target=target, split=split, out=out_folder, print_cm=print_cm
-    )
+        Patch(size, pixels), detector, data, learning, target=target, split=split, out=out_folder, exist_ok=exist_ok,
+        print_cm=print_cm,
+    )  # fmt: skip
 
 
 @app.command(
@@ -134,6 +141,8 @@ def universal(
     conf: Confidence = None,
     seed: Seed = defaults.Picture.seed,
     out_folder: OutFolder = None,
+    name: RunName = None,
+    exist_ok: ExistOk = False,
     resume: Resume = None,
     iou: NmsIou = None,
     end_to_end: EndToEnd = False,
@@ -152,10 +161,11 @@ def universal(
 
     if resume:
         return go_on(context, resume, "universal", trust, device)
+    out_folder = run_folder(context)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal(levels(eps), detector.imgsz)  # type: ignore[arg-type]  # which it refuses itself
-    return begin(kind, detector, data, learning, target=target, split=split, out=out_folder)
+    return begin(kind, detector, data, learning, target=target, split=split, out=out_folder, exist_ok=exist_ok)
 
 
 def loaded(*options: Any) -> "Detector":

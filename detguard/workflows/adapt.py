@@ -119,6 +119,7 @@ class Adapting:
         max_experts: int = defaults.Adapt.max_experts,
         corruptions: Sequence[str] | None = None,
         out: Path | None = None,
+        exist_ok: bool = False,
         trust: bool = False,
         arguments: Sequence[str] = (),
         on_warning: Callable[[str], object] = warnings.warn,
@@ -127,7 +128,7 @@ class Adapting:
         """A new run, once all that it asks for is known to go together.
 
         plan: the fields of `Adaptation` that are given, or AUTO as its mode; on_warning: called with what
-            is no error.
+            is no error; exist_ok: as of `Run.create`.
 
         Raises:
             DetguardError: it does not, or the ensemble or data cannot be read; no run is left behind.
@@ -160,7 +161,8 @@ class Adapting:
             "replayed": [str(file) for file in sources[2]],
         }
         kept = {name: as_lines(photos, network.class_names) for name, photos in zip(KEPT, sources[:2], strict=True)}
-        return cls(shared_run(ranks, lambda: Run.create("adapt", out, config, kept)), network, imgsz, ranks)
+        run = shared_run(ranks, lambda: Run.create("adapt", out, config, kept, exist_ok))
+        return cls(run, network, imgsz, ranks)
 
     @classmethod
     def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Adapting":

@@ -87,13 +87,14 @@ class Hardening:
         corruptions: Sequence[str] | None = None,
         class_map: Mapping[str, str] | None = None,
         out: Path | None = None,
+        exist_ok: bool = False,
         trust: bool = False,
         arguments: Sequence[str] = (),
         on_data: OnData = warn_of,
     ) -> "Hardening":
         """A new run, once all that it asks for is known to go together. plan: the fields of `Plan` that are given.
 
-        samples: runs of `attack`, of which all photos become adversarial frames.
+        samples: runs of `attack`, of which all photos become adversarial frames; exist_ok: as of `Run.create`.
 
         Raises:
             DetguardError: it does not, or a detector or data cannot be read; no run is left behind.
@@ -130,7 +131,8 @@ class Hardening:
         }
         files = {LABELLED: as_lines(labelled, names)} if labelled else {}
         files |= {KEPT: sample_lines(attacks, names)} if attacks else {}
-        return cls(shared_run(ranks, lambda: Run.create("harden", out, config, files)), network, imitated, ranks)
+        run = shared_run(ranks, lambda: Run.create("harden", out, config, files, exist_ok))
+        return cls(run, network, imitated, ranks)
 
     @classmethod
     def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Hardening":

@@ -53,10 +53,12 @@ class PictureJob:
     @classmethod
     def begin(
         cls, kind: Picture, detector: Detector, data: Sequence[str], learning: Learning, *, target: str,
-        split: str = defaults.Picture.split, out: Path | None = None, arguments: Sequence[str] = (),
-        on_data: OnData = warn_of, **kept: Any,
+        split: str = defaults.Picture.split, out: Path | None = None, exist_ok: bool = False,
+        arguments: Sequence[str] = (), on_data: OnData = warn_of, **kept: Any,
     ) -> "PictureJob":  # fmt: skip
         """A new run. target: classes that are to vanish, comma-separated, or all; kept: more that its config says.
+
+        exist_ok: as of `Run.create`.
 
         Raises:
             DetguardError: an option is wrong, or no photo shows such an object; no run is left behind.
@@ -69,7 +71,8 @@ class PictureJob:
         }  # fmt: skip
         check(config, {name: CONFIGS[kind.kind][name] for name in config})
         objective, photos = _attacked_photos(detector, config, on_data)
-        return cls(Run.create(kind.kind, out, config), detector, objective, photos, kind, learning)
+        run = Run.create(kind.kind, out, config, exist_ok=exist_ok)
+        return cls(run, detector, objective, photos, kind, learning)
 
     @classmethod
     def resume(

@@ -216,3 +216,54 @@ def test_fields_that_errors_name_are_shown_as_the_options_that_set_them(monkeypa
     assert with_dashes("`keep_others`, `targets`: `A` file called ``") == "--keep-others, --target: `A` file called ``"
     mapped = 'say so: `class_map={"traffic signal": "traffic light", "rider": "person"}`'
     assert with_dashes(mapped) == "say so: --map 'traffic signal=traffic light,rider=person'"
+
+
+MAKE_RUNS = [name for name, c in get_command(app).commands.items() if "out_folder" in {p.name for p in c.params}]
+
+
+def test_there_are_commands_that_make_runs():
+    assert set(MAKE_RUNS) >= {"attack", "evaluate", "harden", "adapt", "monitor", "patch", "universal"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--name", "../a"], "--name ../a: expected a plain name of letters, digits, _, - and ., as exp1"),
+        (["--name", ".."], "--name ..: expected a plain name"),
+        (["--name", "/tmp/a"], "--name /tmp/a: expected a plain name"),
+        (["--name", ""], "--name : expected a plain name"),
+        (["--name", "a", "--out", "b"], "--name: says where results go, as --out does; leave one of them out"),
+        (["--exist-ok", "--out", "b"], "--exist-ok: goes with --name"),
+    ],
+)
+@pytest.mark.parametrize("command", MAKE_RUNS)
+def test_names_of_runs_lead_nowhere_else(monkeypatch, capsys, tmp_path, command, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, command, *(["a.jpg"] if command in ("attack", "detect") else []), *options) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", MAKE_RUNS)
+def test_a_name_that_is_taken_is_refused_with_advice(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / command / "exp1"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("")
+    assert run(monkeypatch, command, *(["a.jpg"] if command in ("attack", "detect") else []), "--name", "exp1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"runs/{command}/exp1: already holds a run; choose another --name, replace it by --exist-ok" in line
+    assert ("--resume" in line) == (command != "detect")
+
+
+def test_a_run_of_that_name_is_replaced_but_not_what_is_read_from_it(monkeypatch, capsys, tmp_path, bus_file):
+    monkeypatch.chdir(tmp_path)
+    named = ("--imgsz", 64, "--name", "exp1", "--exist-ok")
+    assert run(monkeypatch, "detect", bus_file, *named) == 0
+    folder = tmp_path / "runs/detect/exp1"
+    assert (folder / "overlays/bus.png").exists()
+    assert run(monkeypatch, "detect", folder / "overlays", *named) == 2
+    assert "overlays is in that run, which would be replaced" in capsys.readouterr().err
+    assert run(monkeypatch, "detect", bus_file.with_name("zidane.jpg"), *named) == 0
+    assert [file.name for file in (folder / "overlays").iterdir()] == ["zidane.png"]
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 1
