@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -11,6 +12,7 @@ from detguard.cli.app import (
     ClassMap,
     Device,
     ExistOk,
+    JsonMade,
     OutFolder,
     Resume,
     RunName,
@@ -24,6 +26,7 @@ from detguard.cli.app import (
     progress_bar,
     run_folder,
     show_error,
+    show_made,
     show_warning,
     start_ranks,
     stop_signals,
@@ -98,6 +101,7 @@ def adapt(
     out_folder: OutFolder = None,
     name: RunName = None,
     exist_ok: ExistOk = False,
+    as_json: JsonMade = False,
     resume: Resume = None,
     device: Device = defaults.DEVICE,
     workers: Workers = None,
@@ -110,6 +114,7 @@ def adapt(
     from detguard.classes import parse_map
     from detguard.workflows.adapt import Adapting
 
+    out.quiet = out.quiet or as_json
     if resume:
         only_resumes(context)
         ranks = start_ranks(device)
@@ -133,7 +138,7 @@ def adapt(
             class_map=parse_map(class_map), max_experts=max_experts,
             corruptions=kinds, out=out_folder, exist_ok=exist_ok, trust=trust,
         )  # fmt: skip
-    sys.exit(run_adaptation(job, workers))
+    sys.exit(run_adaptation(job, workers, as_json))
 
 
 def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "Ranks", **options: Any) -> "Adapting":
@@ -150,11 +155,11 @@ def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "R
     return job
 
 
-def run_adaptation(job: "Adapting", workers: int | None = None) -> int:
+def run_adaptation(job: "Adapting", workers: int | None, as_json: bool = False) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.adaptation import adaptation_page, judged_table, verdict
     from detguard.reports.tables import terminal_table
-    from detguard.workflows.adapt import FIGURES
+    from detguard.workflows.adapt import FIGURES, Adapted
 
     run = job.run
     with err.status("Loading the photos"):
@@ -188,5 +193,5 @@ def run_adaptation(job: "Adapting", workers: int | None = None) -> int:
     out.print(verdict(before, after, photos), highlight=False, soft_wrap=True, style="bold")
     out.print(terminal_table(judged_table(before, after, photos)))
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."
-    out.print(text, highlight=False, soft_wrap=True)
+    show_made(as_json, text, **asdict(Adapted(made, run.folder, job.unread, before, after)))
     return 2 if job.unread else 0

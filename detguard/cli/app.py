@@ -1,5 +1,6 @@
 """The program: its options, its errors, its consoles."""
 
+import json
 import logging
 import os
 import re
@@ -157,6 +158,7 @@ PatchSize = Annotated[
     float, typer.Option(min=0.01, max=2, help="Side of a patch, as a share of the root of the area of an object's box.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per photo instead of tables.")]
+JsonMade = Annotated[bool, typer.Option("--json", help="Print one JSON object of what was made instead of text.")]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the results; default: the next runs/COMMAND/NNN.")
 ]
@@ -261,6 +263,14 @@ def show_error(message: str) -> None:
 def show_warning(message: str) -> None:
     """Print a warning as one line on stderr."""
     err.print(f"warning: {with_dashes(message)}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def show_made(as_json: bool, text: str, **made: Any) -> None:
+    """What a command has made, in one line, or as one JSON object."""
+    if as_json:
+        print(json.dumps(made, default=str))
+    else:
+        out.print(text, highlight=False, soft_wrap=True)
 
 
 def stop_signals() -> list[int]:

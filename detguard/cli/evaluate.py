@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,7 @@ from detguard.cli.app import (
     progress_bar,
     run_folder,
     show_error,
+    show_made,
     show_warning,
 )
 
@@ -211,9 +213,10 @@ def evaluate(
     lost = len(subjects[0].dataset.warnings[LOST])
     with err.status("Measuring a batch"):
         cost = measure_cost(subjects, wanted)
-    (out if dry_run else err).print(in_words(cost), highlight=False, soft_wrap=True)
     if dry_run:
+        show_made(as_json, in_words(cost), **asdict(cost))
         sys.exit(0)
+    err.print(in_words(cost), highlight=False, soft_wrap=True)
     run = run or Run.create("evaluate", out_folder, config, exist_ok=exist_ok)
     sys.exit(run_evaluation(run, subjects, wanted, lost, floors, as_json))
 

@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 import typer
 
 from detguard import defaults
-from detguard.cli.app import EndToEnd, ImageSize, TopK, Trust, app, err, out, show_error, show_warning
+from detguard.cli.app import (
+    EndToEnd,
+    ImageSize,
+    JsonMade,
+    TopK,
+    Trust,
+    app,
+    err,
+    out,
+    show_error,
+    show_made,
+    show_warning,
+)
 
 
 @app.command(
@@ -42,6 +54,7 @@ def export(
     ] = None,
     end_to_end: EndToEnd = False,
     top_k: TopK = None,
+    as_json: JsonMade = False,
     trust: Trust = False,
 ) -> None:
     """Write a detector as a file for other runtimes, and check that it finds there what it finds here.
@@ -55,6 +68,7 @@ def export(
     from detguard.reports.export import verdict_table
     from detguard.reports.tables import terminal_table
 
+    out.quiet = out.quiet or as_json
     file = file or default_file(model, kind)
     check_file(file, model, kind)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []
@@ -66,9 +80,11 @@ def export(
         warnings.simplefilter("ignore")  # of tracing, whose result is checked
         verdict = write(wanted, kind, file)
     out.print(terminal_table(verdict_table(verdict, len(wanted.frames))))
+    if as_json or verdict.passed:
+        text = f"checked: {file} finds what {model} finds"
+        show_made(as_json, text, file=file, passed=verdict.passed, **verdict.record())
     if not verdict.passed:
         why = f"expected scores within {SCORES:g} and boxes within {BOXES:g} px"
         why = why if verdict.compared else "nothing was found to compare; give --photos of what it was made for"
         show_error(f"{file}: check failed, do not use it ({why})")
         sys.exit(1)
-    out.print(f"checked: {file} finds what {model} finds", highlight=False, soft_wrap=True)

@@ -1,6 +1,9 @@
 """`detguard harden`: parse, call, show."""
 
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -9,9 +12,11 @@ from detguard import DetguardError, defaults
 from detguard.cli.app import (
     ClassMap,
     Device,
+    DryRun,
     Eps,
     ExistOk,
     Fusion,
+    JsonMade,
     Model,
     OutFolder,
     Resume,
@@ -28,6 +33,7 @@ from detguard.cli.app import (
     progress_bar,
     run_folder,
     show_error,
+    show_made,
     show_warning,
     start_ranks,
     stop_signals,
@@ -178,7 +184,9 @@ def harden(
     out_folder: OutFolder = None,
     name: RunName = None,
     exist_ok: ExistOk = False,
+    as_json: JsonMade = False,
     resume: Resume = None,
+    dry_run: DryRun = False,
     device: Device = defaults.DEVICE,
     workers: Workers = None,
     trust: Trust = False,
@@ -202,6 +210,8 @@ def harden(
             job = Hardening.resume(resume, ranks, trust)
     else:
         out_folder = run_folder(context)
+        if dry_run:
+            out_folder = Path(context.with_resource(TemporaryDirectory(prefix="detguard-")))
         if not data:
             raise DetguardError(
                 "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
@@ -220,9 +230,43 @@ def harden(
                 out=out_folder, exist_ok=exist_ok, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip
+    out.quiet = out.quiet or as_json
+    if dry_run:
+        sys.exit(show_cost(job, workers, as_json))
     if log and job.ranks.first:
         track(job.run, log)
-    sys.exit(run_hardening(job, workers))
+    sys.exit(run_hardening(job, workers, as_json))
+
+
+def show_cost(job: "Hardening", workers: int | None, as_json: bool) -> int:
+    """Say what the stages of a run take, which is then spent; returns the exit code."""
+    from detguard.reports.hardening import cost_table
+    from detguard.reports.tables import duration, terminal_table
+
+    load(job, workers)
+    with err.status("Measuring a batch of each stage"):
+        costs = job.trial()
+    if not job.ranks.first:
+        return 0
+    out.print(terminal_table(cost_table(costs)))
+    passes, seconds = (sum(getattr(cost, of) for cost in costs.values()) for of in ("passes", "seconds"))
+    text = f"{passes:,} forward and backward passes in all: about {duration(seconds)}, as measured on a batch of each"
+    show_made(
+        as_json,
+        f"{text} stage",
+        passes=passes,
+        seconds=seconds,
+        stages={name: vars(cost) for name, cost in costs.items()},
+    )
+    return 2 if job.unread else 0
+
+
+def load(job: "Hardening", workers: int | None) -> None:
+    """Read the photos of a run, and show those that cannot be read."""
+    with err.status("Loading the photos"):
+        job.load(workers)
+    for message in job.unread:
+        show_error(message)
 
 
 def last_loss(losses: dict[str, float]) -> str:
@@ -238,16 +282,13 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
         show_warning(f"{name}: diverged at batch {at:.0f}; it went back to its checkpoint, at half the rate")
 
 
-def run_hardening(job: "Hardening", workers: int | None) -> int:
+def run_hardening(job: "Hardening", workers: int | None, as_json: bool = False) -> int:
     """Train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.hardening import hardening_page
     from detguard.reports.tables import duration
 
     run = job.run
-    with err.status("Loading the photos"):
-        job.load(workers)
-    for message in job.unread:
-        show_error(message)
+    load(job, workers)
     with err.status("Measuring a batch"):
         passes, seconds = job.cost()
     if passes:
@@ -266,16 +307,13 @@ def run_hardening(job: "Hardening", workers: int | None) -> int:
             return bool(stopped)
 
         try:
-            made = job.train(on_stage).weights
+            made = job.train(on_stage)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
             return 130
     if not job.ranks.first:
         return 0
     run.write("report.html", hardening_page(run))
-    out.print(
-        f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ...",
-        highlight=False,
-        soft_wrap=True,
-    )
+    page, judge = run.folder / "report.html", f"detguard evaluate --model {made.weights} --data ..."
+    show_made(as_json, f"results: {made.weights}, open {page}; judge it: {judge}", **asdict(made))
     return 2 if job.unread else 0

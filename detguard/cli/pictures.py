@@ -15,6 +15,7 @@ from detguard.cli.app import (
     ExistOk,
     Fusion,
     ImageSize,
+    JsonMade,
     Model,
     NmsIou,
     OutFolder,
@@ -31,6 +32,7 @@ from detguard.cli.app import (
     out,
     progress_bar,
     run_folder,
+    show_made,
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
@@ -90,6 +92,7 @@ def patch(
     out_folder: OutFolder = None,
     name: RunName = None,
     exist_ok: ExistOk = False,
+    as_json: JsonMade = False,
     resume: Resume = None,
     iou: NmsIou = None,
     end_to_end: EndToEnd = False,
@@ -107,13 +110,13 @@ def patch(
     from detguard.attacks.pictures import Learning
 
     if resume:
-        return go_on(context, resume, "patch", trust, device)
+        return go_on(context, resume, "patch", trust, device, as_json)
     out_folder = run_folder(context)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
-        Patch(size, pixels), detector, data, learning, target=target, split=split, out=out_folder, exist_ok=exist_ok,
-        print_cm=print_cm,
+        Patch(size, pixels), detector, data, learning, as_json, target=target, split=split, out=out_folder,
+        exist_ok=exist_ok, print_cm=print_cm,
     )  # fmt: skip
 
 
@@ -143,6 +146,7 @@ def universal(
     out_folder: OutFolder = None,
     name: RunName = None,
     exist_ok: ExistOk = False,
+    as_json: JsonMade = False,
     resume: Resume = None,
     iou: NmsIou = None,
     end_to_end: EndToEnd = False,
@@ -160,12 +164,12 @@ def universal(
     from detguard.attacks.universal import Universal
 
     if resume:
-        return go_on(context, resume, "universal", trust, device)
+        return go_on(context, resume, "universal", trust, device, as_json)
     out_folder = run_folder(context)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal(levels(eps), detector.imgsz)  # type: ignore[arg-type]  # which it refuses itself
-    return begin(kind, detector, data, learning, target=target, split=split, out=out_folder, exist_ok=exist_ok)
+    return begin(kind, detector, data, learning, as_json, target=target, split=split, out=out_folder, exist_ok=exist_ok)
 
 
 def loaded(*options: Any) -> "Detector":
@@ -176,7 +180,9 @@ def loaded(*options: Any) -> "Detector":
         return load_detector(*options)
 
 
-def begin(kind: "Picture", detector: "Detector", data: list[str] | None, learning: "Learning", **options: Any) -> None:
+def begin(
+    kind: "Picture", detector: "Detector", data: list[str] | None, learning: "Learning", as_json: bool, **options: Any
+) -> None:
     """Learn a picture in a new run."""
     from detguard.workflows.pictures import PictureJob
 
@@ -184,23 +190,24 @@ def begin(kind: "Picture", detector: "Detector", data: list[str] | None, learnin
         job = PictureJob.begin(
             kind, detector, data or [], learning, arguments=sys.argv[1:], on_data=show_warnings, **options
         )
-    learn(job)
+    learn(job, as_json)
 
 
-def go_on(context: typer.Context, folder: Path, command: str, trust: bool, device: str) -> None:
+def go_on(context: typer.Context, folder: Path, command: str, trust: bool, device: str, as_json: bool) -> None:
     """Go on with a run."""
     from detguard.workflows.pictures import PictureJob
 
     only_resumes(context)
     with err.status("Loading the detector and looking for targets"):
         job = PictureJob.resume(folder, command, trust, device, show_warnings)
-    learn(job)
+    learn(job, as_json)
 
 
-def learn(job: "PictureJob") -> None:
+def learn(job: "PictureJob", as_json: bool) -> None:
     """Learn the picture with live progress, and write it out with its page."""
     from detguard.reports.pictures import picture_page
 
+    out.quiet = out.quiet or as_json
     stopped, kind, run = stop_signals(), job.kind, job.run
     with progress_bar() as progress:
         task = progress.add_task(kind.kind, total=1.0)
@@ -214,16 +221,12 @@ def learn(job: "PictureJob") -> None:
         learned = job.learn(on_step)
     run.write("report.html", picture_page(run, job.detector, job.objective, job.photos, kind, learned.picture))
     if stopped:
-        out.print(
-            f"stopped early; go on with: detguard {kind.kind} --resume {run.folder}", highlight=False, soft_wrap=True
-        )
+        text = f"stopped early; go on with: detguard {kind.kind} --resume {run.folder}"
+        out.print(text, highlight=False, soft_wrap=True)
     judged = f"--{kind.kind} {learned.file}"
     if kind.kind == "patch":
         worn = job.detector.class_names[job.objective.classes[0]]
         judged += f" --patch-target '{worn}' --patch-size {run.config['picture']['size']:g}"
-    out.print(
-        f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: detguard evaluate "
-        f"--protocols clean {judged} --data ...",
-        highlight=False,
-        soft_wrap=True,
-    )
+    text = f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: "
+    text += f"detguard evaluate --protocols clean {judged} --data ..."
+    show_made(as_json, text, file=learned.file, folder=learned.folder, stopped=bool(stopped))

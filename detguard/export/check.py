@@ -42,6 +42,10 @@ class Verdict:
         """Whether both are small and something was compared."""
         return self.compared > 0 and self.scores <= SCORES and self.boxes <= BOXES
 
+    def record(self) -> dict[str, Any]:
+        """What it saw, as JSON has it: null for what is infinite."""
+        return {name: None if value == torch.inf else value for name, value in vars(self).items()}
+
     def add(self, scores: Tensor, boxes: Tensor) -> None:
         """Note differences of scores, of any shape, and of boxes, [n, 4]."""
         self.scores = max(self.scores, scores.abs().amax().nan_to_num(torch.inf).item() if scores.numel() else 0.0)

@@ -1,6 +1,6 @@
 """The page of a harden run: how each stage learned, and which expert the gate came to choose."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detguard.detectors.gated import EXPERTS
@@ -10,7 +10,9 @@ from detguard.hardening.validation import ATTACKED, CLEAN
 from detguard.reports.evaluation import number
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import gate_plot, training_plot
+from detguard.reports.tables import duration
 from detguard.runs import Record, Run
+from detguard.workflows.harden import Cost
 
 # The last records of a stage that its figures are the mean of.
 LAST = 5
@@ -77,6 +79,12 @@ def hardening_page(run: Run) -> bytes:
     )
     title = f"Hardening of {Path(run.config['model']).stem}: {plan['recipe']}"
     return render_page(title, verdict(validated), subtitle, ["detguard", *run.config["arguments"]], tables, made)
+
+
+def cost_table(costs: Mapping[str, Cost]) -> Table:
+    """What each stage of a run will take."""
+    rows = [[name, f"{one.photos:,}", f"{one.passes:,}", duration(one.seconds)] for name, one in costs.items()]
+    return Table("Stages", ["stage", "photos", "passes", "time"], rows)
 
 
 def verdict(validated: Sequence[Record]) -> str:

@@ -3,11 +3,12 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from detguard import DetguardError, defaults
 from detguard.attacks.samples import KEPT, Sample, kept_samples, load_samples, read_samples, sample_lines
@@ -30,7 +31,7 @@ from detguard.detectors.load import detector_config, load_configured, load_detec
 from detguard.hardening.run import Plan, check_teacher, passes, split_layer
 from detguard.hardening.run import harden as train_stages
 from detguard.hardening.trackers import check_tracker, track
-from detguard.hardening.train import Setting
+from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
@@ -61,6 +62,23 @@ class Trained:
 def known_classes(network: Any) -> dict[int, str]:
     """The classes of a network to be hardened, by number; hardened ones keep them under another name."""
     return network.class_names if isinstance(network, GatedNetwork) else network.names
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes: photos that it sees, with repeats, passes of whole frames, forward and backward, and time."""
+
+    photos: int
+    passes: int
+    seconds: float
+
+
+class Trial(Plan):
+    """A plan of two batches per stage, of which the first takes longer."""
+
+    @override
+    def stages(self, model: Any = None) -> list[Stage]:
+        return [replace(stage, number=2, seconds=None) for stage in super().stages(model)]
 
 
 @dataclass
@@ -208,6 +226,34 @@ class Hardening:
             float(gradient.sum())  # waits for the device
             seconds = (time.perf_counter() - begin) / len(frames)
         return round(number), number * seconds / ranks.count
+
+    def trial(self) -> dict[str, Cost]:
+        """What each stage takes, by a batch that is trained on as it would be, after `load`; the run is then spent.
+
+        Validation, and what waits for photos, come on top.
+        """
+        ends: dict[str, list[float]] = {}
+
+        def on_batch(name: str, done: float, losses: dict[str, float]) -> bool:
+            if self.ranks.device.type != "cpu":
+                torch.accelerator.synchronize(self.ranks.device)
+            ends.setdefault(name, []).append(time.perf_counter())
+            return False
+
+        trial = Trial(**asdict(self.plan) | {"sparse": 0.0})
+        train_stages(
+            self.network, self.card(), self.teacher, self.source, trial, self.setting, self.run, on_batch,
+            first=self.first, samples=self.samples,
+        )  # fmt: skip
+        self.ranks.end()
+        costs = {}
+        for stage in self.plan.stages(self.network):
+            begin, end = ends[stage.name]
+            batches = stage.number or (stage.seconds or 0) / (end - begin)
+            photos = batches * self.plan.batch
+            of_photo = passes(stage, self.setting.size)
+            costs[stage.name] = Cost(round(photos), round(photos * of_photo), batches * (end - begin))
+        return costs
 
     def train(self, on_stage: OnStage | None = None) -> Trained:
         """Train what the run has not finished, after `load`.
