@@ -250,14 +250,9 @@ def show_cost(job: "Hardening", workers: int | None, as_json: bool) -> int:
         return 0
     out.print(terminal_table(cost_table(costs)))
     passes, seconds = (sum(getattr(cost, of) for cost in costs.values()) for of in ("passes", "seconds"))
+    stages = {name: vars(cost) for name, cost in costs.items()}
     text = f"{passes:,} forward and backward passes in all: about {duration(seconds)}, as measured on a batch of each"
-    show_made(
-        as_json,
-        f"{text} stage",
-        passes=passes,
-        seconds=seconds,
-        stages={name: vars(cost) for name, cost in costs.items()},
-    )
+    show_made(as_json, f"{text} stage", passes=passes, seconds=seconds, stages=stages)
     return 2 if job.unread else 0
 
 

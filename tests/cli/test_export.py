@@ -1,11 +1,13 @@
 """`detguard export` as a user runs it, in this process."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from detguard.cli import main
+from detguard.cli.app import out
 from detguard.detectors.load import load_detector
 from detguard.export import check
 
@@ -34,6 +36,22 @@ def test_it_writes_checks_and_says_so(run, bus_file):
     assert "check on 1 photos" in shown
     assert "ms per photo, the file" in shown
     assert "checked: detguard-n.onnx finds what detguard-n finds" in shown
+
+
+def test_json_is_one_object_whether_the_check_passes_or_not(run, monkeypatch, bus_file):
+    monkeypatch.setattr(out, "quiet", False)
+    options = ("detguard-n", "--format", "torchscript", "--imgsz", 64, "--photos", bus_file, "--json")
+    code, shown = run(*options)
+    told = json.loads(shown)
+    assert (code, told["file"], told["passed"]) == (0, "detguard-n.torchscript", True)
+    assert told["scores"] <= 0.001
+    assert told["compared"] > 0
+    assert set(told["milliseconds"]) == {"detguard", "the file"}
+    monkeypatch.setattr(check, "SCORES", -1.0)
+    code, shown = run(*options)
+    line, error = shown.splitlines()
+    assert (code, json.loads(line)["passed"]) == (1, False)
+    assert error.startswith("error: ")
 
 
 def test_a_failed_check_is_exit_code_1(run, monkeypatch, bus_file):

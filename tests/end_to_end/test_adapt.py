@@ -100,11 +100,15 @@ def test_an_adapted_ensemble_can_be_adapted_again_and_refuses_beyond_its_limit(a
 
 def test_resumed_it_tells_the_same_from_the_photos_that_the_run_keeps(adapted, place):
     elsewhere = [(place / name).rename(place / f"{name}.away") for name in ("dark.jsonl", "day.jsonl")]
-    again = detguard("adapt", "--resume", "run", cwd=place)
+    again = detguard("adapt", "--resume", "run", "--json", cwd=place)
     for file in elsewhere:
         file.rename(file.with_suffix(""))
     assert again.returncode == 0, again.stderr
-    assert figures(again.stdout, "new") == figures(adapted.stdout, "new")
+    told = json.loads(again.stdout)
+    assert (told["weights"], told["unread"]) == ("run/weights/adapted.safetensors", [])
+    for figure, (before, after) in figures(adapted.stdout, "new").items():
+        assert told["before"]["new"][figure] == pytest.approx(before, abs=0.001)
+        assert told["after"]["new"][figure] == pytest.approx(after, abs=0.001)
 
 
 def test_killed_inside_an_append_it_goes_on_to_the_same_weights_and_records(adapted, place, tmp_path):

@@ -35,6 +35,23 @@ def hardened(tmp_path_factory):
     return folder / "run"
 
 
+def test_a_dry_run_says_what_each_stage_takes_and_leaves_nothing(tmp_path):
+    result = detguard("harden", *OPTIONS, "--dry-run", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert {name: stage["photos"] for name, stage in told["stages"].items()} == {
+        "adversarial": 28,
+        "hard": 8,
+        "joint": 4,
+    }
+    assert all(stage["seconds"] > 0 for stage in told["stages"].values())
+    assert told["passes"] == 73
+    assert list(tmp_path.iterdir()) == []
+    longer = detguard("harden", *OPTIONS, "--hours", 0.5, "--recipe", "pgd", "--dry-run", cwd=tmp_path)
+    assert "forward and backward passes in all: about 30 min" in longer.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_makes_an_ensemble_that_loads_like_any_detector(hardened, bus_file):
     detector = load_detector(hardened / "weights/joint.safetensors")
     assert isinstance(detector, GatedDetector)
@@ -203,8 +220,9 @@ def test_an_ensemble_goes_on_for_some_time(hardened, tmp_path):
 
 
 def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):
-    result = detguard("harden", *OPTIONS, "--out", "run", cwd=tmp_path)
+    result = detguard("harden", *OPTIONS, "--out", "run", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"weights": "run/weights/sparse.safetensors", "folder": "run", "unread": []}
     made = sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json"))
     assert made == ["adversarial", "hard", "joint", "sparse"]
     weights = load_file(tmp_path / "run/weights/joint.safetensors")

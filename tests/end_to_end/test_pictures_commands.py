@@ -31,8 +31,9 @@ def test_without_labels_targets_are_what_is_found(tmp_path, bus_file):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/bus.jpg").write_bytes(bus_file.read_bytes())
     quick = ("--imgsz", 160, "--pixels", 16, "--photos", 1, "--batch", 1)
-    result = detguard("patch", "--data", "photos", *quick, "--out", "made", cwd=tmp_path)
+    result = detguard("patch", "--data", "photos", *quick, "--out", "made", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"file": "made/patch.png", "folder": "made", "stopped": False}
     assert (tmp_path / "made/patch.png").exists()
     wrong = detguard("patch", "--data", "photos", "--target", "sheep", *quick, cwd=tmp_path)
     assert wrong.returncode == 2
@@ -42,8 +43,9 @@ def test_without_labels_targets_are_what_is_found(tmp_path, bus_file):
 
 def test_a_universal_perturbation_is_made_and_judged(tmp_path, tiny_data):
     quick = ("--imgsz", 96, "--eps", 12, "--photos", 24, "--batch", 2, "--conf", 0.1)
-    result = detguard("universal", "--data", tiny_data, *quick, "--out", "made", cwd=tmp_path)
+    result = detguard("universal", "--data", tiny_data, *quick, "--out", "made", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"file": "made/universal.png", "folder": "made", "stopped": False}
     assert "Universal: all not found any more" in (tmp_path / "made/report.html").read_text()
     options = ("--imgsz", 96, "--protocols", "clean", "--universal", "made/universal.png")
     judged = detguard("evaluate", "--data", tiny_data, *options, "--out", "judged", cwd=tmp_path)
