@@ -38,9 +38,14 @@ try:
 except ImportError:  # Pillow before 11.3
     SUPPORTED = False
 
+try:
+    from pillow_heif import HeifImageFile
+except ImportError:
+    HeifImageFile = None
+
 Photo = NDArray[np.uint8]
 
-SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
 # Decoders may go so often over the pixels of the largest photo, and oftener over those of a smaller one: a JPEG of 2 kB
@@ -61,6 +66,9 @@ AVIF = rb".{4}ftypavi[fs]"
 if SUPPORTED:
     SUFFIXES += (".avif",)
     READERS[AVIF] = AvifImageFile
+HEIC = rb".{4}ftyp(?:he[iv][cmsx]|mif1|msf1)"
+if HeifImageFile:
+    READERS[HEIC] = HeifImageFile
 EXIF_ORIENTATION = 274
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment of a JPEG, with a length
 PADDING_LEVEL = 114
@@ -105,9 +113,9 @@ def _photos_in(folder: Path, recursive: bool) -> list[Path]:
 
 
 def read_photo(file: str | Path) -> Photo:
-    """Read a JPEG, PNG, WebP, AVIF, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
+    """Read a JPEG, PNG, WebP, AVIF, HEIC, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
 
-    Pixels come from OpenCV, as in the detectors' own predict path, and of AVIF from Pillow. Pillow looks first, because
+    Pixels come from OpenCV, as in the detectors' own predict path, and of AVIF and HEIC from Pillow. Pillow looks first, because
     OpenCV decodes half a file without a word and believes any size in a header.
 
     Raises:
@@ -146,6 +154,8 @@ def _opened(stream: BinaryIO, file: str | Path) -> Iterator[ImageFile]:
     """Pillow's view of an image, of which the header is read; what it raises is a PhotoError."""
     begin = stream.read(16)
     reader = next((reader for magic, reader in READERS.items() if re.match(magic, begin, re.DOTALL)), None)
+    if reader is None and re.match(HEIC, begin, re.DOTALL):
+        raise PhotoError(f"{file}: a HEIC needs pillow-heif; pip install 'detguard[heic]'")
     if reader is None:
         raise PhotoError(f"{file}: not an image ({', '.join(s[1:] for s in SUFFIXES)} can be read)")
     stream.seek(0)
@@ -201,7 +211,7 @@ def decode_photo(data: bytes | memoryview, file: str | Path = "photo") -> Photo:
     Raises:
         PhotoError: it cannot be decoded.
     """
-    if re.match(AVIF, bytes(data[:12]), re.DOTALL):  # which OpenCV does not turn upright
+    if re.match(rb"%s|%s" % (AVIF, HEIC), bytes(data[:12]), re.DOTALL):  # which OpenCV does not turn upright, or read
         with _opened(io.BytesIO(data), file) as opened:
             return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
     try:
