@@ -34,11 +34,11 @@ class FileError(DetguardError):
 
 
 @contextmanager
-def open_file(file: str | Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading.
+def open_file(file: str | Path, most: int | None = None) -> Iterator[BinaryIO]:
+    """A regular file, of at most `most` bytes where they are bounded, open for reading.
 
     Raises:
-        FileError: missing, unreadable, or no regular file: a pipe would be waited for, a device never ends.
+        FileError: missing, unreadable, larger, or no regular file: a pipe would be waited for, a device never ends.
     """
     try:
         # Without O_NONBLOCK, to open a pipe is to wait for who writes to it.
@@ -52,6 +52,8 @@ def open_file(file: str | Path) -> Iterator[BinaryIO]:
         os.close(descriptor)
         raise FileError(f"{file}: not a regular file")
     with open(descriptor, "rb") as stream:  # noqa: PTH123
+        if most is not None and os.fstat(descriptor).st_size > most:
+            raise FileError(_over(file, most))
         yield stream
 
 
@@ -68,8 +70,12 @@ def read_file(file: str | Path, most: int = MAX_TEXT) -> bytes:
         except OSError as error:
             raise FileError(f"{file}: cannot be read ({error.strerror or error})") from error
     if len(data) > most:
-        raise FileError(f"{file}: over the limit of {most >> 20 or most / 2**20:g} MiB")
+        raise FileError(_over(file, most))
     return data
+
+
+def _over(file: str | Path, most: int) -> str:
+    return f"{file}: over the limit of {most >> 20 or most / 2**20:g} MiB"
 
 
 def is_file(file: str | Path) -> bool:

@@ -6,6 +6,7 @@ A photo is `uint8 [H, W, 3]` RGB at the resolution of its file. Gradients are `[
 import glob
 import hashlib
 import io
+import math
 import os
 import re
 import warnings
@@ -66,6 +67,10 @@ AVIF = rb".{4}ftypavi[fs]"
 if SUPPORTED:
     SUFFIXES += (".avif",)
     READERS[AVIF] = AvifImageFile
+# What a HEIC may hold: images, tiles of them, and what is no image. Its decoder takes tiles of so many pixels, whatever
+# size they say that they have.
+ITEMS = {b"hvc1", b"grid", b"Exif", b"mime", b"uri ", b"tmap"}
+LEAST_TILE = 1 << 16
 HEIC = rb".{4}ftyp(?:he[iv][cmsx]|mif1|msf1)"
 if HeifImageFile:
     READERS[HEIC] = HeifImageFile
@@ -115,8 +120,8 @@ def _photos_in(folder: Path, recursive: bool) -> list[Path]:
 def read_photo(file: str | Path) -> Photo:
     """Read a JPEG, PNG, WebP, AVIF, HEIC, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
 
-    Pixels come from OpenCV, as in the detectors' own predict path, and of AVIF and HEIC from Pillow. Pillow looks first, because
-    OpenCV decodes half a file without a word and believes any size in a header.
+    Pixels come from OpenCV, as in the detectors' own predict path, and of AVIF and HEIC from Pillow. Pillow looks
+    first, because OpenCV decodes half a file without a word and believes any size in a header.
 
     Raises:
         PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow.
@@ -171,8 +176,10 @@ def _opened(stream: BinaryIO, file: str | Path) -> Iterator[ImageFile]:
         raise PhotoError(f"{file}: the image is damaged or cut short ({reason})") from error
 
 
-def _passes(image: ImageFile, data: bytes) -> int:
+def _passes(image: ImageFile, data: bytes) -> float:
     """How often, about, a decoder goes over all pixels of an image."""
+    if image.format == "HEIF":
+        return math.inf if _nested(data) else _tiles(image)
     if image.format == "BMP" and image.info.get("compression", 0) != 0:
         return RUN_LENGTH_PASSES
     if image.format != "JPEG":
@@ -186,6 +193,28 @@ def _passes(image: ImageFile, data: bytes) -> int:
     return scans
 
 
+def _tiles(image: ImageFile) -> float:
+    """How much larger the tiles of a HEIC are together than what is shown of them."""
+    if not (grid := image.info.get("tiling")):
+        return 1
+    area = max(grid["tile_width"] * grid["tile_height"], LEAST_TILE)
+    return grid["num_columns"] * grid["num_rows"] * area / (image.width * image.height)
+
+
+def _nested(data: bytes) -> bool:
+    """Whether a HEIC may be put together of images that are put together themselves, each of which may come often."""
+    # Of the number of an item and its kind; other versions of these boxes are for more items than a decoder takes.
+    items = [(found[1], found[2]) for found in re.finditer(rb"infe(?=.{4}(..)..(....))", data, re.DOTALL)]
+    if re.search(rb"iref[^\0]", data) or not {kind for _, kind in items} <= ITEMS:
+        return True
+    grids = {number for number, kind in items if kind == b"grid"}
+    for found in re.finditer(rb"dimg(?=(..)(..))", data, re.DOTALL):
+        parts = data[found.end() + 4 :][: 2 * int.from_bytes(found[2])]
+        if found[1] in grids and not grids.isdisjoint(parts[i : i + 2] for i in range(0, len(parts), 2)):
+            return True
+    return False
+
+
 def photo_size(file: str | Path) -> tuple[int, int]:
     """Width and height of a photo as `read_photo` gives it, from its header alone.
 
@@ -193,7 +222,8 @@ def photo_size(file: str | Path) -> tuple[int, int]:
         PhotoError: there is no readable image.
     """
     try:
-        with open_file(file) as stream, _opened(stream, file) as image:
+        # Of AVIF and HEIC, Pillow reads all of it.
+        with open_file(file, MAX_PHOTO) as stream, _opened(stream, file) as image:
             width, height = image.size
             if isinstance(image, TiffImageFile):  # newer Pillows turn its size, older ones do not
                 width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]

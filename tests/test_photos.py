@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from detguard.files import MAX_PHOTO
 from detguard.photos import (
+    HEIC,
     PADDING_LEVEL,
+    READERS,
     Letterbox,
     PhotoError,
     encode_png,
@@ -84,6 +87,81 @@ def test_avif_files_are_read_upright(tmp_path, gradient_image, orientation):
     turned = {1: gradient_image, 3: gradient_image.rotate(180), 6: gradient_image.rotate(-90, expand=True)}
     assert np.abs(read_photo(file).astype(int) - np.asarray(turned[orientation])).max() <= 4
     assert find_photos([tmp_path]) == [file]
+
+
+@pytest.fixture
+def heic():
+    """Bytes of a HEIC."""
+    pytest.importorskip("pillow_heif", reason="needs pillow-heif (pip install detguard[heic])").register_heif_opener()
+
+    def made(image, **options):
+        stream = io.BytesIO()
+        image.save(stream, "HEIF", **options)
+        return stream.getvalue()
+
+    return made
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_heic_files_are_read_upright(tmp_path, heic, gradient_image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "a.HEIC"
+    file.write_bytes(heic(gradient_image, exif=exif.tobytes(), quality=100, chroma=444))
+    turned = {1: gradient_image, 3: gradient_image.rotate(180), 6: gradient_image.rotate(-90, expand=True)}
+    photo = read_photo(file)
+    assert np.abs(photo.astype(int) - np.asarray(turned[orientation])).max() <= 6
+    assert photo_size(file) == photo.shape[1::-1]
+    assert find_photos([tmp_path]) == [file]
+
+
+def test_tiles_of_a_heic_are_read(tmp_path, heic):
+    (tmp_path / "a.heic").write_bytes(heic(Image.new("RGB", (300, 200), "red"), tile_size=64))
+    assert np.abs(read_photo(tmp_path / "a.heic").astype(int) - (255, 0, 0)).max() <= 6
+
+
+def test_a_heic_that_a_decoder_must_not_see_or_fails_at_is_one_line(tmp_path, heic):
+    plain = heic(Image.new("RGB", (640, 480), "red"))
+    size = struct.pack(">II", 640, 480)
+    tiled = heic(Image.new("RGB", (2048, 1536), "red"), tile_size=512)
+
+    def holding(boxes):
+        return plain + struct.pack(">I", len(boxes) + 8) + b"free" + boxes
+
+    (tmp_path / "a.heic").write_bytes(holding(b"infe\2\0\0\0\0\7\0\0griddimg\0\7\0\2\0\1\0\1"))
+    assert read_photo(tmp_path / "a.heic").shape == (480, 640, 3)
+    bad = {
+        "damaged": (plain[:-20], plain.replace(size, struct.pack(">II", 64, 64))),
+        "megapixels": (plain.replace(size, struct.pack(">II", 30000, 30000)),),
+        "animated": (heic(Image.new("RGB", (64, 64)), save_all=True, append_images=[Image.new("RGB", (64, 64))]),),
+        "too long to decode": (
+            tiled.replace(struct.pack(">II", 512, 512), struct.pack(">II", 16000, 16000)),
+            holding(b"infe\2\0\0\0\0\1\0\0iovl"),
+            holding(b"infe\2\0\0\0\0\7\0\0griddimg\0\7\0\2\0\1\0\7"),
+            holding(b"iref\1"),
+        ),
+    }
+    for reason, files in bad.items():
+        for data in files:
+            (tmp_path / "a.heic").write_bytes(data)
+            with pytest.raises(PhotoError, match=rf"a\.heic: .*{reason}") as caught:
+                read_photo(tmp_path / "a.heic")
+            assert "\n" not in str(caught.value)
+
+
+def test_where_pillow_heif_is_missing_a_heic_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.delitem(READERS, HEIC, raising=False)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf")
+    with pytest.raises(PhotoError, match=r"a\.heic: a HEIC needs pillow-heif; pip install 'detguard\[heic\]'"):
+        read_photo(tmp_path / "a.heic")
+
+
+def test_the_size_of_a_file_of_any_length_is_not_read_to_its_end(tmp_path):
+    (tmp_path / "a.avif").write_bytes(coded("AVIF"))
+    os.truncate(tmp_path / "a.avif", MAX_PHOTO + 1)
+    for read in (read_photo, photo_size):
+        with pytest.raises(PhotoError, match="over the limit of 512 MiB"):
+            read(tmp_path / "a.avif")
 
 
 def bad_files(tmp_path):
