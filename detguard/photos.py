@@ -69,7 +69,7 @@ if SUPPORTED:
     READERS[AVIF] = AvifImageFile
 # What a HEIC may hold: images, tiles of them, and what is no image. Its decoder takes tiles of so many pixels, whatever
 # size they say that they have.
-ITEMS = {b"hvc1", b"grid", b"Exif", b"mime", b"uri ", b"tmap"}
+ITEMS = {b"hvc1", b"jpeg", b"grid", b"tmap", b"Exif", b"iptc", b"mime", b"uri "}
 LEAST_TILE = 1 << 16
 HEIC = rb".{4}ftyp(?:he[iv][cmsx]|mif1|msf1)"
 if HeifImageFile:
@@ -121,7 +121,8 @@ def read_photo(file: str | Path) -> Photo:
     """Read a JPEG, PNG, WebP, AVIF, HEIC, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
 
     Pixels come from OpenCV, as in the detectors' own predict path, and of AVIF and HEIC from Pillow. Pillow looks
-    first, because OpenCV decodes half a file without a word and believes any size in a header.
+    first, because OpenCV decodes half a file without a word and believes any size in a header. Of several images in a
+    HEIC, it is the primary one, of those in a TIFF the first.
 
     Raises:
         PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow.
@@ -149,7 +150,7 @@ def _check(data: bytes, file: str | Path) -> None:
             raise PhotoError(f"{file}: {width} x {height} px is too small, at least {MIN_SIDE} x {MIN_SIDE} needed")
         if _passes(image, data) * width * height > MAX_PASSES * MAX_PIXELS:
             raise PhotoError(f"{file}: {width} x {height} px coded so take too long to decode; save it as PNG")
-        if getattr(image, "is_animated", False) and image.format != "TIFF":
+        if getattr(image, "is_animated", False) and image.format not in ("TIFF", "HEIF"):
             raise PhotoError(f"{file}: animated; save the frame you want as a PNG")
         image.load()
 
