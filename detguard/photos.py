@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,11 +38,6 @@ try:
     from PIL.AvifImagePlugin import SUPPORTED, AvifImageFile
 except ImportError:  # Pillow before 11.3
     SUPPORTED = False
-
-try:
-    from pillow_heif import HeifImageFile
-except ImportError:
-    HeifImageFile = None
 
 Photo = NDArray[np.uint8]
 
@@ -72,7 +67,9 @@ if SUPPORTED:
 ITEMS = {b"hvc1", b"jpeg", b"grid", b"tmap", b"Exif", b"iptc", b"mime", b"uri "}
 LEAST_TILE = 1 << 16
 HEIC = rb".{4}ftyp(?:he[iv][cmsx]|mif1|msf1)"
-if HeifImageFile:
+with suppress(ImportError):  # the extra `heic`
+    from pillow_heif import HeifImageFile
+
     READERS[HEIC] = HeifImageFile
 EXIF_ORIENTATION = 274
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment of a JPEG, with a length
