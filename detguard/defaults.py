@@ -5,6 +5,7 @@ from typing import Final
 MODEL: Final = "detguard-n"
 # A GPU where CUDA finds one, else the CPU.
 DEVICE: Final = "auto"
+FRAMES: Final = 100
 # Confidence over which an object counts as found, of families that have no threshold of their own: that of Ultralytics'
 # predict. Torchvision's .05 is the least that its networks give, not one that is shown.
 CONF: Final = 0.25

@@ -96,6 +96,11 @@ class Detections:
     classes: Tensor
     experts: Tensor | None = None
 
+    @classmethod
+    def none(cls) -> "Detections":
+        """No detections at all."""
+        return cls(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+
     def __getitem__(self, index: Any) -> "Detections":
         return Detections(self.boxes[index], self.scores[index], self.classes[index], self.experts)
 

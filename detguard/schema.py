@@ -280,7 +280,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "universal": LEARNED | {"picture": {"eps": whole(1, 127), "pixels": whole(8, 4096)}},
     "monitor": {
         "detector": DETECTOR,
-        "stream": {"source": text, "split": text, "images": Maybe(text), "class_map?": {"*": text}},
+        "stream": {
+            "source": text,
+            "split": text,
+            "images": Maybe(text),
+            "class_map?": {"*": text},
+            "every?": whole(1),
+            "frames?": whole(1, 10_000),
+        },
         "monitor": {"detector": text, "window": whole(8, 10**6)},
         "on_drift": one_of("tell", "adapt"),
         "replay": texts,

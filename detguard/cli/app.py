@@ -119,7 +119,10 @@ Confidence = Annotated[
     ),
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with the folders in them, too.")]
-Every = Annotated[int, typer.Option("--every", min=1, help="Of videos, every so many frames.")]
+Every = Annotated[int, typer.Option("--every", min=1, help="Of videos and cameras, every so many frames.")]
+Frames = Annotated[
+    int, typer.Option("--frames", min=1, max=10_000, help="Of a camera, which never ends, so many frames.")
+]
 Trust = Annotated[
     bool,
     typer.Option(

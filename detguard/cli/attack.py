@@ -19,6 +19,7 @@ from detguard.cli.app import (
     EndToEnd,
     Every,
     ExistOk,
+    Frames,
     Fusion,
     ImageSize,
     Json,
@@ -75,10 +76,14 @@ def attack(
     context: typer.Context,
     photos: Annotated[
         list[str] | None,
-        typer.Argument(help="Photos, videos, folders or patterns.", metavar="PHOTO|VIDEO|FOLDER|GLOB..."),
+        typer.Argument(
+            help="Photos, videos, folders, patterns, web addresses, or the number of a camera.",
+            metavar="PHOTO|VIDEO|FOLDER|GLOB|URL|CAMERA...",
+        ),
     ] = None,
     recursive: Recursive = False,
     every: Every = 1,
+    frames: Frames = defaults.FRAMES,
     data: Annotated[
         str | None,
         typer.Option(
@@ -235,6 +240,7 @@ def attack(
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
     from detguard.classes import parse_map
+    from detguard.data.inputs import find_inputs
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured, load_detector
     from detguard.objectives.parse import read_goal
@@ -257,7 +263,7 @@ def attack(
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
         if norm == "l2" and "/" in eps:
             raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
-        files = [str(file) for file in find_photos(photos, recursive)] if photos else []
+        files = find_inputs(photos, recursive) if photos else []
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
             budget=parse_budget(norm, levels(eps), mask), smallest=smallest, steps=steps, rule=rule,
@@ -290,7 +296,7 @@ def attack(
         )  # fmt: skip
 
         def begin() -> Run:
-            shown, folder = framed([Path(file) for file in files], "attack", out_folder, every, exist_ok)
+            shown, folder = framed(files, "attack", out_folder, every, frames, exist_ok)
             return Run.create("attack", folder, config | {"photos": list(map(str, shown))}, kept, exist_ok)
 
         run = shared_run(ranks, begin)
@@ -317,21 +323,21 @@ def numbers(option: str, text: str | None, example: str, count: int | None = Non
 
 
 def framed(
-    files: Sequence[Path], command: str, out: Path | None, every: int, exist_ok: bool
+    sources: Sequence[str], command: str, out: Path | None, every: int, frames: int, exist_ok: bool
 ) -> tuple[list[Path], Path | None]:
-    """Photos and the folder of a new run, into which the frames of the videos among them are written."""
-    from detguard.data.video import is_video, with_frames
+    """Photos and the folder of a new run, into which downloads and the frames of videos and cameras are written."""
+    from detguard.data.inputs import as_photos, is_address, is_camera, is_video
     from detguard.runs import CONFIG, Run, next_free
 
-    if not any(map(is_video, files)):
-        return list(files), out
+    if not any(is_video(one) or is_camera(one) or is_address(one) for one in sources):
+        return list(map(Path, sources)), out
     if out and (out / CONFIG).exists():
         if not exist_ok:  # which is then refused
-            return list(files), out
+            return list(map(Path, sources)), out
         Run.resume(out, command).clear()
     folder = out or next_free(Path("runs") / command)
-    with err.status("Reading the videos"):
-        return with_frames(files, folder / "frames", every), folder
+    with err.status("Reading what is no photo yet"):
+        return list(as_photos(sources, folder / "inputs", every, frames)), folder
 
 
 def places(text: str | None) -> list[int] | None:
@@ -477,10 +483,15 @@ def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Pa
 def detect(
     context: typer.Context,
     photos: Annotated[
-        list[str], typer.Argument(help="Photos, videos, folders or patterns.", metavar="PHOTO|VIDEO|FOLDER|GLOB...")
+        list[str],
+        typer.Argument(
+            help="Photos, videos, folders, patterns, web addresses, or the number of a camera.",
+            metavar="PHOTO|VIDEO|FOLDER|GLOB|URL|CAMERA...",
+        ),
     ],
     recursive: Recursive = False,
     every: Every = 1,
+    frames: Frames = defaults.FRAMES,
     model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
     conf: Confidence = None,
@@ -496,18 +507,19 @@ def detect(
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
+    from detguard.data.inputs import find_inputs
     from detguard.detectors.load import detector_config, load_detector
-    from detguard.photos import encode_png, find_photos, read_photo
+    from detguard.photos import encode_png, read_photo
     from detguard.reports.overlay import draw_detections
     from detguard.reports.tables import detections_table
     from detguard.runs import Run, photo_keys
 
     out_folder = run_folder(context)
-    sources = find_photos(photos, recursive)
+    sources = find_inputs(photos, recursive)
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     conf = conf or detector.conf
-    shown, out_folder = framed(sources, "detect", out_folder, every, exist_ok)
+    shown, out_folder = framed(sources, "detect", out_folder, every, frames, exist_ok)
     files = photo_keys(shown)
     config = {
         "detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()],

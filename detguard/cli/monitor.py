@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +14,9 @@ from detguard.cli.adapt import Replay
 from detguard.cli.app import (
     ClassMap,
     Device,
+    Every,
     ExistOk,
+    Frames,
     Fusion,
     ImageSize,
     Json,
@@ -57,8 +60,13 @@ def monitor(
     model: Model = defaults.MODEL,
     stream: Annotated[
         str | None,
-        typer.Option(help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}]}."),
+        typer.Option(
+            help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}]}; or, without labels "
+            "and for hints alone, a video or the number of a camera."
+        ),
     ] = None,
+    every: Every = 1,
+    frames: Frames = defaults.FRAMES,
     split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Monitor.split,
     class_map: ClassMap = None,
     images: Annotated[
@@ -115,7 +123,7 @@ def monitor(
     from detguard.data.sources import read_labelled, unlabelled
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.runs import Run
-    from detguard.workflows.monitor import LIVE, open_stream
+    from detguard.workflows.monitor import LIVE, is_filmed, open_stream
 
     if resume:
         only_resumes(context)
@@ -141,6 +149,7 @@ def monitor(
         "detector": detector_config(watched, model),
         "stream": {
             "source": stream, "split": split, "images": str(images) if images else None, "class_map": renamed,
+            "every": every, "frames": frames,
         },
         "monitor": {"detector": detector, "window": window},
         "on_drift": on_drift,
@@ -149,7 +158,8 @@ def monitor(
         "arguments": sys.argv[1:],
     }  # fmt: skip
     # Wrong data leave no run behind.
-    listed = None if stream == LIVE else open_stream(config["stream"], watched, show_warnings)
+    opens = stream == LIVE or is_filmed(stream)
+    listed = None if opens else open_stream(config["stream"], watched, show_warnings)
     run = Run.create("monitor", out_folder, config, exist_ok=exist_ok)
     sys.exit(watch(run, watched, device, listed, as_json=as_json))
 
@@ -190,22 +200,20 @@ def watch(
     from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
-    from detguard.workflows.monitor import DROPPED, LIVE, open_stream, write_dropped
+    from detguard.workflows.monitor import DROPPED, LIVE, film, is_filmed, open_stream, write_dropped
 
     out.quiet = out.quiet or as_json
     source, options = run.config["stream"], run.config["monitor"]
-    live = source["source"] == LIVE
-    if photos is None and not live:
+    live, filmed = source["source"] == LIVE, is_filmed(source["source"])
+    if photos is None and not live and not filmed:
         photos = open_stream(source, detector, show_warnings)
     adapts = run.config["on_drift"] == "adapt"
     living = Living(run, detector, device, lambda line: out.print(line, highlight=False, soft_wrap=True))
     if roll_back:
         living.roll_back()
-    if photos is None:
-        lines = lines_of(sys.stdin.buffer)
-        shown = from_lines(lines, detector.class_names, class_map=source.get("class_map"))
-    else:
-        shown = iter(photos)
+    shown: Iterable[Any] = film(run) if photos is None else photos
+    if live:
+        shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names, class_map=source.get("class_map"))
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:

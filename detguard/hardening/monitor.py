@@ -245,8 +245,7 @@ class Watch:
         if judged and "confidence" in known and not late:
             self.hints.add(number, known["confidence"])
         if known.get("labelled") is False:
-            nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-            photo = Labelled(Path(known["photo"]), nothing, id=known.get("id", ""), labelled=False)
+            photo = Labelled(Path(known["photo"]), Detections.none(), id=known.get("id", ""), labelled=False)
             self.wait(Waiting(number, photo))
         else:
             self.waiting.pop(known.get("id", ""), None)

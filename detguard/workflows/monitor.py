@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detguard import defaults
+from detguard import DetguardError, defaults
+from detguard.data.inputs import as_photos, is_camera, is_video
 from detguard.data.sources import OnData, read_labelled, warn_of
 from detguard.data.stream import Labelled, from_records, to_lines
+from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.hardening.monitor import Deployment, Monitor, latest, observe
@@ -29,6 +31,25 @@ def open_stream(source: Mapping[str, Any], detector: Detector, on_data: OnData =
     return read_labelled(
         source["source"], source["split"], detector.class_names, on_data, images, source.get("class_map")
     )
+
+
+def is_filmed(source: str) -> bool:
+    """Whether a stream is a video or a camera, whose frames have no labels."""
+    return is_video(source) or is_camera(source)
+
+
+def film(run: Run) -> Iterator[Labelled]:
+    """The frames of the video or camera that a run watches, as photos without labels, kept in the run.
+
+    Raises:
+        DetguardError: as `as_photos`, or frames of a camera are asked for again.
+    """
+    stream = run.config["stream"]
+    source, every, frames = stream["source"], stream.get("every", 1), stream.get("frames", defaults.FRAMES)
+    if is_camera(source) and run.records():
+        raise DetguardError(f"{run.folder}: what the camera showed is gone; begin a new run")
+    for file in as_photos([source], run.path("inputs"), every, frames):
+        yield Labelled(file, Detections.none(), id=file.stem, labelled=False)
 
 
 def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -133,3 +134,26 @@ def test_a_wrong_line_is_one_line_that_names_it(tmp_path):
     result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "run", cwd=tmp_path, stdin="{}\n")
     assert result.returncode == 2
     assert "line 1" in result.stderr
+
+
+def test_frames_of_a_video_give_hints_and_are_gone_on_with(stream, tmp_path):
+    with av.open(str(tmp_path / "drive.mp4"), "w") as made:
+        film = made.add_stream("mpeg4", rate=10)
+        film.width, film.height = 202, 270
+        for number in (*range(24), *range(40, 48)):
+            picture = cv2.imread(str(stream / f"{number:02d}.png"))[:, :, ::-1]
+            for packet in film.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")):
+                made.mux(packet)
+        for packet in film.encode():
+            made.mux(packet)
+    watched = detguard("monitor", "--stream", "drive.mp4", *OPTIONS, "--every", 2, "--out", "run", cwd=tmp_path)
+    assert watched.returncode == 0, watched.stderr
+    file = tmp_path / "run/results.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [r["number"] for r in records] == list(range(1, 17))
+    assert not any(r["labelled"] for r in records)
+    assert "a hint, without labels: confidence has dropped since photo 13" in watched.stdout
+    before = file.read_text()
+    file.write_text("".join(before.splitlines(keepends=True)[:11]))
+    assert detguard("monitor", "--resume", "run", cwd=tmp_path).returncode == 0
+    assert file.read_text() == before

@@ -1,0 +1,156 @@
+"""What stands for photos without being files of them: videos, by PyAV (extra `video`), cameras, and web addresses."""
+
+import mimetypes
+import re
+from collections.abc import Iterable, Iterator
+from http.client import HTTPException
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+from urllib.request import Request, urlopen
+
+import numpy as np
+
+from detguard import DetguardError, first_line
+from detguard.files import FileError, open_file, write_file
+from detguard.photos import MAX_PIXELS, MIN_SIDE, Photo, encode_png, find_photos
+from detguard.runs import photo_keys
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+# Of one file; each becomes a PNG.
+MOST_FRAMES = 10_000
+# FFmpeg would also take a playlist for a video, and read what it names.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+
+
+# Of one file from the web; and how long nothing may come.
+MOST_BYTES, PATIENCE = 2 << 30, 30
+
+
+def is_video(file: str | Path) -> bool:
+    """Whether a file is called as videos are."""
+    return str(file).lower().endswith(VIDEOS)
+
+
+def is_camera(source: str | Path) -> bool:
+    """Whether a source is the number of a camera, as OpenCV counts them from 0, and no file is called so."""
+    return bool(re.fullmatch(r"\d{1,2}", str(source), re.ASCII)) and not Path(source).exists()
+
+
+def is_address(source: str) -> bool:
+    """Whether a source is a file of the web."""
+    return bool(re.match(r"https?://", source, re.IGNORECASE))
+
+
+def find_inputs(sources: Iterable[str], recursive: bool = False) -> list[str]:
+    """What `find_photos` finds, and the cameras and addresses among the sources as they are, behind it.
+
+    Raises:
+        PhotoError: no source exists.
+    """
+    sources = list(sources)
+    others = [one for one in sources if is_camera(one) or is_address(one)]
+    files = [one for one in sources if one not in others]
+    return [*map(str, find_photos(files, recursive) if files else []), *others]
+
+
+def download(address: str, folder: Path) -> Path:
+    """The file of an address, downloaded into a folder under its own name, or if that is taken another one.
+
+    Raises:
+        DetguardError: it cannot be downloaded, or is over 2 GiB.
+    """
+    try:
+        with urlopen(Request(address, headers={"User-Agent": "detguard"}), timeout=PATIENCE) as answer:
+            data = answer.read(MOST_BYTES + 1)
+            kind = answer.headers.get_content_type()
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
+        raise DetguardError(f"{address}: cannot be downloaded ({first_line(error)})") from error
+    if len(data) > MOST_BYTES:
+        raise DetguardError(f"{address}: over {MOST_BYTES >> 30} GiB")
+    name = Path(re.sub(r"[^\w.-]", "_", unquote(urlparse(address).path).rpartition("/")[2])[-64:])
+    suffix = name.suffix or mimetypes.guess_extension(kind) or ""
+    names = (f"{name.stem.strip('.') or 'photo'}{f'-{number}' if number else ''}{suffix}" for number in count())
+    file = next(folder / name for name in names if not (folder / name).exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(file, data)
+    return file
+
+
+def read_frames(file: Path, every: int = 1) -> Iterator[tuple[int, Photo]]:
+    """Every so many frames of a video, and their numbers from 1, `uint8 [H, W, 3]` RGB.
+
+    Raises:
+        DetguardError: it is no video, cannot be read, or its frames are too large or too many.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise DetguardError(f"{file}: needs PyAV; pip install 'detguard[video]'") from error
+    try:
+        with (
+            open_file(file) as stream,
+            av.open(stream, "r", options={"format_whitelist": FORMATS}) as video,
+        ):
+            for number, frame in enumerate(video.decode(video.streams.video[0])):
+                if not MIN_SIDE**2 <= frame.width * frame.height <= MAX_PIXELS:
+                    raise DetguardError(f"{file}: frames of {frame.width} x {frame.height} px; too small or too large")
+                if number % every == 0:
+                    if number // every == MOST_FRAMES:
+                        raise DetguardError(f"{file}: over {MOST_FRAMES} frames; take fewer by `every`")
+                    yield number + 1, np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
+    except (FileError, DetguardError):
+        raise
+    except Exception as error:  # of a damaged file, a decoder can raise anything
+        raise DetguardError(f"{file}: no video that can be read ({first_line(error)})") from error
+
+
+def camera_frames(camera: Any, every: int = 1) -> Iterator[tuple[int, Photo]]:
+    """Every so many frames of an open `cv2.VideoCapture`, and their numbers from 1, `uint8 [H, W, 3]` RGB, to its end.
+
+    Raises:
+        DetguardError: it gives none.
+    """
+    number = 0
+    try:
+        while camera.grab():
+            number += 1
+            if (number - 1) % every == 0 and (frame := camera.retrieve())[0]:
+                yield number, np.ascontiguousarray(frame[1][..., ::-1])
+    finally:
+        camera.release()
+    if not number:
+        raise DetguardError("the camera gives no frames; see that it is there and that nothing else uses it")
+
+
+def as_photos(sources: Iterable[str], folder: Path, every: int = 1, frames: int = MOST_FRAMES) -> Iterator[Path]:
+    """Photos of sources by `find_inputs`, one by one: downloads, and frames as NAME-NUMBER.png, go into a folder.
+
+    Args:
+        sources: photos, videos, cameras and addresses.
+        folder: made where it is needed.
+        every: of videos and cameras, every so many frames.
+        frames: of a camera, which never ends, so many.
+
+    Raises:
+        DetguardError: as `read_frames`, `camera_frames` and `download`, or a file cannot be written.
+    """
+    files = [(one, download(one, folder) if is_address(one) else Path(one)) for one in sources]
+    names = {file: name for name, file in photo_keys([file for _, file in files]).items()}
+    for source, file in files:
+        shown: Iterator[tuple[int, Photo]]
+        if is_camera(source):
+            import cv2
+
+            shown = islice(camera_frames(cv2.VideoCapture(int(source)), every), frames)
+        elif is_video(file):
+            shown = read_frames(file, every)
+        else:
+            yield file
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, photo in shown:
+            made = folder / f"{names[file]}-{number:06d}.png"
+            write_file(made, encode_png(photo))
+            yield made
