@@ -338,6 +338,7 @@ SHOWN = {
     "objects": Items(DETECTION),
     "classes?": texts,
     "unknown?": texts,
+    "time?": text,
     "AP50?": Maybe(real()),
 }
 # Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed.

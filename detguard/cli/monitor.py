@@ -61,8 +61,8 @@ def monitor(
     stream: Annotated[
         str | None,
         typer.Option(
-            help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}]}; or, without labels "
-            "and for hints alone, a video or the number of a camera."
+            help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}], time}; or, without "
+            "labels and for hints alone, a video or the number of a camera."
         ),
     ] = None,
     every: Every = 1,
@@ -197,7 +197,7 @@ def watch(
     from detguard.classes import left_out
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
     from detguard.hardening.monitor import latest, observe
-    from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, windows
+    from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, when, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
     from detguard.workflows.monitor import DROPPED, LIVE, film, is_filmed, open_stream, write_dropped
@@ -224,9 +224,11 @@ def watch(
                 if "error" in record:
                     show_error(record["error"])
                 elif record["began"] is not None:
-                    message = f"photo {record['number']}: accuracy has dropped since photo {record['began']}"
+                    told = run.records()
+                    began = next(r for r in told if r["number"] == record["began"])
+                    message = f"photo {when(record)}: accuracy has dropped since photo {when(began)}"
                     out.print(message, highlight=False, soft_wrap=True)
-                    write_dropped(run, run.records())  # a live stream may never end
+                    write_dropped(run, told)  # a live stream may never end
                 elif "hint" in record:
                     message = f"photo {record['number']}: a hint, without labels: confidence has dropped since photo "
                     out.print(f"{message}{record['hint']}; labels would tell", highlight=False, soft_wrap=True)

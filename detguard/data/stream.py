@@ -19,7 +19,7 @@ from detguard.files import MAX_ANNOTATIONS, MAX_LINE, parse_json, read_file
 # Objects that one photo may have, bytes of its id, and pixels from its corner that a box may lie.
 MOST_OBJECTS, LONGEST_ID = 10_000, 200
 MOST_PIXELS = 1e9
-# Of the name of a class that is not known, which is only shown.
+# Of the name of a class that is not known, and of a time, which are only shown.
 MOST_LETTERS = 100
 
 
@@ -29,7 +29,8 @@ class Labelled:
 
     known: the classes that are labelled wherever they are seen; None: all that the detector knows; unknown: of each
     object that is left out, since the detector does not know its class, that class's name.
-    id: by which `Labels` that come later name it; labelled: whether none are waited for.
+    id: by which `Labels` that come later name it; labelled: whether none are waited for; time: of the photo, as it was
+    given, which is only shown.
     """
 
     file: Path
@@ -38,6 +39,7 @@ class Labelled:
     unknown: tuple[str, ...] = ()
     id: str = ""
     labelled: bool = True
+    time: str = ""
 
     def counted(self, found: Detections) -> Detections:
         """Those of detections that the labels can tell to be true or false."""
@@ -70,7 +72,9 @@ def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelle
     for image in images:
         labelled = [a["category_id"] for a in dataset.annotations.imgToAnns.get(image, []) if not a["iscrowd"]]
         unknown = tuple(left_out[category] for category in labelled if category in left_out)
-        yield Labelled(dataset.files[image], dataset.objects(image, category_ids), tuple(category_ids), unknown)
+        time = str(dataset.annotations.imgs[image].get(TIME, ""))[:MOST_LETTERS]
+        objects = dataset.objects(image, category_ids)
+        yield Labelled(dataset.files[image], objects, tuple(category_ids), unknown, time=time)
 
 
 def unknown_boxes(unknown: Iterable[Iterable[str]]) -> dict[str, int]:
@@ -85,6 +89,8 @@ def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
         line["classes"] = [class_names[index] for index in photo.known]
     if photo.unknown:
         line["unknown"] = list(photo.unknown)
+    if photo.time:
+        line["time"] = photo.time
     return line | ({"id": photo.id, "labelled": photo.labelled} if photo.id else {})
 
 
@@ -111,9 +117,10 @@ def from_lines(
     """Photos from JSON lines: {"photo": "a.jpg", "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}.
 
     Boxes in pixels of the photo; objects of classes that the detector does not know are left out. "classes" may list
-    those that are labelled, if not all are. Labels may come later: {"id": "17", "photo": "a.jpg"}, then
-    {"id": "17", "objects": [...]}. A line that is not such an object is given as the error that names it by
-    its number. source: where the lines are from, for errors; class_map: names of their classes -> the detector's.
+    those that are labelled, if not all are, and "time" say when the photo was taken. Labels may come later:
+    {"id": "17", "photo": "a.jpg"}, then {"id": "17", "objects": [...]}. A line that is not such an object is given as
+    the error that names it by its number. source: where the lines are from, for errors; class_map: names of their
+    classes -> the detector's.
     """
     index = _index(class_names, source, class_map)
     for number, line in enumerate(lines, 1):
@@ -197,7 +204,8 @@ def _read(record: Any, index: dict[str, int]) -> Labelled | Labels:
     if b"\0" in os.fsencode(name):  # which no file can be called, as is what cannot be encoded
         raise ValueError("a name with a null byte")
     objects, known, unknown = _objects(record if labelled else {"objects": []}, index)
-    return Labelled(Path(name), objects, known, unknown, key, labelled)
+    time = str(record["time"])[:MOST_LETTERS] if isinstance(record.get("time"), str | int | float) else ""
+    return Labelled(Path(name), objects, known, unknown, key, labelled, time)
 
 
 def _objects(record: Any, index: dict[str, int]) -> tuple[Detections, tuple[int, ...] | None, tuple[str, ...]]:

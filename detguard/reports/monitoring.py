@@ -1,6 +1,8 @@
 """The page of a monitor run: how accuracy went over the stream, and where it dropped."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError
@@ -87,14 +89,70 @@ def verdict(records: Sequence[Record], window: int) -> str:
         if len(judged) < window:
             return f"Too few to judge: {len(judged)} photos have known objects, a window is {window}"
         return f"No drop on {len(judged)} photos with known objects: mean F1 {number(mean(r['f1'] for r in judged))}"
-    first = alarms[0]
-    before = mean(r["f1"] for r in judged if r["number"] < first["began"])
-    after = mean(r["f1"] for r in judged if first["began"] <= r["number"] <= first["number"])
-    more = f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
+    first, more = drops(records)[0], f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
     return (
-        f"F1 dropped from {number(before)} to {number(after)} since photo {first['began']}, detected at photo "
-        f"{first['number']}{more}"
+        f"F1 dropped from {number(first.before)} ({first.photos_before} photos) to {number(first.after)} "
+        f"({first.photos_after}) since about photo {when(first.began)}, detected at photo {when(first.alarm)}{more}"
     )
+
+
+def when(record: Record) -> str:
+    """The number of a photo, with its time where it has one."""
+    return f"{record['number']} ({record['time']})" if record.get("time") else str(record["number"])
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A drop: the photo since which accuracy has dropped, as is estimated, the one at which it was detected, and the
+    mean F1 of the photos with known objects before, since the drop before it, and from there to the alarm.
+    """
+
+    began: Record
+    alarm: Record
+    before: float | None
+    photos_before: int
+    after: float | None
+    photos_after: int
+
+
+def drops(records: Sequence[Record]) -> list[Drop]:
+    """Those of a stream, of which there is one record of each photo."""
+    found, since = list[Drop](), 0
+    by_number = {r["number"]: r for r in records}
+    for alarm in (r for r in records if r.get("began") is not None):
+        began = alarm["began"]
+        judged = [r for r in records if r.get("f1") is not None and since <= r["number"] <= alarm["number"]]
+        before, after = ([r["f1"] for r in judged if (r["number"] < began) is early] for early in (True, False))
+        first = by_number.get(began, {"number": began, "photo": ""})
+        found.append(Drop(first, alarm, mean(before), len(before), mean(after), len(after)))
+        since = began
+    return found
+
+
+def drops_table(found: Sequence[Drop]) -> Table:
+    """One row per drop: when it began, when it was detected, and F1 before and since."""
+    rows = [
+        [
+            when(drop.began),
+            Path(drop.began["photo"]).name,
+            when(drop.alarm),
+            number(drop.before),
+            str(drop.photos_before),
+            number(drop.after),
+            str(drop.photos_after),
+        ]
+        for drop in found
+    ]
+    head = ["began at photo", "file", "detected at photo", "F1 before", "photos before", "F1 since", "photos since"]
+    note = "Where it began is an estimate: where the photos before and after are best told apart by their F1."
+    return Table("Drops", head, rows, note)
+
+
+def dropped(records: Sequence[Record]) -> list[Record]:
+    """The photos of every drop that have known objects, the least F1 first."""
+    spans = [(r["began"], r["number"]) for r in records if r.get("began") is not None]
+    found = [r for r in records if r.get("f1") is not None and any(a <= r["number"] <= b for a, b in spans)]
+    return sorted(found, key=lambda r: r["f1"])
 
 
 def drop_items(records: Sequence[Record], at: Callable[[int], Detector]) -> list[Item]:
@@ -102,12 +160,8 @@ def drop_items(records: Sequence[Record], at: Callable[[int], Detector]) -> list
 
     at: that of a photo's number. Photos that cannot be read any more are left out.
     """
-    drops = [(r["began"], r["number"]) for r in records if r.get("began") is not None]
-    dropped = [
-        r for r in records if r.get("f1") is not None and any(began <= r["number"] <= last for began, last in drops)
-    ]
     items = []
-    for record in sorted(dropped, key=lambda r: r["f1"])[:MOST_SHOWN]:
+    for record in dropped(records)[:MOST_SHOWN]:
         detector = at(record["number"])
         (labelled,) = from_records([record], detector.class_names)
         try:
@@ -123,7 +177,8 @@ def drop_items(records: Sequence[Record], at: Callable[[int], Detector]) -> list
             panel(f"found: F1 {record['f1']:.2f}", photo, marked(labelled.objects, found, names)),
         )
         outcome = "nothing right" if record["f1"] == 0 else "partly right" if record["f1"] < 1 else "all right"
-        items.append(Item(f"photo {record['number']}: {labelled.file.name}", outcome, "", [pair(*sides)]))
+        title = f"photo {record['number']}: {labelled.file.name}"
+        items.append(Item(title, outcome, record.get("time", ""), [pair(*sides)]))
     return items
 
 
@@ -140,6 +195,9 @@ def monitor_page(run: Run, records: list[Record], events: list[Record], items: S
         line = timeline_plot(rows, [(r["began"], r["number"]) for r in alarms], deployed)
         plots["Accuracy over the stream"] = line
     title = f"Monitor: {run.config['detector']['model']}"
-    tables = [events_table(events)] * bool(events) + [timeline_table(rows)]
+    tables = [drops_table(drops(records))] * bool(alarms) + [events_table(events)] * bool(events)
+    tables.append(timeline_table(rows))
     summary, command = verdict(records, options["window"]), ["detguard", *run.config["arguments"]]
-    return render_page(title, summary, subtitle, command, tables, plots, items)
+    left_out = len(dropped(records)) - len(items) if items else 0
+    gallery = "From where each drop began to its alarm, the least F1 first."
+    return render_page(title, summary, subtitle, command, tables, plots, items, left_out, gallery)

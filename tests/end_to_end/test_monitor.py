@@ -23,7 +23,7 @@ def stream(tmp_path_factory, bundled, bus_file):
     for number in range(48):
         shown = photo if number < 24 else (photo * 0.02).astype(np.uint8)
         cv2.imwrite(str(folder / f"{number:02d}.png"), shown)
-        lines.append({"photo": f"{number:02d}.png", "objects": found})
+        lines.append({"photo": f"{number:02d}.png", "objects": found, "time": f"2026-03-01 07:{number:02d}"})
     (folder / "stream.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -33,7 +33,7 @@ def test_a_drop_is_told_with_its_photos(stream):
         "monitor", "--stream", "-", *OPTIONS, "--out", "run", cwd=stream, stdin=(stream / "stream.jsonl").read_text()
     )
     assert result.returncode == 1, result.stderr
-    assert "accuracy has dropped since photo 25" in result.stdout
+    assert "accuracy has dropped since photo 25 (2026-03-01 07:24)" in result.stdout
     dropped = [json.loads(line) for line in (stream / "run/dropped.jsonl").read_text().splitlines()]
     given = [json.loads(line) for line in (stream / "stream.jsonl").read_text().splitlines()]
     assert [entry["photo"] for entry in dropped] == [entry["photo"] for entry in given[24 : 24 + len(dropped)]]
@@ -44,7 +44,9 @@ def test_a_drop_is_told_with_its_photos(stream):
     assert records[7]["AP50"] > 0.5 > records[-1]["AP50"]
     page = (stream / "run/report.html").read_text()
     assert "Accuracy over the stream" in page
-    assert "F1 dropped from" in page
+    assert "since about photo 25 (2026-03-01 07:24), detected at photo" in page
+    assert ">24.png</td>" in page
+    assert f"{len(dropped) - 12} more photos are not shown" in page or len(dropped) <= 12
     assert page.count('class="card item"') == min(12, len(dropped))
     assert "1 to 8" in page
 
