@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from detguard.detectors.load import load_detector
     from detguard.objectives import Fabricate, Flood, Mislabel, Untargeted, Vanish
     from detguard.objectives.base import Selection
-    from detguard.workflows.adapt import Adapted, adapt
+    from detguard.workflows.adapt import adapt
     from detguard.workflows.attack import Result, attack, verify
     from detguard.workflows.evaluate import evaluate
     from detguard.workflows.harden import Trained, harden
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from detguard.workflows.pictures import Learned, patch, universal
 
 __all__ = [
-    "L2", "Adapted", "DetguardError", "Fabricate", "Flood", "Learned", "Linf", "Masked", "Mislabel", "Result",
+    "L2", "DetguardError", "Fabricate", "Flood", "Learned", "Linf", "Masked", "Mislabel", "Result",
     "Selection", "Trained", "Untargeted", "Vanish", "adapt", "attack", "evaluate", "harden", "load_detector", "monitor",
     "patch", "universal", "verify",
 ]  # fmt: skip
@@ -50,7 +50,7 @@ _MODULES = {
     "detectors.load": ("load_detector",),
     "objectives": ("Fabricate", "Flood", "Mislabel", "Untargeted", "Vanish"),
     "objectives.base": ("Selection",),
-    "workflows.adapt": ("Adapted", "adapt"),
+    "workflows.adapt": ("adapt",),
     "workflows.attack": ("Result", "attack", "verify"),
     "workflows.evaluate": ("evaluate",),
     "workflows.harden": ("Trained", "harden"),

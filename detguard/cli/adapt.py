@@ -1,6 +1,5 @@
 """`detguard adapt`: parse, call, show."""
 
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,7 +31,7 @@ from detguard.cli.app import (
     stop_signals,
 )
 from detguard.cli.evaluate import names, show_warnings
-from detguard.cli.harden import Batch, Rate, last_loss, show_setback
+from detguard.cli.harden import Batch, Rate, last_loss, show_judgement, show_setback
 
 if TYPE_CHECKING:
     from detguard.ranks import Ranks
@@ -109,7 +108,7 @@ def adapt(
 ) -> None:
     """Teach a gated ensemble a new kind of photos by new experts, without forgetting the kinds that it knows.
 
-    One in five labelled photos (at most 64) is kept for the figures before and after. Ctrl-C saves and stops.
+    One in five photos of each kind (at most 64) is kept for the figures before and after. Ctrl-C saves and stops.
     """
     from detguard.classes import parse_map
     from detguard.workflows.adapt import Adapting
@@ -157,9 +156,9 @@ def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "R
 
 def run_adaptation(job: "Adapting", workers: int | None, as_json: bool = False) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
-    from detguard.reports.adaptation import adaptation_page, judged_table, verdict
-    from detguard.reports.tables import terminal_table
-    from detguard.workflows.adapt import FIGURES, Adapted
+    from detguard.reports.adaptation import adaptation_page, verdict
+    from detguard.reports.judged import judged_table
+    from detguard.workflows.harden import Trained
 
     run = job.run
     with err.status("Loading the photos"):
@@ -184,14 +183,11 @@ def run_adaptation(job: "Adapting", workers: int | None, as_json: bool = False) 
             show_error(f"stopped; go on with: detguard adapt --resume {run.folder}")
             return 130
     with err.status("Judging"):
-        after = job.figures()
+        judged = job.judgement(before)
     if not job.ranks.first:
         return 0
-    run.write(FIGURES, (json.dumps({"before": before, "after": after}) + "\n").encode())
-    photos = {kind: len(judged) for kind, judged in job.judged.items()}
-    run.write("report.html", adaptation_page(run, before, after, photos))
-    out.print(verdict(before, after, photos), highlight=False, soft_wrap=True, style="bold")
-    out.print(terminal_table(judged_table(before, after, photos)))
+    run.write("report.html", adaptation_page(run, judged, job.learned))
+    show_judgement(verdict(judged), judged_table(judged))
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."
-    show_made(as_json, text, **asdict(Adapted(made, run.folder, job.unread, before, after)))
+    show_made(as_json, text, **asdict(Trained(made, run.folder, job.unread, before, judged.after)))
     return 2 if job.unread else 0

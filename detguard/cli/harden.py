@@ -41,6 +41,7 @@ from detguard.cli.app import (
 from detguard.cli.evaluate import names, show_warnings
 
 if TYPE_CHECKING:
+    from detguard.reports.page import Table
     from detguard.workflows.harden import Hardening
 
 Corruptions = Annotated[
@@ -194,7 +195,7 @@ def harden(
     """Train a detector that holds up under attacks: experts for normal, hard and adversarial photos, and their gate.
 
     No labels are needed: experts learn to say of a changed photo what the detector given says of the clean one, and
-    with --learn what labels say.
+    with --learn what labels say. One in 20 photos (at most 32) is held out: AP clean and attacked, before and after.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
     from detguard.classes import parse_map
@@ -277,9 +278,18 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
         show_warning(f"{name}: diverged at batch {at:.0f}; it went back to its checkpoint, at half the rate")
 
 
+def show_judgement(verdict: str, table: "Table") -> None:
+    """Say how good a detector was on photos held out, and is."""
+    from detguard.reports.tables import terminal_table
+
+    out.print(verdict, highlight=False, soft_wrap=True, style="bold")
+    if table.rows:
+        out.print(terminal_table(table))
+
+
 def run_hardening(job: "Hardening", workers: int | None, as_json: bool = False) -> int:
     """Train what the run has not finished, with live progress; returns the exit code."""
-    from detguard.reports.hardening import hardening_page
+    from detguard.reports.hardening import hardening_page, judged_before_after, verdict
     from detguard.reports.tables import duration
 
     run = job.run
@@ -308,7 +318,8 @@ def run_hardening(job: "Hardening", workers: int | None, as_json: bool = False) 
             return 130
     if not job.ranks.first:
         return 0
-    run.write("report.html", hardening_page(run))
+    run.write("report.html", hardening_page(run, job.judgement))
+    show_judgement(verdict(job.judgement, run.config), judged_before_after(job.judgement))
     page, judge = run.folder / "report.html", f"detguard evaluate --model {made.weights} --data ..."
     show_made(as_json, f"results: {made.weights}, open {page}; judge it: {judge}", **asdict(made))
     return 2 if job.unread else 0

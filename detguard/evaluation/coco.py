@@ -144,8 +144,13 @@ def _judge(annotations: COCO, results: list[Result], categories: list[int], imag
     return judge
 
 
-def metrics_of_photos(objects: Sequence[Detections], found: Sequence[Detections]) -> CocoMetrics:
-    """COCO's AP and AP50 of some photos, by the labelled objects and the detections of each; classes by index."""
+def metrics_of_photos(
+    objects: Sequence[Detections], found: Sequence[Detections], *, drawn: bool = False
+) -> CocoMetrics:
+    """COCO's AP and AP50 of some photos, by the labelled objects and the detections of each; classes by index.
+
+    `drawn`: as of `coco_metrics`.
+    """
     labelled: list[dict[str, Any]] = [
         {"id": 0, "image_id": image, "iscrowd": 0, "category_id": r["category_id"], "bbox": r["bbox"]}
         for image, o in enumerate(objects)
@@ -159,7 +164,7 @@ def metrics_of_photos(objects: Sequence[Detections], found: Sequence[Detections]
     annotations = indexed({"images": images, "annotations": labelled, "categories": names})
     same = {category: category for category in categories}
     results = [r for image, d in enumerate(found) for r in coco_results(image, d, same)]
-    return coco_metrics(annotations, results, categories, sizes=False)
+    return coco_metrics(annotations, results, categories, sizes=False, drawn=drawn)
 
 
 def _mean(values: np.ndarray) -> float | None:

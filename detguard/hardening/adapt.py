@@ -20,14 +20,13 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
 from detguard.detectors.ultralytics import decode, run_layers
-from detguard.evaluation.coco import f1, metrics_of_photos
-from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.evaluation.views import SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
-from detguard.photos import read_photo
+from detguard.hardening.validation import Entry, file_of
 from detguard.ranks import Ranks
 from detguard.runs import Run
 
@@ -39,7 +38,7 @@ FEW = 500
 NEW_SHARE = 0.5
 # Batches that the gate's new outputs are first fitted to, the weight of their squares, and how far apart they begin.
 FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-4, 0.1
-# Of the labelled photos one in so many, at most so many, is not trained on but judged by.
+# Of the photos one in so many, at most so many, is not trained on but judged by.
 JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
 
@@ -323,20 +322,10 @@ def batch_losses(
     return losses
 
 
-def hold_out(labelled: Sequence[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Photos to train on and photos to judge by, evenly spread; of very few photos, all to train on."""
-    if len(labelled) < JUDGED_ONE_IN:
-        return list(labelled), []
-    judged = labelled[:: max(JUDGED_ONE_IN, math.ceil(len(labelled) / MOST_JUDGED))]
-    files = {label.file for label in judged}
-    return [label for label in labelled if label.file not in files], list(judged)
-
-
-def judge(detector: Detector, labelled: Sequence[Labelled]) -> dict[str, float | None]:
-    """Mean F1 (IoU .50, confidence .25), AP and AP50 of a detector on labelled photos."""
-    found = [
-        one.counted(detector.detect([read_photo(one.file)], LOWEST_CONFIDENCE, multi_label=True)[0]) for one in labelled
-    ]
-    scores = [f1(one.objects, seen.above(SHOWN_CONFIDENCE)) for one, seen in zip(labelled, found, strict=True)]
-    stats = metrics_of_photos([one.objects for one in labelled], found).stats
-    return {"F1": sum(scores) / max(len(scores), 1), "AP": stats["AP"], "AP50": stats["AP50"]}
+    if len(photos) < JUDGED_ONE_IN:
+        return list(photos), []
+    judged = photos[:: max(JUDGED_ONE_IN, math.ceil(len(photos) / MOST_JUDGED))]
+    files = {file_of(one) for one in judged}
+    return [one for one in photos if file_of(one) not in files], list(judged)

@@ -115,7 +115,9 @@ class BatchLog:
         self.names = list(losses)
         self.rows.append(torch.stack([value.detach() for value in losses.values()]))
         self.seen += 1
-        if (number + 1) % LOG_EVERY == 0 or number + 1 == self.last:
+        # Of a stage that is over after two records there would be no curve.
+        every = 1 if self.last is not None and self.last <= 2 * LOG_EVERY else LOG_EVERY
+        if (number + 1) % every == 0 or number + 1 == self.last:
             self.end(number + 1)
         return self.means
 

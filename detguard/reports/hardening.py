@@ -1,13 +1,16 @@
 """The page of a harden run: how each stage learned, and which expert the gate came to choose."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from detguard.detectors.gated import EXPERTS
 from detguard.evaluation.run import mean
+from detguard.hardening.judging import Judgement, judged_eps
 from detguard.hardening.run import Plan
-from detguard.hardening.validation import ATTACKED, CLEAN
+from detguard.hardening.validation import ATTACKED, CLEAN, ONE_IN, STEPS
 from detguard.reports.evaluation import number
+from detguard.reports.judged import before_after, judged_table
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import gate_plot, training_plot
 from detguard.reports.tables import duration
@@ -16,9 +19,13 @@ from detguard.workflows.harden import Cost
 
 # The last records of a stage that its figures are the mean of.
 LAST = 5
+JUDGED_NOTE = (
+    f"Attacked: each detector by PGD of {STEPS} steps on its own training loss, an attack of many: the least of all "
+    "tells detguard evaluate, on more photos. Of an attacked stage, the best weights were chosen by these photos."
+)
 
 
-def hardening_page(run: Run) -> bytes:
+def hardening_page(run: Run, judged: Judgement) -> bytes:
     """report.html of a harden run, from its records; of what was done twice because of a kill, the last counts."""
     found = run.records()
 
@@ -48,16 +55,17 @@ def hardening_page(run: Run) -> bytes:
     note = (
         "Loss on training photos at the end of each stage: divergence from what the undefended detector says of the "
         "clean photo, or by --learn that of labels. Its weights are those that were best on photos held out, under "
-        "PGD, at the batch named. How good the detector is: detguard evaluate."
+        "PGD, at the batch named."
     )
-    tables = [
+    tables = [judged_before_after(judged)] if judged.photos else []
+    tables.append(
         Table(
             "Stages",
             ["stage", "batches", "photos/s", *EXPERTS, "best batch", "held out, attacked", "went back"],
             rows,
             note,
         )
-    ]
+    )
     made = {"Losses": training_plot(records)} if records else {}
     if validated:
         made["On photos held out, under PGD and without"] = training_plot(validated, (ATTACKED, CLEAN))
@@ -70,15 +78,16 @@ def hardening_page(run: Run) -> bytes:
     if shares:
         made["Gate weights on training photos"] = gate_plot(list(experts), shares)
     plan = run.config["harden"]
-    length = f"{plan['hours']:g} hours" if plan.get("hours") else f"{plan['photos']} photos"
+    length = f"{plan['hours']:g} hours" if plan.get("hours") else f"{plan['photos']} photos seen, with repeats"
     transforms = plan.get("transforms", "none")
     through = "" if transforms == "none" else f", through {transforms}"
     subtitle = (
-        f"{length}, {plan['attack']} of {plan['steps']} steps, budget {plan['eps']:g} of 255 levels, "
-        f"seed {plan['seed']}{through}"
+        f"{length}, in batches of {plan['batch']}; attacked in training: {plan['attack']}, {plan['steps']} step(s), "
+        f"budget {plan['eps']:g} of 255 levels{through}; seed {plan['seed']}"
     )
     title = f"Hardening of {Path(run.config['model']).stem}: {plan['recipe']}"
-    return render_page(title, verdict(validated), subtitle, ["detguard", *run.config["arguments"]], tables, made)
+    summary = verdict(judged, run.config)
+    return render_page(title, summary, subtitle, ["detguard", *run.config["arguments"]], tables, made)
 
 
 def cost_table(costs: Mapping[str, Cost]) -> Table:
@@ -87,14 +96,17 @@ def cost_table(costs: Mapping[str, Cost]) -> Table:
     return Table("Stages", ["stage", "photos", "passes", "time"], rows)
 
 
-def verdict(validated: Sequence[Record]) -> str:
-    """One sentence: what the last stage that was validated did to the loss on photos held out."""
-    if not validated:
-        return "No photos were held out, or training was too short to look at them: judge it by detguard evaluate"
-    of_stage = [record for record in validated if record["stage"] == validated[-1]["stage"]]
-    first, best = of_stage[0], min(of_stage, key=lambda record: record[ATTACKED])
+def judged_before_after(judged: Judgement) -> Table:
+    """Figures before and after on photos held out, clean and attacked."""
+    return judged_table(judged, JUDGED_NOTE)
+
+
+def verdict(judged: Judgement, config: Mapping[str, Any]) -> str:
+    """One sentence: AP before and after on photos held out, clean and attacked. config: of the run."""
+    if not judged.photos:
+        return f"No photos were held out (there are fewer than {ONE_IN}): judge it by detguard evaluate"
+    what = f"Agreement with {judged.answers['clean']}, for want of labels," if judged.answers else "By labels,"
     return (
-        f"Loss on photos held out, under PGD: {number(first[ATTACKED])} at batch {first['batch']} of stage "
-        f"{first['stage']}, {number(best[ATTACKED])} at batch {best['batch']}, whose weights are kept "
-        f"(clean: {number(best.get(CLEAN))}); AP: detguard evaluate"
+        f"{what} on {judged.photos['clean']} photos held out: clean {before_after(judged, 'clean')}; attacked at "
+        f"{judged_eps(config['harden']['eps'])}/255 {before_after(judged, 'attacked')}"
     )

@@ -15,11 +15,11 @@ from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
-from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, hold_out, judge
+from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, hold_out
 from detguard.hardening.adapt import adapt as train_experts
+from detguard.hardening.judging import Figures, Judgement, answered, judge, readable
 from detguard.hardening.loop import OnBatch
 from detguard.hardening.train import Setting
-from detguard.photos import PhotoError, read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, check
@@ -31,21 +31,6 @@ VIEWS, MOST_VIEWS = 50, 5_000
 AUTO = defaults.Adapt.mode
 # Of a run, its new photos and the old ones that are labelled.
 KEPT = ("new.jsonl", "replay.jsonl")
-# By kind of photos, new and old: F1, AP and AP50.
-Figures = dict[str, dict[str, float | None]]
-
-
-@dataclass(frozen=True)
-class Adapted(Trained):
-    """What came of teaching.
-
-    Attributes:
-        before: F1, AP and AP50 of the ensemble as it was, on labelled photos kept for that, by `new` and `old`.
-        after: the same of what it has become.
-    """
-
-    before: Figures
-    after: Figures
 
 
 def load_ensemble(model: str, trust: bool) -> tuple[GatedNetwork, int]:
@@ -58,10 +43,6 @@ def load_ensemble(model: str, trust: bool) -> tuple[GatedNetwork, int]:
     if not isinstance(network, GatedNetwork):
         raise DetguardError(f"{model}: expected a gated ensemble; make one of it with detguard harden")
     return network, imgsz
-
-
-# Of a run, what the ensemble knew of photos before and after.
-FIGURES = "figures.json"
 
 
 def read_sources(
@@ -183,35 +164,45 @@ class Adapting:
         kept = self.ranks.given(lambda: [read_labelled(str(self.run.folder / name), "", names) for name in KEPT])
         files = [Path(file) for file in config["replayed"]]
         (shown, new_judged), (labelled, old_judged) = map(hold_out, kept)
+        files, unlabelled_judged = hold_out(files)
         self.new, unread = read_photos([(shown, 1.0)], self.imgsz, plain=True)
         self.unread += unread
         self.old: PhotoSet | None = None
         if labelled or files:  # plain as well, or the gate would learn what augmentation looks like
             self.old, unread = read_photos([(labelled or files, 1.0)], self.imgsz, plain=True)
             self.unread += unread
-        self.judged = {"new": self._readable(new_judged), "old": self._readable(old_judged)}
+        judged = {kind: readable(photos) for kind, photos in (("new", new_judged), ("old", old_judged))}
+        asked, unread = readable(unlabelled_judged)
+        self.unread += [*judged["new"][1], *judged["old"][1], *unread]
+        self.judged = {kind: photos for kind, (photos, _) in judged.items()}
+        self.answers = dict[str, str]()
+        # Photos that are learned from, by kind.
+        self.learned = {"new": len(self.new)} | ({"old": len(self.old)} if self.old else {})
         self.plan = Adaptation(**config["adapt"])
         kinds = chosen_kinds(config["corruptions"])
         self.setting = Setting.on(self.ranks, workers, self.plan.batch, self.imgsz, self.plan.seed, kinds)
         self.network.to(self.ranks.device)
+        if asked and self.ranks.first:
+            self.judged["old"] = answered(self._detector(), asked, names)
+            self.answers["old"] = Path(config["model"]).stem
 
-    def _readable(self, photos: Sequence[Labelled]) -> list[Labelled]:
-        readable = []
-        for one in photos:
-            try:
-                read_photo(one.file)
-            except PhotoError as error:
-                self.unread.append(str(error))
-            else:
-                readable.append(one)
-        return readable
+    def _detector(self) -> GatedDetector:
+        """The ensemble as it is now, to be looked through."""
+        return GatedDetector(copy.deepcopy(self.network), "", self.imgsz, str(self.ranks.device))
 
     def figures(self) -> Figures:
         """How good the ensemble is as it is now, on photos that it does not learn from; known to the first rank."""
         if not self.ranks.first:
             return {}
-        detector = GatedDetector(copy.deepcopy(self.network), "", self.imgsz, str(self.ranks.device))
+        detector = self._detector()
         return {kind: judge(detector, photos) for kind, photos in self.judged.items() if photos}
+
+    def judgement(self, before: Figures) -> Judgement:
+        """What the ensemble knew `before`, and what it knows now, which the run keeps."""
+        made = Judgement({kind: len(self.judged[kind]) for kind in before}, self.answers, before, self.figures())
+        if self.ranks.first:
+            made.keep(self.run)
+        return made
 
     def train(self, on_batch: OnBatch | None = None) -> Path:
         """Grow and train what the run has not finished, after `load`; returns the file of the weights.
@@ -243,7 +234,7 @@ def adapt(
     trust: bool = False,
     on_batch: OnBatch | None = None,
     **plan: Any,
-) -> Adapted:
+) -> Trained:
     """Teach a gated ensemble a new kind of photos by new experts, as `detguard adapt` does.
 
     Args:
@@ -294,4 +285,4 @@ def adapt(
         warnings.warn(message, stacklevel=2)
     before = job.figures()
     made = job.train(on_batch)
-    return Adapted(made, job.run.folder, job.unread, before, job.figures())
+    return Trained(made, job.run.folder, job.unread, before, job.judgement(before).after)

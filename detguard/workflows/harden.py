@@ -25,9 +25,11 @@ from detguard.data.sources import (
     unlabelled,
     warn_of,
 )
+from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.hardening.judging import Figures, Judgement, answered, judge, judged_eps, readable
 from detguard.hardening.run import Plan, check_teacher, passes, split_layer
 from detguard.hardening.run import harden as train_stages
 from detguard.hardening.trackers import check_tracker, track
@@ -52,11 +54,16 @@ class Trained:
         weights: file for `load_detector`.
         folder: of the run.
         unread: what was wrong with photos that were left out.
+        before: F1, AP (with AP_error, half of its 95 % interval) and AP50 of the detector that was given, on photos
+            that were held out: by `harden` `clean` and `attacked`, by `adapt` `new` and `old`; {} where none were.
+        after: the same of what has come of it.
     """
 
     weights: Path
     folder: Path
     unread: list[str]
+    before: Figures
+    after: Figures
 
 
 def known_classes(network: Any) -> dict[int, str]:
@@ -83,10 +90,14 @@ class Trial(Plan):
 
 @dataclass
 class Hardening:
-    """A run of `harden`. network: what learns; teacher: what it imitates; ranks: the first of them writes."""
+    """A run of `harden`.
+
+    network: what learns; given: the detector that it was; teacher: what it imitates; ranks: the first of them writes.
+    """
 
     run: Run
     network: Any
+    given: Detector
     teacher: Detector
     ranks: Ranks
 
@@ -150,7 +161,7 @@ class Hardening:
         files = {LABELLED: as_lines(labelled, names)} if labelled else {}
         files |= {KEPT: sample_lines(attacks, names)} if attacks else {}
         run = shared_run(ranks, lambda: Run.create("harden", out, config, files, exist_ok))
-        return cls(run, network, imitated, ranks)
+        return cls(run, network, given, imitated, ranks)
 
     @classmethod
     def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Hardening":
@@ -160,8 +171,8 @@ class Hardening:
             DetguardError: there is none, or its detectors are no longer what they were.
         """
         run = shared_run(ranks, lambda: Run.resume(folder, "harden"))
-        _, imitated = (load_configured(one, trust, str(ranks.device)) for one in run.config["detectors"])
-        return cls(run, load_model(run.config["model"], trust)[0], imitated, ranks)
+        given, imitated = (load_configured(one, trust, str(ranks.device)) for one in run.config["detectors"])
+        return cls(run, load_model(run.config["model"], trust)[0], given, imitated, ranks)
 
     def load(self, workers: int | None = None) -> None:
         """Read the photos; `unread` then says which could not be. workers: processes that make batches."""
@@ -173,7 +184,9 @@ class Hardening:
             photos = self.ranks.given(lambda: read_labelled(str(self.run.folder / LABELLED), "", names))
         trained, held_out = hold_out(photos)
         self.source, self.unread = read_photos([(trained, 1.0)], imgsz)
-        self.held = Validation.of(held_out, imgsz)
+        self.held_out, unread = readable(held_out)
+        self.unread += unread
+        self.held = Validation.of(self.held_out, imgsz)
         self.first: PhotoSet | None = None
         self.samples: Samples | None = None
         kept = {file_of(one).name for one in held_out}
@@ -273,7 +286,31 @@ class Hardening:
         arguments = (self.network, self.card(), self.teacher, self.source, self.plan, self.setting, self.run, on_batch)
         made = train_stages(*arguments, self.held, self.first, self.samples)
         self.ranks.end()
-        return Trained(made, self.run.folder, self.unread)
+
+        def on_step() -> None:
+            if on_stage and on_stage("judging", 1.0, {}):
+                raise KeyboardInterrupt
+
+        self.judgement = self.judge(made, on_step) if self.ranks.first and self.held_out else Judgement()
+        return Trained(made, self.run.folder, self.unread, self.judgement.before, self.judgement.after)
+
+    def judge(self, made: Path, on_step: Callable[[], None]) -> Judgement:
+        """How good the detector that was given is on the photos held out, clean and attacked, and what was made of it.
+
+        What is to be found is what labels say, where they were learned, or else what the teacher shows.
+        """
+        photos = [one for one in self.held_out if isinstance(one, Labelled)]
+        answers = {} if photos else dict.fromkeys(("clean", "attacked"), self.teacher.name)
+        photos = photos or answered(self.teacher, self.held_out, known_classes(self.network))
+        hardened = load_detector(made, self.given.imgsz, device=str(self.ranks.device))
+        attacks = {"clean": 0, "attacked": judged_eps(self.plan.eps)}
+        before, after = (
+            {kind: judge(detector, photos, eps, on_step) for kind, eps in attacks.items()}
+            for detector in (self.given, hardened)
+        )
+        judgement = Judgement(dict.fromkeys(attacks, len(photos)), answers, before, after)
+        judgement.keep(self.run)
+        return judgement
 
 
 def harden(

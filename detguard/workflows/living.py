@@ -23,9 +23,9 @@ from detguard.detectors.base import Detector
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
 from detguard.files import MAX_PHOTO, is_file, parse_json, read_file, read_json
+from detguard.hardening.judging import FIGURES
 from detguard.hardening.monitor import MOST_WINDOWS, Deployment
 from detguard.runs import Record, Run
-from detguard.workflows.adapt import FIGURES
 
 EVENTS = "events.jsonl"
 # Of a run, copies of the photos that may still be learned from.

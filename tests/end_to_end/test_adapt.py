@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_detector, save_gated
+from detguard.reports.evaluation import number as shown_as
 
 OPTIONS = ("--new", "dark.jsonl", "--replay", "day.jsonl", "--batch", 8, "--rate", 3e-3)
 
@@ -76,8 +77,11 @@ def test_the_adapted_ensemble_loads_like_any_detector_and_says_where_it_is_from(
     assert card["adapted"][0]["eps"] == 2.0
     assert yaml.safe_load((place / "run/config.yaml").read_text())["corruptions"] == ["fog", "frost"]
     page = (place / "run/report.html").read_text()
-    for text in ("Adapting ensemble<", "Before and after", "Losses", "new photos", "AP on "):
+    for text in ("Adapting ensemble<", "Before and after", "Losses", "Learned from 8 new and 8 old photos"):
         assert text in page
+    kept = json.loads((place / "run/figures.json").read_text())
+    assert kept["photos"] == {"new": 2, "old": 2}
+    assert f"2 old photos held out: AP {shown_as(kept['before']['old']['AP'])} before" in page
 
 
 def test_old_experts_and_their_gate_rows_are_bit_identical(adapted, place):
@@ -154,7 +158,10 @@ def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):
         "--batch", 6, "--photos", 12, "--corruptions", "fog,snow", "--out", "folder", cwd=place,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "old photos" not in result.stdout
+    assert "2 old photos held out (no labels: agreement with ensemble): AP 1.000 before" in result.stdout
+    kept = json.loads((place / "folder/figures.json").read_text())
+    assert kept["answers"] == {"old": "ensemble"}
+    assert "agreement with it, not accuracy" in (place / "folder/report.html").read_text()
     assert len(yaml.safe_load((place / "folder/config.yaml").read_text())["data"]["replay"]) == 1
 
 

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -20,7 +22,12 @@ from detguard import DetguardError
 from detguard import attack as detguard_attack
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector
+from detguard.hardening.judging import answered
+from detguard.hardening.validation import ONE_IN
 from detguard.photos import read_photo
+from detguard.ranks import ALONE
+from detguard.reports.evaluation import number as shown_as
+from detguard.workflows.harden import Hardening
 
 OPTIONS = ("--data", ASSETS, "--imgsz", 64, "--batch", 4, "--photos", 40, "--steps", 1)
 SHARED = (*OPTIONS, "--split", "neck", "--mode", "full")
@@ -187,10 +194,43 @@ def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
         assert text in page
 
 
-def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path):
-    first = detguard("harden", *OPTIONS, "--recipe", "pgd", "--crop", 64, "--out", "single", cwd=tmp_path)
+@pytest.fixture
+def many(tmp_path, bus):
+    """Folder of as many photos as it takes for one to be held out."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(ONE_IN):
+        cv2.imwrite(str(folder / f"{number}.jpg"), bus[::4, number * 8 :: 4, ::-1])
+    return folder
+
+
+def assert_what_was_held_out_is_judged(result, run, bundled):
+    kept = json.loads((run / "figures.json").read_text())
+    assert kept["photos"] == {"clean": 1, "attacked": 1}
+    assert kept["before"]["attacked"]["AP"] < kept["before"]["clean"]["AP"] == pytest.approx(1)
+    assert kept["before"] != kept["after"]
+    after = shown_as(kept["after"]["clean"]["AP"])
+    told = f"Agreement with detguard-n, for want of labels, on 1 photos held out: clean AP 1.000 before, {after} after"
+    assert told in result.stdout
+    assert told in (run / "report.html").read_text()
+    assert [r["batch"] for r in records(run) if "loss" in r] == [1, 2, 3]
+    job = Hardening.resume(run, ALONE)
+    job.load(1)
+    (held,) = job.held_out
+    assert len(job.source) == ONE_IN - 1
+    (labelled,) = answered(bundled, [held], bundled.class_names)
+    job.held_out = [replace(labelled, objects=labelled.objects[:1])]  # as if labels had been learned
+    judged = job.judge(run / "weights/adversarial.safetensors", lambda: None)
+    assert judged.answers == {}
+    assert judged.before["clean"]["F1"] < kept["before"]["clean"]["F1"]
+
+
+def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path, many, bundled):
+    options = (*OPTIONS[2:-4], "--photos", 12, "--steps", 1, "--recipe", "pgd", "--crop", 64, "--out", "single")
+    first = detguard("harden", "--data", many, *options, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     single = "single/weights/adversarial.safetensors"
+    assert_what_was_held_out_is_judged(first, tmp_path / "single", bundled)
     result = detguard("harden", *SHARED, "--model", single, "--teacher", "detguard-n", "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     made = sorted(file.stem for file in (tmp_path / "run/weights").glob("*.json"))

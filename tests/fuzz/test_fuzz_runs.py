@@ -11,6 +11,7 @@ from mutations import mutated, odd_tree
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import plan_attack
 from detguard.hardening.adapt import Adaptation
+from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import Monitor
 from detguard.hardening.run import Plan
 from detguard.reports.adaptation import adaptation_page
@@ -127,9 +128,9 @@ def use(run, detector):
         survival_table(attacked, "", 0.25)
         attack_summary(records, AttackOptions.from_config(run.config["attack"]))
     elif run.config["command"] == "harden":
-        hardening_page(run)
+        hardening_page(run, Judgement())
     elif run.config["command"] == "adapt":
-        adaptation_page(run, {}, {}, {})
+        adaptation_page(run, Judgement(), {})
     else:
         timeline_table(windows(records, 8))
         monitor_page(run, records, [])

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from detguard.attacks.group import AttackOptions
+from detguard.hardening.judging import Judgement
 from detguard.reports import adaptation, attack, comparison, evaluation, hardening, monitoring
+from detguard.reports.judged import judged_table
 from detguard.reports.tables import duration, survival_table
 
 
@@ -71,19 +73,38 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
         return {"f1": f1, "began": began}
 
     records = [{"number": n, **one} for n, one in enumerate([seen(1.0)] * 8 + [seen(0.5)] * 3 + [seen(0.5, 9)], 1)]
-    assert monitoring.verdict(records, 8) == "F1 dropped from 1.000 to .500 since photo 9, detected at photo 12"
+    records[8]["time"] = "07:15"
+    assert monitoring.verdict(records, 8) == (
+        "F1 dropped from 1.000 (8 photos) to .500 (4) since about photo 9 (07:15), detected at photo 12"
+    )
+    assert monitoring.verdict([*records, {"number": 13, "f1": 0.0, "began": 13}], 8).endswith(", and 1 more later")
     assert monitoring.verdict(records[:8], 8) == "No drop on 8 photos with known objects: mean F1 1.000"
     assert monitoring.verdict(records[:3], 8).startswith("Too few to judge: 3 photos")
 
 
-def test_training_tells_what_was_held_out():
-    records = [
-        {"stage": "joint", "batch": n, "attacked": loss, "clean": 1.0} for n, loss in ((10, 9.0), (20, 4.0), (30, 5.0))
-    ]
-    assert "9.000 at batch 10 of stage joint, 4.000 at batch 20, whose weights are kept" in hardening.verdict(records)
-    assert hardening.verdict([]).startswith("No photos were held out")
-    figures = ({"new": {"AP": 0.2}}, {"new": {"AP": 0.4}})
-    assert adaptation.verdict(*figures, {"new": 12}) == "AP on 12 new photos .200 before, .400 after"
+def judged(kinds, answers):
+    """A judgement of 12 photos of each kind, whose AP goes from .2 to .4."""
+    before, after = ({kind: {"F1": 0.5, "AP": ap, "AP_error": 0.1, "AP50": 0.6} for kind in kinds} for ap in (0.2, 0.4))
+    return Judgement(dict.fromkeys(kinds, 12), answers, before, after)
+
+
+def test_training_tells_what_was_held_out_and_by_what_it_was_judged():
+    config = {"harden": {"eps": 2.0}}
+    assert hardening.verdict(judged(("clean", "attacked"), {}), config) == (
+        "By labels, on 12 photos held out: clean AP .200 before, .400 after; "
+        "attacked at 2/255 AP .200 before, .400 after"
+    )
+    taught = judged(("clean", "attacked"), dict.fromkeys(("clean", "attacked"), "detguard-n"))
+    assert hardening.verdict(taught, config).startswith("Agreement with detguard-n, for want of labels, on 12 photos")
+    assert "agreement with it, not accuracy" in judged_table(taught).note
+    assert judged_table(taught).rows[0] == ["12 clean photos", "AP", ".200 ±.100", ".400 ±.100"]
+    assert hardening.verdict(Judgement(), config).startswith("No photos were held out")
+    told = adaptation.verdict(judged(("new", "old"), {"old": "ensemble"}))
+    assert told == (
+        "12 new photos held out: AP .200 before, .400 after; "
+        "12 old photos held out (no labels: agreement with ensemble): AP .200 before, .400 after"
+    )
+    assert adaptation.verdict(Judgement()).startswith("No photos were held out")
 
 
 def test_runs_are_named_by_as_little_as_tells_them_apart():

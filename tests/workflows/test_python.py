@@ -192,7 +192,7 @@ def test_a_detector_is_hardened_watched_and_taught(hardened):
     folder, taught = hardened
     assert detguard.load_detector(taught.weights).model.names == ["normal", "hard", "adversarial", "adapted 1"]
     assert taught.folder == folder / "adapted"
-    assert taught.before["new"].keys() == taught.after["new"].keys() == {"F1", "AP", "AP50"}
+    assert taught.before["new"].keys() == taught.after["new"].keys() == {"F1", "AP", "AP_error", "AP50"}
     assert taught.unread == []
     began = [record["began"] for record in Run.open(folder / "watched", "monitor").records() if record["began"]]
     assert began == [19]

@@ -1,0 +1,108 @@
+"""How good a detector is on a few photos that nothing was learned from: what a training shows of before and after."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from detguard.attacks.group import attack_group
+from detguard.attacks.samples import from_records
+from detguard.data.stream import Labelled
+from detguard.detectors.base import Detector
+from detguard.evaluation.attacks import attack_objective, pgd_options
+from detguard.evaluation.coco import f1, metrics_of_photos
+from detguard.evaluation.metrics import Figure
+from detguard.evaluation.views import BATCH, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.hardening.validation import STEPS, Entry, file_of
+from detguard.photos import Photo, PhotoError, read_photo
+from detguard.runs import Run
+
+# Of a run, what it knew of photos before and after.
+FIGURES = "figures.json"
+
+
+class OfKind(Figure):
+    """COCO's figures of photos of a kind, and their mean F1 at IoU .50 and confidence .25."""
+
+    F1: float
+
+
+# By kind of photos.
+Figures = dict[str, OfKind]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a detector knew of photos before and after a training.
+
+    photos: how many there are of each kind; answers: the detector whose answers are what is to be found, of the kinds
+    that have no labels.
+    """
+
+    photos: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    before: Figures = field(default_factory=dict)
+    after: Figures = field(default_factory=dict)
+
+    def keep(self, run: Run) -> None:
+        """Write it to the run."""
+        run.write(FIGURES, (json.dumps(asdict(self)) + "\n").encode())
+
+
+def judged_eps(eps: float) -> int:
+    """The budget of the attack that a hardened detector is judged by, where it was trained with `eps` levels of 255:
+    files hold whole ones.
+    """
+    return max(1, round(eps))
+
+
+def readable(photos: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """Those photos that can be read, and what is wrong with the others."""
+    good, unread = list[Entry](), list[str]()
+    for one in photos:
+        try:
+            read_photo(file_of(one))
+        except PhotoError as error:
+            unread.append(str(error))
+        else:
+            good.append(one)
+    return good, unread
+
+
+def answered(detector: Detector, files: Sequence[Path], class_names: Mapping[int, str]) -> list[Labelled]:
+    """Photos with what a detector shows of them as their labels, in the classes of another one."""
+    index = {name: number for number, name in class_names.items()}
+    found = (detector.detect([read_photo(file)], SHOWN_CONFIDENCE)[0] for file in files)
+    records = (one.records(detector.class_names) for one in found)
+    return [Labelled(file, from_records(of_one, index)) for file, of_one in zip(files, records, strict=True)]
+
+
+def judge(
+    detector: Detector,
+    labelled: Sequence[Labelled],
+    eps: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> OfKind:
+    """Mean F1 (IoU .50, confidence .25), AP with its error and AP50 of a detector on labelled photos.
+
+    eps: levels of 255, by which the photos are attacked first; on_step: called before each photo and step.
+    """
+    photos = _attacked(detector, labelled, eps, on_step) if eps else (read_photo(one.file) for one in labelled)
+    found = []
+    for one, photo in zip(labelled, photos, strict=True):
+        on_step()
+        found.append(one.counted(detector.detect([photo], LOWEST_CONFIDENCE, multi_label=True)[0]))
+    scores = [f1(one.objects, seen.above(SHOWN_CONFIDENCE)) for one, seen in zip(labelled, found, strict=True)]
+    stats = metrics_of_photos([one.objects for one in labelled], found, drawn=True).stats
+    mean = sum(scores) / max(len(scores), 1)
+    return {"F1": mean, "AP": stats["AP"], "AP_error": stats.get("AP_error"), "AP50": stats["AP50"]}
+
+
+def _attacked(detector: Detector, labelled: Sequence[Labelled], eps: int, on_step: Callable[[], None]) -> list[Photo]:
+    """The photos after PGD on the whole training loss, as `detguard evaluate` attacks them."""
+    known = {index for one in labelled for index in (detector.class_names if one.known is None else one.known)}
+    objective, options = attack_objective("all", sorted(known), detector), pgd_options(eps, STEPS, BATCH)
+    photos = ((str(i), read_photo(one.file), one.objects) for i, one in enumerate(labelled))
+    done = attack_group(detector, photos, objective, [], options, lambda _: on_step())
+    made = {attempt.key: attempt.adversarial for attempt in done}
+    return [made[str(i)] for i in range(len(labelled))]

@@ -1,0 +1,38 @@
+"""A detector before and after a training, on photos that were held out, as pages and the terminal show it."""
+
+from collections.abc import Callable
+
+from detguard.hardening.judging import Judgement, OfKind
+from detguard.reports.evaluation import number, with_error
+from detguard.reports.page import Table
+
+FIGURES: dict[str, Callable[[OfKind], str]] = {
+    "AP": with_error,
+    "AP50": lambda of: number(of["AP50"]),
+    "F1": lambda of: number(of["F1"]),
+}
+
+
+def before_after(judged: Judgement, kind: str) -> str:
+    """Like "AP .512 before, .498 after"."""
+    return f"AP {number(judged.before[kind]['AP'])} before, {number(judged.after[kind]['AP'])} after"
+
+
+def judged_table(judged: Judgement, note: str = "") -> Table:
+    """Figures before and after, of each kind of photos; note: what more a reader must know."""
+    rows = [
+        [f"{count} {kind} photos", figure, *(show(of[kind]) for of in (judged.before, judged.after))]
+        for kind, count in judged.photos.items()
+        for figure, show in FIGURES.items()
+    ]
+    notes = [
+        "Of photos that were not trained on; ± is half of the 95 % interval, of 10 photos or more. F1 at IoU .50 and "
+        "confidence .25."
+    ]
+    for name in dict.fromkeys(judged.answers.values()):
+        kinds = " and ".join(kind for kind, of in judged.answers.items() if of == name)
+        notes.append(
+            f"The {kinds} photos have no labels: what {name} showed of them as they are (confidence .25) counts as "
+            f"right, so that these figures tell agreement with it, not accuracy, and its own AP on them is 1."
+        )
+    return Table("Before and after", ["photos", "figure", "before", "after"], rows, " ".join([*notes, note]).strip())
