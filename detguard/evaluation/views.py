@@ -379,12 +379,13 @@ def fill(
 
 def _exchange(subject: Subject, views: Sequence[View], batches: list[list[int]], ranks: Ranks) -> None:
     """Wait for what all have made; of several machines, whose caches are files of their own, each gets it."""
-    for start in range(0, len(batches) if ranks.local < ranks.count else 0, ranks.count):
+    shares = [[image for images in batches[rank :: ranks.count] for image in images] for rank in range(ranks.count)]
+    for place in range(max(map(len, shares)) if ranks.local < ranks.count else 0):  # few at once, for their photos
         made = [
             (key, blob)
-            for images in batches[start : start + ranks.count][ranks.rank : ranks.rank + 1]
+            for image in shares[ranks.rank][place : place + 1]
             for view in views
-            for key in (view.key(subject, image, part) for image in images for part in view.parts)
+            for key in (view.key(subject, image, part) for part in view.parts)
             if (blob := subject.cache.get(key)) is not None
         ]
         found = ranks.gathered(made)
