@@ -218,7 +218,8 @@ def evaluate(
     with err.status("Measuring a batch"):
         cost = measure_cost(subjects, wanted, ranks.count)
     if dry_run:
-        show_made(as_json, in_words(cost), **asdict(cost))
+        if ranks.first:
+            show_made(as_json, in_words(cost), **asdict(cost))
         sys.exit(0)
     err.print(in_words(cost), highlight=False, soft_wrap=True)
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
