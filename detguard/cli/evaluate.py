@@ -35,6 +35,7 @@ from detguard.cli.app import (
     show_error,
     show_made,
     show_warning,
+    start_ranks,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from detguard.evaluation.metrics import Draws, Metrics
     from detguard.evaluation.run import Cost, Protocols
     from detguard.evaluation.views import Subject
+    from detguard.ranks import Ranks
     from detguard.runs import Run
 
 # Warnings of one kind that are shown one by one; the rest is counted.
@@ -166,13 +168,15 @@ def evaluate(
     from detguard.evaluation.floors import read_floors
     from detguard.evaluation.pictures import check_pictures
     from detguard.evaluation.run import measure_cost
-    from detguard.runs import Run
+    from detguard.runs import Run, shared_run
     from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
 
+    ranks = start_ranks(device)
+    device = str(ranks.device)
     run: Run | None = None
     if resume:
         only_resumes(context)
-        run = Run.resume(resume, "evaluate")
+        run = shared_run(ranks, lambda: Run.resume(resume, "evaluate"))
         config = run.config
         with err.status("Loading the detectors"):
             detectors = [load_configured(c, trust, device) for c in config["detectors"]]
@@ -207,18 +211,19 @@ def evaluate(
     wanted = plan(config["evaluate"], len(detectors))
     floors = read_floors(fail_under, wanted.protocols) if fail_under else {}
     with err.status("Reading the annotations"):
-        subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings)
+        subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings, ranks=ranks)
     for subject in subjects:  # a wrong patch leaves no run behind
         check_pictures(subject, wanted.patches(subject.detector))
     lost = len(subjects[0].dataset.warnings[LOST])
     with err.status("Measuring a batch"):
-        cost = measure_cost(subjects, wanted)
+        cost = measure_cost(subjects, wanted, ranks.count)
     if dry_run:
-        show_made(as_json, in_words(cost), **asdict(cost))
+        if ranks.first:
+            show_made(as_json, in_words(cost), **asdict(cost))
         sys.exit(0)
     err.print(in_words(cost), highlight=False, soft_wrap=True)
-    run = run or Run.create("evaluate", out_folder, config, exist_ok=exist_ok)
-    sys.exit(run_evaluation(run, subjects, wanted, lost, floors, as_json))
+    run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
+    sys.exit(run_evaluation(run, subjects, wanted, lost, floors, as_json, ranks))
 
 
 def in_words(cost: "Cost") -> str:
@@ -259,11 +264,18 @@ def show_warnings(_: str, faults: "Faults") -> None:
 
 
 def run_evaluation(
-    run: "Run", subjects: "list[Subject]", wanted: "Protocols", warned: int, floors: "Floors", as_json: bool
+    run: "Run",
+    subjects: "list[Subject]",
+    wanted: "Protocols",
+    warned: int,
+    floors: "Floors",
+    as_json: bool,
+    ranks: "Ranks",
 ) -> int:
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code.
 
-    warned: how many photos that cannot be read were shown before; as_json: show the metrics instead of tables.
+    warned: how many photos that cannot be read were shown before; as_json: show the metrics instead of tables;
+    ranks: each evaluates its share of the photos, and the first writes and shows.
     """
     from detguard.data.entries import LOST
     from detguard.evaluation.floors import shortfalls
@@ -276,11 +288,13 @@ def run_evaluation(
         task = progress.add_task("evaluate", total=total_cost(subjects, wanted))
         try:
             evaluation = evaluate(
-                subjects, wanted, run, lambda what, done: progress.update(task, description=what, advance=done)
+                subjects, wanted, run, lambda what, done: progress.update(task, description=what, advance=done), ranks
             )
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard evaluate --resume {run.folder}")
             return 130
+    if not ranks.first:
+        return 0
     command = ["detguard", *run.config["arguments"]]
     run.write("report.html", evaluation_page(subjects, evaluation, wanted, command))
     if as_json:

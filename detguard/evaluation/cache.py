@@ -44,15 +44,19 @@ class Cache:
     """Blobs by key. Each `put` is one transaction: a killed run leaves whole entries or none.
 
     A damaged entry is one that is not there. A damaged file is set aside, beside it, and begun anew; `begun` counts.
-    on_warning: called with what is wrong with either, once.
+    on_warning: called with what is wrong with either, once; alone: no other process has the file open, else one that
+    is damaged is left to the user.
 
     Raises:
         DetguardError: the file cannot be opened or written.
     """
 
-    def __init__(self, file: Path = DEFAULT, on_warning: Callable[[str], object] = warnings.warn) -> None:
+    def __init__(
+        self, file: Path = DEFAULT, on_warning: Callable[[str], object] = warnings.warn, alone: bool = True
+    ) -> None:
         self.file = file
         self.begun = 0
+        self._alone = alone
         self._warn = on_warning
         self._damaged = False
         self._database = self._open()
@@ -86,7 +90,7 @@ class Cache:
 
     def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
         """Set the file aside if that is what an error is about, and open a new one."""
-        if _code(error) in NO_DAMAGE or self.begun == MOST_BEGUN:
+        if _code(error) in NO_DAMAGE or self.begun == MOST_BEGUN or not self._alone:
             raise self._unusable(error) from error
         self.begun += 1
         aside = next(

@@ -46,6 +46,7 @@ from detguard.evaluation.pictures import PATCH, UNIVERSAL, Changed, patched, per
 from detguard.evaluation.saved import save_views
 from detguard.evaluation.score import expert_shares, metrics_of, results
 from detguard.evaluation.views import Batch, Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
+from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
@@ -201,11 +202,16 @@ def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> l
 
 
 def evaluate(
-    subjects: list[Subject], wanted: Protocols, run: Run, on_progress: Callable[[str, int], None] | None = None
+    subjects: list[Subject],
+    wanted: Protocols,
+    run: Run,
+    on_progress: Callable[[str, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Show everything, score it, and write metrics.json, draws.json, per_class.csv and detections/ of the run.
 
-    on_progress: called with what is being shown and how much of the total `cost` is done.
+    on_progress: called with what is being shown and how much of the total `cost` is done; ranks: each shows its share,
+    and the first alone scores: for the others nothing comes out.
     """
     filled = False
     while not filled:
@@ -216,9 +222,12 @@ def evaluate(
                 if on_progress:
                     on_progress(f"{name}: {view.name}", view.cost * photos)
 
-            fill(subject, views, on_batch)
+            fill(subject, views, on_batch, ranks)
         filled = begun == [subject.cache.begun for subject in subjects]  # else what was there before is not any more
+    ranks.end()
     evaluation = Evaluation()
+    if not ranks.first:
+        return evaluation
     for subject in subjects:
         evaluation.metrics[subject.name] = Scorer(subject, subjects, wanted, run, evaluation).metrics()
     run.write(METRICS, (json.dumps(evaluation.metrics, indent=1) + "\n").encode())
@@ -244,7 +253,7 @@ def total_cost(subjects: list[Subject], wanted: Protocols) -> int:
 @dataclass(frozen=True)
 class Cost:
     """What an evaluation takes. passes: forward passes of one photo, a backward counted as two; left: those of them
-    that the cache does not spare; seconds: of those left, by a batch of each detector that was measured.
+    that the cache does not spare; seconds: of those left, by a batch of each detector that was measured, shared out.
     """
 
     passes: int
@@ -252,8 +261,8 @@ class Cost:
     seconds: float
 
 
-def measure_cost(subjects: list[Subject], wanted: Protocols) -> Cost:
-    """How much there is to do, and about how long it takes here: what is beside the passes is not counted.
+def measure_cost(subjects: list[Subject], wanted: Protocols, processes: int = 1) -> Cost:
+    """How much there is to do, and about how long so many processes take: what is beside the passes is not counted.
 
     Raises:
         DetguardError: no photo can be read.
@@ -268,7 +277,7 @@ def measure_cost(subjects: list[Subject], wanted: Protocols) -> Cost:
             detector = id(subject.detector)
             if detector not in of_pass:
                 of_pass[detector] = _seconds_of_pass(subject)
-            seconds += missing * of_pass[detector]
+            seconds += missing * of_pass[detector] / processes
     return Cost(passes, left, seconds)
 
 

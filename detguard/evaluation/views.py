@@ -29,6 +29,7 @@ from detguard.evaluation.cache import Cache, entry_key, pack, unpack
 from detguard.evaluation.corruptions import corrupt, read_pipeline, through
 from detguard.files import MAX_PHOTO, FileError, read_file
 from detguard.photos import Photo, photo_seed, read_photo
+from detguard.ranks import ALONE, Ranks
 
 # As COCO is scored: every candidate down to this confidence, each class on its own.
 LOWEST_CONFIDENCE = 0.001
@@ -302,12 +303,15 @@ class Makers:
         self._wanted = zip(wanted, self._made, strict=False)
 
     @classmethod
-    def of(cls, subject: Subject, wanted: Sequence[Wanted]) -> "Makers | None":
-        """As many as processors and memory allow; None: it is not worth it, or there is no fork that shares all."""
+    def of(cls, subject: Subject, wanted: Sequence[Wanted], local: int = 1) -> "Makers | None":
+        """As many as processors and memory allow; None: it is not worth it, or there is no fork that shares all.
+
+        local: how many processes share the machine by this.
+        """
         sizes = [subject.dataset.annotations.imgs[image] for image in {image for _, image in wanted}]
         each = PIXEL_BYTES * max((entry["height"] * entry["width"] for entry in sizes), default=1)
         free = free_memory()
-        workers = min(cores(), MOST_WORKERS, MOST_WORKERS if free is None else free // each)
+        workers = min(cores() // local, MOST_WORKERS, MOST_WORKERS if free is None else free // each // local)
         few = len(wanted) < MANY or workers < 2
         return None if few or sys.platform != "linux" else cls(subject, wanted, workers)
 
@@ -343,16 +347,61 @@ def _made(jobs: Sequence[tuple[Altered, Path, int]], number: int) -> tuple[bytes
     return photo.tobytes(), photo.shape
 
 
-def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int], None] | None = None) -> None:
+def fill(
+    subject: Subject,
+    views: Sequence[View],
+    on_batch: Callable[[View, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
     """Have in the cache what `views` show of every photo; what is there already is not done again.
 
     A photo that cannot be read is taken out of the data set, with a warning there.
-    on_batch: called with each view and how many photos of it are done.
+    on_batch: called with each view and how many photos of it are done, by all processes; ranks: each does its share.
 
     Raises:
         DetguardError: no photo can be read.
     """
     batches = subject.batches()
+
+    def on_own(view: View, photos: int) -> None:
+        if on_batch:
+            on_batch(view, ranks.count * photos)
+
+    _show(subject, views, batches[ranks.rank :: ranks.count], on_own, ranks)
+    if ranks.count > 1:
+        _exchange(subject, views, batches, ranks)
+        # Found in the cache; but each must know which photos cannot be read, or later batches would not be the same.
+        others = [images for number, images in enumerate(batches) if number % ranks.count != ranks.rank]
+        _show(subject, views, others, ranks=ranks)
+    if not subject.dataset.files:
+        raise DetguardError(f"{subject.dataset.name}: no photo can be read ({subject.dataset.warnings[LOST][0]})")
+
+
+def _exchange(subject: Subject, views: Sequence[View], batches: list[list[int]], ranks: Ranks) -> None:
+    """Wait for what all have made; of several machines, whose caches are files of their own, each gets it."""
+    shares = [[image for images in batches[rank :: ranks.count] for image in images] for rank in range(ranks.count)]
+    for place in range(max(map(len, shares)) if ranks.local < ranks.count else 0):  # few at once, for their photos
+        made = [
+            (key, blob)
+            for image in shares[ranks.rank][place : place + 1]
+            for view in views
+            for key in (view.key(subject, image, part) for part in view.parts)
+            if (blob := subject.cache.get(key)) is not None
+        ]
+        found = ranks.gathered(made)
+        if ranks.rank % ranks.local == 0:  # one on each machine
+            subject.cache.put(pair for pair in found if pair[0] not in subject.cache)
+    ranks.wait()
+
+
+def _show(
+    subject: Subject,
+    views: Sequence[View],
+    batches: list[list[int]],
+    on_batch: Callable[[View, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Have in the cache what `views` show of some batches."""
     lacking = [{view: [i for i in images if not view.cached(subject, i)] for view in views} for images in batches]
     # The whole batch again, so that what is missing comes out as it would have without the rest cached.
     wanted = [
@@ -362,7 +411,7 @@ def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int]
         if isinstance(view, Altered) and missing[view]
         for image in images
     ]
-    with closing(makers) if (makers := Makers.of(subject, wanted)) else nullcontext():
+    with closing(makers) if (makers := Makers.of(subject, wanted, ranks.local)) else nullcontext():
         for images, missing in zip(batches, lacking, strict=True):
             batch = Batch(subject, images, makers)
             unreadable = batch.drop_unreadable() if any(missing.values()) else set()
@@ -374,8 +423,6 @@ def fill(subject: Subject, views: Sequence[View], on_batch: Callable[[View, int]
                     )
                 if on_batch:
                     on_batch(view, len(images))
-    if not subject.dataset.files:
-        raise DetguardError(f"{subject.dataset.name}: no photo can be read ({subject.dataset.warnings[LOST][0]})")
 
 
 def results_of(subject: Subject, view: View, part: str = "") -> Iterator[tuple[int, Detections]]:

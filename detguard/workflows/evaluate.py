@@ -17,6 +17,7 @@ from detguard.evaluation.pictures import check_pictures
 from detguard.evaluation.run import Protocols
 from detguard.evaluation.run import evaluate as run_protocols
 from detguard.evaluation.views import Subject
+from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
 from detguard.workflows.keywords import refuse_unknown
 
@@ -47,15 +48,17 @@ def load_subjects(
     on_warning: Callable[[str], object] = warnings.warn,
     cache: Path = DEFAULT,
     on_data: OnData = warn_of,
+    ranks: Ranks = ALONE,
 ) -> list[Subject]:
     """The detectors on the data set that a run's config names, each with a name of its own.
 
-    on_warning: called with what is no error; on_data: called with what was wrong with the data.
+    on_warning: called with what is no error; on_data: called with what was wrong with the data; ranks: share the cache.
     """
     images = Path(source["images"]) if source["images"] else None
     dataset = read_dataset(source["source"], source["split"], images, source["limit"], source.get("class_map"))
     subjects: list[Subject] = []
-    kept = Cache(cache, on_warning=on_warning)
+    ranks.given(lambda: Cache(cache, on_warning).begun)  # a damaged one is set aside before others open it
+    kept = Cache(cache, on_warning, alone=ranks.count == 1)
     for detector in detectors:
         taken = [s.detector.name for s in subjects].count(detector.name)
         name = f"{detector.name}#{taken + 1}" if taken else detector.name

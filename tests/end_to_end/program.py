@@ -3,9 +3,12 @@
 import io
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 # Not detguard, which every fork imports itself, nor anything that reads the environment of a command.
@@ -34,6 +37,27 @@ def detguard(*arguments, cwd, columns=200, stdin=None, timeout=600, preexec_fn=N
             raise TimeoutError(f"detguard {' '.join(line)}: still running after {timeout} s")
         out, err = (stream.read_text() for stream in streams[1:])
         return subprocess.CompletedProcess(line, process.exitcode, out, err)
+
+
+def together(*arguments, folders, local=None):
+    """What one process in each folder has printed, all of one launch, `local` of them on each machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank):
+        place = partial(take_place, rank, len(folders), local or len(folders), port)
+        return detguard(*arguments, cwd=folders[rank], timeout=240, preexec_fn=place)
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        return list(pool.map(one, range(len(folders))))
+
+
+def take_place(rank, count, local, port):
+    """Have the process that calls be one of a launch, as torchrun does."""
+    place = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": local}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
 
 
 def run(arguments, cwd, environment, streams, preexec_fn):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from program import command, detguard
+from program import command, detguard, together
 from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
@@ -113,6 +113,21 @@ def test_resumed_it_tells_the_same_from_the_photos_that_the_run_keeps(adapted, p
     for figure, (before, after) in figures(adapted.stdout, "new").items():
         assert told["before"]["new"][figure] == pytest.approx(before, abs=0.001)
         assert told["after"]["new"][figure] == pytest.approx(after, abs=0.001)
+
+
+def test_two_processes_end_near_the_weights_of_one(place):
+    options = ("adapt", "--model", "ensemble.safetensors", *OPTIONS, "--photos", 16, "--workers", 1)
+    alone = detguard(*options, "--out", "alone", cwd=place)
+    first, other = together(*options, "--out", "both", folders=[place] * 2)
+    assert (alone.returncode, first.returncode) == (0, 0), first.stderr
+    assert figures(first.stdout, "new").keys() == figures(alone.stdout, "new").keys() != set()
+    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
+    ours, theirs = (load_file(place / run / "weights/adapted.safetensors") for run in ("alone", "both"))
+    learned = [name for name in ours if name.endswith(".up")]  # which begins at zero
+    apart, moved = (
+        sum(float((ours[name] - by * theirs[name]).square().sum()) for name in learned) ** 0.5 for by in (1, 0)
+    )
+    assert apart < 0.01 * moved
 
 
 def test_killed_inside_an_append_it_goes_on_to_the_same_weights_and_records(adapted, place, tmp_path):

@@ -115,6 +115,17 @@ def test_what_is_damaged_under_an_open_cache_is_set_aside_at_the_next_write(file
     assert cache.begun == 1
 
 
+def test_a_damaged_file_that_others_have_open_is_left_to_the_user(file, told):
+    cache = Cache(file, told.append, alone=False)
+    assert cache.get("1") == bytes([1]) * 2000
+    data = scribbled(file.read_bytes())
+    file.write_bytes(data)
+    with pytest.raises(DetguardError, match=r"cache\.sqlite: cannot be used as a cache .*; delete it"):
+        cache.put([("new", b"1")])
+    assert file.read_bytes() == data
+    assert told == []
+
+
 def test_a_foreign_database_with_triggers_is_set_aside(file, told):
     with sqlite3.connect(file) as database:
         database.execute("create trigger t after insert on entries begin delete from entries; end")

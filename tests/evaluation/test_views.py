@@ -17,6 +17,7 @@ from detguard.evaluation.run import Protocols, evaluate
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
 from detguard.photos import read_photo
+from detguard.ranks import Ranks
 from detguard.runs import Run
 
 QUICK = AttackSet(("class", "vanish"), eps=8, steps=3)
@@ -181,18 +182,18 @@ def test_photos_that_processes_corrupt_ahead_are_those_that_one_makes(subject, t
     files[12] = tmp_path / "cut.png"
     files[12].write_bytes(b"\x89PNG\r\n\x1a\n")
     found, alone = [], Corrupted.alter
-    for many in (100, 1):
+    for many, local in ((100, 1), (1, 2), (1, 1)):
         dataset = replace(subject.dataset, files=dict(files), warnings=Faults())
-        one = replace(subject, dataset=dataset, cache=Cache(tmp_path / f"{many}.sqlite"))
+        one = replace(subject, dataset=dataset, cache=Cache(tmp_path / f"{many}-{local}.sqlite"))
         monkeypatch.setattr("detguard.evaluation.views.MANY", many)
         monkeypatch.setattr("detguard.evaluation.views.cores", lambda: 2)
         here = []
         monkeypatch.setattr(Corrupted, "alter", lambda *a, here=here: here.append(a) or alone(*a))
-        fill(one, views)
+        fill(one, views, ranks=Ranks(local=local))
         assert list(dataset.files) == [11, 13, 14]
-        assert len(here) == (6 if many == 100 else 0)
+        assert len(here) == (6 if many == 100 or local == 2 else 0)
         found.append([(view.name, i, d.scores.tolist()) for view in views for i, d in results_of(one, view)])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_an_undefended_detector_has_its_gradient_everywhere(subject):
