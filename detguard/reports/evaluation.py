@@ -243,13 +243,13 @@ def _perturbations(metrics: Metrics) -> Iterator[Table]:
 
 
 def _pictures(title: str, shown: Mapping[str, Mapping[str, Figure | None]], note: str) -> Table:
-    """AP and AP50 of each model, by the kind of picture that it was shown."""
-    head = [f"{kind} {stat}" for stat in ("AP", "AP50") for kind in next(iter(shown.values()))]
+    """AP and AP50 of each model, in columns, by the kind of picture that it was shown."""
+    figures = [[of[kind] for of in shown.values()] for kind in next(iter(shown.values()))]
     rows = [
-        [name, *map(with_error, of.values()), *(number(figure and figure["AP50"]) for figure in of.values())]
-        for name, of in shown.items()
+        [kind, *(cell for figure in row for cell in (with_error(figure), number(figure and figure["AP50"])))]
+        for kind, row in zip(next(iter(shown.values())), figures, strict=True)
     ]
-    return Table(title, ["model", *head], rows, note)
+    return Table(title, ["picture", *(f"{name} {stat}" for name in shown for stat in ("AP", "AP50"))], rows, note)
 
 
 def _gates(metrics: Metrics) -> Iterator[Table]:
