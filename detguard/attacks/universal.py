@@ -27,12 +27,18 @@ class Universal(Picture):
     eps: int = defaults.Picture.eps
     pixels: int = 640
 
-    def __post_init__(self) -> None:
-        """Raise DetguardError if it fits no PNG."""
-        if not isinstance(self.eps, int) or not 1 <= self.eps <= LARGEST:
+    @classmethod
+    def of(cls, eps: float, pixels: int) -> "Universal":
+        """One that is to be learned.
+
+        Raises:
+            DetguardError: a PNG cannot hold it.
+        """
+        if eps != int(eps) or not 1 <= eps <= LARGEST:
             raise DetguardError(
-                f"`eps` {self.eps}: expected whole levels of 1..{LARGEST}, as 128 + the change must fit a PNG"
+                f"`eps` {eps}: expected whole levels of 1..{LARGEST}, as 128 + the change must fit a PNG"
             )
+        return cls(int(eps), pixels)
 
     @property
     @override

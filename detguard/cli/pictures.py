@@ -168,7 +168,7 @@ def universal(
     out_folder = run_folder(context)
     detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
-    kind = Universal(levels(eps), detector.imgsz)  # type: ignore[arg-type]  # which it refuses itself
+    kind = Universal.of(levels(eps), detector.imgsz)
     return begin(kind, detector, data, learning, as_json, target=target, split=split, out=out_folder, exist_ok=exist_ok)
 
 

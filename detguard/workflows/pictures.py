@@ -201,7 +201,7 @@ def universal(
         >>> detector = detguard.load_detector("detguard-n")
         >>> made = detguard.universal(detector, "photos/", eps=8, photos=2000)  # doctest: +SKIP
     """
-    kind = Universal(eps, detector.imgsz if detector else 0)
+    kind = Universal.of(eps, detector.imgsz if detector else 0)
     return _learned(kind, detector, data, resume, on_step, learning, target=target, split=split, out=out)
 
 
