@@ -50,6 +50,10 @@ class Started:
         """What it has printed so far."""
         return "".join(file.read_text() for file in (self.out, self.err) if file.exists())
 
+    @property
+    def running(self):
+        return self._process.exitcode is None
+
     def write(self, lines):
         self._pipe.write(lines)
         self._pipe.flush()
@@ -61,7 +65,7 @@ class Started:
         """Wait until there is what `condition` asks for; that the program ends before is an error."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self._process.exitcode is None, self.told
+            assert self.running, self.told
             assert time.monotonic() < deadline, self.told
             time.sleep(0.005)
 
@@ -71,7 +75,7 @@ class Started:
     def ended(self, timeout=600):
         """Its exit code and what it has printed."""
         self._process.join(timeout)
-        if self._process.exitcode is None:
+        if self.running:
             self._process.kill()
             raise TimeoutError(f"detguard {' '.join(self.line)}: still running after {timeout} s")
         out, err = (stream.read_text() for stream in (self.out, self.err))
