@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from ultralytics.utils import ASSETS
 
 HARDEN = ("harden", "--data", ASSETS, "--imgsz", 64, "--batch", 4, "--photos", 12, "--steps", 1, "--recipe", "pgd")
+# What is there when a command has begun to learn.
+STARTED = {"harden long": "run/state/adversarial.pt", "patch": "run/results.jsonl"}
 MADE = "weights/adversarial.safetensors"
 
 
@@ -53,6 +55,8 @@ def commands(tiny_data):
         "evaluate": ("evaluate", "--data", tiny_data, "--imgsz", 160, "--protocols", "clean,attack", "--steps", 2),
         "monitor": ("monitor", "--stream", tiny_data, "--imgsz", 160),
         "harden": HARDEN,
+        "harden long": (*HARDEN, "--photos", 1000),
+        "patch": ("patch", "--data", tiny_data, "--imgsz", 96, "--pixels", 32, "--photos", 2000, "--conf", 0.1),
     }
 
 
@@ -114,10 +118,10 @@ def test_a_run_folder_taken_away_is_not_made_anew_and_goes_on_when_it_is_back(co
     assert (tmp_path / "run/report.html").exists()
 
 
-def test_a_training_that_is_stopped_does_not_make_its_folder_anew(tmp_path):
-    options = [1000 if option == 12 else option for option in HARDEN]
-    process = Started(*options, "--out", "run", cwd=tmp_path)
-    process.wait_for((tmp_path / "run/state/adversarial.pt").exists)
+@pytest.mark.parametrize("command", ["harden long", "patch"])
+def test_one_that_learns_and_is_stopped_does_not_make_its_folder_anew(commands, tmp_path, command):
+    process = Started(*commands[command], "--out", "run", cwd=tmp_path)
+    process.wait_for((tmp_path / STARTED[command]).exists)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     process.stop(signal.SIGTERM)
     assert told(process.ended()) == "error: run: is gone; put it back and go on with --resume"
