@@ -1,6 +1,7 @@
 """What breaks while a command runs: one line that says so, nothing half written, and `--resume` goes on."""
 
 import ctypes
+import json
 import os
 import re
 import resource
@@ -89,7 +90,6 @@ def test_where_nothing_can_be_written_that_is_named(commands, tmp_path, command)
     tmp_path.chmod(0o555)
     line = told(detguard(*commands[command], cwd=tmp_path, preexec_fn=without_privileges))
     assert re.match("error: runs.*Permission denied", line)
-    print(line)
 
 
 def test_a_run_that_cannot_be_written_any_more_does_not_go_on(commands, tmp_path):
@@ -135,14 +135,30 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_named_and_training_goes_on_with_
     goes_on(tmp_path / "run", whole)
 
 
-def test_batches_whose_processes_are_killed_again_and_again_end_training_which_goes_on(whole, tmp_path):
-    process = Started(*HARDEN, "--out", "run", cwd=tmp_path)
+def without_helpers(*arguments, cwd):
+    """A program whose helpers are all killed as soon as they are there ends with a line that says so."""
+    process = Started(*arguments, "--out", "run", cwd=cwd)
     while process.running:
         for child in children(process):
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
     line = told(process.ended())
-    assert re.search(r"was killed or hung 3 times at number \d; see that there is memory .* fewer --workers", line)
+    assert re.search(r"was killed or hung 3 times at number \d+; see that there is memory .* fewer --workers", line)
     assert line.endswith("go on with --resume")
+
+
+def test_helpers_that_are_killed_again_and_again_end_a_training_that_goes_on(whole, tmp_path):
+    without_helpers(*HARDEN, cwd=tmp_path)
     goes_on(tmp_path / "run", whole)
+
+
+def test_helpers_that_are_killed_again_and_again_end_an_evaluation_that_goes_on(commands, tmp_path):
+    # As many photos as are worth helpers.
+    kinds = ("--corruptions", "contrast,brightness,pixelate,jpeg_compression", "--severities", "1,2,3,4")
+    without_helpers(*commands["evaluate"][:5], "--protocols", "corruptions", *kinds, cwd=tmp_path)
+    assert not (tmp_path / "run/metrics.json").exists()
+    result = detguard("evaluate", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (metrics,) = json.loads((tmp_path / "run/metrics.json").read_text()).values()
+    assert len(metrics["corruptions"]["kinds"]) == 4
