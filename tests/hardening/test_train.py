@@ -248,7 +248,7 @@ def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, undefended
         return GatedNetwork(fused(bundled_model), split=11)
 
     source, adversary = mislabelled, Adversary(4, 2, method)
-    wanted = stage(number=4, margins=(0.0, 1.0), gate=0.1, adversary=adversary, learn=learn)
+    wanted = stage(number=3, margins=(0.0, 1.0), gate=0.1, adversary=adversary, learn=learn)
     whole = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
     with pytest.raises(KeyboardInterrupt):
         train_stage(
