@@ -2,13 +2,14 @@
 # make test: run the tests.
 # make test-quick: those without programs, trainings and browsers, after an edit.
 # make docs: the site, into site/.
+# make faults: the tests of what docs/promises.md says of kills and faults, then fifty kills at random moments.
 # make fuzz: ten minutes of odd files for every reader, other ones each time.
 # All make .venv and install into it when needed.
 
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: demo test test-quick docs fuzz clean
+.PHONY: demo test test-quick docs faults fuzz clean
 
 BUS := .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg
 
@@ -30,6 +31,13 @@ test-quick: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
+# Those that the page names are the fault suite.
+PROMISED := grep -o '[a-z_0-9/]*\.py::[a-z_0-9]*' docs/promises.md
+
+faults: $(READY)
+	$(TEST) -n auto $$($(PROMISED) | sort -u | sed s,^,tests/,)
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/kills.py --kills 50
 
 fuzz: $(READY)
 	DETGUARD_FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz --tb=line --show-capture=no

@@ -197,8 +197,7 @@ class Run:
         Raises:
             RunError: the name leads out of the run's folder, or the folder is gone.
         """
-        if self.gone:
-            raise RunError(f"{self.folder}: is gone; put it back and go on with `resume`")
+        self.must_be_there()
         try:
             inside = (self.folder / name).resolve().is_relative_to(self.folder.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # of links in a circle, of null bytes
@@ -206,6 +205,15 @@ class Run:
         if not inside:
             raise RunError(f"{self.folder}: '{name}' leads out of the run's folder")
         return self.folder / name
+
+    def must_be_there(self) -> None:
+        """See that the folder was not taken away: what writes into it would make it anew, without its config.
+
+        Raises:
+            RunError: it was.
+        """
+        if self.gone:
+            raise RunError(f"{self.folder}: is gone; put it back and go on with `resume`")
 
     @property
     def gone(self) -> bool:

@@ -125,7 +125,7 @@ def harden(
     ] = defaults.Harden.photos,
     hours: Annotated[
         float | None,
-        typer.Option(min=0.01, max=10_000, help="Hours to train in all stages together, instead of --photos."),
+        typer.Option(min=0.001, max=10_000, help="Hours to train in all stages together, instead of --photos."),
     ] = None,
     imgsz: Annotated[
         int | None, typer.Option(min=64, max=1280, help="Size of a frame; default: the model's own.")

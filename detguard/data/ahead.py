@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from detguard import DetguardError
 from detguard.engine import die_with
@@ -93,11 +94,12 @@ class _Makers:
             generator=torch.Generator(),  # or it would draw from that of training
         )
         others = set(multiprocessing.active_children())
-        self._things = iter(loader)
-        self._processes: list[BaseProcess] = [p for p in multiprocessing.active_children() if p not in others]
-        # Its own handler would raise the death of a process in the midst of a step.
+        # torch's own handler would raise the death of a process in the midst of a step, or of a start.
+        signal_handling._SIGCHLD_handler_set = True
         if hasattr(signal, "SIGCHLD") and current_thread() is main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._things = iter(loader)
+        self._processes: list[BaseProcess] = [p for p in multiprocessing.active_children() if p not in others]
 
     def next(self, patience: float) -> Any:
         """The next thing, or what kept a process from making it.

@@ -324,6 +324,8 @@ class Checkpoints:
         waiting = self.log.waiting()
         if not self.ranks.first:
             return
+        if self.log.run:
+            self.log.run.must_be_there()
         state = {
             "network": self.network.state_dict(),
             "average": self.average.values,

@@ -97,7 +97,9 @@ class PictureJob:
         def on_batch(done: float, record: dict[str, Any] | None) -> bool:
             if record and record["batch"] > known:
                 run.append({"stage": name, **record})
-            return bool(on_step and on_step(done, record["loss"] if record else None))
+            stop = bool(on_step and on_step(done, record["loss"] if record else None))
+            run.must_be_there()  # what comes next may be a checkpoint
+            return stop
 
         arguments = (self.detector, self.photos, self.objective, self.kind, self.learning)
         made = learn_picture(*arguments, on_batch, run.path(f"state/{name}.pt"))

@@ -3,61 +3,106 @@
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import time
 from pathlib import Path
 
-# Not detguard, which every fork imports itself, nor anything that reads the environment of a command.
-SLOW_TO_IMPORT = ["torch", "torchvision", "ultralytics", "ultralytics.models", "kornia", "cv2", "pycocotools.mask"]
+# Not detguard.cli, whose consoles read the environment of a command when they are made.
+SLOW_TO_IMPORT = [
+    "torch", "torchvision", "ultralytics", "ultralytics.models", "kornia", "cv2", "pycocotools.mask", "accelerate",
+    "albumentations", "imagecorruptions", "matplotlib.pyplot", "river.drift", "scipy.optimize",
+    *(f"detguard.workflows.{name}" for name in ("attack", "evaluate", "harden", "adapt", "monitor")),
+]  # fmt: skip
 
 
-def command(*arguments):
-    """The command line, for tests that start, signal and kill it themselves."""
-    return [sys.executable, "-m", "detguard", *map(str, arguments)]
+class Started:
+    """A program under way.
 
+    Args:
+        stdin: what it reads; None: nothing. Or "-": what `write` gives it, until `close`.
+        environment: what is other in it than here.
+        preexec_fn: what the process does first.
+    """
 
-def detguard(*arguments, cwd, columns=200, stdin=None, timeout=600, preexec_fn=None):
-    """Its exit code and what it has printed."""
-    environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-        streams[0].write_text(stdin or "")
+    def __init__(self, *arguments, cwd, columns=200, stdin=None, environment=(), preexec_fn=None):
+        self.line = [str(one) for one in arguments]
+        self._folder = tempfile.TemporaryDirectory()
+        streams = [Path(self._folder.name) / name for name in ("stdin", "stdout", "stderr")]
+        if stdin == "-":
+            os.mkfifo(streams[0])
+        else:
+            streams[0].write_bytes(stdin if isinstance(stdin, bytes) else (stdin or "").encode())
+        self.out, self.err = streams[1:]
+        environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1"} | dict(environment)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(SLOW_TO_IMPORT)
-        line = [str(one) for one in arguments]
-        process = context.Process(target=run, args=(line, str(cwd), environment, streams, preexec_fn))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"detguard {' '.join(line)}: still running after {timeout} s")
-        out, err = (stream.read_text() for stream in streams[1:])
-        return subprocess.CompletedProcess(line, process.exitcode, out, err)
+        self._process = context.Process(target=run, args=(self.line, str(cwd), environment, streams, preexec_fn))
+        self._process.start()
+        self.pid = self._process.pid
+        self._pipe = streams[0].open("w", buffering=1) if stdin == "-" else None
+
+    @property
+    def told(self):
+        """What it has printed so far."""
+        return "".join(file.read_text() for file in (self.out, self.err) if file.exists())
+
+    @property
+    def running(self):
+        return self._process.exitcode is None
+
+    def write(self, lines):
+        self._pipe.write(lines)
+        self._pipe.flush()
+
+    def close(self):
+        self._pipe.close()
+
+    def wait_for(self, condition, seconds=240):
+        """Wait until there is what `condition` asks for; that the program ends before is an error."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.running, self.told
+            assert time.monotonic() < deadline, self.told
+            time.sleep(0.005)
+
+    def stop(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
+
+    def ended(self, timeout=600):
+        """Its exit code and what it has printed."""
+        self._process.join(timeout)
+        if self.running:
+            self._process.kill()
+            raise TimeoutError(f"detguard {' '.join(self.line)}: still running after {timeout} s")
+        out, err = (stream.read_text() for stream in (self.out, self.err))
+        self._folder.cleanup()
+        return subprocess.CompletedProcess(self.line, self._process.exitcode, out, err)
 
 
-def together(*arguments, folders, local=None):
-    """What one process in each folder has printed, all of one launch, `local` of them on each machine."""
+def detguard(*arguments, timeout=600, **options):
+    """Its exit code and what it has printed."""
+    return Started(*arguments, **options).ended(timeout)
+
+
+def launched(*arguments, folders, local=None):
+    """Processes of one launch, as torchrun starts them: one in each folder, `local` of them on each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-
-    def one(rank):
-        place = partial(take_place, rank, len(folders), local or len(folders), port)
-        return detguard(*arguments, cwd=folders[rank], timeout=240, preexec_fn=place)
-
-    with ThreadPoolExecutor(len(folders)) as pool:
-        return list(pool.map(one, range(len(folders))))
+    count, local = len(folders), local or len(folders)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [shared | {"RANK": rank, "LOCAL_RANK": rank % local} for rank in range(count)]
+    environments = [{name: str(value) for name, value in place.items()} for place in places]
+    return [Started(*arguments, cwd=cwd, environment=one) for cwd, one in zip(folders, environments, strict=True)]
 
 
-def take_place(rank, count, local, port):
-    """Have the process that calls be one of a launch, as torchrun does."""
-    place = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": local}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+def together(*arguments, folders, local=None):
+    """What they have printed."""
+    return [process.ended(240) for process in launched(*arguments, folders=folders, local=local)]
 
 
 def run(arguments, cwd, environment, streams, preexec_fn):

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import threading
 import time
 
 import cv2
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from program import command, detguard, together
+from program import Started, detguard, together
 from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
@@ -203,23 +201,18 @@ def lived(place):
     """A live run whose stream turns dark and goes on until what was learned is deployed: its folder and its lines."""
     day, dark = ((place / f"{kind}.jsonl").read_text().splitlines(keepends=True) for kind in ("day", "dark"))
     watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--window", 8, "--out", "watched")
-    told, fed = [], [*day * 3, *dark * 2]
-    with subprocess.Popen(
-        command(*watched, *LIVING), cwd=place, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
-        listener = threading.Thread(target=lambda: told.extend(process.stdout))
-        listener.start()
-        process.stdin.writelines(fed)
-        until = time.monotonic() + 400
-        while not any("deployed" in line or "kept" in line for line in told) and time.monotonic() < until:
-            fed.append(dark[len(fed) % 10])
-            process.stdin.write(fed[-1])
-            time.sleep(0.5)
-        fed += dark
-        process.stdin.writelines(dark)
-        process.stdin.close()
-        listener.join(200)
-    assert process.returncode == 1
+    fed = [*day * 3, *dark * 2]
+    process = Started(*watched, *LIVING, cwd=place, stdin="-")
+    process.write("".join(fed))
+    until = time.monotonic() + 400
+    while not re.search("deployed|kept", process.told) and time.monotonic() < until:
+        fed.append(dark[len(fed) % 10])
+        process.write(fed[-1])
+        time.sleep(0.5)
+    fed += dark
+    process.write("".join(dark))
+    process.close()
+    assert process.ended(200).returncode == 1
     return place / "watched", fed
 
 
@@ -254,17 +247,12 @@ def test_while_the_stream_goes_on_what_it_needs_is_learned_and_deployed(lived):
 def test_killed_while_it_adapts_it_goes_on_to_deploy(place):
     day, dark = ((place / f"{kind}.jsonl").read_text().splitlines(keepends=True) for kind in ("day", "dark"))
     watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--window", 8, "--out", "killed")
-    with subprocess.Popen(
-        command(*watched, *LIVING), cwd=place, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
-        process.stdin.writelines([*day * 3, *dark * 2])
-        process.stdin.flush()
-        assert any("adapting to the photos" in line for line in process.stdout)
-        learned = place / "killed/adapted/001/results.jsonl"
-        until = time.monotonic() + 200
-        while not learned.exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        process.kill()
+    process = Started(*watched, *LIVING, cwd=place, stdin="-")
+    process.write("".join([*day * 3, *dark * 2]))
+    process.wait_for((place / "killed/adapted/001/results.jsonl").exists)
+    assert "adapting to the photos" in process.told
+    process.stop()
+    process.ended()
     resumed = detguard("monitor", "--resume", "killed", cwd=place, stdin="".join(dark[:3]))
     assert resumed.returncode == 1, resumed.stderr
     assert "at work on this run" not in (place / "killed/adapted/001.log").read_text()

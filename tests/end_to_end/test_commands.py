@@ -5,10 +5,8 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -317,14 +315,11 @@ def test_a_run_killed_half_way_resumes_to_the_same_records(tmp_path):
     options = ["--random-start", "--seed", 5, "--imgsz", 192, "--steps", 12]
     unbroken = detguard("attack", tmp_path, *options, "--out", "whole", cwd=tmp_path)
     assert unbroken.returncode in (0, 1), unbroken.stderr
-    command = program.command("attack", tmp_path, *options, "--out", "broken")
-    victim = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    victim = program.Started("attack", tmp_path, *options, "--out", "broken", cwd=tmp_path)
     results = tmp_path / "broken" / "results.jsonl"
-    deadline = time.monotonic() + 120
-    while not (results.exists() and results.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    victim.wait_for(lambda: results.exists() and results.read_bytes().count(b"\n") >= 2)
+    victim.stop()
+    victim.ended()
     assert 2 <= len(records(tmp_path / "broken")) < 4
     with results.open("ab") as stream:
         stream.write(b'{"key": "p3", "cut short by the k')
@@ -344,7 +339,7 @@ def test_two_processes_attack_one_run_and_one_takes_up_what_they_left(tmp_path):
     alone = detguard("attack", tmp_path, *options, "--out", "alone", cwd=tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     together = subprocess.run(
-        [*launch, *program.command("attack", tmp_path, *options, "--out", "shared")[1:]],
+        [*launch, "-m", "detguard", "attack", tmp_path, *map(str, options), "--out", "shared"],
         cwd=tmp_path, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert list(map(same, records(tmp_path / "shared"))) == list(map(same, records(tmp_path / "alone"))), together
@@ -390,16 +385,13 @@ def test_a_record_that_detguard_did_not_write_is_told_of_and_the_others_are_judg
 def test_a_run_folder_taken_away_ends_the_run_in_one_line(tmp_path):
     for number in range(3):
         Image.open(BUS).resize((202 + number, 270)).save(tmp_path / f"p{number}.png")
-    command = program.command("attack", tmp_path, "--imgsz", 160, "--steps", 3, "--out", "run")
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/results.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    running = program.Started("attack", tmp_path, "--imgsz", 160, "--steps", 3, "--out", "run", cwd=tmp_path)
+    running.wait_for((tmp_path / "run/results.jsonl").exists)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    _, told = running.communicate()
-    assert running.returncode == 2
-    assert "run: is gone" in told
-    assert "Traceback" not in told
+    told = running.ended()
+    assert told.returncode == 2
+    assert "run: is gone" in told.stderr
+    assert "Traceback" not in told.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -6,16 +6,13 @@ import io
 import json
 import re
 import shutil
-import signal
-import subprocess
-import time
 from functools import partial
 
 import albumentations as A
 import program
 import pytest
 import torch
-from program import command
+from program import Started
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -139,15 +136,11 @@ def test_it_tells_what_it_costs_before_it_starts(done, tiny_data):
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(done, tiny_data, tmp_path):
     folder, _ = done
-    process = subprocess.Popen(
-        command(*command_line(folder, tiny_data)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = Started(*command_line(folder, tiny_data), cwd=tmp_path)
     cache = tmp_path / "runs/evaluate/cache.sqlite"
-    deadline = time.monotonic() + 120
-    while not (cache.exists() and cache.stat().st_size > 100_000) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait_for(lambda: cache.exists() and cache.stat().st_size > 100_000)
+    process.stop()
+    process.ended()
     assert not (tmp_path / "run/metrics.json").exists()
     result = detguard("evaluate", "--resume", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

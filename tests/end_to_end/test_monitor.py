@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
 
 import av
 import cv2
 import numpy as np
 import pytest
-from program import command, detguard
+from program import Started, detguard
 
 OPTIONS = ("--imgsz", 160, "--window", 8)
 
@@ -78,13 +77,12 @@ def test_a_live_stream_goes_on_behind_a_line_that_a_kill_cut_short(stream):
 
 
 def test_photos_of_a_drop_are_there_before_the_stream_ends(stream):
-    run = command("monitor", "--stream", "-", *OPTIONS, "--out", "cut")
-    with subprocess.Popen(run, cwd=stream, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdin.write((stream / "stream.jsonl").read_text() + "no photo\n")
-        process.stdin.flush()
-        assert any("line 49" in line for line in process.stderr)
-        assert (stream / "cut/dropped.jsonl").read_text().count("photo") >= 3
-        process.kill()
+    process = Started("monitor", "--stream", "-", *OPTIONS, "--out", "cut", cwd=stream, stdin="-")
+    process.write((stream / "stream.jsonl").read_text() + "no photo\n")
+    process.wait_for(lambda: "line 49" in process.told)
+    assert (stream / "cut/dropped.jsonl").read_text().count("photo") >= 3
+    process.stop()
+    process.ended()
 
 
 def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
@@ -106,15 +104,13 @@ def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
 def test_odd_lines_are_told_and_the_watch_goes_on(stream):
     first, second = (stream / "stream.jsonl").read_bytes().splitlines(keepends=True)[:2]
     odd = [b'{"photo": "caf\xe9.png", "objects": []}\n', b"{}\n", b'{"photo": "' + b"x" * 5000 + b'", "objects": []}\n']
-    run = command("monitor", "--stream", "-", *OPTIONS, "--out", "odd")
-    result = subprocess.run(
-        run, cwd=stream, input=b"".join([first, *odd, second]), capture_output=True, timeout=600, check=False
-    )
+    lines = b"".join([first, *odd, second])
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "odd", cwd=stream, stdin=lines)
     assert result.returncode == 2
-    assert b"Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr
     records = [json.loads(line) for line in (stream / "odd/results.jsonl").read_text().splitlines()]
     assert ["error" in record for record in records] == [False, True, True, True, False]
-    assert all(f"line {number}" in result.stderr.decode() for number in (2, 3))
+    assert all(f"line {number}" in result.stderr for number in (2, 3))
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 import json
 import signal
-import subprocess
 
-from program import command, detguard
+from program import Started, detguard
 
 
 def test_a_patch_is_made_and_judged(tmp_path, tiny_data):
@@ -57,15 +56,13 @@ def test_a_universal_perturbation_is_made_and_judged(tmp_path, tiny_data):
 
 def test_stopped_it_is_gone_on_with(tmp_path, tiny_data):
     options = ("--imgsz", 96, "--pixels", 32, "--photos", 2000, "--batch", 2, "--conf", 0.1)
-    started = command("patch", "--data", tiny_data, *options, "--out", "made")
-    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = Started("patch", "--data", tiny_data, *options, "--out", "made", cwd=tmp_path)
     records = tmp_path / "made/results.jsonl"
-    while not (records.exists() and records.read_text().count("\n") > 1):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[0]
-    assert process.returncode == 0
-    assert "go on with: detguard patch --resume made" in told
+    process.wait_for(lambda: records.exists() and records.read_text().count("\n") > 1)
+    process.stop(signal.SIGINT)
+    told = process.ended(60)
+    assert told.returncode == 0
+    assert "go on with: detguard patch --resume made" in told.stdout
     assert (tmp_path / "made/patch.png").exists()
     before = len(records.read_text().splitlines())
     config = (tmp_path / "made/config.yaml").read_text()

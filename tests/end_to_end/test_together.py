@@ -13,12 +13,12 @@ import zlib
 
 import pytest
 import torch
-from program import command, detguard, together
+from program import detguard, together
 
 from detguard.evaluation.cache import DEFAULT as CACHE
 from detguard.evaluation.cache import Cache
 
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "detguard")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_each_machine_has_a_cache_of_its_own_and_gets_what_the_other_made(line, 
 def test_when_one_is_killed_all_end_and_another_takes_up_what_they_left(line, alone, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with (tmp_path / "log").open("wb") as log:
-        launch = subprocess.Popen([*LAUNCH, *command(*line)[1:]], cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        launch = subprocess.Popen([*LAUNCH, *map(str, line)], cwd=tmp_path, env=environment, stdout=log, stderr=log)
     deadline = time.monotonic() + 240
     while not (begun := entries(tmp_path) if (tmp_path / "run/config.yaml").exists() else {}):
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()

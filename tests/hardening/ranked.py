@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -60,12 +59,14 @@ def train(ranks, folder):
     return {"start": start, "weights": weights, "losses": told}
 
 
-if __name__ == "__main__":
+def train_as(environment, file):
+    """What a process of a launch does."""
+    os.environ |= environment
     torch.set_num_threads(1)
     ranks = Ranks.start("cpu")
     assert ranks.count == int(os.environ["WORLD_SIZE"])
     with tempfile.TemporaryDirectory() as folder:
         found = train(ranks, Path(folder))
     if ranks.first:
-        torch.save(found, sys.argv[1])
+        torch.save(found, file)
     ranks.end()

@@ -1,15 +1,13 @@
 """Several processes that train together: they end where one process ends on the same batches."""
 
 import math
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from ranked import train
+from ranked import train, train_as
 
 from detguard.ranks import ALONE, Ranks
 
@@ -23,11 +21,15 @@ def trained(tmp_path_factory):
         port = free.getsockname()[1]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     environment |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, Path(__file__).with_name("ranked.py"), folder / "two.pt"]
-    processes = [
-        subprocess.Popen(program, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
-    ]
-    assert [process.wait(300) for process in processes] == [0, 0]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["detguard.workflows.harden", "accelerate"])
+    ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [context.Process(target=train_as, args=(rank, folder / "two.pt")) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
     return train(ALONE, folder), torch.load(folder / "two.pt")
 
 

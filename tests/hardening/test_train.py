@@ -32,7 +32,7 @@ from detguard.photos import encode_png, read_photo
 from detguard.ranks import ALONE, Ranks
 from detguard.transforms.base import Transform
 
-SETTING = Setting(batch=4, size=96, save_every=1e9)
+SETTING = Setting(batch=4, size=64, save_every=1e9)
 MIXED = (0.25, 0.25, 0.5)
 
 
@@ -70,17 +70,17 @@ def stage(**options):
 
 
 def test_frames_are_the_same_whichever_processes_make_them(source):
-    (alone,) = batches(source, 5, 96, 5, 2, 3, hard=3)
+    (alone,) = batches(source, 5, 64, 5, 2, 3, hard=3)
     for rank in range(2):
         ranks = Ranks(rank=rank, count=2)
-        (part,) = list(batches(source, 5, 96, 5, 1, 3, hard=3, workers=2, ranks=ranks))[1:]
+        (part,) = list(batches(source, 5, 64, 5, 1, 3, hard=3, workers=2, ranks=ranks))[1:]
         assert torch.equal(part.shown, alone.shown[rank::2])
         assert part.hard == (2, 1)[rank]
 
 
 def test_frames_are_the_same_for_the_same_seed_and_whatever_came_before(source):
-    ahead = list(batches(source, 3, 96, 5, 0, 4, hard=1))
-    (later,) = batches(source, 3, 96, 5, 3, 4, hard=1)
+    ahead = list(batches(source, 3, 64, 5, 0, 4, hard=1))
+    (later,) = batches(source, 3, 64, 5, 3, 4, hard=1)
     assert torch.equal(ahead[3].shown, later.shown)
     assert not torch.equal(ahead[2].clean, ahead[3].clean)
     assert torch.equal(later.clean[1:], later.shown[1:])
@@ -151,7 +151,7 @@ def test_the_budget_grows_over_the_ramp():
 def steps(network, undefended, source, one, samples=None):
     """What a batch tells of a stage, without an update."""
     layout = Layout.of(one, SETTING.batch)
-    (batch,) = batches(source, 4, 96, 0, 0, 1, layout.hard, samples=samples, sampled=layout.sampled)
+    (batch,) = batches(source, 4, 64, 0, 0, 1, layout.hard, samples=samples, sampled=layout.sampled)
     return learn_batch(network, undefended, batch, one, SETTING, 0, 1.0, lambda loss: None)
 
 
@@ -248,7 +248,7 @@ def test_stopped_and_resumed_it_gives_the_same_weights(bundled_model, undefended
         return GatedNetwork(fused(bundled_model), split=11)
 
     source, adversary = mislabelled, Adversary(4, 2, method)
-    wanted = stage(number=5, margins=(0.0, 1.0), gate=0.1, adversary=adversary, learn=learn)
+    wanted = stage(number=3, margins=(0.0, 1.0), gate=0.1, adversary=adversary, learn=learn)
     whole = train_stage(made(), undefended, source, wanted, SETTING, tmp_path / "a.pt").state_dict()
     with pytest.raises(KeyboardInterrupt):
         train_stage(
@@ -290,7 +290,7 @@ def attacked(frames, harm):
     [
         {"adversary": Adversary(4, 2)},
         {"adversary": Adversary(4, 2), "aims": ("class", "box")},
-        {"adversary": Adversary(4, 2, "free"), "number": 30},
+        {"adversary": Adversary(4, 2, "free")},
     ],
     ids=["pgd", "mtd", "free"],
 )
@@ -299,7 +299,7 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
 ):
     torch.manual_seed(0)
     network = GatedNetwork(fused(bundled_model), split=0, names=("adversarial",))
-    batch = next(batches(source, 4, 96, 99, 0, 1))
+    batch = next(batches(source, 4, 64, 99, 0, 1))
     with torch.no_grad():
         wanted = bundled.candidates(batch.clean)
 
@@ -307,7 +307,7 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
         return imitation_loss(decode(network.head, network(x, 0)[0]), wanted)
 
     before = attacked(batch.clean, harm)
-    only = stage(**{"number": 40, "route": 0, "share": (0.25, 0, 0.75), "rate": 3e-3} | options)
+    only = stage(**{"number": 12, "route": 0, "share": (0.25, 0, 0.75)} | options)
     train_stage(network, undefended, source, only, SETTING, tmp_path / "last.pt")
     assert attacked(batch.clean, harm) < 0.8 * before
 
@@ -317,15 +317,15 @@ def test_labels_that_the_teacher_would_not_give_are_learned_under_attack(
     bundled_model, undefended, mislabelled, tmp_path, learn, aims
 ):
     network = GatedNetwork(fused(bundled_model), split=0, names=("adversarial",))
-    batch = next(batches(mislabelled, 4, 96, 99, 0, 1))
+    batch = next(batches(mislabelled, 4, 64, 99, 0, 1))
 
     def harm(x):
         return label_loss(SETTING.run(network, x, 0)[0], batch.labels)
 
     before = attacked(batch.clean, harm)
-    only = stage(number=30, route=0, share=(0.25, 0, 0.75), learn=learn, aims=aims)
+    only = stage(number=12, route=0, share=(0.25, 0, 0.75), rate=1e-2, learn=learn, aims=aims)
     train_stage(network, undefended, mislabelled, only, SETTING, tmp_path / "last.pt")
-    assert attacked(batch.clean, harm) < 0.7 * before  # what imitates alone ends at .8
+    assert attacked(batch.clean, harm) < 0.66 * before  # what imitates alone ends at .78
 
 
 @pytest.mark.parametrize(("split", "method"), [(0, "pgd"), (22, "free")])
@@ -335,7 +335,7 @@ def test_a_backbone_alone_learns_to_make_of_attacked_frames_the_maps_of_clean_on
     torch.manual_seed(0)
     network = GatedNetwork(fused(bundled_model), split, ("normal", "adversarial"))
     start, end = copy.deepcopy(network.state_dict()), backbone_end(list(bundled_model.model))
-    batch = next(batches(source, 4, 96, 99, 0, 1))
+    batch = next(batches(source, 4, 64, 99, 0, 1))
     with torch.no_grad():
         wanted = SETTING.maps(undefended, batch.clean, 0)
     goal = Goal(maps=wanted, variances=feature_variances(wanted, lambda mean: mean))
@@ -360,7 +360,7 @@ def test_a_damaged_checkpoint_is_named(network, undefended, source, tmp_path):
 
 
 def test_the_gate_learns_each_kind_alike_however_many_a_batch_has(network, source):
-    frames = next(batches(source, 2, 96, 0, 0, 1)).shown
+    frames = next(batches(source, 2, 64, 0, 0, 1)).shown
     with torch.no_grad():
         found, _ = SETTING.run(network, frames)
     few, many = torch.tensor([1, 0]), torch.tensor([1, 1, 1, 0])
