@@ -198,7 +198,7 @@ def boxes_as(boxes: Tensor, classes: Tensor) -> Tensor:
     return boxes if boxes.ndim == classes.ndim + 1 else boxes.take_along_dim(classes[..., None, None], -2).squeeze(-2)
 
 
-def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool = False) -> list[Detections]:
+def suppress(candidates: Candidates, conf: float, iou: float, *, multi_label: bool = False) -> list[Detections]:
     """The detections of each frame in the batch, in *frame* pixels: threshold, then per-class NMS.
 
     As Ultralytics' predict path, a candidate counts for its best class only, or with `multi_label`, as its validation
@@ -207,9 +207,9 @@ def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool 
     multi_label = multi_label or candidates.multi_label
     with torch.no_grad():
         found = [
-            _best(logits.detach(), boxes.detach(), conf, multi_label)
+            _best(logits.detach(), boxes.detach(), conf, multi_label=multi_label)
             if candidates.end_to_end
-            else _suppress_one(logits.detach(), boxes.detach(), conf, iou, multi_label)
+            else _suppress_one(logits.detach(), boxes.detach(), conf, iou, multi_label=multi_label)
             for logits, boxes in zip(candidates.logits, candidates.boxes, strict=True)
         ]
     if candidates.experts is None:
@@ -218,7 +218,7 @@ def suppress(candidates: Candidates, conf: float, iou: float, multi_label: bool 
     return [replace(one, experts=weight) for one, weight in zip(found, weights, strict=True)]
 
 
-def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, multi_label: bool) -> Detections:
+def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, *, multi_label: bool) -> Detections:
     if multi_label:
         index, classes = (logits > torch.logit(torch.tensor(conf)).item()).nonzero(as_tuple=True)
         scores = logits[index, classes].sigmoid()
@@ -239,7 +239,7 @@ def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, multi_
     return Detections(boxes_as(boxes[index[kept]], classes[kept]).cpu(), scores[kept].cpu(), classes[kept].cpu())
 
 
-def _best(logits: Tensor, boxes: Tensor, conf: float, multi_label: bool) -> Detections:
+def _best(logits: Tensor, boxes: Tensor, conf: float, *, multi_label: bool) -> Detections:
     values, labels = (logits.flatten(), None) if multi_label else logits.max(1)
     scores, index = values.sigmoid().topk(min(MAX_DETECTIONS, len(logits)))
     keep = scores > conf

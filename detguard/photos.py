@@ -80,7 +80,7 @@ class PhotoError(DetguardError):
     """A photo that cannot be read or written; the message starts with its path."""
 
 
-def find_photos(sources: Iterable[str | Path], recursive: bool = False) -> list[Path]:
+def find_photos(sources: Iterable[str | Path], *, recursive: bool = False) -> list[Path]:
     """Expand files, folders and glob patterns to a list of files, each once, folders and patterns in sorted order.
 
     A source that holds no photos or cannot be listed stays in the list as it is, so that `read_photo` says so in
@@ -92,7 +92,7 @@ def find_photos(sources: Iterable[str | Path], recursive: bool = False) -> list[
     found: dict[Path, None] = {}
     for source in sources:
         for match in _matching(str(source)) or [Path(source)]:
-            found |= dict.fromkeys(_photos_in(match, recursive) or [match])
+            found |= dict.fromkeys(_photos_in(match, recursive=recursive) or [match])
     if not any(map(is_file, found)):
         raise PhotoError(f"{', '.join(map(str, found))}: no photos here (looked for {' '.join(SUFFIXES)})")
     return list(found)
@@ -106,7 +106,7 @@ def _matching(pattern: str) -> list[Path]:
         return []
 
 
-def _photos_in(folder: Path, recursive: bool) -> list[Path]:
+def _photos_in(folder: Path, *, recursive: bool) -> list[Path]:
     try:
         inside = folder.rglob("*") if recursive and folder.is_dir() else folder.iterdir()
         return sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
@@ -292,7 +292,7 @@ class Letterbox:
         return cls(photo, photo, photo, (0, 0))
 
     @classmethod
-    def fit(cls, photo: tuple[int, int], size: int, stride: int = 32, stretch: bool = False) -> "Letterbox":
+    def fit(cls, photo: tuple[int, int], size: int, stride: int = 32, *, stretch: bool = False) -> "Letterbox":
         """The letterbox of Ultralytics' predict path: longest side to `size`, short side padded to whole strides.
 
         Args:
@@ -321,7 +321,7 @@ class Letterbox:
         frame[top : top + height, left : left + width] = photo
         return frame
 
-    def pull_back(self, gradient: Tensor, spread: bool = False) -> Tensor:
+    def pull_back(self, gradient: Tensor, *, spread: bool = False) -> Tensor:
         """Gradient at the frame, [3, H', W'], brought to the photo, [3, H, W]: the adjoint of the bilinear resize.
 
         OpenCV's rounding is passed straight through. The padding is constant, so its gradient goes nowhere.

@@ -92,7 +92,7 @@ class Ranks:
         if self.count > 1:
             network.load_state_dict(self.given(lambda: {k: v.cpu() for k, v in network.state_dict().items()}))
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag: bool) -> bool:  # noqa: FBT001
         """Whether it is so in one of them."""
         if self.count == 1:
             return flag

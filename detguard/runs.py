@@ -68,6 +68,7 @@ class Run:
         out: Path | None,
         config: dict[str, Any],
         files: Mapping[str, bytes] | None = None,
+        *,
         exist_ok: bool = False,
     ) -> "Run":
         """A new folder, `out` or the next free `runs/<command>/<number>`, with `files`, then its config.yaml.
@@ -247,7 +248,7 @@ class Run:
         if self.on_record and name == RESULTS:
             self.on_record(record)
 
-    def records(self, checked: bool = True, name: str = RESULTS) -> list[Record]:
+    def records(self, name: str = RESULTS, *, checked: bool = True) -> list[Record]:
         """All whole records of a file of them; a last line that a kill cut short is left out.
 
         checked: they have all fields that a record of the command has, of the right kind.

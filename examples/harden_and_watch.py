@@ -9,7 +9,7 @@ import detguard
 from detguard.photos import find_photos, read_photo
 
 
-def main(photos: str, folder: str, quick: bool = False) -> detguard.Trained:
+def main(photos: str, folder: str, *, quick: bool = False) -> detguard.Trained:
     """Harden detguard-n on a folder of photos, and return what came of teaching it those that made accuracy drop.
 
     quick: a few small frames, to see that it runs; the detector is the worse for it.

@@ -118,7 +118,7 @@ def adapt(
         only_resumes(context)
         ranks = start_ranks(device)
         with err.status("Loading the ensemble"):
-            job = Adapting.resume(resume, ranks, trust)
+            job = Adapting.resume(resume, ranks, trust=trust)
     else:
         out_folder = run_folder(context)
         if not model:
@@ -137,7 +137,7 @@ def adapt(
             class_map=parse_map(class_map), max_experts=max_experts,
             corruptions=kinds, out=out_folder, exist_ok=exist_ok, trust=trust,
         )  # fmt: skip
-    sys.exit(run_adaptation(job, workers, as_json))
+    sys.exit(run_adaptation(job, workers, as_json=as_json))
 
 
 def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "Ranks", **options: Any) -> "Adapting":
@@ -154,7 +154,7 @@ def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "R
     return job
 
 
-def run_adaptation(job: "Adapting", workers: int | None, as_json: bool = False) -> int:
+def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = False) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.adaptation import adaptation_page, verdict
     from detguard.reports.judged import judged_table
@@ -189,5 +189,5 @@ def run_adaptation(job: "Adapting", workers: int | None, as_json: bool = False) 
     run.write("report.html", adaptation_page(run, judged, job.learned))
     show_judgement(verdict(judged), judged_table(judged))
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."
-    show_made(as_json, text, **asdict(Trained(made, run.folder, job.unread, before, judged.after)))
+    show_made(text, as_json=as_json, **asdict(Trained(made, run.folder, job.unread, before, judged.after)))
     return 2 if job.unread else 0

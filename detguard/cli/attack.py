@@ -257,13 +257,15 @@ def attack(
     if resume:
         run = shared_run(ranks, lambda: Run.resume(resume, "attack"))
         with err.status("Loading the detector"):
-            detectors = [load_configured(one, trust, device) for one in (run.config["detector"], *run.config["also"])]
+            detectors = [
+                load_configured(one, device, trust=trust) for one in (run.config["detector"], *run.config["also"])
+            ]
     else:
         if bool(photos) == bool(data):
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
         if norm == "l2" and "/" in eps:
             raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
-        files = find_inputs(photos, recursive) if photos else []
+        files = find_inputs(photos, recursive=recursive) if photos else []
         shares = numbers("--weights", weights, "1,1,2")
         options = AttackOptions(
             budget=parse_budget(norm, levels(eps), mask), smallest=smallest, steps=steps, rule=rule,
@@ -277,7 +279,7 @@ def attack(
         })  # fmt: skip
         with err.status("Loading the detector"):
             detectors = [
-                load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+                load_detector(name, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
                 for name in model or [defaults.MODEL]
             ]
         options = replace(options, conf=conf or detectors[0].conf)
@@ -296,13 +298,13 @@ def attack(
         )  # fmt: skip
 
         def begin() -> Run:
-            shown, folder = framed(files, "attack", out_folder, every, frames, exist_ok)
-            return Run.create("attack", folder, config | {"photos": list(map(str, shown))}, kept, exist_ok)
+            shown, folder = framed(files, "attack", out_folder, every, frames, exist_ok=exist_ok)
+            return Run.create("attack", folder, config | {"photos": list(map(str, shown))}, kept, exist_ok=exist_ok)
 
         run = shared_run(ranks, begin)
     run.share(ranks)
     out.quiet = out.quiet or as_json
-    sys.exit(run_attack(attack_job(run, detectors), ranks, as_json))
+    sys.exit(run_attack(attack_job(run, detectors), ranks, as_json=as_json))
 
 
 def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
@@ -323,7 +325,7 @@ def numbers(option: str, text: str | None, example: str, count: int | None = Non
 
 
 def framed(
-    sources: Sequence[str], command: str, out: Path | None, every: int, frames: int, exist_ok: bool
+    sources: Sequence[str], command: str, out: Path | None, every: int, frames: int, *, exist_ok: bool
 ) -> tuple[list[Path], Path | None]:
     """Photos and the folder of a new run, into which downloads and the frames of videos and cameras are written."""
     from detguard.data.inputs import as_photos, is_address, is_camera, is_video
@@ -354,7 +356,7 @@ def places(text: str | None) -> list[int] | None:
     return [int(number) for number in read]
 
 
-def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
+def run_attack(job: "Job", ranks: "Ranks", *, as_json: bool = False) -> int:
     """Attack what the run has not done yet, with live progress and a closing table; returns the exit code.
 
     ranks: each attacks its share of the photos; the first shows and closes the run.
@@ -394,7 +396,7 @@ def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
                 here.append(record)
                 progress.advance(task)
                 if ranks.first:
-                    show_record(job, record, as_json)
+                    show_record(job, record, as_json=as_json)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard attack --resume {job.run.folder}")
             return 130
@@ -403,7 +405,7 @@ def run_attack(job: "Job", ranks: "Ranks", as_json: bool = False) -> int:
         ranks.end()
         return 0
     for record in made[len(here) :]:  # the first's own come first
-        show_record(job, record, as_json)
+        show_record(job, record, as_json=as_json)
     kept = job.run.records()
     if kept != (ordered := in_order(kept)):
         job.run.keep(ordered)
@@ -438,7 +440,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
     return 2 if "error" in statuses else NOTHING if not attacked else 1 if "failed" in statuses else 0
 
 
-def show_record(job: "Job", record: "Record", as_json: bool) -> None:
+def show_record(job: "Job", record: "Record", *, as_json: bool) -> None:
     """Show what needs to be shown at once of a photo that is done."""
     from detguard.objectives.parse import wanted
 
@@ -515,11 +517,11 @@ def detect(
     from detguard.runs import Run, photo_keys
 
     out_folder = run_folder(context)
-    sources = find_inputs(photos, recursive)
+    sources = find_inputs(photos, recursive=recursive)
     with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+        detector = load_detector(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     conf = conf or detector.conf
-    shown, out_folder = framed(sources, "detect", out_folder, every, frames, exist_ok)
+    shown, out_folder = framed(sources, "detect", out_folder, every, frames, exist_ok=exist_ok)
     files = photo_keys(shown)
     config = {
         "detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()],
@@ -591,7 +593,7 @@ def verify(
     run = Run.open(folder, "attack")
     with err.status("Loading the detector"):
         other = None if model is None else load_detector(model, trust=trust, device=device)
-        detector = other or load_configured(run.config["detector"], trust, device)
+        detector = other or load_configured(run.config["detector"], device, trust=trust)
     judged = judge_run(folder, detector, transforms=transforms)
     options = AttackOptions.from_config(run.config["attack"])
     budget = options.budget

@@ -42,7 +42,7 @@ def check_detector(
     from detguard.reports.tables import terminal_table
 
     with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, trust, device)
+        detector = load_detector(model, imgsz, device, trust=trust)
     promises = list(check_contract(detector, read_photo(photo or ASSETS / "bus.jpg"), conf))
     rows = [
         [

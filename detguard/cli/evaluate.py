@@ -179,7 +179,7 @@ def evaluate(
         run = shared_run(ranks, lambda: Run.resume(resume, "evaluate"))
         config = run.config
         with err.status("Loading the detectors"):
-            detectors = [load_configured(c, trust, device) for c in config["detectors"]]
+            detectors = [load_configured(c, device, trust=trust) for c in config["detectors"]]
     else:
         out_folder = run_folder(context)
         if not data:
@@ -205,7 +205,10 @@ def evaluate(
         }  # fmt: skip
         plan(config["evaluate"], len(models))
         with err.status("Loading the detectors"):
-            detectors = [load_detector(name, imgsz, trust, device, end_to_end, top_k, fusion, iou) for name in models]
+            detectors = [
+                load_detector(name, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+                for name in models
+            ]
         config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
@@ -219,11 +222,11 @@ def evaluate(
         cost = measure_cost(subjects, wanted, ranks.count)
     if dry_run:
         if ranks.first:
-            show_made(as_json, in_words(cost), **asdict(cost))
+            show_made(in_words(cost), as_json=as_json, **asdict(cost))
         sys.exit(0)
     err.print(in_words(cost), highlight=False, soft_wrap=True)
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
-    sys.exit(run_evaluation(run, subjects, wanted, lost, floors, as_json, ranks))
+    sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, as_json=as_json))
 
 
 def in_words(cost: "Cost") -> str:
@@ -269,8 +272,9 @@ def run_evaluation(
     wanted: "Protocols",
     warned: int,
     floors: "Floors",
-    as_json: bool,
     ranks: "Ranks",
+    *,
+    as_json: bool,
 ) -> int:
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code.
 

@@ -73,7 +73,9 @@ def export(
     check_file(file, model, kind)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []
     with err.status("Loading the detector"):
-        wanted = plan_export(model, kind, shown, imgsz, nms, conf, iou, dynamic, end_to_end, top_k, trust)
+        wanted = plan_export(
+            model, kind, shown, imgsz, conf, iou, top_k, nms=nms, dynamic=dynamic, end_to_end=end_to_end, trust=trust
+        )
     if wanted.detector.experts and wanted.detector.model.top_k:
         show_warning("all experts are computed in the file: --top-k decides what is found, not how fast")
     with err.status("Exporting and checking"), warnings.catch_warnings():
@@ -82,7 +84,7 @@ def export(
     out.print(terminal_table(verdict_table(verdict, len(wanted.frames))))
     if as_json or verdict.passed:
         text = f"checked: {file} finds what {model} finds"
-        show_made(as_json, text, file=file, passed=verdict.passed, **verdict.record())
+        show_made(text, as_json=as_json, file=file, passed=verdict.passed, **verdict.record())
     if not verdict.passed:
         why = f"expected scores within {SCORES:g} and boxes within {BOXES:g} px"
         why = why if verdict.compared else "nothing was found to compare; give --photos of what it was made for"

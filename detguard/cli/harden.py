@@ -208,7 +208,7 @@ def harden(
         only_resumes(context)
         ranks = start_ranks(device)
         with err.status("Loading the detector"):
-            job = Hardening.resume(resume, ranks, trust)
+            job = Hardening.resume(resume, ranks, trust=trust)
     else:
         out_folder = run_folder(context)
         if dry_run:
@@ -233,13 +233,13 @@ def harden(
             )  # fmt: skip
     out.quiet = out.quiet or as_json
     if dry_run:
-        sys.exit(show_cost(job, workers, as_json))
+        sys.exit(show_cost(job, workers, as_json=as_json))
     if log and job.ranks.first:
         track(job.run, log)
-    sys.exit(run_hardening(job, workers, as_json))
+    sys.exit(run_hardening(job, workers, as_json=as_json))
 
 
-def show_cost(job: "Hardening", workers: int | None, as_json: bool) -> int:
+def show_cost(job: "Hardening", workers: int | None, *, as_json: bool) -> int:
     """Say what the stages of a run take, which is then spent; returns the exit code."""
     from detguard.reports.hardening import cost_table
     from detguard.reports.tables import duration, terminal_table
@@ -253,7 +253,7 @@ def show_cost(job: "Hardening", workers: int | None, as_json: bool) -> int:
     passes, seconds = (sum(getattr(cost, of) for cost in costs.values()) for of in ("passes", "seconds"))
     stages = {name: vars(cost) for name, cost in costs.items()}
     text = f"{passes:,} forward and backward passes in all: about {duration(seconds)}, as measured on a batch of each"
-    show_made(as_json, f"{text} stage", passes=passes, seconds=seconds, stages=stages)
+    show_made(f"{text} stage", as_json=as_json, passes=passes, seconds=seconds, stages=stages)
     return 2 if job.unread else 0
 
 
@@ -287,7 +287,7 @@ def show_judgement(verdict: str, table: "Table") -> None:
         out.print(terminal_table(table))
 
 
-def run_hardening(job: "Hardening", workers: int | None, as_json: bool = False) -> int:
+def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = False) -> int:
     """Train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.hardening import hardening_page, judged_before_after, verdict
     from detguard.reports.tables import duration
@@ -321,5 +321,5 @@ def run_hardening(job: "Hardening", workers: int | None, as_json: bool = False) 
     run.write("report.html", hardening_page(run, job.judgement))
     show_judgement(verdict(job.judgement, run.config), judged_before_after(job.judgement))
     page, judge = run.folder / "report.html", f"detguard evaluate --model {made.weights} --data ..."
-    show_made(as_json, f"results: {made.weights}, open {page}; judge it: {judge}", **asdict(made))
+    show_made(f"results: {made.weights}, open {page}; judge it: {judge}", as_json=as_json, **asdict(made))
     return 2 if job.unread else 0

@@ -129,7 +129,7 @@ def monitor(
         only_resumes(context)
         run = Run.resume(resume, "monitor")
         with err.status("Loading the detector"):
-            watched = load_configured(run.config["detector"], trust, device)
+            watched = load_configured(run.config["detector"], device, trust=trust)
         sys.exit(watch(run, watched, device, roll_back=roll_back, as_json=as_json))
     out_folder = run_folder(context)
     if roll_back:
@@ -137,7 +137,7 @@ def monitor(
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
-        watched = load_detector(model, imgsz, trust, device, top_k=top_k, fusion=fusion, iou=iou)
+        watched = load_detector(model, imgsz, device, trust=trust, top_k=top_k, fusion=fusion, iou=iou)
     if on_drift == "adapt" and not watched.hardened:
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     parsed = adapting_options(adapt_options)
@@ -190,6 +190,7 @@ def watch(
     detector: "Detector",
     device: str,
     photos: "Sequence[Labelled] | None" = None,
+    *,
     roll_back: bool = False,
     as_json: bool = False,
 ) -> int:

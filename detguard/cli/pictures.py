@@ -110,14 +110,12 @@ def patch(
     from detguard.attacks.pictures import Learning
 
     if resume:
-        return go_on(context, resume, "patch", trust, device, as_json)
+        return go_on(context, resume, "patch", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
-    detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+    detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
-        Patch(size, pixels), detector, data, learning, as_json, target=target, split=split, out=out_folder,
-        exist_ok=exist_ok, print_cm=print_cm,
-    )  # fmt: skip
+        Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split, out=out_folder, exist_ok=exist_ok, print_cm=print_cm)  # fmt: skip
 
 
 @app.command(
@@ -164,24 +162,32 @@ def universal(
     from detguard.attacks.universal import Universal
 
     if resume:
-        return go_on(context, resume, "universal", trust, device, as_json)
+        return go_on(context, resume, "universal", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
-    detector = loaded(model, imgsz, trust, device, end_to_end, top_k, fusion, iou)
+    detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal.of(levels(eps), detector.imgsz)
-    return begin(kind, detector, data, learning, as_json, target=target, split=split, out=out_folder, exist_ok=exist_ok)
+    return begin(
+        kind, detector, data, learning, as_json=as_json, target=target, split=split, out=out_folder, exist_ok=exist_ok
+    )
 
 
-def loaded(*options: Any) -> "Detector":
+def loaded(*options: Any, **flags: Any) -> "Detector":
     """The detector of the options, which are those of `load_detector`."""
     from detguard.detectors.load import load_detector
 
     with err.status("Loading the detector"):
-        return load_detector(*options)
+        return load_detector(*options, **flags)
 
 
 def begin(
-    kind: "Picture", detector: "Detector", data: list[str] | None, learning: "Learning", as_json: bool, **options: Any
+    kind: "Picture",
+    detector: "Detector",
+    data: list[str] | None,
+    learning: "Learning",
+    *,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Learn a picture in a new run."""
     from detguard.workflows.pictures import PictureJob
@@ -190,20 +196,20 @@ def begin(
         job = PictureJob.begin(
             kind, detector, data or [], learning, arguments=sys.argv[1:], on_data=show_warnings, **options
         )
-    learn(job, as_json)
+    learn(job, as_json=as_json)
 
 
-def go_on(context: typer.Context, folder: Path, command: str, trust: bool, device: str, as_json: bool) -> None:
+def go_on(context: typer.Context, folder: Path, command: str, device: str, *, trust: bool, as_json: bool) -> None:
     """Go on with a run."""
     from detguard.workflows.pictures import PictureJob
 
     only_resumes(context)
     with err.status("Loading the detector and looking for targets"):
-        job = PictureJob.resume(folder, command, trust, device, show_warnings)
-    learn(job, as_json)
+        job = PictureJob.resume(folder, command, device, show_warnings, trust=trust)
+    learn(job, as_json=as_json)
 
 
-def learn(job: "PictureJob", as_json: bool) -> None:
+def learn(job: "PictureJob", *, as_json: bool) -> None:
     """Learn the picture with live progress, and write it out with its page."""
     from detguard.reports.pictures import picture_page
 
@@ -229,4 +235,4 @@ def learn(job: "PictureJob", as_json: bool) -> None:
         judged += f" --patch-target '{worn}' --patch-size {run.config['picture']['size']:g}"
     text = f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: "
     text += f"detguard evaluate --protocols clean {judged} --data ..."
-    show_made(as_json, text, file=learned.file, folder=learned.folder, stopped=bool(stopped))
+    show_made(text, as_json=as_json, file=learned.file, folder=learned.folder, stopped=bool(stopped))

@@ -34,8 +34,9 @@ def ahead(
     first: int,
     last: int,
     workers: int = 1,
-    pinned: bool = False,
     patience: float = PATIENCE,
+    *,
+    pinned: bool = False,
 ) -> Generator[Thing, None, None]:
     """The things of numbers `first` to `last`, in order, made by `workers` processes while those before are used.
 
@@ -48,7 +49,7 @@ def ahead(
     cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
     number, failed = first, 0
     while number < last:
-        makers = _Makers(make, number, last, workers, pinned)
+        makers = _Makers(make, number, last, workers, pinned=pinned)
         try:
             while number < last:
                 thing = makers.next(patience)
@@ -81,7 +82,7 @@ class _Things(Dataset):
 class _Makers:
     """The processes that make the things from `first` to `last`: those of a DataLoader."""
 
-    def __init__(self, make: Callable[[int], Any], first: int, last: int, workers: int, pinned: bool) -> None:
+    def __init__(self, make: Callable[[int], Any], first: int, last: int, workers: int, *, pinned: bool) -> None:
         loader = DataLoader(
             _Things(make),
             batch_size=None,

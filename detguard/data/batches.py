@@ -54,6 +54,7 @@ class PhotoSet:
         photos: Iterable[bytes],
         probability: Sequence[float] | NDArray[np.float64],
         labels: Sequence[Labelled] = (),
+        *,
         plain: bool = False,
     ) -> "PhotoSet":
         """A set of image files; probabilities are brought to a sum of 1."""
@@ -93,7 +94,7 @@ class Samples(NamedTuple):
 
 
 def read_photos(
-    folders: Sequence[tuple[Sequence[Path] | Sequence[Labelled], float]], size: int, plain: bool = False
+    folders: Sequence[tuple[Sequence[Path] | Sequence[Labelled], float]], size: int, *, plain: bool = False
 ) -> tuple[PhotoSet, list[str]]:
     """Read photos, given as lists with the share of a batch that each list has, for frames of `size` pixels.
 
@@ -112,7 +113,7 @@ def read_photos(
             photo = read_photo(entry.file if isinstance(entry, Labelled) else entry)
         except DetguardError as error:
             return str(error)
-        shown = shrunk(photo, size, plain)
+        shown = shrunk(photo, size, plain=plain)
         data = encode_png(shown) if plain else encode_jpeg(shown, KEPT_QUALITY)
         if not isinstance(entry, Labelled):
             return data, None
@@ -133,7 +134,7 @@ def read_photos(
         raise DetguardError(broken[0] if broken else "no photos to train on")
     # Each is given up when it is copied, or all would be there twice.
     photos = (kept.popleft() for _ in range(len(kept)))
-    return PhotoSet.of(photos, probability, labels, plain), broken
+    return PhotoSet.of(photos, probability, labels, plain=plain), broken
 
 
 def as_kept(label: Labelled, photo: Photo, shown: Photo) -> Labelled:
@@ -142,7 +143,7 @@ def as_kept(label: Labelled, photo: Photo, shown: Photo) -> Labelled:
     return replace(label, objects=replace(label.objects, boxes=label.objects.boxes * scale))
 
 
-def shrunk(photo: Photo, size: int, plain: bool) -> Photo:
+def shrunk(photo: Photo, size: int, *, plain: bool) -> Photo:
     """A photo as it is kept for frames of `size` pixels; plain: in the size in which a detector sees it."""
     if plain:
         height, width = (letterbox := Letterbox.fit(photo.shape[:2], size)).resized
@@ -358,7 +359,7 @@ def batches(
     """
     maker = _Maker(source, count, size, seed, hard, zoom, kinds, ranks, samples, sampled)
     device = ranks.device
-    for made in ahead(maker, first, last, workers, device.type == "cuda", PATIENCE + OF_FRAME * count):
+    for made in ahead(maker, first, last, workers, PATIENCE + OF_FRAME * count, pinned=device.type == "cuda"):
         clean = _frames(made.clean, device)
         middle = clean[len(made.hard) : len(clean) - len(made.sampled)]
         shown = torch.cat([_frames(made.hard, device), middle, _frames(made.sampled, device)])

@@ -43,7 +43,7 @@ def is_address(source: str) -> bool:
     return bool(re.match(r"https?://", source, re.IGNORECASE))
 
 
-def find_inputs(sources: Iterable[str], recursive: bool = False) -> list[str]:
+def find_inputs(sources: Iterable[str], *, recursive: bool = False) -> list[str]:
     """What `find_photos` finds, and the cameras and addresses among the sources as they are, behind it.
 
     Raises:
@@ -52,7 +52,7 @@ def find_inputs(sources: Iterable[str], recursive: bool = False) -> list[str]:
     sources = list(sources)
     others = [one for one in sources if is_camera(one) or is_address(one)]
     files = [one for one in sources if one not in others]
-    return [*map(str, find_photos(files, recursive) if files else []), *others]
+    return [*map(str, find_photos(files, recursive=recursive) if files else []), *others]
 
 
 def download(address: str, folder: Path) -> Path:

@@ -85,7 +85,7 @@ class Detector(ABC):
         """
 
     def detect(
-        self, photos: Sequence[Photo], conf: float = 0.25, iou: float | None = None, multi_label: bool = False
+        self, photos: Sequence[Photo], conf: float = 0.25, iou: float | None = None, *, multi_label: bool = False
     ) -> list[Detections]:
         """Detections by the tensor path that attacks use, in photo pixels, best first.
 
@@ -104,7 +104,7 @@ class Detector(ABC):
             with torch.no_grad():
                 frames = [box(photo) for box, photo in zip(boxes, batch, strict=True)]
                 candidates = self.candidates(frames_tensor(frames, self.device))
-            detections = suppress(candidates, conf, self.iou if iou is None else iou, multi_label)
+            detections = suppress(candidates, conf, self.iou if iou is None else iou, multi_label=multi_label)
             found += [to_photo(d, box) for d, box in zip(detections, boxes, strict=True)]
         return found
 
@@ -186,7 +186,7 @@ class Family(ABC):
         """
         return None
 
-    def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
+    def read(self, name: str, file: Path, *, trust: bool) -> tuple[nn.Module, int]:
         """The network of official weights, known to be what `name` says, and the frame size that it was made for.
 
         Or of a file that ends in one of `suffixes`.

@@ -21,7 +21,7 @@ def nearly_custom(name: str | Path) -> str | None:
     return wanted if colon and is_custom(wanted) and Path(file).suffix in ("", ".py") else None
 
 
-def load_custom(name: str, trust: bool, device: str = "cpu") -> Detector:
+def load_custom(name: str, device: str = "cpu", *, trust: bool) -> Detector:
     """The detector that a function returns; its module is looked for in the working folder, too.
 
     factory: takes the torch device as its only argument.

@@ -53,7 +53,7 @@ class Architecture:
     most: tuple[str, ...] = ()
 
 
-def _known(name: str, processor: str = "", softmax: bool = False, most: tuple[str, ...] = ()) -> Architecture:
+def _known(name: str, processor: str = "", most: tuple[str, ...] = (), *, softmax: bool = False) -> Architecture:
     return Architecture(
         f"{name}ForObjectDetection", f"{processor or name}ImageProcessor", f"{name}Config", softmax, most
     )

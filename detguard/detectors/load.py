@@ -33,12 +33,13 @@ LACKS = {
 def load_detector(
     name: "str | Path | YOLO" = BUNDLED,
     imgsz: int | None = None,
-    trust: bool = False,
     device: str = defaults.DEVICE,
-    end_to_end: bool = False,
     top_k: int | None = None,
     fusion: str | None = None,
     iou: float | None = None,
+    *,
+    trust: bool = False,
+    end_to_end: bool = False,
 ) -> "Detector":
     """A detector by bundled name, file (.pt, .safetensors, .onnx), or name of Ultralytics or torchvision (yolo11n).
 
@@ -79,11 +80,11 @@ def load_detector(
     if isinstance(name, str | Path) and is_custom(name):
         if imgsz or end_to_end or top_k or fusion:
             raise DetguardError(f"{name}: is made by your own function; `imgsz`, `end_to_end` and such are up to it")
-        detector = load_custom(str(name), trust, device)
+        detector = load_custom(str(name), device, trust=trust)
     else:
         options: dict[str, Any] = {"end_to_end": end_to_end, "top_k": top_k, "fusion": fusion}
         if isinstance(name, str | Path):
-            detector = _of_network(*load_model(name, trust), name, imgsz, device, **options)
+            detector = _of_network(*load_model(name, trust=trust), name, imgsz, device, **options)
         else:
             network, size, name = _of_yolo(name)
             detector = _of_network(network, size, name, imgsz, device, **options)
@@ -136,7 +137,7 @@ def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
     }
 
 
-def load_configured(config: dict[str, Any], trust: bool = False, device: str = defaults.DEVICE) -> "Detector":
+def load_configured(config: dict[str, Any], device: str = defaults.DEVICE, *, trust: bool = False) -> "Detector":
     """The detector of a run by its `detector_config`.
 
     Raises:
@@ -153,13 +154,13 @@ def load_configured(config: dict[str, Any], trust: bool = False, device: str = d
     from detguard.detectors.custom import is_custom
 
     size = None if is_custom(model) else imgsz
-    detector = load_detector(model, size, trust, device, end_to_end, top_k, fusion, iou)
+    detector = load_detector(model, size, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
     return detector
 
 
-def load_model(name: str | Path = BUNDLED, trust: bool = False) -> tuple[nn.Module, int]:
+def load_model(name: str | Path = BUNDLED, *, trust: bool = False) -> tuple[nn.Module, int]:
     """The unfused, trainable network of a detector and the frame size it was made for; see `load_detector`."""
     from detguard.detectors.rebuild import read_checkpoint
 
@@ -167,8 +168,8 @@ def load_model(name: str | Path = BUNDLED, trust: bool = False) -> tuple[nn.Modu
     if file.stat().st_size > MAX_BYTES:
         raise DetguardError(f"{file}: over {MAX_BYTES >> 30} GiB, too large for weights of a detector")
     if family is not None:
-        return family.read(str(name), file, trust)
-    return _read_safetensors(file) if file.suffix == ".safetensors" else read_checkpoint(file, trust)
+        return family.read(str(name), file, trust=trust)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else read_checkpoint(file, trust=trust)
 
 
 def weights_folder() -> Path:

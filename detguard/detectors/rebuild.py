@@ -44,7 +44,7 @@ IGNORED = {
 }  # fmt: skip
 
 
-def read_checkpoint(file: Path, trust: bool) -> tuple[nn.Module, int]:
+def read_checkpoint(file: Path, *, trust: bool) -> tuple[nn.Module, int]:
     """The network of a checkpoint, as `rebuild` makes it, or unpickled where its file is trusted to run any code."""
     if trust:
         return _unpickle(file)

@@ -40,7 +40,7 @@ class UltralyticsDetector(Detector):
         DetguardError: the model's head is not a box detection head, or it has no end-to-end head.
     """
 
-    def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu", end_to_end: bool = False) -> None:
+    def __init__(self, model: Any, name: str, imgsz: int, device: str = "cpu", *, end_to_end: bool = False) -> None:
         self.name = name
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
         frozen: Any = copy.deepcopy(model).float().eval()
@@ -70,7 +70,7 @@ class UltralyticsDetector(Detector):
 
     @override
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:
-        return Letterbox.fit(photo_shape, self.imgsz, self.stride, self.stretch)
+        return Letterbox.fit(photo_shape, self.imgsz, self.stride, stretch=self.stretch)
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:
@@ -185,7 +185,7 @@ class Ultralytics(Family):
     def detector(
         self, network: Any, name: str, imgsz: int, device: str, end_to_end: bool = False, **options: Any
     ) -> UltralyticsDetector:
-        return UltralyticsDetector(network, name, imgsz, device, end_to_end)
+        return UltralyticsDetector(network, name, imgsz, device, end_to_end=end_to_end)
 
     @override
     def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
@@ -226,7 +226,7 @@ class Ultralytics(Family):
     def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:
         from detguard.detectors.rebuild import read_checkpoint
 
-        model, size = read_checkpoint(file, trust)
+        model, size = read_checkpoint(file, trust=trust)
         check_official(file, model)
         return model, size
 

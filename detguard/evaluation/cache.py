@@ -52,7 +52,7 @@ class Cache:
     """
 
     def __init__(
-        self, file: Path = DEFAULT, on_warning: Callable[[str], object] = warnings.warn, alone: bool = True
+        self, file: Path = DEFAULT, on_warning: Callable[[str], object] = warnings.warn, *, alone: bool = True
     ) -> None:
         self.file = file
         self.begun = 0

@@ -64,6 +64,7 @@ def coco_metrics(
     results: list[Result],
     categories: Iterable[int],
     images: Sequence[int] | None = None,
+    *,
     sizes: bool = True,
     drawn: bool = False,
 ) -> CocoMetrics:
@@ -75,7 +76,7 @@ def coco_metrics(
     """
     categories = sorted(categories)
     images = sorted(annotations.imgs if images is None else images)
-    judge = _judge(annotations, results, categories, images, sizes)
+    judge = _judge(annotations, results, categories, images, sizes=sizes)
     judge.accumulate()
     if sizes:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -118,7 +119,9 @@ def _with_errors(metrics: CocoMetrics, judge: COCOeval, names: Sequence[str]) ->
     return replace(metrics, stats=stats, per_class=per_class, drawn=aps, drawn_classes=drawn)
 
 
-def _judge(annotations: COCO, results: list[Result], categories: list[int], images: list[int], sizes: bool) -> COCOeval:
+def _judge(
+    annotations: COCO, results: list[Result], categories: list[int], images: list[int], *, sizes: bool
+) -> COCOeval:
     """hotcoco, which has matched the results; categories and images are numbered by their places in the lists."""
     category_at, image_at = ({one: place for place, one in enumerate(ids)} for ids in (categories, images))
 

@@ -342,14 +342,16 @@ class Scorer:
             found["gate"] = {"experts": list(detector.experts), "shares": self.gate}
         return found
 
-    def measure(self, view: View, label: str, part: str = "", sizes: bool = False, write: bool = True) -> CocoMetrics:
+    def measure(
+        self, view: View, label: str, part: str = "", *, sizes: bool = False, write: bool = True
+    ) -> CocoMetrics:
         """COCO metrics of a part of a view; `write`: what was found into detections/ of the run."""
         seen = list(results_of(self.subject, view, part))
         shown = results(self.subject, seen)
         name = self.subject.name
         if write:
             self.run.write(f"detections/{name}/{label.replace(' ', '-')}.json", json.dumps(shown).encode())
-        metrics = metrics_of(self.subject, shown, sizes, drawn=True)
+        metrics = metrics_of(self.subject, shown, sizes=sizes, drawn=True)
         if self.subject.detector.experts:
             self.gate[label] = expert_shares(seen)
         self.evaluation.classes += [(name, label, of_class, row) for of_class, row in metrics.per_class.items()]

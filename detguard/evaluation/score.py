@@ -14,15 +14,17 @@ def results(subject: Subject, found: Iterable[tuple[int, Detections]]) -> list[R
     return [r for image, detections in found for r in coco_results(image, detections, subject.category_ids)]
 
 
-def metrics_of(subject: Subject, found: list[Result], sizes: bool = False, drawn: bool = False) -> CocoMetrics:
+def metrics_of(subject: Subject, found: list[Result], *, sizes: bool = False, drawn: bool = False) -> CocoMetrics:
     """COCO metrics of results of the subject's photos; see `coco_metrics`."""
     images = list(subject.dataset.files)
-    return coco_metrics(subject.dataset.annotations, found, subject.category_ids.values(), images, sizes, drawn)
+    return coco_metrics(
+        subject.dataset.annotations, found, subject.category_ids.values(), images, sizes=sizes, drawn=drawn
+    )
 
 
-def score(subject: Subject, view: View, part: str = "", sizes: bool = False) -> CocoMetrics:
+def score(subject: Subject, view: View, part: str = "", *, sizes: bool = False) -> CocoMetrics:
     """COCO metrics of one part of a view."""
-    return metrics_of(subject, results(subject, results_of(subject, view, part)), sizes)
+    return metrics_of(subject, results(subject, results_of(subject, view, part)), sizes=sizes)
 
 
 def expert_shares(found: Iterable[tuple[int, Detections]]) -> list[float]:

@@ -40,7 +40,7 @@ class Deployment:
     @property
     def graph(self) -> Graph:
         """The module that is traced."""
-        return Graph(self.detector, self.nms, self.conf, self.iou).eval()
+        return Graph(self.detector, self.conf, self.iou, nms=self.nms).eval()
 
     @property
     def example(self) -> Tensor:

@@ -63,7 +63,7 @@ def default_photos() -> list[Photo]:
     return [np.ascontiguousarray(photo) for photo in photos]
 
 
-def frames_of(detector: Detector, photos: Sequence[Photo], square: bool) -> list[Tensor]:
+def frames_of(detector: Detector, photos: Sequence[Photo], *, square: bool) -> list[Tensor]:
     """The frame of each photo, float32 [1, 3, H, W]; `square`: padded to the size of a static graph."""
     frames = []
     for photo in photos:

@@ -30,12 +30,13 @@ def plan_export(
     kind: str,
     photos: Sequence[Photo] = (),
     imgsz: int | None = None,
-    nms: bool = False,
     conf: float = 0.25,
     iou: float = 0.7,
+    top_k: int | None = None,
+    *,
+    nms: bool = False,
     dynamic: bool = True,
     end_to_end: bool = False,
-    top_k: int | None = None,
     trust: bool = False,
 ) -> Deployment:
     """The detector by its name or file, and how it is wanted; see `Deployment`.
@@ -54,7 +55,7 @@ def plan_export(
         )
     if nms and end_to_end:
         raise DetguardError("`nms`: the head of `end_to_end` needs none; leave one of them out")
-    detector = load_detector(model, imgsz, trust, end_to_end=end_to_end, top_k=top_k)
+    detector = load_detector(model, imgsz, trust=trust, end_to_end=end_to_end, top_k=top_k)
     network: Any = detector.model
     architecture = ""
     if isinstance(network, GatedNetwork):
@@ -68,7 +69,7 @@ def plan_export(
     elif not isinstance(detector, UltralyticsDetector) or detector.stretch:
         raise DetguardError(f"{model}: only Ultralytics' YOLO families and what was hardened of them can be exported")
     elif kind == "pt":
-        network = load_model(model, trust)[0]
+        network = load_model(model, trust=trust)[0]
     shown = list(photos[:PHOTOS]) or default_photos()
     frames = frames_of(detector, shown, square=not dynamic)
     return Deployment(detector, network, architecture, frames, nms, conf, iou, dynamic)

@@ -282,6 +282,7 @@ def observe(
     photos: Iterable[Labelled | Labels | DataError],
     kind: str,
     window: int,
+    *,
     again: bool = True,
 ) -> Iterator[Record]:
     """Watch what is deployed on photos in order, and append a record of each to the run: number, `as_line`, `Quality`,

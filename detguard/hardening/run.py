@@ -249,7 +249,7 @@ def split_layer(model: Any, split: str) -> int:
     return int(split)
 
 
-def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated", pretrain: bool = False) -> None:
+def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated", *, pretrain: bool = False) -> None:
     """See that a detector can be imitated by the network to start from, unfused or a hardened one.
 
     It may be larger and know more classes: `narrowed` leaves those of the network. name: as the user gave it. pretrain:
@@ -287,7 +287,7 @@ def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated
         )
 
 
-def same_layers(one: Any, other: Any, heads: bool = True) -> bool:
+def same_layers(one: Any, other: Any, *, heads: bool = True) -> bool:
     """Whether the layers of two models, with their `heads` or without, have weights of the same shapes."""
     end = None if heads else -1
     ours, theirs = ([p.shape for layer in list(m.model)[:end] for p in layer.parameters()] for m in (one, other))

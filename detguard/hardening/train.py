@@ -153,7 +153,7 @@ class Layout:
         """The end of those that are attacked."""
         return self.batch - self.sampled
 
-    def kinds(self, ranks: Ranks, attacked: bool = True) -> Kinds:
+    def kinds(self, ranks: Ranks, *, attacked: bool = True) -> Kinds:
         """Those that there are; before frames are `attacked`, those to be are normal."""
         last = self.last - self.attacked * attacked
         ends = {HARD: (0, self.hard), NORMAL: (self.hard, last), ADVERSARIAL: (last, self.batch)}
@@ -309,7 +309,7 @@ class Lesson:
 
     def losses(self, found: Candidates | None, maps: dict[int, Tensor], *, attacked: bool) -> dict[str, Tensor]:
         """The loss and its parts; before frames are `attacked`, those to be count as normal ones."""
-        stage, kinds = self.stage, self.layout.kinds(self.setting.ranks, attacked)
+        stage, kinds = self.stage, self.layout.kinds(self.setting.ranks, attacked=attacked)
         gate = found.gate if found is not None and stage.gate else None
         parts = _losses(self.goal.loss(found, maps), gate, kinds, self.layout.batch, stage.gate)
         if stage.features:

@@ -33,13 +33,13 @@ AUTO = defaults.Adapt.mode
 KEPT = ("new.jsonl", "replay.jsonl")
 
 
-def load_ensemble(model: str, trust: bool) -> tuple[GatedNetwork, int]:
+def load_ensemble(model: str, *, trust: bool) -> tuple[GatedNetwork, int]:
     """A gated ensemble and the frame size that it was made for.
 
     Raises:
         DetguardError: it is none, or cannot be read.
     """
-    network, imgsz = load_model(model, trust)
+    network, imgsz = load_model(model, trust=trust)
     if not isinstance(network, GatedNetwork):
         raise DetguardError(f"{model}: expected a gated ensemble; make one of it with detguard harden")
     return network, imgsz
@@ -114,7 +114,7 @@ class Adapting:
         Raises:
             DetguardError: it does not, or the ensemble or data cannot be read; no run is left behind.
         """
-        network, imgsz = load_ensemble(model, trust)
+        network, imgsz = load_ensemble(model, trust=trust)
         sources = read_sources(new, replay, split, network.class_names, on_data, class_map)
         count, why = len(sources[0]), "as given"
         plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO, expert=defaults.Adapt.expert) | plan
@@ -133,7 +133,7 @@ class Adapting:
         check_growth(network, adaptation, max_experts)
         config = {
             "model": model,
-            "detector": detector_config(load_detector(model, imgsz, trust), model),
+            "detector": detector_config(load_detector(model, imgsz, trust=trust), model),
             "data": {"new": list(new), "replay": list(replay), "split": split},
             "adapt": asdict(adaptation),
             "why": why,
@@ -142,19 +142,19 @@ class Adapting:
             "replayed": [str(file) for file in sources[2]],
         }
         kept = {name: as_lines(photos, network.class_names) for name, photos in zip(KEPT, sources[:2], strict=True)}
-        run = shared_run(ranks, lambda: Run.create("adapt", out, config, kept, exist_ok))
+        run = shared_run(ranks, lambda: Run.create("adapt", out, config, kept, exist_ok=exist_ok))
         return cls(run, network, imgsz, ranks)
 
     @classmethod
-    def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Adapting":
+    def resume(cls, folder: Path, ranks: Ranks, *, trust: bool = False) -> "Adapting":
         """A run to go on with.
 
         Raises:
             DetguardError: there is none, or its ensemble is no longer what it was.
         """
         run = shared_run(ranks, lambda: Run.resume(folder, "adapt"))
-        load_configured(run.config["detector"], trust)
-        return cls(run, *load_ensemble(run.config["model"], trust), ranks)
+        load_configured(run.config["detector"], trust=trust)
+        return cls(run, *load_ensemble(run.config["model"], trust=trust), ranks)
 
     def load(self, workers: int | None = None) -> None:
         """Read the photos; `unread` then says which could not be. workers: processes that make batches."""
@@ -270,7 +270,7 @@ def adapt(
     if resume is not None:
         if detector or new or replay or corruptions or class_map or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
-        job = Adapting.resume(Path(resume), Ranks.start(device), trust)
+        job = Adapting.resume(Path(resume), Ranks.start(device), trust=trust)
     else:
         model, sources = named(detector), listed(new)
         if not sources:

@@ -131,9 +131,11 @@ class Hardening:
         wanted = Plan.of(plan | {"pretrain": bool(pretrain)})
         check(asdict(wanted), CONFIGS["harden"]["harden"])
         kinds = chosen_kinds(corruptions)
-        network = load_model(model, trust)[0]
-        given, imitated = (load_detector(name, imgsz, trust, str(ranks.device)) for name in (model, teacher or model))
-        check_teacher(network, imitated, teacher or model, wanted.recipe, wanted.pretrain)
+        network = load_model(model, trust=trust)[0]
+        given, imitated = (
+            load_detector(name, imgsz, str(ranks.device), trust=trust) for name in (model, teacher or model)
+        )
+        check_teacher(network, imitated, teacher or model, wanted.recipe, pretrain=wanted.pretrain)
         kept = asdict(wanted)
         if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
             kept["split"] = str(network.split)
@@ -160,19 +162,19 @@ class Hardening:
         }
         files = {LABELLED: as_lines(labelled, names)} if labelled else {}
         files |= {KEPT: sample_lines(attacks, names)} if attacks else {}
-        run = shared_run(ranks, lambda: Run.create("harden", out, config, files, exist_ok))
+        run = shared_run(ranks, lambda: Run.create("harden", out, config, files, exist_ok=exist_ok))
         return cls(run, network, given, imitated, ranks)
 
     @classmethod
-    def resume(cls, folder: Path, ranks: Ranks, trust: bool = False) -> "Hardening":
+    def resume(cls, folder: Path, ranks: Ranks, *, trust: bool = False) -> "Hardening":
         """A run to go on with.
 
         Raises:
             DetguardError: there is none, or its detectors are no longer what they were.
         """
         run = shared_run(ranks, lambda: Run.resume(folder, "harden"))
-        given, imitated = (load_configured(one, trust, str(ranks.device)) for one in run.config["detectors"])
-        return cls(run, load_model(run.config["model"], trust)[0], given, imitated, ranks)
+        given, imitated = (load_configured(one, str(ranks.device), trust=trust) for one in run.config["detectors"])
+        return cls(run, load_model(run.config["model"], trust=trust)[0], given, imitated, ranks)
 
     def load(self, workers: int | None = None) -> None:
         """Read the photos; `unread` then says which could not be. workers: processes that make batches."""
@@ -371,7 +373,7 @@ def harden(
     if resume is not None:
         if detector or data or teacher or pretrain or samples or imgsz or corruptions or class_map or out or plan:
             raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
-        job = Hardening.resume(Path(resume), Ranks.start(device), trust)
+        job = Hardening.resume(Path(resume), Ranks.start(device), trust=trust)
     else:
         model, sources = named(detector), listed(data)
         if not sources:

@@ -151,7 +151,7 @@ class Living(Deployment):
         model = models[len(deployed) - undone - 1]
         self._note({"event": ROLLED_BACK, "number": number, "model": model, "why": "", "before": {}, "after": {}})
 
-    def _remember(self, record: Record, copied: bool = False) -> None:
+    def _remember(self, record: Record, *, copied: bool = False) -> None:
         """Take what is known of a photo; copied: while it can still be read, a copy of it."""
         number = record["number"]
         first, self.number = number > self.number, max(number, self.number)

@@ -76,7 +76,13 @@ class PictureJob:
 
     @classmethod
     def resume(
-        cls, folder: Path, command: str, trust: bool = False, device: str = defaults.DEVICE, on_data: OnData = warn_of
+        cls,
+        folder: Path,
+        command: str,
+        device: str = defaults.DEVICE,
+        on_data: OnData = warn_of,
+        *,
+        trust: bool = False,
     ) -> "PictureJob":
         """A run to go on with. command: `patch` or `universal`.
 
@@ -84,7 +90,7 @@ class PictureJob:
             DetguardError: there is none, or its detector is no longer what it was.
         """
         run = Run.resume(folder, command)
-        detector = load_configured(run.config["detector"], trust, device)
+        detector = load_configured(run.config["detector"], device, trust=trust)
         kind, learning = KINDS[command](**run.config["picture"]), Learning(**run.config["learning"])
         return cls(run, detector, *_attacked_photos(detector, run.config, on_data), kind, learning)
 

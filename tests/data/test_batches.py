@@ -124,7 +124,7 @@ def test_hard_frames_show_the_kinds_asked_for():
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_photo_that_is_all_but_a_line_keeps_a_pixel_of_its_width(tmp_path, plain):
     cv2.imwrite(str(tmp_path / "line.png"), np.full((5000, 8, 3), 200, np.uint8))
-    source, broken = read_photos([([tmp_path / "line.png"], 1.0)], 64, plain)
+    source, broken = read_photos([([tmp_path / "line.png"], 1.0)], 64, plain=plain)
     assert not broken
     frames, _ = draw_frames(source, 8, 64)
     assert np.max(frames) > PADDING_LEVEL

@@ -88,7 +88,7 @@ def test_what_is_hardened_of_it_is_that_network(files, photo):
     from detguard.hardening.run import check_teacher
 
     file = files("yolo11n-seg")
-    check_teacher(load_model(file)[0], load_detector(file), str(file), "gated", False)
+    check_teacher(load_model(file)[0], load_detector(file), str(file), "gated", pretrain=False)
 
 
 def test_models_of_turned_boxes_are_refused(files):

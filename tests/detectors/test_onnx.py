@@ -209,6 +209,6 @@ def test_what_needs_a_gradient_or_a_network_refuses_it(files, bundled_model, bus
     with pytest.raises(DetguardError, match="only Ultralytics' YOLO families"):
         plan_export(str(files["any"]), "onnx")
     with pytest.raises(DetguardError, match="only Ultralytics' YOLO families can be hardened"):
-        check_teacher(detector.model, detector, "any.onnx", "gated", False)
+        check_teacher(detector.model, detector, "any.onnx", "gated", pretrain=False)
     with pytest.raises(DetguardError, match=r"any\.onnx: expected a detector of Ultralytics' YOLO families"):
-        check_teacher(bundled_model, detector, "any.onnx", "gated", False)
+        check_teacher(bundled_model, detector, "any.onnx", "gated", pretrain=False)
