@@ -115,7 +115,9 @@ def patch(
     detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
-        Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split, out=out_folder, exist_ok=exist_ok, print_cm=print_cm)  # fmt: skip
+        Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split, out=out_folder,
+        exist_ok=exist_ok, print_cm=print_cm,
+    )  # fmt: skip
 
 
 @app.command(
