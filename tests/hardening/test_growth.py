@@ -44,7 +44,7 @@ def network(bundled_model):
 def train(network, new, old, tmp_path):
     def run(plan=PLAN, replayed=old, on_batch=None, folder="run", of=network):
         (tmp_path / folder).mkdir(exist_ok=True)
-        return adapt(of, {}, new, replayed, plan, SETTING, Run(tmp_path / folder, {}), on_batch)
+        return adapt(of, {}, new, replayed, plan, SETTING, Run(tmp_path / folder, {"command": "adapt"}), on_batch)
 
     return run
 
