@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +86,7 @@ def start(place: Path, arguments: tuple[str, ...]) -> int:
             os.dup2(log.fileno(), 2)
         sys.argv = ["detguard", *arguments]
         # Checkpoints every second, not every three minutes.
-        detguard.hardening.train.Setting = partial(detguard.hardening.train.Setting, save_every=1.0)  # type: ignore
+        detguard.hardening.train.Setting.save_every = 1.0
         program()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
