@@ -22,8 +22,6 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 MOST_FRAMES = 10_000
 # FFmpeg would also take a playlist for a video, and read what it names.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-
-
 # Of one file from the web; and how long nothing may come.
 MOST_BYTES, PATIENCE = 2 << 30, 30
 
