@@ -43,8 +43,11 @@ class Fusion(ABC):
         return log_weights
 
     @abstractmethod
-    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int) -> dict[str, Any]:
-        """The experts' raw outputs as those of one head, before NMS; robust: the number of the robust expert."""
+    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int, leaders: Sequence[int] = ()) -> dict[str, Any]:
+        """The experts' raw outputs as those of one head, before NMS.
+
+        robust: the number of the robust expert; leaders: those of others that resist, too.
+        """
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Average(Fusion):
         return torch.logaddexp(log_weights + math.log1p(-self.number), floors)
 
     @override
-    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int) -> dict[str, Any]:
+    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int, leaders: Sequence[int] = ()) -> dict[str, Any]:
         return average(outputs, log_weights)
 
 
@@ -77,6 +80,8 @@ class Bounded(Fusion):
 
     However the gate and the other experts are fooled, no logit of a class, and no logarithm of a probability in the
     distribution of a distance, is further than that from the robust expert's. Distances without one are its own.
+    Leaders share in that answer by the gate's weights, the robust expert having what the gate leaves to all others: so
+    what was learned of a new kind is not held to an expert that does not know it.
     """
 
     name = "bounded"
@@ -84,8 +89,8 @@ class Bounded(Fusion):
     leads = True
 
     @override
-    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int) -> dict[str, Any]:
-        leader = outputs[robust][1]
+    def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int, leaders: Sequence[int] = ()) -> dict[str, Any]:
+        leader = led_by(outputs, log_weights, robust, leaders) if leaders else outputs[robust][1]
         assert leader is not None
         whole = average(outputs, log_weights)
         scores, boxes = self._bound(whole["scores"], leader["scores"].float()), leader["boxes"]
@@ -116,6 +121,19 @@ def parse_fusion(text: str) -> Fusion:
             pass
     known = ", ".join(f"{rule.name}:0..{rule.most:g}" for rule in RULES.values())
     raise DetguardError(f"`fusion` {text}: expected one of {known}")
+
+
+def led_by(outputs: Outputs, log_weights: Tensor, robust: int, leaders: Sequence[int]) -> dict[str, Any]:
+    """The average of the robust expert and the leaders, it having the weights of all that are no leaders."""
+    shares = [
+        log_weights[:, i] if i in leaders else torch.full_like(log_weights[:, i], -torch.inf)
+        for i in range(len(outputs))
+    ]
+    others = [i for i in range(len(outputs)) if i not in leaders]
+    # Not by logsumexp, whose gradient is no number where top-k leaves all of them out.
+    shares[robust] = log_weights[:, others].exp().sum(1).clamp(min=TINY).log()
+    asked = [out if i == robust or i in leaders else (None, None) for i, out in enumerate(outputs)]
+    return average(asked, torch.stack(shares, 1))
 
 
 def average(outputs: Outputs, log_weights: Tensor) -> dict[str, Any]:

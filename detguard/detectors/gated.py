@@ -83,7 +83,8 @@ class GatedNetwork(nn.Module):
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
     fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the adversarial expert, or
     the first where none is called so. sparse: the numbers of experts with mean sparsity. shared: by number, experts
-    that share weights with one before them; `experts` holds what each has of its own.
+    that share weights with one before them; `experts` holds what each has of its own. leaders: the numbers of others
+    that learned under attack, with whom the robust expert shares the lead where the fusion rule has one.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class GatedNetwork(nn.Module):
         fusion: str = "average:0",
         sparse: Sequence[int] = (),
         shared: Mapping[int, Shared] = MappingProxyType({}),
+        leaders: Sequence[int] = (),
     ) -> None:
         super().__init__()
         layers = list(model.model)
@@ -109,7 +111,7 @@ class GatedNetwork(nn.Module):
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
         self.trunk = nn.ModuleList(copy.deepcopy(layers[:split]))
         drop_sparse(self.trunk)
-        self.sparse, self.shared = sorted(sparse), dict(shared)
+        self.sparse, self.shared, self.leaders = sorted(sparse), dict(shared), sorted(leaders)
         self.experts = nn.ModuleList()
         for expert in range(len(names)):
             if expert in self.shared:  # sparse where the other one is
@@ -149,7 +151,8 @@ class GatedNetwork(nn.Module):
         log_weights = self.log_weights(logits)
         ran: Ran = {}
         outputs = [self._answer(expert, last, saved, log_weights, ran) for expert in range(len(self.experts))]
-        return self.rule.fuse(outputs, log_weights, self.robust) | {"maps": saved, "experts": outputs}, logits
+        fused = self.rule.fuse(outputs, log_weights, self.robust, self.leaders)
+        return fused | {"maps": saved, "experts": outputs}, logits
 
     def backbone(self, expert: int) -> list[Any]:
         """The layers before the neck, by the way of one expert."""
@@ -200,10 +203,11 @@ class GatedNetwork(nn.Module):
             logits = logits.masked_fill(beyond, -torch.inf)
         return self.rule.log_weights(logits.log_softmax(1), self.robust)
 
-    def grow(self, names: Sequence[str], source: int, form: str = WHOLE) -> None:
+    def grow(self, names: Sequence[str], source: int, form: str = WHOLE, *, lead: bool = False) -> None:
         """Add experts, each a copy of expert `source`, and outputs of the gate that at first give them next to nothing.
 
         The old outputs of the gate stay as they are, bit by bit. form: one of FORMS, what they do not share with it.
+        lead: whether they become leaders.
 
         Raises:
             DetguardError: there would be more than MOST_EXPERTS.
@@ -217,9 +221,10 @@ class GatedNetwork(nn.Module):
             self.gate.out.bias.fill_(float(old.bias.min()) - UNASKED)
             self.gate.out.weight[: old.out_features] = old.weight
             self.gate.out.bias[: old.out_features] = old.bias
-        if source in self.sparse:
-            self.sparse += range(len(self.names), len(self.names) + len(names))
-        for expert in range(len(self.names), len(self.names) + len(names)):
+        grown = range(len(self.names), len(self.names) + len(names))
+        self.sparse += grown if source in self.sparse else ()
+        self.leaders += grown if lead else ()
+        for expert in grown:
             if form == WHOLE:
                 self.experts.append(unshared(self._expert(source)))
             else:
@@ -315,8 +320,8 @@ class GatedDetector(Detector):
     @override
     def state_hash(self) -> str:
         """As of any detector, with the expert that is forced; how experts are put together is the network's own."""
-        shared = self.model.shared
-        parts = [super().state_hash(), str(self.route)] + [str(shared)] * bool(shared)
+        parts = [super().state_hash(), str(self.route)]
+        parts += [str(part) for part in (self.model.shared, self.model.leaders) if part]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @override
@@ -383,6 +388,7 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
         "fusion": network.fusion,
         "sparse": network.sparse,
         "shared": {str(expert): shared.entry() for expert, shared in network.shared.items()},
+        "leaders": network.leaders,
     }
 
 
@@ -395,9 +401,11 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
     try:
         names = [str(name) for name in card["experts"]]
         top_k = None if card["top_k"] is None else int(card["top_k"])
-        split, sparse = int(card["split"]), [int(expert) for expert in card.get("sparse", [])]
-        if not set(sparse) <= set(range(len(names))):
-            raise ValueError("it has no such sparse experts")
+        split = int(card["split"])
+        # Of what older versions wrote, none.
+        sparse, leaders = ([int(expert) for expert in card.get(name, [])] for name in ("sparse", "leaders"))
+        if not {*sparse, *leaders} <= set(range(len(names))):
+            raise ValueError("it has no such sparse experts or leaders")
         entries = card.get("shared", {})  # of those that older versions wrote, none
         shared = {number: Shared.read(entries[key], number) for key in entries for number in [int(key)]}
         if not shared.keys() <= set(range(1, len(names))):
@@ -407,6 +415,8 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
         of_shared = sum(one.weights(layers) for one in shared.values())
         if (len(names) - len(shared)) * of_whole + of_shared > most:
             raise ValueError("it has more experts than the weights beside it")
-        return GatedNetwork(model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse, shared)
+        return GatedNetwork(
+            model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse, shared, leaders
+        )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

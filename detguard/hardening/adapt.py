@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.stream import Labelled
-from detguard.detections import suppress
+from detguard.detections import Candidates, suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
@@ -23,7 +24,7 @@ from detguard.detectors.ultralytics import decode, run_layers
 from detguard.evaluation.views import SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
-from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
+from detguard.hardening.losses import Goal, imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
 from detguard.hardening.validation import Entry, file_of
@@ -36,6 +37,8 @@ STAGE = "adapt"
 FEW = 500
 # Of a batch, new photos; of the others, old ones, a third (rounded down) is corrupted and a third attacked.
 NEW_SHARE = 0.5
+# Of the new photos, those that are attacked where new experts are to lead.
+ATTACKED_SHARE = 0.5
 # Batches that the gate's new outputs are first fitted to, the weight of their squares, and how far apart they begin.
 FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-4, 0.1
 # Of the photos one in so many, at most so many, is not trained on but judged by.
@@ -56,7 +59,7 @@ class Adaptation:
         batch: frames per batch, of all processes together.
         rate: learning rate, in proportion to weights.
         seed: of all that is random.
-        eps: budget of the attacks that old photos are shown under, levels of 255.
+        eps: budget of the attacks that photos are shown under, levels of 255.
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -90,7 +93,7 @@ class Adaptation:
 
     @property
     def adversary(self) -> Adversary:
-        """The attack that is made on old photos in training."""
+        """The attack that is made on photos in training."""
         return Adversary(self.eps)
 
 
@@ -115,12 +118,18 @@ def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
 
 
 def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Setting) -> None:
-    """Add the new experts of a plan to an ensemble."""
+    """Add the new experts of a plan to an ensemble.
+
+    Where the robust expert leads, they come from those that lead, and lead with them: bounded by an expert that does
+    not know the new kind, they could change nothing.
+    """
     if not plan.experts:
         return
     first = sum(name.startswith("adapted") for name in network.names) + 1
     names = [f"adapted {number}" for number in range(first, first + plan.experts)]
-    network.grow(names, best(network, new, setting), plan.expert)
+    lead = network.rule.leads
+    among = [network.robust, *network.leaders] if lead else range(len(network.names))
+    network.grow(names, best(network, among, new, setting), plan.expert, lead=lead)
     if plan.init == "fresh":
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
@@ -130,15 +139,15 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
 
 
 @torch.no_grad()
-def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
-    """The expert that does most for new photos: highest mean of the gate's weight times e^-loss."""
+def best(network: GatedNetwork, among: Sequence[int], new: PhotoSet, setting: Setting) -> int:
+    """The one of some experts that does most for new photos: highest mean of the gate's weight times e^-loss."""
     # By the same frames in all ranks, which must come to the same answer.
     (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1, ranks=Ranks(setting.ranks.device))
-    found = [setting.run(network, batch.shown, i)[0] for i in range(len(network.names))]
+    found = [setting.run(network, batch.shown, i)[0] for i in among]
     harm = torch.stack([label_loss(of_one, batch.labels) for of_one in found], 1)
     gate = found[0].gate  # the same by every route
     assert gate is not None
-    return int((gate.softmax(1) * (-harm).exp()).mean(0).argmax())
+    return among[int((gate.softmax(1)[:, list(among)] * (-harm).exp()).mean(0).argmax())]
 
 
 def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Batch | None]]) -> None:
@@ -239,7 +248,8 @@ def adapt(
         fit_gate(network, len(before.names), shown(0, FIT_BATCHES, Ranks(ranks.device)))
     hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
     log = BatchLog(run, STAGE, plan.number, plan.batch, ranks)
-    counts = Counts(count, plan.batch - count, third)
+    led = bool(plan.experts) and network.rule.leads
+    counts = Counts(count, plan.batch - count, third, round(ATTACKED_SHARE * count) if led else 0)
 
     def learn(pair: tuple[Batch, Batch | None], number: int, done: float, update: Update) -> dict[str, Tensor]:
         torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
@@ -261,11 +271,12 @@ def adapt(
 
 @dataclass(frozen=True)
 class Counts:
-    """Frames of a batch of all ranks: new ones, old ones, and how many of the old, the last, are attacked."""
+    """Frames of a batch of all ranks: new ones, old ones, and how many of each, the last, are attacked."""
 
     new: int
     old: int
-    attacked: int
+    attacked_old: int
+    attacked_new: int
 
 
 def batch_losses(
@@ -278,29 +289,35 @@ def batch_losses(
     setting: Setting,
 ) -> dict[str, Tensor]:
     """L1, of labels and of the gate's choice, and L2 of a batch: this rank's summands of means over all of it."""
-    frames, ranks, reference = new.shown, setting.ranks, None
+    frames, reference = new.shown, None
     if any(label.known is not None and len(label.known) < len(network.class_names) for label in new.labels):
         with torch.no_grad():
             reference = setting.run(before, new.clean)[0]
+    own = None
+    if counts.attacked_new:
+        with torch.no_grad():
+            own = answers = setting.run(network, frames)[0]
+
+        def harm_of_new(rows: slice) -> Callable[[Candidates], Tensor]:
+            return Goal.of("labels", answers[rows], new.labels[rows]).loss
+
+        frames = attacked(network, frames, counts.new - counts.attacked_new, counts.new, harm_of_new, plan, setting)
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
         labels = list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
-        shown, first = old.shown, counts.old - counts.attacked
-        rows = slice(len(ranks.rows(0, first)), len(shown))
-        if rows.stop > rows.start:
 
-            def harm(x: Tensor) -> Tensor:
-                return imitation_loss(setting.run(network, x)[0], wanted[rows])
+        def harm_of_old(rows: slice) -> Callable[[Candidates], Tensor]:
+            return partial(imitation_loss, teacher=wanted[rows])
 
-            noise = ranks.among(first, counts.old)
-            shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, noise))
+        first = counts.old - counts.attacked_old
+        shown = attacked(network, old.shown, first, counts.old, harm_of_old, plan, setting)
         frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
     known, batch = len(before.names), counts.new + counts.old * (old is not None)
     with setting.precision():
         raw, logits = network(frames)
     found, count = decode(network.head, raw, logits), len(new.shown)
-    of_new = label_loss(found[:count], new.labels, reference).sum()
+    of_new = label_loss(found[:count], new.labels, reference, own).sum()
     losses = {"loss": of_new / batch, "new": of_new / counts.new}
     if old is not None:
         of_old = label_loss(found[count:], labels, wanted).sum()
@@ -320,6 +337,27 @@ def batch_losses(
         losses["moved"] = torch.stack([retention_loss(a, b).sum() / batch for a, b in pairs]).sum()
         losses["loss"] = losses["loss"] + plan.keep * losses["moved"]
     return losses
+
+
+def attacked(
+    network: GatedNetwork,
+    frames: Tensor,
+    first: int,
+    last: int,
+    harm_of: Callable[[slice], Callable[[Candidates], Tensor]],
+    plan: Adaptation,
+    setting: Setting,
+) -> Tensor:
+    """Frames of this rank, those from `first` to `last` among all of the ranks attacked.
+
+    harm_of: the loss, of what is found in some of this rank's frames, that is raised.
+    """
+    rows = slice(len(setting.ranks.rows(0, first)), len(frames))
+    if rows.stop == rows.start:
+        return frames
+    harm, noise = harm_of(rows), setting.ranks.among(first, last)
+    made = perturb(frames[rows], lambda x: harm(setting.run(network, x)[0]), plan.adversary, noise)
+    return with_rows(frames, rows, made)
 
 
 def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:

@@ -122,7 +122,7 @@ class Adapting:
             plan["mode"], why = choose_mode(count)
         if not replay:
             on_warning("without `replay` nothing tells the gate when not to ask the new experts")
-        if network.rule.number or network.rule.leads:
+        if network.rule.number and not network.rule.leads:
             on_warning(f"fusion {network.fusion} bounds what new experts may change of the adversarial one's answer")
         hardened = read_card(model).get("hardened")
         hardened = hardened if isinstance(hardened, dict) else {}

@@ -120,3 +120,33 @@ def test_a_detector_is_loaded_with_another_rule(bus):
 def test_only_ensembles_have_one():
     with pytest.raises(DetguardError, match="`fusion`"):
         load_detector("detguard-n", fusion="average:0")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 999), st.floats(0, 20), st.floats(0.01, 0.99))
+def test_leaders_share_the_lead_by_the_weight_that_the_gate_gives_them(seed, bound, share):
+    outputs, _ = answers(seed)
+    weights = torch.tensor([[(1 - share) / 2, share, (1 - share) / 2]]).log().expand(2, 3)
+    fused = Bounded(bound).fuse(outputs, weights, ROBUST, [1])["scores"]
+    both = [outputs[1], outputs[ROBUST]]
+    led = average(both, torch.tensor([[share, 1 - share]]).log().expand(2, 2))["scores"]
+    assert ((fused - led).abs() <= bound + 1e-3).all()
+    assert torch.allclose(Bounded(0).fuse(outputs, weights, ROBUST, [1])["scores"], led, atol=1e-3)
+
+
+def test_a_leader_that_nobody_asks_leaves_all_to_the_robust_expert():
+    outputs, _ = answers()
+    weights = torch.tensor([[0.0, -torch.inf, -torch.inf]]).expand(2, 3)
+    alone = Bounded(0.25).fuse(outputs, weights, ROBUST)
+    asked = [outputs[0], (torch.zeros(0, dtype=torch.int64), None), outputs[2]]
+    led = Bounded(0.25).fuse(asked, weights, ROBUST, [1])
+    assert all(torch.allclose(led[key], alone[key], atol=1e-4) for key in ("scores", "boxes"))
+
+
+def test_where_only_a_leader_is_asked_the_gradient_is_a_number():
+    outputs, _ = answers()
+    weights = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, 3).clone().requires_grad_()
+    fused = Bounded(0.25).fuse(outputs, weights, ROBUST, [1])
+    (gradient,) = torch.autograd.grad(fused["scores"].sum(), weights)
+    assert torch.isfinite(gradient).all()
+    assert torch.allclose(fused["scores"], outputs[1][1]["scores"], atol=1e-3)

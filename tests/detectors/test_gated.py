@@ -142,7 +142,7 @@ def test_saved_weights_have_the_rights_of_any_new_file(bundled_model, tmp_path):
     "broken",
     [
         {"split": 99}, {"split": None}, {"experts": []}, {"gate_on": "x"}, {"fusion": "average:2"}, {"fusion": "sum:1"},
-        {"fusion": None},
+        {"fusion": None}, {"leaders": [9]}, {"leaders": 1}, {"leaders": [-1]},
     ],
 )  # fmt: skip
 def test_a_broken_card_is_an_error(bundled_model, bundled, tmp_path, broken):
@@ -230,7 +230,7 @@ def test_a_grown_ensemble_says_the_same_until_it_learns(bundled_model, bundled, 
     rows = made.model.gate.out.weight
     with torch.no_grad():
         before = made.candidates(frames)
-        made.model.grow(["fog", "night"], 1)
+        made.model.grow(["fog", "night"], 1, lead=True)
         after = made.candidates(frames)
     assert torch.equal(made.model.gate.out.weight[:3], rows)
     # Matrices of other shapes are summed in other orders.
@@ -240,7 +240,11 @@ def test_a_grown_ensemble_says_the_same_until_it_learns(bundled_model, bundled, 
     assert made.model.names == ["normal", "hard", "adversarial", "fog", "night"]
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 320}
     save_gated(made.model, card, tmp_path / "grown.safetensors")
-    assert load_detector(tmp_path / "grown.safetensors").state_hash() == made.state_hash()
+    again = load_detector(tmp_path / "grown.safetensors")
+    assert again.state_hash() == made.state_hash()
+    assert again.model.leaders == [3, 4]
+    again.model.leaders = [3]
+    assert again.state_hash() != made.state_hash()
 
 
 def test_experts_that_share_weights_are_saved_with_what_is_their_own(bundled_model, bundled, frames, tmp_path):

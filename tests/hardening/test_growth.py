@@ -12,6 +12,7 @@ from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, hold_out
+from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
 from detguard.photos import encode_png
@@ -132,10 +133,46 @@ def test_new_experts_begin_as_the_one_that_does_most_for_the_new_photos(network,
         for parameter in network.experts[1].parameters():
             parameter.mul_(0.3)
         network.gate.out.bias.copy_(torch.tensor([0.0, 9.0, 3.0]))
-    assert best(network, new, SETTING) == 2  # the gate would ask another, which is broken
+    assert best(network, range(3), new, SETTING) == 2  # the gate would ask another, which is broken
     with torch.no_grad():
         network.gate.out.bias.copy_(torch.tensor([3.0, 9.0, 0.0]))
-    assert best(network, new, SETTING) == 0
+    assert best(network, range(3), new, SETTING) == 0
+    assert best(network, [2, 1], new, SETTING) == 2
+
+
+def test_where_the_robust_expert_leads_the_new_one_comes_from_it_and_leads_with_it(network, train, new, old):
+    network.fusion = "bounded:0.25"
+    with torch.no_grad():
+        network.gate.out.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))  # the gate would ask another
+    plan = replace(PLAN, expert="adapter", rate=3e-3)
+    train(plan)
+    assert network.leaders == [3]
+    assert network.shared[3].of == network.robust
+    with torch.no_grad():
+        shown = next(batches(new, 4, 128, 9, 0, 1))
+        led, held = copy.deepcopy(network), copy.deepcopy(network)
+        held.leaders = []
+        harm = [float(label_loss(SETTING.run(n, shown.shown)[0], shown.labels).mean()) for n in (led, held)]
+    assert harm[0] < harm[1] - 0.2
+    train(plan, folder="again")
+    assert network.leaders == [3, 4]
+
+
+def test_an_expert_that_leads_learns_under_attack(network, train, new, monkeypatch):
+    network.fusion = "bounded:0.25"
+    harm = {}
+    for share in (0.0, 1.0):
+        grown = copy.deepcopy(network)
+        monkeypatch.setattr("detguard.hardening.adapt.ATTACKED_SHARE", share)
+        train(replace(PLAN, rate=3e-3, photos=60), folder=str(share), of=grown)
+        shown = next(batches(new, 4, 128, 9, 0, 1))
+
+        def loss(x, grown=grown, shown=shown):
+            return label_loss(SETTING.run(grown, x, 3)[0], shown.labels)
+
+        torch.manual_seed(0)
+        harm[share] = float(loss(perturb(shown.shown, loss, Adversary(PLAN.eps, 4))).detach().mean())
+    assert harm[1.0] < harm[0.0] - 0.2, harm
 
 
 def test_top_k_is_what_it_was_afterwards(network, train):
