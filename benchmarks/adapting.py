@@ -6,7 +6,8 @@ The model should come from `detguard harden --corruptions` with all kinds but th
 labels (20 classes; the others are unlabelled), shown as the new kind; "vanish": attacked by the objective that hides
 objects, with the model before. Replayed: others of VOC's, and COCO's 128 training photos. Judged by AP on photos that
 nothing was trained on: VOC's held-out ones in the new kind, by the classes that the new photos have, COCO's in the new
-kind, clean and in old kinds, by all that the model knows. Attacked ones are attacked anew for each model.
+kind, clean, in old kinds and attacked, by all that the model knows. Attacked ones are attacked anew for each model,
+by "attacked" the worst per photo of attacks on the loss, on its classes, on loss and gate, and on each leader's loss.
 
 It runs at idle priority; a killed one goes on where it was, and --minutes ends it between two rows. Rows come by seed,
 then variant, then kind, and each is kept in rows.jsonl.
@@ -63,7 +64,7 @@ VARIANTS: dict[str, list[object]] = {
     "frozen, head": ["--mode", "frozen", "--expert", "head"],
 }
 # Of what is judged: the photos, then how they are shown; one row has a figure of each before and after.
-FIGURES = ("new kind, VOC", "new kind, COCO", "clean, COCO", "old kinds, COCO")
+FIGURES = ("new kind, VOC", "new kind, COCO", "clean, COCO", "old kinds, COCO", "attacked, COCO")
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,26 @@ def write_new(folder: Path, kind: str, dataset: Dataset, detector: Detector, eps
     return made
 
 
-def judged(file: str, voc: Dataset, coco: Dataset, kind: str, eps: int, cache: Cache) -> list[float | None]:
-    """AP by FIGURES."""
+def judged(
+    file: str, voc: Dataset, coco: Dataset, kind: str, eps: int, cache: Cache, attacked: int
+) -> list[float | None]:
+    """AP by FIGURES; the last one by the first so many photos, and the worst attack on each."""
     detector = load_detector(file)
+    assert isinstance(detector, GatedDetector)
+    first = replace(coco, files=dict(list(coco.files.items())[:attacked]))
+    # By way of the fused answer, of the gate too, and of each expert that leads.
+    leading = (f"route:{i}" for i in (detector.robust, *detector.model.leaders))
+    worst = AttackSet(("all", "class", "gate:10", *leading), eps, 10)
     on_voc, on_coco = (subject_of(detector, dataset, cache) for dataset in (voc, coco))
     of_new = view_of(kind, 3, eps)
     shown = [(on_voc, *of_new), (on_coco, *of_new), (on_coco, Clean(), "")]
     shown += [(on_coco, *view_of(old, 3, eps)) for old in OLD_KINDS]
+    shown += [(subject_of(detector, first, cache), worst, WORST)] if attacked else []
     for subject, view, _ in track(shown, "judging", transient=True):
         fill(subject, [view])
-    *first, one, two, three, four = (score(subject, view, part).stats["AP"] for subject, view, part in shown)
-    return [*first, fmean(value or 0 for value in (one, two, three, four))]
+    found = [score(subject, view, part).stats["AP"] for subject, view, part in shown]
+    of_old = fmean(value or 0 for value in found[3 : 3 + len(OLD_KINDS)])
+    return [*found[:3], of_old, found[-1] if attacked else None]
 
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
@@ -198,6 +208,7 @@ def main(
     rate: float = 1e-3,
     limit: Annotated[int | None, typer.Option(help="Judge on the first so many photos of each set.")] = None,
     eps: int = 2,
+    attacked: Annotated[int, typer.Option(help="Judge under attack on the first so many photos of COCO's.")] = 8,
     minutes: Annotated[float | None, typer.Option(help="Begin no row after so many.")] = None,
     idle: Annotated[bool, typer.Option(help="Take only the time that nobody else wants (Linux).")] = True,
     with_costs: Annotated[bool, typer.Option(help="Also what a photo costs by number of experts.")] = False,
@@ -213,6 +224,7 @@ def main(
     voc, coco = read_dataset(VOC / "data.yaml", "val", limit=limit), read_dataset(COCO, "val", limit=limit)
     done, kept = list[dict[str, Any]](), out / "rows.jsonl"
     asked = {"model": detector.state_hash(), "new": new, "photos": photos, "rate": rate, "limit": limit, "eps": eps}
+    asked["attacked"] = attacked
     if kept.exists():
         done = [json.loads(line) for line in kept.read_text().splitlines()]
         if any(row["asked"] != asked for row in done):
@@ -233,13 +245,14 @@ def main(
         detguard("adapt", run, "--model", model, "--new", file, *options)
         row = {"kind": kind, "variant": variant, "seed": seed, "asked": asked}
         for when, weights in (("before", model), ("after", str(run / "weights/adapted.safetensors"))):
-            row[when] = judged(weights, voc, coco, kind, eps, cache)
+            row[when] = judged(weights, voc, coco, kind, eps, cache, attacked)
         done.append(row)
         write_file(kept, "".join(json.dumps(row) + "\n" for row in done).encode())
         print(f"{(time.monotonic() - began) / 60:.1f} min: {kind}, {variant}, seed {seed}: {row}", flush=True)
     title = (
         f"{detector.name}, {new} new photos, {photos} seen, AP before > after on {len(voc.files)} of VOC, "
-        f"{len(coco.files)} of COCO; {len(done)} of {len(wanted)} rows; severity 3, vanish: eps {eps}, 10 steps"
+        f"{len(coco.files)} of COCO; {len(done)} of {len(wanted)} rows; severity 3, vanish: eps {eps}, 10 steps; "
+        f"attacked: the first {attacked}, eps {eps}, 10 steps, worst per photo"
     )
     Console(width=170).print(table_of(done, title))
     if with_costs:
