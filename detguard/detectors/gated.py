@@ -18,7 +18,7 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector, Family
-from detguard.detectors.fusion import Fusion, parse_fusion
+from detguard.detectors.fusion import Fusion, average, parse_fusion
 from detguard.detectors.shared import HEAD, WHOLE, Shared, unshared
 from detguard.detectors.sparse import add_sparse, drop_sparse, fit_sparse
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
@@ -133,23 +133,28 @@ class GatedNetwork(nn.Module):
             last, _ = run_layers(self.trunk, torch.zeros(1, 3, 64, 64).to(like), {}, self.save)
         return int(last.shape[1])
 
-    def forward(self, frames: Tensor, route: int | None = None) -> tuple[dict[str, Any], Tensor]:
-        """The fused raw outputs of the head and the gate's logits [B, K]; `route`: one expert alone, gate unasked.
+    def forward(self, frames: Tensor, route: int | Sequence[int] | None = None) -> tuple[dict[str, Any], Tensor]:
+        """The fused raw outputs of the head and the gate's logits [B, K].
 
+        route: one expert alone, or the average of several, by the gate's weights among them and by no rule.
         raw["maps"]: the feature maps that later layers use, by layer; of the trunk alone where experts are fused.
-        raw["experts"], where they are fused: the `Outputs` of all.
+        raw["experts"], where all are fused: the `Outputs` of each.
         """
         last, saved = run_layers(self.trunk, frames, {}, self.save)
         # A single expert needs no gate, which would cost a sixth of a nano network.
         alone = len(self.experts) == 1
         logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
-        if route is not None:
+        if isinstance(route, int):
             return self._run(route, last, saved), logits
+        if route is not None:
+            ran: Ran = {}
+            among = [(None, self._run(expert, last, saved, ran=ran)) for expert in route]
+            return average(among, logits[:, list(route)].log_softmax(1)) | {"maps": saved}, logits
         if alone:
             raw = self._run(0, last, saved)
             return raw | {"maps": saved, "experts": [(None, raw)]}, logits
         log_weights = self.log_weights(logits)
-        ran: Ran = {}
+        ran = {}
         outputs = [self._answer(expert, last, saved, log_weights, ran) for expert in range(len(self.experts))]
         fused = self.rule.fuse(outputs, log_weights, self.robust, self.leaders)
         return fused | {"maps": saved, "experts": outputs}, logits
@@ -169,6 +174,11 @@ class GatedNetwork(nn.Module):
             return None, self._run(expert, last, saved, ran=ran)
         rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
         return rows, self._run(expert, last, saved, rows) if len(rows) else None
+
+    def gate_features(self, frames: Tensor) -> Tensor:
+        """What the gate's logits are a linear map of, [B, 4 * width]."""
+        last, _ = run_layers(self.trunk, frames, {}, self.save)
+        return self.gate.features(self.seen_by_gate(frames, last))
 
     def seen_by_gate(self, frames: Tensor, last: Tensor) -> Tensor:
         """What the gate looks at, of the frames and the trunk's last map."""

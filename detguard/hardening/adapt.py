@@ -20,7 +20,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
-from detguard.detectors.ultralytics import decode, run_layers
+from detguard.detectors.ultralytics import decode
 from detguard.evaluation.views import SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
@@ -41,6 +41,8 @@ NEW_SHARE = 0.5
 ATTACKED_SHARE = 0.5
 # Batches that the gate's new outputs are first fitted to, the weight of their squares, and how far apart they begin.
 FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-4, 0.1
+# A loss that an attack raises, [B], of what is found.
+Harm = Callable[[Candidates], Tensor]
 # Of the photos one in so many, at most so many, is not trained on but judged by.
 JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
@@ -160,8 +162,7 @@ def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Bat
     with torch.no_grad():
         for new, old in pairs:
             frames = new.shown if old is None else torch.cat([new.shown, old.shown])
-            last, _ = run_layers(network.trunk, frames, {}, network.save)
-            features.append(network.gate.features(network.seen_by_gate(frames, last)))
+            features.append(network.gate_features(frames))
             is_new.append(torch.arange(len(frames), device=frames.device) < len(new.shown))
     x, y, out = torch.cat(features), torch.cat(is_new).float(), network.gate.out
     old_logits = out(x)[:, :known].detach().logsumexp(1)
@@ -288,38 +289,47 @@ def batch_losses(
     plan: Adaptation,
     setting: Setting,
 ) -> dict[str, Tensor]:
-    """L1, of labels and of the gate's choice, and L2 of a batch: this rank's summands of means over all of it."""
-    frames, reference = new.shown, None
+    """L1, of labels and of the gate's choice, and L2 of a batch: this rank's summands of means over all of it.
+
+    Where old experts are frozen, new ones learn without them, as the gate is to ask for them: a third of the cost. Of
+    old photos there is then nothing to learn but whom to ask.
+    """
+    known, batch = len(before.names), counts.new + counts.old * (old is not None)
+    route = range(known, len(network.names)) if plan.mode == "frozen" else None
+    frames, reference, own = new.shown, None, None
     if any(label.known is not None and len(label.known) < len(network.class_names) for label in new.labels):
         with torch.no_grad():
             reference = setting.run(before, new.clean)[0]
-    own = None
     if counts.attacked_new:
         with torch.no_grad():
-            own = answers = setting.run(network, frames)[0]
+            own = answers = setting.run(network, frames, route)[0]
 
-        def harm_of_new(rows: slice) -> Callable[[Candidates], Tensor]:
+        def harm_of_new(rows: slice) -> Harm:
             return Goal.of("labels", answers[rows], new.labels[rows]).loss
 
-        frames = attacked(network, frames, counts.new - counts.attacked_new, counts.new, harm_of_new, plan, setting)
+        first = counts.new - counts.attacked_new
+        frames = attacked(network, frames, first, counts.new, harm_of_new, plan, setting, route)
     if old is not None:
+
+        def harm_of_old(rows: slice) -> Harm:
+            with torch.no_grad():
+                return partial(imitation_loss, teacher=setting.run(before, old.clean[rows])[0])
+
+        shown = attacked(network, old.shown, counts.old - counts.attacked_old, counts.old, harm_of_old, plan, setting)
+    count = len(frames)
+    if old is not None and route is None:
+        frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
+    with setting.precision():
+        raw, logits = network(frames, route)
+        if old is not None and route is not None:
+            logits = torch.cat([logits, network.gate.out(network.gate_features(shown))])
+    found = decode(network.head, raw, logits[: len(frames)])
+    of_new = label_loss(found[:count], new.labels, reference, own).sum()
+    losses = {"loss": of_new / batch, "new": of_new / counts.new}
+    if old is not None and route is None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
         labels = list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
-
-        def harm_of_old(rows: slice) -> Callable[[Candidates], Tensor]:
-            return partial(imitation_loss, teacher=wanted[rows])
-
-        first = counts.old - counts.attacked_old
-        shown = attacked(network, old.shown, first, counts.old, harm_of_old, plan, setting)
-        frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
-    known, batch = len(before.names), counts.new + counts.old * (old is not None)
-    with setting.precision():
-        raw, logits = network(frames)
-    found, count = decode(network.head, raw, logits), len(new.shown)
-    of_new = label_loss(found[:count], new.labels, reference, own).sum()
-    losses = {"loss": of_new / batch, "new": of_new / counts.new}
-    if old is not None:
         of_old = label_loss(found[count:], labels, wanted).sum()
         losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}
     if plan.experts:
@@ -344,19 +354,20 @@ def attacked(
     frames: Tensor,
     first: int,
     last: int,
-    harm_of: Callable[[slice], Callable[[Candidates], Tensor]],
+    harm_of: Callable[[slice], Harm],
     plan: Adaptation,
     setting: Setting,
+    route: Sequence[int] | None = None,
 ) -> Tensor:
     """Frames of this rank, those from `first` to `last` among all of the ranks attacked.
 
-    harm_of: the loss, of what is found in some of this rank's frames, that is raised.
+    harm_of: the loss, of what is found in some of this rank's frames, that is raised; route: by some experts, or all.
     """
     rows = slice(len(setting.ranks.rows(0, first)), len(frames))
     if rows.stop == rows.start:
         return frames
     harm, noise = harm_of(rows), setting.ranks.among(first, last)
-    made = perturb(frames[rows], lambda x: harm(setting.run(network, x)[0]), plan.adversary, noise)
+    made = perturb(frames[rows], lambda x: harm(setting.run(network, x, route)[0]), plan.adversary, noise)
     return with_rows(frames, rows, made)
 
 

@@ -1,7 +1,7 @@
 """One stage of hardening: some parts of a gated ensemble learn from normal, hard and adversarial frames."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -111,9 +111,9 @@ class Setting:
         return torch.autocast(self.ranks.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def run(
-        self, network: GatedNetwork, frames: Tensor, route: int | None = None
+        self, network: GatedNetwork, frames: Tensor, route: int | Sequence[int] | None = None
     ) -> tuple[Candidates, dict[int, Tensor]]:
-        """Candidates of a network, through one expert or all, and the feature maps on the way."""
+        """Candidates of a network, through one expert, some or all, and the feature maps on the way."""
         with self.precision():
             raw, gate = network(frames, route)
             return decode(network.head, raw, gate), raw["maps"]
