@@ -7,7 +7,8 @@ labels (20 classes; the others are unlabelled), shown as the new kind; "vanish":
 objects, with the model before. Replayed: others of VOC's, and COCO's 128 training photos. Judged by AP on photos that
 nothing was trained on: VOC's held-out ones in the new kind, by the classes that the new photos have, COCO's in the new
 kind, clean, in old kinds and attacked, by all that the model knows. Attacked ones are attacked anew for each model,
-by "attacked" the worst per photo of attacks on the loss, on its classes, on loss and gate, and on each leader's loss.
+by "attacked" the worst per photo of attacks on the loss, its classes, the adversarial expert's, and that of each expert
+that was grown, with the logits that ask for it.
 
 It runs at idle priority; a killed one goes on where it was, and --minutes ends it between two rows. Rows come by seed,
 then variant, then kind, and each is kept in rows.jsonl.
@@ -40,7 +41,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector
 from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
-from detguard.evaluation.attacks import WORST, AttackSet
+from detguard.evaluation.attacks import LEAD_TERMS, WORST, AttackSet
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill
@@ -133,9 +134,9 @@ def judged(
     detector = load_detector(file)
     assert isinstance(detector, GatedDetector)
     first = replace(coco, files=dict(list(coco.files.items())[:attacked]))
-    # By way of the fused answer, of the gate too, and of each expert that leads.
-    leading = (f"route:{i}" for i in (detector.robust, *detector.model.leaders))
-    worst = AttackSet(("all", "class", "gate:10", *leading), eps, 10)
+    # By way of the fused answer, and of each expert that may lead, led there or not.
+    leads = [f"lead:{leader}:{weight}" for leader in detector.leaders for weight in LEAD_TERMS]
+    worst = AttackSet(("all", "class", f"route:{detector.robust}", *leads), eps, 10)
     on_voc, on_coco = (subject_of(detector, dataset, cache) for dataset in (voc, coco))
     of_new = view_of(kind, 3, eps)
     shown = [(on_voc, *of_new), (on_coco, *of_new), (on_coco, Clean(), "")]
@@ -177,8 +178,9 @@ def costs(file: str, dataset: Dataset, counts: tuple[int, ...], ks: tuple[int, .
         torch.manual_seed(0)
         network.grow([f"copy {i}" for i in range(extra)], 0)
         with torch.no_grad():  # as asked for as the old ones, so that photos differ in whom they ask
-            network.gate.out.weight.normal_()
-            network.gate.out.bias.zero_()
+            for layer in (network.gate.out, network.kinds or network.gate.out):
+                layer.weight.normal_()
+                layer.bias.zero_()
         grown[count] = network
     table = Table(title=f"{detector.name}: ms per photo, {photos} photos one by one, fastest of 3 rounds")
     for column in ("asked", *(f"K = {count}" for count in counts), "most against least"):

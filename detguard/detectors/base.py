@@ -36,6 +36,7 @@ class Detector(ABC):
         hardened: whether it is a defence, which is judged by stronger attacks.
         experts: the names of those that answer together, of gated ensembles.
         robust: the number of the adversarial one of them; -1: none.
+        leaders: the numbers of those that were grown for new kinds of images.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Detector(ABC):
     hardened: bool = False
     experts: tuple[str, ...] = ()
     robust: int = -1
+    leaders: tuple[int, ...] = ()
 
     def variants(self) -> dict[str, "Detector"]:
         """What an attack should also go through, by name: ways in which the same detector gives other gradients."""

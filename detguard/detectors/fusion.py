@@ -46,7 +46,7 @@ class Fusion(ABC):
     def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int, leaders: Sequence[int] = ()) -> dict[str, Any]:
         """The experts' raw outputs as those of one head, before NMS.
 
-        robust: the number of the robust expert; leaders: those of others that resist, too.
+        robust: the number of the robust expert; leaders: those of experts that were grown.
         """
 
 
@@ -81,7 +81,8 @@ class Bounded(Fusion):
     However the gate and the other experts are fooled, no logit of a class, and no logarithm of a probability in the
     distribution of a distance, is further than that from the robust expert's. Distances without one are its own.
     Leaders share in that answer by the gate's weights, the robust expert having what the gate leaves to all others: so
-    what was learned of a new kind is not held to an expert that does not know it.
+    what was learned of a new kind is not held to an expert that does not know it. They need not resist where the gate
+    does, of which that share is all that they get of other photos.
     """
 
     name = "bounded"

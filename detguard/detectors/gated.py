@@ -29,7 +29,7 @@ GATES = ("trunk", "frame", "detail")
 MOST_EXPERTS = 64
 # Of experts that were evaluated, by number: what their layers before the head made of the frames.
 Ran = dict[int, tuple[Any, dict[int, Tensor]]]
-# How far below the least bias of the gate's old outputs that of a new one begins: e^-10 of its weight.
+# Where the logit of a new expert begins, that of all others being 0: e^-10 of their weight.
 UNASKED = 10.0
 
 
@@ -48,6 +48,12 @@ def _neighbours(x: Tensor) -> Tensor:
     x = pad(x, (1, 1, 1, 1))
     x = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
     return x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Mean and spread of each channel of maps, [B, C, H, W]; [B, 2 * C]."""
+    values = maps.flatten(2)
+    return torch.cat([values.mean(2), (values.var(2) + 1e-5).sqrt()], 1)
 
 
 def backbone_end(layers: Sequence[Any]) -> int:
@@ -72,8 +78,7 @@ class Gate(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Mean and spread of the last map, [B, 4 * width], of which the logits are a linear map."""
-        x = self.layers(x).flatten(2)
-        return torch.cat([x.mean(2), (x.var(2) + 1e-5).sqrt()], 1)
+        return pooled(self.layers(x))
 
 
 class GatedNetwork(nn.Module):
@@ -83,8 +88,9 @@ class GatedNetwork(nn.Module):
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
     fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the adversarial expert, or
     the first where none is called so. sparse: the numbers of experts with mean sparsity. shared: by number, experts
-    that share weights with one before them; `experts` holds what each has of its own. leaders: the numbers of others
-    that learned under attack, with whom the robust expert shares the lead where the fusion rule has one.
+    that share weights with one before them; `experts` holds what each has of its own. grown: how many of the last
+    were added since: what the robust expert sees of a photo says how far each is asked before the gate weighs the rest,
+    and where the fusion rule has a leader, they lead with it.
     """
 
     def __init__(
@@ -97,7 +103,7 @@ class GatedNetwork(nn.Module):
         fusion: str = "average:0",
         sparse: Sequence[int] = (),
         shared: Mapping[int, Shared] = MappingProxyType({}),
-        leaders: Sequence[int] = (),
+        grown: int = 0,
     ) -> None:
         super().__init__()
         layers = list(model.model)
@@ -111,7 +117,7 @@ class GatedNetwork(nn.Module):
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
         self.trunk = nn.ModuleList(copy.deepcopy(layers[:split]))
         drop_sparse(self.trunk)
-        self.sparse, self.shared, self.leaders = sorted(sparse), dict(shared), sorted(leaders)
+        self.sparse, self.shared, self.grown = sorted(sparse), dict(shared), grown
         self.experts = nn.ModuleList()
         for expert in range(len(names)):
             if expert in self.shared:  # sparse where the other one is
@@ -121,7 +127,8 @@ class GatedNetwork(nn.Module):
             drop_sparse(self.experts[expert])
             if expert in self.sparse:
                 add_sparse(self.experts[expert])
-        self.gate = Gate(self._gate_channels(), len(names))
+        self.gate = Gate(self._gate_channels(), len(names) - grown)
+        self.kinds = nn.Linear(self._kind_features(), grown) if grown else None
 
     def _gate_channels(self) -> int:
         if self.gate_on == "detail":
@@ -144,17 +151,18 @@ class GatedNetwork(nn.Module):
         # A single expert needs no gate, which would cost a sixth of a nano network.
         alone = len(self.experts) == 1
         logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
+        ran: Ran = {}
+        if self.kinds is not None:
+            logits = self._with_kinds(logits, self._kind_map(last, saved, ran))
         if isinstance(route, int):
             return self._run(route, last, saved), logits
         if route is not None:
-            ran: Ran = {}
             among = [(None, self._run(expert, last, saved, ran=ran)) for expert in route]
             return average(among, logits[:, list(route)].log_softmax(1)) | {"maps": saved}, logits
         if alone:
             raw = self._run(0, last, saved)
             return raw | {"maps": saved, "experts": [(None, raw)]}, logits
         log_weights = self.log_weights(logits)
-        ran = {}
         outputs = [self._answer(expert, last, saved, log_weights, ran) for expert in range(len(self.experts))]
         fused = self.rule.fuse(outputs, log_weights, self.robust, self.leaders)
         return fused | {"maps": saved, "experts": outputs}, logits
@@ -175,10 +183,42 @@ class GatedNetwork(nn.Module):
         rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
         return rows, self._run(expert, last, saved, rows) if len(rows) else None
 
-    def gate_features(self, frames: Tensor) -> Tensor:
-        """What the gate's logits are a linear map of, [B, 4 * width]."""
-        last, _ = run_layers(self.trunk, frames, {}, self.save)
-        return self.gate.features(self.seen_by_gate(frames, last))
+    def kind_features(self, frames: Tensor) -> Tensor:
+        """What the logits of grown experts are a linear map of, [B, F]: mean and spread of the robust expert's maps.
+
+        Attacks hardly change what it sees, for it was trained to that: of photos that were attacked at two levels so as
+        to look like another kind, the gate's own features took 33 to 100 % for it, these none in fog, a third in snow.
+        """
+        last, saved = run_layers(self.trunk, frames, {}, self.save)
+        return pooled(self._kind_map(last, saved, None))
+
+    @property
+    def _tap(self) -> int:
+        """The layer at whose maps kinds are told apart: the last but one that the neck takes from the backbone."""
+        layers = [*self.trunk, *self._expert(self.robust)]
+        end = backbone_end(layers)
+        return max((layer for layer in self.save if layer < end - 1), default=0)
+
+    def _kind_map(self, last: Tensor, saved: dict[int, Tensor], ran: Ran | None) -> Tensor:
+        """The map of the robust expert; ran: where that is evaluated anyway, what it made is kept there."""
+        tap, robust = self._tap, self.robust
+        if tap < self.split:
+            return saved[tap]
+        if ran is not None and self.rule.leads and len(self.experts) > 1:
+            return self._before_head(robust, last, saved, ran)[1][tap]
+        return run_layers(self._expert(robust)[: tap + 1 - self.split], last, dict(saved), {*self.save, tap})[1][tap]
+
+    def _kind_features(self) -> int:
+        with torch.no_grad():
+            like = next(self.experts[self.robust].parameters())
+            return self.kind_features(torch.zeros(1, 3, 64, 64).to(like)).shape[1]
+
+    def _with_kinds(self, logits: Tensor, maps: Tensor) -> Tensor:
+        """Logits of all experts: the weights of grown ones by the map alone, and the gate's of what is left."""
+        assert self.kinds is not None
+        new = self.kinds(pooled(maps))
+        log_weights = torch.cat([torch.zeros_like(new[:, :1]), new], 1).log_softmax(1)
+        return torch.cat([logits.log_softmax(1) + log_weights[:, :1], log_weights[:, 1:]], 1)
 
     def seen_by_gate(self, frames: Tensor, last: Tensor) -> Tensor:
         """What the gate looks at, of the frames and the trunk's last map."""
@@ -194,14 +234,18 @@ class GatedNetwork(nn.Module):
     ) -> dict[str, Any]:
         if rows is not None:
             last, saved = last[rows], {i: x[rows] for i, x in saved.items()}
-        *layers, head = self._expert(expert)
+        last, saved = self._before_head(expert, last, saved, {} if ran is None else ran)
+        return {**head_outputs(self._expert(expert)[-1], last, saved), "maps": saved}
+
+    def _before_head(
+        self, expert: int, last: Tensor, saved: dict[int, Tensor], ran: Ran
+    ) -> tuple[Any, dict[int, Tensor]]:
+        """What the layers of an expert before its head make of frames, once for all heads."""
         while (shared := self.shared.get(expert)) and shared.form == HEAD:
             expert = shared.of
-        ran = {} if ran is None else ran
-        if expert not in ran:  # once for all heads
-            ran[expert] = run_layers(layers, last, dict(saved), self.save)
-        last, saved = ran[expert]
-        return {**head_outputs(head, last, saved), "maps": saved}
+        if expert not in ran:
+            ran[expert] = run_layers(self._expert(expert)[:-1], last, dict(saved), self.save)
+        return ran[expert]
 
     def _own(self, shared: Shared) -> nn.ModuleList:
         return shared.own(self._expert(shared.of))
@@ -213,34 +257,41 @@ class GatedNetwork(nn.Module):
             logits = logits.masked_fill(beyond, -torch.inf)
         return self.rule.log_weights(logits.log_softmax(1), self.robust)
 
-    def grow(self, names: Sequence[str], source: int, form: str = WHOLE, *, lead: bool = False) -> None:
-        """Add experts, each a copy of expert `source`, and outputs of the gate that at first give them next to nothing.
+    def grow(self, names: Sequence[str], source: int, form: str = WHOLE) -> None:
+        """Add experts, each a copy of expert `source`, that at first are given next to no weight.
 
-        The old outputs of the gate stay as they are, bit by bit. form: one of FORMS, what they do not share with it.
-        lead: whether they become leaders.
+        The gate, and how far those that were grown before are asked, stay as they are, bit by bit. form: one of FORMS,
+        what they do not share with it.
 
         Raises:
             DetguardError: there would be more than MOST_EXPERTS.
         """
-        if len(self.names) + len(names) > MOST_EXPERTS:
-            raise DetguardError(f"{len(self.names)} experts and {len(names)} more: at most {MOST_EXPERTS}")
-        old = self.gate.out
-        self.gate.out = nn.Linear(old.in_features, old.out_features + len(names)).to(old.weight)
+        count = len(self.names)
+        if count + len(names) > MOST_EXPERTS:
+            raise DetguardError(f"{count} experts and {len(names)} more: at most {MOST_EXPERTS}")
+        old, like = self.kinds, self.gate.out.weight
+        self.kinds = nn.Linear(self._kind_features(), self.grown + len(names)).to(like)
         with torch.no_grad():
-            self.gate.out.weight.zero_()
-            self.gate.out.bias.fill_(float(old.bias.min()) - UNASKED)
-            self.gate.out.weight[: old.out_features] = old.weight
-            self.gate.out.bias[: old.out_features] = old.bias
-        grown = range(len(self.names), len(self.names) + len(names))
-        self.sparse += grown if source in self.sparse else ()
-        self.leaders += grown if lead else ()
-        for expert in grown:
+            self.kinds.weight.zero_()
+            self.kinds.bias.fill_(-UNASKED)
+            if old is not None:
+                self.kinds.weight[: self.grown] = old.weight
+                self.kinds.bias[: self.grown] = old.bias
+        if source in self.sparse:
+            self.sparse += range(count, count + len(names))
+        for expert in range(count, count + len(names)):
             if form == WHOLE:
                 self.experts.append(unshared(self._expert(source)))
             else:
                 self.shared[expert] = Shared(form, source)
                 self.experts.append(self._own(self.shared[expert]))
         self.names += names
+        self.grown += len(names)
+
+    @property
+    def leaders(self) -> range:
+        """The numbers of the experts that were grown."""
+        return range(len(self.names) - self.grown, len(self.names))
 
     def sparsen(self, frames: Iterable[Tensor], reach: float) -> None:
         """Have the robust expert set values to the mean of their channel within `reach` standard deviations of it.
@@ -313,7 +364,7 @@ class GatedDetector(Detector):
         self.route: int | None = None
         # One expert alone answers as any detector does.
         self.experts = tuple(network.names) if len(network.names) > 1 else ()
-        self.robust = network.robust
+        self.robust, self.leaders = network.robust, tuple(network.leaders)
 
     @override
     def variants(self) -> dict[str, Detector]:
@@ -331,7 +382,7 @@ class GatedDetector(Detector):
     def state_hash(self) -> str:
         """As of any detector, with the expert that is forced; how experts are put together is the network's own."""
         parts = [super().state_hash(), str(self.route)]
-        parts += [str(part) for part in (self.model.shared, self.model.leaders) if part]
+        parts += [str(self.model.shared)] * bool(self.model.shared)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @override
@@ -398,7 +449,7 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
         "fusion": network.fusion,
         "sparse": network.sparse,
         "shared": {str(expert): shared.entry() for expert, shared in network.shared.items()},
-        "leaders": network.leaders,
+        "grown": network.grown,
     }
 
 
@@ -411,11 +462,10 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
     try:
         names = [str(name) for name in card["experts"]]
         top_k = None if card["top_k"] is None else int(card["top_k"])
-        split = int(card["split"])
-        # Of what older versions wrote, none.
-        sparse, leaders = ([int(expert) for expert in card.get(name, [])] for name in ("sparse", "leaders"))
-        if not {*sparse, *leaders} <= set(range(len(names))):
-            raise ValueError("it has no such sparse experts or leaders")
+        split, grown = int(card["split"]), int(card.get("grown", 0))
+        sparse = [int(expert) for expert in card.get("sparse", [])]
+        if not 0 <= grown < len(names) or not set(sparse) <= set(range(len(names))):
+            raise ValueError("it has no such sparse or grown experts")
         entries = card.get("shared", {})  # of those that older versions wrote, none
         shared = {number: Shared.read(entries[key], number) for key in entries for number in [int(key)]}
         if not shared.keys() <= set(range(1, len(names))):
@@ -426,7 +476,7 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
         if (len(names) - len(shared)) * of_whole + of_shared > most:
             raise ValueError("it has more experts than the weights beside it")
         return GatedNetwork(
-            model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse, shared, leaders
+            model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse, shared, grown
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

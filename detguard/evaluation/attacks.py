@@ -30,6 +30,7 @@ VANISH_BELOW = 0.02
 
 # Weights of the gate's logits beside the training loss, whose gradient may be far larger or smaller.
 GATE_TERMS = (1, 10, 100)
+LEAD_TERMS = (10, 100)
 
 
 def attack_name(run: str) -> str:
@@ -45,6 +46,8 @@ def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
 
     gate:W: the whole loss, and W times the logits by which the gate prefers its adversarial expert;
     route:I, rank:I: the whole loss, or the order, of expert I alone, whatever the gate says and however it is fused;
+    lead:I:W: the whole loss of expert I, which was grown, and W times the logits by which the gate asks the adversarial
+    one rather than it;
     dense: the whole loss of all experts, where top-k leaves some out.
     """
     if not detector.differentiable:
@@ -53,7 +56,8 @@ def attacks_on(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
     routes = [way for way in ways if way.startswith("route:")]
     gate = [f"gate:{weight}" for weight in GATE_TERMS] if detector.experts else []
     ranks = [way.replace("route:", "rank:") for way in routes]
-    return (*names, *gate, *routes, *ranks, *(way for way in ways if way not in routes))
+    leads = [f"lead:{leader}:{weight}" for leader in detector.leaders for weight in LEAD_TERMS]
+    return (*names, *gate, *leads, *routes, *ranks, *(way for way in ways if way not in routes))
 
 
 def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> Objective:
@@ -67,6 +71,9 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
         return KINDS[kind](tuple(targets))
     if kind in ("gate", "route") and value.isdigit():
         return KINDS["degrade"](tuple(targets), gate=float(value) if kind == "gate" else 0.0, robust=detector.robust)
+    if kind == "lead" and value.replace(":", "", 1).isdigit():
+        leader, weight = value.split(":")
+        return KINDS["degrade"](tuple(targets), gate=float(weight), robust=detector.robust, towards=int(leader))
     parts = {"class": ("class",), "box": ("box", "distance"), "all": tuple(GAINS), "dense": tuple(GAINS)}
     if name not in parts:
         raise DetguardError(f"`attacks` '{name}': expected some of {', '.join(ATTACKS)}")
@@ -149,7 +156,9 @@ class AttackSet(View):
             return square_photos(batch, self.eps, self.steps, self.seed + restart)
         options = pgd_options(self.eps, self.steps, len(batch.images), self.seed + restart, random_start=restart > 0)
         objective = attack_objective(name, sorted(subject.category_ids), subject.detector)
-        detector = subject.detector.variants().get(name.replace("rank:", "route:"), subject.detector)
+        kind, _, value = name.partition(":")
+        way = f"route:{value.partition(':')[0]}" if kind in ("rank", "lead") else name
+        detector = subject.detector.variants().get(way, subject.detector)
         return attacked_photos(batch, detector, objective, options)
 
 

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.stream import Labelled
-from detguard.detections import Candidates, suppress
+from detguard.detections import suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
@@ -24,7 +24,7 @@ from detguard.detectors.ultralytics import decode
 from detguard.evaluation.views import SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
-from detguard.hardening.losses import Goal, imitation_loss, label_loss, retention_loss
+from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
 from detguard.hardening.validation import Entry, file_of
@@ -37,12 +37,12 @@ STAGE = "adapt"
 FEW = 500
 # Of a batch, new photos; of the others, old ones, a third (rounded down) is corrupted and a third attacked.
 NEW_SHARE = 0.5
-# Of the new photos, those that are attacked where new experts are to lead.
-ATTACKED_SHARE = 0.5
-# Batches that the gate's new outputs are first fitted to, the weight of their squares, and how far apart they begin.
-FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-4, 0.1
-# A loss that an attack raises, [B], of what is found.
-Harm = Callable[[Candidates], Tensor]
+# Batches by which new kinds are told from old ones, the weight of squares in that, and how far apart several begin.
+FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-2, 0.1
+# How often old frames are attacked so as to look new, in how many steps, and learned as old ones.
+FIT_ROUNDS, FIT_STEPS = 2, 5
+# Of old frames, attacked or not, so many shall be given to new experts with a weight of no more than e^-3.
+FIT_SURE, FIT_UNASKED = 0.98, 3.0
 # Of the photos one in so many, at most so many, is not trained on but judged by.
 JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
@@ -61,7 +61,7 @@ class Adaptation:
         batch: frames per batch, of all processes together.
         rate: learning rate, in proportion to weights.
         seed: of all that is random.
-        eps: budget of the attacks that photos are shown under, levels of 255.
+        eps: budget of the attacks that old photos are shown under, levels of 255.
 
     Raises:
         DetguardError: an option is not one of those known.
@@ -95,7 +95,7 @@ class Adaptation:
 
     @property
     def adversary(self) -> Adversary:
-        """The attack that is made on photos in training."""
+        """The attack that is made on old photos in training."""
         return Adversary(self.eps)
 
 
@@ -120,18 +120,12 @@ def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
 
 
 def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Setting) -> None:
-    """Add the new experts of a plan to an ensemble.
-
-    Where the robust expert leads, they come from those that lead, and lead with them: bounded by an expert that does
-    not know the new kind, they could change nothing.
-    """
+    """Add the new experts of a plan to an ensemble."""
     if not plan.experts:
         return
     first = sum(name.startswith("adapted") for name in network.names) + 1
     names = [f"adapted {number}" for number in range(first, first + plan.experts)]
-    lead = network.rule.leads
-    among = [network.robust, *network.leaders] if lead else range(len(network.names))
-    network.grow(names, best(network, among, new, setting), plan.expert, lead=lead)
+    network.grow(names, best(network, new, setting), plan.expert)
     if plan.init == "fresh":
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
@@ -141,62 +135,105 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
 
 
 @torch.no_grad()
-def best(network: GatedNetwork, among: Sequence[int], new: PhotoSet, setting: Setting) -> int:
-    """The one of some experts that does most for new photos: highest mean of the gate's weight times e^-loss."""
+def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
+    """The expert that does most for new photos: highest mean of the gate's weight times e^-loss."""
     # By the same frames in all ranks, which must come to the same answer.
     (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1, ranks=Ranks(setting.ranks.device))
-    found = [setting.run(network, batch.shown, i)[0] for i in among]
+    found = [setting.run(network, batch.shown, i)[0] for i in range(len(network.names))]
     harm = torch.stack([label_loss(of_one, batch.labels) for of_one in found], 1)
     gate = found[0].gate  # the same by every route
     assert gate is not None
-    return among[int((gate.softmax(1)[:, list(among)] * (-harm).exp()).mean(0).argmax())]
+    return int((gate.softmax(1) * (-harm).exp()).mean(0).argmax())
 
 
-def fit_gate(network: GatedNetwork, known: int, pairs: Iterable[tuple[Batch, Batch | None]]) -> None:
-    """Fit the gate's new outputs, all but its first `known`, to tell new frames from old ones: logistic regression.
+def fit_kinds(
+    network: GatedNetwork, count: int, pairs: Callable[[], Iterable[tuple[Batch, Batch | None]]], adversary: Adversary
+) -> None:
+    """Fit how far the `count` experts that were grown last are asked, to tell new frames from old ones.
 
-    They begin so far down that training would take long to find them. Several differ a little, or all their experts
-    would learn the same.
+    Logistic regression on what the robust expert sees. Old frames, attacked so as to look new, are learned as old
+    ones; in the end the bias is lowered until nearly all of them leave the new experts unasked: they lead, and need not
+    resist. Several differ a little, or all their experts would learn the same.
+
+    pairs: batches of new frames and of old ones, the same each time.
     """
-    features, is_new = [], []
     with torch.no_grad():
-        for new, old in pairs:
-            frames = new.shown if old is None else torch.cat([new.shown, old.shown])
-            features.append(network.gate_features(frames))
-            is_new.append(torch.arange(len(frames), device=frames.device) < len(new.shown))
-    x, y, out = torch.cat(features), torch.cat(is_new).float(), network.gate.out
-    old_logits = out(x)[:, :known].detach().logsumexp(1)
-    weight, bias = (torch.zeros(size, device=x.device, requires_grad=True) for size in (x.shape[1], 1))
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+        new = torch.cat([network.kind_features(batch.shown) for batch, _ in pairs()])
+        old = [network.kind_features(batch.shown) for _, batch in pairs() if batch]
+    weight, bias = _told_apart(network, count, new, old)
+    for _ in range(FIT_ROUNDS if old else 0):
+        attacked = _attacked_kinds(network, count, pairs(), weight, bias, adversary)
+        old.append(attacked)
+        weight, bias = _told_apart(network, count, new, old)
+    if old:
+        attacked = _attacked_kinds(network, count, pairs(), weight, bias, adversary)
+        limit = _kind_logit(network, count, torch.cat([*old, attacked]), weight, bias).quantile(FIT_SURE)
+        bias = bias - (limit + FIT_UNASKED).clamp(min=0)
+    kinds = network.kinds
+    assert kinds is not None
+    with torch.no_grad():
+        spread = FIT_SPREAD * (count > 1) * torch.randn(count, len(weight), device=weight.device)
+        kinds.weight[-count:] = weight + spread * weight.std()
+        kinds.bias[-count:] = bias - math.log(count)
+
+
+def _kind_logit(network: GatedNetwork, count: int, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """How much likelier frames are new than anything that was known before, [B]."""
+    assert network.kinds is not None
+    known = network.kinds(features)[:, :-count]
+    known = torch.cat([torch.zeros_like(features[:, :1]), known], 1)
+    return features @ weight + bias - known.logsumexp(1)
+
+
+def _told_apart(network: GatedNetwork, count: int, new: Tensor, old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the logistic regression; new and old frames count alike, however many there are."""
+    x = torch.cat([new, *old])
+    y = (torch.arange(len(x), device=x.device) < len(new)).float()
+    share = torch.where(y > 0, len(x) / (2 * y.sum()), len(x) / (2 * (1 - y).sum()).clamp(min=1))
+    mean, spread = x.mean(0), x.std(0) + 1e-3
+    x_scaled = (x - mean) / spread
+    scaled, bias = (torch.zeros(size, device=x.device, requires_grad=True) for size in (x.shape[1], 1))
+    offset = _kind_logit(network, count, x, torch.zeros_like(mean), torch.zeros_like(mean[:1])).detach()
+    optimizer = torch.optim.LBFGS([scaled, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = binary_cross_entropy_with_logits(x @ weight + bias - old_logits, y) + FIT_DECAY * weight.square().sum()
+        value = binary_cross_entropy_with_logits(x_scaled @ scaled + bias + offset, y, share)
+        value = value + FIT_DECAY * scaled.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    count = len(out.bias) - known
-    with torch.no_grad():
-        out.weight[known:] = (
-            weight + FIT_SPREAD * (count > 1) * torch.randn(count, len(weight), device=x.device) * weight.std()
-        )
-        out.bias[known:] = bias - math.log(count)
+    weight = scaled.detach() / spread
+    return weight, bias.detach() - mean @ weight
+
+
+def _attacked_kinds(
+    network: GatedNetwork,
+    count: int,
+    pairs: Iterable[tuple[Batch, Batch | None]],
+    weight: Tensor,
+    bias: Tensor,
+    adversary: Adversary,
+) -> Tensor:
+    """The features of old frames that are attacked so as to look new."""
+
+    def newness(x: Tensor) -> Tensor:
+        return _kind_logit(network, count, network.kind_features(x), weight, bias)
+
+    adversary = replace(adversary, steps=FIT_STEPS)
+    found = []
+    for _, old in pairs:
+        if old is not None:
+            shown = perturb(old.shown, newness, adversary)
+            with torch.no_grad():
+                found.append(network.kind_features(shown))
+    return torch.cat(found)
 
 
 def learned_parameters(network: GatedNetwork, plan: Adaptation) -> list[nn.Parameter]:
-    """The parameters that learn; all others are frozen. Of the gate's outputs, `keep_rows` freezes the old."""
-    frozen = plan.mode == "frozen"
-    return only_learn(network, [*network.experts[-plan.experts :], network.gate.out] if frozen else [network])
-
-
-def keep_rows(layer: nn.Linear, rows: int) -> list[Any]:
-    """Have the first rows of a layer get no gradient; returns the hooks that do it."""
-
-    def hook(gradient: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(gradient[:rows]), gradient[rows:]])
-
-    return [parameter.register_hook(hook) for parameter in (layer.weight, layer.bias)]
+    """The parameters that learn by gradient; all others are frozen."""
+    return only_learn(network, network.experts[-plan.experts :] if plan.mode == "frozen" else [network])
 
 
 def adapt(
@@ -225,13 +262,13 @@ def adapt(
     if load_made(network, made, ranks):
         return made
     top_k, network.top_k = network.top_k, None  # what is not evaluated does not learn
-    count = plan.batch if old is None else round(NEW_SHARE * plan.batch)
-    third = (plan.batch - count) // 3
+    half = plan.batch if old is None else round(NEW_SHARE * plan.batch)
+    third = (plan.batch - half) // 3
 
-    def shown(first: int, last: int = plan.number, ranks: Ranks = ranks) -> Iterator[tuple[Batch, Batch | None]]:
+    def pairs(first: int, last: int, ranks: Ranks, count: int) -> Iterator[tuple[Batch, Batch | None]]:
         size, seed, kinds = setting.size, setting.seed, setting.corruptions
         of_new = batches(new, count, size, seed, first, last, workers=setting.workers, ranks=ranks)
-        if old is None:
+        if old is None or count == plan.batch:
             yield from ((batch, None) for batch in of_new)
             return
         rest, workers = plan.batch - count, setting.workers
@@ -246,11 +283,12 @@ def adapt(
 
     check_memory(network.to(memory_format=torch.channels_last), loss, setting.size, plan.batch, ranks)
     if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
-        fit_gate(network, len(before.names), shown(0, FIT_BATCHES, Ranks(ranks.device)))
-    hooks = keep_rows(network.gate.out, len(before.names)) if plan.mode == "frozen" else []
+        torch.manual_seed(plan.seed)
+        fit_kinds(network, plan.experts, partial(pairs, 0, FIT_BATCHES, Ranks(ranks.device), half), plan.adversary)
+    # Frozen, old experts learn nothing of old photos, and whom to ask is known.
+    count = plan.batch if plan.mode == "frozen" else half
     log = BatchLog(run, STAGE, plan.number, plan.batch, ranks)
-    led = bool(plan.experts) and network.rule.leads
-    counts = Counts(count, plan.batch - count, third, round(ATTACKED_SHARE * count) if led else 0)
+    counts = Counts(count, plan.batch - count, third)
 
     def learn(pair: tuple[Batch, Batch | None], number: int, done: float, update: Update) -> dict[str, Tensor]:
         torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
@@ -260,10 +298,11 @@ def adapt(
 
     pace = Pace(plan.number, plan.rate, plan.rate, setting.save_every)
     try:
-        train(network, learned, shown, learn, pace, checkpoint, on_batch, log, ranks)
+        train(
+            network, learned, lambda first: pairs(first, plan.number, ranks, count), learn, pace, checkpoint, on_batch,
+            log, ranks,
+        )  # fmt: skip
     finally:
-        for hook in hooks:
-            hook.remove()
         network.top_k = top_k
     if ranks.first:
         save_gated(network, card, made)
@@ -272,12 +311,11 @@ def adapt(
 
 @dataclass(frozen=True)
 class Counts:
-    """Frames of a batch of all ranks: new ones, old ones, and how many of each, the last, are attacked."""
+    """Frames of a batch of all ranks: new ones, old ones, and how many of the old, the last, are attacked."""
 
     new: int
     old: int
-    attacked_old: int
-    attacked_new: int
+    attacked: int
 
 
 def batch_losses(
@@ -291,48 +329,37 @@ def batch_losses(
 ) -> dict[str, Tensor]:
     """L1, of labels and of the gate's choice, and L2 of a batch: this rank's summands of means over all of it.
 
-    Where old experts are frozen, new ones learn without them, as the gate is to ask for them: a third of the cost. Of
-    old photos there is then nothing to learn but whom to ask.
+    Where old experts are frozen, new ones learn without them, as they are to be asked: a fraction of the cost.
     """
-    known, batch = len(before.names), counts.new + counts.old * (old is not None)
-    route = range(known, len(network.names)) if plan.mode == "frozen" else None
-    frames, reference, own = new.shown, None, None
+    frames, ranks, reference = new.shown, setting.ranks, None
+    known, frozen = len(before.names), plan.mode == "frozen"
     if any(label.known is not None and len(label.known) < len(network.class_names) for label in new.labels):
         with torch.no_grad():
             reference = setting.run(before, new.clean)[0]
-    if counts.attacked_new:
-        with torch.no_grad():
-            own = answers = setting.run(network, frames, route)[0]
-
-        def harm_of_new(rows: slice) -> Harm:
-            return Goal.of("labels", answers[rows], new.labels[rows]).loss
-
-        first = counts.new - counts.attacked_new
-        frames = attacked(network, frames, first, counts.new, harm_of_new, plan, setting, route)
     if old is not None:
-
-        def harm_of_old(rows: slice) -> Harm:
-            with torch.no_grad():
-                return partial(imitation_loss, teacher=setting.run(before, old.clean[rows])[0])
-
-        shown = attacked(network, old.shown, counts.old - counts.attacked_old, counts.old, harm_of_old, plan, setting)
-    count = len(frames)
-    if old is not None and route is None:
-        frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
-    with setting.precision():
-        raw, logits = network(frames, route)
-        if old is not None and route is not None:
-            logits = torch.cat([logits, network.gate.out(network.gate_features(shown))])
-    found = decode(network.head, raw, logits[: len(frames)])
-    of_new = label_loss(found[:count], new.labels, reference, own).sum()
-    losses = {"loss": of_new / batch, "new": of_new / counts.new}
-    if old is not None and route is None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
         labels = list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
+        shown, first = old.shown, counts.old - counts.attacked
+        rows = slice(len(ranks.rows(0, first)), len(shown))
+        if rows.stop > rows.start:
+
+            def harm(x: Tensor) -> Tensor:
+                return imitation_loss(setting.run(network, x)[0], wanted[rows])
+
+            noise = ranks.among(first, counts.old)
+            shown = with_rows(shown, rows, perturb(shown[rows], harm, plan.adversary, noise))
+        frames = torch.cat([frames, shown]).contiguous(memory_format=torch.channels_last)
+    batch = counts.new + counts.old * (old is not None)
+    with setting.precision():
+        raw, logits = network(frames, range(known, len(network.names)) if frozen else None)
+    found, count = decode(network.head, raw, logits), len(new.shown)
+    of_new = label_loss(found[:count], new.labels, reference).sum()
+    losses = {"loss": of_new / batch, "new": of_new / counts.new}
+    if old is not None:
         of_old = label_loss(found[count:], labels, wanted).sum()
         losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}
-    if plan.experts:
+    if plan.experts and not frozen:
         log_weights = logits.log_softmax(1)
         groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])
         evaluate = torch.cat([groups[1, :count], groups[0, count:]])
@@ -347,28 +374,6 @@ def batch_losses(
         losses["moved"] = torch.stack([retention_loss(a, b).sum() / batch for a, b in pairs]).sum()
         losses["loss"] = losses["loss"] + plan.keep * losses["moved"]
     return losses
-
-
-def attacked(
-    network: GatedNetwork,
-    frames: Tensor,
-    first: int,
-    last: int,
-    harm_of: Callable[[slice], Harm],
-    plan: Adaptation,
-    setting: Setting,
-    route: Sequence[int] | None = None,
-) -> Tensor:
-    """Frames of this rank, those from `first` to `last` among all of the ranks attacked.
-
-    harm_of: the loss, of what is found in some of this rank's frames, that is raised; route: by some experts, or all.
-    """
-    rows = slice(len(setting.ranks.rows(0, first)), len(frames))
-    if rows.stop == rows.start:
-        return frames
-    harm, noise = harm_of(rows), setting.ranks.among(first, last)
-    made = perturb(frames[rows], lambda x: harm(setting.run(network, x, route)[0]), plan.adversary, noise)
-    return with_rows(frames, rows, made)
 
 
 def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:

@@ -128,18 +128,12 @@ class Goal:
         return torch.stack(raised).sum(0)
 
 
-def label_loss(
-    found: Candidates,
-    labels: Sequence[Labelled],
-    reference: Candidates | None = None,
-    unattacked: Candidates | None = None,
-) -> Tensor:
-    """The training loss of each frame, [B], by labels; see `Goal.of`.
+def label_loss(found: Candidates, labels: Sequence[Labelled], reference: Candidates | None = None) -> Tensor:
+    """The training loss of each frame, [B], by labels that are assigned by what is found itself; see `Goal.of`.
 
     reference: outputs to imitate in the classes that a frame is not labelled for; by default they do not count.
-    unattacked: outputs by which labels are assigned; by default what is found itself.
     """
-    goal = Goal.of("labels", found if unattacked is None else unattacked, labels)
+    goal = Goal.of("labels", found, labels)
     loss = goal.loss(found)
     if reference is not None and goal.known is not None:
         loss = loss + torch.stack(list(imitation_parts(found, reference, 1 - goal.known).values())).sum(0)

@@ -17,7 +17,8 @@ from detguard.training_loss import GAINS, Assignment, assign, detection_loss
 class Degrade(Objective):
     """The worst training loss, or some `parts` of it (see `training_loss.GAINS`): no success test, only worse.
 
-    gate: weight of the logits by which the gate of an ensemble prefers expert `robust` to the best of the others.
+    gate: weight of the logits by which the gate of an ensemble prefers expert `robust` to the best of the others, or to
+    expert `towards`.
     """
 
     kind: ClassVar[str] = "degrade"
@@ -25,6 +26,7 @@ class Degrade(Objective):
     parts: tuple[str, ...] = tuple(GAINS)
     gate: float = 0.0
     robust: int = -1
+    towards: int | None = None
 
     @override
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Assignment | Detections:
@@ -51,7 +53,8 @@ class Degrade(Objective):
         # On logits: the weights themselves have no gradient left where the gate is sure.
         others = candidates.gate.clone()
         others[:, self.robust] = -torch.inf
-        return loss + self.gate * (candidates.gate[:, self.robust] - others.amax(1))
+        other = others.amax(1) if self.towards is None else others[:, self.towards]
+        return loss + self.gate * (candidates.gate[:, self.robust] - other)
 
     @override
     def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
