@@ -153,7 +153,7 @@ class GatedNetwork(nn.Module):
         logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
         ran: Ran = {}
         if self.kinds is not None:
-            logits = self._with_kinds(logits, self._kind_map(last, saved, ran))
+            logits = self._with_kinds(logits, self._kind_map(last, saved, ran if route is None else None))
         if isinstance(route, int):
             return self._run(route, last, saved), logits
         if route is not None:
