@@ -17,6 +17,8 @@ import yaml
 
 from detguard import DetguardError
 
+# What a JSON or YAML file calls an object or mapping: names with values, which whoever reads them checks.
+JsonObject = dict[str, Any]
 # Bytes that a file of each kind may have: far over what any real one needs, far under what a machine has.
 MAX_TEXT = 64 << 20
 MAX_PHOTO = 512 << 20
@@ -142,7 +144,7 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def read_yaml(file: str | Path, most: int = MAX_TEXT) -> Any:
+def read_yaml(file: str | Path, most: int = MAX_TEXT) -> object:
     """What a YAML file says, in plain lists, dicts, texts, numbers, booleans and nulls.
 
     Numbers, booleans and nulls are those that PyYAML writes; all else is text, so that a class named `no` or `12:30` is
@@ -161,10 +163,10 @@ def read_yaml(file: str | Path, most: int = MAX_TEXT) -> Any:
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """PyYAML's safe loader without dates, base-60 numbers, merges and what else YAML 1.1 sees in plain text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, list[object]] = {}  # noqa: RUF012
 
 
-def _scalar(tag: str, pattern: str, first: str, made: Callable[[str], Any]) -> None:
+def _scalar(tag: str, pattern: str, first: str, made: Callable[[str], object]) -> None:
     tag = f"tag:yaml.org,2002:{tag}"
     _Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), ["", *first])
     _Loader.add_constructor(tag, lambda loader, node: made(node.value))
@@ -176,7 +178,7 @@ _scalar("int", "[-+]?(0|[1-9][0-9]{0,24})", "-+0123456789", int)
 _scalar("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?", "-+.0123456789", float)
 
 
-def _parse_yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> object:
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):  # events are not nested: too deep a tree is seen before it is built
         if (tag := getattr(event, "tag", None)) not in (None, "!"):
@@ -197,7 +199,7 @@ def _parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _whole_size(node: Any, sizes: dict[int, int]) -> int:
+def _whole_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """How many nodes a tree has where each alias is a copy; sizes: those of the subtrees, by identity."""
     if id(node) not in sizes:
         sizes[id(node)] = 1 << 62  # what contains itself has no end

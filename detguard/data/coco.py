@@ -3,17 +3,28 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from detguard.data.entries import LOST, DataError, Faults, annotation, clip, inside, upright_size
-from detguard.files import MAX_ANNOTATIONS, FileError, read_json
+from detguard.data.entries import (
+    LOST,
+    Category,
+    DataError,
+    Faults,
+    Image,
+    Instances,
+    annotation,
+    clip,
+    inside,
+    upright_size,
+)
+from detguard.files import MAX_ANNOTATIONS, FileError, JsonObject, read_json
 from detguard.photos import MAX_PIXELS
 
 # What COCO's own annotations call the time of a photo.
-TIME = "date_captured"
+TIME: Final = "date_captured"
 
 
-def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tuple[dict[str, Any], dict[int, Path]]:
+def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tuple[Instances, dict[int, Path]]:
     """Annotations and photos by image id of a COCO json, of which the photos are in `folder`.
 
     Raises:
@@ -27,7 +38,7 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
         raise DataError(f"{file}: expected a COCO instances json with images, annotations and categories")
     if not isinstance(data.get("annotations"), list):
         raise DataError(f"{file}: has no annotations (test sets of COCO have none); evaluate on a labelled split")
-    categories = [dict(c) for c in _entries(data, "categories", ("id", "name"), file)]
+    categories = _entries(data, "categories", ("id", "name"), file)
     pictures = _entries(data, "images", ("id", "file_name"), file)
     for kind, entries in (("categories", categories), ("images", pictures)):
         counts = Counter(entry["id"] for entry in entries)
@@ -37,7 +48,8 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
     sizes: dict[int, tuple[int, int]] = {image["id"]: (image["width"], image["height"]) for image in images}
     listed = {image["id"] for image in pictures}
     known = {c["id"] for c in categories}
-    annotations: list[dict[str, Any]] = []
+    named = [Category(id=c["id"], name=c["name"]) for c in categories]
+    found = Instances(images=images, annotations=[], categories=named)
     for i, entry in enumerate(_entries(data, "annotations", ("image_id", "category_id", "bbox"), file)):
         where = f"{file}: annotations[{i}]"
         if entry["image_id"] not in sizes:
@@ -58,16 +70,17 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
             area = entry.get("area")
             if not isinstance(area, int | float) or not 0 <= area <= MAX_PIXELS:
                 area = cut[2] * cut[3]
-            annotations.append(
-                annotation(len(annotations), entry["image_id"], entry["category_id"], cut, float(area), crowd)
+            count = len(found["annotations"])
+            found["annotations"].append(
+                annotation(count, entry["image_id"], entry["category_id"], cut, float(area), crowd)
             )
-    return {"images": images, "annotations": annotations, "categories": categories}, files
+    return found, files
 
 
 def _photos(
-    pictures: list[dict[str, Any]], file: Path, folder: Path, faults: Faults, limit: int | None
-) -> tuple[list[dict[str, Any]], dict[int, Path]]:
-    images: list[dict[str, Any]] = []
+    pictures: list[JsonObject], file: Path, folder: Path, faults: Faults, limit: int | None
+) -> tuple[list[Image], dict[int, Path]]:
+    images: list[Image] = []
     files: dict[int, Path] = {}
     for i, image in enumerate(pictures):
         if limit is not None and len(files) >= limit:
@@ -81,13 +94,15 @@ def _photos(
             faults.add(
                 "photos of another size than annotated", f"{file}: images[{i}]: {path} is {size}, not {given!r:.50}"
             )
-        known_of = {"id": image["id"], "file_name": path.name, "width": size[0], "height": size[1]}
-        images.append(known_of | ({TIME: image[TIME]} if isinstance(image.get(TIME), str) else {}))
+        known_of: Image = {"id": image["id"], "file_name": path.name, "width": size[0], "height": size[1]}
+        if isinstance(time := image.get(TIME), str):
+            known_of[TIME] = time
+        images.append(known_of)
         files[image["id"]] = path
     return images, files
 
 
-def _entries(data: dict[str, Any], kind: str, needed: Iterable[str], file: Path) -> list[dict[str, Any]]:
+def _entries(data: JsonObject, kind: str, needed: Iterable[str], file: Path) -> list[JsonObject]:
     for i, entry in enumerate(data[kind]):
         if not isinstance(entry, dict) or any(key not in entry for key in needed):
             raise DataError(f"{file}: {kind}[{i}]: expected an object with {', '.join(needed)}")

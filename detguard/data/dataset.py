@@ -11,17 +11,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from pycocotools.coco import COCO
 
 from detguard.classes import left_out
 from detguard.data.coco import read_coco
-from detguard.data.entries import LOST, DataError, Faults, file_name, inside
+from detguard.data.entries import LOST, DataError, Faults, Instances, file_name, inside
 from detguard.data.yolo import read_yolo
 from detguard.detections import Detections
-from detguard.files import FileError, is_file, is_folder, read_yaml
+from detguard.files import FileError, JsonObject, is_file, is_folder, read_yaml
 
 
 @dataclass
@@ -137,7 +136,7 @@ def read_dataset(
     return Dataset(name if file.suffix == ".json" else f"{name} {split}", files, coco, faults)
 
 
-def rename_classes(dataset: dict[str, Any], class_map: Mapping[str, str], faults: Faults) -> dict[str, Any]:
+def rename_classes(dataset: Instances, class_map: Mapping[str, str], faults: Faults) -> Instances:
     """Annotations in COCO's form whose classes are called as a map says; those of one name become one."""
     categories = dataset["categories"]
     for name in class_map.keys() - {c["name"] for c in categories}:
@@ -151,7 +150,7 @@ def rename_classes(dataset: dict[str, Any], class_map: Mapping[str, str], faults
     return dataset | {"categories": [{"id": category, "name": name} for name, category in ids.items()]}
 
 
-def indexed(dataset: dict[str, Any]) -> COCO:
+def indexed(dataset: Mapping[str, object]) -> COCO:
     """Annotations in COCO's form as pycocotools looks them up; it prints while it does."""
     coco = COCO()
     coco.dataset = dataset
@@ -180,7 +179,7 @@ def _find(source: str | Path) -> Path:
     return file
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path) -> JsonObject:
     try:
         config = read_yaml(file)
     except FileError as error:
@@ -190,7 +189,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return config
 
 
-def _root(config: dict[str, Any], file: Path) -> Path:
+def _root(config: JsonObject, file: Path) -> Path:
     """The folder of a yaml's data: beside the yaml, under datasets/ here, or where Ultralytics keeps its own."""
     from ultralytics.utils import SETTINGS
 

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from detguard import DetguardError
 from detguard.photos import PhotoError, photo_size
@@ -17,6 +17,42 @@ LOST = "photos missing or unreadable, left out"
 
 class DataError(DetguardError):
     """A data set that cannot be used; the message names the file and, where there is one, the line or entry."""
+
+
+class Image(TypedDict):
+    """A photo in COCO's form; date_captured: when it was taken, where the data say it."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    date_captured: NotRequired[str]
+
+
+class Annotation(TypedDict):
+    """An object in COCO's form. bbox: x, y, width, height, and area, in pixels of the photo; iscrowd: 0 or 1."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: float
+    iscrowd: int
+
+
+class Category(TypedDict):
+    """A class in COCO's form."""
+
+    id: int
+    name: str
+
+
+class Instances(TypedDict):
+    """A data set in COCO's form."""
+
+    images: list[Image]
+    annotations: list[Annotation]
+    categories: list[Category]
 
 
 class Places(list[str]):
@@ -88,9 +124,7 @@ def clip(box: Sequence[float], width: int, height: int, where: str, faults: Faul
     return [x1, y1, x2 - x1, y2 - y1]
 
 
-def annotation(
-    number: int, image_id: int, category: int, box: list[float], area: float, crowd: int = 0
-) -> dict[str, Any]:
+def annotation(number: int, image_id: int, category: int, box: list[float], area: float, crowd: int = 0) -> Annotation:
     """An object in COCO's form, numbered from 1: pycocotools takes one of id 0 for one that was never matched."""
     return {
         "id": number + 1,
@@ -102,7 +136,7 @@ def annotation(
     }
 
 
-def file_name(entry: Any, file: Path) -> str:
+def file_name(entry: object, file: Path) -> str:
     """A path, as a yaml gives it.
 
     Raises:

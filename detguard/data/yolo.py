@@ -4,10 +4,20 @@ import math
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from detguard.data.entries import LOST, DataError, Faults, annotation, clip, file_name, inside, upright_size
-from detguard.files import FileError, is_file, is_folder, read_file, read_yaml
+from detguard.data.entries import (
+    LOST,
+    Category,
+    DataError,
+    Faults,
+    Instances,
+    annotation,
+    clip,
+    file_name,
+    inside,
+    upright_size,
+)
+from detguard.files import FileError, JsonObject, is_file, is_folder, read_file
 from detguard.photos import SUFFIXES
 
 # Bytes of the labels of one photo.
@@ -15,8 +25,8 @@ MAX_LABELS = 8 << 20
 
 
 def read_yolo(
-    config: dict[str, Any], root: Path, split: str, file: Path, faults: Faults, limit: int | None
-) -> tuple[dict[str, Any], dict[int, Path]]:
+    config: JsonObject, root: Path, split: str, file: Path, faults: Faults, limit: int | None
+) -> tuple[Instances, dict[int, Path]]:
     """Annotations and photos by image id of a split of a data.yaml, of which the data are in `root`.
 
     Raises:
@@ -25,8 +35,8 @@ def read_yolo(
     names = _class_names(config["names"], file)
     ids = official_ids(names)
     photos = _photos_of_split(config[split], root, file)[:limit]
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    categories = [Category(id=ids[k], name=v) for k, v in names.items()]
+    found = Instances(images=[], annotations=[], categories=categories)
     files = {}
     # COCO's own photos are named by their id.
     numbers = [int(p.stem) for p in photos if p.stem.isdecimal() and len(p.stem) < 19]
@@ -36,15 +46,15 @@ def read_yolo(
         if (size := upright_size(photo)) is None:
             faults.add(LOST, f"{file}: {photo}")
             continue
-        images.append({"id": image_id, "file_name": photo.name, "width": size[0], "height": size[1]})
+        found["images"].append({"id": image_id, "file_name": photo.name, "width": size[0], "height": size[1]})
         files[image_id] = photo
         for category, box in _read_labels(_label_file(photo), ids, size, faults):
-            annotations.append(annotation(len(annotations), image_id, category, box, box[2] * box[3]))
-    categories = [{"id": ids[k], "name": v} for k, v in names.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}, files
+            count = len(found["annotations"])
+            found["annotations"].append(annotation(count, image_id, category, box, box[2] * box[3]))
+    return found, files
 
 
-def _class_names(given: dict[Any, Any] | list[Any], file: Path) -> dict[int, str]:
+def _class_names(given: dict[object, object] | list[object], file: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     for key, name in given.items() if isinstance(given, dict) else enumerate(given):
         number = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
@@ -66,13 +76,13 @@ def official_ids(names: dict[int, str]) -> dict[int, int]:
 @cache
 def _coco_ids() -> dict[str, int]:
     from ultralytics.data.converter import coco80_to_coco91_class
-    from ultralytics.utils import ROOT
+    from ultralytics.utils import ROOT, YAML
 
-    names = read_yaml(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
+    names = YAML.load(ROOT / "cfg" / "datasets" / "coco.yaml")["names"]
     return {name: coco80_to_coco91_class()[index] for index, name in names.items()}
 
 
-def _photos_of_split(entry: Any, root: Path, file: Path) -> list[Path]:
+def _photos_of_split(entry: object, root: Path, file: Path) -> list[Path]:
     """The photos of a split: a folder, a .txt that lists photos, or a list of such."""
     photos: list[Path] = []
     for one in entry if isinstance(entry, list) else [entry]:

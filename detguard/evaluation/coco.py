@@ -2,9 +2,10 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, cast
+from itertools import chain
+from typing import TypedDict, cast
 
 import hotcoco
 import numpy as np
@@ -14,6 +15,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from detguard.data.dataset import indexed
+from detguard.data.entries import Annotation, annotation
 from detguard.detections import Detections, box_iou
 from detguard.evaluation.bootstrap import drawn_classes, draws, error_95, mean_ap
 from detguard.evaluation.metrics import STATS, OfClass, Stats
@@ -125,7 +127,7 @@ def _judge(
     """hotcoco, which has matched the results; categories and images are numbered by their places in the lists."""
     category_at, image_at = ({one: place for place, one in enumerate(ids)} for ids in (categories, images))
 
-    def numbered(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def numbered(entries: Iterable[Annotation | Result]) -> list[dict[str, object]]:
         return [
             {**entry, "image_id": image_at[entry["image_id"]], "category_id": category_at[entry["category_id"]]}
             for entry in entries
@@ -154,13 +156,11 @@ def metrics_of_photos(
 
     `drawn`: as of `coco_metrics`.
     """
-    labelled: list[dict[str, Any]] = [
-        {"id": 0, "image_id": image, "iscrowd": 0, "category_id": r["category_id"], "bbox": r["bbox"]}
-        for image, o in enumerate(objects)
-        for r in coco_results(image, o, {int(c): int(c) for c in o.classes})
+    known = (coco_results(image, o, {int(c): int(c) for c in o.classes}) for image, o in enumerate(objects))
+    labelled = [
+        annotation(number, r["image_id"], r["category_id"], r["bbox"], r["bbox"][2] * r["bbox"][3])
+        for number, r in enumerate(chain.from_iterable(known))
     ]
-    for number, entry in enumerate(labelled, 1):
-        entry |= {"id": number, "area": entry["bbox"][2] * entry["bbox"][3]}
     categories = sorted({entry["category_id"] for entry in labelled})
     images = [{"id": image} for image in range(len(objects))]
     names = [{"id": category, "name": str(category)} for category in categories]

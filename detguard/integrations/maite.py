@@ -8,21 +8,21 @@ nothing of MAITE is imported here.
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
 from detguard import DetguardError, defaults
 from detguard.attacks.group import attack_group
 from detguard.data.dataset import indexed, read_dataset
-from detguard.data.entries import annotation
+from detguard.data.entries import Annotation, annotation
 from detguard.detections import MAX_DETECTIONS, Candidates, Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import attack_objective, pgd_options
@@ -33,10 +33,26 @@ from detguard.evaluation.views import LOWEST_CONFIDENCE
 from detguard.photos import Letterbox, Photo, photo_seed, read_photo
 from detguard.workflows.attack import as_photo
 
-Images = Sequence[Any]
-Batch = tuple[Images, Sequence[Any], Sequence[Any]]
+Images = Sequence[ArrayLike]
+Batch = tuple[Images, Sequence["Boxes"], Sequence[Mapping[str, object]]]
 # A logit of nothing at all, and how near to 0 and 1 a score may be.
 NONE, SURE = -30.0, 1e-6
+
+
+class Boxes(Protocol):
+    """Objects of one image, as MAITE's models and data sets give them."""
+
+    @property
+    def boxes(self) -> ArrayLike:
+        """[N, 4] xyxy, pixels."""
+
+    @property
+    def labels(self) -> ArrayLike:
+        """[N], class indices."""
+
+    @property
+    def scores(self) -> ArrayLike:
+        """[N], or of every class, [N, C]."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class Target:
         return cls(found.boxes.numpy(), found.classes.numpy(), found.scores.numpy())
 
 
-def detections(target: Any) -> Detections:
+def detections(target: Boxes) -> Detections:
     """What MAITE calls a target as detections, best first; of scores per class, [N, C], the highest."""
     scores = np.asarray(target.scores, np.float32)
     scores = scores.max(1) if scores.ndim == 2 and len(scores) else scores.reshape(-1)
@@ -72,7 +88,7 @@ class Model:
 
     def __init__(self, detector: Detector, conf: float = LOWEST_CONFIDENCE) -> None:
         self.detector, self.conf = detector, conf
-        self.metadata: dict[str, Any] = {"id": detector.name, "index2label": dict(detector.class_names)}
+        self.metadata: dict[str, object] = {"id": detector.name, "index2label": dict(detector.class_names)}
 
     def __call__(self, batch: Images) -> list[Target]:
         """What is found in images."""
@@ -106,7 +122,7 @@ class Dataset:
         self._dataset = read_dataset(source, split, images, limit)
         self._ids = self._dataset.category_ids(class_names)
         self._images = list(self._dataset.files)
-        self.metadata: dict[str, Any] = {
+        self.metadata: dict[str, object] = {
             "id": self._dataset.name,
             "index2label": {index: class_names[index] for index in self._ids},
         }
@@ -114,7 +130,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> tuple[Photo, Target, dict[str, Any]]:
+    def __getitem__(self, index: int) -> tuple[Photo, Target, dict[str, object]]:
         image = self._images[index]
         file = self._dataset.files[image]
         found = Target.of(self._dataset.objects(image, self._ids))
@@ -128,7 +144,7 @@ class CocoMetric:
     """
 
     def __init__(self) -> None:
-        self.metadata: dict[str, Any] = {"id": "detguard-coco"}
+        self.metadata = {"id": "detguard-coco"}
         self.reset()
 
     def reset(self) -> None:
@@ -136,7 +152,7 @@ class CocoMetric:
         self._found: list[Detections] = []
         self._labelled: list[Detections] = []
 
-    def update(self, preds: Sequence[Any], targets: Sequence[Any], metadatas: Sequence[Any]) -> None:
+    def update(self, preds: Sequence[Boxes], targets: Sequence[Boxes], metadatas: Sequence[object]) -> None:
         """Add a batch: what was found in its images, and what is labelled."""
         self._found += map(detections, preds)
         self._labelled += map(detections, targets)
@@ -145,7 +161,7 @@ class CocoMetric:
         """AP, AP50, ... by name; NaN where there is nothing to measure, as of AP where nothing is labelled."""
         classes = sorted({int(c) for one in self._labelled for c in one.classes})
         images = [{"id": number, "width": 1, "height": 1} for number in range(1, len(self._labelled) + 1)]
-        annotations: list[dict[str, Any]] = []
+        annotations: list[Annotation] = []
         for number, one in enumerate(self._labelled, 1):
             for (x1, y1, x2, y2), c in zip(one.boxes.tolist(), one.classes.tolist(), strict=True):
                 box = [x1, y1, x2 - x1, y2 - y1]
@@ -169,7 +185,7 @@ class Corruption:
 
     def __init__(self, kind: str, severity: int, seed: int = 0) -> None:
         self.kind, self.severity, self.seed = kind, severity, seed
-        self.metadata: dict[str, Any] = {"id": f"{kind}-{severity}"}
+        self.metadata = {"id": f"{kind}-{severity}"}
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with its images corrupted."""
@@ -201,7 +217,7 @@ class Attack:
             raise DetguardError(f"{detector.name}: has no gradient; a white-box attack needs one")
         self.detector, self.eps, self.steps, self.seed = detector, eps, steps, seed
         self.objective = attack_objective(attack, sorted(detector.class_names), detector)
-        self.metadata: dict[str, Any] = {"id": f"{attack}-eps{eps}-steps{steps}-on-{detector.name}"}
+        self.metadata = {"id": f"{attack}-eps{eps}-steps{steps}-on-{detector.name}"}
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with its images attacked."""
@@ -263,12 +279,12 @@ class MaiteDetector(Detector):
         return self.detect([photo], conf)[0]
 
 
-def to_photo(image: Any) -> Photo:
+def to_photo(image: ArrayLike) -> Photo:
     """An image, [3, H, W] RGB of uint8 or floats in 0..1, as `uint8 [H, W, 3]`."""
     return as_photo(torch.as_tensor(np.asarray(image)))
 
 
-def like(photo: Photo, image: Any) -> NDArray[Any]:
+def like(photo: Photo, image: ArrayLike) -> NDArray[np.generic]:
     """A photo, `uint8 [H, W, 3]`, as an image of the type of another: uint8, or floats in 0..1."""
     changed, kind = np.ascontiguousarray(photo.transpose(2, 0, 1)), np.asarray(image).dtype
     return (changed / 255).astype(kind) if kind.kind == "f" else changed
