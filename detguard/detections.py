@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from detguard import DetguardError
 
+if TYPE_CHECKING:
+    import supervision
+
 MAX_DETECTIONS = 300
+# A detection as JSON has it. box: xyxy, photo pixels; kind: on pages, right (found), wrong (false) or missed.
+Found = TypedDict("Found", {"class": str, "confidence": float, "box": list[float], "kind": NotRequired[str]})
 
 
 def _load_operators() -> None:
@@ -101,7 +107,7 @@ class Detections:
         """No detections at all."""
         return cls(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
-    def __getitem__(self, index: Any) -> "Detections":
+    def __getitem__(self, index: slice | Tensor) -> "Detections":
         return Detections(self.boxes[index], self.scores[index], self.classes[index], self.experts)
 
     def __len__(self) -> int:
@@ -115,7 +121,7 @@ class Detections:
         """The detections whose class is one of `classes`."""
         return self[torch.isin(self.classes, torch.tensor(list(classes), dtype=torch.int64))]
 
-    def records(self, class_names: dict[int, str]) -> list[dict[str, Any]]:
+    def records(self, class_names: dict[int, str]) -> list[Found]:
         """As plain values for JSON: class, confidence, box."""
         return [
             {
@@ -126,7 +132,7 @@ class Detections:
             for b, s, c in zip(self.boxes, self.scores, self.classes, strict=True)
         ]
 
-    def to_supervision(self, class_names: dict[int, str] | None = None) -> Any:
+    def to_supervision(self, class_names: dict[int, str] | None = None) -> "supervision.Detections":
         """As `supervision.Detections`, which its annotators draw and its metrics take.
 
         Args:
@@ -144,7 +150,7 @@ class Detections:
         )
 
     @classmethod
-    def from_supervision(cls, detections: Any) -> "Detections":
+    def from_supervision(cls, detections: "supervision.Detections") -> "Detections":
         """From `supervision.Detections`; those without a confidence, as of labelled data, have a score of 1.
 
         Raises:
@@ -160,7 +166,7 @@ class Detections:
         )
 
 
-def _supervision() -> Any:
+def _supervision() -> ModuleType:
     try:
         import supervision
     except ImportError as error:

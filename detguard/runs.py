@@ -15,7 +15,7 @@ import yaml
 
 from detguard import DetguardError, __version__
 from detguard.files import MAX_ANNOTATIONS, PARTIAL, FileError, parse_json, read_file, read_yaml, write_file
-from detguard.schema import CONFIGS, EVENTS, RECORDS, misfit
+from detguard.schema import CONFIGS, EVENTS, RECORDS, Config, misfit
 
 if TYPE_CHECKING:
     from detguard.ranks import Ranks
@@ -55,7 +55,7 @@ class RunError(DetguardError):
 class Run:
     """The folder of one invocation: `config.yaml`, `results.jsonl`, and the files that records name."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Config) -> None:
         self.folder = folder
         self.config = config
         # Told of each record of results.jsonl once it is there.
@@ -66,7 +66,7 @@ class Run:
         cls,
         command: str,
         out: Path | None,
-        config: dict[str, Any],
+        config: Config,
         files: Mapping[str, bytes] | None = None,
         *,
         exist_ok: bool = False,
@@ -281,7 +281,7 @@ def shared_run(ranks: "Ranks", make: Callable[[], Run]) -> Run:
     """The run that the first rank makes or resumes; the others only know it."""
     mine: list[Run] = []
 
-    def place() -> tuple[Path, dict[str, Any]]:
+    def place() -> tuple[Path, Config]:
         mine.append(make())
         return mine[0].folder, mine[0].config
 
@@ -337,7 +337,7 @@ def _end_of_lines(stream: FileIO) -> int:
     return 0
 
 
-def _yaml(config: dict[str, Any]) -> bytes:
+def _yaml(config: Config) -> bytes:
     config = _unicode(config)
     # PyYAML writes some ends of lines as they are, and reads them as spaces.
     as_is = not re.search("[\x85\u2028\u2029]", json.dumps(config, ensure_ascii=False))

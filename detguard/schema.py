@@ -10,6 +10,10 @@ from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_or
 from detguard import DetguardError
 
 MOST = 2**63 - 1
+# What config.yaml or a part of it says, as CONFIGS has it of the run's command.
+Config = dict[str, Any]
+# What a value should be. A dict: a mapping of these keys and no others; one that ends in ? may be missing, * is any.
+Shape = Union["Kind", "Maybe", "Items", "Either", dict[str, "Shape"]]
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,14 @@ class Kind:
 class Maybe:
     """A shape, or null."""
 
-    shape: Any
+    shape: Shape
 
 
 @dataclass(frozen=True)
 class Items:
     """A list of `least` to `most` values of one shape."""
 
-    shape: Any
+    shape: Shape
     least: int = 0
     most: int = MOST
 
@@ -40,11 +44,10 @@ class Items:
 class Either:
     """One of several shapes; of the first, an error tells what is wrong."""
 
-    shapes: tuple[Any, ...]
+    shapes: tuple[Shape, ...]
 
 
-# A dict is a shape, too: of a mapping of these keys and no others. One that ends in ? may be missing; * stands for any.
-def misfit(value: Any, shape: Any, where: str = "") -> str | None:
+def misfit(value: object, shape: Shape, where: str = "") -> str | None:
     """What is wrong with a value that should be of a shape, and where in it; None: nothing."""
     if isinstance(shape, Maybe):
         return None if value is None else misfit(value, shape.shape, where)
@@ -68,12 +71,12 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
     for key, one in value.items():
         if not isinstance(key, str) or (key not in named and "*" not in shape):
             return f"{inner}{key}: not known"
-        if wrong := misfit(one, named.get(key, shape.get("*")), f"{inner}{key}"):
+        if wrong := misfit(one, named[key] if key in named else shape["*"], f"{inner}{key}"):
             return wrong
     return None
 
 
-def check(values: dict[str, Any], shape: Any) -> None:
+def check(values: Config, shape: Shape) -> None:
     """See that options have values that a run can hold.
 
     Raises:
@@ -107,10 +110,11 @@ flag = Kind("true or false", lambda x: isinstance(x, bool))
 measured = Kind("a number", lambda x: type(x) is float or (type(x) is int and abs(x) <= MOST))
 texts = Items(text)
 size = whole(1, 10_000)
+window = whole(8, 10**6)
 PLAIN = {str: text, bool: flag, int: whole(), float: real()}
 
 
-def shape_of(hint: Any) -> Any:
+def shape_of(hint: Any) -> Shape:
     """The shape that a type stands for, so that it need not be written twice.
 
     hint: a TypedDict, a dict by names, a list, a plain type, or one of these or None; Annotated names a shape itself.
@@ -134,7 +138,7 @@ def shape_of(hint: Any) -> Any:
     return PLAIN[hint]
 
 
-DETECTOR = {
+DETECTOR: dict[str, Shape] = {
     "model": text,
     "imgsz": size,
     "end_to_end": flag,
@@ -143,7 +147,7 @@ DETECTOR = {
     "iou?": real(0, 1),
     "sha256": text,
 }
-LEARNED = {
+LEARNED: dict[str, Shape] = {
     "detector": DETECTOR,
     "data": texts,
     "split": text,
@@ -157,9 +161,9 @@ LEARNED = {
         "seed": whole(),
     },
 }
-COMMON = {"command": text, "arguments": texts, "versions": {"*": text}}
+COMMON: dict[str, Shape] = {"command": text, "arguments": texts, "versions": {"*": text}}
 # config.yaml, by command.
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, Shape]] = {
     "attack": {
         "detector": DETECTOR,
         "also": Items(DETECTOR),
@@ -288,7 +292,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "every?": whole(1),
             "frames?": whole(1, 10_000),
         },
-        "monitor": {"detector": text, "window": whole(8, 10**6)},
+        "monitor": {"detector": text, "window": window},
         "on_drift": one_of("tell", "adapt"),
         "replay": texts,
         "living": {"gather": whole(1, 10**6), "keep": whole(0, 10**6), "adapt": texts},
@@ -296,16 +300,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 CONFIGS = {command: COMMON | shape for command, shape in CONFIGS.items()}
 
-DETECTION = {"class": text, "confidence": real(), "box": Items(real(), 4, 4)}
+DETECTION: dict[str, Shape] = {"class": text, "confidence": real(), "box": Items(real(), 4, 4)}
 _LEVELS = ("0.05", "0.1", "0.25", "0.5")
-JUDGED = {
+JUDGED: dict[str, Shape] = {
     "fooled": flag,
     "confidence": real(),
     "success": dict.fromkeys(_LEVELS, Maybe(flag)),
     "objects_not_kept": dict.fromkeys(_LEVELS, Items(whole(0), 2, 2)),
     "detections": Items(DETECTION | {"wrong": flag}),
 }
-ATTACKED = {
+ATTACKED: dict[str, Shape] = {
     "key": text,
     "photo": text,
     "status": one_of("fooled", "failed"),
@@ -325,14 +329,14 @@ ATTACKED = {
     "also": {"*": {"photo": JUDGED, "*": JUDGED}},
     "seconds": real(0),
 }
-PASSED_OVER = {
+PASSED_OVER: dict[str, Shape] = {
     "key": text,
     "photo": text,
     "status": one_of("no-target", "error"),
     "error?": text,
     "seconds?": real(0),
 }
-SHOWN = {
+SHOWN: dict[str, Shape] = {
     "number": whole(1),
     "photo": text,
     "objects": Items(DETECTION),
@@ -343,12 +347,12 @@ SHOWN = {
 }
 # Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed.
 SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1)}
-TRAINED = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
+TRAINED: dict[str, Shape] = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
-VALIDATED = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}
-SET_BACK = {"stage": text, "batch": whole(0), "diverged": whole(1), "setbacks": whole(1)}
-LEARNT = {"stage": text, "batch": whole(1), "photos": whole(1), "loss": measured}
-FIGURES = {"*": {"*": Maybe(real())}}
+VALIDATED: dict[str, Shape] = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}
+SET_BACK: dict[str, Shape] = {"stage": text, "batch": whole(0), "diverged": whole(1), "setbacks": whole(1)}
+LEARNT: dict[str, Shape] = {"stage": text, "batch": whole(1), "photos": whole(1), "loss": measured}
+FIGURES: dict[str, Shape] = {"*": {"*": Maybe(real())}}
 # A line of the events.jsonl of a monitor whose detector learns.
 EVENTS = Either(
     (
@@ -365,7 +369,7 @@ EVENTS = Either(
     )
 )
 # A line of results.jsonl, by command.
-RECORDS: dict[str, Any] = {
+RECORDS: dict[str, Shape] = {
     "attack": Either((ATTACKED, PASSED_OVER)),
     "detect": {"key": text, "photo": text, "detections": Items(DETECTION)},
     "harden": Either((TRAINED, VALIDATED, SET_BACK)),

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.photos import Photo
+from detguard.schema import Config
 
 WHITE = 255.0
 
@@ -42,7 +43,7 @@ class Budget(ABC):
     def __str__(self) -> str:
         return f"{self.eps:g} {self.unit}"
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """What `parse_budget` makes the budget of, as plain values."""
         return {"norm": self.kind, "eps": self.eps, "mask": None}
 
@@ -335,7 +336,7 @@ class Masked(Budget):
         return self.within.scale
 
     @override
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         where = self.where if isinstance(self.where, str) else ",".join(f"{number:g}" for number in self.where)
         return self.within.config() | {"mask": where}
 

@@ -13,7 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.base import Detector, to_photo
 from detguard.objectives.base import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
+from detguard.schema import Config
 from detguard.transforms.base import GradientRule, Transform, seen
 from detguard.transforms.warp import Warp
 
@@ -103,18 +104,18 @@ class AttackOptions:
         return max(self.queries // members - 1, 0) if self.black_box else self.steps
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "AttackOptions":
+    def from_config(cls, config: Config) -> "AttackOptions":
         """From what a run keeps of them.
 
         Raises:
             DetguardError: there is no such budget.
         """
-        search = {"schedule": "group"} | config  # of runs from before there was another
+        search: Config = {"schedule": "group"} | config  # of runs from before there was another
         budget = parse_budget(*(search.pop(name) for name in ("norm", "eps", "mask")))
         weights = search.pop("weights")
         return cls(**search, budget=budget, weights=tuple(weights) if weights else None)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """What a run keeps of them, as plain values; `stop` is left out, as every run stops."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("budget", "stop")}
         weights = list(self.weights) if self.weights else None
@@ -188,7 +189,7 @@ class Member:
         """The frame that the detector is shown of a photo: transformed, then letterboxed."""
         return self.letterbox(self.transform(photo) if self.transform else photo)
 
-    def aim(self, candidates: Candidates) -> Any:
+    def aim(self, candidates: Candidates) -> object:
         """What the objective needs to know of the frame, of which `candidates` are."""
         boxes = self.letterbox.boxes_to_frame(self.clean.boxes)
         return self.victim.objective.aim(candidates, replace(self.clean, boxes=boxes), self.attacked)
@@ -229,7 +230,7 @@ class Attempt:
     rule: Rule
     rng: np.random.Generator
     members: list[Member]
-    aims: list[Any]
+    aims: list[object]
     steps: int = 0
     queries: int = 0
     fooled: list[bool] = field(default_factory=list)
@@ -370,7 +371,7 @@ def _begin(
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
     averaged = options.aggregate != "mean" or rule.blind or rule.compares or enough > 1 or not options.stop
     in_turn = options.schedule == "worst" and not averaged and len(members) > 1
-    aims: list[Any] = [None] * len(members)
+    aims: list[object] = [None] * len(members)
     return Attempt(key, photo, found, original, x, rule, rng, members, aims, enough=enough, in_turn=in_turn)
 
 
@@ -526,7 +527,7 @@ def _take_aim(attempt: Attempt, number: int, candidates: Candidates) -> None:
 
 
 def _losses(
-    passes: Sequence[Pass], members: Sequence[tuple[Member, Photo]], aims: Sequence[Any], conf: float
+    passes: Sequence[Pass], members: Sequence[tuple[Member, Photo]], aims: Sequence[object], conf: float
 ) -> Tensor:
     """The loss of each frame, in the order of their numbers."""
     losses = [

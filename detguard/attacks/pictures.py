@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -238,6 +238,6 @@ def picture_loss(
     clean = frames_tensor([one.letterbox(read_photo(one.file)) for one in batch], detector.device)
     changed = [kind.change(frame, picture, one, rng) for frame, one in zip(clean, batch, strict=True)]
     candidates = detector.candidates(torch.stack(changed))
-    aims: list[Any] = [objective.aim(candidates[i], one.objects, one.attacked) for i, one in enumerate(batch)]
+    aims = [objective.aim(candidates[i], one.objects, one.attacked) for i, one in enumerate(batch)]
     counts = torch.stack([one.attacked.sum() for one in batch]).to(detector.device)
     return (objective.loss(candidates, aims, conf) / counts).mean()

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -23,7 +22,7 @@ from detguard.objectives.parse import parse_goal
 from detguard.photos import Photo, encode_png, frames_tensor, photo_seed, read_photo
 from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
-from detguard.schema import ATTACKED, misfit
+from detguard.schema import ATTACKED, Config, misfit
 from detguard.transforms.base import Transform, seen
 from detguard.transforms.parse import parse_transforms
 
@@ -45,7 +44,7 @@ class Job:
     also: Sequence[Victim] = ()
 
 
-def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, list[Transform], AttackOptions]:
+def plan_attack(config: Config, detector: Detector) -> tuple[Objective, list[Transform], AttackOptions]:
     """What a run's config asks for, on this detector.
 
     Raises:
@@ -60,7 +59,7 @@ def plan_attack(config: dict[str, Any], detector: Detector) -> tuple[Objective, 
     return objective, transforms, options
 
 
-def further_victims(config: dict[str, Any], detectors: Sequence[Detector]) -> list[Victim]:
+def further_victims(config: Config, detectors: Sequence[Detector]) -> list[Victim]:
     """What a run's config wants of further detectors.
 
     Raises:
@@ -190,7 +189,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         "psnr": round(min(cv2.PSNR(saved, attempt.photo), 100.0), 2),
         "ssim": round(structural_similarity(saved, attempt.photo), 4),
         "objects": [
-            record | {"outcome": outcome}
+            {**record, "outcome": outcome}
             for record, outcome in zip(objects.records(names_of), outcomes(objects, after), strict=True)
         ],
         "clean": attempt.clean.records(names_of),
@@ -282,7 +281,7 @@ def judge(
         "confidence": round(float(left.max()), 4) if len(left) else 0.0,
         "success": success,
         "objects_not_kept": gone,
-        "detections": [record | {"wrong": one} for record, one in zip(after.records(class_names), wrong, strict=True)],
+        "detections": [{**record, "wrong": one} for record, one in zip(after.records(class_names), wrong, strict=True)],
     }
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from detguard.data.batches import PhotoSet, Samples, as_kept, shrunk
 from detguard.data.sources import OnData, attack_run, has_samples, read_labelled, warn_of, whole_run
 from detguard.data.stream import Labelled, as_line, read_lines
 from detguard.data.writing import DatasetWriter, as_objects
-from detguard.detections import Detections
+from detguard.detections import Detections, Found
 from detguard.files import MAX_ANNOTATIONS, parse_json, read_file
 from detguard.photos import Photo, encode_png, photo_size, read_photo
 from detguard.runs import Record, Run
@@ -158,7 +157,7 @@ def load_samples(samples: Sequence[Sample], size: int) -> tuple[Samples | None, 
     return Samples(PhotoSet.of(attacked, alike, plain=True), PhotoSet.of(clean, alike, labels, plain=True)), unread
 
 
-def from_records(found: list[dict[str, Any]], index: Mapping[str, int]) -> Detections:
+def from_records(found: list[Found], index: Mapping[str, int]) -> Detections:
     """Detections as `Detections.records` wrote them, without those of classes that are not in `index`."""
     known = [one for one in found if one["class"] in index]
     return Detections(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import MofNCompleteColumn, track
@@ -453,7 +453,7 @@ def show_record(job: "Job", record: "Record", *, as_json: bool) -> None:
         out.print(message, highlight=False, soft_wrap=True)
 
 
-def show_samples(job: "Job", attacked: list[dict[str, Any]], files: dict[str, Path]) -> None:
+def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -> None:
     """Write what was made of the photos as a data set, and say where."""
     from detguard.attacks.samples import FOLDER, write_samples
     from detguard.data.sources import LABELLED

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from detguard.data.stream import Labelled
     from detguard.detectors.base import Detector
     from detguard.runs import Run
+    from detguard.schema import Config
 
 
 @app.command(
@@ -145,7 +146,7 @@ def monitor(
     for source in replay or []:  # wrong data are an error now, not after a drop
         if not unlabelled(source):
             read_labelled(source, "train", watched.class_names, show_warnings, class_map=renamed)
-    config: dict[str, Any] = {
+    config: Config = {
         "detector": detector_config(watched, model),
         "stream": {
             "source": stream, "split": split, "images": str(images) if images else None, "class_map": renamed,

@@ -10,7 +10,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from threading import Timer, current_thread, main_thread
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import cv2
 import torch
@@ -71,18 +71,18 @@ class _Lost(Exception):
     """A process was killed, or hung and was therefore killed."""
 
 
-class _Things(Dataset):
-    def __init__(self, make: Callable[[int], Any]) -> None:
+class _Things(Dataset[Thing]):
+    def __init__(self, make: Callable[[int], Thing]) -> None:
         self.make = make
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, number: int) -> Thing:
         return self.make(number)
 
 
-class _Makers:
+class _Makers(Generic[Thing]):
     """The processes that make the things from `first` to `last`: those of a DataLoader."""
 
-    def __init__(self, make: Callable[[int], Any], first: int, last: int, workers: int, *, pinned: bool) -> None:
+    def __init__(self, make: Callable[[int], Thing], first: int, last: int, workers: int, *, pinned: bool) -> None:
         loader = DataLoader(
             _Things(make),
             batch_size=None,
@@ -102,7 +102,7 @@ class _Makers:
         self._things = iter(loader)
         self._processes: list[BaseProcess] = [p for p in multiprocessing.active_children() if p not in others]
 
-    def next(self, patience: float) -> Any:
+    def next(self, patience: float) -> Thing:
         """The next thing, or what kept a process from making it.
 
         Raises:

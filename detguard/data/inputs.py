@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 from urllib.request import Request, urlopen
 
+import cv2
 import numpy as np
 
 from detguard import DetguardError, first_line
@@ -104,7 +104,7 @@ def read_frames(file: Path, every: int = 1) -> Iterator[tuple[int, Photo]]:
         raise DetguardError(f"{file}: no video that can be read ({first_line(error)})") from error
 
 
-def camera_frames(camera: Any, every: int = 1) -> Iterator[tuple[int, Photo]]:
+def camera_frames(camera: cv2.VideoCapture, every: int = 1) -> Iterator[tuple[int, Photo]]:
     """Every so many frames of an open `cv2.VideoCapture`, and their numbers from 1, `uint8 [H, W, 3]` RGB, to its end.
 
     Raises:
@@ -139,8 +139,6 @@ def as_photos(sources: Iterable[str], folder: Path, every: int = 1, frames: int 
     for source, file in files:
         shown: Iterator[tuple[int, Photo]]
         if is_camera(source):
-            import cv2
-
             shown = islice(camera_frames(cv2.VideoCapture(int(source)), every), frames)
         elif is_video(file):
             shown = read_frames(file, every)

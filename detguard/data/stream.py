@@ -14,7 +14,7 @@ from detguard.data.coco import TIME
 from detguard.data.dataset import Dataset
 from detguard.data.entries import DataError
 from detguard.detections import Detections
-from detguard.files import MAX_ANNOTATIONS, MAX_LINE, parse_json, read_file
+from detguard.files import MAX_ANNOTATIONS, MAX_LINE, JsonObject, parse_json, read_file
 
 # Objects that one photo may have, bytes of its id, and pixels from its corner that a box may lie.
 MOST_OBJECTS, LONGEST_ID = 10_000, 200
@@ -82,9 +82,9 @@ def unknown_boxes(unknown: Iterable[Iterable[str]]) -> dict[str, int]:
     return dict(Counter(name for names in unknown for name in names))
 
 
-def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
+def as_line(photo: Labelled, class_names: dict[int, str]) -> JsonObject:
     """A photo with its objects as `from_lines` takes it."""
-    line: dict[str, Any] = {"photo": str(photo.file), "objects": photo.objects.records(class_names)}
+    line: JsonObject = {"photo": str(photo.file), "objects": photo.objects.records(class_names)}
     if photo.known is not None and len(photo.known) < len(class_names):
         line["classes"] = [class_names[index] for index in photo.known]
     if photo.unknown:
@@ -94,7 +94,7 @@ def as_line(photo: Labelled, class_names: dict[int, str]) -> dict[str, Any]:
     return line | ({"id": photo.id, "labelled": photo.labelled} if photo.id else {})
 
 
-def to_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+def to_lines(records: Iterable[Mapping[str, object]]) -> bytes:
     """Photos of mappings that hold what `as_line` gives, and may hold more, as JSON lines for `read_lines`."""
     lines = [{key: one[key] for key in ("photo", "objects", "classes") if key in one} for one in records]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -129,7 +129,7 @@ def from_lines(
 
 
 def from_records(
-    records: Iterable[Mapping[str, Any]],
+    records: Iterable[Mapping[str, object]],
     class_names: dict[int, str],
     source: str = "`photos`",
     class_map: Mapping[str, str] | None = None,
@@ -174,7 +174,7 @@ def _index(class_names: dict[int, str], source: str, class_map: Mapping[str, str
     return kept | {name: index[to] for name, to in renamed.items() if to in index}
 
 
-def _labelled(one: bytes | Mapping[str, Any], index: dict[str, int], where: str) -> Labelled | Labels | DataError:
+def _labelled(one: bytes | Mapping[str, object], index: dict[str, int], where: str) -> Labelled | Labels | DataError:
     try:
         return _read(_parsed(one) if isinstance(one, bytes) else one, index)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -185,13 +185,13 @@ def _labelled(one: bytes | Mapping[str, Any], index: dict[str, int], where: str)
         )
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed(line: bytes) -> object:
     if len(line) > MAX_LINE:
         raise ValueError(f"over {MAX_LINE >> 20} MiB")
     return parse_json(line.decode("utf-8-sig"))
 
 
-def _read(record: Any, index: dict[str, int]) -> Labelled | Labels:
+def _read(record: object, index: dict[str, int]) -> Labelled | Labels:
     if not isinstance(record, Mapping):
         raise TypeError("no object")
     later = record.get("id") is not None
@@ -208,7 +208,9 @@ def _read(record: Any, index: dict[str, int]) -> Labelled | Labels:
     return Labelled(Path(name), objects, known, unknown, key, labelled, time)
 
 
-def _objects(record: Any, index: dict[str, int]) -> tuple[Detections, tuple[int, ...] | None, tuple[str, ...]]:
+def _objects(
+    record: Mapping[Any, Any], index: dict[str, int]
+) -> tuple[Detections, tuple[int, ...] | None, tuple[str, ...]]:
     """The labels of a photo, the classes that are known to be labelled, and those of objects that are left out."""
     objects, classes = record["objects"], record.get("classes")
     if not isinstance(objects, list) or len(objects) > MOST_OBJECTS:

@@ -2,14 +2,24 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import yaml
 
+from detguard.data.entries import Annotation, Image
 from detguard.detections import Detections
 
 # Written last: where it is, the data set is whole.
 LIST = "instances.json"
+
+
+class Boxed(TypedDict):
+    """An object in COCO's form, its image and perhaps more left out."""
+
+    category_id: int
+    bbox: list[float]
+    area: NotRequired[float]
+    iscrowd: NotRequired[int]
 
 
 class DatasetWriter:
@@ -25,8 +35,8 @@ class DatasetWriter:
         self._write = write
         self._categories = dict(categories)
         self._numbers = {category: number for number, category in enumerate(categories)}
-        self._images: list[dict[str, Any]] = []
-        self._annotations: list[dict[str, Any]] = []
+        self._images: list[Image] = []
+        self._annotations: list[Annotation] = []
 
     def __len__(self) -> int:
         return len(self._images)
@@ -36,7 +46,7 @@ class DatasetWriter:
         name: str,
         data: bytes,
         size: tuple[int, int],
-        objects: Iterable[Mapping[str, Any]],
+        objects: Iterable[Boxed],
         image_id: int | None = None,
     ) -> None:
         """Write one image and its labels.
@@ -45,7 +55,7 @@ class DatasetWriter:
             name: of its file, unique in the data set.
             data: the bytes of the file.
             size: width and height, px.
-            objects: in COCO's form: category_id, bbox [x, y, w, h] in pixels; area and iscrowd where they are known.
+            objects: their boxes [x, y, w, h] in pixels; area and iscrowd where they are known.
             image_id: in the json; by default, images are numbered from 1.
         """
         width, height = size
@@ -72,7 +82,7 @@ class DatasetWriter:
         instances = {"images": self._images, "annotations": self._annotations, "categories": categories}
         self._write(LIST, (json.dumps(instances) + "\n").encode())
 
-    def _lines(self, objects: Sequence[Mapping[str, Any]], width: int, height: int) -> str:
+    def _lines(self, objects: Sequence[Boxed], width: int, height: int) -> str:
         """One line per object: class, and middle and size of its box as shares of the image; YOLO knows no crowds."""
         lines = ""
         for one in objects:
@@ -83,7 +93,7 @@ class DatasetWriter:
         return lines
 
 
-def as_objects(found: Detections) -> list[dict[str, Any]]:
+def as_objects(found: Detections) -> list[Boxed]:
     """Detections as objects in COCO's form, their class indices as categories."""
     return [
         {"category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1]}

@@ -11,7 +11,6 @@ from functools import cache
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -157,7 +156,7 @@ def _digest(blob: bytes) -> bytes:
     return hashlib.blake2b(blob, digest_size=DIGEST).digest()
 
 
-def entry_key(**parts: Any) -> str:
+def entry_key(**parts: object) -> str:
     """The key of an entry: a hash of all that it depends on, the versions of the code included."""
     return hashlib.sha256(json.dumps([_versions(), parts], sort_keys=True).encode()).hexdigest()
 

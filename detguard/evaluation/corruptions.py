@@ -8,13 +8,16 @@ detguard's own (`data/corruptions.py`), which take a fifth of the time.
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from detguard import DetguardError, first_line
 from detguard.files import read_json, read_yaml
 from detguard.photos import Photo
+
+if TYPE_CHECKING:
+    from albumentations import Compose
 
 PACKAGE = "imagecorruptions-imaug"
 # The package refuses smaller photos.
@@ -50,7 +53,7 @@ def corrupt(photo: Photo, kind: str, severity: int, seed: int) -> Photo:
     return np.ascontiguousarray(corrupted[:height, :width])
 
 
-def read_pipeline(file: str | Path) -> Any:
+def read_pipeline(file: str | Path) -> "Compose":
     """The pipeline of a file as `albumentations.save` writes it, JSON or YAML.
 
     Only albumentations' own transforms that leave pixels where they are (`ImageOnlyTransform`), in `Compose`,
@@ -95,7 +98,7 @@ def read_pipeline(file: str | Path) -> Any:
         ) from error
 
 
-def plain(name: str, value: Any) -> Any:
+def plain(name: str, value: object) -> object:
     """An argument of a transform.
 
     Raises:
@@ -111,7 +114,7 @@ def plain(name: str, value: Any) -> Any:
     raise DetguardError(f"{name}: {value!r:.50} is no number up to {LARGEST}, word, or list of such")
 
 
-def through(pipeline: Any, photo: Photo, seed: int) -> Photo:
+def through(pipeline: "Compose", photo: Photo, seed: int) -> Photo:
     """A photo, `uint8 [H, W, 3]` RGB, after a pipeline; the same for the same seed.
 
     Raises:

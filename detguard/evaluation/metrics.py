@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict, cast, get_args
 from detguard import DetguardError
 from detguard.evaluation.bootstrap import RESAMPLES
 from detguard.files import FileError, read_json
-from detguard.schema import Items, Maybe, misfit, real, shape_of, whole
+from detguard.schema import Items, Maybe, Shape, misfit, real, shape_of, whole
 
 # To be raised with every change that readers of the file must know of. Files without it are from before it was written.
 SCHEMA = 1
@@ -224,7 +224,7 @@ def read_draws(file: Path) -> Draws:
     return cast(Draws, _read(file, {"*": {"*": Items(Maybe(real()), RESAMPLES, RESAMPLES)}}))
 
 
-def _read(file: Path, shape: object) -> object:
+def _read(file: Path, shape: Shape) -> object:
     try:
         found = read_json(file)
     except FileError as error:

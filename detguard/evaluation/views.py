@@ -13,7 +13,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from typing_extensions import override
@@ -30,6 +30,9 @@ from detguard.evaluation.corruptions import corrupt, read_pipeline, through
 from detguard.files import MAX_PHOTO, FileError, read_file
 from detguard.photos import Photo, photo_seed, read_photo
 from detguard.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from albumentations import Compose
 
 # As COCO is scored: every candidate down to this confidence, each class on its own.
 LOWEST_CONFIDENCE = 0.001
@@ -261,7 +264,7 @@ class Piped(Altered):
 
     digest: str
     seed: int
-    pipeline: Any = field(compare=False, repr=False)
+    pipeline: "Compose" = field(compare=False, repr=False)
 
     @property
     @override

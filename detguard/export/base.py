@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Deployment:
         return torch.zeros(2 if self.dynamic else 1, 3, self.detector.imgsz, self.detector.imgsz)
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """What Ultralytics' own exports say of themselves, by which `YOLO(file)` runs one."""
         size = self.detector.imgsz
         return {

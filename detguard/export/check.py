@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ class Verdict:
         """Whether both are small and something was compared."""
         return self.compared > 0 and self.scores <= SCORES and self.boxes <= BOXES
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """What it saw, as JSON has it: null for what is infinite."""
         return {name: None if value == torch.inf else value for name, value in vars(self).items()}
 
@@ -82,7 +81,7 @@ def check(wanted: Deployment, run: Runtime) -> Verdict:
     with torch.no_grad():
         for frames in wanted.frames:
             compare(run(frames), detector.candidates(frames), wanted, verdict)
-        ways: dict[str, Callable[[Tensor], Any]] = {"the file": run, "detguard": detector.candidates}
+        ways: dict[str, Callable[[Tensor], object]] = {"the file": run, "detguard": detector.candidates}
         if detector.experts:
             ways[f"{detector.experts[0]} expert alone"] = detector.variants()["route:0"].candidates
         verdict.milliseconds = {name: milliseconds(way, wanted.frames) for name, way in ways.items()}
@@ -118,7 +117,7 @@ def compare_listed(found: Tensor, ours: Candidates, wanted: Deployment, verdict:
         verdict.add((sure[:, 4] - nearest[:, 4]).masked_fill(other_class, torch.inf), sure[:, :4] - nearest[:, :4])
 
 
-def milliseconds(run: Callable[[Tensor], Any], frames: Sequence[Tensor]) -> float:
+def milliseconds(run: Callable[[Tensor], object], frames: Sequence[Tensor]) -> float:
     """The median time of a frame, each after it was run once before."""
     spent = []
     for batch in frames:

@@ -71,11 +71,11 @@ class _OnnxChosen(torch.autograd.Function):
     """`chosen` as ONNX' own operator."""
 
     @staticmethod
-    def forward(_: Any, boxes: Tensor, scores: Tensor, conf: float, iou: float) -> Tensor:
+    def forward(_: object, boxes: Tensor, scores: Tensor, conf: float, iou: float) -> Tensor:
         return chosen(boxes, scores, conf, iou)
 
     @staticmethod
-    def symbolic(graph: Any, boxes: Any, scores: Any, conf: float, iou: float) -> Any:
+    def symbolic(graph: Any, boxes: torch.Value, scores: torch.Value, conf: float, iou: float) -> torch.Value:
         most = graph.op("Constant", value_t=torch.tensor([MAX_DETECTIONS]))
         limits = [graph.op("Constant", value_t=torch.tensor([limit])) for limit in (iou, conf)]
         return graph.op("NonMaxSuppression", boxes, scores, most, *limits)

@@ -67,6 +67,6 @@ def onnx_bytes(wanted: Deployment) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _logaddexp(graph: Any, one: Any, other: Any) -> Any:
+def _logaddexp(graph: Any, one: torch.Value, other: torch.Value) -> torch.Value:
     """Of logarithms of weights, which are at most 0: their exponentials do not overflow."""
     return graph.op("Log", graph.op("Add", graph.op("Exp", one), graph.op("Exp", other)))

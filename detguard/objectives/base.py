@@ -14,6 +14,7 @@ from typing_extensions import override
 from detguard import DetguardError, defaults
 from detguard.detections import Candidates, Detections, box_iou
 from detguard.detectors.base import Detector
+from detguard.schema import Config
 
 # Instead of a class's name: every one that a detector knows, and any but an object's own.
 ALL, OTHER = "all", "other"
@@ -241,7 +242,7 @@ class Goal(Objective):
         """
         return replace(self, targets=tuple(dict.fromkeys(i for one in self.targets for i in indices(one, detector))))
 
-    def words(self, class_names: Mapping[int, str]) -> dict[str, Any]:
+    def words(self, class_names: Mapping[int, str]) -> Config:
         """What a run keeps of a goal, in the words of the command line; class_names: of targets that are indices.
 
         Raises:
@@ -281,7 +282,7 @@ class Goal(Objective):
         return Scene(objects[attacked], objects[~attacked])
 
     @override
-    def loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
+    def loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
         """The goal's own loss; with `keep_others`, the others' classes are raised on them, too."""
         loss = self.own_loss(candidates, aims, conf)
         if not self.keep_others:

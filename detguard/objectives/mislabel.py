@@ -27,6 +27,7 @@ from detguard.objectives.base import (
     pick,
     raise_on,
 )
+from detguard.schema import Config
 
 # Instead of an index: any but an object's own.
 ANY = -1
@@ -90,7 +91,7 @@ class Mislabel(Goal):
         return replace(self, targets=tuple(pairs), to=tuple(pairs.values()))
 
     @override
-    def words(self, class_names: Mapping[int, str]) -> dict[str, Any]:
+    def words(self, class_names: Mapping[int, str]) -> Config:
         words, names = super().words(class_names), {ANY: OTHER, **class_names}
         to = [in_words(one, names) for one in self.to]
         if len(set(to)) == 1:

@@ -1,12 +1,12 @@
 """From the options of a run to its objective. A new one is one file and one line here."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from detguard import DetguardError
 from detguard.detectors.base import Detector
 from detguard.objectives import Degrade, Fabricate, Flood, Mislabel, Outrank, Untargeted, Vanish
 from detguard.objectives.base import ALL, ARROW, OTHER, SEPARATOR, Goal, Objective, Selection
+from detguard.schema import Config
 
 # What `detguard attack` offers.
 GOALS: dict[str, type[Goal]] = {goal.kind: goal for goal in (Vanish, Mislabel, Untargeted, Fabricate, Flood)}
@@ -14,7 +14,7 @@ GOALS: dict[str, type[Goal]] = {goal.kind: goal for goal in (Vanish, Mislabel, U
 KINDS: dict[str, Callable[..., Objective]] = {**GOALS, **{kind.kind: kind for kind in (Degrade, Outrank)}}
 
 
-def read_goal(words: Mapping[str, Any]) -> Goal:
+def read_goal(words: Config) -> Goal:
     """What the words of the command line, or of a run's config, ask for; None of `goal` and `target` is understood.
 
     Raises:
@@ -44,7 +44,7 @@ def read_goal(words: Mapping[str, Any]) -> Goal:
     return goal(names, only=only, keep_others=words["keep_others"], measure=words["loss"], **given)
 
 
-def parse_goal(config: Mapping[str, Any], detector: Detector) -> Goal:
+def parse_goal(config: Config, detector: Detector) -> Goal:
     """What the config of an attack run asks for, on this detector.
 
     Raises:
@@ -53,7 +53,7 @@ def parse_goal(config: Mapping[str, Any], detector: Detector) -> Goal:
     return read_goal(config).on(detector)
 
 
-def wanted(config: Mapping[str, Any]) -> str:
+def wanted(config: Config) -> str:
     """What a run wants in words, as "person not found any more", from its config."""
     names = [name.strip().replace(ARROW, f" {Mislabel.wanted} ") for name in config["target"].split(",")]
     words, to = ["objects of all classes" if names == [ALL] else ", ".join(names)], config["to"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from detguard.detectors.gated import EXPERTS
 from detguard.evaluation.run import mean
@@ -15,6 +14,7 @@ from detguard.reports.page import Table, render_page
 from detguard.reports.plots import gate_plot, training_plot
 from detguard.reports.tables import duration
 from detguard.runs import Record, Run
+from detguard.schema import Config
 from detguard.workflows.harden import Cost
 
 # The last records of a stage that its figures are the mean of.
@@ -101,7 +101,7 @@ def judged_before_after(judged: Judgement) -> Table:
     return judged_table(judged, JUDGED_NOTE)
 
 
-def verdict(judged: Judgement, config: Mapping[str, Any]) -> str:
+def verdict(judged: Judgement, config: Config) -> str:
     """One sentence: AP before and after on photos held out, clean and attacked. config: of the run."""
     if not judged.photos:
         return f"No photos were held out (there are fewer than {ONE_IN}): judge it by detguard evaluate"

@@ -1,14 +1,12 @@
 """What was found on a labelled photo, as right, wrong and missed."""
 
-from typing import Any
-
 import torch
 
-from detguard.detections import Detections
+from detguard.detections import Detections, Found
 from detguard.evaluation.coco import matched
 
 
-def marked(objects: Detections, found: Detections, names: dict[int, str]) -> list[dict[str, Any]]:
+def marked(objects: Detections, found: Detections, names: dict[int, str]) -> list[Found]:
     """Records of what was found, each right (found) or wrong (false), and of the objects that were missed."""
     of = matched(objects, found)
     missed = torch.ones(len(objects), dtype=torch.bool)

@@ -6,7 +6,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import quote
 
 import cv2
@@ -15,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from detguard import __version__
+from detguard.detections import Found
 from detguard.files import printable
 from detguard.photos import Photo, encode_jpeg
 from detguard.reports.overlay import DIFFERENCE_GAIN, class_colour, difference
@@ -123,7 +123,7 @@ class Table:
         return len(widths) > 2 and sum(2 + min(width, LONG) for width in widths) > WIDE
 
 
-def panel(caption: str, photo: Photo, found: Sequence[dict[str, Any]] = (), file: str = "") -> Panel:
+def panel(caption: str, photo: Photo, found: Sequence[Found] = (), file: str = "") -> Panel:
     """A photo and what was found in it, as `Detections.records` gives it.
 
     A record may tell its `kind` as well, see `Box`.
@@ -190,12 +190,12 @@ def render_page(
     )
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     """Text as it is, with nothing in it that a browser would obey, as a change of direction."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _boxes(records: Sequence[dict[str, Any]], width: int, height: int) -> list[Box]:
+def _boxes(records: Sequence[Found], width: int, height: int) -> list[Box]:
     boxes = []
     for record in records:
         x1, y1, x2, y2 = record["box"]

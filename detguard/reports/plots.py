@@ -18,6 +18,7 @@ from detguard.detectors.gated import EXPERTS
 from detguard.evaluation.metrics import Metrics, ModelMetrics
 from detguard.files import printable
 from detguard.photos import Photo, encode_png
+from detguard.runs import Record
 
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
 FEW = 20
@@ -172,7 +173,7 @@ def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
         return _svg(figure)
 
 
-def training_plot(records: list[dict[str, Any]], kinds: Sequence[str] = EXPERTS) -> str:
+def training_plot(records: list[Record], kinds: Sequence[str] = EXPERTS) -> str:
     """Losses of all stages of a training over its batches, one panel per stage, a line per kind of photos."""
     stages = list(dict.fromkeys(record["stage"] for record in records))
     with _figure(max(5.0, min(3.4 * len(stages), 14)), 3.6) as figure:

@@ -26,7 +26,7 @@ from detguard.objectives.base import Goal
 from detguard.objectives.parse import parse_goal
 from detguard.photos import Photo, decode_photo, encode_png, read_photo
 from detguard.runs import Record, Run, photo_keys
-from detguard.schema import CONFIGS, check
+from detguard.schema import CONFIGS, Config, check
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms, written
 from detguard.workflows.keywords import refuse_unknown
@@ -138,7 +138,7 @@ def attack_config(
     transforms: str | Sequence[Transform] = defaults.Attack.transforms,
     samples: bool = False,
     arguments: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Config:
     """What a run keeps of an attack, checked.
 
     Raises:
@@ -217,7 +217,7 @@ def attack(
 def _attack(
     detectors: Sequence[Detector],
     photos: Sequence[str | Path | bytes],
-    config: dict[str, Any],
+    config: Config,
     out: Path | None,
     on_step: Callable[[Sequence[Attempt]], None] | None,
 ) -> Iterator[Result]:

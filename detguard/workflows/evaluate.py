@@ -19,6 +19,7 @@ from detguard.evaluation.run import evaluate as run_protocols
 from detguard.evaluation.views import Subject
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
+from detguard.schema import Config
 from detguard.workflows.keywords import refuse_unknown
 
 # White-box steps and starts: of detectors, and where one of them is a defence.
@@ -27,9 +28,9 @@ STEPS, RESTARTS = (20, 40), (1, 2)
 ELSEWHERE = {"fail_under": "on the command line alone; compare the figures that are returned"}
 
 
-def plan(options: dict[str, Any], detectors: int) -> Protocols:
+def plan(options: Config, detectors: int) -> Protocols:
     """The protocols that a run's config asks for, of so many detectors."""
-    as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    as_given: Config = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     wanted = Protocols(**as_given)
     if "transfer" in wanted.protocols and detectors < 2:
         raise DetguardError("`protocols` transfer: needs two detectors or more, `detector` A `detector` B")
@@ -44,7 +45,7 @@ def strength(detectors: Sequence[Detector], steps: int | None, restarts: int | N
 
 def load_subjects(
     detectors: Sequence[Detector],
-    source: dict[str, Any],
+    source: Config,
     on_warning: Callable[[str], object] = warnings.warn,
     cache: Path = DEFAULT,
     on_data: OnData = warn_of,

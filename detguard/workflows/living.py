@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -23,7 +22,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
 from detguard.files import MAX_PHOTO, is_file, parse_json, read_file, read_json
-from detguard.hardening.judging import FIGURES
+from detguard.hardening.judging import FIGURES, Figures
 from detguard.hardening.monitor import MOST_WINDOWS, Deployment
 from detguard.runs import Record, Run
 
@@ -244,7 +243,7 @@ class Living(Deployment):
         assert self.child is not None
         code, event, self.child, self.learned = self.child.returncode, self.last, None, set()
         folder = self.run.path(event["folder"])
-        found: dict[str, Any] = {"before": {}, "after": {}}
+        found: dict[str, Figures] = {"before": {}, "after": {}}
         if code in (0, 2) and (folder / FIGURES).exists():  # 2: some photos could not be read
             found = read_json(folder / FIGURES)
             fits, why = verdict(found["before"], found["after"])
@@ -271,7 +270,7 @@ def check_options(parts: Sequence[str]) -> None:
             raise DetguardError(f"`adapt` {part}: expected some of {', '.join(OPTIONS)}")
 
 
-def verdict(before: dict[str, Any], after: dict[str, Any]) -> tuple[bool, str]:
+def verdict(before: Figures, after: Figures) -> tuple[bool, str]:
     """Whether what was made by adapting is to take the place of what it was made from, and why.
 
     before, after: figures of photos that were not learned from, by kind, new and old.

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detguard import DetguardError, defaults
+from detguard import DetguardError, defaults, schema
 from detguard.data.inputs import as_photos, is_camera, is_video
 from detguard.data.sources import OnData, read_labelled, warn_of
 from detguard.data.stream import Labelled, from_records, to_lines
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
+from detguard.files import JsonObject
 from detguard.hardening.monitor import Deployment, Monitor, latest, observe
 from detguard.photos import encode_png
 from detguard.runs import Record, Run
-from detguard.schema import CONFIGS, check
+from detguard.schema import Config, check
 from detguard.workflows.attack import as_photo
 
 # Of a run, the photos of its drops.
@@ -25,7 +26,7 @@ DROPPED = "dropped.jsonl"
 LIVE = "-"
 
 
-def open_stream(source: Mapping[str, Any], detector: Detector, on_data: OnData = warn_of) -> Sequence[Labelled]:
+def open_stream(source: Config, detector: Detector, on_data: OnData = warn_of) -> Sequence[Labelled]:
     """The labelled photos of the data set that a run's config names, in order."""
     images = Path(source["images"]) if source["images"] else None
     return read_labelled(
@@ -64,7 +65,7 @@ def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
 
 def monitor(
     detector: Detector,
-    photos: str | Path | Iterable[Mapping[str, Any]],
+    photos: str | Path | Iterable[Mapping[str, object]],
     *,
     drift: str = defaults.Monitor.drift,
     window: int = defaults.Monitor.window,
@@ -104,7 +105,7 @@ def monitor(
         ...     if record.get("began"):
         ...         print(f"accuracy has dropped since photo {record['began']}")
     """
-    check({"window": window}, {"window": CONFIGS["monitor"]["monitor"]["window"]})
+    check({"window": window}, {"window": schema.window})
     Monitor(drift, window)  # which knows the kinds
     source = {
         "source": str(photos) if isinstance(photos, str | Path) else LIVE,
@@ -125,7 +126,7 @@ def monitor(
     return _monitor(detector, shown, config, None if out is None else Path(out))
 
 
-def _monitor(detector: Detector, photos: Iterable[Any], config: dict[str, Any], out: Path | None) -> Iterator[Record]:
+def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Path | None) -> Iterator[Record]:
     folder = out or Path(tempfile.mkdtemp(prefix="detguard-"))
     try:
         run = Run.create("monitor", folder, config)
@@ -142,7 +143,7 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: dict[str, Any], 
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _on_disk(run: Run, number: int, photo: Mapping[str, Any]) -> dict[str, Any]:
+def _on_disk(run: Run, number: int, photo: Mapping[str, Any]) -> JsonObject:
     """A labelled photo whose photo is a path: one in memory becomes a file of the run."""
     source = photo.get("photo")
     if source is None:

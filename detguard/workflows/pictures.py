@@ -10,16 +10,17 @@ from detguard.attacks.patch import Patch, printable_png
 from detguard.attacks.pictures import Learning, Picture, Stage, learn_picture, stages
 from detguard.attacks.universal import Universal
 from detguard.data.sources import OnData, Sources, listed, read_labelled, unlabelled, warn_of
+from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config, load_configured
 from detguard.objectives import Vanish
 from detguard.objectives.base import Objective
 from detguard.photos import Photo, encode_png, find_photos
-from detguard.runs import Run
-from detguard.schema import CONFIGS, check
+from detguard.runs import Record, Run
+from detguard.schema import CONFIGS, Config, check
 from detguard.workflows.keywords import refuse_unknown
 
-KINDS: dict[str, Any] = {kind.kind: kind for kind in (Patch, Universal)}
+KINDS: dict[str, type[Patch] | type[Universal]] = {kind.kind: kind for kind in (Patch, Universal)}
 # Called with the share that is done, 0..1, and the mean loss since the last time where there is one; True stops.
 OnPicture = Callable[[float, float | None], object]
 
@@ -100,7 +101,7 @@ class PictureJob:
         # A kill may come between a record and the checkpoint: what is learned anew is recorded once.
         known = max((record["batch"] for record in run.records()), default=0)
 
-        def on_batch(done: float, record: dict[str, Any] | None) -> bool:
+        def on_batch(done: float, record: Record | None) -> bool:
             if record and record["batch"] > known:
                 run.append({"stage": name, **record})
             stop = bool(on_step and on_step(done, record["loss"] if record else None))
@@ -114,10 +115,10 @@ class PictureJob:
         return Learned(made, run.path(f"{name}.png"), run.folder)
 
 
-def _attacked_photos(detector: Detector, config: dict[str, Any], on_data: OnData) -> tuple[Objective, list[Stage]]:
+def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tuple[Objective, list[Stage]]:
     """What is to vanish, and the photos of all sources that have some, by their labels or else by what is found."""
     objective = Vanish([name.strip() for name in config["target"].split(",") if name.strip()]).on(detector)
-    photos: list[Any] = []
+    photos: list[tuple[Path, Detections | None]] = []
     for source in config["data"]:
         if unlabelled(source):
             photos += [(file, None) for file in find_photos([source])]
