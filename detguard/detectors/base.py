@@ -204,7 +204,7 @@ class Family(ABC):
         raise NotImplementedError
 
 
-def architecture(network: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+def architecture(network: nn.Module) -> list[tuple[str, str, dict[str, object]]]:
     """Of every layer in order: its name, its type, and its plain attributes, which decide what it computes."""
     # Duplicates too: networks of one file share their activations or not, as they were read.
     return [
@@ -220,7 +220,7 @@ PASSING = {
 }  # fmt: skip
 
 
-def _settings(layer: nn.Module) -> dict[str, Any]:
+def _settings(layer: nn.Module) -> dict[str, object]:
     found = {key: value for key, value in vars(layer).items() if key[0] != "_" and key not in PASSING}
     if isinstance(found.get("stride"), Tensor):  # of a head, by which it places its boxes
         found["stride"] = found["stride"].tolist()

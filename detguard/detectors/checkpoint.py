@@ -54,7 +54,7 @@ class Archive:
         try:
             self._zip = zipfile.ZipFile(self._data)
             self._data.most = MAX_BYTES
-            self.root: Any = self._read_root()
+            self.root = self._read_root()
         except Exception as error:  # of a zip and a pickle that a stranger wrote, anything
             raise self.refused(error) from error
 
@@ -64,7 +64,7 @@ class Archive:
             return CheckpointError(f"{self.file}: refused, {error}; add `trust` if you know where it comes from")
         return CheckpointError(f"{self.file}: damaged, or not a checkpoint ({first_line(error)})")
 
-    def _read_root(self) -> Any:
+    def _read_root(self) -> object:
         names = [name for name in self._zip.namelist() if name.count("/") == 1]
         (pickled,) = [name for name in names if name.endswith("/data.pkl")] or [""]
         if not pickled:
@@ -107,7 +107,7 @@ class Archive:
         except (Damaged, KeyError, zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
             raise self.refused(error) from error
 
-    def plain(self, value: Any, depth: int = 0) -> Any:
+    def plain(self, value: object, depth: int = 0) -> object:
         """`value` with its tensors real.
 
         Raises:
@@ -146,7 +146,7 @@ def read_state(file: Path) -> Any:
         return archive.plain(archive.root)
 
 
-def same_form(value: Any, like: Any) -> bool:
+def same_form(value: object, like: object) -> bool:
     """Whether a value from a file, whose tensors are on the CPU, is built like another.
 
     That is, of the same containers, keys and types, and tensors of the same shape, wherever those of the other are.

@@ -23,7 +23,7 @@ from detguard.detectors.pickles import Damaged
 from detguard.detectors.rebuild import MOST_MODULES, most_modules
 from detguard.detectors.recipe import MAX_NAME, MAX_WIDTH, SIZES, class_names
 from detguard.detectors.torchvision import softmax_logits
-from detguard.files import is_file, is_folder, read_json
+from detguard.files import JsonObject, is_file, is_folder, read_json
 from detguard.photos import Letterbox, Photo, read_photo
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class HuggingFace(Family):
         return type(network).__module__.startswith("transformers.")
 
     @override
-    def detector(self, network: Any, name: str, imgsz: int, device: str, **options: Any) -> Detector:
+    def detector(self, network: nn.Module, name: str, imgsz: int, device: str, **options: Any) -> Detector:
         return HuggingFaceDetector(network, name, imgsz, device)
 
     @override
@@ -281,7 +281,7 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _network(described: Any, file: Path) -> Any:
+def _network(described: object, file: Path) -> Any:
     """The network that a config.json describes, with the weights of a file.
 
     Raises:
@@ -324,7 +324,7 @@ def _network(described: Any, file: Path) -> Any:
     return model
 
 
-def _config(described: Any) -> "PretrainedConfig":
+def _config(described: object) -> "PretrainedConfig":
     """The config object of a config.json: only of known classes, only of what builds a network, all within bounds."""
     import transformers
 
@@ -342,7 +342,7 @@ def _config(described: Any) -> "PretrainedConfig":
         raise Damaged(f"its {CONFIG} is odd ({first_line(error)[:MAX_NAME]})") from error
 
 
-def _plain_config(described: Any) -> dict[str, Any]:
+def _plain_config(described: Any) -> JsonObject:
     """The entries of a config.json that build a network."""
     import transformers
 
@@ -373,7 +373,7 @@ def _plain_config(described: Any) -> dict[str, Any]:
     return kept | {"model_type": kind, "id2label": labels}
 
 
-def _check_timm(entries: dict[str, Any]) -> None:
+def _check_timm(entries: JsonObject) -> None:
     """See that a backbone of timm's is one of its own ResNets: other names of timm's have it read or fetch files."""
     name = entries.get("backbone")
     if name is not None and not (isinstance(name, str) and TIMM_BACKBONE.fullmatch(name)):
@@ -382,7 +382,7 @@ def _check_timm(entries: dict[str, Any]) -> None:
         raise Damaged("its backbone is timm's; pip install 'detguard[huggingface]'")
 
 
-def _entries(described: dict[str, Any], kind: Any) -> dict[str, Any]:
+def _entries(described: JsonObject, kind: "type[PretrainedConfig]") -> JsonObject:
     """Of a json's entries those that a config class has fields for, all plain and small."""
     names = {field.name for field in fields(kind) if field.name[0] != "_"} - UNUSED | LEGACY
     kept = {name: described[name] for name in sorted(names & described.keys())}
@@ -392,7 +392,7 @@ def _entries(described: dict[str, Any], kind: Any) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if value is not None}
 
 
-def _is_plain(value: Any, depth: int = 0) -> bool:
+def _is_plain(value: object, depth: int = 0) -> bool:
     match value:
         case None | bool():
             return True
@@ -407,7 +407,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     return False
 
 
-def _processor(model_type: str, described: Any) -> Any:
+def _processor(model_type: str, described: object) -> Any:
     """The image processor of a preprocessor_config.json, of the class that is the architecture's.
 
     Raises:

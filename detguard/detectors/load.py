@@ -13,7 +13,8 @@ from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
 from detguard.engine import torch_device
-from detguard.files import is_file, read_json, write_file
+from detguard.files import JsonObject, is_file, read_json, write_file
+from detguard.schema import Config
 
 if TYPE_CHECKING:
     from ultralytics.models import YOLO
@@ -82,7 +83,7 @@ def load_detector(
             raise DetguardError(f"{name}: is made by your own function; `imgsz`, `end_to_end` and such are up to it")
         detector = load_custom(str(name), device, trust=trust)
     else:
-        options: dict[str, Any] = {"end_to_end": end_to_end, "top_k": top_k, "fusion": fusion}
+        options: JsonObject = {"end_to_end": end_to_end, "top_k": top_k, "fusion": fusion}
         if isinstance(name, str | Path):
             detector = _of_network(*load_model(name, trust=trust), name, imgsz, device, **options)
         else:
@@ -93,7 +94,7 @@ def load_detector(
     return detector
 
 
-def _of_yolo(model: Any) -> tuple[nn.Module, int, str]:
+def _of_yolo(model: object) -> tuple[nn.Module, int, str]:
     """Of an object of Ultralytics', its network, the frame size that it was made for, and its file or name.
 
     Raises:
@@ -122,7 +123,7 @@ def _of_network(
     return family.detector(model, Path(name).stem, imgsz or size, device, **given)
 
 
-def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
+def detector_config(detector: "Detector", model: str) -> Config:
     """What a run's config keeps of its detector; `model` is the name or file as the user gave it."""
     network: Any = detector.model
     experts = len(network.names) if hasattr(network, "fusion") else None
@@ -137,7 +138,7 @@ def detector_config(detector: "Detector", model: str) -> dict[str, Any]:
     }
 
 
-def load_configured(config: dict[str, Any], device: str = defaults.DEVICE, *, trust: bool = False) -> "Detector":
+def load_configured(config: Config, device: str = defaults.DEVICE, *, trust: bool = False) -> "Detector":
     """The detector of a run by its `detector_config`.
 
     Raises:
@@ -218,7 +219,7 @@ def _known() -> str:
     return ", ".join(family.known for family in FAMILIES if family.known)
 
 
-def read_card(name: str | Path) -> dict[str, Any]:
+def read_card(name: str | Path) -> JsonObject:
     """What the json beside a detector's .safetensors says; its architecture, classes and imgsz are such.
 
     Raises:
@@ -281,7 +282,7 @@ def fused(model: nn.Module) -> Any:
     return network.fuse(verbose=False)
 
 
-def save_gated(network: "GatedNetwork", like: dict[str, Any], file: Path) -> None:
+def save_gated(network: "GatedNetwork", like: JsonObject, file: Path) -> None:
     """Write a gated ensemble as safetensors and, beside it, the json that `load_detector` needs; no code in either.
 
     like: architecture, classes and imgsz of the detector that it was made from, and what else the card is to say.

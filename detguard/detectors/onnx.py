@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import MOST_CLASSES, class_names, frame_size
 from detguard.files import read_file
 from detguard.photos import Letterbox, Photo, read_photo
+
+if TYPE_CHECKING:
+    import onnx
 
 # A protobuf holds no more.
 MAX_BYTES = 2 << 30
@@ -158,7 +161,7 @@ def _logits(scores: Tensor) -> Tensor:
     return scores.double().clamp(LEAST, 1 - LEAST).logit().float()
 
 
-def _providers(device: str) -> list[Any]:
+def _providers(device: str) -> list[str | tuple[str, dict[str, int]]]:
     """What is to run a graph on a device.
 
     Raises:
@@ -186,7 +189,7 @@ class Onnx(Family):
         return isinstance(network, OnnxNetwork)
 
     @override
-    def detector(self, network: Any, name: str, imgsz: int, device: str, **options: Any) -> OnnxDetector:
+    def detector(self, network: OnnxNetwork, name: str, imgsz: int, device: str, **options: Any) -> OnnxDetector:
         return OnnxDetector(network, name, imgsz, device)
 
     @override
@@ -212,7 +215,7 @@ class Onnx(Family):
         return OnnxNetwork(model.SerializeToString(), metadata, hashlib.sha256(data).hexdigest()), metadata.imgsz
 
 
-def check_graph(model: Any) -> None:
+def check_graph(model: "onnx.ModelProto") -> None:
     """See that a graph reads no other file, has operators of ONNX' own only, and ends.
 
     Raises:
@@ -240,7 +243,7 @@ def check_graph(model: Any) -> None:
             raise Damaged("keeps weights in another file; save them inside")
 
 
-def _graphs(graph: Any) -> Iterator[Any]:
+def _graphs(graph: "onnx.GraphProto") -> "Iterator[onnx.GraphProto]":
     """A graph and those inside its nodes."""
     yield graph
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
@@ -274,7 +277,7 @@ def read_metadata(entries: dict[str, str]) -> Metadata:
     return Metadata(class_names(names, count), imgsz, stride, bool(end_to_end or given.get("nms")))
 
 
-def _literal(metadata: dict[str, str], key: str, default: str = "") -> Any:
+def _literal(metadata: dict[str, str], key: str, default: str = "") -> object:
     text = metadata.get(key, default)
     if len(text) > MAX_METADATA:
         raise Damaged(f"says too much of its {key}")

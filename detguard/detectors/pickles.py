@@ -20,7 +20,7 @@ KNOWN_MODULES = (
     "torch", "torchvision", "ultralytics", "numpy", "collections", "pathlib", "datetime", "types", "argparse",
     "functools", "copyreg", "copy_reg", "_codecs",
 )  # fmt: skip
-CONTAINERS: dict[str, Callable[..., Any]] = {
+CONTAINERS: dict[str, Callable[..., object]] = {
     "collections.OrderedDict": dict,
     "builtins.set": set, "builtins.frozenset": frozenset, "builtins.list": list, "builtins.dict": dict,
     "builtins.tuple": tuple, "torch.Size": tuple,
@@ -55,9 +55,9 @@ class Record:
     """A call or an object of a pickle: what would have been called, with what, and the state that it would have got."""
 
     kind: str
-    args: tuple[Any, ...] = ()
+    args: tuple[object, ...] = ()
     state: Any = None
-    items: list[Any] = field(default_factory=list)
+    items: list[object] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class _Reader(_Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(BytesIO(data))
 
-    def load(self) -> Any:
+    def load(self) -> object:
         # As the base class has it but for its frames, which would be read without being counted.
         self.read, self.readline = self._file_read, self._file_readline
-        self.metastack: list[list[Any]] = []
+        self.metastack: list[list[object]] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
         for _ in range(MAX_INSTRUCTIONS):
@@ -110,7 +110,7 @@ class _Reader(_Unpickler):
             raise Unknown(f"made with classes that detguard does not know: {module}.{name}")
         return Named(f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: object) -> Storage:
         match pid:
             case ("storage", Named(name), str(key), str(), int(numel)) if key.isdecimal() and numel >= 0:
                 dtype = STORAGES.get(name.removeprefix("torch."))
@@ -161,7 +161,7 @@ class _Reader(_Unpickler):
     def load_frozenset(self) -> None:
         self.stack.append(frozenset(map(_key, self.pop_mark())))
 
-    def _add(self, items: list[Any]) -> None:
+    def _add(self, items: list[object]) -> None:
         match self.stack[-1]:
             case list(into) | Record(items=into):
                 into.extend(items)
@@ -170,7 +170,7 @@ class _Reader(_Unpickler):
             case _:
                 raise Damaged("adds to what is no list")
 
-    def _set(self, items: list[Any]) -> None:
+    def _set(self, items: list[object]) -> None:
         if isinstance(self.stack[-1], Record):
             return self._add(items)
         if not isinstance(self.stack[-1], dict):
@@ -197,7 +197,7 @@ class _Reader(_Unpickler):
     }  # fmt: skip
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> object:
     """A key of a dict or member of a set: what cannot be made to have the hash of thousands of others."""
     if isinstance(value, str | float | bytes | Named | Record | None) or (
         isinstance(value, int) and abs(value) < 2**63
@@ -206,7 +206,7 @@ def _key(value: Any) -> Any:
     raise Damaged("has a key that is neither text nor number")
 
 
-def _called(function: Any, args: Any) -> Any:
+def _called(function: object, args: object) -> object:
     """What stands for a call: a container, a stored tensor, or a record."""
     if not isinstance(function, Named) or not isinstance(args, tuple):
         raise Damaged("calls what is no function")
@@ -220,7 +220,7 @@ def _called(function: Any, args: Any) -> Any:
     return Record(name, args)
 
 
-def _contained(kind: Callable[..., Any], items: Any = (), *more: Any) -> Any:
+def _contained(kind: Callable[..., object], items: object = (), *more: object) -> object:
     if more or not isinstance(items, list | tuple | dict | set | frozenset):
         raise Damaged("has a container of something odd")
     if kind is dict:
@@ -228,7 +228,7 @@ def _contained(kind: Callable[..., Any], items: Any = (), *more: Any) -> Any:
     return kind(map(_key, items) if kind in (set, frozenset) else items)
 
 
-def _stored(args: tuple[Any, ...]) -> Stored:
+def _stored(args: tuple[object, ...]) -> Stored:
     match args:
         case (Storage() as storage, int(offset), tuple(size), tuple(stride), *_):
             whole = len(size) == len(stride) <= MAX_DIMENSIONS
@@ -237,7 +237,7 @@ def _stored(args: tuple[Any, ...]) -> Stored:
     raise Damaged("holds a tensor of no shape")
 
 
-def read_pickle(data: bytes) -> Any:
+def read_pickle(data: bytes) -> object:
     """What a pickle makes, as plain data, records and stored tensors.
 
     Raises:

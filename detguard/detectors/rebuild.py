@@ -24,6 +24,7 @@ from detguard.detectors.checkpoint import Archive
 from detguard.detectors.pickles import Damaged, Record, Stored, Unknown
 from detguard.detectors.recipe import BOX_PARTS, MAX_NAME, RENAMED, WITH_MORE, check_recipe, class_names, frame_size
 from detguard.detectors.ultralytics import inputs_of, run_layers
+from detguard.files import JsonObject
 
 NETWORKS = {
     "ultralytics.nn.tasks.DetectionModel": DetectionModel,
@@ -130,7 +131,7 @@ def most_modules(most: int) -> Iterator[None]:
     """
     left = most
 
-    def count(*_: Any) -> None:
+    def count(*_: object) -> None:
         nonlocal left
         left -= 1
         if left < 0:
@@ -143,7 +144,7 @@ def most_modules(most: int) -> Iterator[None]:
         counting.remove()
 
 
-def build(family: type[nn.Module], recipe: dict[str, Any], modules: int) -> Any:
+def build(family: type[nn.Module], recipe: JsonObject, modules: int) -> Any:
     """The network of a checked recipe, on torch's meta device: without numbers, and whatever its size, without memory.
 
     modules: how many of them the file has, of which no more than that are built.
@@ -179,7 +180,7 @@ def find_strides(model: Any) -> None:
         if max(_sides(window)) > MAX_WINDOW or max(_sides(grown)) > MAX_GROWTH:
             raise Damaged("the yaml of its network describes one with enormous windows")
 
-    def bound(layer: nn.Module, _: Any, output: Any) -> None:
+    def bound(layer: nn.Module, _: object, output: object) -> None:
         if isinstance(output, Tensor) and output.numel() > MOST_OUTPUTS:
             raise Damaged("the yaml of its network describes one with enormous outputs")
 
@@ -203,7 +204,7 @@ def find_strides(model: Any) -> None:
         head.stride = strides
 
 
-def _sides(size: Any) -> tuple[int, ...]:
+def _sides(size: int | tuple[int, ...]) -> tuple[int, ...]:
     return size if isinstance(size, tuple) else (size,)
 
 
@@ -270,7 +271,7 @@ _MISSING = object()
 _PLAIN = (bool, int, float, str, list, tuple, type(None))
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from detguard.detectors.pickles import Damaged, Record, Unknown
+from detguard.files import JsonObject
 
 HEADS = ("Detect", "v10Detect", "RTDETRDecoder")
 # Heads that find boxes as `Detect` does, and say more of each by parts of their own, which change none of them.
@@ -30,7 +31,7 @@ MOST_CLASSES = 10_000
 SIZES = range(32, 4097)
 
 
-def check_recipe(recipe: Any) -> dict[str, Any]:
+def check_recipe(recipe: object) -> JsonObject:
     """The entries of Ultralytics' model yaml that build a network, known to be plain, small and of known layers.
 
     Raises:
@@ -42,7 +43,7 @@ def check_recipe(recipe: Any) -> dict[str, Any]:
     parts = {name: recipe.get(name) for name in ("backbone", "head")}
     if not all(isinstance(part, list) and 0 < len(part) <= MOST_LAYERS for part in parts.values()):
         raise Damaged("the yaml of its network lists no layers")
-    checked: dict[str, Any] = {name: [_check_layer(one) for one in part or ()] for name, part in parts.items()}
+    checked: JsonObject = {name: [_check_layer(one) for one in part or ()] for name, part in parts.items()}
     checked["nc"] = _number(recipe, "nc", 80, 1, MOST_CLASSES, int)
     checked["reg_max"] = _number(recipe, "reg_max", 16, 1, 64, int)
     for name in ("depth_multiple", "width_multiple"):
@@ -66,7 +67,7 @@ def check_recipe(recipe: Any) -> dict[str, Any]:
     return checked
 
 
-def boxes_alone(recipe: dict[str, Any]) -> dict[str, Any]:
+def boxes_alone(recipe: JsonObject) -> JsonObject:
     """A model yaml with a head that finds boxes only, where its own finds masks or keypoints of them, too."""
     match recipe.get("head"):
         case [*others, [source, repeats, str(name), [count, *_]]] if name in WITH_MORE:
@@ -77,16 +78,14 @@ def boxes_alone(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def _number(
-    entries: dict[str, Any], name: str, default: float, low: float, high: float, kind: Any = (int, float)
-) -> Any:
+def _number(entries: JsonObject, name: str, default: float, low: float, high: float, kind: Any = (int, float)) -> float:
     value = entries.get(name, default)
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         raise Damaged(f"the yaml of its network has an odd {name}")
     return value
 
 
-def _check_layer(layer: Any) -> list[Any]:
+def _check_layer(layer: object) -> list[object]:
     match layer:
         case [source, int(repeats), str(name), list() | tuple() as args] if not isinstance(repeats, bool):
             name = RENAMED.get(name, name)
@@ -100,7 +99,7 @@ def _check_layer(layer: Any) -> list[Any]:
     raise Damaged("the yaml of its network has an odd layer")
 
 
-def _literal(value: Any, depth: int = 0) -> Any:
+def _literal(value: object, depth: int = 0) -> object:
     match value:
         case None | bool():
             return value
@@ -113,7 +112,7 @@ def _literal(value: Any, depth: int = 0) -> Any:
     raise Damaged("the yaml of its network has an odd argument of a layer")
 
 
-def class_names(names: Any, count: int) -> dict[int, str]:
+def class_names(names: object, count: int) -> dict[int, str]:
     """Class number -> name of each of `count` classes, from a dict or list.
 
     Raises:
@@ -127,7 +126,7 @@ def class_names(names: Any, count: int) -> dict[int, str]:
     return {number: entries[number] for number in range(count)}
 
 
-def frame_size(args: Any) -> int:
+def frame_size(args: object) -> int:
     """The longest side of a frame, px, from the arguments that a network was trained with; 640 without.
 
     Raises:

@@ -44,7 +44,7 @@ def drop_sparse(layers: nn.Module) -> None:
             block.act = block.act[1]
 
 
-def fit_sparse(run: Callable[[Tensor], Any], layers: nn.Module, frames: Iterable[Tensor], reach: float) -> None:
+def fit_sparse(run: Callable[[Tensor], object], layers: nn.Module, frames: Iterable[Tensor], reach: float) -> None:
     """Set values within `reach` standard deviations of their mean, as `run` makes them of frames of clean photos."""
     statistics = output_statistics(run, layers, frames)
     for name, block in blocks_of(layers):
@@ -62,13 +62,13 @@ def blocks_of(layers: nn.Module) -> list[tuple[str, Any]]:
 
 
 def output_statistics(
-    run: Callable[[Tensor], Any], layers: nn.Module, frames: Iterable[Tensor]
+    run: Callable[[Tensor], object], layers: nn.Module, frames: Iterable[Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and variance of each output channel of each convolution among `layers`, as `run` is shown `frames`."""
     sums: dict[str, list[Tensor]] = {}
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
             values = output.double().transpose(0, 1).flatten(1)
             count = torch.full_like(values[:, 0], values.shape[1])
             seen = [count, values.sum(1), values.square().sum(1)]

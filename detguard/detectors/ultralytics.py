@@ -231,7 +231,7 @@ class Ultralytics(Family):
         return model, size
 
 
-def check_official(file: Path, model: Any) -> None:
+def check_official(file: Path, model: nn.Module) -> None:
     """See that what was found by an official name is that network: anybody can put a file where downloads are kept.
 
     Ultralytics publishes no hashes; size and classes are compared with what the name says.
