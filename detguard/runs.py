@@ -338,13 +338,13 @@ def _end_of_lines(stream: FileIO) -> int:
 
 
 def _yaml(config: Config) -> bytes:
-    config = _unicode(config)
+    plain = _unicode(config)
     # PyYAML writes some ends of lines as they are, and reads them as spaces.
-    as_is = not re.search("[\x85\u2028\u2029]", json.dumps(config, ensure_ascii=False))
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=as_is).encode()
+    as_is = not re.search("[\x85\u2028\u2029]", json.dumps(plain, ensure_ascii=False))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=as_is).encode()
 
 
-def _unicode(value: Any) -> Any:
+def _unicode(value: object) -> object:
     """Plain values with text that any UTF-8 file can hold: what is not, in file names, is shown as escapes."""
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()

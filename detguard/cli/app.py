@@ -268,7 +268,7 @@ def show_warning(message: str) -> None:
     err.print(f"warning: {with_dashes(message)}", style="yellow", highlight=False, soft_wrap=True)
 
 
-def show_made(text: str, *, as_json: bool, **made: Any) -> None:
+def show_made(text: str, *, as_json: bool, **made: object) -> None:
     """What a command has made, in one line, or as one JSON object."""
     if as_json:
         print(json.dumps(made, default=str))

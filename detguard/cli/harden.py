@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -42,6 +42,7 @@ from detguard.cli.evaluate import names, show_warnings
 
 if TYPE_CHECKING:
     from detguard.reports.page import Table
+    from detguard.schema import Config
     from detguard.workflows.harden import Hardening
 
 Corruptions = Annotated[
@@ -217,7 +218,7 @@ def harden(
             raise DetguardError(
                 "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
             )
-        plan: dict[str, Any] = {
+        plan: Config = {
             "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
             "crop": crop, "attack": attack, "eps": levels(eps), "steps": steps, "mix": mix, "tune_normal": tune_normal,
             "transforms": transforms, "top_k": top_k, "fusion": fusion, "sparse": sparse,

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -41,7 +41,8 @@ from detguard.cli.evaluate import show_warnings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from detguard.data.stream import Labelled
+    from detguard.data.entries import DataError
+    from detguard.data.stream import Labelled, Labels
     from detguard.detectors.base import Detector
     from detguard.runs import Run
     from detguard.schema import Config
@@ -213,7 +214,7 @@ def watch(
     living = Living(run, detector, device, lambda line: out.print(line, highlight=False, soft_wrap=True))
     if roll_back:
         living.roll_back()
-    shown: Iterable[Any] = film(run) if photos is None else photos
+    shown: Iterable[Labelled | Labels | DataError] = film(run) if photos is None else photos
     if live:
         shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names, class_map=source.get("class_map"))
     with progress_bar() as progress:

@@ -209,7 +209,7 @@ def _read(record: object, index: dict[str, int]) -> Labelled | Labels:
 
 
 def _objects(
-    record: Mapping[Any, Any], index: dict[str, int]
+    record: Mapping[str, Any], index: dict[str, int]
 ) -> tuple[Detections, tuple[int, ...] | None, tuple[str, ...]]:
     """The labels of a photo, the classes that are known to be labelled, and those of objects that are left out."""
     objects, classes = record["objects"], record.get("classes")

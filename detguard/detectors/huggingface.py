@@ -28,6 +28,7 @@ from detguard.photos import Letterbox, Photo, read_photo
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from transformers.image_utils import SizeDict
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 # A name on the hub is told from a path by what it lacks: a suffix of a file, a folder of that name here.
@@ -171,7 +172,7 @@ def frame_size(processor: Any) -> int:
     return max(processor.size.height or 0, processor.size.width or 0, processor.size.longest_edge or 0)
 
 
-def _resized(size: Any, imgsz: int) -> Any:
+def _resized(size: "SizeDict", imgsz: int) -> "SizeDict":
     """A size in the same proportions, its longest side `imgsz`; fixed sides are whole strides."""
     longest = max(value for value in (size.height, size.width, size.longest_edge) if value)
 
@@ -199,7 +200,7 @@ class HuggingFace(Family):
         return type(network).__module__.startswith("transformers.")
 
     @override
-    def detector(self, network: nn.Module, name: str, imgsz: int, device: str, **options: Any) -> Detector:
+    def detector(self, network: nn.Module, name: str, imgsz: int, device: str, **options: object) -> Detector:
         return HuggingFaceDetector(network, name, imgsz, device)
 
     @override
@@ -290,7 +291,7 @@ def _network(described: object, file: Path) -> Any:
     import transformers
 
     config = _config(described)
-    kind: Any = getattr(transformers, ARCHITECTURES[config.model_type].network)
+    kind = getattr(transformers, ARCHITECTURES[config.model_type].network)
     try:
         tensors = {key: value.float() if value.is_floating_point() else value for key, value in load_file(file).items()}
         with most_modules(MOST_MODULES), torch.device("meta"):

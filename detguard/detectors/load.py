@@ -111,7 +111,7 @@ def _of_yolo(model: object) -> tuple[nn.Module, int, str]:
 
 
 def _of_network(
-    model: nn.Module, size: int, name: str | Path, imgsz: int | None, device: str, **options: Any
+    model: nn.Module, size: int, name: str | Path, imgsz: int | None, device: str, **options: object
 ) -> "Detector":
     """The detector of a network, by the family that it is of."""
     from detguard.detectors.families import FAMILIES

@@ -189,7 +189,7 @@ class Onnx(Family):
         return isinstance(network, OnnxNetwork)
 
     @override
-    def detector(self, network: OnnxNetwork, name: str, imgsz: int, device: str, **options: Any) -> OnnxDetector:
+    def detector(self, network: OnnxNetwork, name: str, imgsz: int, device: str, **options: object) -> OnnxDetector:
         return OnnxDetector(network, name, imgsz, device)
 
     @override

@@ -6,7 +6,7 @@ module, with what the file says that it holds. The one exception is a file that 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,9 @@ def _what_it_is(kind: str) -> str:
 class _Shapes(DeviceContext):
     """Where modules are made on a device without giving their parameters first values."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: object, types: object, args: Sequence[object] = (), kwargs: Any = None
+    ) -> object:
         if getattr(function, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return super().__torch_function__(function, types, args, kwargs)

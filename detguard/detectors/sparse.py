@@ -55,9 +55,10 @@ def fit_sparse(run: Callable[[Tensor], object], layers: nn.Module, frames: Itera
 
 def blocks_of(layers: nn.Module) -> list[tuple[str, Any]]:
     """The convolutions with an activation, by name."""
-    modules: list[tuple[str, Any]] = list(layers.named_modules())
     return [
-        (n, m) for n, m in modules if isinstance(getattr(m, "conv", None), nn.Conv2d | LowRank) and hasattr(m, "act")
+        (n, m)
+        for n, m in layers.named_modules()
+        if isinstance(getattr(m, "conv", None), nn.Conv2d | LowRank) and hasattr(m, "act")
     ]
 
 

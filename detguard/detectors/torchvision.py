@@ -182,7 +182,7 @@ class Torchvision(Family):
         return any(one.__name__ in self.networks and one.__module__.startswith("torchvision.") for one in types)
 
     @override
-    def detector(self, network: nn.Module, name: str, imgsz: int, device: str, **options: Any) -> Detector:
+    def detector(self, network: nn.Module, name: str, imgsz: int, device: str, **options: object) -> Detector:
         return self.kind(network, name, imgsz, device)
 
     @override

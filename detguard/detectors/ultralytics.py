@@ -125,7 +125,7 @@ def run_layers(
     return x, saved
 
 
-def inputs_of(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
+def inputs_of(layer: Any, last: Tensor, saved: dict[int, Tensor]) -> Tensor | list[Tensor]:
     """What a layer or the head is given, after `run_layers` has run all before it: a tensor or a list of such."""
 
     def output(number: int) -> Tensor:
@@ -183,7 +183,7 @@ class Ultralytics(Family):
 
     @override
     def detector(
-        self, network: Any, name: str, imgsz: int, device: str, end_to_end: bool = False, **options: Any
+        self, network: Any, name: str, imgsz: int, device: str, end_to_end: bool = False, **options: object
     ) -> UltralyticsDetector:
         return UltralyticsDetector(network, name, imgsz, device, end_to_end=end_to_end)
 

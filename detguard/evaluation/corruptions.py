@@ -68,13 +68,13 @@ def read_pipeline(file: str | Path) -> "Compose":
     read = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
     made = 0
 
-    def build(node: Any, depth: int) -> Any:
+    def build(node: object, depth: int) -> A.ImageOnlyTransform | A.BaseCompose:
         nonlocal made
         made += 1
-        name = str(node.get("__class_fullname__", "")) if isinstance(node, dict) else ""
-        name = name.removeprefix("albumentations.").rpartition(".")[2]
+        given = node if isinstance(node, dict) else {}
+        name = str(given.get("__class_fullname__", "")).removeprefix("albumentations.").rpartition(".")[2]
         kind: Any = getattr(A, name, None)
-        args = {key: one for key, one in node.items() if key != "__class_fullname__"} if name else {}
+        args = {key: one for key, one in given.items() if key != "__class_fullname__"}
         if made > MOST_TRANSFORMS or depth > DEEPEST:
             raise DetguardError(f"over {MOST_TRANSFORMS} transforms, or {DEEPEST} within each other")
         if name in CONTAINERS and isinstance(args.get("transforms"), list):

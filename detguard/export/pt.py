@@ -89,8 +89,7 @@ def unfused(hardened: GatedNetwork, architecture: str, frames: Sequence[Tensor])
     layers = nn.ModuleList(hardened.single().model)
     statistics = output_statistics(hardened, layers, frames)
     tensors, state = layers.state_dict(), model.model.state_dict()
-    modules: Any = model.model.named_modules()
-    for name, module in modules:
+    for name, module in model.model.named_modules():
         if not isinstance(module, Conv | ConvTranspose):
             continue
         inner = "conv_transpose" if isinstance(module, ConvTranspose) else "conv"

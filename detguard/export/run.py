@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from detguard import DetguardError, first_line
 from detguard.detectors.gated import GatedNetwork
@@ -56,7 +55,7 @@ def plan_export(
     if nms and end_to_end:
         raise DetguardError("`nms`: the head of `end_to_end` needs none; leave one of them out")
     detector = load_detector(model, imgsz, trust=trust, end_to_end=end_to_end, top_k=top_k)
-    network: Any = detector.model
+    network = detector.model
     architecture = ""
     if isinstance(network, GatedNetwork):
         detector.model = network.unshared()  # runtimes want weights, not sums of them

@@ -8,10 +8,10 @@ nothing of MAITE is imported here.
 
 import hashlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -243,11 +243,11 @@ class MaiteDetector(Detector):
     differentiable = False
     end_to_end = True
 
-    def __init__(self, model: Any, imgsz: int = 640) -> None:
-        names = getattr(model, "metadata", {}).get("index2label")
-        if not names:
+    def __init__(self, model: Callable[[Images], Iterable[Boxes]], imgsz: int = 640) -> None:
+        metadata = getattr(model, "metadata", {})
+        if not (names := metadata.get("index2label")):
             raise DetguardError(f"{type(model).__name__}: its metadata has no index2label; expected MAITE's model")
-        self.name, self.class_names = str(model.metadata["id"]), {int(k): str(v) for k, v in names.items()}
+        self.name, self.class_names = str(metadata["id"]), {int(k): str(v) for k, v in names.items()}
         self.imgsz, self.device, self.model = imgsz, torch.device("cpu"), nn.Module()
         self._maite = model
         self._state = hashlib.sha256(uuid.uuid4().bytes).hexdigest()

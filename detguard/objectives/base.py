@@ -44,7 +44,7 @@ class Objective(ABC):
     kind: ClassVar[str]
     needs_target: ClassVar[bool] = True
     counts_candidates: ClassVar[bool] = False
-    targets: Any
+    targets: tuple[int, ...]
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ class Objective(ABC):
         return torch.isin(clean.classes, torch.tensor(self.classes, dtype=torch.int64))
 
     @abstractmethod
-    def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Any:
+    def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> object:
         """What `loss` needs to know of one frame, fixed at its first pass.
 
         Args:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from detguard import DetguardError
 from detguard.data.entries import DataError
@@ -16,7 +15,7 @@ from detguard.photos import read_photo
 from detguard.reports.evaluation import number
 from detguard.reports.marks import marked
 from detguard.reports.page import Item, Table, pair, panel, render_page
-from detguard.reports.plots import timeline_plot
+from detguard.reports.plots import Window, timeline_plot
 from detguard.runs import Record, Run
 from detguard.workflows.living import DEPLOYED, ROLLED_BACK, in_words
 
@@ -24,27 +23,29 @@ from detguard.workflows.living import DEPLOYED, ROLLED_BACK, in_words
 MOST_SHOWN = 12
 
 
-def windows(records: list[Record], size: int) -> list[dict[str, Any]]:
-    """Means of the photos of a stream by window: first and last photo, how many have known objects to be judged by, f1
-    of those, AP50, hints, and the alarms in it.
-    """
-    made, records = [], latest(records)
+def windows(records: list[Record], size: int) -> list[Window]:
+    """The photos of a stream by window of `size`; F1 and AP50 are of those with known objects."""
+    made, records = list[Window](), latest(records)
     for start in range(0, len(records), size):
         part = [r for r in records[start : start + size] if "f1" in r]
         if not part:
             continue
-        row: dict[str, Any] = {"first": part[0]["number"], "last": part[-1]["number"]}
-        row["judged"] = sum(r["f1"] is not None for r in part)
-        for key in ("f1", "confidence", "entropy"):
-            row[key] = mean(r[key] for r in part)
-        row["AP50"] = next((r["AP50"] for r in records[start : start + size] if "AP50" in r), None)
-        row["alarms"] = [r["number"] for r in part if r["began"] is not None]
-        row["hints"] = [r["number"] for r in part if "hint" in r]
+        row: Window = {
+            "first": part[0]["number"],
+            "last": part[-1]["number"],
+            "judged": sum(r["f1"] is not None for r in part),
+            "f1": mean(r["f1"] for r in part),
+            "AP50": next((r["AP50"] for r in records[start : start + size] if "AP50" in r), None),
+            "confidence": mean(r["confidence"] for r in part),
+            "entropy": mean(r["entropy"] for r in part),
+            "alarms": [r["number"] for r in part if r["began"] is not None],
+            "hints": [r["number"] for r in part if "hint" in r],
+        }
         made.append(row)
     return made
 
 
-def timeline_table(rows: list[dict[str, Any]]) -> Table:
+def timeline_table(rows: list[Window]) -> Table:
     """One row per window."""
     hints = any(row["entropy"] is not None for row in rows)
     head = [

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -38,6 +38,23 @@ STYLE: Any = {
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
     ),
 }
+
+
+class Window(TypedDict):
+    """Photos of a stream that follow each other: numbers of the first and the last, how many have known objects, means.
+
+    alarms, hints: of those of them that came with one, the numbers.
+    """
+
+    first: int
+    last: int
+    judged: int
+    f1: float | None
+    AP50: float | None
+    confidence: float | None
+    entropy: float | None
+    alarms: list[int]
+    hints: list[int]
 
 
 @contextmanager
@@ -196,7 +213,7 @@ def training_plot(records: list[Record], kinds: Sequence[str] = EXPERTS) -> str:
         return _svg(figure)
 
 
-def timeline_plot(rows: list[dict[str, Any]], alarms: list[tuple[int, int]], deployed: Sequence[int] = ()) -> str:
+def timeline_plot(rows: list[Window], alarms: list[tuple[int, int]], deployed: Sequence[int] = ()) -> str:
     """Accuracy and hints by window over a stream; each alarm a line where it came, shaded from where the drop began.
 
     deployed: after which photos another detector took over; dashed lines.
@@ -204,7 +221,7 @@ def timeline_plot(rows: list[dict[str, Any]], alarms: list[tuple[int, int]], dep
     with _figure(9, 3.8) as figure:
         axis = figure.subplots()
         at = [(row["first"] + row["last"]) / 2 for row in rows]
-        lines = [
+        lines: list[tuple[Literal["f1", "AP50", "confidence", "entropy"], str, float, str]] = [
             ("f1", "F1", 2.2, "-"),
             ("AP50", "AP50", 1.6, "-"),
             ("confidence", "confidence (hint)", 1.1, "--"),

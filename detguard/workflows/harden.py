@@ -29,6 +29,7 @@ from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.files import JsonObject
 from detguard.hardening.judging import Figures, Judgement, answered, judge, judged_eps, readable
 from detguard.hardening.run import Plan, check_teacher, passes, split_layer
 from detguard.hardening.run import harden as train_stages
@@ -37,7 +38,7 @@ from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
-from detguard.schema import CONFIGS, check
+from detguard.schema import CONFIGS, Config, check
 from detguard.workflows.keywords import refuse_unknown
 
 # Frames that a pass is measured on, at most.
@@ -106,7 +107,7 @@ class Hardening:
         cls,
         model: str,
         data: Sequence[str],
-        plan: dict[str, Any],
+        plan: Config,
         ranks: Ranks,
         *,
         teacher: str | None = None,
@@ -203,7 +204,7 @@ class Hardening:
         kinds = chosen_kinds(config["corruptions"])
         self.setting = Setting.on(self.ranks, workers, self.plan.batch, imgsz, self.plan.seed, kinds)
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> JsonObject:
         """What the json beside the weights is to say."""
         config = self.run.config
         gated = isinstance(self.network, GatedNetwork)

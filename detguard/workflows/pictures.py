@@ -220,7 +220,7 @@ def _learned(
     data: Sources | None,
     resume: str | Path | None,
     on_step: OnPicture | None,
-    learning: dict[str, Any],
+    learning: Config,
     *,
     out: str | Path | None,
     **options: Any,
