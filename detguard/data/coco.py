@@ -5,18 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from detguard.data.entries import (
-    LOST,
-    Category,
-    DataError,
-    Faults,
-    Image,
-    Instances,
-    annotation,
-    clip,
-    inside,
-    upright_size,
-)
+from detguard.data.entries import LOST, DataError, Faults, Image, Instances, annotation, clip, inside, upright_size
 from detguard.files import MAX_ANNOTATIONS, FileError, JsonObject, read_json
 from detguard.photos import MAX_PIXELS
 
@@ -48,8 +37,8 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
     sizes: dict[int, tuple[int, int]] = {image["id"]: (image["width"], image["height"]) for image in images}
     listed = {image["id"] for image in pictures}
     known = {c["id"] for c in categories}
-    named = [Category(id=c["id"], name=c["name"]) for c in categories]
-    found = Instances(images=images, annotations=[], categories=named)
+    found: Instances = {"images": images, "annotations": [], "categories": []}
+    found["categories"] = [{"id": c["id"], "name": c["name"]} for c in categories]
     for i, entry in enumerate(_entries(data, "annotations", ("image_id", "category_id", "bbox"), file)):
         where = f"{file}: annotations[{i}]"
         if entry["image_id"] not in sizes:

@@ -5,18 +5,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from detguard.data.entries import (
-    LOST,
-    Category,
-    DataError,
-    Faults,
-    Instances,
-    annotation,
-    clip,
-    file_name,
-    inside,
-    upright_size,
-)
+from detguard.data.entries import LOST, DataError, Faults, Instances, annotation, clip, file_name, inside, upright_size
 from detguard.files import FileError, JsonObject, is_file, is_folder, read_file
 from detguard.photos import SUFFIXES
 
@@ -35,8 +24,8 @@ def read_yolo(
     names = _class_names(config["names"], file)
     ids = official_ids(names)
     photos = _photos_of_split(config[split], root, file)[:limit]
-    categories = [Category(id=ids[k], name=v) for k, v in names.items()]
-    found = Instances(images=[], annotations=[], categories=categories)
+    found: Instances = {"images": [], "annotations": [], "categories": []}
+    found["categories"] = [{"id": ids[k], "name": v} for k, v in names.items()]
     files = {}
     # COCO's own photos are named by their id.
     numbers = [int(p.stem) for p in photos if p.stem.isdecimal() and len(p.stem) < 19]
