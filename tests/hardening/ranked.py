@@ -55,7 +55,7 @@ def train(ranks, folder):
     old = read_photos([(cuts, 1.0)], SIZE)[0]
     adapt(network, {}, new, old, plan, setting, Run(folder, {"command": "adapt"}))
     weights["adapt"] = network.state_dict()
-    start["adapt"] = weights["adapt"] | {k: v for k, v in before.items() if not k.startswith("gate.out")}
+    start["adapt"] = weights["adapt"] | before
     return {"start": start, "weights": weights, "losses": told}
 
 
