@@ -75,7 +75,7 @@ def adapt(
     mode: Annotated[
         Literal["auto", "full", "frozen"],
         typer.Option(
-            help="full: all learns; frozen: new experts and their gate rows; auto: by how many photos are new."
+            help="full: all learns; frozen: new experts alone; auto: by how many photos are new."
         ),
     ] = defaults.Adapt.mode,
     init: Annotated[
