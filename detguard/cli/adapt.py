@@ -74,9 +74,7 @@ def adapt(
     ] = defaults.Adapt.expert,
     mode: Annotated[
         Literal["auto", "full", "frozen"],
-        typer.Option(
-            help="full: all learns; frozen: new experts alone; auto: by how many photos are new."
-        ),
+        typer.Option(help="full: all learns; frozen: new experts alone; auto: by how many photos are new."),
     ] = defaults.Adapt.mode,
     init: Annotated[
         Literal["best", "fresh"], typer.Option(help="New experts start as the best old one, or from random weights.")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, pad
 from typing_extensions import override
 
 from detguard import DetguardError
@@ -22,7 +22,7 @@ from detguard.detectors.fusion import Fusion, average, parse_fusion
 from detguard.detectors.shared import HEAD, WHOLE, Shared, unshared
 from detguard.detectors.sparse import add_sparse, drop_sparse, fit_sparse
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
-from detguard.photos import Letterbox, Photo, read_photo
+from detguard.photos import PADDING_LEVEL, Letterbox, Photo, read_photo
 
 EXPERTS = ("normal", "hard", "adversarial")
 GATES = ("trunk", "frame", "detail")
@@ -50,10 +50,21 @@ def _neighbours(x: Tensor) -> Tensor:
     return x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
 
 
-def pooled(maps: Tensor) -> Tensor:
-    """Mean and spread of each channel of maps, [B, C, H, W]; [B, 2 * C]."""
-    values = maps.flatten(2)
-    return torch.cat([values.mean(2), (values.var(2) + 1e-5).sqrt()], 1)
+def content(frames: Tensor) -> Tensor:
+    """Where frames, [B, 3, H, W] in 0..1, show the photo and not the padding around it, 1 or 0, [B, 1, H, W]."""
+    return ((frames * 255 - PADDING_LEVEL).abs() > 0.25).any(1, keepdim=True).to(frames.dtype)
+
+
+def pooled(maps: Tensor, where: Tensor) -> Tensor:
+    """Mean and spread of each channel of maps, [B, C, h, w], over the photo, as `content` says; [B, 2 * C].
+
+    Padding is another at each shape, and in squares, which training shows.
+    """
+    weights = avg_pool2d(where, where.shape[-1] // maps.shape[-1]).flatten(2)
+    weights, values = weights / weights.sum(2, keepdim=True).clamp(min=1e-6), maps.flatten(2)
+    mean = (values * weights).sum(2, keepdim=True)
+    spread = ((values - mean).square() * weights).sum(2)
+    return torch.cat([mean[:, :, 0], (spread + 1e-5).sqrt()], 1)
 
 
 def backbone_end(layers: Sequence[Any]) -> int:
@@ -78,7 +89,8 @@ class Gate(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Mean and spread of the last map, [B, 4 * width], of which the logits are a linear map."""
-        return pooled(self.layers(x))
+        x = self.layers(x).flatten(2)
+        return torch.cat([x.mean(2), (x.var(2) + 1e-5).sqrt()], 1)
 
 
 class GatedNetwork(nn.Module):
@@ -153,7 +165,8 @@ class GatedNetwork(nn.Module):
         logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
         ran: Ran = {}
         if self.kinds is not None:
-            logits = self._with_kinds(logits, self._kind_map(last, saved, ran if route is None else None))
+            maps = self._kind_map(last, saved, ran if route is None else None)
+            logits = self._with_kinds(logits, pooled(maps, content(frames)))
         if isinstance(route, int):
             return self._run(route, last, saved), logits
         if route is not None:
@@ -183,14 +196,16 @@ class GatedNetwork(nn.Module):
         rows = (log_weights[:, expert] > -torch.inf).nonzero()[:, 0]
         return rows, self._run(expert, last, saved, rows) if len(rows) else None
 
-    def kind_features(self, frames: Tensor) -> Tensor:
+    def kind_features(self, frames: Tensor, where: Tensor | None = None) -> Tensor:
         """What the logits of grown experts are a linear map of, [B, F]: mean and spread of the robust expert's maps.
+
+        where: as `content` says, which is asked by default; an attack on whole frames changes their padding.
 
         Attacks hardly change what it sees, for it was trained to that: of photos that were attacked at two levels so as
         to look like another kind, the gate's own features took 33 to 100 % for it, these none in fog, a third in snow.
         """
         last, saved = run_layers(self.trunk, frames, {}, self.save)
-        return pooled(self._kind_map(last, saved, None))
+        return pooled(self._kind_map(last, saved, None), content(frames) if where is None else where)
 
     @property
     def _tap(self) -> int:
@@ -213,10 +228,10 @@ class GatedNetwork(nn.Module):
             like = next(self.experts[self.robust].parameters())
             return self.kind_features(torch.zeros(1, 3, 64, 64).to(like)).shape[1]
 
-    def _with_kinds(self, logits: Tensor, maps: Tensor) -> Tensor:
-        """Logits of all experts: the weights of grown ones by the map alone, and the gate's of what is left."""
+    def _with_kinds(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Logits of all experts: the weights of grown ones by what the robust one sees, the gate's of what is left."""
         assert self.kinds is not None
-        new = self.kinds(pooled(maps))
+        new = self.kinds(features)
         log_weights = torch.cat([torch.zeros_like(new[:, :1]), new], 1).log_softmax(1)
         return torch.cat([logits.log_softmax(1) + log_weights[:, :1], log_weights[:, 1:]], 1)
 
@@ -269,6 +284,8 @@ class GatedNetwork(nn.Module):
         count = len(self.names)
         if count + len(names) > MOST_EXPERTS:
             raise DetguardError(f"{count} experts and {len(names)} more: at most {MOST_EXPERTS}")
+        if not names:
+            return
         old, like = self.kinds, self.gate.out.weight
         self.kinds = nn.Linear(self._kind_features(), self.grown + len(names)).to(like)
         with torch.no_grad():

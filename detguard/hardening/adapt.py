@@ -17,7 +17,7 @@ from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.stream import Labelled
 from detguard.detections import suppress
 from detguard.detectors.base import Detector
-from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.gated import GatedNetwork, content
 from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
 from detguard.detectors.ultralytics import decode
@@ -147,34 +147,63 @@ def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
 
 
 def fit_kinds(
-    network: GatedNetwork, count: int, pairs: Callable[[], Iterable[tuple[Batch, Batch | None]]], adversary: Adversary
+    network: GatedNetwork,
+    before: GatedNetwork,
+    pairs: Callable[[], Iterable[tuple[Batch, Batch | None]]],
+    adversary: Adversary,
+    setting: Setting,
 ) -> None:
-    """Fit how far the `count` experts that were grown last are asked, to tell new frames from old ones.
+    """Fit how far the experts are asked that `before` had not: to tell new frames from known ones.
 
-    Logistic regression on what the robust expert sees. Old frames, attacked so as to look new, are learned as old
+    Logistic regression on what the robust expert sees. Known frames, attacked so as to look new, are learned as known
     ones; in the end the bias is lowered until nearly all of them leave the new experts unasked: they lead, and need not
     resist. Several differ a little, or all their experts would learn the same.
 
-    pairs: batches of new frames and of old ones, the same each time.
+    pairs: batches of new frames and of old ones, the same each time. Of the old ones those are known that `before` does
+    better on than on half of the new ones: what it was shown and has not learned is nothing to keep.
     """
+    count = len(network.names) - len(before.names)
+    new, harm_of_new, old, harm_of_old = [], [], list[Tensor](), list[Tensor]()
     with torch.no_grad():
-        new = torch.cat([network.kind_features(batch.shown) for batch, _ in pairs()])
-        old = [network.kind_features(batch.shown) for _, batch in pairs() if batch]
-    weight, bias = _told_apart(network, count, new, old)
-    for _ in range(FIT_ROUNDS if old else 0):
-        attacked = _attacked_kinds(network, count, pairs(), weight, bias, adversary)
-        old.append(attacked)
-        weight, bias = _told_apart(network, count, new, old)
+        for fresh, replayed in pairs():
+            new.append(network.kind_features(fresh.shown))
+            if replayed is not None:
+                harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
+                harm_of_old.append(
+                    label_loss(setting.run(before, replayed.shown)[0], answers(before, replayed, setting))
+                )
+                old.append(replayed.shown)
+    known = list[Tensor]()
     if old:
-        attacked = _attacked_kinds(network, count, pairs(), weight, bias, adversary)
-        limit = _kind_logit(network, count, torch.cat([*old, attacked]), weight, bias).quantile(FIT_SURE)
-        bias = bias - (limit + FIT_UNASKED).clamp(min=0)
+        limit = torch.cat(harm_of_new).median()
+        known = [frames[harm < limit] for frames, harm in zip(old, harm_of_old, strict=True)]
+        known = [frames for frames in known if len(frames)]
+    with torch.no_grad():
+        features = [network.kind_features(frames) for frames in known]
+    x = torch.cat(new)
+    weight, bias = _told_apart(network, count, x, features)
+    for _ in range(FIT_ROUNDS if known else 0):
+        features += _attacked_kinds(network, count, known, weight, bias, adversary)
+        weight, bias = _told_apart(network, count, x, features)
+    if known:
+        features += _attacked_kinds(network, count, known, weight, bias, adversary)
+        highest = _kind_logit(network, count, torch.cat(features), weight, bias).quantile(FIT_SURE)
+        bias = bias - (highest + FIT_UNASKED).clamp(min=0)
     kinds = network.kinds
     assert kinds is not None
     with torch.no_grad():
         spread = FIT_SPREAD * (count > 1) * torch.randn(count, len(weight), device=weight.device)
         kinds.weight[-count:] = weight + spread * weight.std()
         kinds.bias[-count:] = bias - math.log(count)
+
+
+@torch.no_grad()
+def answers(before: GatedNetwork, batch: Batch, setting: Setting) -> list[Labelled]:
+    """The labels of old frames, or what the ensemble found in the clean ones."""
+    if batch.labels:
+        return list(batch.labels)
+    found = suppress(setting.run(before, batch.clean)[0], SHOWN_CONFIDENCE, Detector.iou)
+    return [Labelled(Path(), objects) for objects in found]
 
 
 def _kind_logit(network: GatedNetwork, count: int, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -209,31 +238,27 @@ def _told_apart(network: GatedNetwork, count: int, new: Tensor, old: Sequence[Te
 
 
 def _attacked_kinds(
-    network: GatedNetwork,
-    count: int,
-    pairs: Iterable[tuple[Batch, Batch | None]],
-    weight: Tensor,
-    bias: Tensor,
-    adversary: Adversary,
-) -> Tensor:
-    """The features of old frames that are attacked so as to look new."""
+    network: GatedNetwork, count: int, known: Sequence[Tensor], weight: Tensor, bias: Tensor, adversary: Adversary
+) -> list[Tensor]:
+    """The features of frames that are attacked so as to look new."""
 
-    def newness(x: Tensor) -> Tensor:
-        return _kind_logit(network, count, network.kind_features(x), weight, bias)
-
-    adversary = replace(adversary, steps=FIT_STEPS)
     found = []
-    for _, old in pairs:
-        if old is not None:
-            shown = perturb(old.shown, newness, adversary)
-            with torch.no_grad():
-                found.append(network.kind_features(shown))
-    return torch.cat(found)
+    for frames in known:
+        where = content(frames)
+
+        def newness(x: Tensor, where: Tensor = where) -> Tensor:
+            return _kind_logit(network, count, network.kind_features(x, where), weight, bias)
+
+        attacked = perturb(frames, newness, replace(adversary, steps=FIT_STEPS))
+        with torch.no_grad():
+            found.append(network.kind_features(attacked, where))
+    return found
 
 
 def learned_parameters(network: GatedNetwork, plan: Adaptation) -> list[nn.Parameter]:
-    """The parameters that learn by gradient; all others are frozen."""
-    return only_learn(network, network.experts[-plan.experts :] if plan.mode == "frozen" else [network])
+    """The parameters that learn by gradient; all others are frozen, and what tells kinds apart is fitted."""
+    whole = [network.trunk, network.experts, network.gate]
+    return only_learn(network, network.experts[-plan.experts :] if plan.mode == "frozen" else whole)
 
 
 def adapt(
@@ -282,9 +307,14 @@ def adapt(
         return imitation_loss(found, found)
 
     check_memory(network.to(memory_format=torch.channels_last), loss, setting.size, plan.batch, ranks)
-    if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
+
+    def fit() -> None:
         torch.manual_seed(plan.seed)
-        fit_kinds(network, plan.experts, partial(pairs, 0, FIT_BATCHES, Ranks(ranks.device), half), plan.adversary)
+        both = partial(pairs, 0, FIT_BATCHES, Ranks(ranks.device), half)
+        fit_kinds(network, before, both, plan.adversary, setting)
+
+    if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
+        fit()
     # Frozen, old experts learn nothing of old photos, and whom to ask is known.
     count = plan.batch if plan.mode == "frozen" else half
     log = BatchLog(run, STAGE, plan.number, plan.batch, ranks)
@@ -305,6 +335,8 @@ def adapt(
     finally:
         network.top_k = top_k
     if ranks.first:
+        if plan.experts and plan.mode == "full":  # the robust expert sees otherwise by now
+            fit()
         save_gated(network, card, made)
     return made
 
@@ -327,7 +359,7 @@ def batch_losses(
     plan: Adaptation,
     setting: Setting,
 ) -> dict[str, Tensor]:
-    """L1, of labels and of the gate's choice, and L2 of a batch: this rank's summands of means over all of it.
+    """L1 and L2 of a batch: this rank's summands of means over all of it.
 
     Where old experts are frozen, new ones learn without them, as they are to be asked: a fraction of the cost.
     """
@@ -339,7 +371,7 @@ def batch_losses(
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
-        labels = list(old.labels) or [Labelled(Path(), o) for o in suppress(wanted, SHOWN_CONFIDENCE, Detector.iou)]
+        labels = answers(before, old, setting)
         shown, first = old.shown, counts.old - counts.attacked
         rows = slice(len(ranks.rows(0, first)), len(shown))
         if rows.stop > rows.start:
@@ -359,12 +391,6 @@ def batch_losses(
     if old is not None:
         of_old = label_loss(found[count:], labels, wanted).sum()
         losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}
-    if plan.experts and not frozen:
-        log_weights = logits.log_softmax(1)
-        groups = torch.stack([log_weights[:, :known].logsumexp(1), log_weights[:, known:].logsumexp(1)])
-        evaluate = torch.cat([groups[1, :count], groups[0, count:]])
-        losses["gate"] = -evaluate.sum() / batch
-        losses["loss"] = losses["loss"] + losses["gate"]
     if plan.mode == "full" and plan.keep:
         with setting.precision():
             with torch.no_grad():

@@ -210,8 +210,7 @@ def test_all_experts_of_a_top_k_ensemble_can_be_asked(bundled_model, bundled, fr
 @pytest.mark.parametrize("grown", [(), ("fog",)])
 def test_the_gate_term_turns_the_gate_away_from_its_adversarial_expert(bundled_model, bundled, bus, frames, grown):
     made = detector(bundled_model, bundled)
-    if grown:
-        made.model.grow(grown, 0)
+    made.model.grow(grown, 0)
     labels = made.detect([bus], 0.4)[0]
 
     def margin(photo):

@@ -70,6 +70,13 @@ def test_full_lets_all_learn(network, train):
     assert {name.split(".")[0] for name in changed} == {"trunk", "experts", "gate"}
 
 
+def test_full_finds_anew_whom_to_ask_when_the_robust_expert_has_learned(network, train):
+    asked = []
+    train(replace(PLAN, mode="full", photos=12), on_batch=lambda *_: asked.append(network.kinds.bias.item()))
+    assert len(set(asked)) == 1
+    assert network.kinds.bias.item() != asked[0]
+
+
 def test_lambda_keeps_old_experts_what_they_were(network, train, old, new):
     frames = torch.cat([next(batches(source, 4, 128, 9, 0, 1)).shown for source in (old, new)])
 
