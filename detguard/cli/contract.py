@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from detguard import defaults
-from detguard.cli.app import Device, ImageSize, Trust, app, err, out, with_dashes
+from detguard.cli.app import Device, ImageSize, Trust, app, err, out, show_made, with_dashes
 
 
 @app.command(
@@ -26,6 +26,9 @@ def check_detector(
     ] = None,
     conf: Annotated[float, typer.Option(min=0.001, max=0.999, help="What is found over it is compared.")] = 0.05,
     imgsz: ImageSize = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object of all promises instead of a table.")
+    ] = False,
     device: Device = defaults.DEVICE,
     trust: Trust = False,
 ) -> None:
@@ -53,15 +56,18 @@ def check_detector(
         ]
         for p in promises
     ]
-    out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
     broken, skipped = sum(p.wrong is not None for p in promises), sum(p.skipped is not None for p in promises)
     doubtful = sum(p.doubt is not None for p in promises)
     if broken:
-        out.print(f"{broken} of {len(promises)} broken")
+        text = f"{broken} of {len(promises)} broken"
     elif doubtful:
-        out.print(f"{doubtful} of {len(promises)} doubtful: look at them before you believe a figure of this detector")
+        text = f"{doubtful} of {len(promises)} doubtful: look at them before you believe a figure of this detector"
     elif skipped:
-        out.print(f"{len(promises) - skipped} kept, {skipped} skipped: it can be attacked by --black-box, and judged")
+        text = f"{len(promises) - skipped} kept, {skipped} skipped: it can be attacked by --black-box, and judged"
     else:
-        out.print(f"all {len(promises)} kept: it can be attacked and judged")
+        text = f"all {len(promises)} kept: it can be attacked and judged"
+    out.quiet = out.quiet or as_json
+    out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
+    records = [dict(zip(("promise", "state", "seen", "remedy"), row, strict=True)) for row in rows]
+    show_made(text, as_json=as_json, model=model, passed=not broken, promises=records)
     sys.exit(1 if broken else 0)

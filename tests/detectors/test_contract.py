@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from typing_extensions import override
 import detguard
 from detguard import DetguardError
 from detguard.cli import main
+from detguard.cli.app import out
 from detguard.detections import Candidates
 from detguard.detectors.contract import PROMISES, check_contract
 from detguard.detectors.custom import is_custom
@@ -160,6 +162,22 @@ def test_the_example_keeps_all_promises_and_is_attacked(example, monkeypatch, ca
     code, shown = run("attack", file, *options, monkeypatch=monkeypatch, capsys=capsys)
     assert code in (0, 1), shown
     assert (folder / "adversarial/bus.png").is_file() or "no person found" in shown
+
+
+def test_json_is_one_object_of_all_promises(monkeypatch, capsys):
+    monkeypatch.setattr(out, "quiet", False)
+    line = ("check-detector", "detguard-n", "--imgsz", 96, "--json")
+    code, shown = run(*line, monkeypatch=monkeypatch, capsys=capsys)
+    told = json.loads(shown)
+    assert (code, told["model"], told["passed"]) == (0, "detguard-n", True)
+    assert [(one["promise"], one["state"]) for one in told["promises"]] == [(name, "kept") for name in PROMISES]
+    code, shown = run(*line, "--conf", 0.999, monkeypatch=monkeypatch, capsys=capsys)
+    told = json.loads(shown)
+    assert (code, told["passed"]) == (1, False)
+    (broken,) = (one for one in told["promises"] if one["state"] == "BROKEN")
+    assert broken["promise"] == SOMETHING
+    assert "another --photo" in broken["seen"]
+    assert "class names" in broken["remedy"]
 
 
 def test_a_module_is_not_imported_without_trust_not_even_by_a_run(example):
