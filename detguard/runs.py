@@ -30,6 +30,8 @@ Record = dict[str, Any]
 LOCK = ".lock"
 CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
+# Of a run, what stood for photos without being files of them; and where it is while what was there before still is.
+INPUTS, STAGED = "inputs", ".inputs"
 # Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
 LONGEST_KEY = 200
 
@@ -70,10 +72,12 @@ class Run:
         files: Mapping[str, bytes] | None = None,
         *,
         exist_ok: bool = False,
+        photos: Callable[[Path], Iterable[Path]] | None = None,
     ) -> "Run":
         """A new folder, `out` or the next free `runs/<command>/<number>`, with `files`, then its config.yaml.
 
-        exist_ok: a run of the same command that is there already is replaced.
+        exist_ok: a run of the same command that is there already is replaced, once all photos are there. photos: gives
+        those that the config is to name; what it makes of them, in the folder that it is told, becomes `inputs`.
 
         Raises:
             RunError: `out` already holds a run, another process is making one there, or it cannot be written.
@@ -86,19 +90,40 @@ class Run:
                 f"{error.filename}: cannot be made a folder ({error.strerror}); choose another `out`"
             ) from error
         versions = {name: version(name) for name in ("torch", "ultralytics", "opencv-python")}
-        config = {"command": command, **config, "versions": {"detguard": __version__, **versions}}
-        run = cls(folder, config)
+        run = cls(folder, {"command": command, **config})
         run.claim()
         _sweep(folder.iterdir())
-        if exist_ok and (folder / CONFIG).exists():
+        if replaced := exist_ok and (folder / CONFIG).exists():
             cls.open(folder, command)  # nothing but a run is removed
-            run.clear()
-        refuse_taken(folder, command, "choose another `out`")
+        else:
+            refuse_taken(folder, command, "choose another `out`")
+        if photos:
+            run.config["photos"] = run._staged(photos)
+        run.config["versions"] = {"detguard": __version__, **versions}
+        if replaced:
+            run.clear(but=STAGED)
+        if photos and (staged := folder / STAGED).exists():
+            shutil.rmtree(folder / INPUTS, ignore_errors=True)  # of one that was killed before it had a config
+            try:
+                staged.rename(folder / INPUTS)
+            except OSError as error:
+                raise RunError(f"{folder / INPUTS}: cannot be written ({error.strerror})") from error
         for name, data in (files or {}).items():
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.
-        run.write(CONFIG, _yaml(config))
+        run.write(CONFIG, _yaml(run.config))
         return run
+
+    def _staged(self, photos: Callable[[Path], Iterable[Path]]) -> list[str]:
+        """The photos of a run that is being made, by the names that they will have; all or none are there."""
+        staged = self.folder / STAGED
+        shutil.rmtree(staged, ignore_errors=True)  # of one that was killed
+        try:
+            found = list(photos(staged))
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        return [str(self.folder / INPUTS / one.name if one.parent == staged else one) for one in found]
 
     @classmethod
     def open(cls, folder: Path, command: str) -> "Run":
@@ -173,17 +198,21 @@ class Run:
             owner = f"process {owner}" if owner.isdecimal() else "another process"
             raise RunError(f"{self.folder}: {owner} is at work on this run; wait until it is done") from error
 
-    def clear(self) -> None:
+    def clear(self, but: str = LOCK) -> None:
         """Remove all that is in the folder of a claimed run but its lock; its config last, by which it is a run.
+
+        but: what else stays.
 
         Raises:
             RunError: something cannot be removed.
         """
         try:
             for path in sorted(self.folder.iterdir(), key=lambda path: path.name == CONFIG):
+                if path.name in (LOCK, but):
+                    continue
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path.name != LOCK:
+                else:
                     path.unlink()
         except OSError as error:
             raise RunError(f"{error.filename}: cannot be removed ({error.strerror})") from error

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -240,7 +241,7 @@ def attack(
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
     from detguard.classes import parse_map
-    from detguard.data.inputs import find_inputs
+    from detguard.data.inputs import as_photos, find_inputs
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured, load_detector
     from detguard.objectives.parse import read_goal
@@ -297,11 +298,11 @@ def attack(
             arguments=sys.argv[1:],
         )  # fmt: skip
 
-        def begin() -> Run:
-            shown, folder = framed(files, "attack", out_folder, every, frames, exist_ok=exist_ok)
-            return Run.create("attack", folder, config | {"photos": list(map(str, shown))}, kept, exist_ok=exist_ok)
-
-        run = shared_run(ranks, begin)
+        shown = partial(as_photos, files, every=every, frames=frames)
+        with err.status("Reading the photos"):
+            run = shared_run(
+                ranks, lambda: Run.create("attack", out_folder, config, kept, exist_ok=exist_ok, photos=shown)
+            )
     run.share(ranks)
     out.quiet = out.quiet or as_json
     sys.exit(run_attack(attack_job(run, detectors), ranks, as_json=as_json))
@@ -322,24 +323,6 @@ def numbers(option: str, text: str | None, example: str, count: int | None = Non
     if not read or not all(map(isfinite, read)) or count not in (None, len(read)):
         raise DetguardError(f"{option} '{text}': expected {count or ''} numbers, as in {example}".replace("  ", " "))
     return read
-
-
-def framed(
-    sources: Sequence[str], command: str, out: Path | None, every: int, frames: int, *, exist_ok: bool
-) -> tuple[list[Path], Path | None]:
-    """Photos and the folder of a new run, into which downloads and the frames of videos and cameras are written."""
-    from detguard.data.inputs import as_photos, is_address, is_camera, is_video
-    from detguard.runs import CONFIG, Run, next_free
-
-    if not any(is_video(one) or is_camera(one) or is_address(one) for one in sources):
-        return list(map(Path, sources)), out
-    if out and (out / CONFIG).exists():
-        if not exist_ok:  # which is then refused
-            return list(map(Path, sources)), out
-        Run.resume(out, command).clear()
-    folder = out or next_free(Path("runs") / command)
-    with err.status("Reading what is no photo yet"):
-        return list(as_photos(sources, folder / "inputs", every, frames)), folder
 
 
 def places(text: str | None) -> list[int] | None:
@@ -509,7 +492,7 @@ def detect(
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
-    from detguard.data.inputs import find_inputs
+    from detguard.data.inputs import as_photos, find_inputs
     from detguard.detectors.load import detector_config, load_detector
     from detguard.photos import encode_png, read_photo
     from detguard.reports.overlay import draw_detections
@@ -521,15 +504,12 @@ def detect(
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     conf = conf or detector.conf
-    shown, out_folder = framed(sources, "detect", out_folder, every, frames, exist_ok=exist_ok)
-    files = photo_keys(shown)
-    config = {
-        "detector": detector_config(detector, model), "conf": conf, "photos": [str(f) for f in files.values()],
-        "arguments": sys.argv[1:],
-    }  # fmt: skip
-    run = Run.create("detect", out_folder, config, exist_ok=exist_ok)
+    config = {"detector": detector_config(detector, model), "conf": conf, "arguments": sys.argv[1:]}
+    shown = partial(as_photos, sources, every=every, frames=frames)
+    with err.status("Reading the photos"):
+        run = Run.create("detect", out_folder, config, exist_ok=exist_ok, photos=shown)
     code = 0
-    for key, file in files.items():
+    for key, file in photo_keys([Path(one) for one in run.config["photos"]]).items():
         try:
             photo = read_photo(file)
             found = detector.predict(photo, conf)

@@ -4,7 +4,9 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
+import cv2
 import pytest
 import typer
 from rich.progress import TextColumn
@@ -267,3 +269,29 @@ def test_a_run_of_that_name_is_replaced_but_not_what_is_read_from_it(monkeypatch
     assert run(monkeypatch, "detect", bus_file.with_name("zidane.jpg"), *named) == 0
     assert [file.name for file in (folder / "overlays").iterdir()] == ["zidane.png"]
     assert len((folder / "results.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("command", "options"), [("detect", ()), ("attack", ("--steps", 1, "--transforms", "none"))])
+def test_a_run_is_replaced_only_once_its_video_could_be_read(monkeypatch, capsys, tmp_path, bus, command, options):
+    monkeypatch.chdir(tmp_path)
+    small = cv2.resize(bus, (96, 128), interpolation=cv2.INTER_AREA)[..., ::-1]
+    video = cv2.VideoWriter("bus.avi", cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 128))
+    for _ in range(2):
+        video.write(small)
+    video.release()
+    line = (*options, "--imgsz", 64, "--conf", 0.01, "--name", "exp1", "--exist-ok")
+    folder = tmp_path / "runs" / command / "exp1"
+
+    def files():
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    assert run(monkeypatch, command, "bus.avi", *line) in (0, 1)
+    before = files()
+    assert {"inputs/bus-000001.png", "inputs/bus-000002.png"} <= before.keys()
+    Path("bad.avi").write_bytes(Path("bus.avi").read_bytes()[:2000])
+    assert run(monkeypatch, command, "bus.avi", "bad.avi", *line) == 2
+    assert "bad.avi: no video that can be read" in capsys.readouterr().err
+    assert files() == before
+    assert run(monkeypatch, command, "bus.avi", "--every", 2, *line) in (0, 1)
+    assert [name for name in files() if name.startswith("inputs/")] == ["inputs/bus-000001.png"]
+    assert not any(file.name == ".inputs" for file in folder.iterdir())
