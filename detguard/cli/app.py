@@ -66,6 +66,8 @@ OPTIONS = {
 }  # fmt: skip
 # Options that a resumed run takes anew.
 KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json", "log"}
+# The exit code of what Ctrl-C stopped.
+STOPPED = 130
 out = Terminal()
 err = Terminal(stderr=True)
 
@@ -189,14 +191,22 @@ def main() -> None:
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every letter
+    stopped = raise_noted()
     try:
-        sys.exit(app(standalone_mode=False))
-    except typer.TyperException as error:
-        if str(error):  # without arguments there is only the help
+        code = app(standalone_mode=False)
+        if code == STOPPED:  # by Typer, of a KeyboardInterrupt
+            show_error("stopped")
+        sys.exit(code)
+    except Exception as error:
+        if stopped:  # which libraries make errors of: an import cut short, weights that seem damaged
+            show_error("stopped")
+            sys.exit(STOPPED)
+        if isinstance(error, DetguardError):
+            show_error(str(error))
+        elif not isinstance(error, typer.TyperException):
+            raise
+        elif str(error):  # without arguments there is only the help
             show_error(error.format_message())
-        sys.exit(2)
-    except DetguardError as error:
-        show_error(str(error))
         sys.exit(2)
 
 
@@ -282,6 +292,19 @@ def stop_signals() -> list[int]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stopped.append(n))
     return stopped
+
+
+def raise_noted() -> list[int]:
+    """Have SIGINT noted in the list that is returned, beside the KeyboardInterrupt that it raises."""
+    noted: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as of a program in the background
+        signal.signal(signal.SIGINT, interrupt)
+    return noted
 
 
 def start_ranks(device: str) -> "Ranks":

@@ -409,6 +409,28 @@ def test_help_teaches_by_example(tmp_path, command):
     assert f"detguard {command} " in result.stdout.split("Examples")[1]
 
 
+STOPPING = """
+import os, signal, time
+
+def waits(device):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+def is_cut_short(device):
+    try:
+        waits(device)
+    except KeyboardInterrupt as stop:  # as libraries in other languages do
+        raise ImportError("initialization failed") from stop
+"""
+
+
+@pytest.mark.parametrize("factory", ["waits", "is_cut_short"])
+def test_ctrl_c_while_weights_load_is_no_damage(tmp_path, bus_file, factory):
+    (tmp_path / "stopping.py").write_text(STOPPING)
+    result = detguard("attack", bus_file, "--model", f"stopping:{factory}", "--trust", cwd=tmp_path)
+    assert (result.returncode, result.stderr.splitlines()[1:]) == (130, ["error: stopped"])
+
+
 def test_trust_says_in_one_line_what_it_means(tmp_path):
     done = detguard("detect", "gone.jpg", "--trust", cwd=tmp_path)
     assert "warning: --trust: a .pt is unpickled, a module:factory is called; both may run any code" in done.stderr
