@@ -36,7 +36,10 @@ class DetguardError(Exception):
     """Something the user can mend: the message names the file or option, what was expected and what to do.
 
     Options are named as fields in backticks, as `keep_others`; the command line shows them as it has them.
+    told: another process of a launch says it already.
     """
+
+    told = False
 
 
 def first_line(error: BaseException) -> str:

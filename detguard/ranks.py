@@ -116,6 +116,7 @@ class Ranks:
                 answer[1] = error
         dist.broadcast_object_list(answer, group=self.control)
         if answer[1] is not None:
+            answer[1].told = not self.first
             raise answer[1]
         return answer[0]
 

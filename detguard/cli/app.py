@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 class Terminal(Console):
     """A console that shows text as it is: no markup, no emoji codes, and nothing that a terminal would obey.
 
-    still: no live lines.
+    still: no live lines; rank: of this process among those of a launch.
     """
 
     still = False
+    rank = 0
 
     @override
     def status(self, *args: Any, **options: Any) -> Status:
@@ -202,7 +203,7 @@ def main() -> None:
             show_error("stopped")
             sys.exit(STOPPED)
         if isinstance(error, DetguardError):
-            show_error(str(error))
+            show_error(str(error), of_all=not error.told)
         elif not isinstance(error, typer.TyperException):
             raise
         elif str(error):  # without arguments there is only the help
@@ -268,8 +269,13 @@ def run_folder(context: typer.Context) -> Path | None:
     return folder
 
 
-def show_error(message: str) -> None:
-    """Print an error as one line on stderr."""
+def show_error(message: str, *, of_all: bool = False) -> None:
+    """Print an error as one line on stderr.
+
+    of_all: not by the first process of a launch alone, but by any, with its rank.
+    """
+    if of_all and err.rank:
+        err.quiet, message = False, f"rank {err.rank}: {message}"
     err.print(f"error: {with_dashes(message)}", style="red", highlight=False, soft_wrap=True)
 
 
@@ -308,12 +314,13 @@ def raise_noted() -> list[int]:
 
 
 def start_ranks(device: str) -> "Ranks":
-    """The processes of this launch, of which the first alone is heard."""
+    """The processes of this launch, of which the first alone is heard, and others by the errors that end them."""
     from detguard.ranks import Ranks
 
     ranks = Ranks.start(device)
     if not ranks.first:
         out.quiet = err.quiet = True
+        err.rank = ranks.rank
     return ranks
 
 

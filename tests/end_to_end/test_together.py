@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 import torch
-from program import detguard, together
+from program import detguard, launched, together
 
 from detguard.evaluation.cache import DEFAULT as CACHE
 from detguard.evaluation.cache import Cache
@@ -88,6 +88,25 @@ def test_each_machine_has_a_cache_of_its_own_and_gets_what_the_other_made(line, 
     taken = [key for key, value in entries(folders[0]).items() if value == there.get(key)]
     assert 0 < len(taken) < len(there)
     assert not (folders[1] / "run").exists()
+
+
+def test_another_than_the_first_says_what_ends_it_and_whose_error_it_is(tiny_data, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    shutil.copytree(tiny_data.parent, folders[0] / "data")
+    folders[1].mkdir()
+    line = ("evaluate", "--data", "data/instances.json", "--imgsz", 64, "--protocols", "clean", "--out", "run")
+    first, second = launched(*line, folders=folders)
+    ended = second.ended(240)
+    first.stop()  # which a launcher does
+    first.ended()
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (told,) = ended.stderr.splitlines()
+    assert told.startswith("error: rank 1: data/instances.json: no such data")
+    (folders[0] / "run").mkdir(exist_ok=True)
+    (folders[0] / "run/config.yaml").write_text("")
+    refused, other = together(*line, folders=[folders[0]] * 2)
+    assert "already holds a run" in refused.stderr
+    assert (other.returncode, other.stderr) == (2, "")
 
 
 def test_when_one_is_killed_all_end_and_another_takes_up_what_they_left(line, alone, tmp_path):
