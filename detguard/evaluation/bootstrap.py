@@ -1,6 +1,5 @@
 """How far AP would be another on other photos of the same kind: it is taken again of photos drawn anew from those."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, cast
@@ -11,6 +10,8 @@ from hotcoco import COCOeval
 # Times that photos are drawn: their standard deviation is then known to 7 %. The same draws for all of a data set, so
 # that two figures of it can be compared draw by draw.
 RESAMPLES = 100
+# Of these at once, as each is a row as long as all detections of a class.
+DRAWN_AT_ONCE = 10
 # Of a normal distribution, 95 % lie within so many standard deviations.
 SIGMAS_95 = 1.96
 # Photos under which the draws tell too little of what other photos would be like.
@@ -27,8 +28,6 @@ class Matches(TypedDict):
     """hotcoco's matches of one class on one photo at each IoU, [IoUs, detections]; the objects' are [objects]."""
 
     image_id: int
-    category_id: int
-    aRng: list[float]
     dtScores: list[float]
     dtMatched: list[list[bool]]
     dtIgnore: list[list[bool]]
@@ -51,15 +50,18 @@ class Drawn:
 def drawn_classes(judge: COCOeval, counts: np.ndarray) -> dict[int, Drawn]:
     """AP of each class in each draw of photos, by category.
 
-    Its matches are COCO's, of all areas; each photo's count as often as it was drawn (Efron 1979). judge: evaluated, of
-    photos called 0, 1, ...; counts: [draws, photos].
+    Its matches are COCO's, of all areas; each photo's count as often as it was drawn (Efron 1979). judge: of photos
+    called 0, 1, ..., which afterwards has its last class alone; counts: [draws, photos].
     """
-    of_class: dict[int, list[Matches]] = defaultdict(list)
-    all_areas = list(judge.params.area_rng[0])
-    for one in judge.eval_imgs:
-        if one is not None and one["aRng"] == all_areas:
-            of_class[one["category_id"]].append(cast(Matches, one))
-    return {category: _drawn_class(photos, counts) for category, photos in of_class.items()}
+    classes: dict[int, Drawn] = {}
+    judge.params.area_rng, judge.params.area_rng_lbl = judge.params.area_rng[:1], ["all"]
+    # One after the other: all matches as Python objects are a megabyte per photo.
+    for category in judge.params.cat_ids:
+        judge.params.cat_ids = [category]
+        judge.evaluate()
+        if photos := [cast(Matches, one) for one in judge.eval_imgs if one is not None]:
+            classes[category] = _drawn_class(photos, counts)
+    return classes
 
 
 def mean_ap(classes: Iterable[Drawn]) -> np.ndarray:
@@ -76,16 +78,24 @@ def mean_ap(classes: Iterable[Drawn]) -> np.ndarray:
 def _drawn_class(photos: Sequence[Matches], counts: np.ndarray) -> Drawn:
     place = np.array([one["image_id"] for one in photos])
     labelled = np.array([sum(one["gtInDenominator"]) for one in photos], np.float32)
-    objects = counts[:, place] @ labelled
     scores = [np.array(one["dtScores"], float) for one in photos]
     order = np.argsort(-np.concatenate(scores), kind="stable")
-    times = counts[:, np.repeat(place, [len(one) for one in scores])[order]]
+    of_photo = np.repeat(place, [len(one) for one in scores])[order]
     matched, ignored = (
         np.concatenate([np.array(rows, bool).reshape(len(rows), -1) for rows in of_photos], 1)[:, order]
         for of_photos in ([one["dtMatched"] for one in photos], [one["dtIgnore"] for one in photos])
     )
+    aps = [
+        _aps(part[:, of_photo], part[:, place] @ labelled, matched & ~ignored, ignored)
+        for part in np.array_split(counts, max(1, len(counts) // DRAWN_AT_ONCE))
+    ]
+    return Drawn(np.concatenate(aps), int((labelled > 0).sum()))
+
+
+def _aps(times: np.ndarray, objects: np.ndarray, matched: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """AP in some draws, in which each detection is there so many `times`, [draws, detections], best first."""
     aps = []
-    for true, left_out in zip(matched & ~ignored, ignored, strict=True):  # at each IoU
+    for true, left_out in zip(matched, ignored, strict=True):  # at each IoU
         hits = true.nonzero()[0]  # precision is highest at a true positive
         ahead = np.cumsum(times * ~left_out, 1)[:, hits]
         right = np.cumsum(times[:, hits], 1)
@@ -93,7 +103,7 @@ def _drawn_class(photos: Sequence[Matches], counts: np.ndarray) -> Drawn:
         with np.errstate(invalid="ignore"):
             reached = np.searchsorted(RECALLS, right.astype(float) / objects[:, None], "right")
         aps.append((precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS))
-    return Drawn(np.where(objects > 0, np.mean(aps, 0), np.nan), int((labelled > 0).sum()))
+    return np.where(objects > 0, np.mean(aps, 0), np.nan)
 
 
 def error_95(values: Iterable[float], photos: int) -> float | None:

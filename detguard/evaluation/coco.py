@@ -63,7 +63,7 @@ def coco_results(image_id: int, detections: Detections, category_ids: dict[int, 
 
 def coco_metrics(
     annotations: COCO,
-    results: list[Result],
+    results: Iterable[Result],
     categories: Iterable[int],
     images: Sequence[int] | None = None,
     *,
@@ -122,26 +122,30 @@ def _with_errors(metrics: CocoMetrics, judge: COCOeval, names: Sequence[str]) ->
 
 
 def _judge(
-    annotations: COCO, results: list[Result], categories: list[int], images: list[int], *, sizes: bool
+    annotations: COCO, results: Iterable[Result], categories: list[int], images: list[int], *, sizes: bool
 ) -> COCOeval:
     """hotcoco, which has matched the results; categories and images are numbered by their places in the lists."""
     category_at, image_at = ({one: place for place, one in enumerate(ids)} for ids in (categories, images))
 
-    def numbered(entries: Iterable[Annotation | Result]) -> list[dict[str, object]]:
-        return [
-            {**entry, "image_id": image_at[entry["image_id"]], "category_id": category_at[entry["category_id"]]}
-            for entry in entries
-            if entry["image_id"] in image_at and entry["category_id"] in category_at
-        ]
+    def known(entry: Annotation | Result) -> bool:
+        return entry["image_id"] in image_at and entry["category_id"] in category_at
 
+    labelled = [
+        {**entry, "image_id": image_at[entry["image_id"]], "category_id": category_at[entry["category_id"]]}
+        for entry in annotations.dataset["annotations"]
+        if known(entry)
+    ]
     truth = hotcoco.COCO(
         {
             "images": [{"id": place} for place in image_at.values()],
-            "annotations": numbered(annotations.dataset["annotations"]),
+            "annotations": labelled,
             "categories": [{"id": place, "name": str(place)} for place in category_at.values()],
         }
     )
-    judge = COCOeval(truth, truth.load_res(numbered(results)), "bbox")
+    rows = (
+        (image_at[r["image_id"]], *r["bbox"], r["score"], category_at[r["category_id"]]) for r in results if known(r)
+    )
+    judge = COCOeval(truth, truth.load_res(np.fromiter(rows, np.dtype((float, 7)))), "bbox")
     judge.params.cat_ids, judge.params.img_ids = list(category_at.values()), list(image_at.values())
     if not sizes:
         judge.params.area_rng, judge.params.area_rng_lbl = judge.params.area_rng[:1], ["all"]

@@ -347,11 +347,11 @@ class Scorer:
     ) -> CocoMetrics:
         """COCO metrics of a part of a view; `write`: what was found into detections/ of the run."""
         seen = list(results_of(self.subject, view, part))
-        shown = results(self.subject, seen)
         name = self.subject.name
         if write:
-            self.run.write(f"detections/{name}/{label.replace(' ', '-')}.json", json.dumps(shown).encode())
-        metrics = metrics_of(self.subject, shown, sizes=sizes, drawn=True)
+            lines = (json.dumps(one).encode() for one in results(self.subject, seen))
+            self.run.write(f"detections/{name}/{label.replace(' ', '-')}.json", b"[" + b", ".join(lines) + b"]")
+        metrics = metrics_of(self.subject, results(self.subject, seen), sizes=sizes, drawn=True)
         if self.subject.detector.experts:
             self.gate[label] = expert_shares(seen)
         self.evaluation.classes += [(name, label, of_class, row) for of_class, row in metrics.per_class.items()]

@@ -1,6 +1,6 @@
 """From what a view shows to COCO metrics."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -9,12 +9,15 @@ from detguard.evaluation.coco import CocoMetrics, Result, coco_metrics, coco_res
 from detguard.evaluation.views import Subject, View, results_of
 
 
-def results(subject: Subject, found: Iterable[tuple[int, Detections]]) -> list[Result]:
-    """COCO results of photos of the subject, by image id, as they are scored and written."""
-    return [r for image, detections in found for r in coco_results(image, detections, subject.category_ids)]
+def results(subject: Subject, found: Iterable[tuple[int, Detections]]) -> Iterator[Result]:
+    """COCO results of photos of the subject, by image id, as they are scored and written.
+
+    One by one: all of them as Python objects are ten times as large.
+    """
+    return (r for image, detections in found for r in coco_results(image, detections, subject.category_ids))
 
 
-def metrics_of(subject: Subject, found: list[Result], *, sizes: bool = False, drawn: bool = False) -> CocoMetrics:
+def metrics_of(subject: Subject, found: Iterable[Result], *, sizes: bool = False, drawn: bool = False) -> CocoMetrics:
     """COCO metrics of results of the subject's photos; see `coco_metrics`."""
     images = list(subject.dataset.files)
     return coco_metrics(

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -85,3 +87,21 @@ def test_the_error_is_that_of_normal_values_and_none_of_few_photos():
     assert error_95(values, FEWEST) == pytest.approx(0.0196, abs=0.003)
     assert error_95(values, FEWEST - 1) is None
     assert error_95([float("nan")] * 3, 50) is None
+
+
+def test_memory_for_the_matches_of_many_photos_is_that_of_a_few_numbers_each():
+    rng, photos, most = np.random.default_rng(0), range(200), 100
+    labelled = boxes(rng, photos)
+
+    def found():
+        for image in photos:
+            for x, y, category in rng.integers(1, 90, (most, 3)).tolist():
+                row = {"image_id": image, "category_id": 1 + category % 3, "bbox": [x, y, 20, 30]}
+                yield row | {"score": round(float(rng.random()), 5)}
+
+    annotations = of(photos, labelled)
+    tracemalloc.start()
+    coco_metrics(annotations, found(), (1, 2, 3), sizes=True, drawn=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / (len(photos) * most) < 500
