@@ -187,5 +187,5 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
     run.write("report.html", adaptation_page(run, judged, job.learned))
     show_judgement(verdict(judged), judged_table(judged))
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."
-    show_made(text, as_json=as_json, **asdict(Trained(made, run.folder, job.unread, before, judged.after)))
+    show_made(text, as_json=as_json, **asdict(Trained(made, run.folder, job.unread, before, judged.after, judged.by)))
     return 2 if job.unread else 0

@@ -84,6 +84,11 @@ def unlabelled(source: str) -> bool:
     return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
 
 
+def with_labels(source: str) -> bool:
+    """Whether a source of photos is a data set."""
+    return Path(source).suffix in (".yaml", ".yml", ".json")
+
+
 def photo_files(source: str) -> list[Path]:
     """The photos of a folder, a pattern or a data set's training split; folders `images/train` and the like too.
 
@@ -95,7 +100,7 @@ def photo_files(source: str) -> list[Path]:
             f"{source}: photos of an attack, {run}, which fool whoever labels them; give clean ones here, "
             f"and to detguard harden the attack as `samples` {run}"
         )
-    if Path(source).suffix in (".yaml", ".yml", ".json"):
+    if with_labels(source):
         return list(read_dataset(source, "train").files.values())
     return find_photos([source])
 

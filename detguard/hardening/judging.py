@@ -19,6 +19,8 @@ from detguard.runs import Run
 
 # Of a run, what it knew of photos before and after.
 FIGURES = "figures.json"
+# What photos are judged by, where it is no detector.
+LABELS = "labels"
 
 
 class OfKind(Figure):
@@ -43,6 +45,11 @@ class Judgement:
     answers: dict[str, str] = field(default_factory=dict)
     before: Figures = field(default_factory=dict)
     after: Figures = field(default_factory=dict)
+
+    @property
+    def by(self) -> dict[str, str]:
+        """Of each kind, what is to be found: "labels", or the name of the detector whose answers count as right."""
+        return {kind: self.answers.get(kind, LABELS) for kind in self.photos}
 
     def keep(self, run: Run) -> None:
         """Write it to the run."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from detguard.hardening.judging import Judgement, OfKind
+from detguard.hardening.judging import LABELS, Judgement, OfKind
 from detguard.reports.evaluation import number, with_error
 from detguard.reports.page import Table
 
@@ -29,8 +29,11 @@ def judged_table(judged: Judgement, note: str = "") -> Table:
         "Of photos that were not trained on; ± is half of the 95 % interval, of 10 photos or more. F1 at IoU .50 and "
         "confidence .25."
     ]
-    for name in dict.fromkeys(judged.answers.values()):
-        kinds = " and ".join(kind for kind, of in judged.answers.items() if of == name)
+    for name in dict.fromkeys(judged.by.values()):
+        kinds = " and ".join(kind for kind, of in judged.by.items() if of == name)
+        if name == LABELS:
+            notes.append(f"What is to be found in the {kinds} photos is what their labels say.")
+            continue
         notes.append(
             f"The {kinds} photos have no labels: what {name} showed of them as they are (confidence .25) counts as "
             f"right, so that these figures tell agreement with it, not accuracy, and its own AP on them is 1."

@@ -285,4 +285,5 @@ def adapt(
         warnings.warn(message, stacklevel=2)
     before = job.figures()
     made = job.train(on_batch)
-    return Trained(made, job.run.folder, job.unread, before, job.judgement(before).after)
+    judged = job.judgement(before)
+    return Trained(made, job.run.folder, job.unread, before, judged.after, judged.by)

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from detguard import DetguardError, defaults
 from detguard.attacks.samples import KEPT, Sample, kept_samples, load_samples, read_samples, sample_lines
 from detguard.data.batches import PhotoSet, Samples, read_photos
 from detguard.data.corruptions import chosen_kinds
+from detguard.data.entries import DataError
 from detguard.data.sources import (
     LABELLED,
     OnData,
@@ -24,6 +26,7 @@ from detguard.data.sources import (
     read_labelled,
     unlabelled,
     warn_of,
+    with_labels,
 )
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
@@ -58,6 +61,7 @@ class Trained:
         before: F1, AP (with AP_error, half of its 95 % interval) and AP50 of the detector that was given, on photos
             that were held out: by `harden` `clean` and `attacked`, by `adapt` `new` and `old`; {} where none were.
         after: the same of what has come of it.
+        by: of each kind, what was to be found: "labels", or the name of the detector whose answers counted as right.
     """
 
     weights: Path
@@ -65,6 +69,7 @@ class Trained:
     unread: list[str]
     before: Figures
     after: Figures
+    by: dict[str, str]
 
 
 def known_classes(network: Any) -> dict[int, str]:
@@ -145,9 +150,19 @@ class Hardening:
         learns_labels = wanted.learn != "teacher"
         for source in filter(unlabelled, data if learns_labels else []):
             raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
-        sources = data if learns_labels else []
-        of_each = (read_labelled(one, "train", names, on_data, class_map=class_map) for one in sources)
-        labelled = [one for photos in of_each for one in photos]
+        labelled, photos = list[Labelled](), list[Path]()
+        for source in data:
+            found = list[Labelled]()
+            if learns_labels:
+                found = read_labelled(source, "train", names, on_data, class_map=class_map)
+            elif with_labels(source):
+                with suppress(DataError):  # none of its classes is known; the teacher answers for its photos, too
+                    found = read_labelled(source, "train", names, on_data, class_map=class_map)
+            labelled += found
+            photos += [] if learns_labels else [one.file for one in found] or photo_files(source)
+        if not learns_labels:  # which then only judge
+            of_file = {one.file: one for one in labelled}
+            labelled = [of_file[file] for file in hold_out(photos)[1] if file in of_file]
         if samples and wanted.recipe == "finetune":
             raise DetguardError("`samples`: `recipe` finetune sees no attacks; leave one of them out")
         attacks = [one for source in samples for one in read_samples(source, names, on_data)]
@@ -157,7 +172,7 @@ class Hardening:
             "harden": kept,
             "corruptions": list(kinds),
             "arguments": list(arguments),
-            "photos": [] if labelled else [str(file) for source in data for file in photo_files(source)],
+            "photos": list(map(str, photos)),
             "pretrain": [str(file) for source in pretrain for file in photo_files(source)],
             "samples": list(samples),
         }
@@ -183,13 +198,16 @@ class Hardening:
         self.plan, imgsz = Plan(**config["harden"]), config["detectors"][0]["imgsz"]
         names = known_classes(self.network)
         photos: Sequence[Any] = [Path(file) for file in config["photos"]]
-        if self.plan.learn != "teacher":  # as the run keeps them
-            photos = self.ranks.given(lambda: read_labelled(str(self.run.folder / LABELLED), "", names))
+        labelled = self.ranks.given(lambda: self._labelled(names))
+        if self.plan.learn != "teacher":
+            photos, labelled = labelled, []
         trained, held_out = hold_out(photos)
         self.source, self.unread = read_photos([(trained, 1.0)], imgsz)
         self.held_out, unread = readable(held_out)
         self.unread += unread
         self.held = Validation.of(self.held_out, imgsz)
+        if any(len(one.objects) for one in labelled):
+            self.held_out = [one for one in labelled if one.file in self.held_out]
         self.first: PhotoSet | None = None
         self.samples: Samples | None = None
         kept = {file_of(one).name for one in held_out}
@@ -203,6 +221,11 @@ class Hardening:
             self.unread += unread
         kinds = chosen_kinds(config["corruptions"])
         self.setting = Setting.on(self.ranks, workers, self.plan.batch, imgsz, self.plan.seed, kinds)
+
+    def _labelled(self, names: dict[int, str]) -> list[Labelled]:
+        """The photos whose labels the run keeps."""
+        file = self.run.folder / LABELLED
+        return read_labelled(str(file), "", names) if file.exists() or self.plan.learn != "teacher" else []
 
     def card(self) -> JsonObject:
         """What the json beside the weights is to say."""
@@ -295,12 +318,13 @@ class Hardening:
                 raise KeyboardInterrupt
 
         self.judgement = self.judge(made, on_step) if self.ranks.first and self.held_out else Judgement()
-        return Trained(made, self.run.folder, self.unread, self.judgement.before, self.judgement.after)
+        judged = self.judgement
+        return Trained(made, self.run.folder, self.unread, judged.before, judged.after, judged.by)
 
     def judge(self, made: Path, on_step: Callable[[], None]) -> Judgement:
         """How good the detector that was given is on the photos held out, clean and attacked, and what was made of it.
 
-        What is to be found is what labels say, where they were learned, or else what the teacher shows.
+        What is to be found is what labels say, where photos have some, or else what the teacher shows.
         """
         photos = [one for one in self.held_out if isinstance(one, Labelled)]
         answers = {} if photos else dict.fromkeys(("clean", "attacked"), self.teacher.name)

@@ -212,6 +212,31 @@ def assert_what_was_held_out_is_judged(result, run, bundled):
     assert judged.before["clean"]["F1"] < kept["before"]["clean"]["F1"]
 
 
+def test_labels_judge_though_the_teacher_is_what_is_learned(tmp_path, many):
+    shutil.copytree(many, tmp_path / "data/images")
+    (tmp_path / "data/labels").mkdir()
+    for photo in many.iterdir():
+        (tmp_path / f"data/labels/{photo.stem}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "data/data.yaml").write_text("train: images\nnames: [person]\n")
+    options = (*OPTIONS[2:-4], "--photos", 4, "--steps", 1, "--recipe", "pgd", "--crop", 64, "--json", "--out", "run")
+    result = detguard("harden", "--data", "data/data.yaml", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    told, kept = json.loads(result.stdout), json.loads((tmp_path / "run/figures.json").read_text())
+    assert told["by"] == {"clean": "labels", "attacked": "labels"}
+    assert (kept["photos"]["clean"], kept["answers"]) == (1, {})
+    assert kept["before"]["clean"]["F1"] < 0.5  # the teacher agrees with itself
+    page = (tmp_path / "run/report.html").read_text()
+    assert "By labels, on 1 photos held out" in page
+    assert "What is to be found in the clean and attacked photos is what their labels say." in page
+    assert len((tmp_path / "run/labelled.jsonl").read_text().splitlines()) == 1
+    strange = (tmp_path / "data/data.yaml").read_text().replace("person", "gremlin")
+    (tmp_path / "data/data.yaml").write_text(strange)
+    job = Hardening.begin("detguard-n", [str(tmp_path / "data/data.yaml")], {}, ALONE, imgsz=64, out=tmp_path / "other")
+    job.load(1)
+    (held,) = job.held_out
+    assert held.stem in {photo.stem for photo in many.iterdir()}
+
+
 def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path, many, bundled):
     options = (*OPTIONS[2:-4], "--photos", 12, "--steps", 1, "--recipe", "pgd", "--crop", 64, "--out", "single")
     first = detguard("harden", "--data", many, *options, cwd=tmp_path)
