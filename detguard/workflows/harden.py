@@ -206,8 +206,9 @@ class Hardening:
         self.held_out, unread = readable(held_out)
         self.unread += unread
         self.held = Validation.of(self.held_out, imgsz)
-        if any(len(one.objects) for one in labelled):
-            self.held_out = [one for one in labelled if one.file in self.held_out]
+        judging = [one for one in labelled if one.file in self.held_out]
+        if any(len(one.objects) for one in judging):
+            self.held_out = judging
         self.first: PhotoSet | None = None
         self.samples: Samples | None = None
         kept = {file_of(one).name for one in held_out}
