@@ -6,7 +6,7 @@ Each row is a command in a process of its own. Seconds per photo are what each p
 processor's time, which other programs change less than the clock: loading is left out. Memory is the peak of what is
 resident, as the system counts it; neither command starts processes for what is measured here. 1,000 photos should take
 the memory of 10, and a hundred times as long. What an ensemble costs by its experts and by those asked (K):
-`python benchmarks/adapting.py --minutes 0 --with-costs`.
+`python benchmarks/adapting.py --model MODEL --minutes 0 --with-costs`.
 """
 
 import json
