@@ -2,27 +2,23 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
-from detguard.data.stream import Labelled
-from detguard.detections import suppress
-from detguard.detectors.base import Detector
-from detguard.detectors.gated import GatedNetwork, content
+from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
 from detguard.detectors.ultralytics import decode
-from detguard.evaluation.views import SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
+from detguard.hardening.kinds import answers, fit_kinds
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
@@ -37,12 +33,8 @@ STAGE = "adapt"
 FEW = 500
 # Of a batch, new photos; of the others, old ones, a third (rounded down) is corrupted and a third attacked.
 NEW_SHARE = 0.5
-# Batches by which new kinds are told from old ones, the weight of squares in that, and how far apart several begin.
-FIT_BATCHES, FIT_DECAY, FIT_SPREAD = 16, 1e-2, 0.1
-# How often old frames are attacked so as to look new, in how many steps, and learned as old ones.
-FIT_ROUNDS, FIT_STEPS = 2, 5
-# Of old frames, attacked or not, so many shall be given to new experts with a weight of no more than e^-3.
-FIT_SURE, FIT_UNASKED = 0.98, 3.0
+# Batches by which new kinds are told from old ones.
+FIT_BATCHES = 16
 # Of the photos one in so many, at most so many, is not trained on but judged by.
 JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
@@ -144,115 +136,6 @@ def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
     gate = found[0].gate  # the same by every route
     assert gate is not None
     return int((gate.softmax(1) * (-harm).exp()).mean(0).argmax())
-
-
-def fit_kinds(
-    network: GatedNetwork,
-    before: GatedNetwork,
-    pairs: Callable[[], Iterable[tuple[Batch, Batch | None]]],
-    adversary: Adversary,
-    setting: Setting,
-) -> None:
-    """Fit how far the experts are asked that `before` had not: to tell new frames from known ones.
-
-    Logistic regression on what the robust expert sees. Known frames, attacked so as to look new, are learned as known
-    ones; in the end the bias is lowered until nearly all of them leave the new experts unasked: they lead, and need not
-    resist. Several differ a little, or all their experts would learn the same.
-
-    pairs: batches of new frames and of old ones, the same each time. Of the old ones those are known that `before` does
-    better on than on half of the new ones: what it was shown and has not learned is nothing to keep.
-    """
-    count = len(network.names) - len(before.names)
-    new, harm_of_new, old, harm_of_old = [], [], list[Tensor](), list[Tensor]()
-    with torch.no_grad():
-        for fresh, replayed in pairs():
-            new.append(network.kind_features(fresh.shown))
-            if replayed is not None:
-                harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
-                harm_of_old.append(
-                    label_loss(setting.run(before, replayed.shown)[0], answers(before, replayed, setting))
-                )
-                old.append(replayed.shown)
-    known = list[Tensor]()
-    if old:
-        limit = torch.cat(harm_of_new).median()
-        known = [frames[harm < limit] for frames, harm in zip(old, harm_of_old, strict=True)]
-        known = [frames for frames in known if len(frames)]
-    with torch.no_grad():
-        features = [network.kind_features(frames) for frames in known]
-    x = torch.cat(new)
-    weight, bias = _told_apart(network, count, x, features)
-    for _ in range(FIT_ROUNDS if known else 0):
-        features += _attacked_kinds(network, count, known, weight, bias, adversary)
-        weight, bias = _told_apart(network, count, x, features)
-    if known:
-        features += _attacked_kinds(network, count, known, weight, bias, adversary)
-        highest = _kind_logit(network, count, torch.cat(features), weight, bias).quantile(FIT_SURE)
-        bias = bias - (highest + FIT_UNASKED).clamp(min=0)
-    kinds = network.kinds
-    assert kinds is not None
-    with torch.no_grad():
-        spread = FIT_SPREAD * (count > 1) * torch.randn(count, len(weight), device=weight.device)
-        kinds.weight[-count:] = weight + spread * weight.std()
-        kinds.bias[-count:] = bias - math.log(count)
-
-
-@torch.no_grad()
-def answers(before: GatedNetwork, batch: Batch, setting: Setting) -> list[Labelled]:
-    """The labels of old frames, or what the ensemble found in the clean ones."""
-    if batch.labels:
-        return list(batch.labels)
-    found = suppress(setting.run(before, batch.clean)[0], SHOWN_CONFIDENCE, Detector.iou)
-    return [Labelled(Path(), objects) for objects in found]
-
-
-def _kind_logit(network: GatedNetwork, count: int, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """How much likelier frames are new than anything that was known before, [B]."""
-    assert network.kinds is not None
-    known = network.kinds(features)[:, :-count]
-    known = torch.cat([torch.zeros_like(features[:, :1]), known], 1)
-    return features @ weight + bias - known.logsumexp(1)
-
-
-def _told_apart(network: GatedNetwork, count: int, new: Tensor, old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the logistic regression; new and old frames count alike, however many there are."""
-    x = torch.cat([new, *old])
-    y = (torch.arange(len(x), device=x.device) < len(new)).float()
-    share = torch.where(y > 0, len(x) / (2 * y.sum()), len(x) / (2 * (1 - y).sum()).clamp(min=1))
-    mean, spread = x.mean(0), x.std(0) + 1e-3
-    x_scaled = (x - mean) / spread
-    scaled, bias = (torch.zeros(size, device=x.device, requires_grad=True) for size in (x.shape[1], 1))
-    offset = _kind_logit(network, count, x, torch.zeros_like(mean), torch.zeros_like(mean[:1])).detach()
-    optimizer = torch.optim.LBFGS([scaled, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = binary_cross_entropy_with_logits(x_scaled @ scaled + bias + offset, y, share)
-        value = value + FIT_DECAY * scaled.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    weight = scaled.detach() / spread
-    return weight, bias.detach() - mean @ weight
-
-
-def _attacked_kinds(
-    network: GatedNetwork, count: int, known: Sequence[Tensor], weight: Tensor, bias: Tensor, adversary: Adversary
-) -> list[Tensor]:
-    """The features of frames that are attacked so as to look new."""
-
-    found = []
-    for frames in known:
-        where = content(frames)
-
-        def newness(x: Tensor, where: Tensor = where) -> Tensor:
-            return _kind_logit(network, count, network.kind_features(x, where), weight, bias)
-
-        attacked = perturb(frames, newness, replace(adversary, steps=FIT_STEPS))
-        with torch.no_grad():
-            found.append(network.kind_features(attacked, where))
-    return found
 
 
 def learned_parameters(network: GatedNetwork, plan: Adaptation) -> list[nn.Parameter]:

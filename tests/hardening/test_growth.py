@@ -151,12 +151,20 @@ def test_where_the_robust_expert_leads_the_new_one_leads_with_it(network, train,
     assert harm[0] < harm[1] - 0.2
 
 
+def test_replayed_photos_that_the_ensemble_does_not_know_are_nothing_to_keep(network, train, old, new):
+    photos = [encode_png(one.photo(0)) for one in (old, new)]
+    train(replace(PLAN, eps=1.0, photos=6), replayed=PhotoSet.of(photos, [1.0, 1.0], [*old.labels, *new.labels]))
+    with torch.no_grad():
+        asked = network(next(batches(new, 6, 128, 5, 0, 1)).shown)[1].softmax(1)[:, 3]
+    assert asked.mean() > 0.5
+
+
 def test_old_photos_are_not_led_to_new_experts_by_an_attack_that_knows_whom_the_gate_asks(
     network, train, old, monkeypatch
 ):
     def asked(rounds, margin, folder):
-        monkeypatch.setattr("detguard.hardening.adapt.FIT_ROUNDS", rounds)
-        monkeypatch.setattr("detguard.hardening.adapt.FIT_UNASKED", margin)
+        monkeypatch.setattr("detguard.hardening.kinds.ROUNDS", rounds)
+        monkeypatch.setattr("detguard.hardening.kinds.UNASKED", margin)
         grown = copy.deepcopy(network)
         train(replace(PLAN, photos=6), of=grown, folder=folder)
         torch.manual_seed(0)

@@ -1,0 +1,135 @@
+"""Whom a grown ensemble asks: photos of a new kind are told from known ones by what its robust expert sees."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from detguard.data.batches import Batch
+from detguard.data.stream import Labelled
+from detguard.detections import suppress
+from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedNetwork, content
+from detguard.evaluation.views import SHOWN_CONFIDENCE
+from detguard.hardening.adversary import Adversary, perturb
+from detguard.hardening.losses import label_loss
+from detguard.hardening.train import Setting
+
+# The weight of squares in the regression, and how far apart several new experts begin.
+DECAY, SPREAD = 1e-2, 0.1
+# How often known frames are attacked so as to look new, in how many steps, and learned as known ones.
+ROUNDS, STEPS = 2, 5
+# Of known frames, attacked or not, so many shall be given to new experts with a weight of no more than e^-3.
+SURE, UNASKED = 0.98, 3.0
+
+
+def fit_kinds(
+    network: GatedNetwork,
+    before: GatedNetwork,
+    pairs: Callable[[], Iterable[tuple[Batch, Batch | None]]],
+    adversary: Adversary,
+    setting: Setting,
+) -> None:
+    """Fit how far the experts are asked that `before` had not: to tell new frames from known ones.
+
+    Logistic regression on what the robust expert sees. Known frames, attacked so as to look new, are learned as known
+    ones; in the end the bias is lowered until nearly all of them leave the new experts unasked: they lead, and need not
+    resist. Several differ a little, or all their experts would learn the same.
+
+    pairs: batches of new frames and of old ones, the same each time. Of the old ones those are known that `before` does
+    better on than on half of the new ones: what it was shown and has not learned is nothing to keep.
+    """
+    count = len(network.names) - len(before.names)
+    new, harm_of_new, old, harm_of_old = [], [], list[Tensor](), list[Tensor]()
+    with torch.no_grad():
+        for fresh, replayed in pairs():
+            new.append(network.kind_features(fresh.shown))
+            if replayed is not None:
+                harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
+                harm_of_old.append(
+                    label_loss(setting.run(before, replayed.shown)[0], answers(before, replayed, setting))
+                )
+                old.append(replayed.shown)
+    known = list[Tensor]()
+    if old:
+        limit = torch.cat(harm_of_new).median()
+        known = [frames[harm < limit] for frames, harm in zip(old, harm_of_old, strict=True)]
+        known = [frames for frames in known if len(frames)]
+    with torch.no_grad():
+        features = [network.kind_features(frames) for frames in known]
+    x = torch.cat(new)
+    weight, bias = _told_apart(network, count, x, features)
+    for _ in range(ROUNDS if known else 0):
+        features += _attacked_kinds(network, count, known, weight, bias, adversary)
+        weight, bias = _told_apart(network, count, x, features)
+    if known:
+        features += _attacked_kinds(network, count, known, weight, bias, adversary)
+        highest = _kind_logit(network, count, torch.cat(features), weight, bias).quantile(SURE)
+        bias = bias - (highest + UNASKED).clamp(min=0)
+    kinds = network.kinds
+    assert kinds is not None
+    with torch.no_grad():
+        spread = SPREAD * (count > 1) * torch.randn(count, len(weight), device=weight.device)
+        kinds.weight[-count:] = weight + spread * weight.std()
+        kinds.bias[-count:] = bias - math.log(count)
+
+
+@torch.no_grad()
+def answers(before: GatedNetwork, batch: Batch, setting: Setting) -> list[Labelled]:
+    """The labels of old frames, or what the ensemble found in the clean ones."""
+    if batch.labels:
+        return list(batch.labels)
+    found = suppress(setting.run(before, batch.clean)[0], SHOWN_CONFIDENCE, Detector.iou)
+    return [Labelled(Path(), objects) for objects in found]
+
+
+def _kind_logit(network: GatedNetwork, count: int, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """How much likelier frames are new than anything that was known before, [B]."""
+    assert network.kinds is not None
+    known = network.kinds(features)[:, :-count]
+    known = torch.cat([torch.zeros_like(features[:, :1]), known], 1)
+    return features @ weight + bias - known.logsumexp(1)
+
+
+def _told_apart(network: GatedNetwork, count: int, new: Tensor, old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the logistic regression; new and old frames count alike, however many there are."""
+    x = torch.cat([new, *old])
+    y = (torch.arange(len(x), device=x.device) < len(new)).float()
+    share = torch.where(y > 0, len(x) / (2 * y.sum()), len(x) / (2 * (1 - y).sum()).clamp(min=1))
+    mean, spread = x.mean(0), x.std(0) + 1e-3
+    x_scaled = (x - mean) / spread
+    scaled, bias = (torch.zeros(size, device=x.device, requires_grad=True) for size in (x.shape[1], 1))
+    offset = _kind_logit(network, count, x, torch.zeros_like(mean), torch.zeros_like(mean[:1])).detach()
+    optimizer = torch.optim.LBFGS([scaled, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = binary_cross_entropy_with_logits(x_scaled @ scaled + bias + offset, y, share)
+        value = value + DECAY * scaled.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    weight = scaled.detach() / spread
+    return weight, bias.detach() - mean @ weight
+
+
+def _attacked_kinds(
+    network: GatedNetwork, count: int, known: Sequence[Tensor], weight: Tensor, bias: Tensor, adversary: Adversary
+) -> list[Tensor]:
+    """The features of frames that are attacked so as to look new."""
+    found = []
+    for frames in known:
+        where = content(frames)
+
+        def newness(x: Tensor, where: Tensor = where) -> Tensor:
+            return _kind_logit(network, count, network.kind_features(x, where), weight, bias)
+
+        attacked = perturb(frames, newness, replace(adversary, steps=STEPS))
+        with torch.no_grad():
+            found.append(network.kind_features(attacked, where))
+    return found
