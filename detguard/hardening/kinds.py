@@ -40,24 +40,24 @@ def fit_kinds(
     ones; in the end the bias is lowered until nearly all of them leave the new experts unasked: they lead, and need not
     resist. Several differ a little, or all their experts would learn the same.
 
-    pairs: batches of new frames and of old ones, the same each time. Of the old ones those are known that `before` does
-    better on than on half of the new ones: what it was shown and has not learned is nothing to keep.
+    pairs: batches of new frames and of old ones, the same each time. Old ones are known but for those whose corruption
+    takes from `before` more than half of what the new kind does: what it was shown and has not learned is no loss.
     """
     count = len(network.names) - len(before.names)
-    new, harm_of_new, old, harm_of_old = [], [], list[Tensor](), list[Tensor]()
+    new, harm_of_new, old, harm, harm_of_clean = [], [], list[Tensor](), list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for fresh, replayed in pairs():
             new.append(network.kind_features(fresh.shown))
             if replayed is not None:
-                harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
-                harm_of_old.append(
-                    label_loss(setting.run(before, replayed.shown)[0], answers(before, replayed, setting))
-                )
+                labels = answers(before, replayed, setting)
                 old.append(replayed.shown)
+                harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
+                harm.append(label_loss(setting.run(before, replayed.shown)[0], labels))
+                harm_of_clean.append(label_loss(setting.run(before, replayed.clean)[0], labels))
     known = list[Tensor]()
     if old:
-        limit = torch.cat(harm_of_new).median()
-        known = [frames[harm < limit] for frames, harm in zip(old, harm_of_old, strict=True)]
+        most = (torch.cat(harm_of_new).median() - torch.cat(harm_of_clean).median()).clamp(min=0) / 2
+        known = [f[shown - clean <= most] for f, shown, clean in zip(old, harm, harm_of_clean, strict=True)]
         known = [frames for frames in known if len(frames)]
     with torch.no_grad():
         features = [network.kind_features(frames) for frames in known]

@@ -8,6 +8,7 @@ import torch
 
 from detguard import DetguardError
 from detguard.data.batches import PhotoSet, batches
+from detguard.data.corruptions import corrupt
 from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
@@ -151,12 +152,13 @@ def test_where_the_robust_expert_leads_the_new_one_leads_with_it(network, train,
     assert harm[0] < harm[1] - 0.2
 
 
-def test_replayed_photos_that_the_ensemble_does_not_know_are_nothing_to_keep(network, train, old, new):
-    photos = [encode_png(one.photo(0)) for one in (old, new)]
-    train(replace(PLAN, eps=1.0, photos=6), replayed=PhotoSet.of(photos, [1.0, 1.0], [*old.labels, *new.labels]))
+def test_a_corruption_that_the_ensemble_has_not_learned_is_not_kept_from_the_new_expert(network, old, tmp_path):
+    fog = PhotoSet.of([encode_png(corrupt(old.photo(0), "fog", 5, i)) for i in range(4)], [1.0] * 4, [*old.labels] * 4)
+    setting, plan = replace(SETTING, corruptions=("fog",)), replace(PLAN, eps=1.0, photos=6)
+    adapt(network, {}, fog, old, plan, setting, Run(tmp_path, {"command": "adapt"}))
     with torch.no_grad():
-        asked = network(next(batches(new, 6, 128, 5, 0, 1)).shown)[1].softmax(1)[:, 3]
-    assert asked.mean() > 0.5
+        asked = [network(next(batches(s, 6, 128, 5, 0, 1)).shown)[1].softmax(1)[:, 3].mean() for s in (fog, old)]
+    assert asked[0] > 0.2 > 0.05 > asked[1]
 
 
 def test_old_photos_are_not_led_to_new_experts_by_an_attack_that_knows_whom_the_gate_asks(
