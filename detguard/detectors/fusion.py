@@ -126,13 +126,10 @@ def parse_fusion(text: str) -> Fusion:
 
 def led_by(outputs: Outputs, log_weights: Tensor, robust: int, leaders: Sequence[int]) -> dict[str, Any]:
     """The average of the robust expert and the leaders, it having the weights of all that are no leaders."""
-    shares = [
-        log_weights[:, i] if i in leaders else torch.full_like(log_weights[:, i], -torch.inf)
-        for i in range(len(outputs))
-    ]
-    others = [i for i in range(len(outputs)) if i not in leaders]
+    shares = [x if i in leaders else torch.full_like(x, -torch.inf) for i, x in enumerate(log_weights.T)]
+    others = torch.stack([log_weights[:, i] for i in range(len(outputs)) if i not in leaders])
     # Not by logsumexp, whose gradient is no number where top-k leaves all of them out.
-    shares[robust] = log_weights[:, others].exp().sum(1).clamp(min=TINY).log()
+    shares[robust] = others.exp().sum(0).clamp(min=TINY).log()
     asked = [out if i == robust or i in leaders else (None, None) for i, out in enumerate(outputs)]
     return average(asked, torch.stack(shares, 1))
 

@@ -171,7 +171,8 @@ class GatedNetwork(nn.Module):
             return self._run(route, last, saved), logits
         if route is not None:
             among = [(None, self._run(expert, last, saved, ran=ran)) for expert in route]
-            return average(among, logits[:, list(route)].log_softmax(1)) | {"maps": saved}, logits
+            weights = torch.stack([logits[:, expert] for expert in route], 1).log_softmax(1)
+            return average(among, weights) | {"maps": saved}, logits
         if alone:
             raw = self._run(0, last, saved)
             return raw | {"maps": saved, "experts": [(None, raw)]}, logits
