@@ -13,11 +13,15 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from detguard.detections import Candidates, suppress
 from detguard.detectors.base import Detector
+from detguard.detectors.gated import GatedDetector
 from detguard.export.base import Deployment, Runtime
 from detguard.photos import PADDING_LEVEL, Photo, frames_tensor, read_photo
 
 # How far scores and boxes, px, may be from detguard's own.
 SCORES, BOXES = 1e-3, 0.5
+# The same where sparse layers set values under a threshold to their mean: rounding, another in each runtime, lifts some
+# over it. In ONNX Runtime 3 % of the boxes of detguard-n-hard differ by more than the above, by up to .011 and 2.6 px.
+JUMP_SCORES, JUMP_BOXES, MOST_JUMPS = 0.05, 8.0, 0.05
 # Over which a candidate's box counts, as in evaluation: nobody is shown those of others.
 SEEN = 0.001
 PHOTOS = 8
@@ -28,18 +32,24 @@ class Verdict:
     """What the check saw.
 
     scores, boxes: the largest differences, probability and frame pixels; infinite where one finds what the other does
-    not. compared: how many candidates or detections had a box to compare. milliseconds: per photo, by what ran it.
+    not. compared: how many candidates or detections had a box to compare; beyond: of these, those that differ by more
+    than SCORES or BOXES. jumps: whether the detector has sparse layers. milliseconds: per photo, by what ran it.
     """
 
     scores: float = 0.0
     boxes: float = 0.0
     compared: int = 0
+    beyond: int = 0
+    jumps: bool = False
     milliseconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether both are small and something was compared."""
-        return self.compared > 0 and self.scores <= SCORES and self.boxes <= BOXES
+        """Whether both are small, of sparse layers nearly everywhere, and something was compared."""
+        if not self.compared or not self.jumps:
+            return self.compared > 0 and self.scores <= SCORES and self.boxes <= BOXES
+        few = self.beyond <= MOST_JUMPS * self.compared
+        return few and self.scores <= JUMP_SCORES and self.boxes <= JUMP_BOXES
 
     def record(self) -> dict[str, object]:
         """What it saw, as JSON has it: null for what is infinite."""
@@ -50,6 +60,10 @@ class Verdict:
         self.scores = max(self.scores, scores.abs().amax().nan_to_num(torch.inf).item() if scores.numel() else 0.0)
         self.boxes = max(self.boxes, boxes.abs().amax().nan_to_num(torch.inf).item() if boxes.numel() else 0.0)
         self.compared += len(boxes)
+        self.beyond += max(
+            int((x.abs() > most).reshape(-1, x.shape[-1] if x.ndim > 1 else 1).any(1).sum())
+            for x, most in ((scores, SCORES), (boxes, BOXES))
+        )
 
 
 def default_photos() -> list[Photo]:
@@ -76,7 +90,8 @@ def frames_of(detector: Detector, photos: Sequence[Photo], *, square: bool) -> l
 
 def check(wanted: Deployment, run: Runtime) -> Verdict:
     """Compare a file that was read back with the detector that it was written from, on the frames of `wanted`."""
-    detector, verdict = wanted.detector, Verdict()
+    detector = wanted.detector
+    verdict = Verdict(jumps=isinstance(detector, GatedDetector) and bool(detector.model.sparse))
     compare = compare_listed if wanted.graph.listed else compare_candidates
     with torch.no_grad():
         for frames in wanted.frames:

@@ -97,3 +97,17 @@ def test_where_nothing_was_found_nothing_was_checked(wanted):
 
 def test_there_are_eight_photos_without_any_given():
     assert len(default_photos()) == 8
+
+
+def test_where_rounding_crosses_thresholds_a_few_boxes_may_differ_a_little():
+    def seen(boxes_apart, by, score, jumps=True):
+        made, boxes = Verdict(jumps=jumps), torch.zeros(100, 4)
+        boxes[:boxes_apart, 0] = by
+        made.add(torch.full((1, 100, 3), score), boxes)
+        return made.passed
+
+    assert seen(5, 2.0, 0.0005)
+    assert not seen(5, 2.0, 0.0005, jumps=False)
+    assert not seen(6, 2.0, 0.0005)
+    assert not seen(5, 9.0, 0.0005)
+    assert not seen(0, 0.0, 0.01)
