@@ -107,6 +107,7 @@ def together(*arguments, folders, local=None):
 
 def run(arguments, cwd, environment, streams, preexec_fn):
     """What a process does instead of `python -m detguard`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
