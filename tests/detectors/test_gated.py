@@ -337,3 +337,18 @@ def test_variants_are_each_expert_and_what_top_k_leaves_out(bus):
     assert detector.variants()["route:1"].experts == ()
     assert list(load_detector("detguard-n-hard", top_k=1).variants())[-1] == "dense"
     assert load_detector().variants() == {}
+
+
+def test_kinds_are_told_by_the_photo_and_not_by_the_padding_around_it(bundled_model, bundled, bus):
+    made = network(bundled_model)
+    photo = bus[:400]
+    frame = frames_tensor([bundled.letterbox(photo.shape[:2])(photo)])
+    square = torch.full((1, 3, 320, 320), 114 / 255)
+    square[:, :, : frame.shape[2], : frame.shape[3]] = frame
+    with torch.no_grad():
+        alone, padded, blind = (
+            made.kind_features(frame),
+            made.kind_features(square),
+            made.kind_features(square, torch.ones(1, 1, 320, 320)),
+        )
+    assert (padded - alone).norm() < 0.3 * (blind - alone).norm()
