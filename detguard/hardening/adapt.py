@@ -254,7 +254,7 @@ def batch_losses(
     if old is not None:
         with torch.no_grad():
             wanted = setting.run(before, old.clean)[0]
-        labels = answers(before, old, setting)
+        labels = answers(old, wanted)
         shown, first = old.shown, counts.old - counts.attacked
         rows = slice(len(ranks.rows(0, first)), len(shown))
         if rows.stop > rows.start:

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from detguard.data.batches import Batch
 from detguard.data.stream import Labelled
-from detguard.detections import suppress
+from detguard.detections import Candidates, suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork, content
 from detguard.evaluation.views import SHOWN_CONFIDENCE
@@ -49,11 +49,12 @@ def fit_kinds(
         for fresh, replayed in pairs():
             new.append(network.kind_features(fresh.shown))
             if replayed is not None:
-                labels = answers(before, replayed, setting)
+                clean = setting.run(before, replayed.clean)[0]
+                labels = answers(replayed, clean)
                 old.append(replayed.shown)
                 harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
                 harm.append(label_loss(setting.run(before, replayed.shown)[0], labels))
-                harm_of_clean.append(label_loss(setting.run(before, replayed.clean)[0], labels))
+                harm_of_clean.append(label_loss(clean, labels))
     known = list[Tensor]()
     if old:
         most = (torch.cat(harm_of_new).median() - torch.cat(harm_of_clean).median()).clamp(min=0) / 2
@@ -78,13 +79,9 @@ def fit_kinds(
         kinds.bias[-count:] = bias - math.log(count)
 
 
-@torch.no_grad()
-def answers(before: GatedNetwork, batch: Batch, setting: Setting) -> list[Labelled]:
+def answers(batch: Batch, clean: Candidates) -> list[Labelled]:
     """The labels of old frames, or what the ensemble found in the clean ones."""
-    if batch.labels:
-        return list(batch.labels)
-    found = suppress(setting.run(before, batch.clean)[0], SHOWN_CONFIDENCE, Detector.iou)
-    return [Labelled(Path(), objects) for objects in found]
+    return list(batch.labels) or [Labelled(Path(), o) for o in suppress(clean, SHOWN_CONFIDENCE, Detector.iou)]
 
 
 def _kind_logit(network: GatedNetwork, count: int, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
