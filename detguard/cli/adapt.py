@@ -8,6 +8,7 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    STOPPED,
     ClassMap,
     Device,
     ExistOk,
@@ -179,7 +180,7 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
             made = job.train(on_batch)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard adapt --resume {run.folder}")
-            return 130
+            return STOPPED
     with err.status("Judging"):
         judged = job.judgement(before)
     if not job.ranks.first:

@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, track
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    STOPPED,
     ClassMap,
     Confidence,
     Device,
@@ -382,7 +383,7 @@ def run_attack(job: "Job", ranks: "Ranks", *, as_json: bool = False) -> int:
                     show_record(job, record, as_json=as_json)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard attack --resume {job.run.folder}")
-            return 130
+            return STOPPED
     made = ranks.gathered(here)
     if not ranks.first:
         ranks.end()

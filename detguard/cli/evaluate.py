@@ -10,6 +10,7 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    STOPPED,
     ClassMap,
     Device,
     DryRun,
@@ -296,7 +297,7 @@ def run_evaluation(
             )
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard evaluate --resume {run.folder}")
-            return 130
+            return STOPPED
     if not ranks.first:
         return 0
     command = ["detguard", *run.config["arguments"]]

@@ -10,6 +10,7 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
+    STOPPED,
     ClassMap,
     Device,
     DryRun,
@@ -316,7 +317,7 @@ def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = Fals
             made = job.train(on_stage)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
-            return 130
+            return STOPPED
     if not job.ranks.first:
         return 0
     run.write("report.html", hardening_page(run, job.judgement))

@@ -12,6 +12,7 @@ import typer
 from detguard import DetguardError, defaults
 from detguard.cli.adapt import Replay
 from detguard.cli.app import (
+    STOPPED,
     ClassMap,
     Device,
     Every,
@@ -242,7 +243,7 @@ def watch(
         except KeyboardInterrupt:
             living.stop()
             show_error(f"stopped; go on with: detguard monitor --resume {run.folder}")
-            return 130
+            return STOPPED
     records = latest(run.records())
     drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living.at)))
