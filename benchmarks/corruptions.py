@@ -5,9 +5,11 @@
 Training and attacks have detguard's own, since they take a fifth of the time; detectors are judged under the published.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -18,12 +20,14 @@ from detguard.data.corruptions import KINDS, SEVERITIES, chosen_kinds, corrupt
 from detguard.data.dataset import read_dataset
 from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
+from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.cache import Cache
-from detguard.evaluation.run import mean
-from detguard.evaluation.score import score
-from detguard.evaluation.views import Clean, Corrupted, Subject, fill
+from detguard.evaluation.coco import CocoMetrics
+from detguard.evaluation.run import figure, mean
+from detguard.evaluation.score import metrics_of, results
+from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, results_of
 from detguard.photos import Photo
-from detguard.reports.evaluation import number
+from detguard.reports.evaluation import number, with_error
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,17 @@ class Own(Corrupted):
     @override
     def alter(self, photo: Photo, seed: int) -> Photo:
         return corrupt(photo, self.kind, self.severity, seed)
+
+
+def judged(subject: Subject, view: View) -> CocoMetrics:
+    """The figures of a view, with those in each draw of the photos."""
+    return metrics_of(subject, results(subject, results_of(subject, view)), drawn=True)
+
+
+def shown(some: Collection[CocoMetrics], photos: int) -> str:
+    """The mean AP of some views, with half of its 95 % interval."""
+    drawn = np.mean([metrics.drawn for metrics in some if metrics.drawn is not None], axis=0)
+    return with_error(figure([metrics.stats for metrics in some], mean, error_95(drawn, photos)))
 
 
 def main(
@@ -46,22 +61,25 @@ def main(
     keep_freed_memory()
     dataset = read_dataset(data, limit=limit)
     chosen, levels = chosen_kinds(kinds.split(",")), [int(level) for level in severities.split(",")]
-    title = f"AP, mean over severities {severities}; {imgsz} px, {data}, {len(dataset.files)} photos, seed 0"
+    title = f"AP, mean over severities {severities}, ± half of its 95 % interval; {imgsz} px, {data}, "
+    title += f"{len(dataset.files)} photos, seed 0"
     table = Table("corruption", title=title)
     columns: list[list[str]] = []
     for name in model:
         detector = load_detector(name, imgsz)
         subject = Subject(name, detector, dataset, dataset.category_ids(detector.class_names), Cache())
         fill(subject, [Clean()])
-        clean = score(subject, Clean()).stats["AP"]
+        clean = judged(subject, Clean())
         for source, made in (("published", Corrupted), ("detguard's", Own)):
-            views = {kind: [made(kind, level, 0) for level in levels] for kind in chosen}
+            each: dict[str, list[CocoMetrics]] = {}
             for kind in track(chosen, f"{detector.name}, {source}", transient=True):
-                fill(subject, views[kind])
-            each = {kind: mean(score(subject, view).stats["AP"] for view in views[kind]) for kind in chosen}
-            overall = mean(each.values())
-            share = overall / clean if clean and overall is not None else None
-            columns.append([number(value) for value in (clean, *each.values(), overall, share)])
+                views = [made(kind, level, 0) for level in levels]
+                fill(subject, views)
+                each[kind] = [judged(subject, view) for view in views]
+            overall = [metrics for of_kind in each.values() for metrics in of_kind]
+            means = [shown(some, len(dataset.files)) for some in ([clean], *each.values(), overall)]
+            ap, under = clean.stats["AP"], mean(metrics.stats["AP"] for metrics in overall)
+            columns.append([*means, number(under / ap if ap and under is not None else None)])
             table.add_column(f"{detector.name}, {source}", justify="right")
     for label, *row in zip(["none", *chosen, "mPC", "rPC"], *columns, strict=True):
         table.add_row(label.replace("_", " "), *row)
