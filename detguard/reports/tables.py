@@ -25,8 +25,8 @@ def rate(values: Sequence[bool | None]) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """Like "98 % (49/50)", or "-" of nothing."""
-    return f"{100 * part / whole:.4g} % ({part}/{whole})" if whole else "-"
+    """Like "98 % (49/50)", or "-" of nothing; in whole percents where one more would be a percent or more."""
+    return f"{100 * part / whole:{'.4g' if whole > 100 else '.0f'}} % ({part}/{whole})" if whole else "-"
 
 
 def survival_table(records: Sequence[Record], title: str, conf: float) -> Table:

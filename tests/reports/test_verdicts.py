@@ -6,7 +6,7 @@ from detguard.attacks.group import AttackOptions
 from detguard.hardening.judging import Judgement
 from detguard.reports import adaptation, attack, comparison, evaluation, hardening, monitoring
 from detguard.reports.judged import judged_table
-from detguard.reports.tables import duration, survival_table
+from detguard.reports.tables import duration, share, survival_table
 
 
 def photo(key, **left):
@@ -114,3 +114,8 @@ def test_runs_are_named_by_as_little_as_tells_them_apart():
 
 def test_times_are_in_units_that_can_be_read():
     assert [duration(seconds) for seconds in (0.2, 61, 720, 12_600)] == ["1 s", "61 s", "12 min", "3.5 h"]
+
+
+def test_percents_of_few_have_no_more_digits_than_they_tell():
+    assert [share(4, 7), share(71, 72), share(1547, 1569)] == ["57 % (4/7)", "99 % (71/72)", "98.6 % (1547/1569)"]
+    assert share(0, 0) == "-"
