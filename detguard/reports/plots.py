@@ -81,7 +81,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _sized(tag: str, width: float) -> str:
-    return re.sub(r' (height|width)="[^"]*"', "", tag).replace("<svg ", f'<svg style="max-width:{width:.0f}px" ')
+    return re.sub(r' (height|width)="[^"]*"', "", tag).replace("<svg ", f'<svg style="--width:{width:.0f}px" ')
 
 
 def plots(metrics: Metrics, curves: dict[str, dict[str, list[float]]]) -> dict[str, str]:
@@ -250,7 +250,7 @@ def picture(photo: Photo) -> str:
     height, width = photo.shape[:2]
     data = base64.b64encode(encode_png(photo)).decode()
     return (
-        f'<svg viewBox="0 0 {width} {height}" style="max-width:256px;image-rendering:pixelated">'
+        f'<svg viewBox="0 0 {width} {height}" style="--width:256px;image-rendering:pixelated">'
         f'<image width="{width}" height="{height}" href="data:image/png;base64,{data}"/></svg>'
     )
 

@@ -234,6 +234,8 @@ def test_nothing_sticks_out_of_the_window(browser, page_file, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     cut = page.locator(".scroll").evaluate_all("e => e.map(one => one.scrollWidth > one.clientWidth)")
     assert cut[1] is False
+    cut = page.locator(".plot").evaluate_all("e => e.map(one => one.scrollWidth > one.clientWidth)")
+    assert cut == [False, False, width == 390]
     page.close()
 
 
