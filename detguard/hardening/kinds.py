@@ -23,8 +23,9 @@ from detguard.hardening.train import Setting
 DECAY, SPREAD = 1e-2, 0.1
 # How often known frames are attacked so as to look new, in how many steps, and learned as known ones.
 ROUNDS, STEPS = 2, 5
-# Of known frames, attacked or not, so many shall be given to new experts with a weight of no more than e^-3.
-SURE, UNASKED = 0.98, 3.0
+# Of known frames, attacked or not, so many shall be given to new experts with a weight of no more than e^-3; of new
+# ones half with at least 1 - e^-3, where a slope of up to so many times that of the regression does it.
+SURE, UNASKED, STEEPEST = 0.98, 3.0, 10.0
 
 
 def fit_kinds(
@@ -38,7 +39,8 @@ def fit_kinds(
 
     Logistic regression on what the robust expert sees. Known frames, attacked so as to look new, are learned as known
     ones; in the end the bias is lowered until nearly all of them leave the new experts unasked: they lead, and need not
-    resist. Several differ a little, or all their experts would learn the same.
+    resist. That may leave most new frames to the old experts, too, though all are told apart: then the slope rises at
+    that threshold. Several experts differ a little, or all would learn the same.
 
     pairs: batches of new frames and of old ones, the same each time. Old ones are known but for those whose corruption
     takes from `before` more than half of what the new kind does: what it was shown and has not learned is no loss.
@@ -69,8 +71,17 @@ def fit_kinds(
         weight, bias = _told_apart(network, count, x, features)
     if known:
         features += _attacked_kinds(network, count, known, weight, bias, adversary)
-        highest = _kind_logit(network, count, torch.cat(features), weight, bias).quantile(SURE)
-        bias = bias - (highest + UNASKED).clamp(min=0)
+        every = torch.cat(features)
+
+        def lowered(weight: Tensor, bias: Tensor) -> Tensor:
+            highest = _kind_logit(network, count, every, weight, bias).quantile(SURE)
+            return bias - (highest + UNASKED).clamp(min=0)
+
+        bias = lowered(weight, bias)
+        above = _kind_logit(network, count, x, weight, bias).median() + UNASKED
+        slope = (2 * UNASKED / above).clamp(1, STEEPEST)
+        weight, bias = slope * weight, slope * (bias + UNASKED) - UNASKED
+        bias = lowered(weight, bias)  # of frames that an expert of earlier adaptations knows, others are the highest
     kinds = network.kinds
     assert kinds is not None
     with torch.no_grad():
