@@ -179,6 +179,22 @@ def test_old_photos_are_not_led_to_new_experts_by_an_attack_that_knows_whom_the_
     assert knowing < 0.3 < 0.9 < blind, (knowing, blind)
 
 
+def test_new_photos_are_led_to_the_new_expert_though_attacked_known_ones_come_near_to_them(
+    network, train, old, new, monkeypatch
+):
+    def asked(steepest, folder):
+        monkeypatch.setattr("detguard.hardening.kinds.STEEPEST", steepest)
+        grown = copy.deepcopy(network)
+        train(replace(PLAN, photos=6, eps=12.0), of=grown, folder=folder)
+        with torch.no_grad():
+            shown = [next(batches(source, 6, 128, 5, 0, 1)).shown for source in (new, old)]
+            return [float(grown(frames)[1].softmax(1)[:, 3].median()) for frames in shown]
+
+    (gentle, _), (steep, known) = asked(1.0, "gentle"), asked(10.0, "steep")
+    assert gentle < 0.75 < 0.9 < steep
+    assert known < 0.01
+
+
 def test_top_k_is_what_it_was_afterwards(network, train):
     network.top_k = 1
     train(replace(PLAN, photos=6))
