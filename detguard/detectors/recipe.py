@@ -52,9 +52,9 @@ def check_recipe(recipe: object) -> JsonObject:
     checked["end2end"] = bool(recipe.get("end2end"))
     checked["yaml_file"] = Path(recipe["yaml_file"]).name if isinstance(recipe.get("yaml_file"), str) else ""
     if scales := recipe.get("scales"):
-        scale = recipe.get("scale") or next(iter(scales))
-        row = scales.get(scale) if isinstance(scales, dict) else None
-        if not isinstance(scale, str) or not isinstance(row, list | tuple) or len(row) != 3:
+        scale = (recipe.get("scale") or next(iter(scales))) if isinstance(scales, dict) else None
+        row = scales[scale] if isinstance(scale, str) and scale in scales else None
+        if not isinstance(row, list | tuple) or len(row) != 3:
             raise Damaged("the yaml of its network has no such scale")
         limits = zip(("depth", "width", "channels"), row, (0.01, 0.01, 1), (10, 10, MAX_WIDTH), strict=True)
         checked |= {"scale": scale, "scales": {scale: [_number({n: v}, n, 1, lo, hi) for n, v, lo, hi in limits]}}

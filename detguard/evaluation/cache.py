@@ -77,7 +77,7 @@ class Cache:
             tables = database.execute("select sql from sqlite_master where sql is not null").fetchall()
             if tables != [(f"CREATE TABLE {TABLE}".encode(),)]:
                 raise sqlite3.DatabaseError("not a cache of detguard's")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of an error that quotes the file
             database.close()
             return self._anew(error)
         return database
@@ -87,7 +87,7 @@ class Cache:
             return DetguardError(f"{self.file}: cannot be written ({error}); free some space, what is in it is kept")
         return DetguardError(f"{self.file}: cannot be used as a cache ({error}); delete it or make it writable")
 
-    def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
+    def _anew(self, error: Exception) -> sqlite3.Connection:
         """Set the file aside if that is what an error is about, and open a new one."""
         if _code(error) in NO_DAMAGE or self.begun == MOST_BEGUN or not self._alone:
             raise self._unusable(error) from error

@@ -306,6 +306,8 @@ RECIPES = {
     "an argument that is NaN": (with_layer(0, [-1, 1, "Conv", [float("nan"), 3, 2]]), "odd argument"),
     "a huge window": (with_layer(9, [-1, 1, "SPPF", [1024, 9999]]), "enormous"),
     "a huge enlargement": (with_yaml(scales={"n": [1, 1e9, 1e9]}), "odd"),
+    "a scale that is a list": (with_yaml(scales={"n": [1, 1, 64]}, scale=["n"]), "no such scale"),
+    "a number of scales": (with_yaml(scales=3), "no such scale"),
     "a layer from nowhere": (with_layer(3, [77, 1, "Conv", [256, 3, 2]]), "no network can be made"),
     "a yaml that is a pattern": (with_attribute("yaml", "yolo*.yaml"), "no yaml"),
     "a yaml that is a URL": (with_attribute("yaml", "https://127.0.0.1:9/a.yaml"), "no yaml"),

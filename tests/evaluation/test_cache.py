@@ -91,7 +91,11 @@ def header(data):
     return data[:40] + b"\xff" * 60 + data[100:]
 
 
-@pytest.mark.parametrize("damage", [text, cut, scribbled, header])
+def schema(data):
+    return data.replace(b"entries", b"ent\xffies").replace(b"CREATE", b"CREATX")  # SQLite's error quotes it
+
+
+@pytest.mark.parametrize("damage", [text, cut, scribbled, header, schema])
 def test_a_damaged_file_is_set_aside_and_begun_anew(file, told, damage):
     data = damage(file.read_bytes())
     file.write_bytes(data)
