@@ -240,7 +240,7 @@ def plot(
             axes.axvline(event["number"], color="C3", linestyle=style, linewidth=1)
             axes.text(event["number"], 1.0, {"gathering": "drop told"}.get(event["event"], event["event"]), fontsize=7)
     axes.set(xlabel="photo", ylabel="F1, mean over 32 photos", ylim=(0, 1.05))
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.95))
     figure.savefig(file)
 
 
