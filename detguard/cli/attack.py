@@ -402,7 +402,8 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
     """Show what came of a run that is done, and write its page and its samples; returns the exit code."""
     from detguard.objectives.parse import wanted
     from detguard.reports.attack import MOST_NAMED, attack_page, failures, verdict
-    from detguard.reports.tables import attack_summary, survival_table, terminal_list, terminal_table
+    from detguard.reports.attack_tables import attack_summary, survival_table
+    from detguard.reports.tables import terminal_list, terminal_table
 
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
@@ -567,7 +568,8 @@ def verify(
     """
     from detguard.attacks.group import AttackOptions
     from detguard.detectors.load import load_configured, load_detector
-    from detguard.reports.tables import survival_table, terminal_table
+    from detguard.reports.attack_tables import survival_table
+    from detguard.reports.tables import terminal_table
     from detguard.runs import Run
     from detguard.workflows.attack import verify as judge_run
 

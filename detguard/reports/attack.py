@@ -9,9 +9,9 @@ from detguard.attacks.run import PHOTO
 from detguard.detectors.base import Detector
 from detguard.objectives.parse import wanted
 from detguard.photos import read_photo
+from detguard.reports.attack_tables import attack_summary, judged, least_budgets, survival_table
 from detguard.reports.page import MOST_PHOTOS, Item, Table, linked, pair, panel, render_page
 from detguard.reports.plots import least_budget_plot
-from detguard.reports.tables import attack_summary, judged, least_budgets, survival_table
 from detguard.runs import Record, Run
 
 # Transformed copies of one photo that are shown.

@@ -1,5 +1,6 @@
 """Options and consoles: what is not a number is refused, and what a stranger named is shown, never obeyed."""
 
+import gc
 import io
 import json
 import shutil
@@ -62,6 +63,16 @@ def run(monkeypatch, *arguments):
     with pytest.raises(SystemExit) as stopped:
         main()
     return stopped.value.code
+
+
+def test_python_looks_for_garbage_more_seldom_than_by_default_or_starting_would_take_a_tenth_longer(monkeypatch):
+    default = gc.get_threshold()
+    gc.set_threshold(700, *default[1:])
+    try:
+        run(monkeypatch, "--version")
+        assert gc.get_threshold()[0] >= 5_000
+    finally:
+        gc.set_threshold(*default)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import Monitor
 from detguard.hardening.run import Plan
 from detguard.reports.adaptation import adaptation_page
+from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.hardening import hardening_page
 from detguard.reports.monitoring import monitor_page, timeline_table, windows
-from detguard.reports.tables import attack_summary, survival_table
 from detguard.runs import Run
 from detguard.workflows.evaluate import plan as plan_evaluation
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from detguard.attacks.group import AttackOptions
 from detguard.hardening.judging import Judgement
 from detguard.reports import adaptation, attack, comparison, evaluation, hardening, monitoring
+from detguard.reports.attack_tables import survival_table
 from detguard.reports.judged import judged_table
-from detguard.reports.tables import duration, share, survival_table
+from detguard.reports.tables import duration, share
 
 
 def photo(key, **left):
