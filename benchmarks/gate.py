@@ -33,6 +33,7 @@ from detguard.evaluation.views import LOWEST_CONFIDENCE
 from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL
 from detguard.photos import Photo, frames_tensor, read_photo
 from detguard.reports.evaluation import number
+from detguard.transforms.base import Transform
 
 # Attacks on the loss alone, and with the gate's logits at three weights.
 ATTACKS = ("all", "gate:1", "gate:10", "gate:100")
@@ -50,15 +51,22 @@ def fixed(detector: GatedDetector, weights: Sequence[float]) -> GatedDetector:
     return GatedDetector(network, f"{detector.name} {weights}", detector.imgsz)
 
 
-def attacked(detector: GatedDetector, name: str, labelled: Sequence[Labelled], eps: float, steps: int) -> list[Photo]:
-    """The photos after one attack, made for this detector."""
+def attacked(
+    detector: GatedDetector,
+    name: str,
+    labelled: Sequence[Labelled],
+    eps: float,
+    steps: int,
+    transforms: Sequence[Transform] = (),
+) -> list[Photo]:
+    """The photos after one attack on them and their transformed copies, made for this detector."""
     classes = sorted({int(c) for one in labelled for c in one.objects.classes})
     options = AttackOptions(
         conf=LOWEST_CONFIDENCE, budget=Linf(eps), step=max(eps / 2, 1), momentum=0.75, steps=steps, gradient="exact",
-        random_start=True, batch=8, stop=False,
+        random_start=True, batch=8, stop=False, schedule="group",
     )  # fmt: skip
     photos = [(str(i), read_photo(one.file), one.objects) for i, one in enumerate(labelled)]
-    found = attack_group(detector, photos, attack_objective(name, classes, detector), [], options)
+    found = attack_group(detector, photos, attack_objective(name, classes, detector), transforms, options)
     made = {attempt.key: attempt.adversarial for attempt in found}
     return [made[key] for key, _, _ in photos]
 
