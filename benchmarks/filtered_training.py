@@ -31,7 +31,7 @@ PLAIN = "none"
 
 def main(
     model: Annotated[str, typer.Option(help="A hardened ensemble, to go on from.")],
-    teacher: str,
+    teacher: Annotated[str, typer.Option(help="Whom both imitate.")],
     transforms: str = "median:3,jpeg:75",
     photos: Annotated[int, typer.Option(help="Photos seen in each training.")] = 6_000,
     data: str = "../shared/data/coco256/data.yaml",
