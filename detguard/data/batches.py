@@ -262,7 +262,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def make_hard(frame: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequence[str] = tuple(KINDS)) -> Photo:
-    """A frame of which the photo is corrupted by a random one of `kinds` at a random severity, and the padding is not."""
+    """A frame whose photo is corrupted by a random one of `kinds` at a random severity, and whose padding is not."""
     kind, severity = str(rng.choice(list(kinds))), int(rng.choice(SEVERITIES))
     changed = corrupt(frame, kind, severity, int(rng.integers(2**31)))
     return np.where((frame == PADDING_LEVEL).all(2, keepdims=True), frame, changed)

@@ -116,9 +116,20 @@ def test_batches_carry_labels_where_photos_have_some():
 def test_hard_frames_show_the_kinds_asked_for():
     source = PhotoSet.of([encode_png(np.full((96, 96, 3), 100, np.uint8))], [1.0])
     shown = next(batches(source, 4, 96, 0, 0, 1, hard=4, kinds=("brightness",)))
-    change = (shown.shown - shown.clean).flatten(1)
-    assert (change.mean(1) > 0.05).all()
-    assert change.std(1).max() == pytest.approx(0, abs=0.12)
+    photo = ((shown.clean * 255).round() != PADDING_LEVEL).any(1, keepdim=True).expand_as(shown.clean)
+    for change, where in zip(shown.shown - shown.clean, photo, strict=True):
+        assert change[where].mean() > 0.05
+        assert change[where].std() == pytest.approx(0, abs=0.12)
+
+
+def test_padding_is_not_corrupted_for_corrupted_photos_are_padded_behind():
+    source = PhotoSet.of([encode_png(np.full((24, 96, 3), 100, np.uint8))], [1.0])
+    shown = next(batches(source, 4, 96, 0, 0, 1, hard=4, kinds=("gaussian_noise",)))
+    padding = ((shown.clean * 255).round() == PADDING_LEVEL).all(1, keepdim=True)
+    changed = (shown.shown != shown.clean).any(1, keepdim=True)
+    assert 0.2 < padding.float().mean() < 0.9
+    assert not changed[padding].any()
+    assert changed[~padding].float().mean() > 0.9
 
 
 @pytest.mark.parametrize("plain", [False, True])

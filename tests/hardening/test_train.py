@@ -28,7 +28,7 @@ from detguard.hardening.train import (
     train_stage,
     worst,
 )
-from detguard.photos import encode_png, read_photo
+from detguard.photos import PADDING_LEVEL, encode_png, read_photo
 from detguard.ranks import ALONE, Ranks
 from detguard.transforms.base import Transform
 
@@ -131,6 +131,16 @@ def test_perturbed_frames_stay_in_the_budget_and_in_range(eps, method, seed):
     assert ((moved - frames) * weights).sum() >= -1e-4
 
 
+@pytest.mark.parametrize("method", [("pgd", 4), ("fgsm", 1), ("free", 2)])
+def test_padding_is_not_attacked_for_attacks_on_photos_do_not_reach_it(method):
+    frames = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    frames[..., :3] = PADDING_LEVEL / 255
+    moved = perturb(frames, lambda x: x.flatten(1).sum(1), Adversary(8, method[1], method[0]))
+    changed = moved != frames
+    assert not changed[..., :3].any()
+    assert changed[..., 3:].all(1).float().mean() > 0.8
+
+
 def test_fgsm_is_one_full_step_from_the_frame_itself():
     frames, weights = torch.full((1, 3, 4, 4), 0.5), torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     adversary = Adversary(8, 1, "fgsm")
@@ -197,7 +207,7 @@ def test_free_training_learns_from_every_step_of_the_attack(network, undefended,
     told = []
 
     def updates(method):
-        one = stage(number=1, share=(0.0, 0.25, 0.75), adversary=Adversary(4, 2, method))
+        one = stage(number=1, share=(0.0, 0.25, 0.75), adversary=Adversary(16, 2, method))
         train_stage(
             network,
             undefended,
