@@ -88,16 +88,6 @@ def test_plain_photos_are_shown_as_a_detector_sees_them(bus_file, bundled):
     assert seen == {True, False}
 
 
-def test_some_frames_show_a_photo_as_a_detector_sees_it_and_others_do_not(bus_file, bundled):
-    source = PhotoSet.of([encode_png(read_photo(bus_file))], [1.0])
-    frames, drawn = draw_frames(source, 40, 320)
-    plain = bundled.letterbox((1080, 810))(read_photo(bus_file))
-    margin = (320 - plain.shape[1]) // 2
-    alone = [frame[:, margin : 320 - margin] for frame, d in zip(frames, drawn, strict=True) if len(d) == 1]
-    seen = sum(np.array_equal(frame, plain) or np.array_equal(frame[:, ::-1], plain) for frame in alone)
-    assert 0.2 < seen / len(alone) < 0.6
-
-
 def test_only_classes_that_all_photos_of_a_frame_are_labelled_for_are_known():
     source = marked()
     one = draw_frame(source, 96, np.random.default_rng(1))[1][0]
