@@ -24,10 +24,7 @@ from detguard.photos import PADDING_LEVEL, Letterbox, Photo, decode_photo, encod
 from detguard.ranks import ALONE, Ranks
 
 # Larger photos are shrunk to so many times the side of a frame, in which they would be anyway, and kept as JPEG.
-KEPT_SIDE, KEPT_QUALITY = 2.0, 95
-# Of frames with one photo, those that show it resized as a detector does: all others are smoother, and to a gate that
-# was trained on them alone, three quarters of clean photos looked attacked.
-SEEN_SHARE = 0.4
+KEPT_SIDE, KEPT_QUALITY = 1.5, 95
 # An object of which less is left in a frame is not labelled there.
 VISIBLE = 0.3
 MOSAIC_SHARE = 0.3
@@ -195,16 +192,6 @@ def augment(
     return matrix
 
 
-def show_as_seen(photo: Photo, canvas: Photo, rng: np.random.Generator, zoom: float) -> NDArray[np.float64]:
-    """Draw a `photo` in the size in which a detector of frames `zoom` times as large sees it, else like `show`."""
-    resized = shrunk(photo, round(zoom * canvas.shape[0]), plain=True)
-    scale = np.array([resized.shape[1] / photo.shape[1], resized.shape[0] / photo.shape[0]])
-    matrix = show(resized, canvas, rng)
-    matrix[:, 2] += matrix[:, :2] @ (scale - 1) / 2
-    matrix[:, :2] *= scale
-    return matrix
-
-
 def show(photo: Photo, canvas: Photo, rng: np.random.Generator) -> NDArray[np.float64]:
     """Draw a `photo` in the middle of `canvas`, mirrored at random; of one that is larger, a random part.
 
@@ -232,12 +219,7 @@ def draw_frame(
     def draw(canvas: Photo, x: int, y: int, wide: float) -> None:
         number, side = source.draw(rng), canvas.shape[0]
         photo = source.photo(number)
-        if source.plain:
-            matrix = show(photo, canvas, rng)
-        elif side == size and rng.random() < SEEN_SHARE:
-            matrix = show_as_seen(photo, canvas, rng, zoom)
-        else:
-            matrix = augment(photo, canvas, rng, wide, zoom)
+        matrix = show(photo, canvas, rng) if source.plain else augment(photo, canvas, rng, wide, zoom)
         drawn.append(Drawn(number, matrix + np.array([[0, 0, x], [0, 0, y]]), (x, y, x + side, y + side)))
 
     if source.plain or rng.random() >= MOSAIC_SHARE:
