@@ -56,13 +56,13 @@ OLD_KINDS = ("fog", "gaussian_noise", "defocus_blur", "brightness")
 # Name -> options of `detguard adapt`; replay is added but to the last.
 UNPROTECTED = "unprotected"
 VARIANTS: dict[str, list[object]] = {
-    "frozen, adapter": ["--mode", "frozen", "--expert", "adapter"],
+    "frozen, head": ["--mode", "frozen", "--expert", "head"],
     "full, lambda 1": ["--mode", "full", "--lambda", 1],
     UNPROTECTED: ["--mode", "full", "--lambda", 0, "--experts", 0],
     "full, lambda 0": ["--mode", "full", "--lambda", 0],
     "full, lambda 10": ["--mode", "full", "--lambda", 10],
+    "frozen, adapter": ["--mode", "frozen", "--expert", "adapter"],
     "frozen, whole": ["--mode", "frozen", "--expert", "whole"],
-    "frozen, head": ["--mode", "frozen", "--expert", "head"],
 }
 # Of what is judged: the photos, then how they are shown; one row has a figure of each before and after.
 FIGURES = ("new kind, VOC", "new kind, COCO", "clean, COCO", "old kinds, COCO", "attacked, COCO")

@@ -26,7 +26,7 @@ from detguard.photos import read_photo
 from detguard.reports.evaluation import number
 from detguard.transforms.parse import parse_transforms
 
-PLAIN = "none"
+PLAIN, CLEAN = "none", "not attacked"
 
 
 def main(
@@ -52,18 +52,18 @@ def main(
         detguard("harden", run, "--model", model, "--teacher", teacher, *learned, *options, "--transforms", way)
         trained[f"trained, {way}"] = str(run / "weights/sparse.safetensors")
     members = parse_transforms(transforms)
-    table = Table("ensemble", "attack", "as it is", *(f"after {member}" for member in members))
-    for (name, file), way in track(list(itertools.product(trained.items(), ("not attacked", *ways))), "judging"):
+    table = Table("ensemble", "attack knows", "as it is", *(f"after {member}" for member in members))
+    for (name, file), way in track(list(itertools.product(trained.items(), (CLEAN, *ways))), "judging"):
         detector = load_detector(file, imgsz)
         assert isinstance(detector, GatedDetector)
         labelled = [one for one in read_labelled(data, "val", detector.class_names) if len(one.objects)][:limit]
-        if way == "not attacked":
+        if way == CLEAN:
             shown = [read_photo(one.file) for one in labelled]
         else:
             shown = attacked(detector, "all", labelled, eps, steps, [] if way == PLAIN else members)
         read = [shown, *([member(photo) for photo in shown] for member in members)]
         figures = [ap(labelled, detected(detector, labelled, one)) for one in read]
-        table.add_row(name, f"attacked, {way}", *(f"{number(a)} ({number(a50)})" for a, a50 in figures))
+        table.add_row(name, way, *(f"{number(a)} ({number(a50)})" for a, a50 in figures))
     table.title = f"AP (AP50), {limit} photos, {imgsz} px, {eps:g} levels, PGD-{steps}, {photos} photos seen"
     Console(width=120).print(table)
 

@@ -83,7 +83,7 @@ class Adapt:
 
     split: Final = "train"
     experts: Final = 1
-    expert: Final = "adapter"
+    expert: Final = "head"
     mode: Final = "auto"
     init: Final = "best"
     keep: Final = 1.0

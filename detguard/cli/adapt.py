@@ -68,9 +68,9 @@ def adapt(
     class_map: ClassMap = None,
     experts: Annotated[int, typer.Option(min=0, help="New experts.")] = defaults.Adapt.experts,
     expert: Annotated[
-        Literal["adapter", "head", "whole"],
+        Literal["head", "adapter", "whole"],
         typer.Option(
-            help="What a new expert has of its own: small changes of another one's layers, its head, or all of it."
+            help="What a new expert has of its own: its head, small changes of another one's layers, or all of it."
         ),
     ] = defaults.Adapt.expert,
     mode: Annotated[
