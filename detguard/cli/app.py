@@ -68,7 +68,7 @@ OPTIONS = {
 }  # fmt: skip
 # Options that a resumed run takes anew.
 KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json", "log"}
-# How many new objects make Python look for garbage, by default 700: a tenth of torch's import is spent on finding none.
+# How many new objects make Python look for garbage, by default 700: torch is imported sooner by not finding any.
 GARBAGE_AFTER = 10_000
 # The exit code of what Ctrl-C stopped.
 STOPPED = 130

@@ -65,7 +65,7 @@ def run(monkeypatch, *arguments):
     return stopped.value.code
 
 
-def test_python_looks_for_garbage_more_seldom_than_by_default_or_starting_would_take_a_tenth_longer(monkeypatch):
+def test_python_looks_for_garbage_more_seldom_than_by_default_and_so_starts_sooner(monkeypatch):
     default = gc.get_threshold()
     gc.set_threshold(700, *default[1:])
     try:
