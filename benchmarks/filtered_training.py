@@ -7,13 +7,12 @@ by either kind of attack: on the photo alone, and on the photo and its transform
 left as a file, as it is and after each transform. A killed training goes on where it was.
 """
 
-import itertools
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from gate import ap, attacked, detected
-from hardening import TRAINING, detguard
+from hardening import TRAINING, detguard, slug
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,26 +43,27 @@ def main(
 ) -> None:
     keep_freed_memory()
     ways = (PLAIN, transforms)
+    learned = [part for folder in TRAINING for part in ("--data", folder)]
+    options = ["--imgsz", imgsz, "--crop", crop, "--eps", eps, "--photos", photos, "--workers", 1]
     trained = {"before": model}
     for way in ways:
-        run = out / way.replace(":", "").replace(",", "-")
-        learned = [part for folder in TRAINING for part in ("--data", folder)]
-        options = ["--imgsz", imgsz, "--crop", crop, "--eps", eps, "--photos", photos, "--workers", 1]
+        run = out / slug(way)
         detguard("harden", run, "--model", model, "--teacher", teacher, *learned, *options, "--transforms", way)
         trained[f"trained, {way}"] = str(run / "weights/sparse.safetensors")
     members = parse_transforms(transforms)
     table = Table("ensemble", "attack knows", "as it is", *(f"after {member}" for member in members))
-    for (name, file), way in track(list(itertools.product(trained.items(), (CLEAN, *ways))), "judging"):
+    for name, file in track(trained.items(), "judging"):
         detector = load_detector(file, imgsz)
         assert isinstance(detector, GatedDetector)
         labelled = [one for one in read_labelled(data, "val", detector.class_names) if len(one.objects)][:limit]
-        if way == CLEAN:
-            shown = [read_photo(one.file) for one in labelled]
-        else:
-            shown = attacked(detector, "all", labelled, eps, steps, [] if way == PLAIN else members)
-        read = [shown, *([member(photo) for photo in shown] for member in members)]
-        figures = [ap(labelled, detected(detector, labelled, one)) for one in read]
-        table.add_row(name, way, *(f"{number(a)} ({number(a50)})" for a, a50 in figures))
+        of_each = {CLEAN: [read_photo(one.file) for one in labelled]}
+        of_each |= {
+            way: attacked(detector, "all", labelled, eps, steps, [] if way == PLAIN else members) for way in ways
+        }
+        for way, shown in of_each.items():
+            read = [shown, *([member(photo) for photo in shown] for member in members)]
+            figures = [ap(labelled, detected(detector, labelled, one)) for one in read]
+            table.add_row(name, way, *(f"{number(a)} ({number(a50)})" for a, a50 in figures))
     table.title = f"AP (AP50), {limit} photos, {imgsz} px, {eps:g} levels, PGD-{steps}, {photos} photos seen"
     Console(width=120).print(table)
 
