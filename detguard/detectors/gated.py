@@ -67,6 +67,12 @@ def pooled(maps: Tensor, where: Tensor) -> Tensor:
     return torch.cat([mean[:, :, 0], (spread + 1e-5).sqrt()], 1)
 
 
+def average_among(answers: Mapping[int, dict[str, Any]], logits: Tensor) -> dict[str, Any]:
+    """The average of some experts' raw outputs, by number, with the gate's weights among them, of its logits [B, K]."""
+    weights = torch.stack([logits[:, expert] for expert in answers], 1).log_softmax(1)
+    return average([(None, raw) for raw in answers.values()], weights)
+
+
 def backbone_end(layers: Sequence[Any]) -> int:
     """The number of the first layer of the neck, that of the first upsampling; of the head where there is none."""
     return next((i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)), len(layers) - 1)
@@ -170,9 +176,8 @@ class GatedNetwork(nn.Module):
         if isinstance(route, int):
             return self._run(route, last, saved), logits
         if route is not None:
-            among = [(None, self._run(expert, last, saved, ran=ran)) for expert in route]
-            weights = torch.stack([logits[:, expert] for expert in route], 1).log_softmax(1)
-            return average(among, weights) | {"maps": saved}, logits
+            among = {expert: self._run(expert, last, saved, ran=ran) for expert in route}
+            return average_among(among, logits) | {"maps": saved}, logits
         if alone:
             raw = self._run(0, last, saved)
             return raw | {"maps": saved, "experts": [(None, raw)]}, logits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
-from detguard.detectors.gated import GatedNetwork
+from detguard.detectors.gated import GatedNetwork, average_among
 from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
 from detguard.detectors.ultralytics import decode
@@ -244,7 +244,8 @@ def batch_losses(
 ) -> dict[str, Tensor]:
     """L1 and L2 of a batch: this rank's summands of means over all of it.
 
-    Where old experts are frozen, new ones learn without them, as they are to be asked: a fraction of the cost.
+    New experts learn new photos without the old ones, as they are to be asked; where those are frozen, that is all: a
+    fraction of the cost.
     """
     frames, ranks, reference = new.shown, setting.ranks, None
     known, frozen = len(before.names), plan.mode == "frozen"
@@ -271,6 +272,10 @@ def batch_losses(
     found, count = decode(network.head, raw, logits), len(new.shown)
     of_new = label_loss(found[:count], new.labels, reference).sum()
     losses = {"loss": of_new / batch, "new": of_new / counts.new}
+    if plan.experts and not frozen:
+        grown = average_among({i: raw["experts"][i][1] for i in range(known, len(network.names))}, logits)
+        of_grown = label_loss(decode(network.head, grown, logits)[:count], new.labels, reference).sum()
+        losses |= {"loss": losses["loss"] + of_grown / batch, "new, grown": of_grown / counts.new}
     if old is not None:
         of_old = label_loss(found[count:], labels, wanted).sum()
         losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}

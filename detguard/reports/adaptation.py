@@ -22,7 +22,7 @@ def verdict(judged: Judgement) -> str:
 def adaptation_page(run: Run, judged: Judgement, learned: Mapping[str, int]) -> bytes:
     """report.html of an adapt run; learned: how many photos of each kind it was taught by."""
     records = list({r["batch"]: r for r in run.records() if "photos_per_second" in r}.values())
-    kinds = ("new", "old", "moved")
+    kinds = ("new", "new, grown", "old", "moved")
     plots = {"Losses": training_plot(records, kinds)} if records else {}
     plan = run.config["adapt"]
     taught = " and ".join(f"{count} {kind}" for kind, count in learned.items())

@@ -71,6 +71,18 @@ def test_full_lets_all_learn(network, train):
     assert {name.split(".")[0] for name in changed} == {"trunk", "experts", "gate"}
 
 
+def test_full_trains_a_new_expert_also_where_the_gate_would_not_ask_it(network, train, new):
+    train(
+        replace(PLAN, mode="full", rate=3e-3, photos=48, keep=0.0), replayed=new
+    )  # as good as known, so it is not asked
+    with torch.no_grad():
+        shown = next(batches(new, 4, 128, 9, 0, 1))
+        asked = float(SETTING.run(network, shown.shown)[0].gate.softmax(1)[:, 3].mean())
+        harm = [float(label_loss(SETTING.run(network, shown.shown, i)[0], shown.labels).mean()) for i in range(4)]
+    assert asked < 0.05
+    assert harm[3] < max(harm[:3]) + 0.05  # as well as those that are asked; .2 worse where only layers before it learn
+
+
 def test_full_finds_anew_whom_to_ask_when_the_robust_expert_has_learned(network, train):
     asked = []
     train(replace(PLAN, mode="full", photos=12), on_batch=lambda *_: asked.append(network.kinds.bias.item()))
