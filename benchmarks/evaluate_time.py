@@ -2,7 +2,7 @@
 
     python benchmarks/evaluate_time.py --model ../shared/weights/yolo11n-coco.pt --data ../shared/data/coco256/data.yaml
 
-Runs `clean,corruptions,attack` with an empty cache in this process and counts the time within the detector's forward
+Runs `clean,corruptions,attack`, by default as `evaluate` does, with an empty cache in this process and counts the time within the detector's forward
 (decoding of boxes included) and within autograd (the loss's own backward included); of corruptions that processes make
 ahead it is the waiting.
 """
@@ -33,7 +33,8 @@ def main(
     model: Annotated[str, typer.Option()] = "detguard-n",
     data: Annotated[str, typer.Option()] = "../shared/data/coco256/data.yaml",
     imgsz: int = 320,
-    steps: int = 10,
+    severities: str = "1,2,3,4,5",
+    steps: int = Protocols.steps,
     limit: int | None = None,
 ) -> None:
     keep_freed_memory()
@@ -62,10 +63,10 @@ def main(
         dataset = read_dataset(data, limit=limit)
         cache = Cache(Path(folder) / "cache.sqlite")
         subject = Subject(detector.name, detector, dataset, dataset.category_ids(detector.class_names), cache)
-        wanted = Protocols(severities=(3,), steps=steps)
+        wanted = Protocols(severities=tuple(map(int, severities.split(","))), steps=steps)
         evaluate([subject], wanted, Run.create("evaluate", Path(folder) / "run", {}))
         total = time.perf_counter() - begin
-    print(f"{detector.name}, {imgsz} px, {len(dataset.files)} photos, {steps} steps, {torch.get_num_threads()} threads")
+    print(f"{detector.name}, {imgsz} px, {len(dataset.files)} photos, severities {severities}, {steps} steps, {torch.get_num_threads()} threads")
     for name, seconds in spent.most_common():
         print(f"{name:16s} {seconds:7.1f} s  {100 * seconds / total:5.1f} %")
     print(f"{'rest':16s} {total - spent.total():7.1f} s  {100 * (1 - spent.total() / total):5.1f} %")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from detguard import DetguardError
-from detguard.data.corruptions import KINDS
-from detguard.evaluation.corruptions import SEEDED, corrupt, read_pipeline, through
+from detguard.data.corruptions import KINDS, SEVERITIES
+from detguard.evaluation.corruptions import SEEDED, corrupt, read_pipeline, through, zoom_blur
 from detguard.evaluation.run import Protocols
 
 
@@ -26,6 +26,13 @@ def test_corruptions_are_those_of_the_package_to_the_bit_and_leave_the_random_nu
     drawn = np.random.random()
     np.random.seed(7)
     assert drawn == np.random.random()
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.parametrize("shape", [(32, 47), (211, 333), (1080, 810)])
+def test_our_zoom_blur_is_that_of_the_package_at_any_size_and_severity(severity, shape, bus):
+    photo = bus[: shape[0], : shape[1]]
+    assert np.array_equal(zoom_blur(photo, severity), imagecorruptions.corrupt(photo, severity, "zoom_blur"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
