@@ -2,9 +2,9 @@
 
     python benchmarks/evaluate_time.py --model ../shared/weights/yolo11n-coco.pt --data ../shared/data/coco256/data.yaml
 
-Runs `clean,corruptions,attack`, by default as `evaluate` does, with an empty cache in this process and counts the time within the detector's forward
-(decoding of boxes included) and within autograd (the loss's own backward included); of corruptions that processes make
-ahead it is the waiting.
+Runs `clean,corruptions,attack`, by default as `evaluate` does, with an empty cache in this process and counts the time
+within the detector's forward (decoding of boxes included) and within autograd (the loss's own backward included); of
+corruptions that processes make ahead it is the waiting.
 """
 
 import tempfile
@@ -66,7 +66,8 @@ def main(
         wanted = Protocols(severities=tuple(map(int, severities.split(","))), steps=steps)
         evaluate([subject], wanted, Run.create("evaluate", Path(folder) / "run", {}))
         total = time.perf_counter() - begin
-    print(f"{detector.name}, {imgsz} px, {len(dataset.files)} photos, severities {severities}, {steps} steps, {torch.get_num_threads()} threads")
+    setting = f"{len(dataset.files)} photos, severities {severities}, {steps} steps, {torch.get_num_threads()} threads"
+    print(f"{detector.name}, {imgsz} px, {setting}")
     for name, seconds in spent.most_common():
         print(f"{name:16s} {seconds:7.1f} s  {100 * seconds / total:5.1f} %")
     print(f"{'rest':16s} {total - spent.total():7.1f} s  {100 * (1 - spent.total() / total):5.1f} %")
