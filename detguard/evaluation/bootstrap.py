@@ -10,8 +10,8 @@ from hotcoco import COCOeval
 # Times that photos are drawn: their standard deviation is then known to 7 %. The same draws for all of a data set, so
 # that two figures of it can be compared draw by draw.
 RESAMPLES = 100
-# Of these at once, as each is a row as long as all detections of a class.
-DRAWN_AT_ONCE = 10
+# Of these as many at once as make a table of so many numbers, as each is a row as long as all detections of a class.
+MOST_NUMBERS = 100_000
 # Of a normal distribution, 95 % lie within so many standard deviations.
 SIGMAS_95 = 1.96
 # Photos under which the draws tell too little of what other photos would be like.
@@ -87,7 +87,7 @@ def _drawn_class(photos: Sequence[Matches], counts: np.ndarray) -> Drawn:
     )
     aps = [
         _aps(part[:, of_photo], part[:, place] @ labelled, matched & ~ignored, ignored)
-        for part in np.array_split(counts, max(1, len(counts) // DRAWN_AT_ONCE))
+        for part in np.array_split(counts, min(len(counts), 1 + len(counts) * len(order) // MOST_NUMBERS))
     ]
     return Drawn(np.concatenate(aps), int((labelled > 0).sum()))
 
