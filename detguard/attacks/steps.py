@@ -53,11 +53,12 @@ class Rule(ABC):
         """The gradient and what `momentum` keeps of earlier ones (Dong et al. 2018, eq. 6)."""
         if not self.momentum:
             return gradient
-        gradient = gradient / gradient.abs().mean().clamp(min=1e-20)
-        if self._velocity is not None:
-            gradient = gradient + self.momentum * self._velocity
-        self._velocity = gradient
-        return gradient
+        size = gradient.abs().mean().clamp(min=1e-20)
+        if self._velocity is None:
+            self._velocity = gradient / size
+        else:  # in place: half of the time
+            self._velocity.mul_(self.momentum).addcdiv_(gradient, size)
+        return self._velocity
 
     def within(self, x: Tensor) -> Tensor:
         """`x`, projected onto the budget."""
