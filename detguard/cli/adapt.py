@@ -165,11 +165,18 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
     for message in job.unread:
         show_error(message)
     stopped = stop_signals()
-    with err.status("Judging"):
-        before = job.figures()
+    photos = sum(map(len, job.judged.values()))
     with progress_bar() as progress:
+        judging = progress.add_task("judging", total=photos)
+        before = job.figures(lambda: progress.advance(judging))
+    with progress_bar() as progress:
+        fitting = progress.add_task("whom to ask", total=1.0, visible=False)
         task = progress.add_task("adapt", total=1.0)
         setbacks = list[float]()
+
+        def on_fit(done: float) -> bool:
+            progress.update(fitting, completed=done, visible=done < 1)
+            return bool(stopped)
 
         def on_batch(_: int, done: float, losses: dict[str, float]) -> bool:
             progress.update(task, completed=done, description=f"adapt{last_loss(losses)}")
@@ -177,12 +184,13 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
             return bool(stopped)
 
         try:
-            made = job.train(on_batch)
+            made = job.train(on_batch, on_fit)
         except KeyboardInterrupt:
             show_error(f"stopped; go on with: detguard adapt --resume {run.folder}")
             return STOPPED
-    with err.status("Judging"):
-        judged = job.judgement(before)
+    with progress_bar() as progress:
+        judging = progress.add_task("judging", total=photos)
+        judged = job.judgement(before, lambda: progress.advance(judging))
     if not job.ranks.first:
         return 0
     run.write("report.html", adaptation_page(run, judged, job.learned))

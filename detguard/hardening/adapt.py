@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.kinds import answers, fit_kinds
+from detguard.hardening.kinds import BATCHES, OnShare, answers, fit_kinds
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
@@ -33,8 +32,6 @@ STAGE = "adapt"
 FEW = 500
 # Of a batch, new photos; of the others, old ones, a third (rounded down) is corrupted and a third attacked.
 NEW_SHARE = 0.5
-# Batches by which new kinds are told from old ones.
-FIT_BATCHES = 16
 # Of the photos one in so many, at most so many, is not trained on but judged by.
 JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 
@@ -153,13 +150,15 @@ def adapt(
     setting: Setting,
     run: Run,
     on_batch: OnBatch | None = None,
+    on_fit: OnShare = lambda _: False,
 ) -> Path:
     """Grow a network and train it, where the run has not finished that; returns the file of its weights.
 
     new: labelled photos of the new kind; old: of those that it knows. card: what the json beside the weights is to say.
+    on_fit: of finding whom to ask, before training, and where all learns, after it.
 
     Raises:
-        KeyboardInterrupt: `on_batch` returned True; resume with the same run.
+        KeyboardInterrupt: `on_batch` or `on_fit` returned True; resume with the same run.
     """
     torch.manual_seed(plan.seed)  # of experts that start afresh
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -193,8 +192,9 @@ def adapt(
 
     def fit() -> None:
         torch.manual_seed(plan.seed)
-        both = partial(pairs, 0, FIT_BATCHES, Ranks(ranks.device), half)
-        fit_kinds(network, before, both, plan.adversary, setting)
+        both = pairs(0, BATCHES, Ranks(ranks.device), half)
+        alone = ranks.count == 1  # else the others wait for it to come to its end
+        fit_kinds(network, before, both, plan.adversary, setting, lambda share: on_fit(share) and alone)
 
     if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
         fit()

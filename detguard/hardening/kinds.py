@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,14 @@ from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import label_loss
 from detguard.hardening.train import Setting
 
+# Told the share that is over; returns True to stop.
+OnShare = Callable[[float], bool]
 # The weight of squares in the regression, and how far apart several new experts begin.
 DECAY, SPREAD = 1e-2, 0.1
 # How often known frames are attacked so as to look new, in how many steps, and learned as known ones.
 ROUNDS, STEPS = 2, 5
+# Batches by which new kinds are told from known ones; all are gone through once, and once for each attack.
+BATCHES = 16
 # Of known frames, attacked or not, so many shall be given to new experts with a weight of no more than e^-3; of new
 # ones half with at least 1 - e^-3, where a slope of up to so many times that of the regression does it.
 SURE, UNASKED, STEEPEST = 0.98, 3.0, 10.0
@@ -31,9 +36,10 @@ SURE, UNASKED, STEEPEST = 0.98, 3.0, 10.0
 def fit_kinds(
     network: GatedNetwork,
     before: GatedNetwork,
-    pairs: Callable[[], Iterable[tuple[Batch, Batch | None]]],
+    pairs: Iterable[tuple[Batch, Batch | None]],
     adversary: Adversary,
     setting: Setting,
+    on_share: OnShare = lambda _: False,
 ) -> None:
     """Fit how far the experts are asked that `before` had not: to tell new frames from known ones.
 
@@ -42,13 +48,23 @@ def fit_kinds(
     resist. That may leave most new frames to the old experts, too, though all are told apart: then the slope rises at
     that threshold. Several experts differ a little, or all would learn the same.
 
-    pairs: batches of new frames and of old ones, the same each time. Old ones are known but for those whose corruption
-    takes from `before` more than half of what the new kind does: what it was shown and has not learned is no loss.
+    pairs: BATCHES of new frames and of old ones. Old ones are known but for those whose corruption takes from `before`
+    more than half of what the new kind does: what it was shown and has not learned is no loss. on_share: called with
+    the share that is over; returns True to stop.
+
+    Raises:
+        KeyboardInterrupt: `on_share` returned True.
     """
+    passes = ROUNDS + 2
+
+    def over(number: int, done: int, of: int) -> None:
+        if on_share((number + done / of) / passes):
+            raise KeyboardInterrupt
+
     count = len(network.names) - len(before.names)
     new, harm_of_new, old, harm, harm_of_clean = [], [], list[Tensor](), list[Tensor](), list[Tensor]()
     with torch.no_grad():
-        for fresh, replayed in pairs():
+        for done, (fresh, replayed) in enumerate(pairs, 1):
             new.append(network.kind_features(fresh.shown))
             if replayed is not None:
                 clean = setting.run(before, replayed.clean)[0]
@@ -57,6 +73,7 @@ def fit_kinds(
                 harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
                 harm.append(label_loss(setting.run(before, replayed.shown)[0], labels))
                 harm_of_clean.append(label_loss(clean, labels))
+            over(0, done, BATCHES)
     known = list[Tensor]()
     if old:
         most = (torch.cat(harm_of_new).median() - torch.cat(harm_of_clean).median()).clamp(min=0) / 2
@@ -66,11 +83,12 @@ def fit_kinds(
         features = [network.kind_features(frames) for frames in known]
     x = torch.cat(new)
     weight, bias = _told_apart(network, count, x, features)
-    for _ in range(ROUNDS if known else 0):
-        features += _attacked_kinds(network, count, known, weight, bias, adversary)
+    for number in range(ROUNDS if known else 0):
+        on_done = partial(over, 1 + number)
+        features += _attacked_kinds(network, count, known, weight, bias, adversary, on_done)
         weight, bias = _told_apart(network, count, x, features)
     if known:
-        features += _attacked_kinds(network, count, known, weight, bias, adversary)
+        features += _attacked_kinds(network, count, known, weight, bias, adversary, partial(over, 1 + ROUNDS))
         every = torch.cat(features)
 
         def lowered(weight: Tensor, bias: Tensor) -> Tensor:
@@ -127,10 +145,16 @@ def _told_apart(network: GatedNetwork, count: int, new: Tensor, old: Sequence[Te
 
 
 def _attacked_kinds(
-    network: GatedNetwork, count: int, known: Sequence[Tensor], weight: Tensor, bias: Tensor, adversary: Adversary
+    network: GatedNetwork,
+    count: int,
+    known: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    adversary: Adversary,
+    on_done: Callable[[int, int], None],
 ) -> list[Tensor]:
-    """The features of frames that are attacked so as to look new."""
-    found = []
+    """The features of frames that are attacked so as to look new; on_done: told how many of how many batches are."""
+    found = list[Tensor]()
     for frames in known:
         where = content(frames)
 
@@ -140,4 +164,5 @@ def _attacked_kinds(
         attacked = perturb(frames, newness, replace(adversary, steps=STEPS))
         with torch.no_grad():
             found.append(network.kind_features(attacked, where))
+        on_done(len(found), len(known))
     return found

@@ -18,6 +18,7 @@ from detguard.detectors.load import detector_config, load_configured, load_detec
 from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, hold_out
 from detguard.hardening.adapt import adapt as train_experts
 from detguard.hardening.judging import Figures, Judgement, answered, judge, readable
+from detguard.hardening.kinds import OnShare
 from detguard.hardening.loop import OnBatch
 from detguard.hardening.train import Setting
 from detguard.ranks import Ranks
@@ -190,30 +191,38 @@ class Adapting:
         """The ensemble as it is now, to be looked through."""
         return GatedDetector(copy.deepcopy(self.network), "", self.imgsz, str(self.ranks.device))
 
-    def figures(self) -> Figures:
-        """How good the ensemble is as it is now, on photos that it does not learn from; known to the first rank."""
+    def figures(self, on_photo: Callable[[], None] = lambda: None) -> Figures:
+        """How good the ensemble is as it is now, on photos that it does not learn from; known to the first rank.
+
+        on_photo: called before each of them.
+        """
         if not self.ranks.first:
             return {}
         detector = self._detector()
-        return {kind: judge(detector, photos) for kind, photos in self.judged.items() if photos}
+        return {kind: judge(detector, photos, on_step=on_photo) for kind, photos in self.judged.items() if photos}
 
-    def judgement(self, before: Figures) -> Judgement:
-        """What the ensemble knew `before`, and what it knows now, which the run keeps."""
-        made = Judgement({kind: len(self.judged[kind]) for kind in before}, self.answers, before, self.figures())
+    def judgement(self, before: Figures, on_photo: Callable[[], None] = lambda: None) -> Judgement:
+        """What the ensemble knew `before`, and what it knows now, which the run keeps; on_photo: as of `figures`."""
+        after = self.figures(on_photo)
+        made = Judgement({kind: len(self.judged[kind]) for kind in before}, self.answers, before, after)
         if self.ranks.first:
             made.keep(self.run)
         return made
 
-    def train(self, on_batch: OnBatch | None = None) -> Path:
+    def train(self, on_batch: OnBatch | None = None, on_fit: OnShare = lambda _: False) -> Path:
         """Grow and train what the run has not finished, after `load`; returns the file of the weights.
 
+        on_fit: told how far it is in finding whom to ask of new photos.
+
         Raises:
-            KeyboardInterrupt: `on_batch` returned True; `resume` goes on.
+            KeyboardInterrupt: `on_batch` or `on_fit` returned True; `resume` goes on.
         """
         config = self.run.config
         card = read_card(config["model"])
         card |= {"adapted": [*card.get("adapted", []), config["adapt"] | {"from": Path(config["model"]).stem}]}
-        made = train_experts(self.network, card, self.new, self.old, self.plan, self.setting, self.run, on_batch)
+        made = train_experts(
+            self.network, card, self.new, self.old, self.plan, self.setting, self.run, on_batch, on_fit
+        )
         self.ranks.end()
         return made
 

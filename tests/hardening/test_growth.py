@@ -44,9 +44,10 @@ def network(bundled_model):
 
 @pytest.fixture
 def train(network, new, old, tmp_path):
-    def run(plan=PLAN, replayed=old, on_batch=None, folder="run", of=network):
+    def run(plan=PLAN, replayed=old, on_batch=None, folder="run", of=network, **options):
         (tmp_path / folder).mkdir(exist_ok=True)
-        return adapt(of, {}, new, replayed, plan, SETTING, Run(tmp_path / folder, {"command": "adapt"}), on_batch)
+        kept = Run(tmp_path / folder, {"command": "adapt"})
+        return adapt(of, {}, new, replayed, plan, SETTING, kept, on_batch, **options)
 
     return run
 
@@ -120,6 +121,17 @@ def test_stopped_and_resumed_it_gives_the_same_weights(network, train, tmp_path)
     train(folder="stopped", of=second)
     ours, whole = second.state_dict(), network.state_dict()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_finding_whom_to_ask_tells_how_far_it_is_and_can_be_stopped(network, train):
+    first, shares = copy.deepcopy(network), list[float]()
+    with pytest.raises(KeyboardInterrupt):
+        train(folder="stopped", of=first, on_fit=lambda share: share > 0.5)
+    assert torch.all(first.kinds.weight == 0)
+    train(replace(PLAN, photos=6), on_fit=lambda share: shares.append(share))
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.1
+    assert shares[-1] == 1
 
 
 def test_without_replay_and_without_new_experts_it_is_plain_fine_tuning(network, train):
