@@ -176,6 +176,8 @@ def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):
     kept = json.loads((place / "folder/figures.json").read_text())
     assert kept["answers"] == {"old": "ensemble"}
     assert "agreement with it, not accuracy" in (place / "folder/report.html").read_text()
+    card = json.loads((place / "folder/weights/adapted.json").read_text())
+    assert card["gated"]["shared"]["3"]["form"] == "head"  # by default
     assert len(yaml.safe_load((place / "folder/config.yaml").read_text())["data"]["replay"]) == 1
 
 
