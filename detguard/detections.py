@@ -225,6 +225,8 @@ def suppress(candidates: Candidates, conf: float, iou: float, *, multi_label: bo
 
 
 def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, *, multi_label: bool) -> Detections:
+    if logits.device.type == "mps":  # it has no doubles
+        logits, boxes = logits.cpu(), boxes.cpu()
     if multi_label:
         index, classes = (logits > torch.logit(torch.tensor(conf)).item()).nonzero(as_tuple=True)
         scores = logits[index, classes].sigmoid()

@@ -6,6 +6,7 @@ Everything that detguard reads from disk, photos and weights included, comes thr
 import json
 import os
 import re
+import secrets
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -103,7 +104,8 @@ def write_file(file: Path, data: bytes) -> None:
         FileError: the disk is full or the folder cannot be written.
     """
     # Not of the file's own name: one of 255 bytes leaves no room for more.
-    partial = file.with_name(f".{os.getpid()}{PARTIAL}")
+    # And by chance: processes of several machines have the same numbers, and folders that they share.
+    partial = file.with_name(f".{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as stream:

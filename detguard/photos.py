@@ -74,6 +74,8 @@ with suppress(ImportError):  # the extra `heic`
 EXIF_ORIENTATION = 274
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment of a JPEG, with a length
 PADDING_LEVEL = 114
+# Pixels of a side that every format holds; WebP no more, JPEG four times as many.
+MOST_ENCODED = 16_383
 
 
 class PhotoError(DetguardError):
@@ -263,7 +265,20 @@ def encode_jpeg(photo: Photo, quality: int) -> bytes:
         cv2.IMWRITE_JPEG_QUALITY, quality,
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
     ]  # fmt: skip
-    return cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+    return encoded(".jpg", photo, options)
+
+
+def encoded(suffix: str, photo: Photo, options: Sequence[int] = ()) -> bytes:
+    """The bytes of a file of `photo`, `uint8 [H, W, 3]` RGB, by OpenCV.
+
+    Raises:
+        DetguardError: the format holds no photo of that size.
+    """
+    done, data = cv2.imencode(suffix, cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), options)
+    if not done:
+        size = f"{photo.shape[1]} x {photo.shape[0]} px"
+        raise DetguardError(f"{size}: more than a {suffix} file can hold; shrink the photo")
+    return data.tobytes()
 
 
 @dataclass(frozen=True)

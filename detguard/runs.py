@@ -38,15 +38,15 @@ LONGEST_KEY = 200
 
 def photo_keys(files: Sequence[Path]) -> dict[str, Path]:
     """A name for each photo's results: its stem, cut where it is too long, with a number where stems repeat."""
-    keys: dict[str, Path] = {}
+    keys, numbers = dict[str, Path](), dict[str, int]()
     for file in files:
         name = file.stem.encode(errors="surrogatepass")
         stem = file.stem if len(name) <= LONGEST_KEY else name[:LONGEST_KEY].decode(errors="ignore")
-        key, number = stem, 1
+        key, number = stem, numbers.get(stem, 1)
         while key in keys:
             number += 1
             key = f"{stem}-{number}"
-        keys[key] = file
+        keys[key], numbers[stem] = file, number
     return keys
 
 

@@ -219,7 +219,8 @@ class Attempt:
     """The attack on one photo as it stands.
 
     clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has taken;
-    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are evaluated.
+    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are evaluated;
+    alone_since: how many steps there were before.
     """
 
     key: str
@@ -236,6 +237,7 @@ class Attempt:
     fooled: list[bool] = field(default_factory=list)
     in_turn: bool = False
     alone: int | None = None
+    alone_since: int = 0
     in_a_row: int = 0
     enough: int = 1
     failed: bool = False
@@ -464,13 +466,15 @@ def _turns(attempt: Attempt, losses: Tensor) -> bool:
 
     losses: of the members that were evaluated.
     """
-    if attempt.alone is not None and attempt.fooled[attempt.alone]:
+    # Not before a step: looked at alone, a member may be fooled that was not among others, as floats are rounded.
+    if attempt.alone is not None and attempt.fooled[attempt.alone] and attempt.steps > attempt.alone_since:
         attempt.alone = None
         return True
     if attempt.in_turn and attempt.alone is None:
         if not all(attempt.fooled):
             values = losses.tolist()
             attempt.alone = max((i for i, fooled in enumerate(attempt.fooled) if not fooled), key=values.__getitem__)
+            attempt.alone_since = attempt.steps
         return True
     return False
 

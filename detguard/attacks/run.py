@@ -19,7 +19,7 @@ from detguard.detectors.base import Detector
 from detguard.files import is_file
 from detguard.objectives.base import Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
-from detguard.photos import Photo, encode_png, frames_tensor, photo_seed, read_photo
+from detguard.photos import MOST_ENCODED, Photo, encode_png, frames_tensor, photo_seed, read_photo
 from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, Config, misfit
@@ -90,6 +90,9 @@ def attack_photos(
         for key, file in files.items():
             try:
                 photo = read_photo(file)
+                if max(photo.shape) > MOST_ENCODED:
+                    for transform in job.transforms:
+                        transform.draw(np.random.default_rng(0))(photo)
             except DetguardError as error:
                 unattackable.append(_append(job.run, failure(key, file, error)))
                 continue

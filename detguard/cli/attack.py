@@ -42,6 +42,7 @@ from detguard.cli.app import (
     progress_bar,
     run_folder,
     show_error,
+    show_warning,
     start_ranks,
 )
 from detguard.cli.evaluate import show_warnings
@@ -577,6 +578,10 @@ def verify(
     with err.status("Loading the detector"):
         other = None if model is None else load_detector(model, trust=trust, device=device)
         detector = other or load_configured(run.config["detector"], device, trust=trust)
+    if model is None and (also := [one["model"] for one in run.config["also"]]):
+        show_warning(
+            f"judged by {detector.name} alone; the run attacked {', '.join(also)} as well: judge that by verify --model"
+        )
     judged = judge_run(folder, detector, transforms=transforms)
     options = AttackOptions.from_config(run.config["attack"])
     budget = options.budget

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detguard import DetguardError, first_line
-from detguard.detectors.pickles import Damaged, Named, Record, Stored, Unknown, read_pickle
+from detguard.detectors.pickles import MAX_INSTRUCTIONS, Damaged, Named, Record, Stored, Unknown, read_pickle
 from detguard.files import MAX_DEPTH, read_file
 
 MAX_BYTES = 4 << 30
@@ -50,6 +50,7 @@ class Archive:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._data = _Limited(read_file(file, MAX_BYTES), MAX_DIRECTORY)
+        self._plain = 0
         self._left = MOST_SHARED * self._data.length + MAX_PICKLE
         try:
             self._zip = zipfile.ZipFile(self._data)
@@ -113,8 +114,9 @@ class Archive:
         Raises:
             CheckpointError: there are records in it, or it is nested too deep.
         """
-        if depth > MAX_DEPTH:
-            raise self.refused(Damaged("nested too deep"))
+        self._plain += 1  # a list that holds another one twice, and so on, has more entries than any file
+        if depth > MAX_DEPTH or self._plain > MAX_INSTRUCTIONS:
+            raise self.refused(Damaged("nested too deep, or too often"))
         match value:
             case Stored():
                 return self.tensor(value)

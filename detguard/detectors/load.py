@@ -246,6 +246,7 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
     gated = card.get("gated")
     try:
         model: nn.Module = build_model(card["architecture"], card["classes"])
+        imgsz = frame_size(card)
         if gated is not None:
             from detguard.detectors.gated import build_gated
 
@@ -257,7 +258,7 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
         raise DetguardError(f"{described}: {error}") from error
     except Exception as error:  # whatever safetensors raises of a file that is none
         raise DetguardError(f"{file}: damaged ({first_line(error)})") from error
-    return model, int(card["imgsz"])
+    return model, imgsz
 
 
 def build_model(architecture: str, classes: list[str]) -> nn.Module:

@@ -70,7 +70,8 @@ def output_statistics(
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_: nn.Module, __: object, output: Tensor) -> None:
-            values = output.double().transpose(0, 1).flatten(1)
+            wide = output.cpu() if output.device.type == "mps" else output  # it has no doubles
+            values = wide.double().transpose(0, 1).flatten(1)
             count = torch.full_like(values[:, 0], values.shape[1])
             seen = [count, values.sum(1), values.square().sum(1)]
             sums[name] = [old + new for old, new in zip(sums[name], seen, strict=True)] if name in sums else seen

@@ -54,7 +54,8 @@ def plan_export(
         )
     if nms and end_to_end:
         raise DetguardError("`nms`: the head of `end_to_end` needs none; leave one of them out")
-    detector = load_detector(model, imgsz, trust=trust, end_to_end=end_to_end, top_k=top_k)
+    # On the CPU, where the frames are made that are traced and checked.
+    detector = load_detector(model, imgsz, "cpu", trust=trust, end_to_end=end_to_end, top_k=top_k)
     network = detector.model
     architecture = ""
     if isinstance(network, GatedNetwork):

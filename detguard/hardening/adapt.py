@@ -171,6 +171,11 @@ def adapt(
     top_k, network.top_k = network.top_k, None  # what is not evaluated does not learn
     half = plan.batch if old is None else round(NEW_SHARE * plan.batch)
     third = (plan.batch - half) // 3
+    if plan.mode == "full" and old is not None and min(half, plan.batch - half) < ranks.count:
+        raise DetguardError(
+            f"`batch` {plan.batch}: half of it is new photos and half old ones, and each of {ranks.count} processes "
+            f"needs some of both; give at least {2 * ranks.count}"
+        )
 
     def pairs(first: int, last: int, ranks: Ranks, count: int) -> Iterator[tuple[Batch, Batch | None]]:
         size, seed, kinds = setting.size, setting.seed, setting.corruptions
@@ -269,7 +274,7 @@ def batch_losses(
     batch = counts.new + counts.old * (old is not None)
     with setting.precision():
         raw, logits = network(frames, range(known, len(network.names)) if frozen else None)
-    found, count = decode(network.head, raw, logits), len(new.shown)
+        found, count = decode(network.head, raw, logits), len(new.shown)
     of_new = label_loss(found[:count], new.labels, reference).sum()
     losses = {"loss": of_new / batch, "new": of_new / counts.new}
     if plan.experts and not frozen:

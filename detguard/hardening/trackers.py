@@ -27,6 +27,8 @@ def check_tracker(name: str) -> Any:
 def track(run: Run, name: str) -> None:
     """Have a tracker log the numbers of every record that is appended to the run from now on, as stage/name by batch.
 
+    Stages count their batches anew: Weights & Biases, whose steps only grow, gets the number as stage/batch.
+
     Trackers that write files write them into the run: tensorboard --logdir RUN.
 
     Raises:
@@ -38,7 +40,10 @@ def track(run: Run, name: str) -> None:
 
     def log(record: Record) -> None:
         stage, batch = record.get("stage", ""), record.get("batch")
-        numbers = {f"{stage}/{k}": v for k, v in record.items() if k != "batch" and isinstance(v, int | float)}
-        tracker.log(numbers, step=batch)
+        grows = name == "wandb"
+        numbers = {f"{stage}/{k}": v for k, v in record.items() if isinstance(v, int | float)}
+        if not grows:
+            numbers.pop(f"{stage}/batch", None)
+        tracker.log(numbers, step=None if grows else batch)
 
     run.on_record = log

@@ -8,7 +8,7 @@ import numpy as np
 from typing_extensions import override
 
 from detguard import DetguardError
-from detguard.photos import Photo
+from detguard.photos import Photo, encoded
 from detguard.transforms.base import Encoded, Transform, whole_number
 
 
@@ -29,8 +29,7 @@ class Webp(Encoded):
 
     @override
     def encode(self, photo: Photo) -> bytes:
-        bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
-        return cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, self.quality])[1].tobytes()
+        return encoded(".webp", photo, [cv2.IMWRITE_WEBP_QUALITY, self.quality])
 
 
 @dataclass(frozen=True)

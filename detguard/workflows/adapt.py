@@ -134,7 +134,7 @@ class Adapting:
         check_growth(network, adaptation, max_experts)
         config = {
             "model": model,
-            "detector": detector_config(load_detector(model, imgsz, trust=trust), model),
+            "detector": detector_config(load_detector(model, imgsz, "cpu", trust=trust), model),
             "data": {"new": list(new), "replay": list(replay), "split": split},
             "adapt": asdict(adaptation),
             "why": why,
@@ -154,7 +154,7 @@ class Adapting:
             DetguardError: there is none, or its ensemble is no longer what it was.
         """
         run = shared_run(ranks, lambda: Run.resume(folder, "adapt"))
-        load_configured(run.config["detector"], trust=trust)
+        load_configured(run.config["detector"], "cpu", trust=trust)
         return cls(run, *load_ensemble(run.config["model"], trust=trust), ranks)
 
     def load(self, workers: int | None = None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -19,6 +20,7 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.data.stream import to_lines
 from detguard.detectors.base import Detector
+from detguard.detectors.gated import MOST_EXPERTS
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
 from detguard.files import MAX_PHOTO, is_file, parse_json, read_file, read_json
@@ -89,7 +91,10 @@ class Living(Deployment):
         if model == self.run.config["detector"]["model"]:
             return self.first
         if self._loaded[0] != model:
-            self._loaded = model, load_detector(model, self.first.imgsz, device=self.device, iou=self.first.iou)
+            network: Any = self.first.model  # its rule may be one that was asked for, not that of its card
+            top_k, fusion = network.top_k or MOST_EXPERTS, network.fusion
+            made = load_detector(model, self.first.imgsz, self.device, top_k, fusion, self.first.iou)
+            self._loaded = model, made
         return self._loaded[1]
 
     @property
@@ -141,13 +146,15 @@ class Living(Deployment):
         Raises:
             DetguardError: none was deployed.
         """
-        deployed = [e for e in self.events if e["event"] == DEPLOYED]
-        undone = sum(e["event"] == ROLLED_BACK for e in self.events)
-        if len(deployed) <= undone:
+        models = [self.run.config["detector"]["model"]]
+        for event in self.events:
+            if event["event"] == DEPLOYED:
+                models.append(event["model"])
+            elif event["event"] == ROLLED_BACK:
+                models.pop()
+        if len(models) < 2:
             raise DetguardError("`roll_back`: the run has deployed nothing that could be taken back")
-        number = self.number
-        models = [self.run.config["detector"]["model"], *(e["model"] for e in deployed)]
-        model = models[len(deployed) - undone - 1]
+        number, model = self.number, models[-2]
         self._note({"event": ROLLED_BACK, "number": number, "model": model, "why": "", "before": {}, "after": {}})
 
     def _remember(self, record: Record, *, copied: bool = False) -> None:
