@@ -344,7 +344,7 @@ def next_free(parent: Path) -> Path:
 def _sweep(files: Iterable[Path]) -> None:
     """Delete those that `write_file` left half written in a process that was killed."""
     for file in files:
-        if re.fullmatch(rf"\.\d+{re.escape(PARTIAL)}", file.name):
+        if re.fullmatch(rf"\.\d+(-[0-9a-f]+)?{re.escape(PARTIAL)}", file.name):
             with suppress(OSError):
                 file.unlink()
 

@@ -236,7 +236,7 @@ def test_the_lock_of_a_process_that_is_no_more_is_taken_over(tmp_path):
 
 def test_what_a_kill_left_half_written_is_swept_when_the_run_goes_on(run):
     (run.folder / "weights").mkdir()
-    left = [run.folder / ".12.partial", run.folder / "weights/.13.partial"]
+    left = [run.folder / ".12.partial", run.folder / "weights/.13-0a1b2c3d.partial"]
     for file in left:
         file.write_bytes(b"half")
     Run.resume(run.folder, "harden")

@@ -160,22 +160,22 @@ def adapt(
     Raises:
         KeyboardInterrupt: `on_batch` or `on_fit` returned True; resume with the same run.
     """
-    torch.manual_seed(plan.seed)  # of experts that start afresh
-    before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    before.top_k = None
-    grow(network, plan, new, setting)
-    ranks = setting.ranks
-    made, checkpoint = ranks.given(lambda: (run.path("weights/adapted.safetensors"), run.path(f"state/{STAGE}.pt")))
-    if load_made(network, made, ranks):
-        return made
-    top_k, network.top_k = network.top_k, None  # what is not evaluated does not learn
     half = plan.batch if old is None else round(NEW_SHARE * plan.batch)
-    third = (plan.batch - half) // 3
+    ranks = setting.ranks
     if plan.mode == "full" and old is not None and min(half, plan.batch - half) < ranks.count:
         raise DetguardError(
             f"`batch` {plan.batch}: half of it is new photos and half old ones, and each of {ranks.count} processes "
             f"needs some of both; give at least {2 * ranks.count}"
         )
+    torch.manual_seed(plan.seed)  # of experts that start afresh
+    before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    before.top_k = None
+    grow(network, plan, new, setting)
+    made, checkpoint = ranks.given(lambda: (run.path("weights/adapted.safetensors"), run.path(f"state/{STAGE}.pt")))
+    if load_made(network, made, ranks):
+        return made
+    top_k, network.top_k = network.top_k, None  # what is not evaluated does not learn
+    third = (plan.batch - half) // 3
 
     def pairs(first: int, last: int, ranks: Ranks, count: int) -> Iterator[tuple[Batch, Batch | None]]:
         size, seed, kinds = setting.size, setting.seed, setting.corruptions

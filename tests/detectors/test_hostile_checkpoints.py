@@ -253,6 +253,13 @@ def test_many_tensors_of_one_storage_cannot_fill_memory(tmp_path):
         read_state(tmp_path / "state.pt")
 
 
+def test_lists_that_hold_others_twice_cannot_fill_memory(tmp_path):
+    data = plain([]) + b"".join(b"q\x00](h\x00h\x00e" for _ in range(40))
+    (tmp_path / "state.pt").write_bytes(archive(data))
+    with pytest.raises(DetguardError, match="too often"):
+        read_state(tmp_path / "state.pt")
+
+
 def test_a_training_state_comes_back_as_it_was(tmp_path):
     state = {
         "number": 3,

@@ -195,6 +195,12 @@ def test_a_card_that_says_something_odd_is_one_line(own_copy, entry):
     assert "\n" not in str(caught.value)
 
 
+def test_a_card_may_give_both_sides_of_a_frame_as_ultralytics_does(own_copy):
+    card = json.loads(own_copy.with_suffix(".json").read_text()) | {"imgsz": [256, 320]}
+    own_copy.with_suffix(".json").write_text(json.dumps(card))
+    assert load_detector(own_copy).imgsz == 320
+
+
 def test_weights_that_are_not_finite_are_an_error(own_copy):
     tensors = load_file(own_copy)
     tensors["model.0.conv.weight"].view(-1)[0] = float("inf")

@@ -248,6 +248,14 @@ def test_while_the_stream_goes_on_what_it_needs_is_learned_and_deployed(lived):
     assert "another detector" in page
 
 
+def test_a_folder_without_labels_is_not_replayed_beside_a_stream(place):
+    watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--replay", "photos", "--out", "no")
+    result = detguard(*watched, *LIVING, cwd=place, stdin="")
+    assert result.returncode == 2
+    assert "--replay photos: a folder without labels" in result.stderr
+    assert not (place / "no").exists()
+
+
 def test_killed_while_it_adapts_it_goes_on_to_deploy(place):
     day, dark = ((place / f"{kind}.jsonl").read_text().splitlines(keepends=True) for kind in ("day", "dark"))
     watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--window", 8, "--out", "killed")

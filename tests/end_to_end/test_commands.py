@@ -101,6 +101,18 @@ def test_a_black_box_attack_counts_its_queries_and_is_resumed(tmp_path):
     assert [r | {"seconds": 0} for r in records(tmp_path / "run")] == [first | {"seconds": 0}, second | {"seconds": 0}]
 
 
+def test_a_photo_that_a_transform_cannot_encode_is_named_and_the_others_are_attacked(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.open(BUS).resize((240, 320)).save(tmp_path / "photos/bus.png")
+    Image.new("RGB", (16_400, 64)).save(tmp_path / "photos/wide.png")
+    options = ("--transforms", "webp:75", "--steps", 2, "--imgsz", 320, "--out", "run")
+    result = detguard("attack", "photos", *options, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "16400 x 64 px: more than a .webp file can hold" in result.stderr
+    assert {r["key"]: r["status"] for r in records(tmp_path / "run")}["wide"] == "error"
+    assert len(records(tmp_path / "run")) == 2
+
+
 def test_options_of_a_gradient_are_refused_in_a_black_box(tmp_path):
     result = detguard("attack", BUS, "--black-box", "--rule", "apgd", "--out", "run", cwd=tmp_path)
     assert result.returncode == 2
@@ -128,7 +140,9 @@ def test_one_photo_fools_two_detectors_inside_the_objects_and_its_random_members
     changed = (read_photo(tmp_path / "run/adversarial/bus.png") != read_photo(small)).any(2)
     assert changed.any()
     assert not (changed & ~inside).any()
+    assert "the run attacked detguard-n-hard as well" in detguard("verify", "run", cwd=tmp_path).stderr
     judged = detguard("verify", "run", "--model", "detguard-n-hard", "--json", cwd=tmp_path)
+    assert "as well" not in judged.stderr
     (line,) = map(json.loads, judged.stdout.splitlines())
     assert line["members"] == record["also"]["detguard-n-hard"]
 

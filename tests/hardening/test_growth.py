@@ -17,6 +17,7 @@ from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
 from detguard.photos import encode_png
+from detguard.ranks import Ranks
 from detguard.runs import Run
 
 SETTING = Setting(batch=6, size=128, save_every=1e9)
@@ -132,6 +133,13 @@ def test_finding_whom_to_ask_tells_how_far_it_is_and_can_be_stopped(network, tra
     assert shares == sorted(shares)
     assert 0 < shares[0] < 0.1
     assert shares[-1] == 1
+
+
+def test_each_process_gets_new_photos_and_old_ones_or_says_that_there_are_too_few(network, new, old, tmp_path):
+    many = replace(SETTING, ranks=Ranks(count=4))
+    run = Run(tmp_path, {"command": "adapt"})
+    with pytest.raises(DetguardError, match=r"`batch` 6: .* each of 4 processes needs some of both; give at least 8"):
+        adapt(network, {}, new, old, replace(PLAN, mode="full"), many, run)
 
 
 def test_without_replay_and_without_new_experts_it_is_plain_fine_tuning(network, train):
