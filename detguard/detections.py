@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detguard import DetguardError
+from detguard.engine import with_doubles
 
 if TYPE_CHECKING:
     import supervision
@@ -225,8 +226,7 @@ def suppress(candidates: Candidates, conf: float, iou: float, *, multi_label: bo
 
 
 def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, *, multi_label: bool) -> Detections:
-    if logits.device.type == "mps":  # it has no doubles
-        logits, boxes = logits.cpu(), boxes.cpu()
+    logits, boxes = with_doubles(logits), with_doubles(boxes)
     if multi_label:
         index, classes = (logits > torch.logit(torch.tensor(conf)).item()).nonzero(as_tuple=True)
         scores = logits[index, classes].sigmoid()

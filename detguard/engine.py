@@ -41,6 +41,11 @@ def torch_device(name: str) -> str:
     return f"cuda:{name}" if name.isdecimal() else name
 
 
+def with_doubles(x: "torch.Tensor") -> "torch.Tensor":
+    """A tensor where it can be made one of doubles: on the CPU, if its own device (Apple's) has none."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
 def die_with(parent: int) -> None:
     """Have this process, just started by `parent`, be killed when that one ends; elsewhere than on Linux do nothing."""
     if sys.platform == "linux":

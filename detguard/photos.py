@@ -256,7 +256,7 @@ def decode_photo(data: bytes | memoryview, file: str | Path = "photo") -> Photo:
 
 def encode_png(photo: Photo) -> bytes:
     """The bytes of a lossless PNG of `photo`, `uint8 [H, W, 3]` RGB."""
-    return cv2.imencode(".png", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
+    return encoded(".png", photo)
 
 
 def encode_jpeg(photo: Photo, quality: int) -> bytes:

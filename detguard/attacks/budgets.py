@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from detguard import DetguardError
+from detguard.engine import with_doubles
 from detguard.photos import Photo
 from detguard.schema import Config
 
@@ -240,7 +241,7 @@ class L2(Budget):
         change, most = x - original, self.eps * WHITE
         for _ in range(3):
             rounded = change.round()
-            over = _norm(rounded.double()) / most
+            over = _norm(with_doubles(rounded).double()) / most
             if not (over > 1).any():
                 return original + rounded
             change = change / over.clamp(min=1).to(change)

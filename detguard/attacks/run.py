@@ -90,7 +90,7 @@ def attack_photos(
         for key, file in files.items():
             try:
                 photo = read_photo(file)
-                if max(photo.shape) > MOST_ENCODED:
+                if max(photo.shape) > MOST_ENCODED:  # in the midst of a group, an error would end those of others, too
                     for transform in job.transforms:
                         transform.draw(np.random.default_rng(0))(photo)
             except DetguardError as error:

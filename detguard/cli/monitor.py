@@ -146,13 +146,13 @@ def monitor(
     parsed = adapting_options(adapt_options)
     renamed = parse_map(class_map)
     for source in replay or []:  # wrong data are an error now, not after a drop
-        if unlabelled(source) and on_drift == "adapt" and keep:
+        if not unlabelled(source):
+            read_labelled(source, "train", watched.class_names, show_warnings, class_map=renamed)
+        elif on_drift == "adapt" and keep:
             raise DetguardError(
                 f"--replay {source}: a folder without labels cannot be replayed beside the stream's own, which have "
                 "some; give a data.yaml, a COCO json or a .jsonl file (or --keep 0)"
             )
-        if not unlabelled(source):
-            read_labelled(source, "train", watched.class_names, show_warnings, class_map=renamed)
     config: Config = {
         "detector": detector_config(watched, model),
         "stream": {

@@ -233,7 +233,7 @@ def read_card(name: str | Path) -> JsonObject:
         if not isinstance(card["architecture"], str) or not isinstance(card["classes"], list):
             raise Damaged("they are no text and list")
         class_names(card["classes"], max(1, len(card["classes"])))
-        frame_size({"imgsz": card["imgsz"]})
+        frame_size(card)
     except Damaged as error:
         raise DetguardError(f"{file}: expected a json with architecture, classes and imgsz ({error})") from error
     return card
@@ -246,7 +246,6 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
     gated = card.get("gated")
     try:
         model: nn.Module = build_model(card["architecture"], card["classes"])
-        imgsz = frame_size(card)
         if gated is not None:
             from detguard.detectors.gated import build_gated
 
@@ -258,7 +257,7 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
         raise DetguardError(f"{described}: {error}") from error
     except Exception as error:  # whatever safetensors raises of a file that is none
         raise DetguardError(f"{file}: damaged ({first_line(error)})") from error
-    return model, imgsz
+    return model, frame_size(card)
 
 
 def build_model(architecture: str, classes: list[str]) -> nn.Module:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detguard.detectors.shared import LowRank
+from detguard.engine import with_doubles
 
 
 class MeanSparse(nn.Module):
@@ -70,8 +71,7 @@ def output_statistics(
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_: nn.Module, __: object, output: Tensor) -> None:
-            wide = output.cpu() if output.device.type == "mps" else output  # it has no doubles
-            values = wide.double().transpose(0, 1).flatten(1)
+            values = with_doubles(output).double().transpose(0, 1).flatten(1)
             count = torch.full_like(values[:, 0], values.shape[1])
             seen = [count, values.sum(1), values.square().sum(1)]
             sums[name] = [old + new for old, new in zip(sums[name], seen, strict=True)] if name in sums else seen

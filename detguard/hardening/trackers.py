@@ -40,10 +40,10 @@ def track(run: Run, name: str) -> None:
 
     def log(record: Record) -> None:
         stage, batch = record.get("stage", ""), record.get("batch")
-        grows = name == "wandb"
-        numbers = {f"{stage}/{k}": v for k, v in record.items() if isinstance(v, int | float)}
-        if not grows:
-            numbers.pop(f"{stage}/batch", None)
-        tracker.log(numbers, step=None if grows else batch)
+        numbers = {f"{stage}/{k}": v for k, v in record.items() if k != "batch" and isinstance(v, int | float)}
+        if name == "wandb":
+            tracker.log(numbers | {f"{stage}/batch": batch})
+        else:
+            tracker.log(numbers, step=batch)
 
     run.on_record = log

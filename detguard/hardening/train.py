@@ -144,6 +144,7 @@ class Layout:
     def of(cls, stage: Stage, batch: int) -> "Layout":
         """The layout of the batches of one stage."""
         hard, normal = (round(stage.share[kind] * batch) for kind in (HARD, NORMAL))
+        # Both may be rounded up, or both down, and where none is to be attacked none is.
         normal = min(normal, batch - hard) if stage.share[ADVERSARIAL] else batch - hard
         adversarial = batch - hard - normal
         sampled = round(stage.sampled * adversarial)

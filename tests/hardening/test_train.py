@@ -158,6 +158,15 @@ def test_the_budget_grows_over_the_ramp():
     assert [growing.adversary_at(done).eps for done in (0.1, 0.5, 1)] == [pytest.approx(0.8), 4, 4]
 
 
+@pytest.mark.parametrize("batch", range(1, 12))
+@pytest.mark.parametrize("share", [(0.7, 0.3, 0.0), (0.5, 0.5, 0.0), (0.25, 0.25, 0.5), (0.3, 0.7, 0.0)])
+def test_no_batch_has_more_frames_than_it_has_or_attacked_ones_where_none_are_to_be(share, batch):
+    layout = Layout.of(stage(share=share), batch)
+    assert 0 <= layout.hard <= batch
+    assert 0 <= layout.attacked <= batch - layout.hard
+    assert layout.attacked == 0 or share[2]
+
+
 def steps(network, undefended, source, one, samples=None):
     """What a batch tells of a stage, without an update."""
     layout = Layout.of(one, SETTING.batch)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from detguard import DetguardError
 from detguard.detectors.gated import GatedDetector, GatedNetwork
@@ -63,7 +62,6 @@ def test_each_roll_back_goes_to_what_was_there_before_and_never_to_what_was_take
 
 
 def test_what_is_deployed_answers_by_the_rule_that_was_asked_for(living, tmp_path, bundled):
-    torch.manual_seed(0)
     made = tmp_path / "made.safetensors"
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 320}
     save_gated(living.first.model, card, made)
