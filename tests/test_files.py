@@ -5,7 +5,7 @@ import resource
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from detguard.files import FileError, parse_json, printable, read_file, read_json, read_yaml, write_file
@@ -154,6 +154,7 @@ plain = st.recursive(
 
 @settings(deadline=None)
 @given(plain)
+@example("-.0")
 def test_what_is_dumped_is_read_back(tmp_path_factory, value):
     # PyYAML writes some ends of lines as they are, and reads them as spaces.
     assume(not re.search("[\x85\u2028\u2029]", json.dumps(value, ensure_ascii=False)))
