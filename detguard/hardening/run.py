@@ -264,6 +264,8 @@ def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated
         )
     if isinstance(model, GatedNetwork) and len(model.names) > 1 and model.names != list(EXPERTS):
         raise DetguardError(f"`detector`: has the experts {', '.join(model.names)}; detguard adapt goes on with others")
+    if isinstance(teacher.model, GatedNetwork):
+        raise DetguardError(f"{name}: is hardened, and nothing to imitate; give `teacher`, the detector it was made of")
     if not isinstance(teacher, UltralyticsDetector) or teacher.stretch:
         raise DetguardError(f"{name}: expected a detector of Ultralytics' YOLO families, not hardened (`teacher`)")
     base: Any = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
@@ -384,7 +386,9 @@ def harden(
         return made
     made = path("weights/sparse.safetensors")
     if ranks.first and not made.exists():
-        clean = batches(source, setting.batch, setting.size, setting.seed, 0, MEASURED, ranks=Ranks(ranks.device))
+        # Whole frames, all by this process: as many at once as its part of a batch.
+        count, number = max(1, setting.batch // ranks.count), MEASURED * ranks.count
+        clean = batches(source, count, setting.size, setting.seed, 0, number, ranks=Ranks(ranks.device))
         network.sparsen((batch.clean for batch in clean), plan.sparse)
         save_gated(network, card, made)
     return made

@@ -95,8 +95,10 @@ class Validation:
         ranks, adversary = setting.ranks, Adversary(stage.adversary.eps, STEPS)
         sums = {ATTACKED: torch.zeros((), device=ranks.device), CLEAN: torch.zeros((), device=ranks.device)}
         torch.manual_seed(setting.seed)  # of the noise
-        for start in range(0, len(self.frames), setting.batch):
-            end = min(start + setting.batch, len(self.frames))
+        # Whole frames: as many at once as take what a batch of the stage's crops does.
+        at_once = max(ranks.count, int(setting.batch * ((stage.size or setting.size) / setting.size) ** 2))
+        for start in range(0, len(self.frames), at_once):
+            end = min(start + at_once, len(self.frames))
             rows = ranks.rows(start, end)
             if not rows:
                 continue

@@ -161,13 +161,14 @@ class Living(Deployment):
         """Take what is known of a photo; copied: while it can still be read, a copy of it."""
         number = record["number"]
         first, self.number = number > self.number, max(number, self.number)
+        again = self.seen.get(number, {}).get("f1") is not None  # as a resumed run sees its last window
         if number in self.seen or first:
             copy = f"{PHOTOS}/{number}{Path(record['photo']).suffix[:8]}"
             if copied and first and "error" not in record and is_file(Path(record["photo"])):
                 self.run.write(copy, read_file(record["photo"], MAX_PHOTO))
             kept = {"photo": str(self.run.path(copy))} if self.run.path(copy).exists() else {}
             self.seen[number] = self.seen.get(number, {}) | record | kept
-        if record.get("f1") is not None and number in self.seen:
+        if record.get("f1") is not None and number in self.seen and not again:
             self.judged += 1
             place = self.judged - 1
             if place >= self.options["keep"]:

@@ -83,3 +83,12 @@ def test_it_costs_a_few_per_cent_and_only_where_a_stage_is_attacked(held):
 
 def test_photos_lie_in_frames_as_large_as_they_are_asked_for(held):
     assert {frame.shape for frame in held.frames} == {(96, 96, 3)}
+
+
+def test_whole_frames_are_no_more_at_once_than_take_what_a_batch_of_crops_does(held, networks):
+    sizes = list[int]()
+    hook = networks[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    told = held.losses(*networks, replace(STAGE, size=64), Setting(batch=6, size=96))
+    hook.remove()
+    assert max(sizes) == 2  # of frames of 9/4 the area
+    assert told[CLEAN] == pytest.approx(0, abs=1e-4)

@@ -32,6 +32,8 @@ def test_photos_that_may_be_learned_from_outlast_the_camera_and_are_bounded(tmp_
     assert all(Path(one["photo"]).read_text() == str(number) for number, one in living.seen.items())
     again = Living(run, bundled)
     assert (again.seen, again.reservoir) == (living.seen, living.reservoir)
+    again.saw(record)  # resumed, a run goes through its last window once more
+    assert (again.judged, again.reservoir) == (living.judged, living.reservoir)
 
 
 @pytest.fixture
