@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from detguard import DetguardError, defaults
 from detguard.classes import meant
 from detguard.detections import Candidates, Detections, suppress
+from detguard.files import is_file, read_file
 from detguard.photos import Letterbox, Photo, frames_tensor
 
 
@@ -112,11 +114,22 @@ class Detector(ABC):
 
     def state_hash(self) -> str:
         """SHA-256 over what each layer is and computes, and over all parameters and buffers, by name."""
-        digest = hashlib.sha256(json.dumps(architecture(self.model)).encode())
+        digest = hashlib.sha256(json.dumps(architecture(self.model)).encode() + self._own_code())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def _own_code(self) -> bytes:
+        """Of a detector of the user's own, the function that made it, and the files of its class and of that function.
+
+        What they import is not seen.
+        """
+        if type(self).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            return b""
+        modules = [type(self).__module__, self.source.rpartition(":")[0]]
+        files = [getattr(sys.modules.get(module), "__file__", None) for module in modules]
+        return self.source.encode() + b"".join(read_file(file) for file in files if file and is_file(Path(file)))
 
     def class_index(self, name: str) -> int:
         """The index of a class by its name, in any letter case.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,8 +155,10 @@ def load_configured(config: Config, device: str = defaults.DEVICE, *, trust: boo
         raise DetguardError("config.yaml: its detector has an odd imgsz, top_k, fusion or iou; start a new run")
     from detguard.detectors.custom import is_custom
 
-    size = None if is_custom(model) else imgsz
-    detector = load_detector(model, size, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+    if is_custom(model):  # all else is up to its function
+        detector = load_detector(model, None, device, iou=iou, trust=trust)
+    else:
+        detector = load_detector(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
     return detector
@@ -208,7 +211,12 @@ def _find(name: str | Path) -> "tuple[Path, Family | None]":
             return found, family
     if wanted := nearly_custom(name):
         raise DetguardError(f"{name}: no such file; a function of yours is named {wanted}, from the working folder")
-    bundled_names = ", ".join(sorted(p.stem for p in weights_folder().glob("*.safetensors"))) or "none"
+    stems = sorted(p.stem for p in weights_folder().glob("*.safetensors"))
+    if near := get_close_matches(str(name), stems, n=1):
+        raise DetguardError(f"{name}: no such detector; did you mean {near[0]}?")
+    if file.suffix in (".pt", ".safetensors", ".onnx"):
+        raise DetguardError(f"{name}: no such file, seen from {Path.cwd().name or Path.cwd()}")
+    bundled_names = ", ".join(stems) or "none"
     raise DetguardError(f"{name}: no such file, bundled detector ({bundled_names}) or official name ({_known()})")
 
 

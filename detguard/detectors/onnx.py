@@ -79,8 +79,9 @@ class OnnxDetector(Detector):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # what it has to say comes as an error, too
+        providers = _providers(device)
         try:
-            self._session = onnxruntime.InferenceSession(network.graph, options, providers=_providers(device))
+            self._session = onnxruntime.InferenceSession(network.graph, options, providers=providers)
         except Exception as error:  # whatever it raises of a graph that it does not know
             raise DetguardError(f"{name}: cannot be run by onnxruntime ({first_line(error)})") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()

@@ -50,7 +50,7 @@ class Named:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # in words it may have no end
 class Record:
     """A call or an object of a pickle: what would have been called, with what, and the state that it would have got."""
 

@@ -22,7 +22,16 @@ from ultralytics.utils.torch_utils import initialize_weights
 from detguard import DetguardError, first_line
 from detguard.detectors.checkpoint import Archive
 from detguard.detectors.pickles import Damaged, Record, Stored, Unknown
-from detguard.detectors.recipe import BOX_PARTS, MAX_NAME, RENAMED, WITH_MORE, check_recipe, class_names, frame_size
+from detguard.detectors.recipe import (
+    BOX_PARTS,
+    MAX_NAME,
+    RENAMED,
+    WITH_MORE,
+    check_recipe,
+    class_names,
+    frame_size,
+    short,
+)
 from detguard.detectors.ultralytics import inputs_of, run_layers
 from detguard.files import JsonObject
 
@@ -261,12 +270,12 @@ def _compare(path: str, record: Record, module: nn.Module, archive: Archive) -> 
         raise Unknown(f"its network is not the one that its yaml makes here (model.{path} is a {kind[:MAX_NAME]})")
     for name, value in record.state.items():
         ours = vars(module).get(name, _MISSING)
-        if ours is _MISSING or name in IGNORED or str(name).startswith("_"):
+        if ours is _MISSING or name in IGNORED or short(name).startswith("_"):
             continue
         theirs = archive.tensor(value).tolist() if isinstance(value, Stored) and len(value.size) == 1 else value
         ours = ours.tolist() if isinstance(ours, Tensor) and not ours.is_meta else ours
         if isinstance(ours, _PLAIN) and _as_list(ours) != _as_list(theirs):
-            raise Unknown(f"its network is not the one that its yaml makes here (model.{path}.{str(name)[:MAX_NAME]})")
+            raise Unknown(f"its network is not the one that its yaml makes here (model.{path}.{short(name)})")
 
 
 _MISSING = object()
@@ -285,6 +294,8 @@ def _tensors(saved: dict[str, Record]) -> Iterator[tuple[str, Stored]]:
             if not isinstance(entries, dict) or not isinstance(left_out, set | frozenset | tuple):
                 raise Damaged("holds a module without numbers")
             for name, value in entries.items():
+                if not isinstance(name, str):
+                    raise Damaged("holds numbers without a name")
                 if isinstance(value, Stored) and name not in left_out:
                     yield f"{path}.{name}".lstrip("."), value
 

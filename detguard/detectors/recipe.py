@@ -60,11 +60,16 @@ def check_recipe(recipe: object) -> JsonObject:
         checked |= {"scale": scale, "scales": {scale: [_number({n: v}, n, 1, lo, hi) for n, v, lo, hi in limits]}}
     if activation := recipe.get("activation"):
         if not isinstance(activation, str) or not ACTIVATION.fullmatch(activation.strip()):
-            raise Unknown(f"made with an activation that detguard does not know: {str(activation)[:MAX_NAME]}")
+            raise Unknown(f"made with an activation that detguard does not know: {short(activation)}")
         checked["activation"] = activation.strip()
     if checked["head"][-1][2] not in HEADS:
         raise Unknown(f"made with a {checked['head'][-1][2]} head; only upright boxes can be attacked")
     return checked
+
+
+def short(value: object) -> str:
+    """The start of a text; of what is none its type, for a list that holds others twice each has no end."""
+    return value[:MAX_NAME] if isinstance(value, str) else type(value).__name__
 
 
 def boxes_alone(recipe: JsonObject) -> JsonObject:
@@ -121,9 +126,17 @@ def class_names(names: object, count: int) -> dict[int, str]:
     entries = dict(enumerate(names)) if isinstance(names, list | tuple) else names
     if not isinstance(entries, dict) or set(entries) != set(range(count)):
         raise Damaged(f"has no names for its {count} classes")
-    if not all(isinstance(name, str) and len(name) <= MAX_NAME for name in entries.values()):
+    if not all(isinstance(name, str) and len(name) <= MAX_NAME and _unicode(name) for name in entries.values()):
         raise Damaged("has class names that are no text")
     return {number: entries[number] for number in range(count)}
+
+
+def _unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # halves of surrogate pairs
+        return False
+    return True
 
 
 def frame_size(args: object) -> int:

@@ -405,3 +405,20 @@ def repacked(data):
         for name, part in parts.items():
             file.writestr(name, part.replace(b"c__builtin__\nprint\n", b"ctorch\nprint\n"))
     return made.getvalue()
+
+
+def test_what_is_told_of_a_file_is_bounded_though_its_data_are_not(refused, checkpoint):
+    def endless(model):
+        activation = "x"
+        for _ in range(64):  # in words, 2^64 letters
+            activation = [activation, activation]
+        model.yaml["activation"] = activation
+
+    assert "activation that detguard does not know: list" in refused(checkpoint(endless))
+
+
+def test_names_of_classes_are_text_that_files_can_hold(refused, checkpoint):
+    def halves(model):
+        model.names = {0: "person", 1: "b\udce8s"}
+
+    assert "class names that are no text" in refused(checkpoint(halves))

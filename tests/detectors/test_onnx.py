@@ -9,8 +9,11 @@ import torch
 
 import detguard
 from detguard import DetguardError
+from detguard.data.dataset import read_dataset
 from detguard.detectors.contract import check_contract
 from detguard.detectors.load import load_detector
+from detguard.evaluation.cache import Cache
+from detguard.evaluation.views import Subject
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -212,3 +215,10 @@ def test_what_needs_a_gradient_or_a_network_refuses_it(files, bundled_model, bus
         check_teacher(detector.model, detector, "any.onnx", "gated", pretrain=False)
     with pytest.raises(DetguardError, match=r"any\.onnx: expected a detector of Ultralytics' YOLO families"):
         check_teacher(bundled_model, detector, "any.onnx", "gated", pretrain=False)
+
+
+@pytest.mark.parametrize(("kind", "listed"), [("any", False), ("nms", True)])
+def test_whether_nms_comes_after_it_is_told_by_what_the_graph_gives(files, kind, listed, tmp_path, tiny_data):
+    detector, dataset = load_detector(files[kind]), read_dataset(tiny_data)
+    ids = dataset.category_ids(detector.class_names)
+    assert Subject("exported", detector, dataset, ids, Cache(tmp_path / "cache.sqlite")).listed is listed

@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.nn.modules.block import Bottleneck
 
 from detguard.detectors.gated import GatedDetector, GatedNetwork
-from detguard.detectors.load import build_model, fused, load_detector
+from detguard.detectors.load import build_model, detector_config, fused, load_configured, load_detector
 from detguard.detectors.torchvision import TorchvisionDetector
 from detguard.detectors.ultralytics import UltralyticsDetector
 
@@ -100,3 +100,40 @@ def test_each_expert_and_each_way_to_put_them_together_has_its_own(bundled_model
     others = [detector, detector.through(0), detector.through(1), detector.dense()]
     others.append(changed(detector, lambda model: setattr(model, "fusion", "average:0.5")))
     assert len({other.state_hash() for other in others}) == len(others)
+
+
+OWN = """
+from detguard.detectors.ultralytics import UltralyticsDetector
+from detguard.detectors.load import load_model
+
+class Mine(UltralyticsDetector):
+    SIDE = 64
+
+def one(device):
+    return Mine(load_model("detguard-n")[0], "mine", Mine.SIDE, device)
+
+def two(device):
+    return one(device)
+"""
+
+
+def test_of_a_detector_of_ones_own_the_code_counts_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hashes = []
+    for function, text in (("one", OWN), ("one", OWN), ("two", OWN), ("one", OWN + "# mended")):
+        (tmp_path / "own_detector.py").write_text(text)
+        sys.modules.pop("own_detector", None)
+        hashes.append(load_detector(f"own_detector:{function}", trust=True).state_hash())
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_a_run_of_a_detector_of_ones_own_is_gone_on_with_whatever_it_says_of_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ended.py").write_text(
+        OWN.removesuffix("    return one(device)\n")
+        + "    found = one(device)\n    found.end_to_end = True\n    return found\n"
+    )
+    config = detector_config(load_detector("ended:two", trust=True), "ended:two")
+    assert config["end_to_end"]
+    assert load_configured(config, trust=True).state_hash() == config["sha256"]
