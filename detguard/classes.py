@@ -53,6 +53,21 @@ def parse_map(text: str | None) -> dict[str, str]:
     return made
 
 
+def check_map(class_map: Mapping[str, str], known: Iterable[str]) -> None:
+    """See that classes are mapped to some that a detector has.
+
+    Raises:
+        DetguardError: to another one; names the nearest.
+    """
+    known = list(known)
+    names = {one.strip().lower() for one in known}
+    for name, to in class_map.items():
+        if to.strip().lower() not in names:
+            near = meant(to, known)
+            advice = f"; did you mean {name}={near}?" if near else ""
+            raise DetguardError(f"`class_map` {name}={to}: the detector has no class '{to}'{advice}")
+
+
 def left_out(boxes: Mapping[str, int], known: Iterable[str]) -> str:
     """The warning about labelled classes that a detector does not have: how many boxes of each, and what to do."""
     known = list(known)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from detguard import DetguardError
-from detguard.classes import left_out
+from detguard.classes import check_map, left_out
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import Faults
 from detguard.data.stream import Labelled, as_line, in_order, read_lines, to_lines, unknown_boxes
@@ -119,6 +119,7 @@ def read_labelled(
     class_map: names of its classes -> the detector's.
     """
     source = with_samples(source)
+    check_map(class_map or {}, class_names.values())
     if Path(source).suffix == ".jsonl":
         photos, faults = read_lines(source, class_names, class_map), Faults()
         if boxes := unknown_boxes(one.unknown for one in photos):

@@ -14,13 +14,15 @@ Compared = Literal["clean", "corruptions", "corruption_file", "attack", "transfe
 SAME: dict[Compared, tuple[str, ...]] = {
     "clean": (),
     "corruptions": ("kinds", "severities"),
-    "corruption_file": ("file",),
-    "attack": ("eps", "steps", "restarts", "queries"),
+    "corruption_file": ("content",),
+    "attack": ("eps", "steps", "restarts", "queries", "attacks"),
     "transfer": ("eps", "from"),
     "blackbox": ("eps", "queries"),
-    "patch": ("class", "size", "file"),
-    "universal": ("eps", "file"),
+    "patch": ("class", "size", "content"),
+    "universal": ("eps", "content"),
 }
+# Of an attack's parts, what follows from the others, or is made for ensembles beside them.
+OF_ENSEMBLES = ("worst", "dense")
 # What may differ, since it is a part of the model or may be what is compared, but must be said.
 ALSO: tuple[Literal["imgsz", "nms", "seed", "version"], ...] = ("imgsz", "nms", "seed", "version")
 
@@ -54,6 +56,9 @@ def _setting(row: ModelMetrics, protocol: Compared, name: str) -> object:
     if protocol == "corruptions":
         kinds = row["corruptions"]["kinds"]
         return "+".join(kinds) if name == "kinds" else ",".join(next(iter(kinds.values()))["severities"])
+    if name == "attacks":  # but for those that are made for an ensemble's experts
+        shown = next(iter(row["attack"]["budgets"].values()))["attacks"]
+        return "+".join(sorted(part for part in shown if part not in OF_ENSEMBLES and ":" not in part))
     return "+".join(row["transfer"]["from"]) if name == "from" else found.get(name, "-")
 
 

@@ -140,9 +140,13 @@ class OwnCorruption(Stats):
     """After a pipeline of the user's own."""
 
     file: str | None
+    content: NotRequired[str]
 
 
-Worn = TypedDict("Worn", {"class": str, "size": float, "file": str, "shown": dict[str, OfClass | None]})
+Worn = TypedDict(
+    "Worn",
+    {"class": str, "size": float, "file": str, "content": NotRequired[str], "shown": dict[str, OfClass | None]},
+)
 
 
 class Patch(Worn):
@@ -154,6 +158,7 @@ class UniversalStats(TypedDict):
 
     eps: Eps
     file: str
+    content: NotRequired[str]
     shown: dict[str, Stats]
 
 

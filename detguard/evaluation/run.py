@@ -45,7 +45,7 @@ from detguard.evaluation.metrics import (
 from detguard.evaluation.pictures import PATCH, UNIVERSAL, Changed, patched, perturbed
 from detguard.evaluation.saved import save_views
 from detguard.evaluation.score import expert_shares, metrics_of, results
-from detguard.evaluation.views import Batch, Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
+from detguard.evaluation.views import Altered, Batch, Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
 
@@ -54,6 +54,8 @@ PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
 SEVERAL = ("protocols", "severities", "eps", "attacks", "corruptions")
 # Of the corruptions only this severity's results are written: all of them would be gigabytes.
 WRITTEN_SEVERITY = 3
+# Hex digits that tell a file from another one.
+CONTENT = 16
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def evaluate(
     writer.writerow(("model", "view", "class", "AP", "AP50", "objects", "AP_error"))
     for model, view, name, row in evaluation.classes:
         writer.writerow((model, view, name, row["AP"], row["AP50"], row["objects"], row["AP_error"]))
-    run.write("per_class.csv", table.getvalue().encode())
+    run.write("per_class.csv", table.getvalue().encode(errors="backslashreplace"))  # of file names, any bytes
     if wanted.save_images:
         for subject in subjects:
             views = wanted.views(subject.detector)
@@ -253,12 +255,14 @@ def total_cost(subjects: list[Subject], wanted: Protocols) -> int:
 @dataclass(frozen=True)
 class Cost:
     """What an evaluation takes. passes: forward passes of one photo, a backward counted as two; left: those of them
-    that the cache does not spare; seconds: of those left, by a batch of each detector that was measured, shared out.
+    that the cache does not spare; seconds: of those left, by a batch of each detector that was measured, shared out;
+    altered: photos that are to be corrupted before, which is not in the seconds.
     """
 
     passes: int
     left: int
     seconds: float
+    altered: int = 0
 
 
 def measure_cost(subjects: list[Subject], wanted: Protocols, processes: int = 1) -> Cost:
@@ -267,10 +271,12 @@ def measure_cost(subjects: list[Subject], wanted: Protocols, processes: int = 1)
     Raises:
         DetguardError: no photo can be read.
     """
-    passes = left = 0
+    passes = left = altered = 0
     seconds, of_pass = 0.0, dict[int, float]()
     for subject, views in work(subjects, wanted):
         missing = sum(view.cost for view in views for image in subject.hashes if not view.cached(subject, image))
+        slow = [view for view in views if isinstance(view, Altered)]
+        altered += sum(not view.cached(subject, image) for view in slow for image in subject.hashes)
         passes += len(subject.hashes) * sum(view.cost for view in views)
         left += missing
         if missing:
@@ -278,7 +284,7 @@ def measure_cost(subjects: list[Subject], wanted: Protocols, processes: int = 1)
             if detector not in of_pass:
                 of_pass[detector] = _seconds_of_pass(subject)
             seconds += missing * of_pass[detector] / processes
-    return Cost(passes, left, seconds)
+    return Cost(passes, left, seconds, altered)
 
 
 def _seconds_of_pass(subject: Subject) -> float:
@@ -329,7 +335,11 @@ class Scorer:
         for own in wanted.own_corruption:
             metrics = self.measure(own, own.name)
             self.error([metrics], np.mean, "corruption_file")
-            found["corruption_file"] = {**metrics.stats, "file": wanted.corruption_file}
+            found["corruption_file"] = {
+                **metrics.stats,
+                "file": wanted.corruption_file,
+                "content": own.digest[:CONTENT],
+            }
         if wanted.patch is not None:
             found["patch"] = self.patch(wanted.patch, clean)
         if wanted.universal is not None:
@@ -383,7 +393,7 @@ class Scorer:
             "unknown_classes": dataset.unknown(detector.class_names),
             "imgsz": detector.imgsz,
             "end_to_end": detector.end_to_end,
-            "nms": None if detector.end_to_end else detector.iou,
+            "nms": None if self.subject.listed else detector.iou,
             "seed": self.wanted.seed,
             "sha256": detector.state_hash(),
             "left_out": dataset.warnings[LOST].total,
@@ -466,13 +476,14 @@ class Scorer:
         """With a patch, and with those that mean nothing."""
         detector, wanted = self.subject.detector, self.wanted
         name = detector.class_names[detector.class_index(wanted.patch_target)]
-        shown = {"clean": clean.per_class.get(name)}
-        for worn in wanted.patches(detector):
+        shown, views = {"clean": clean.per_class.get(name)}, wanted.patches(detector)
+        for worn in views:
             metrics = self.measure(worn, worn.name)
             shown[worn.label] = metrics.per_class.get(name)
             if worn.label == PATCH and name in metrics.drawn_classes:
                 self.keep("patch", metrics.drawn_classes[name])
-        return {"class": name, "size": wanted.patch_size, "file": file, "shown": shown}
+        content = contents(views, PATCH)
+        return {"class": name, "size": wanted.patch_size, "file": file, "content": content, "shown": shown}
 
     def universal(self, file: str, clean: CocoMetrics) -> UniversalStats:
         """Under a universal perturbation, and under signs that mean nothing."""
@@ -481,7 +492,12 @@ class Scorer:
         self.error([shown[UNIVERSAL]], np.mean, "universal")
         (eps,) = {view.how.bounds[1] for view in views}
         rows = {"clean": clean.stats} | {label: metrics.stats for label, metrics in shown.items()}
-        return {"eps": round(eps * 255), "file": file, "shown": rows}
+        return {"eps": round(eps * 255), "file": file, "content": contents(views, UNIVERSAL), "shown": rows}
+
+
+def contents(views: Sequence[Changed], label: str) -> str:
+    """The start of the digest of the user's own picture among those that are shown."""
+    return next(view.digest[:CONTENT] for view in views if view.label == label)
 
 
 def figure(rows: Iterable[Figure], of: Callable[[Iterable[float | None]], float | None], error: float | None) -> Figure:

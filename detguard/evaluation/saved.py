@@ -1,9 +1,10 @@
 """What an evaluation showed to its detectors, as data sets that others read."""
 
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 
 from detguard.data.writing import LIST, DatasetWriter
-from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View
+from detguard.evaluation.views import Altered, Batch, Clean, Corrupted, Makers, Subject, View
 from detguard.files import is_file
 from detguard.photos import encode_png
 from detguard.runs import Run, photo_keys
@@ -24,12 +25,13 @@ def save_view(subject: Subject, view: View, run: Run) -> str:
     if is_file(run.path(f"{folder}/{LIST}")):
         return folder
     names = {file: key for key, file in photo_keys(list(dataset.files.values())).items()}
-    for images in subject.batches():
-        batch = Batch(subject, images)
-        for image, photo in zip(images, view.show(batch), strict=True):
-            objects = dataset.annotations.imgToAnns.get(image, [])
-            size = photo.shape[1], photo.shape[0]
-            made.add(f"{names[dataset.files[image]]}.png", encode_png(photo), size, objects, image)
+    wanted = [(view, image) for images in subject.batches() for image in images if isinstance(view, Altered)]
+    with closing(makers) if (makers := Makers.of(subject, wanted)) else nullcontext():
+        for images in subject.batches():
+            for image, photo in zip(images, view.show(Batch(subject, images, makers)), strict=True):
+                objects = dataset.annotations.imgToAnns.get(image, [])
+                size = photo.shape[1], photo.shape[0]
+                made.add(f"{names[dataset.files[image]]}.png", encode_png(photo), size, objects, image)
     made.close()
     return folder
 

@@ -209,6 +209,12 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
     [
         ((), "--data"),
         (("--data", "nowhere.json"), "nowhere.json: no such data"),
+        (("--data", "run"), "run: is a folder; photos need labels here"),
+        (
+            ("--data", "DATA", "--map", "walker=persom"),
+            "--map walker=persom: the detector has no class 'persom'; did you",
+        ),
+        (("--data", "DATA", "--model", "detgard-n"), "detgard-n: no such detector; did you mean detguard-n?"),
         (("--data", "DATA", "--protocols", "clena"), "--protocols 'clena'"),
         (("--data", "DATA", "--severities", "3,x"), "--severities '3,x'"),
         (("--data", "DATA", "--severities", "6"), "--severities 6"),

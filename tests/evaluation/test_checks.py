@@ -1,9 +1,12 @@
 """Each check fails where it should: shown what a blind attack would leave in the cache, or a detector that hides."""
 
 import copy
+import json
 
 import pytest
 
+import detguard
+from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.detections import Detections
 from detguard.evaluation.attacks import AttackSet
@@ -80,3 +83,11 @@ def test_the_figure_is_the_least_of_the_worst_case_and_of_each_attack_alone(subj
             ({ATTACK.key(subject, image, part): pack(labelled) for part in ATTACK.parts} | nothing).items()
         )
     assert attack_ap(subject, ATTACK) == 0
+
+
+def test_data_whose_only_objects_are_crowds_are_refused(bundled, tiny_data, tmp_path):
+    data = json.loads(tiny_data.read_text())
+    data["annotations"] = [one | {"iscrowd": 1} for one in data["annotations"]]
+    (tmp_path / "crowds.json").write_text(json.dumps(data))
+    with pytest.raises(DetguardError, match="none of its labelled objects is of a class that is evaluated"):
+        detguard.evaluate(bundled, tmp_path / "crowds.json", images=tiny_data.parent / "images")

@@ -11,9 +11,12 @@ from detguard.reports.comparison import differences, in_words
 FIRST = {
     "setting": {"photos": 40, "photos_sha256": "a", "imgsz": 320, "nms": 0.7, "seed": 0, "version": "1"},
     "clean": {"AP": 0.4},
-    "attack": {"AP": 0.1, "eps": 4, "steps": 20, "restarts": 1},
-    "patch": {"class": "person", "size": 0.3, "file": "p.png", "shown": {"patch": {"AP": 0.2}}},
-}
+    "attack": {
+        "AP": 0.1, "eps": 4, "steps": 20, "restarts": 1,
+        "budgets": {"4": {"attacks": {"class": {}, "box": {}, "worst": {}, "gate:1": {}}}},
+    },
+    "patch": {"class": "person", "size": 0.3, "file": "p.png", "content": "1f", "shown": {"patch": {"AP": 0.2}}},
+}  # fmt: skip
 NOISE = np.random.default_rng(0).normal(0, 0.02, 100)
 
 
@@ -69,3 +72,17 @@ def test_a_figure_that_was_not_drawn_is_not_compared():
 def test_means_over_other_corruptions_are_not_compared():
     fog, snow = ({"corruptions": {"kinds": {kind: {"severities": {"3": {}}}}}} for kind in ("fog", "snow"))
     assert unlike(fog, snow, "corruptions") == ["kinds fog, snow"]
+
+
+def test_the_least_of_other_attacks_is_not_compared():
+    fewer, ensemble = copy.deepcopy(FIRST), copy.deepcopy(FIRST)
+    del fewer["attack"]["budgets"]["4"]["attacks"]["class"]
+    del ensemble["attack"]["budgets"]["4"]["attacks"]["gate:1"]
+    assert unlike(FIRST, fewer, "attack") == ["attacks box+class, box"]
+    assert not unlike(FIRST, ensemble, "attack")
+
+
+def test_a_file_that_has_changed_is_another_one_and_a_copy_of_it_is_not():
+    changed, moved = ({"patch": FIRST["patch"] | part} for part in ({"content": "2e"}, {"file": "q.png"}))
+    assert unlike(FIRST, changed, "patch") == ["content 1f, 2e"]
+    assert not unlike(FIRST, moved, "patch")

@@ -14,7 +14,7 @@ from detguard.data.dataset import read_dataset
 from detguard.evaluation.attacks import AttackSet, BlackBox, kept_photo
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.saved import save_views
-from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, fill
+from detguard.evaluation.views import Batch, Clean, Corrupted, Makers, Subject, fill
 from detguard.photos import read_photo
 from detguard.runs import Run
 
@@ -105,3 +105,16 @@ def test_what_is_whole_is_left_as_it_is_and_the_rest_is_made_again(saved):
     save_views(replace(subject), views[:3], Run(folders[0].parents[1], {}))
     assert not (folders[0] / "images/11.png").read_bytes()
     assert (folders[1] / "images/11.png").read_bytes()
+
+
+def test_processes_that_make_them_ahead_make_the_same(saved, tmp_path, monkeypatch):
+    subject, (_, bright, *_), _ = saved
+    made = list[int]()
+    taken = Makers.photo
+    monkeypatch.setattr("detguard.evaluation.views.MANY", 1)
+    monkeypatch.setattr(Makers, "photo", lambda self, view, image: made.append(image) or taken(self, view, image))
+    (folder,) = save_views(subject, [bright], Run(tmp_path, {}))
+    assert sorted(made) == sorted(subject.dataset.files)
+    for image in subject.dataset.files:
+        (shown,) = bright.show(Batch(subject, [image]))
+        assert np.array_equal(read_photo(tmp_path / folder / f"images/{image}.png"), shown)
