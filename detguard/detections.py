@@ -114,6 +114,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def and_those(self, others: "Detections") -> "Detections":
+        """These, then others on the same photo."""
+        boxes, scores = torch.cat([self.boxes, others.boxes]), torch.cat([self.scores, others.scores])
+        return Detections(boxes, scores, torch.cat([self.classes, others.classes]), self.experts)
+
     def above(self, conf: float) -> "Detections":
         """The detections with a confidence over `conf`."""
         return self[self.scores > conf]

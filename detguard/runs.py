@@ -103,12 +103,16 @@ class Run:
         if replaced:
             run.clear(but=STAGED)
         if photos and (staged := folder / STAGED).exists():
-            shutil.rmtree(folder / INPUTS, ignore_errors=True)  # of one that was killed before it had a config
             try:
+                if os.path.lexists(folder / INPUTS):  # somebody's; a renaming would take the place of an empty one
+                    shutil.rmtree(staged)
+                    raise RunError(f"{folder / INPUTS}: is there already; move it away, or choose another `out`")
                 staged.rename(folder / INPUTS)
             except OSError as error:
                 raise RunError(f"{folder / INPUTS}: cannot be written ({error.strerror})") from error
         for name, data in (files or {}).items():
+            if os.path.lexists(there := run.path(name)) and read_file(there) != data:
+                raise RunError(f"{there}: is there already; move it away, or choose another `out`")
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.
         run.write(CONFIG, _yaml(run.config))

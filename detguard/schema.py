@@ -168,7 +168,7 @@ CONFIGS: dict[str, dict[str, Shape]] = {
         "detector": DETECTOR,
         "also": Items(DETECTOR),
         "samples": flag,
-        "goal": one_of("vanish", "mislabel", "untargeted", "fabricate", "flood"),
+        "goal": text,  # which `read_goal` knows
         "target": text,
         "to": Maybe(text),
         "strict": flag,
@@ -333,6 +333,7 @@ PASSED_OVER: dict[str, Shape] = {
     "key": text,
     "photo": text,
     "status": one_of("no-target", "error"),
+    "detector?": text,
     "error?": text,
     "seconds?": real(0),
 }

@@ -57,6 +57,11 @@ class Budget(ABC):
         """
         return self
 
+    @property
+    def empty(self) -> bool:
+        """Whether it leaves nothing of a photo that may change."""
+        return False
+
     @abstractmethod
     def start(self, original: Tensor, seed: int) -> Tensor:
         """A photo drawn at random within the budget, in levels, from numbers of the CPU: the same on any device.
@@ -372,6 +377,11 @@ class Masked(Budget):
     @override
     def levels(self, x: Tensor, original: Tensor) -> Tensor:
         return self.within.levels(x, original)
+
+    @property
+    @override
+    def empty(self) -> bool:
+        return self._bounds is None
 
     @cached_property
     def _bounds(self) -> tuple[slice, slice] | None:

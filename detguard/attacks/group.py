@@ -9,6 +9,7 @@ may go (`budgets.py`), how it moves (`steps.py`), what is wanted (`objectives`) 
 """
 
 import math
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -36,6 +37,8 @@ Schedule = Literal["worst", "group"]
 DEFAULT = Linf(defaults.Attack.eps)
 # Draws in a row that must be fooled before a group with random members counts as fooled.
 STEADY = 5
+# Photos of other frame shapes than the next one's that wait in memory, for each photo of a batch.
+WAITING = 4
 # Options that only a gradient has a use for.
 WHITE_BOX = ("smallest", "rule", "step", "steps", "schedule", "momentum", "gradient", "random_start")
 
@@ -126,10 +129,19 @@ class AttackOptions:
 
         detectors: before which it is shown.
         """
-        rule_named(self.rule)
+        unused = rule_named(self.rule).unused
         defaults = {one.name: one.default for one in fields(self)}
         if self.black_box and (given := [name for name in WHITE_BOX if getattr(self, name) != defaults[name]]):
             raise DetguardError(f"`{given[0]}`: does not go with `black_box`, which has no gradient")
+        if given := [name for name in unused if getattr(self, name) != defaults[name]]:
+            raise DetguardError(f"`{given[0]}`: does not go with `rule` {self.rule}, which has its own")
+        if self.smallest and self.batch != defaults["batch"]:
+            raise DetguardError("`batch`: does not go with `smallest`, which attacks photo by photo")
+        if self.budget.scale != 1 and self.step is None and not rule_named(self.rule).by_budget:
+            raise DetguardError(
+                f"`rule` {self.rule}: moves values one by one, which this `norm` does not say how far; give `step`, or "
+                "`rule` steepest"
+            )
         if not self.black_box and self.queries != defaults["queries"]:
             raise DetguardError("`queries`: goes with `black_box`; without it, `steps` bounds the search")
         if self.black_box and self.most(members * detectors) < 1:
@@ -155,6 +167,23 @@ class Victim:
     detector: Detector
     objective: Objective
 
+    def found_in_copy(self, transform: Transform | None, photo: Photo, conf: float) -> Detections:
+        """What is found in a copy of the clean photo, where the objective compares with that; else nothing.
+
+        Nor before what is random in the transform has been drawn.
+        """
+        if transform is None or transform.random or not self.objective.compares:
+            return Detections.none()
+        return self.detector.predict(transform(photo), conf)
+
+
+def in_copy(
+    transform: Transform | None, shape: tuple[int, int], clean: Detections, attacked: Tensor, copied: Detections
+) -> tuple[Detections, Tensor]:
+    """What was `seen` in a photo as it lies in a copy, then what was found in the clean copy, none of it attacked."""
+    clean, attacked = seen(transform, shape, clean, attacked)
+    return clean.and_those(copied), torch.cat([attacked, attacked.new_zeros(len(copied))])
+
 
 @dataclass(frozen=True)
 class Member:
@@ -173,11 +202,13 @@ class Member:
     warp: Warp | None
 
     @classmethod
-    def of(cls, victim: Victim, transform: Transform | None, shape: tuple[int, int], clean: Detections) -> "Member":
-        """That of a photo of (height, width), in which the detector found `clean`."""
+    def of(cls, victim: Victim, transform: Transform | None, photo: Photo, clean: Detections, conf: float) -> "Member":
+        """That of a clean photo, in which the detector found `clean` over `conf`."""
+        shape = (photo.shape[0], photo.shape[1])
         warp = transform.warp(shape) if transform else None
         letterbox = victim.detector.letterbox(warp.picture if warp else shape)
-        there, attacked = seen(transform, shape, clean, victim.objective.attacked(clean))
+        copied = victim.found_in_copy(transform, photo, conf)
+        there, attacked = in_copy(transform, shape, clean, victim.objective.attacked(clean), copied)
         return cls(victim, transform, shape, letterbox, there, attacked, warp)
 
     @property
@@ -219,6 +250,7 @@ class Attempt:
     """The attack on one photo as it stands.
 
     clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has taken;
+    seconds: its share of the time that the search has taken;
     in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are evaluated;
     alone_since: how many steps there were before.
     """
@@ -234,6 +266,7 @@ class Attempt:
     aims: list[object]
     steps: int = 0
     queries: int = 0
+    seconds: float = 0.0
     fooled: list[bool] = field(default_factory=list)
     in_turn: bool = False
     alone: int | None = None
@@ -327,18 +360,28 @@ def attack_group(
     exhausted = False
     while True:
         # Photos of other frame shapes queue up; the fullest shape goes first.
-        while not exhausted and all(len(queue) < options.batch for queue in waiting.values()):
+        # Not many of them, for each is in memory: sooner a step of fewer photos.
+        while (
+            not exhausted
+            and all(len(queue) < options.batch for queue in waiting.values())
+            and sum(map(len, waiting.values())) < WAITING * options.batch
+        ):
             if (item := next(source, None)) is None:
                 exhausted = True
             else:
+                began = time.perf_counter()
                 attempt = _begin(victims, *item, transforms, options)
+                attempt.seconds = time.perf_counter() - began
                 waiting[attempt.members[0].letterbox.frame].append(attempt)
         shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
         if shape is None:
             return
         queue = waiting[shape]
         active = [queue[i] for i in range(min(options.batch, len(queue)))]
+        began = time.perf_counter()
         _iterate(active, transforms, options)
+        for attempt in active:  # a step is shared by all
+            attempt.seconds += (time.perf_counter() - began) / len(active)
         if on_step:
             on_step(active)
         for attempt in active:
@@ -357,14 +400,13 @@ def _begin(
     transforms: Sequence[Transform],
     options: AttackOptions,
 ) -> Attempt:
-    shape = (photo.shape[0], photo.shape[1])
     found = [clean, *(victim.detector.predict(photo, options.conf) for victim in victims[1:])]
     members = [
-        Member.of(victim, transform, shape, there)
+        Member.of(victim, transform, photo, there, options.conf)
         for victim, there in zip(victims, found, strict=True)
         for transform in (None, *transforms)
     ]
-    budget = options.budget.on(shape, clean[members[0].attacked].boxes)
+    budget = options.budget.on((photo.shape[0], photo.shape[1]), clean[members[0].attacked].boxes)
     original = torch.from_numpy(photo).to(victims[0].detector.device).float()
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original
@@ -377,7 +419,7 @@ def _begin(
     return Attempt(key, photo, found, original, x, rule, rng, members, aims, enough=enough, in_turn=in_turn)
 
 
-def _draw(attempt: Attempt, transforms: Sequence[Transform]) -> None:
+def _draw(attempt: Attempt, transforms: Sequence[Transform], conf: float) -> None:
     """Draw anew what is random among the members, the same before each detector; what is aimed at moves with it."""
     for number, transform in enumerate(transforms, 1):
         drawn = transform.draw(attempt.rng)
@@ -385,7 +427,7 @@ def _draw(attempt: Attempt, transforms: Sequence[Transform]) -> None:
             for i, clean in enumerate(attempt.clean_by):
                 place = i * attempt.group + number
                 member = attempt.members[place]
-                attempt.members[place] = Member.of(member.victim, drawn, member.shape, clean)
+                attempt.members[place] = Member.of(member.victim, drawn, attempt.photo, clean, conf)
                 attempt.aims[place] = None
 
 
@@ -402,7 +444,7 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     # What is to be found must be as far over the confidence, what is not as far under it.
     sure = 1 - (1 - options.conf) * (1 - options.margin)
     for attempt in attempts:
-        _draw(attempt, transforms)
+        _draw(attempt, transforms, options.conf)
     shown = [attempt.levels for attempt in attempts]
     evaluated = [(i, number) for i, attempt in enumerate(attempts) for number in attempt.evaluated]
     members = [(attempts[i].members[number], shown[i]) for i, number in evaluated]
@@ -429,10 +471,9 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     if not running:
         return
     losses = _losses(passes, members, [attempts[i].aims[number] for i, number in evaluated], conf).split(counts)
-    if options.black_box:
-        values = _aggregate(torch.stack(losses), options).tolist()
-    else:
-        values = torch.stack([one.sum() for one in losses]).tolist()
+    # By gradients, the largest value of each pixel is that of no loss: then their sum.
+    summed = not options.black_box and options.aggregate == "max"
+    values = torch.stack([one.sum() if summed else _aggregate(one, options) for one in losses]).tolist()
     for i in running:
         attempt = attempts[i]
         if attempt.alone is None:
@@ -480,11 +521,11 @@ def _turns(attempt: Attempt, losses: Tensor) -> bool:
 
 
 def _aggregate(losses: Tensor, options: AttackOptions) -> Tensor:
-    """The members' losses, [B, M], as one, [B]."""
+    """The losses of a photo's members, [M], as one; of one that is looked at alone, its own."""
     if options.aggregate == "max":
-        return losses.amax(1)
+        return losses.amax()
     weights = losses.new_tensor(options.weights or (1.0,))
-    weights = weights.repeat(losses.shape[1] // len(weights))  # the same before each detector
+    weights = weights.repeat(len(losses) // len(weights))  # the same before each detector
     return losses @ (weights / weights.sum())
 
 

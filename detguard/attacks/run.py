@@ -12,7 +12,7 @@ import torch
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget, largest_difference
-from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group
+from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group, in_copy
 from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
@@ -23,11 +23,12 @@ from detguard.photos import MOST_ENCODED, Photo, encode_png, frames_tensor, phot
 from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, Config, misfit
-from detguard.transforms.base import Transform, seen
+from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
 
 THRESHOLDS = (0.05, 0.1, 0.25, 0.5)
 PHOTO = "photo"
+NOTHING = Detections.none()
 # Of what `verify` draws at random.
 VERIFY_SEED = 2**31
 
@@ -55,6 +56,8 @@ def plan_attack(config: Config, detector: Detector) -> tuple[Objective, list[Tra
     transforms = parse_transforms(config["transforms"])
     options = AttackOptions.from_config(config["attack"])
     options.check(1 + len(transforms), 1 + len(config["also"]))
+    if (mask := config["attack"]["mask"]) in ("inside", "outside") and not objective.needs_target:
+        raise DetguardError(f"`mask` {mask}: of objects that are attacked, and this goal attacks none; give corners")
     options.check_detector(detector)
     return objective, transforms, options
 
@@ -83,7 +86,8 @@ def attack_photos(
 
     A photo that cannot be read, or whose results cannot be written, gives a record with status "error".
     """
-    started: dict[str, tuple[float, Detections]] = {}
+    started: dict[str, tuple[float, list[Detections]]] = {}
+    victims = [Victim(job.detector, job.objective), *job.also]
     unattackable: list[Record] = []
 
     def readable() -> Iterator[tuple[str, Photo, Detections]]:
@@ -98,12 +102,19 @@ def attack_photos(
                 continue
             begin = time.perf_counter()
             # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
-            clean = job.detector.predict(photo, lowest_threshold(job.options.conf))
-            if job.objective.needs_target and not job.objective.attacked(clean.above(job.options.conf)).any():
-                unattackable.append(_append(job.run, {"key": key, "photo": str(file), "status": "no-target"}))
+            clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in victims]
+            there = clean[0].above(job.options.conf)
+            if blind := blind_one(victims, clean, job.options.conf):
+                record = {"key": key, "photo": str(file), "status": "no-target"}
+                unattackable.append(_append(job.run, record | ({"detector": blind.name} if job.also else {})))
                 continue
-            started[key] = begin, clean
-            yield key, photo, clean.above(job.options.conf)
+            attacked = there[job.objective.attacked(there)].boxes
+            if job.options.budget.on((photo.shape[0], photo.shape[1]), attacked).empty:
+                nothing = DetguardError(f"{file}: `mask` leaves nothing of this photo that may change")
+                unattackable.append(_append(job.run, failure(key, file, nothing)))
+                continue
+            started[key] = time.perf_counter() - begin, clean
+            yield key, photo, there
 
     search = attack_smallest if job.options.smallest else attack_group
     arguments = (job.objective, job.transforms, job.options, on_step, job.also)
@@ -111,13 +122,27 @@ def attack_photos(
         yield from unattackable
         unattackable.clear()
         file = files[attempt.key]
-        begin, clean = started.pop(attempt.key)
+        spent, clean = started.pop(attempt.key)
+        begin = time.perf_counter()
         try:
             record = save_attempt(job, attempt, file, clean)
         except DetguardError as error:
             record = failure(attempt.key, file, error)
-        yield _append(job.run, record | {"seconds": round(time.perf_counter() - begin, 2)})
+        spent += attempt.seconds + time.perf_counter() - begin
+        yield _append(job.run, record | {"seconds": round(spent, 2)})
     yield from unattackable
+
+
+def blind_one(victims: Sequence[Victim], clean: Sequence[Detections], conf: float) -> Detector | None:
+    """The first detector that found in the clean photo nothing that it could be fooled of."""
+    return next(
+        (
+            victim.detector
+            for victim, found in zip(victims, clean, strict=True)
+            if victim.objective.needs_target and not victim.objective.attacked(found.above(conf)).any()
+        ),
+        None,
+    )
 
 
 def failure(key: str, file: Path, error: DetguardError) -> Record:
@@ -140,8 +165,8 @@ def lowest_threshold(conf: float) -> float:
     return min(*THRESHOLDS, conf)
 
 
-def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> Record:
-    """Save the adversarial photo and its group, then judge what was saved against all `clean` detections.
+def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Sequence[Detections]) -> Record:
+    """Save the adversarial photo and its group, then judge what was saved against all `clean` detections, by detector.
 
     Raises:
         DetguardError: a file cannot be written, or what is read back breaks the budget.
@@ -159,17 +184,13 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Detections) -> R
         raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
     paths = {name: run.path(path) for name, path in names.items()}
     found = find_in(job.detector, paths, job.options.conf)
-    members = judge_members(Victim(job.detector, job.objective), clean, found, job.options.conf, drawn, saved)
+    first = Victim(job.detector, job.objective)
+    members = judge_members(first, clean[0], found, job.options.conf, drawn, attempt.photo)
     also = {
         victim.detector.name: judge_members(
-            victim,
-            victim.detector.predict(attempt.photo, lowest_threshold(job.options.conf)),
-            find_in(victim.detector, paths, job.options.conf),
-            job.options.conf,
-            drawn,
-            saved,
+            victim, before, find_in(victim.detector, paths, job.options.conf), job.options.conf, drawn, attempt.photo
         )
-        for victim in job.also
+        for victim, before in zip(job.also, clean[1:], strict=True)
     }
     names_of = job.detector.class_names
     judged = [*members.values(), *(member for of_one in also.values() for member in of_one.values())]
@@ -227,11 +248,17 @@ def judge_members(
     drawn: Mapping[str, Transform],
     photo: Photo,
 ) -> dict[str, Record]:
-    """What `judge` says of each member of a group, by what was found in it; drawn: the transforms of members."""
-    shape, names = (photo.shape[0], photo.shape[1]), victim.detector.class_names
-    return {
-        name: judge(victim.objective, clean, one, conf, names, drawn.get(name), shape) for name, one in found.items()
-    }
+    """What `judge` says of each member of a group, by what was found in it.
+
+    drawn: the transforms of members; photo: as it was before the attack.
+    """
+    shape, names, lowest = (photo.shape[0], photo.shape[1]), victim.detector.class_names, lowest_threshold(conf)
+    judged = {}
+    for name, one in found.items():
+        transform = drawn.get(name)
+        copied = victim.found_in_copy(transform, photo, lowest)
+        judged[name] = judge(victim.objective, clean, one, conf, names, transform, shape, copied)
+    return judged
 
 
 def drawn_transforms(record: Record) -> dict[str, Transform]:
@@ -255,13 +282,15 @@ def judge(
     class_names: dict[int, str],
     transform: Transform | None = None,
     shape: tuple[int, int] = (0, 0),
+    copied: Detections = NOTHING,
 ) -> Record:
     """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
 
     confidence: of the best detection of a target class; objects_not_kept: at each of THRESHOLDS, how many of the
     attacked objects vanished or were relabelled, and how many there were; detections: what is found at `conf`, and
     whether that is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the
-    member and of the photo, where `found` lies in a picture that a transform made of it.
+    member and of the photo, where `found` lies in a picture that a transform made of it. copied: what was found in the
+    clean copy (`Victim.found_in_copy`).
     """
     left = found.of(objective.classes).scores
     success: dict[str, bool | None] = {}
@@ -269,7 +298,7 @@ def judge(
 
     def before(threshold: float) -> tuple[Detections, torch.Tensor]:
         over = clean.above(threshold)
-        return seen(transform, shape, over, objective.attacked(over))
+        return in_copy(transform, shape, over, objective.attacked(over), copied.above(threshold))
 
     for threshold in THRESHOLDS:
         (objects, attacked), after = before(threshold), found.above(threshold)

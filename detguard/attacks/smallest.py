@@ -23,25 +23,25 @@ def attack_smallest(
     """As `attack_group`, with the least budget up to that of `options` by which the attack succeeds: by bisection.
 
     Steps shrink with the budget. Where all of it is not enough, that failed attempt is what is yielded; an attempt's
-    `steps` and `queries` are those of all of the photo's attempts together.
+    `steps`, `queries` and `seconds` are those of all of the photo's attempts together.
     """
-    whole = options.budget.eps
+    whole, takes_steps = options.budget.eps, "step" not in options.moves.unused
 
     def attempt(item: tuple[str, Photo, Detections], tried: AttackOptions) -> Attempt:
         return next(attack_group(detector, [item], objective, transforms, tried, on_step, also))
 
     for item in photos:
         best = attempt(item, options)
-        steps, queries = best.steps, best.queries
+        steps, queries, seconds = best.steps, best.queries, best.seconds
         low, high = 0.0, best.used if best.done else 0.0
         while (eps := options.budget.between(low, high)) is not None:
             step = max(options.length * eps / whole, options.length / 10)
-            tried = replace(options, budget=replace(options.budget, eps=eps), step=step)
+            tried = replace(options, budget=replace(options.budget, eps=eps), step=step if takes_steps else None)
             found = attempt(item, tried)
-            steps, queries = steps + found.steps, queries + found.queries
+            steps, queries, seconds = steps + found.steps, queries + found.queries, seconds + found.seconds
             if found.done:
                 best, high = found, found.used
             else:
                 low = eps
-        best.steps, best.queries = steps, queries
+        best.steps, best.queries, best.seconds = steps, queries, seconds
         yield best

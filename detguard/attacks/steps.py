@@ -21,11 +21,14 @@ class Rule(ABC):
     budget, original: where it may go, from which photo, float32 [H, W, 3] levels; step: length of one, in the unit of
     `eps`; steps: how many there will be at most; momentum: share of earlier gradients in each step; seed: of what is
     drawn at random; blind: whether it goes by losses alone; compares: whether by how they change,
-    for which all have to be of the same members.
+    for which all have to be of the same members; by_budget: whether it moves as far as the budget measures it, not so
+    far with each value; unused: options of an attack that it has its own in the place of.
     """
 
     blind: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    by_budget: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
     budget: Budget
     original: Tensor
     step: float
@@ -68,6 +71,8 @@ class Rule(ABC):
 class Steepest(Rule):
     """The step by which the loss falls most, as the budget measures it: by signs in L-inf, along the gradient in L2."""
 
+    by_budget = True
+
     @override
     def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
         return self.within(x.sub(self.direction(self.gathered(gradient)), alpha=self.length))
@@ -80,6 +85,8 @@ class Steepest(Rule):
 class Sign(Steepest):
     """Every value by the same amount (Goodfellow et al. 2015)."""
 
+    by_budget = False
+
     @override
     def direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign()
@@ -87,6 +94,8 @@ class Sign(Steepest):
 
 class Normalized(Steepest):
     """Along the gradient, values moving by `step` levels on average."""
+
+    by_budget = False
 
     @override
     def direction(self, gradient: Tensor) -> Tensor:
@@ -104,6 +113,7 @@ class Raw(Steepest):
 class Adam(Rule):
     """Adam (Kingma & Ba 2015, algorithm 1) on levels; `step` is its rate."""
 
+    unused = ("momentum",)
     _square: Tensor | float = 0.0
     _mean: Tensor | float = 0.0
     _done: int = 0
@@ -125,7 +135,8 @@ class Apgd(Rule):
     `step` and `momentum` are its own.
     """
 
-    compares = True
+    compares = by_budget = True
+    unused = ("step", "momentum")
     ALPHA, RHO = 0.75, 0.75
     FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06
 

@@ -1,5 +1,6 @@
 """`detguard adapt`: parse, call, show."""
 
+import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -186,7 +187,7 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
         try:
             made = job.train(on_batch, on_fit)
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard adapt --resume {run.folder}")
+            show_error(f"stopped; go on with: detguard adapt --resume {shlex.quote(str(run.folder))}")
             return STOPPED
     with progress_bar() as progress:
         judging = progress.add_task("judging", total=photos)

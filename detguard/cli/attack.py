@@ -1,6 +1,7 @@
 """`detguard attack`, `detect` and `verify`: parse, call, show."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -256,7 +257,7 @@ def attack(
     else:
         out_folder = run_folder(context)
     ranks = start_ranks(device)
-    device = str(ranks.device)
+    device = str(ranks.device) if ranks.count > 1 else device
     if resume:
         run = shared_run(ranks, lambda: Run.resume(resume, "attack"))
         with err.status("Loading the detector"):
@@ -288,7 +289,9 @@ def attack(
         options = replace(options, conf=conf or detectors[0].conf)
         kept = {}
         if data and unlabelled(data):
-            files = [str(file) for file in find_photos([data])]
+            if class_map:
+                raise DetguardError(f"--map {class_map}: renames classes of labels, and --data {data} has none")
+            files = [str(file) for file in find_photos([data], recursive=recursive)]
         elif data:
             labelled = read_labelled(
                 data, split, detectors[0].class_names, show_warnings, class_map=parse_map(class_map)
@@ -383,7 +386,7 @@ def run_attack(job: "Job", ranks: "Ranks", *, as_json: bool = False) -> int:
                 if ranks.first:
                     show_record(job, record, as_json=as_json)
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard attack --resume {job.run.folder}")
+            show_error(f"stopped; go on with: detguard attack --resume {shlex.quote(str(job.run.folder))}")
             return STOPPED
     made = ranks.gathered(here)
     if not ranks.first:
@@ -411,7 +414,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
         out.print(verdict(records, job.options), highlight=False, soft_wrap=True, style="bold")
         title = f"{wanted(job.run.config)}: success rate"
         out.print(terminal_table(survival_table(attacked, title, job.options.conf)))
-        failed = failures(attacked)
+        failed = failures(attacked, job.run.config)
         for line in failed[:MOST_NAMED]:
             out.print(f"not fooled: {line}", highlight=False, soft_wrap=True)
         if len(failed) > MOST_NAMED:
@@ -428,14 +431,15 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
 
 def show_record(job: "Job", record: "Record", *, as_json: bool) -> None:
     """Show what needs to be shown at once of a photo that is done."""
-    from detguard.objectives.parse import wanted
+    from detguard.objectives.parse import sought
 
     if as_json:
         print(json.dumps(record))
     if record["status"] == "error":
         show_error(record["error"])
     elif record["status"] == "no-target":
-        message = f"{record['photo']}: nothing found to attack ({wanted(job.run.config)})"
+        of = f" by {record['detector']}" if "detector" in record else ""
+        message = f"{record['photo']}: skipped, no {sought(job.run.config)} found{of} (confidence {job.options.conf:g})"
         out.print(message, highlight=False, soft_wrap=True)
 
 
@@ -605,6 +609,12 @@ def verify(
             title = f"{folder}: success rate, judged by {detector.name}"
             out.print(terminal_table(survival_table(records, title, options.conf)))
             out.print(f"most of the budget used: {used:.4g} of {budget}")
-        group = [r["members"][name]["fooled"] for r in records for name in r["group"]]
-        code = code or int(used > budget.eps or not all(group))
+        fooled = [all(r["members"][name]["fooled"] for name in r["group"]) for r in records]
+        if not as_json:
+            told = f"{sum(fooled)} of {len(records)} photos still fool {detector.name}, with every saved copy"
+            out.print(told, highlight=False, soft_wrap=True, style="bold")
+        code = code or int(used > budget.eps or not all(fooled))
+    elif not code:
+        why = f"{detector.name} finds no target in any photo" if without else "no photo of it was attacked"
+        err.print(f"{folder}: nothing to judge: {why}", highlight=False, soft_wrap=True)
     sys.exit(code if records else code or NOTHING)

@@ -1,6 +1,7 @@
 """`detguard evaluate` and `compare`: parse, call, show."""
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -173,7 +174,7 @@ def evaluate(
     from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
 
     ranks = start_ranks(device)
-    device = str(ranks.device)
+    device = str(ranks.device) if ranks.count > 1 else device
     run: Run | None = None
     if resume:
         only_resumes(context)
@@ -237,7 +238,8 @@ def in_words(cost: "Cost") -> str:
     if not cost.left:
         return f"{cost.passes:,} forward passes, all of them known already"
     known = f", {cost.passes - cost.left:,} of them known already" if cost.left < cost.passes else ""
-    return f"{cost.passes:,} forward passes{known}: about {duration(cost.seconds)}, as measured on one batch"
+    more = f", and the time to corrupt {cost.altered:,} photos, about .1 s of a core each" if cost.altered else ""
+    return f"{cost.passes:,} forward passes{known}: about {duration(cost.seconds)}, as measured on one batch{more}"
 
 
 def names(text: str) -> list[str]:
@@ -296,7 +298,7 @@ def run_evaluation(
                 subjects, wanted, run, lambda what, done: progress.update(task, description=what, advance=done), ranks
             )
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard evaluate --resume {run.folder}")
+            show_error(f"stopped; go on with: detguard evaluate --resume {shlex.quote(str(run.folder))}")
             return STOPPED
     if not ranks.first:
         return 0

@@ -1,5 +1,6 @@
 """`detguard harden`: parse, call, show."""
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -219,6 +220,9 @@ def harden(
             raise DetguardError(
                 "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
             )
+        source = context.get_parameter_source("photos")
+        if hours and source is not None and source.name == "COMMANDLINE":
+            raise DetguardError("--hours: instead of --photos; leave one of them out")
         plan: Config = {
             "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
             "crop": crop, "attack": attack, "eps": levels(eps), "steps": steps, "mix": mix, "tune_normal": tune_normal,
@@ -316,7 +320,7 @@ def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = Fals
         try:
             made = job.train(on_stage)
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard harden --resume {run.folder}")
+            show_error(f"stopped; go on with: detguard harden --resume {shlex.quote(str(run.folder))}")
             return STOPPED
     if not job.ranks.first:
         return 0

@@ -247,7 +247,7 @@ def watch(
                 living.end(lambda _: progress.update(task, description="the stream is over; adapting"))
         except KeyboardInterrupt:
             living.stop()
-            show_error(f"stopped; go on with: detguard monitor --resume {run.folder}")
+            show_error(f"stopped; go on with: detguard monitor --resume {shlex.quote(str(run.folder))}")
             return STOPPED
     records = latest(run.records())
     drops, dropped = write_dropped(run, records)

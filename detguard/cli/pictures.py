@@ -1,5 +1,6 @@
 """`detguard patch` and `detguard universal`: parse, call, show."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -229,12 +230,14 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
         learned = job.learn(on_step)
     run.write("report.html", picture_page(run, job.detector, job.objective, job.photos, kind, learned.picture))
     if stopped:
-        text = f"stopped early; go on with: detguard {kind.kind} --resume {run.folder}"
+        text = f"stopped early; go on with: detguard {kind.kind} --resume {shlex.quote(str(run.folder))}"
         out.print(text, highlight=False, soft_wrap=True)
-    judged = f"--{kind.kind} {learned.file}"
+    judged = f"--{kind.kind} {shlex.quote(str(learned.file))}"
     if kind.kind == "patch":
-        worn = job.detector.class_names[job.objective.classes[0]]
-        judged += f" --patch-target '{worn}' --patch-size {run.config['picture']['size']:g}"
+        worn, *others = (job.detector.class_names[one] for one in job.objective.classes)
+        judged += f" --patch-target {shlex.quote(worn)} --patch-size {run.config['picture']['size']:g}"
+        if others:
+            out.print(f"evaluate judges it on one class at a time: on {worn} as below, then on {', '.join(others)}")
     text = f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: "
     text += f"detguard evaluate --protocols clean {judged} --data ..."
     show_made(text, as_json=as_json, file=learned.file, folder=learned.folder, stopped=bool(stopped))

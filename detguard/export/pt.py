@@ -78,7 +78,10 @@ def unfused(hardened: GatedNetwork, architecture: str, frames: Sequence[Tensor])
         DetguardError: there are several experts, or a part of the architecture is not there any more.
     """
     if hardened.sparse:
-        raise DetguardError("`format` pt: Ultralytics has no layers of mean sparsity; harden `sparse` 0, or use onnx")
+        raise DetguardError(
+            "`format` pt: Ultralytics has no layers of mean sparsity; give weights/adversarial.safetensors of the same "
+            "run, harden with `sparse` 0, or use onnx"
+        )
     model: Any = build_model(architecture, list(hardened.class_names.values()))
     if getattr(model.model[-1], "one2one_cv2", None) is not None:
         # Its head without NMS went when it was hardened.

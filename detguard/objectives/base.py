@@ -84,6 +84,11 @@ class Objective(ABC):
             conf: confidence over which an object counts as found, 0..1.
         """
 
+    @property
+    def compares(self) -> bool:
+        """Whether what counts is only what was not found before: then copies are compared with clean copies."""
+        return False
+
     @abstractmethod
     def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
         """Whether what is found is what the attacker wanted.

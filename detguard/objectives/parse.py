@@ -53,6 +53,17 @@ def parse_goal(config: Config, detector: Detector) -> Goal:
     return read_goal(config).on(detector)
 
 
+def sought(config: Config) -> str:
+    """What a run looks for in clean photos, in words, as "person", from its config."""
+    names = [name.partition(ARROW)[0].strip() for name in config["target"].split(SEPARATOR)]
+    words = ["object" if names == [ALL] else " or ".join(names)]
+    if config["object"]:
+        words.append(f"of number {' or '.join(map(str, config['object']))}")
+    if config["box"]:
+        words.append(f"within {', '.join(f'{v:g}' for v in config['box'])}")
+    return " ".join(words)
+
+
 def wanted(config: Config) -> str:
     """What a run wants in words, as "person not found any more", from its config."""
     names = [name.strip().replace(ARROW, f" {Mislabel.wanted} ") for name in config["target"].split(",")]

@@ -2,17 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from detguard import DetguardError
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import PHOTO
 from detguard.detectors.base import Detector
-from detguard.objectives.parse import wanted
+from detguard.objectives import Fabricate, Flood
+from detguard.objectives.base import ALL, SEPARATOR
+from detguard.objectives.parse import GOALS, wanted
 from detguard.photos import read_photo
 from detguard.reports.attack_tables import attack_summary, judged, least_budgets, survival_table
 from detguard.reports.page import MOST_PHOTOS, Item, Table, linked, pair, panel, render_page
 from detguard.reports.plots import least_budget_plot
 from detguard.runs import Record, Run
+from detguard.schema import Config
 
 # Transformed copies of one photo that are shown.
 MOST_COPIES = 6
@@ -24,25 +28,38 @@ def verdict(records: Sequence[Record], options: AttackOptions) -> str:
     """One sentence: how many photos were fooled, within which budget, and after which transforms."""
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     without = sum(record["status"] == "no-target" for record in records)
-    members = list(dict.fromkeys(name for record in attacked for name in judged(record)))[1:]
+    members = list(dict.fromkeys(name for record in attacked for name in record["members"]))[1:]
+    others = list(dict.fromkeys(name for record in attacked for name in record.get("also", {})))
     fooled = sum(record["status"] == "fooled" for record in attacked)
     also = f", also after {' and '.join(members)}" if 0 < len(members) <= MOST_NAMED else ""
     if len(members) > MOST_NAMED:
         also = f", also after each of {len(members)} transforms"
+    also = also + (f", and {' and '.join(others)} as well" if others else "") if fooled else ""
     # What decides is every member: a photo that fools and whose copy does not is none that is fooled.
     summary = f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
     return summary + (f"; {without} without target" if without else "")
 
 
-def failures(attacked: Sequence[Record]) -> list[str]:
-    """Of each photo that was not fooled its name and the members that were not, worst first."""
-    return [f"{record['key']}: {left}" for record in attacked if (left := _left_in(record))]
+def failures(attacked: Sequence[Record], goal: Config) -> list[str]:
+    """Of each photo that was not fooled its name and the members that were not, worst first; goal: of the run."""
+    return [f"{record['key']}: {left}" for record in attacked if (left := _left_in(record, goal))]
 
 
-def _left_in(record: Record) -> str:
+def _left_in(record: Record, goal: Config) -> str:
     """The members of a photo that were not fooled, worst first; none: ""."""
-    left = {name: member["confidence"] for name, member in judged(record).items() if not member["fooled"]}
-    return ", ".join(f"{name} (confidence {conf:.2f})" for name, conf in sorted(left.items(), key=lambda one: -one[1]))
+    left = {name: member for name, member in judged(record).items() if not member["fooled"]}
+    if goal["goal"] not in (Fabricate.kind, Flood.kind):
+        worst = sorted(left.items(), key=lambda one: -one[1]["confidence"])
+        return ", ".join(f"{name} (confidence {member['confidence']:.2f})" for name, member in worst)
+    classes = [name.strip().lower() for name in goal["target"].split(SEPARATOR)]
+    new = goal["goal"] == Fabricate.kind
+    found = {
+        name: sum((one["wrong"] or not new) and (ALL in classes or one["class"].lower() in classes) for one in of_one)
+        for name, of_one in ((name, member["detections"]) for name, member in left.items())
+    }
+    least = goal["count"] or getattr(GOALS[goal["goal"]], "count", 1)
+    words = f"of {least} {'new' if new else 'found'}"
+    return ", ".join(f"{name} ({number} {words})" for name, number in sorted(found.items(), key=lambda one: one[1]))
 
 
 def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
@@ -51,10 +68,11 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     rate = survival_table(attacked, f"Success rate: {wanted(run.config)}", options.conf)
     tables = [rate, Table("Result", ["", ""], attack_summary(records, options))]
-    if rows := [[record["key"], left] for record in attacked if (left := _left_in(record))]:
+    if rows := [[record["key"], left] for record in attacked if (left := _left_in(record, run.config))]:
         tables.append(Table("Not fooled", ["photo", "by what is left in"], rows, folded=len(rows) > 2 * MOST_NAMED))
     items = [item for record in _shown(attacked) if (item := _item(run, record, options))]
-    subtitle = f"{detector.name} at {detector.imgsz} px, budget {options.budget}, confidence {options.conf}"
+    also = "".join(f" and {Path(one['model']).stem} at {one['imgsz']} px" for one in run.config["also"])
+    subtitle = f"{detector.name} at {detector.imgsz} px{also}, budget {options.budget}, confidence {options.conf}"
     if options.black_box:
         subtitle += f", black box: at most {options.queries} queries"
     command = ["detguard", *run.config["arguments"]]
@@ -99,7 +117,7 @@ def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
     spent = "queries" if options.black_box else "iterations"
     reached += [f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"]
     if record["status"] == "failed":
-        reached.append("not fooled: " + _left_in(record))
+        reached.append("not fooled: " + _left_in(record, run.config))
     shown = pair(
         panel(f"before: {len(record['clean'])} found", before, record["clean"]),
         panel(f"after: {len(found)} found", after, found, files[PHOTO]),

@@ -38,12 +38,14 @@ def survival_table(records: Sequence[Record], title: str, conf: float) -> Table:
     if any(number for pairs in gone for _, number in pairs):
         shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
         rows.append(["objects not kept (png)", *["-"] * len(own), *shares])
-    if len(names) > 1:
+    groups = [[n for n in one if n in group_of(r, one)] for r, one in zip(records, of_each, strict=True)]
+    if max(map(len, groups), default=0) > 1:
         together: list[str] = []
         for t in columns:
-            values = [[success(m, t) for m in one.values()] for one in of_each]
+            values = [[success(one[n], t) for n in group] for one, group in zip(of_each, groups, strict=True)]
             together.append(rate([None if None in v else all(v) for v in values]))
-        rows.append(["all members", *together])
+        more = len(names) > max(map(len, groups))
+        rows.append(["all members of the group" if more else "all members", *together])
     note = "Photos that fool the detector at each confidence; - where nothing was found."
     if any(number for pairs in gone for _, number in pairs):
         note += " Objects not kept: of the attacked objects found before, those that vanished or were relabelled."
@@ -56,6 +58,11 @@ def judged(record: Record) -> dict[str, Record]:
     for detector, members in record.get("also", {}).items():
         rows |= {f"{PHOTO_ROW if name == PHOTO else name}, {detector}": one for name, one in members.items()}
     return rows
+
+
+def group_of(record: Record, rows: dict[str, Record]) -> list[str]:
+    """The rows by which a photo is fooled or not: all, but for what `verify` was asked to judge beside them."""
+    return [PHOTO_ROW if name == PHOTO else name for name in record["group"]] if "group" in record else list(rows)
 
 
 def least_budgets(attacked: Sequence[Record]) -> list[float | None]:
@@ -91,8 +98,9 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
         rows += [
             [
                 "settings",
-                f"confidence {options.conf:g}, at most {options.steps} steps, seed {options.seed}, "
-                f"NMS of each box's best class, detguard {__version__}",
+                f"confidence {options.conf:g}, "
+                + ("" if options.black_box else f"at most {options.steps} steps, ")
+                + f"seed {options.seed}, NMS of each box's best class, detguard {__version__}",
             ],
             ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong (were not there before)"],
             [

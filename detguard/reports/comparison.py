@@ -107,5 +107,5 @@ def comparison_page(metrics: Metrics, changes: Changes, warnings: list[str], com
     title = f"Comparison of {', '.join(metrics)}"
     made, left_out = comparison_tables(metrics, changes), [[line] for line in warnings]
     if left_out:
-        made.append(Table("Not compared, or in spite of", ["why"], left_out))
+        made.append(Table("Left out, or compared with a reservation", ["why"], left_out))
     return render_page(title, verdict(metrics, changes), "", command, made, plots(metrics, {}))

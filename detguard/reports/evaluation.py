@@ -12,7 +12,7 @@ from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
 from detguard.evaluation.compare import Compared, ap_of
 from detguard.evaluation.metrics import Figure, Metrics, ModelMetrics, OfClass, Spent, Stat, Stats
-from detguard.evaluation.pictures import Changed
+from detguard.evaluation.pictures import GREY, Changed
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
@@ -107,7 +107,13 @@ def strength(eps: int, spent: Spent) -> str:
 
 
 def _nms(iou: float | None) -> str:
-    return "no NMS" if iou is None else f"multi-label NMS at IoU {number(iou)}"
+    return "no NMS after the model" if iou is None else f"multi-label NMS at IoU {number(iou)}"
+
+
+def _patched(m: ModelMetrics) -> str:
+    shown = m["patch"]["shown"]
+    others = [f"{number(one['AP'])} {label}" for label, one in shown.items() if one and label in ("clean", GREY)]
+    return f"for {m['patch']['class']} with the patch ({', '.join(others)})"
 
 
 # Of a table that shows figures or words of each model: protocol, title, and what to show.
@@ -121,6 +127,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[ModelMetrics], str]], ...] = (
     ("attack", "attack", lambda m: strength(m["attack"]["eps"], m["attack"])),
     ("attack", "attacked AP", lambda m: with_error(m["attack"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
+    ("transfer", "transfer", lambda m: f"eps {m['transfer']['eps']}"),
     ("transfer", "transfer AP", lambda m: with_error(m["transfer"])),
     ("blackbox", "black box", lambda m: strength(m["blackbox"]["eps"], {"queries": m["blackbox"]["queries"]})),
     ("blackbox", "black box AP", lambda m: with_error(m["blackbox"])),
@@ -134,9 +141,9 @@ VERDICT: tuple[tuple[Compared, Callable[[ModelMetrics], str]], ...] = (
     ("clean", lambda m: "clean"),
     ("corruptions", _corrupted),
     ("attack", lambda m: f"attacked at {m['attack']['eps']}/255"),
-    ("transfer", lambda m: "by transferred attacks"),
+    ("transfer", lambda m: f"by transferred attacks at {m['transfer']['eps']}/255"),
     ("blackbox", _black_box),
-    ("patch", lambda m: f"for {m['patch']['class']} with the patch"),
+    ("patch", _patched),
     ("universal", lambda m: "by the universal perturbation"),
 )
 # What figures are of; in the title of a table whose models have it in common.

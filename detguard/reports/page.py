@@ -217,5 +217,6 @@ def _boxes(records: Sequence[Found], width: int, height: int) -> list[Box]:
 def _data_url(photo: Photo, side: int, quality: int, interpolation: int) -> str:
     scale = side / max(photo.shape[:2])
     if scale < 1:
-        photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=interpolation).astype(np.uint8, copy=False)
+        height, width = (max(1, round(length * scale)) for length in photo.shape[:2])
+        photo = cv2.resize(photo, (width, height), interpolation=interpolation).astype(np.uint8, copy=False)
     return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(photo, quality)).decode()

@@ -84,6 +84,11 @@ class Transform(ABC):
         """
         return self
 
+    @property
+    def random(self) -> bool:
+        """Whether something in it is still to be drawn."""
+        return self.draw(np.random.default_rng(0)) is not self
+
     def warp(self, shape: tuple[int, int]) -> Warp | None:
         """Where the pixels of a photo of (height, width) go; None: they stay where they are."""
         return None

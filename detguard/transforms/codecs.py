@@ -59,11 +59,14 @@ class H264(Transform):
         # Chroma is halved, so sides are even.
         even = np.pad(photo, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         film = io.BytesIO()
-        with av.open(film, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=25, options={"crf": str(self.factor), "threads": "1"})
-            stream.width, stream.height, stream.pix_fmt = even.shape[1], even.shape[0], "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-            container.mux(stream.encode())
+        try:
+            with av.open(film, "w", format="mp4") as container:
+                stream = container.add_stream("libx264", rate=25, options={"crf": str(self.factor), "threads": "1"})
+                stream.width, stream.height, stream.pix_fmt = even.shape[1], even.shape[0], "yuv420p"
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+                container.mux(stream.encode())
+        except av.error.FFmpegError as error:
+            raise DetguardError(f"{width} x {height} px: H.264 cannot hold that ({error}); shrink the photo") from error
         film.seek(0)
         with av.open(film, "r") as read:
             frame = next(read.decode(video=0)).to_ndarray(format="rgb24")

@@ -125,9 +125,11 @@ class Albumentation(Seeded):
         name, seed = _seed(value)
         made = cls(seed, name)
         try:
-            made._transform()
-        except Exception as error:  # whatever a class raises that wants arguments
+            shown = made(np.zeros((32, 32, 3), np.uint8))
+        except Exception as error:  # whatever a class raises that wants arguments, or photos of another kind
             raise ValueError("expected the name of an image-only transform that needs no arguments") from error
+        if shown.dtype != np.uint8 or shown.shape != (32, 32, 3):
+            raise ValueError("expected a transform of which photos of the same size come out, in levels of 0..255")
         return made
 
     def _transform(self) -> Any:

@@ -4,7 +4,7 @@ import io
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from detguard.runs import Record, Run, photo_keys
 from detguard.schema import CONFIGS, Config, check
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms, written
-from detguard.workflows.keywords import refuse_unknown
+from detguard.workflows.keywords import as_detectors, refuse_unknown
 
 OBJECTIVE = Vanish()
 # What stands for options of `detguard attack`.
@@ -93,9 +93,14 @@ class Result:
         return {name: self._read(name) for name in self.record.get("files", {}) if name != PHOTO}
 
     @property
-    def members(self) -> dict[str, Record]:
-        """What was judged of the photo and of each copy: fooled, confidence left, and what is found."""
-        return self.record.get("members", {})
+    def members(self) -> "Members":
+        """What was judged of the photo and of each copy: fooled, confidence left, and what is found; {} if nothing."""
+        return Members(self.record.get("members", {}), why=self._nothing)
+
+    @property
+    def _nothing(self) -> str:
+        """Why there is no adversarial photo."""
+        return f"{self.key}: {self.record.get('error', self.status)}; there is no adversarial photo"
 
     @property
     def used(self) -> float:
@@ -118,8 +123,23 @@ class Result:
 
     def _read(self, name: str) -> Photo:
         if "files" not in self.record:
-            raise DetguardError(f"{self.key}: {self.status}; there is no adversarial photo")
+            raise DetguardError(self._nothing)
         return read_photo(self.folder / self.record["files"][name])
+
+
+class Members(dict[str, Record]):
+    """Records by name; asked for one of a photo without any, it says why there is none.
+
+    Raises:
+        DetguardError: nothing was judged.
+    """
+
+    def __init__(self, records: Mapping[str, Record], why: str) -> None:
+        super().__init__(records)
+        self._why = why
+
+    def __missing__(self, name: str) -> Record:
+        raise KeyError(name) if self else DetguardError(self._why)
 
 
 class Temporary:
@@ -205,7 +225,9 @@ def attack(
         ...     print(result.key, result.success, result.photo.shape)  # doctest: +SKIP
     """
     refuse_unknown("attack", options, AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"}, ELSEWHERE)
-    detectors = [detector] if isinstance(detector, Detector) else list(detector)
+    detectors = as_detectors(detector)
+    if not isinstance(budget, Budget):
+        raise DetguardError(f"`budget` {budget!r}: expected one as Linf(8)")
     search = AttackOptions(budget=budget, **{"conf": detectors[0].conf, **options})
     config = attack_config(detectors, search, objective=objective, transforms=transforms)
     given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]
@@ -246,9 +268,11 @@ def as_photo(photo: Source) -> Photo:
     if isinstance(photo, str | Path):
         return read_photo(photo)
     if isinstance(photo, Image.Image):
-        if photo.mode[0] in "IF":  # more than 8 bits, which files are read with, scaled down
+        if photo.mode == "F":
+            raise DetguardError("photo: an image of floats (mode F); expected levels of 8 or 16 bits")
+        if photo.mode[0] == "I":  # more than 8 bits, which files are read with, scaled down
             stream = io.BytesIO()
-            photo.save(stream, "PNG")
+            Image.fromarray(np.asarray(photo).clip(0, 65535).astype(np.uint16)).save(stream, "PNG")
             return decode_photo(stream.getvalue())
         return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
     if isinstance(photo, torch.Tensor):
@@ -259,7 +283,8 @@ def as_photo(photo: Source) -> Photo:
                 raise DetguardError("photo: a tensor of floats outside 0..1; divide by 255, or give uint8")
             photo = (photo * 255).round().to(torch.uint8)
         photo = photo.detach().cpu().permute(1, 2, 0).contiguous().numpy()
-    if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+    right = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
+    if not right or not photo.size:
         shown = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
         raise DetguardError(
             f"photo: {shown}; expected a path, a uint8 array [H, W, 3] RGB, a PIL image, or a tensor [3, H, W]"

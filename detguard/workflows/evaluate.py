@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError, defaults
+from detguard.classes import check_map
 from detguard.data.dataset import read_dataset
 from detguard.data.sources import OnData, warn_of
 from detguard.detectors.base import Detector
@@ -20,7 +21,7 @@ from detguard.evaluation.views import Subject
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
 from detguard.schema import Config
-from detguard.workflows.keywords import refuse_unknown
+from detguard.workflows.keywords import as_detectors, refuse_unknown
 
 # White-box steps and starts: of detectors, and where one of them is a defence.
 STEPS, RESTARTS = (20, 40), (1, 2)
@@ -57,6 +58,7 @@ def load_subjects(
     """
     images = Path(source["images"]) if source["images"] else None
     dataset = read_dataset(source["source"], source["split"], images, source["limit"], source.get("class_map"))
+    check_map(source.get("class_map") or {}, (name for one in detectors for name in one.class_names.values()))
     subjects: list[Subject] = []
     ranks.given(lambda: Cache(cache, on_warning).begun)  # a damaged one is set aside before others open it
     kept = Cache(cache, on_warning, alone=ranks.count == 1)
@@ -64,7 +66,8 @@ def load_subjects(
         taken = [s.detector.name for s in subjects].count(detector.name)
         name = f"{detector.name}#{taken + 1}" if taken else detector.name
         ids = dataset.category_ids(detector.class_names, source["classes"])
-        if not {a["category_id"] for a in dataset.annotations.anns.values()} & set(ids.values()):
+        counted = {a["category_id"] for a in dataset.annotations.anns.values() if not a["iscrowd"]}
+        if not counted & set(ids.values()):
             raise DetguardError(f"{source['source']}: none of its labelled objects is of a class that is evaluated")
         subjects.append(Subject(name, detector, dataset, ids, kept))
     on_data(dataset.name, dataset.warnings)
@@ -123,7 +126,7 @@ def evaluate(
     refuse_unknown("evaluate", protocols, Protocols.__dataclass_fields__.keys(), ELSEWHERE)
     if isinstance(classes, str):
         raise DetguardError(f'`classes` {classes}: expected a sequence of names, as ("{classes}",)')
-    detectors = [detector] if isinstance(detector, Detector) else list(detector)
+    detectors = as_detectors(detector)
     wanted = plan(protocols | strength(detectors, steps, restarts), len(detectors))
     source = {
         "source": str(data),

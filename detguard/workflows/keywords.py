@@ -1,7 +1,11 @@
 """Keywords of the functions for Python that their options take, and where else an option of the command line is."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
+
+from detguard import DetguardError
+from detguard.detectors.base import Detector
 
 # What stands for options of the command line in every function.
 ELSEWHERE = {
@@ -30,3 +34,19 @@ def refuse_unknown(
     near = get_close_matches(unknown[0], known, n=1)
     meant = (ELSEWHERE | dict(elsewhere or {})).get(unknown[0]) or (f"did you mean `{near[0]}`?" if near else "")
     raise TypeError(f"{function}() got an unexpected keyword argument '{unknown[0]}'" + (meant and f": {meant}"))
+
+
+def as_detectors(given: Any) -> Sequence[Detector]:
+    """One detector, or several, as a list of them.
+
+    Args:
+        given: what a user did.
+
+    Raises:
+        DetguardError: something is no detector.
+    """
+    detectors = [given] if isinstance(given, Detector | str) or not hasattr(given, "__iter__") else list(given)
+    for one in detectors:
+        if not isinstance(one, Detector):
+            raise DetguardError(f"`detector` {one!r}: expected one of load_detector(), as load_detector('detguard-n')")
+    return detectors

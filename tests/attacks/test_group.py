@@ -10,9 +10,20 @@ from torch import Tensor
 
 from detguard import DetguardError
 from detguard.attacks.budgets import L2, Linf, largest_difference
-from detguard.attacks.group import STEADY, AttackOptions, Member, Victim, attack_group, photo_gradient, photo_seed
+from detguard.attacks.group import (
+    STEADY,
+    WAITING,
+    AttackOptions,
+    Member,
+    Victim,
+    attack_group,
+    photo_gradient,
+    photo_seed,
+)
+from detguard.attacks.steps import Steepest
+from detguard.detections import Detections
 from detguard.detectors.load import load_detector
-from detguard.objectives import Vanish
+from detguard.objectives import Flood, Vanish
 from detguard.objectives.base import outcomes
 from detguard.photos import Letterbox
 from detguard.transforms.base import seen
@@ -63,7 +74,7 @@ def test_gradients_of_moved_pixels_are_brought_back_before_they_become_one(bundl
     (flip,) = parse_transforms("flip:h")
     clean = bundled.predict(small, 0.25)
     victim = Victim(bundled, Vanish((0,)))
-    members = [Member.of(victim, transform, small.shape[:2], clean) for transform in (None, flip)]
+    members = [Member.of(victim, transform, small, clean, 0.25) for transform in (None, flip)]
     assert members[1].warp is not None
     gradient = gradients_of(members[0].letterbox, 1)[0].float()
     whole = photo_gradient([gradient, gradient.flip(2)], small, members, AttackOptions())
@@ -246,7 +257,7 @@ def test_a_step_is_as_long_as_it_is_told(bundled, small):
 @pytest.mark.parametrize("rule", ["steepest", "apgd", "adam", "normalized"])
 def test_every_rule_fools_within_an_l2_budget(bundled, small, rule):
     budget = L2(8)
-    step = {"adam": 2 / 255, "normalized": 2 / 255}.get(rule, 2)
+    step = {"adam": 2 / 255, "normalized": 2 / 255, "apgd": None}.get(rule, 2)
     attempt = attack(bundled, small, spec="none", budget=budget, rule=rule, step=step, steps=60)
     assert attempt.done
     assert budget.used(attempt.adversarial, small) <= 8
@@ -371,3 +382,55 @@ def test_random_members_rules_that_compare_losses_and_other_aggregates_take_the_
     group, worst = (attack(bundled, small, spec, schedule=name, steps=2, **options) for name in ("group", "worst"))
     assert np.array_equal(group.adversarial, worst.adversarial)
     assert group.queries == worst.queries
+
+
+def test_few_photos_of_other_shapes_wait_in_memory(bundled):
+    read, stepped = list[int](), list[int]()
+
+    def photos():
+        for number in range(30):
+            read.append(number)
+            yield str(number), np.full((64, 64 + 96 * number, 3), 114, np.uint8), Detections.none()
+
+    options = AttackOptions(steps=1, batch=2)
+    search = attack_group(bundled, photos(), Flood((0,)), [], options, lambda _: stepped.append(len(read)))
+    next(search)
+    assert stepped[0] <= WAITING * options.batch < 30
+
+
+def test_the_loss_that_rules_are_told_is_weighted_as_the_gradient_is(bundled, small, monkeypatch):
+    told = list[float]()
+
+    def noted(self, x, gradient, loss):
+        told.append(loss)
+        return x
+
+    monkeypatch.setattr(Steepest, "__call__", noted)
+    clean = bundled.predict(small, 0.25)
+    for specs, options in (
+        ("none", {}), ("jpeg:10", {"aggregate": "weighted", "weights": (1.0, 0.0)}), ("jpeg:10", {"schedule": "group"})
+    ):  # fmt: skip
+        next(
+            attack_group(
+                bundled, [("a", small, clean)], Vanish((0,)), parse_transforms(specs), AttackOptions(steps=1, **options)
+            )
+        )
+    alone, weighted, mean = told
+    assert weighted == pytest.approx(alone, rel=1e-4)
+    assert mean != pytest.approx(alone, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rule": "apgd", "step": 7.0}, "step"),
+        ({"rule": "apgd", "momentum": 0.5}, "momentum"),
+        ({"rule": "adam", "momentum": 0.9}, "momentum"),
+        ({"smallest": True, "batch": 2}, "batch"),
+        ({"rule": "sign", "budget": L2(4)}, "rule"),
+        ({"rule": "adam", "budget": L2(4)}, "rule"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, named):
+    with pytest.raises(DetguardError, match=f"^`{named}`"):
+        AttackOptions(**options).check(1)

@@ -1,5 +1,6 @@
 """Runs of attacks: what is judged is what was saved."""
 
+import time
 from pathlib import Path
 
 import cv2
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from detguard import DetguardError
-from detguard.attacks.budgets import Linf
-from detguard.attacks.group import AttackOptions, Member, attack_group
+from detguard.attacks.budgets import Linf, parse_budget
+from detguard.attacks.group import AttackOptions, Member, Victim, attack_group
 from detguard.attacks.run import Job, attack_photos, judge, plan_attack, save_attempt, verify_run
 from detguard.detections import Detections
 from detguard.objectives import Fabricate, Flood, Vanish
@@ -76,9 +77,9 @@ def test_a_photo_that_fools_only_before_it_is_filtered_has_failed(attacked, bund
     (attempt,) = attack_group(bundled, [("bus", photo, clean.above(0.25))], PERSONS, [], OPTIONS)
     job = Job(bundled, PERSONS, parse_transforms("median:5,jpeg:40"), OPTIONS, Run(tmp_path, {}))
     attempt.members += [
-        Member.of(attempt.members[0].victim, transform, photo.shape[:2], attempt.clean) for transform in job.transforms
+        Member.of(attempt.members[0].victim, transform, photo, attempt.clean, 0.25) for transform in job.transforms
     ]
-    saved = save_attempt(job, attempt, tmp_path / "bus.png", clean)
+    saved = save_attempt(job, attempt, tmp_path / "bus.png", [clean])
     assert [saved["members"][name]["fooled"] for name in ("photo", "median:5", "jpeg:40")].count(False) in (1, 2)
     assert saved["members"]["photo"]["fooled"]
     assert saved["status"] == "failed"
@@ -183,3 +184,54 @@ def test_of_a_flood_the_candidates_before_nms_are_told(bundled, bus, tmp_path):
     assert after == int((bundled.candidates(frames).logits.sigmoid().amax(2) > 0.25).sum())
     assert after > max(10 * before, len(record["members"]["photo"]["detections"]))
     assert f"{before} candidates before NMS, then {after}" in attack_page(run, [record], bundled).decode()
+
+
+def test_a_copy_in_which_more_is_found_without_any_attack_counts_as_no_success(attacked, bundled, tmp_path):
+    photo = Path(attacked[1]["photo"])
+    specs, run = "crop:0.5,rotate:45,rotate:10..40", Run(tmp_path, {"attack": {"conf": OPTIONS.conf}})
+    job = Job(bundled, Fabricate((0,)), parse_transforms(specs), AttackOptions(budget=Linf(0), steps=1), run)
+    (record,) = attack_photos(job, {"bus": photo})
+    assert {name: member["fooled"] for name, member in record["members"].items()} == dict.fromkeys(
+        ["photo", *specs.split(",")], False
+    )
+    (verified,) = verify_run(job.run, bundled, job.objective, parse_transforms("crop:0.6"), Linf(0))
+    assert not verified["members"]["crop:0.6"]["fooled"]
+
+
+def test_a_photo_in_which_one_of_the_detectors_finds_no_target_is_not_counted(attacked, bundled, tmp_path):
+    photo, sheep = Path(attacked[1]["photo"]), [i for i, name in bundled.class_names.items() if name == "sheep"]
+    job = Job(bundled, PERSONS, [], OPTIONS, Run(tmp_path, {}), [Victim(bundled, Vanish(tuple(sheep)))])
+    (record,) = attack_photos(job, {"bus": photo})
+    assert record == {"key": "bus", "photo": str(photo), "status": "no-target", "detector": bundled.name}
+
+
+def test_a_mask_that_leaves_nothing_of_a_photo_is_an_error_at_once(attacked, bundled, tmp_path):
+    options = AttackOptions(budget=parse_budget("linf", 4, "5000,5000,6000,5000,6000,6000"))
+    job = Job(bundled, PERSONS, [], options, Run(tmp_path, {}))
+    (record,) = attack_photos(job, {"bus": Path(attacked[1]["photo"])})
+    assert record["status"] == "error"
+    assert "leaves nothing of this photo" in record["error"]
+    attack = AttackOptions(budget=parse_budget("linf", 4, "inside")).config()
+    with pytest.raises(DetguardError, match="`mask` inside: of objects that are attacked"):
+        plan_attack(CONFIG | {"goal": "fabricate", "count": 1, "attack": attack}, bundled)
+
+
+@pytest.mark.parametrize("options", [{"batch": 3}, {"smallest": True}])
+def test_the_times_of_photos_add_up_to_no_more_than_the_run_takes(attacked, bundled, tmp_path, options):
+    photo = Path(attacked[1]["photo"])
+    job = Job(bundled, PERSONS, [], AttackOptions(steps=3, **options), Run(tmp_path, {}))
+    began = time.perf_counter()
+    records = list(attack_photos(job, {str(number): photo for number in range(3)}))
+    assert 0 < sum(record["seconds"] for record in records) <= time.perf_counter() - began + 0.03  # by rounding
+
+
+def test_what_a_codec_cannot_hold_is_the_error_of_one_photo(attacked, bundled, tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "wide.png").write_bytes(encode_png(np.zeros((64, 17000, 3), np.uint8)))
+    files = {"wide": tmp_path / "wide.png", "bus": Path(attacked[1]["photo"])}
+    job = Job(bundled, Flood((0,)), parse_transforms("h264:28"), AttackOptions(steps=1), Run(tmp_path / "run", {}))
+    (tmp_path / "run").mkdir()
+    assert {record["key"]: record["status"] for record in attack_photos(job, files)} == {
+        "wide": "error",
+        "bus": "failed",
+    }

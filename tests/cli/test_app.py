@@ -207,6 +207,12 @@ def test_quiet_shows_nothing_but_what_json_prints(monkeypatch, capsys, tmp_path,
     assert shown.err.startswith("error: gone.jpg")
 
 
+def test_photos_and_hours_are_not_both_given(monkeypatch, capsys, tmp_path, bus_file):
+    line = ("harden", "--data", bus_file, "--photos", 8, "--hours", 1, "--out", tmp_path / "run")
+    assert run(monkeypatch, *line) == 2
+    assert "--hours: instead of --photos" in capsys.readouterr().err
+
+
 WEIGHTS = ("nan,1,1", "inf,1,1", "-1,1,1", "0,-0,0", "1e308,1e308,1", "1,,1")
 
 
@@ -306,3 +312,17 @@ def test_a_run_is_replaced_only_once_its_video_could_be_read(monkeypatch, capsys
     assert run(monkeypatch, command, "bus.avi", "--every", 2, *line) in (0, 1)
     assert [name for name in files() if name.startswith("inputs/")] == ["inputs/bus-000001.png"]
     assert not any(file.name == ".inputs" for file in folder.iterdir())
+
+
+def test_a_folder_of_the_users_own_called_inputs_is_left_alone(monkeypatch, capsys, tmp_path, bus):
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    video = cv2.VideoWriter(str(folder / "bus.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 128))
+    video.write(cv2.resize(bus, (96, 128))[..., ::-1])
+    video.release()
+    before = (folder / "bus.avi").read_bytes()
+    assert run(monkeypatch, "detect", folder / "bus.avi", "--imgsz", 64, "--out", tmp_path) == 2
+    assert "inputs: is there already" in capsys.readouterr().err
+    assert [file.name for file in folder.iterdir()] == ["bus.avi"]
+    assert (folder / "bus.avi").read_bytes() == before
+    assert not (tmp_path / ".inputs").exists()

@@ -19,6 +19,7 @@ from detguard.cli.app import app
 from detguard.detections import Candidates, Detections
 from detguard.detectors.contract import check_contract
 from detguard.objectives.base import Scene
+from detguard.objectives.parse import GOALS
 from detguard.transforms.parse import KINDS, parse_transforms, written
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,7 @@ def test_the_transform_of_the_how_to_is_one(own, bus, monkeypatch):
 
 
 @pytest.mark.parametrize("own", [("adding_an_objective.md", "shrink.py")], indirect=True)
-def test_the_objective_of_the_how_to_lowers_what_it_judges(own):
+def test_the_objective_of_the_how_to_lowers_what_it_judges(own, bundled, bus, monkeypatch):
     def found(side):
         return Detections(torch.tensor([[0.0, 0, side, side]]), torch.tensor([0.9]), torch.tensor([0]))
 
@@ -117,6 +118,10 @@ def test_the_objective_of_the_how_to_lowers_what_it_judges(own):
     aims = [Scene(found(40.0), found(40.0)[[]])]
     shrink.loss(Candidates(torch.full((1, 1, 2), 3.0), boxes), aims, 0.25).sum().backward()
     assert (boxes.grad[0, 0, 2:] > 0).all()
+    # With its line in the registry, runs know it, too.
+    monkeypatch.setitem(GOALS, "shrink", own["Shrink"])
+    (result,) = detguard.attack(bundled, bus, objective=own["Shrink"](), transforms="none", steps=1)
+    assert result.status in ("fooled", "failed")
 
 
 def test_the_citation_names_the_version():

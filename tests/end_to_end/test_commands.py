@@ -358,7 +358,7 @@ def test_two_processes_attack_one_run_and_one_takes_up_what_they_left(tmp_path):
     )  # fmt: skip
     assert list(map(same, records(tmp_path / "shared"))) == list(map(same, records(tmp_path / "alone"))), together
     assert together.stdout.count("results: shared") == 1
-    assert together.stdout.count("p0-empty.png: nothing found to attack") == 1
+    assert together.stdout.count("p0-empty.png: skipped, no person found (confidence") == 1
     assert bool(together.returncode) == bool(alone.returncode)
     lines = (tmp_path / "shared/results.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "shared/results.jsonl").write_bytes(lines[3] + lines[1])

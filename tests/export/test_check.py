@@ -108,6 +108,7 @@ def test_where_rounding_crosses_thresholds_a_few_boxes_may_differ_a_little():
 
     assert seen(5, 2.0, 0.0005)
     assert not seen(5, 2.0, 0.0005, jumps=False)
-    assert not seen(6, 2.0, 0.0005)
+    assert seen(11, 2.0, 0.0005)
+    assert not seen(12, 2.0, 0.0005)
     assert not seen(5, 9.0, 0.0005)
     assert not seen(0, 0.0, 0.01)

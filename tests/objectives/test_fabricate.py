@@ -39,3 +39,15 @@ def test_no_more_places_than_are_of_use_are_chosen():
     candidates = Candidates(torch.randn(1, 40, 3), boxes)
     sizes = [len(Fabricate((PERSON,), n).aim(candidates, detections(), torch.zeros(0).bool()).index) for n in (1, 3)]
     assert sizes == [4, 12]
+
+
+def test_places_stay_where_they_are_though_candidates_change_theirs():
+    x = torch.arange(40.0) * 100
+    boxes = torch.stack([x, x * 0, x + 50, x * 0 + 50], 1)[None]
+    logits, goal, order = torch.randn(1, 40, 3) - 5, Fabricate((PERSON,), 2), torch.randperm(40)
+    aim = goal.aim(Candidates(logits, boxes), detections(), torch.zeros(0).bool())
+    before, after = (
+        loss_and_gradient(goal, logits[:, rows], boxes[:, rows], [aim]) for rows in (torch.arange(40), order)
+    )
+    assert torch.allclose(before[0], after[0])
+    assert torch.allclose(before[1][:, order], after[1])

@@ -297,3 +297,7 @@ def test_a_class_has_one_colour_in_page_and_picture():
     (box,) = panel("", photo, found.records({0: "person"})).boxes
     assert box.colour == f"rgb({red} {green} {blue})"
     assert class_colour("person") != class_colour("car")
+
+
+def test_a_strip_of_a_photo_is_shown_at_least_a_pixel_wide():
+    assert panel("strip", np.zeros((9200, 2, 3), np.uint8)).caption == "strip"

@@ -30,7 +30,46 @@ def test_an_attack_tells_how_many_and_after_what():
     records = [photo("a", photo=0.1, blur=0.2), photo("b", photo=0.2, blur=0.6)]
     told = attack.verdict([*records, {"key": "c", "status": "no-target"}], AttackOptions())
     assert told == "4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25); 1 without target"
-    assert attack.failures(records) == ["b: blur (confidence 0.60)"]
+    assert attack.failures(records, {"goal": "vanish"}) == ["b: blur (confidence 0.60)"]
+
+
+def test_several_detectors_are_named_and_nothing_is_said_of_what_fooled_none():
+    records = [photo("a", photo=0.1, blur=0.2)]
+    records[0]["also"] = {"other": records[0]["members"]}
+    told = attack.verdict(records, AttackOptions())
+    assert told == "4 levels of 255: 1 of 1 photos fooled, also after blur, and other as well (confidence 0.25)"
+    told = attack.verdict([photo("b", photo=0.4, blur=0.2)], AttackOptions())
+    assert told == "4 levels of 255: 0 of 1 photos fooled (confidence 0.25)"
+
+
+def test_where_objects_were_to_be_found_failures_say_how_many_were():
+    record = photo("a", photo=0.9)
+    found = [{"class": name, "wrong": wrong} for name, wrong in (("person", False), ("person", True), ("bus", True))]
+    record["members"]["photo"]["detections"] = found
+    for goal, told in (
+        ({"goal": "flood", "target": "all", "count": 50}, "a: photo (png) (3 of 50 found)"),
+        ({"goal": "fabricate", "target": "Person", "count": None}, "a: photo (png) (1 of 1 new)"),
+    ):
+        assert attack.failures([record], goal) == [told]
+
+
+def test_all_members_are_those_of_the_group_though_more_are_judged():
+    record = photo("a", photo=0.1, blur=0.2, more=0.9)
+    *_, last = survival_table([record | {"group": ["photo", "blur"]}], "", 0.25).rows
+    assert last[0] == "all members of the group"
+    record["members"]["more"]["success"] = dict.fromkeys(("0.05", "0.1", "0.25", "0.5"), False)
+    for name in ("photo", "blur"):
+        record["members"][name]["success"] = dict.fromkeys(("0.05", "0.1", "0.25", "0.5"), True)
+    assert survival_table([record | {"group": ["photo", "blur"]}], "", 0.25).rows[-1][1] == "100 % (1/1)"
+
+
+def test_what_a_patch_costs_is_told_by_the_class_that_wears_it():
+    worn = {"class": "person", "shown": {"clean": {"AP": 0.377}, "grey": {"AP": 0.342}, "patch": {"AP": 0.33}}}
+    found = {"clean": {"AP": 0.168, "photos": 16}, "patch": worn, "transfer": {"AP": 0.2, "eps": 4}}
+    assert evaluation.verdict({"a": found}) == (
+        "a: AP .168 clean, .200 by transferred attacks at 4/255, "
+        ".330 for person with the patch (.377 clean, .342 grey) (16 photos)"
+    )
 
 
 def test_the_confidence_that_decides_is_marked_and_shown_where_it_is_another():

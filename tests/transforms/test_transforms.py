@@ -210,6 +210,12 @@ def test_only_image_only_transforms_of_albumentations_are_taken(name):
         parse_transforms(f"albumentations:{name}")
 
 
+@pytest.mark.parametrize("name", ["ToFloat", "Normalize", "FromFloat", "ImageOnlyTransform"])
+def test_what_of_albumentations_makes_no_photos_of_photos_is_refused(name):
+    with pytest.raises(DetguardError, match="expected"):
+        parse_transforms(f"albumentations:{name}")
+
+
 @pytest.mark.parametrize(("spec", "weaker"), [("webp:20", "webp:90"), ("h264:40", "h264:18")])
 def test_codecs_lose_more_the_smaller_their_files(spec, weaker, bus):
     strong, weak = (parse_transforms(s)[0](bus) for s in (spec, weaker))

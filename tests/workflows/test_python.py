@@ -81,6 +81,7 @@ def test_images_of_pillow_are_what_their_files_are_read_as(tmp_path, small):
     cv2.imwrite(str(deep), np.full((16, 20, 3), 30000, np.uint16)[..., 0])
     for path in (turned, deep):
         assert np.abs(as_photo(Image.open(path)).astype(int) - read_photo(path)).max() <= 2
+    assert (as_photo(Image.open(deep).convert("I")) == read_photo(deep)).all()
 
 
 def test_a_single_array_is_one_photo(bundled, small):
@@ -94,13 +95,24 @@ def test_a_photo_without_target_is_told_of(bundled):
     assert not result.success
     with pytest.raises(DetguardError, match="no adversarial photo"):
         result.photo  # noqa: B018
+    assert not result.members
+    with pytest.raises(DetguardError, match="photo-001: no-target"):
+        result.members["photo"]
+
+
+def test_a_name_and_a_number_are_no_detector_and_no_budget(bundled, bus_file):
+    for call in (detguard.attack, detguard.evaluate):
+        with pytest.raises(DetguardError, match=r"load_detector\('detguard-n'\)"):
+            call("detguard-n", bus_file)
+    with pytest.raises(DetguardError, match=r"`budget` 8: expected one as Linf\(8\)"):
+        detguard.attack(bundled, bus_file, budget=8)
 
 
 @pytest.mark.parametrize(
     "photo",
     [
         np.zeros((4, 4), np.uint8), np.zeros((8, 8, 3), np.float32), torch.zeros(8, 8, 3), torch.full((3, 8, 8), 2.0),
-        torch.full((3, 8, 8), float("nan")), 7,
+        torch.full((3, 8, 8), float("nan")), 7, np.zeros((0, 0, 3), np.uint8), Image.new("F", (8, 8)),
     ],
 )  # fmt: skip
 def test_what_is_no_photo_is_refused(photo):
