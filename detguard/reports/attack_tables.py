@@ -99,7 +99,11 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
             [
                 "settings",
                 f"confidence {options.conf:g}, "
-                + ("" if options.black_box else f"at most {options.steps} steps, ")
+                + (
+                    ""
+                    if options.black_box
+                    else f"at most {options.steps} steps{' for each budget tried' if options.smallest else ''}, "
+                )
                 + f"seed {options.seed}, NMS of each box's best class, detguard {__version__}",
             ],
             ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong (were not there before)"],

@@ -205,6 +205,11 @@ def _attacks(metrics: Metrics) -> Iterator[Table]:
     note = f"AP, on 8-bit photos, seed {next(iter(attacked.values()))['seed']}. {ABOVE}"
     if white := next((a for a in attacked.values() if "steps" in a), None):
         note += f" PGD with {white['steps']} steps, {white['restarts']} start(s)."
+    if any(":" in run for run in runs):
+        note += (
+            " Of ensembles: route:I forces expert I, rank:I goes against the order of what it finds, gate:W adds W times "
+            "the gate's logits to the loss, and lead:I:W those that lead photos to expert I, which was grown."
+        )
     if black := next((a for a in attacked.values() if "queries" in a), None):
         note += f" Square, of detectors without a gradient: {black['queries']} queries of scores."
     title = "White-box attacks" if white else "Attacks without a gradient"
@@ -282,7 +287,9 @@ def _checked(metrics: Metrics) -> Iterator[Table]:
     ]
     if rows:
         head = ["check", "", "value", "at most", "what"]
-        yield Table("Checks of the attack itself", head, rows, f"On at most the first {PHOTOS} photos.")
+        yield Table(
+            "Checks of the attack itself", head, rows, f"On the first photos with labelled objects, at most {PHOTOS}."
+        )
 
 
 # Of each, the tables that metrics allow.

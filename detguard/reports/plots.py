@@ -117,7 +117,8 @@ def corruption_plot(metrics: Metrics) -> str:
             axis.set_xticks(range(1, 6))
             axis.set_xlim(0.7, 5.3)
         axes[0].set_ylim(0)  # of all, once all is drawn
-        figure.supxlabel("severity (dashed: clean)", fontsize=10)
+        dashed = any(_clean_ap(metrics[model]) is not None for model in found)
+        figure.supxlabel("severity (dashed: clean)" if dashed else "severity", fontsize=10)
         figure.supylabel("AP", fontsize=10)
         _legend(figure, axes[0])
         return _svg(figure)
