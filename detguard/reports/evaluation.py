@@ -207,8 +207,8 @@ def _attacks(metrics: Metrics) -> Iterator[Table]:
         note += f" PGD with {white['steps']} steps, {white['restarts']} start(s)."
     if any(":" in run for run in runs):
         note += (
-            " Of ensembles: route:I forces expert I, rank:I goes against the order of what it finds, gate:W adds W times "
-            "the gate's logits to the loss, and lead:I:W those that lead photos to expert I, which was grown."
+            " Of ensembles: route:I forces expert I, rank:I goes against the order of what it finds, gate:W adds W "
+            "times the gate's logits to the loss, and lead:I:W those that lead photos to expert I, which was grown."
         )
     if black := next((a for a in attacked.values() if "queries" in a), None):
         note += f" Square, of detectors without a gradient: {black['queries']} queries of scores."

@@ -27,10 +27,7 @@ def picture_page(
     items = [_item(run, detector, objective, photo, kind, picture) for photo in photos[:MOST_SHOWN]]
     outcomes = Counter(item.outcome for item in items)
     verdict = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-    of = f" of {len(photos)}" if len(photos) > len(items) else ""
-    verdict = (
-        f"{config['target']} on the first {len(items)}{of} photos that it learned on, found less or not: {verdict}"
-    )
+    verdict = f"{config['target']} on {len(items)} of the {len(photos)} photos that it learned on: {verdict}"
     subtitle = f"{detector.name} at {detector.imgsz} px; detguard evaluate --{kind.kind} judges it on other photos"
     command = ["detguard", *config["arguments"]]
     title = f"{kind.kind.capitalize()}: {config['target']} not found any more"
