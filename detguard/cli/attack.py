@@ -140,7 +140,8 @@ def attack(
         list[str] | None,
         typer.Option(
             help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as "
-            "yolo11n; repeatable: the same photo must fool all of them. [default: detguard-n]"
+            "yolo11n, a folder of transformers', or module:function of yours (--trust); repeatable: the same photo "
+            "must fool all of them; default: detguard-n."
         ),
     ] = None,
     imgsz: ImageSize = None,

@@ -73,7 +73,9 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Bundled name, .pt, .safetensors or .onnx file, or an Ultralytics name; may be given several times."
+            help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as "
+            "yolo11n, a folder of transformers', or module:function of yours (--trust); repeatable; default: "
+            "detguard-n."
         ),
     ] = None,
     data: Annotated[
