@@ -111,8 +111,6 @@ class Run:
             except OSError as error:
                 raise RunError(f"{folder / INPUTS}: cannot be written ({error.strerror})") from error
         for name, data in (files or {}).items():
-            if os.path.lexists(there := run.path(name)) and read_file(there) != data:
-                raise RunError(f"{there}: is there already; move it away, or choose another `out`")
             run.write(name, data)
         # Last: a run without it has not begun, and can be made again.
         run.write(CONFIG, _yaml(run.config))

@@ -171,7 +171,8 @@ def _find(source: str | Path) -> Path:
         file = file / "data.yaml"
     if not is_file(file) and is_file(datasets_folder() / f"{source}.yaml"):
         file = datasets_folder() / f"{source}.yaml"
-    if file.is_dir():
+    # Path.is_dir raises of names that no file can have.
+    if os.path.isdir(file):  # noqa: PTH112
         raise DataError(f"{source}: is a folder; photos need labels here: give a data.yaml or a COCO instances json")
     if not is_file(file):
         known = ", ".join(sorted(p.stem for p in datasets_folder().glob("*.yaml")))

@@ -215,7 +215,7 @@ def _find(name: str | Path) -> "tuple[Path, Family | None]":
     if near := get_close_matches(str(name), stems, n=1):
         raise DetguardError(f"{name}: no such detector; did you mean {near[0]}?")
     if file.suffix in (".pt", ".safetensors", ".onnx"):
-        raise DetguardError(f"{name}: no such file, seen from {Path.cwd().name or Path.cwd()}")
+        raise DetguardError(f"{name}: no such file; without one there are the bundled {' and '.join(stems) or 'none'}")
     bundled_names = ", ".join(stems) or "none"
     raise DetguardError(f"{name}: no such file, bundled detector ({bundled_names}) or official name ({_known()})")
 

@@ -175,14 +175,16 @@ def adapt(
     if load_made(network, made, ranks):
         return made
     top_k, network.top_k = network.top_k, None  # what is not evaluated does not learn
+    third = (plan.batch - half) // 3
 
-    def pairs(first: int, last: int, ranks: Ranks, count: int, rest: int) -> Iterator[tuple[Batch, Batch | None]]:
-        size, seed, kinds, workers = setting.size, setting.seed, setting.corruptions, setting.workers
-        of_new = batches(new, count, size, seed, first, last, workers=workers, ranks=ranks)
-        if old is None or not rest:
+    def pairs(first: int, last: int, ranks: Ranks, count: int) -> Iterator[tuple[Batch, Batch | None]]:
+        size, seed, kinds = setting.size, setting.seed, setting.corruptions
+        of_new = batches(new, count, size, seed, first, last, workers=setting.workers, ranks=ranks)
+        if old is None or count == plan.batch:
             yield from ((batch, None) for batch in of_new)
             return
-        of_old = batches(old, rest, size, seed + 1, first, last, rest // 3, kinds=kinds, workers=workers, ranks=ranks)
+        rest, workers = plan.batch - count, setting.workers
+        of_old = batches(old, rest, size, seed + 1, first, last, third, kinds=kinds, workers=workers, ranks=ranks)
         yield from zip(of_new, of_old, strict=True)
 
     learned = learned_parameters(network, plan)
@@ -195,18 +197,16 @@ def adapt(
 
     def fit() -> None:
         torch.manual_seed(plan.seed)
-        # One process makes them all: of each batch as much at once as its part in training is, which fits.
-        of = BATCHES * ranks.count
-        both = pairs(0, of, Ranks(ranks.device), *(max(1, n // ranks.count) for n in (half, plan.batch - half)))
+        both = pairs(0, BATCHES, Ranks(ranks.device), half)
         alone = ranks.count == 1  # else the others wait for it to come to its end
-        fit_kinds(network, before, both, of, plan.adversary, setting, lambda share: on_fit(share) and alone)
+        fit_kinds(network, before, both, plan.adversary, setting, lambda share: on_fit(share) and alone)
 
     if plan.experts and ranks.first and not checkpoint.exists():  # the others are given its weights
         fit()
     # Frozen, old experts learn nothing of old photos, and whom to ask is known.
     count = plan.batch if plan.mode == "frozen" else half
     log = BatchLog(run, STAGE, plan.number, plan.batch, ranks)
-    counts = Counts(count, plan.batch - count)
+    counts = Counts(count, plan.batch - count, third)
 
     def learn(pair: tuple[Batch, Batch | None], number: int, done: float, update: Update) -> dict[str, Tensor]:
         torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
@@ -217,8 +217,8 @@ def adapt(
     pace = Pace(plan.number, plan.rate, plan.rate, setting.save_every)
     try:
         train(
-            network, learned, lambda first: pairs(first, plan.number, ranks, counts.new, counts.old), learn, pace,
-            checkpoint, on_batch, log, ranks,
+            network, learned, lambda first: pairs(first, plan.number, ranks, count), learn, pace, checkpoint, on_batch,
+            log, ranks,
         )  # fmt: skip
     finally:
         network.top_k = top_k
@@ -231,15 +231,11 @@ def adapt(
 
 @dataclass(frozen=True)
 class Counts:
-    """Frames of a batch of all ranks: new ones, old ones."""
+    """Frames of a batch of all ranks: new ones, old ones, and how many of the old, the last, are attacked."""
 
     new: int
     old: int
-
-    @property
-    def attacked(self) -> int:
-        """How many of the old ones, the last, are attacked."""
-        return self.old // 3
+    attacked: int
 
 
 def batch_losses(

@@ -37,7 +37,6 @@ def fit_kinds(
     network: GatedNetwork,
     before: GatedNetwork,
     pairs: Iterable[tuple[Batch, Batch | None]],
-    of: int,
     adversary: Adversary,
     setting: Setting,
     on_share: OnShare = lambda _: False,
@@ -49,9 +48,9 @@ def fit_kinds(
     resist. That may leave most new frames to the old experts, too, though all are told apart: then the slope rises at
     that threshold. Several experts differ a little, or all would learn the same.
 
-    pairs: `of` batches of new frames and of old ones. Old ones are known but for those whose corruption takes from
-    `before` more than half of what the new kind does: what it was shown and has not learned is no loss. on_share:
-    called with the share that is over; returns True to stop.
+    pairs: BATCHES of new frames and of old ones. Old ones are known but for those whose corruption takes from `before`
+    more than half of what the new kind does: what it was shown and has not learned is no loss. on_share: called with
+    the share that is over; returns True to stop.
 
     Raises:
         KeyboardInterrupt: `on_share` returned True.
@@ -74,7 +73,7 @@ def fit_kinds(
                 harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
                 harm.append(label_loss(setting.run(before, replayed.shown)[0], labels))
                 harm_of_clean.append(label_loss(clean, labels))
-            over(0, done, of)
+            over(0, done, BATCHES)
     known = list[Tensor]()
     if old:
         most = (torch.cat(harm_of_new).median() - torch.cat(harm_of_clean).median()).clamp(min=0) / 2

@@ -29,7 +29,7 @@ CONFIGS = {
         "box": [0, 0, 9.5, 9], "keep_others": True, "loss": "logit", "count": None, "transforms": "median:3,jpeg:75",
         "attack": {
             "norm": "linf", "rule": "apgd", "mask": "inside", "smallest": True, "black_box": False, "queries": 5000,
-            "conf": 0.25, "eps": 4, "step": 1.0, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
+            "conf": 0.25, "eps": 4, "step": None, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
             "gradient": "exact", "momentum": 0.0, "random_start": True, "margin": 0.05, "seed": 0, "batch": 1,
         },
         "photos": ["a.jpg"],

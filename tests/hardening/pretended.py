@@ -119,7 +119,7 @@ def adapt(mode):
     with FakeTensorMode():
         adapting.learned_parameters(there(network), plan)
         new, old = (Batch(frames(3), frames(3), hard, labels(3)) for hard in (0, 1))
-        losses = adapting.batch_losses(network, there(before), new, old, adapting.Counts(3, 3), plan, SETTING)
+        losses = adapting.batch_losses(network, there(before), new, old, adapting.Counts(3, 3, 1), plan, SETTING)
         losses["loss"].backward()
     assert all(value.device.type == DEVICE.type for value in losses.values())
 
