@@ -172,7 +172,7 @@ class Victim:
 
         Nor before what is random in the transform has been drawn.
         """
-        if transform is None or transform.random or not self.objective.compares:
+        if not self.objective.compares or transform is None or transform.random:
             return Detections.none()
         return self.detector.predict(transform(photo), conf)
 
@@ -182,6 +182,8 @@ def in_copy(
 ) -> tuple[Detections, Tensor]:
     """What was `seen` in a photo as it lies in a copy, then what was found in the clean copy, none of it attacked."""
     clean, attacked = seen(transform, shape, clean, attacked)
+    if not len(copied):
+        return clean, attacked
     return clean.and_those(copied), torch.cat([attacked, attacked.new_zeros(len(copied))])
 
 
@@ -524,7 +526,9 @@ def _aggregate(losses: Tensor, options: AttackOptions) -> Tensor:
     """The losses of a photo's members, [M], as one; of one that is looked at alone, its own."""
     if options.aggregate == "max":
         return losses.amax()
-    weights = losses.new_tensor(options.weights or (1.0,))
+    if options.weights is None:
+        return losses.mean()
+    weights = losses.new_tensor(options.weights)
     weights = weights.repeat(len(losses) // len(weights))  # the same before each detector
     return losses @ (weights / weights.sum())
 

@@ -341,7 +341,7 @@ def verify_run(
     of the group, too, as "rotate:-8..8, drawn anew" beside the saved copy.
     """
     conf = float(run.config["attack"]["conf"])
-    lowest = lowest_threshold(conf)
+    lowest, victim = lowest_threshold(conf), Victim(detector, objective)
     for record in run.records(checked=False):
         if record.get("status") not in ("fooled", "failed") or (keys is not None and record["key"] not in keys):
             continue
@@ -358,7 +358,7 @@ def verify_run(
                 )
             original = read_photo(record["photo"])
             clean = detector.predict(original, lowest)
-            if objective.needs_target and not objective.attacked(clean.above(conf)).any():
+            if blind_one([victim], [clean], conf):
                 yield {"key": record["key"], "skipped": "no target"}
                 continue
             found = find_in(detector, paths, conf)
@@ -374,7 +374,7 @@ def verify_run(
         except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue
-        members = judge_members(Victim(detector, objective), clean, found, conf, shown_as, original)
+        members = judge_members(victim, clean, found, conf, shown_as, original)
         yield {
             "key": record["key"],
             "photo": record["photo"],

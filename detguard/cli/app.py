@@ -229,19 +229,22 @@ def with_dashes(message: str) -> str:
     return re.sub(r"`([a-z][a-z_]*)(?:=\{\"(.*?)\"\})?`", option, message)
 
 
+def given(context: typer.Context) -> set[str]:
+    """The names of a command's parameters that its line has."""
+    sources = {one.name: context.get_parameter_source(str(one.name)) for one in context.command.params}
+    return {str(name) for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def only_resumes(context: typer.Context) -> None:
     """See that a command that goes on with a run is given nothing that the run says already.
 
     Raises:
         DetguardError: it is.
     """
-    params = context.command.params
-    sources = {one.name: context.get_parameter_source(str(one.name)) for one in params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     names = {
         one.name: one.opts[0] if one.opts[0].startswith("-") else one.name.upper() for one in context.command.params
     }
-    if others := sorted(names[name] for name in given - KEPT_BY_NO_RUN):
+    if others := sorted(names[name] for name in given(context) - KEPT_BY_NO_RUN):
         raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
 
 

@@ -29,6 +29,7 @@ from detguard.cli.app import (
     Workers,
     app,
     err,
+    given,
     levels,
     only_resumes,
     out,
@@ -220,8 +221,7 @@ def harden(
             raise DetguardError(
                 "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
             )
-        source = context.get_parameter_source("photos")
-        if hours and source is not None and source.name == "COMMANDLINE":
+        if hours and "photos" in given(context):
             raise DetguardError("--hours: instead of --photos; leave one of them out")
         plan: Config = {
             "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,

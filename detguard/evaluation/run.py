@@ -274,9 +274,9 @@ def measure_cost(subjects: list[Subject], wanted: Protocols, processes: int = 1)
     passes = left = altered = 0
     seconds, of_pass = 0.0, dict[int, float]()
     for subject, views in work(subjects, wanted):
-        missing = sum(view.cost for view in views for image in subject.hashes if not view.cached(subject, image))
-        slow = [view for view in views if isinstance(view, Altered)]
-        altered += sum(not view.cached(subject, image) for view in slow for image in subject.hashes)
+        lacking = [(view, sum(not view.cached(subject, image) for image in subject.hashes)) for view in views]
+        missing = sum(view.cost * photos for view, photos in lacking)
+        altered += sum(photos for view, photos in lacking if isinstance(view, Altered))
         passes += len(subject.hashes) * sum(view.cost for view in views)
         left += missing
         if missing:

@@ -38,7 +38,7 @@ def survival_table(records: Sequence[Record], title: str, conf: float) -> Table:
     if any(number for pairs in gone for _, number in pairs):
         shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
         rows.append(["objects not kept (png)", *["-"] * len(own), *shares])
-    groups = [[n for n in one if n in group_of(r, one)] for r, one in zip(records, of_each, strict=True)]
+    groups = [group_of(r, one) for r, one in zip(records, of_each, strict=True)]
     if max(map(len, groups), default=0) > 1:
         together: list[str] = []
         for t in columns:
@@ -91,6 +91,8 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
         found = [d for r in attacked for d in r["members"][PHOTO]["detections"]]
         most = max(r["used"] for r in attacked)
         before, wrong = sum(len(r["clean"]) for r in attacked), sum(d["wrong"] for d in found)
+        tried = " for each budget tried" if options.smallest else ""
+        bound = "" if options.black_box else f"at most {options.steps} steps{tried}, "
         if fates:
             rows.append(
                 ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])]
@@ -98,13 +100,8 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
         rows += [
             [
                 "settings",
-                f"confidence {options.conf:g}, "
-                + (
-                    ""
-                    if options.black_box
-                    else f"at most {options.steps} steps{' for each budget tried' if options.smallest else ''}, "
-                )
-                + f"seed {options.seed}, NMS of each box's best class, detguard {__version__}",
+                f"confidence {options.conf:g}, {bound}seed {options.seed}, NMS of each box's best class, "
+                f"detguard {__version__}",
             ],
             ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong (were not there before)"],
             [
