@@ -39,12 +39,13 @@ def main(
     crop: int = 192,
     eps: float = 2,
     steps: int = 10,
+    rate: Annotated[float, typer.Option(help="Learning rate of both trainings.")] = 0.001,
     out: Path = Path("runs/benchmark/filtered_training"),
 ) -> None:
     keep_freed_memory()
     ways = (PLAIN, transforms)
     learned = [part for folder in TRAINING for part in ("--data", folder)]
-    options = ["--imgsz", imgsz, "--crop", crop, "--eps", eps, "--photos", photos, "--workers", 1]
+    options = ["--imgsz", imgsz, "--crop", crop, "--eps", eps, "--photos", photos, "--workers", 1, "--rate", rate]
     trained = {"before": model}
     for way in ways:
         run = out / slug(way)

@@ -52,7 +52,15 @@ Corruptions = Annotated[
     str | None, typer.Option(help="Kinds of corruptions of hard photos, as in fog,snow; default: all 15.")
 ]
 Batch = Annotated[int, typer.Option(min=2, help="Photos per batch.")]
-Rate = Annotated[float, typer.Option(min=1e-6, max=1, help="Highest learning rate, as a share of the weights.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-6,
+        max=1,
+        help=f"Highest learning rate, as a share of the weights; default: {defaults.Harden.rate:g}, and a third of it "
+        "where MODEL is what harden made by the same recipe, and goes on.",
+    ),
+]
 
 
 @app.command(
@@ -178,7 +186,7 @@ def harden(
     corruptions: Corruptions = None,
     class_map: ClassMap = None,
     batch: Batch = defaults.Harden.batch,
-    rate: Rate = defaults.Harden.rate,
+    rate: Rate = None,
     log: Annotated[
         str | None,
         typer.Option(

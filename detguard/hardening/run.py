@@ -55,6 +55,8 @@ RAMP = 0.2
 FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
 GATE, JOINT_RATE, APART_RATE = 0.3, 0.1, 0.3
+# Of what has been trained: at the whole rate, it lost in hours what it had learned in them (benchmarks/README.md).
+AGAIN_RATE = 1 / 3
 # Of a backbone that was made robust first: its rate beside that of the rest, and what a pass costs of a whole one.
 BACKBONE_RATE, BACKBONE_COST = 0.1, 0.45
 STRIDE = 32
@@ -88,7 +90,7 @@ class Plan:
         sparse: standard deviations from the mean of a channel within which the robust expert, once trained, sets values
             to it; 0: none.
         batch: frames per batch, of all processes together.
-        rate: learning rate, in proportion to weights.
+        rate: learning rate, in proportion to weights; of what goes on after a whole run, by default a third of it.
         seed: of all that is random.
 
     Raises:
@@ -146,12 +148,13 @@ class Plan:
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> "Plan":
-        """Of options by name; those that are left out, or None, are what the recipe and the attack have them be."""
+    def of(cls, given: dict[str, Any], model: Any = None) -> "Plan":
+        """Of options by name; those that are left out, or None, are what the recipe, the attack and `model` need."""
         given = {name: value for name, value in given.items() if value is not None}
         given.setdefault("attack", "pgd" if given.get("recipe") == "mtd" else cls.attack)
         given.setdefault("steps", 1 if given["attack"] == "fgsm" else cls.steps)
-        return cls(**given)
+        plan = cls(**given)
+        return replace(plan, rate=AGAIN_RATE * plan.rate) if plan.goes_on(model) and "rate" not in given else plan
 
     @property
     def experts(self) -> tuple[str, ...]:

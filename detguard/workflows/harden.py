@@ -134,10 +134,10 @@ class Hardening:
         Raises:
             DetguardError: it does not, or a detector or data cannot be read; no run is left behind.
         """
-        wanted = Plan.of(plan | {"pretrain": bool(pretrain)})
-        check(asdict(wanted), CONFIGS["harden"]["harden"])
         kinds = chosen_kinds(corruptions)
         network = load_model(model, trust=trust)[0]
+        wanted = Plan.of(plan | {"pretrain": bool(pretrain)}, network)
+        check(asdict(wanted), CONFIGS["harden"]["harden"])
         given, imitated = (
             load_detector(name, imgsz, str(ranks.device), trust=trust) for name in (model, teacher or model)
         )

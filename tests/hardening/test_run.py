@@ -126,6 +126,15 @@ def test_hours_are_shared_among_stages_by_what_their_photos_cost():
     assert all(stage.number is None for stage in timed)
 
 
+def test_what_goes_on_learns_at_a_third_of_the_rate_unless_told(bundled):
+    ensemble, single = GatedNetwork(bundled.model, 11), GatedNetwork(bundled.model, 0, ("pgd",))
+    rates = [Plan.of({}, model).rate for model in (None, bundled.model, single)]
+    assert rates == [Plan().rate] * 3
+    for recipe, model in (("gated", ensemble), ("pgd", single)):
+        assert Plan.of({"recipe": recipe, "rate": None}, model).rate == pytest.approx(Plan().rate / 3)
+        assert Plan.of({"recipe": recipe, "rate": 0.003}, model).rate == 0.003
+
+
 def test_an_ensemble_goes_on_with_the_whole_budget_and_only_with_its_own_experts(bundled_model, bundled):
     ensemble, single = GatedNetwork(bundled.model, 11), GatedNetwork(bundled.model, 0, ("pgd",))
     check_teacher(ensemble, bundled, "a.pt")
