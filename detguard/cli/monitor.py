@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    given,
     only_resumes,
     out,
     progress_bar,
@@ -37,7 +38,7 @@ from detguard.cli.app import (
     show_error,
     show_warning,
 )
-from detguard.cli.evaluate import show_warnings
+from detguard.cli.evaluate import names, show_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +125,8 @@ def monitor(
     """
     from detguard.classes import parse_map
     from detguard.data.sources import read_labelled, unlabelled
-    from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.detectors.load import detector_config, load_configured, load_detector, load_model
+    from detguard.hardening.adapt import JUDGED_ONE_IN
     from detguard.runs import Run
     from detguard.workflows.monitor import LIVE, is_filmed, open_stream
 
@@ -143,7 +145,18 @@ def monitor(
         watched = load_detector(model, imgsz, device, trust=trust, top_k=top_k, fusion=fusion, iou=iou)
     if on_drift == "adapt" and not watched.hardened:
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
-    parsed = adapting_options(adapt_options)
+    if on_drift == "adapt":
+        if is_filmed(stream):
+            raise DetguardError("--on-drift adapt: a video or camera has no labels, without which nothing is learned")
+        if imgsz not in (None, own := load_model(model, trust=trust)[1]):
+            raise DetguardError(f"--imgsz {imgsz}: --on-drift adapt trains and judges at the ensemble's own {own} px")
+        for option, count in (("--gather", gather), ("--keep", JUDGED_ONE_IN if replay else keep)):
+            if count < JUDGED_ONE_IN:
+                raise DetguardError(f"{option} {count}: expected {JUDGED_ONE_IN} or more, as one in so many judges")
+    elif unused := {"gather", "keep", "adapt_options"} & given(context):
+        first = sorted(unused)[0].partition("_")[0]
+        raise DetguardError(f"--{first}: goes with --on-drift adapt")
+    parsed = adapting_options(adapt_options, watched.model if on_drift == "adapt" else None, gather)
     renamed = parse_map(class_map)
     for source in replay or []:  # wrong data are an error now, not after a drop
         if not unlabelled(source):
@@ -172,12 +185,16 @@ def monitor(
     sys.exit(watch(run, watched, device, listed, as_json=as_json))
 
 
-def adapting_options(text: str) -> list[str]:
+def adapting_options(text: str, network: Any, gathered: int) -> list[str]:
     """Options of `detguard adapt`, as from a shell, once it is known that it takes them.
 
+    network: the ensemble that is to be adapted to so many photos at least, or None.
+
     Raises:
-        DetguardError: it does not.
+        DetguardError: it does not, or it would refuse them after the drop.
     """
+    from detguard.data.corruptions import chosen_kinds
+    from detguard.hardening.adapt import Adaptation, check_growth, choose_mode
     from detguard.workflows.living import check_options
 
     try:
@@ -187,9 +204,14 @@ def adapting_options(text: str) -> list[str]:
     command = typer.main.get_group(app).commands["adapt"]
     check_options(parts)
     try:
-        command.make_context("adapt", list(parts))
+        given = command.make_context("adapt", list(parts)).params
     except typer.TyperException as error:
         raise DetguardError(f"--adapt '{text}': {error.format_message()}") from error
+    if network is not None:
+        mode = choose_mode(gathered)[0] if given["mode"] == "auto" else given["mode"]
+        plan = Adaptation(experts=given["experts"], expert=given["expert"], mode=mode, init=given["init"])
+        check_growth(network, plan, given["max_experts"])
+        chosen_kinds(None if given["corruptions"] is None else names(given["corruptions"]))
     return parts
 
 
@@ -204,6 +226,7 @@ def watch(
 ) -> int:
     """Watch what the run has not seen yet, photo by photo; returns the exit code."""
     from detguard.classes import left_out
+    from detguard.data.inputs import is_camera
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
     from detguard.hardening.monitor import latest, observe
     from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, when, windows
@@ -220,9 +243,11 @@ def watch(
     living = Living(run, detector, device, lambda line: out.print(line, highlight=False, soft_wrap=True))
     if roll_back:
         living.roll_back()
-    shown: Iterable[Labelled | Labels | DataError] = film(run) if photos is None else photos
+    shown: Iterable[Labelled | Labels | DataError]
     if live:
         shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names, class_map=source.get("class_map"))
+    else:
+        shown = film(run) if photos is None else photos
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:
@@ -247,8 +272,10 @@ def watch(
                 living.end(lambda _: progress.update(task, description="the stream is over; adapting"))
         except KeyboardInterrupt:
             living.stop()
-            show_error(f"stopped; go on with: detguard monitor --resume {shlex.quote(str(run.folder))}")
-            return STOPPED
+            if not is_camera(source["source"]):
+                show_error(f"stopped; go on with: detguard monitor --resume {shlex.quote(str(run.folder))}")
+                return STOPPED
+            show_warning("stopped; what a camera showed is gone, so that the run ends here")
     records = latest(run.records())
     drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living.at)))

@@ -129,15 +129,15 @@ def from_lines(
 
 
 def from_records(
-    records: Iterable[Mapping[str, object]],
+    records: Iterable[Mapping[str, object] | DataError],
     class_names: dict[int, str],
     source: str = "`photos`",
     class_map: Mapping[str, str] | None = None,
 ) -> Iterator[Labelled | Labels | DataError]:
-    """Photos from mappings such as lines are, as `from_lines`."""
+    """Photos from mappings such as lines are, as `from_lines`; errors stay what they are."""
     index = _index(class_names, source, class_map)
     for number, record in enumerate(records, 1):
-        yield _labelled(record, index, f"{source} {number}")
+        yield record if isinstance(record, DataError) else _labelled(record, index, f"{source} {number}")
 
 
 def read_lines(

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -114,13 +114,17 @@ class Monitor:
         self._drift.update(value)
         if not self._drift.drift_detected:
             return None
-        began = self._changed()
+        seen, began = len(self.values), self._changed()
         if began < len(self.values) and mean(self.values[:-began]) < mean(self.values[-began:]):
             self.values = self.values[-began:]  # a rise; what the detector saw may be a drop since then
             began = self._changed()
         before, after = self.values[:-began], self.values[-began:]
         dropped = bool(before) and mean(before) - mean(after) >= max(SMALLEST_DROP, SIGMAS * _error(before, after))
         self.values = after if dropped else self.values
+        if len(self.values) == seen and isinstance(self._drift, LikelihoodRatio):
+            return (
+                None  # which has just that past: a lasting change too small to tell would cost it all again and again
+            )
         self._drift = DRIFT[self.kind](self.window)
         for known in self.values:  # the past that the next change is seen against
             self._drift.update(known)
@@ -179,6 +183,10 @@ class Deployment:
         """The detector that is deployed when a photo of this number comes."""
         return self.first
 
+    def file(self, number: int, photo: Path) -> Path:
+        """Where a photo of the stream can be read, long after it came: here where it was."""
+        return photo
+
 
 class Numbered:
     """A `Monitor` of photos by their numbers."""
@@ -190,7 +198,8 @@ class Numbered:
         """Take the quality of the next photo; where it dropped, the number of the photo since which it has."""
         self.numbers.append(number)
         began = self.monitor.add(value)
-        return None if began is None else self.numbers[-began]
+        # Labels may come in another order than photos.
+        return None if began is None else min(list(self.numbers)[-began:])
 
 
 @dataclass(frozen=True)
@@ -244,7 +253,7 @@ class Watch:
             self.accuracy.add(number, known["f1"])
         if judged and "confidence" in known and not late:
             self.hints.add(number, known["confidence"])
-        if known.get("labelled") is False:
+        if known.get("labelled") is False and "error" not in known:
             photo = Labelled(Path(known["photo"]), Detections.none(), id=known.get("id", ""), labelled=False)
             self.wait(Waiting(number, photo))
         else:
@@ -261,15 +270,56 @@ class Watch:
         return {**asdict(values), "began": began} | ({} if hint is None or photo.labelled else {"hint": hint})
 
 
-def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None) -> Labelled:
+class Windows:
+    """AP50 of the photos of each window that have labels when it ends; where none has, once all have theirs.
+
+    Of a window whose first photo it was not told of, as where a live stream is resumed, none.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.seen, self.open = size, 0, dict[int, list[tuple[Detections, Detections]]]()
+
+    def ap50(
+        self, number: int, pair: tuple[Detections, Detections] | None, waiting: Iterable[int], *, late: bool
+    ) -> float | None:
+        """That of the window of a photo, if this photo or its labels end it.
+
+        pair: its objects and what was found, if it is labelled; waiting: the numbers of photos without labels; late:
+        its labels came after it.
+        """
+        window, place = divmod(number - 1, self.size)
+        if not late:
+            self.seen = number
+            if place == 0:
+                self.open[window] = []
+                self.open.pop(window - MOST_WAITING // self.size - 2, None)  # of which nobody waits for labels
+        pairs = self.open.get(window)
+        if pairs is None:
+            return None
+        if pair is not None:
+            pairs.append(pair)
+        over = place == self.size - 1
+        if late:
+            over = self.seen >= (window + 1) * self.size and all((n - 1) // self.size != window for n in waiting)
+        if not (over and pairs):
+            return None
+        del self.open[window]
+        return metrics_of_photos(*zip(*pairs, strict=True)).stats["AP50"]
+
+
+def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: Watch) -> Labelled:
     """A photo, with the labels that came after it.
 
     Raises:
-        DataError: it is a line of a stream that is none, or the labels are of no photo that waits for them.
+        DataError: it is a line of a stream that is none, its id is that of a photo that waits for its labels, or the
+            labels are of no photo that does.
     """
     if isinstance(one, DataError):
         raise one
     if isinstance(one, Labelled):
+        if not one.labelled and one.id in watch.waiting:
+            number = watch.waiting[one.id].number
+            raise DataError(f"photo '{one.id}': photo {number} waits for labels by the same id; give each its own")
         return one
     if earlier is None:
         raise DataError(f"labels of '{one.id}': none of the last {MOST_WAITING} photos without labels is that")
@@ -286,7 +336,7 @@ def observe(
     again: bool = True,
 ) -> Iterator[Record]:
     """Watch what is deployed on photos in order, and append a record of each to the run: number, `as_line`, `Quality`,
-    and `began`, where accuracy has dropped, the number of the photo since which it has; AP50 at the end of each window.
+    and `began`, where accuracy has dropped, the number of the photo since which it has; AP50 of `Windows`.
     Photos without labels that are known are shown, and not judged; where labels come later, there is a second record.
 
     A detector that takes another one's place is judged from there on. Where a photo without labels is shown and the
@@ -302,18 +352,24 @@ def observe(
     watch = Watch(deployed, kind, window)
     for known in seen:
         watch.again(known)
-    shown: list[tuple[Detections, Detections]] = []
+    if again and isinstance(photos, Sequence) and len(photos) < watch.count:
+        raise DetguardError(
+            f"{run.folder}: the data set has {len(photos)} photos, fewer than were seen; begin a new run"
+        )
+    windows = Windows(window)
     for one in islice(photos, watch.count if again else 0, None):
         earlier = watch.waiting.pop(one.id, None) if isinstance(one, Labels) else None
         number = earlier.number if earlier else watch.count + 1
         watch.count = max(watch.count, number)
         record: Record = {"number": number, "photo": "", "objects": []}
+        pair: tuple[Detections, Detections] | None = None
         try:
-            photo = _joined(one, earlier)
+            photo = _joined(one, earlier, watch)
             record |= as_line(photo, deployed.first.class_names)
             found = earlier.found if earlier else None
             if found is None:
-                (found,) = deployed.at(number).detect([read_photo(photo.file)], LOWEST_CONFIDENCE, multi_label=True)
+                shown = read_photo(deployed.file(number, photo.file))
+                (found,) = deployed.at(number).detect([shown], LOWEST_CONFIDENCE, multi_label=True)
         except (DataError, PhotoError) as error:
             record["error"] = str(error)
         else:
@@ -321,10 +377,10 @@ def observe(
             if not photo.labelled:
                 watch.wait(Waiting(number, photo, found))
             else:
-                shown.append((photo.objects, found_known))
+                pair = photo.objects, found_known
             record |= watch.judged(number, photo, found_known, late=earlier is not None)
-        if number % window == 0 and shown and not earlier:
-            record["AP50"] = metrics_of_photos(*zip(*shown, strict=True)).stats["AP50"]
-            shown.clear()
+        waiting = (other.number for other in watch.waiting.values())
+        if (ap50 := windows.ap50(number, pair, waiting, late=earlier is not None)) is not None:
+            record["AP50"] = ap50
         run.append(record)
         yield record

@@ -54,7 +54,7 @@ def read_sources(
     on_data: OnData,
     class_map: Mapping[str, str] | None = None,
 ) -> tuple[list[Labelled], list[Labelled], list[Path]]:
-    """New photos, and old ones with labels or without; a photo that is new is not replayed.
+    """New photos, and old ones with labels or without, each once; a photo that is new is not replayed.
 
     Raises:
         DetguardError: there are none of a kind, or sources with labels and without.
@@ -62,7 +62,8 @@ def read_sources(
 
     def labelled(sources: Sequence[str]) -> list[Labelled]:
         of_each = (read_labelled(one, split, class_names, on_data, class_map=class_map) for one in sources)
-        return [one for photos in of_each for one in photos]
+        # Each once: one that is held out by one line would not be by another.
+        return list({one.file.resolve(): one for photos in of_each for one in photos}.values())
 
     shown = labelled(new)
     if not shown:

@@ -18,6 +18,7 @@ import numpy as np
 from typing_extensions import override
 
 from detguard import DetguardError
+from detguard.data.sources import as_lines, read_labelled, unlabelled
 from detguard.data.stream import to_lines
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import MOST_EXPERTS
@@ -67,8 +68,10 @@ class Living(Deployment):
         self.events = self.run.records(name=EVENTS)
         self.seen, self.reservoir, self.judged, self.number = dict[int, Record](), list[int](), 0, 0
         self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
+        self.passed = 0  # since which photo a drop is still to be learned; 0: there is none
         if self.run.config["on_drift"] == "adapt":
             for record in self.run.records():
+                self._pass(record)
                 self._remember(record)
         self._loaded = ("", self.first)
 
@@ -97,13 +100,30 @@ class Living(Deployment):
             self._loaded = model, made
         return self._loaded[1]
 
+    @override
+    def file(self, number: int, photo: Path) -> Path:
+        """The run's copy of a photo, where it has one: the camera may have deleted its own."""
+        return Path(self.seen.get(number, {"photo": photo})["photo"])
+
     @property
     def last(self) -> Record:
         """The last event of the log; one without a name where nothing has happened yet."""
         return self.events[-1] if self.events else {"event": ""}
 
+    def _pass(self, record: Record) -> None:
+        """Take note of a drop that is not learned yet, if a photo tells of one."""
+        learned = max((event["began"] for event in self.events if event["event"] == "gathering"), default=0)
+        if (record.get("began") or 0) > learned:
+            self.passed = record["began"]
+
+    def _gather(self) -> None:
+        """Begin to gather photos since the last drop."""
+        began, self.passed = self.passed, 0
+        self._note({"event": "gathering", "number": self.number, "began": began})
+
     def saw(self, record: Record) -> None:
         """Do what is to be done after a photo: begin to gather after a drop, to adapt, or to deploy what was made."""
+        self._pass(record)
         self._remember(record, copied=True)
         number = self.number
         if self.last["event"] == "adapting":
@@ -114,8 +134,8 @@ class Living(Deployment):
         elif self.last["event"] == "gathering":
             if len(self._photos(self.last["began"], number)) >= self.options["gather"]:
                 self._adapt(number)
-        elif record.get("began") is not None and number > self.last.get("number", 0):
-            self._note({"event": "gathering", "number": number, "began": record["began"]})
+        elif self.passed:
+            self._gather()
 
     def end(self, wait: Callable[[subprocess.Popen[bytes]], object] | None = None) -> None:
         """The stream is over: adapt to what has been gathered, and wait for what is under way.
@@ -123,9 +143,12 @@ class Living(Deployment):
         wait: is shown the process first.
         """
         number = self.number
-        if self.last["event"] == "gathering":
-            self._adapt(number)
-        if self.last["event"] == "adapting":
+        while self.passed or self.last["event"] in ("gathering", "adapting"):
+            if self.last["event"] == "gathering":
+                self._adapt(number)
+            elif self.last["event"] != "adapting":
+                self._gather()
+                continue
             if self.child is None:
                 self._start(self.last)
             assert self.child is not None
@@ -180,7 +203,8 @@ class Living(Deployment):
     def _forget(self) -> None:
         """Let go of the photos that nothing can be learned from any more, and of their copies."""
         recent = self.number - MOST_WINDOWS * self.run.config["monitor"]["window"]
-        since = self.last["began"] if self.last["event"] == "gathering" else self.number + 1
+        since = self.passed or self.number + 1
+        since = min(since, self.last["began"]) if self.last["event"] == "gathering" else since
         needed = self.learned.union(self.reservoir)
         for number in [n for n in self.seen if n <= recent and n not in needed]:
             if number < since or self.seen[number].get("f1") is None:
@@ -215,11 +239,24 @@ class Living(Deployment):
         replayed = [self.seen[n] for n in sorted(drawn[: self.options["keep"]])]
         self.learned = {one["number"] for one in (*new, *replayed)}
         self.run.write(f"{folder}.new.jsonl", to_lines(new))
-        self.run.write(f"{folder}.replay.jsonl", to_lines(replayed))
+        self.run.write(f"{folder}.replay.jsonl", to_lines(replayed) + self._renamed())
         self._note(
             {"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.model(number + 1)}
         )
         self._start(self.last)
+
+    @property
+    def _class_map(self) -> dict[str, str]:
+        """Names of classes in the data -> the ensemble's."""
+        return dict(self.run.config["stream"].get("class_map") or {})
+
+    def _renamed(self) -> bytes:
+        """The user's own photos to replay, where their classes have other names; photos of the run have theirs."""
+        names, sources = self.first.class_names, [str(source) for source in self.run.config["replay"]]
+        if not self._class_map:
+            return b""
+        of_each = [read_labelled(s, "train", names, class_map=self._class_map) for s in sources if not unlabelled(s)]
+        return b"".join(as_lines(photos, names) for photos in of_each)
 
     def _start(self, event: Record) -> None:
         folder = self.run.path(event["folder"])
@@ -228,12 +265,10 @@ class Living(Deployment):
             command += ["--resume", str(folder)]
         else:
             command += ["--model", event["model"], "--new", f"{folder}.new.jsonl", "--out", str(folder)]
-            replayed = [str(source) for source in self.run.config["replay"]]
+            replayed = [s for s in map(str, self.run.config["replay"]) if unlabelled(s) or not self._class_map]
             if Path(f"{folder}.replay.jsonl").stat().st_size:
                 replayed.append(f"{folder}.replay.jsonl")
             command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
-            if renamed := self.run.config["stream"].get("class_map"):
-                command += ["--map", ",".join(f"{name}={to}" for name, to in renamed.items())]
         with Path(f"{folder}.log").open("ab") as log:
             # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; and never left behind.
             self.child = subprocess.Popen(
@@ -256,7 +291,9 @@ class Living(Deployment):
             found = read_json(folder / FIGURES)
             fits, why = verdict(found["before"], found["after"])
         else:
-            fits, why = False, f"adapting ended with exit code {code}, see {folder}.log"
+            log = Path(f"{folder}.log")
+            said = [line for line in read_file(log).decode(errors="replace").splitlines() if line.startswith("error: ")]
+            fits, why = False, f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else "")
         made = str(folder / "weights" / "adapted.safetensors") if fits else event["model"]
         note = {"event": DEPLOYED if fits else KEPT, "number": number, "model": made, "why": why}
         self._note(note | {"before": found["before"], "after": found["after"]})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError, defaults, schema
+from detguard.data.entries import DataError
 from detguard.data.inputs import as_photos, is_camera, is_video
 from detguard.data.sources import OnData, read_labelled, warn_of
 from detguard.data.stream import Labelled, from_records, to_lines
@@ -24,6 +25,8 @@ from detguard.workflows.attack import as_photo
 DROPPED = "dropped.jsonl"
 # Instead of a data set: photos as they come.
 LIVE = "-"
+# Of a run, photos that were given in memory, or as frames of a film.
+INPUTS = "inputs"
 
 
 def open_stream(source: Config, detector: Detector, on_data: OnData = warn_of) -> Sequence[Labelled]:
@@ -49,8 +52,8 @@ def film(run: Run) -> Iterator[Labelled]:
     source, every, frames = stream["source"], stream.get("every", 1), stream.get("frames", defaults.FRAMES)
     if is_camera(source) and run.records():
         raise DetguardError(f"{run.folder}: what the camera showed is gone; begin a new run")
-    for file in as_photos([source], run.path("inputs"), every, frames):
-        yield Labelled(file, Detections.none(), id=file.stem, labelled=False)
+    files = as_photos([source], run.path(INPUTS), every, frames)
+    return (Labelled(file, Detections.none(), id=file.stem, labelled=False) for file in files)
 
 
 def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
@@ -58,7 +61,7 @@ def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
     records = latest(records)
     drops = [r for r in records if r.get("began") is not None]
     seen = [r for r in records if "f1" in r and r.get("labelled", True)]
-    dropped = {r["photo"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
+    dropped = {r["number"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
     run.write(DROPPED, to_lines(dropped.values()))
     return len(drops), len(dropped)
 
@@ -86,12 +89,13 @@ def monitor(
         images: folder of the photos of a COCO json, by default beside it.
         class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         out: folder of a run as `detguard monitor` writes it, with the photos of every drop in dropped.jsonl, which
-            `adapt` takes; by default a temporary one.
+            `adapt` takes; by default a temporary one, in which photos from memory stay until the next one comes.
 
     Yields:
         A record per photo: `number`, `photo`, `objects`, `f1` against its labels, `confidence` and, of an ensemble, the
             `entropy` of its gate; `began`, where accuracy has dropped, the number of the photo since which it has, else
-            None; `AP50` at the end of each window; or `error`, where a photo cannot be read or its labels are wrong.
+            None; `AP50` of a window where it ends, over its photos that are labelled by then, or else where its last
+            labels come; or `error`, where a photo cannot be read or its labels are wrong.
             A photo without "objects" but with an "id" is not `labelled` yet, and `hint` tells since which photo the
             confidence has dropped; when {"id", "objects"} come, the photo gets a second record.
 
@@ -138,18 +142,23 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Pat
             if record.get("began") is not None:
                 write_dropped(run, run.records())
             yield record
+            if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
+                Path(record["photo"]).unlink(missing_ok=True)
     finally:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _on_disk(run: Run, number: int, photo: Mapping[str, Any]) -> JsonObject:
-    """A labelled photo whose photo is a path: one in memory becomes a file of the run."""
-    source = photo.get("photo")
+def _on_disk(run: Run, number: int, photo: Any) -> JsonObject | DataError:
+    """A labelled photo whose photo is a path: one in memory becomes a file of the run. What is none stays as it is."""
+    source = photo.get("photo") if isinstance(photo, Mapping) else None
     if source is None:
-        return dict(photo)
+        return dict(photo) if isinstance(photo, Mapping) else photo
     if isinstance(source, str | Path):
         return dict(photo) | {"photo": str(source)}
-    name = f"inputs/photo-{number:03}.png"
-    run.write(name, encode_png(as_photo(source)))
+    name = f"{INPUTS}/photo-{number:03}.png"
+    try:
+        run.write(name, encode_png(as_photo(source)))
+    except DetguardError as error:
+        return DataError(f"`photos` {number}: {error}")
     return dict(photo) | {"photo": str(run.path(name))}

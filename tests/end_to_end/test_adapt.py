@@ -320,3 +320,24 @@ def test_only_an_ensemble_can_adapt_on_drift(place):
     result = detguard("monitor", "--stream", "-", "--on-drift", "adapt", cwd=place, stdin="")
     assert result.returncode == 2
     assert "--on-drift adapt" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gather", 4), "--gather 4"),
+        (("--keep", 4), "--keep 4"),
+        (("--adapt", "--corruptions rain"), "--corruptions rain"),
+        (("--adapt", "--max-experts 3"), "--max-experts 3"),
+        (("--adapt", "--experts 0"), "--experts 0"),
+        (("--imgsz", 64), "--imgsz 64"),
+        (("--stream", 0), "no labels"),
+        (("--on-drift", "tell", "--gather", 10), "--gather: goes with --on-drift adapt"),
+    ],
+)
+def test_what_would_fail_after_a_drop_is_refused_before(place, arguments, message):
+    watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--on-drift", "adapt", *arguments)
+    result = detguard(*watched, cwd=place, stdin="")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (place / "runs").exists()

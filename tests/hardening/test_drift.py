@@ -5,7 +5,7 @@ import torch
 from detguard import DetguardError
 from detguard.detections import Detections
 from detguard.evaluation.coco import metrics_of_photos
-from detguard.hardening.monitor import DRIFT, Monitor, quality
+from detguard.hardening.monitor import DRIFT, LikelihoodRatio, Monitor, Numbered, Windows, quality
 
 
 def stream(seed, *parts):
@@ -94,3 +94,45 @@ def test_ap_of_some_photos_is_one_where_all_is_found_and_zero_where_nothing_is()
     assert metrics_of_photos([objects], [none]).stats["AP50"] == 0
     assert metrics_of_photos([none], [none]).stats["AP50"] is None
     assert metrics_of_photos([objects, objects], [objects, objects[[0]]]).stats["AP50"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_lasting_change_too_small_to_tell_is_not_looked_at_from_the_start_with_each_photo(monkeypatch):
+    made = []
+
+    def counted(window):
+        made.append(LikelihoodRatio(window))
+        return made[-1]
+
+    monkeypatch.setitem(DRIFT, "likelihood-ratio", counted)
+    assert alarms("likelihood-ratio", [0.7] * 200 + [0.61] * 200) == []
+    assert made[0].drift_detected
+    assert len(made) == 1
+
+
+def test_a_drop_begins_with_the_first_of_its_photos_in_whatever_order_their_labels_come():
+    watching = Numbered("likelihood-ratio", 8)
+    order = [*range(1, 31), *range(60, 30, -1)]
+    (began,) = filter(None, (watching.add(number, 0.9 if number <= 30 else 0.0) for number in order))
+    added = order[: 1 + order.index(began)]
+    assert began == min(n for n in added if n > 30)
+
+
+FOUND = Detections(torch.tensor([[0.0, 0, 9, 9]]), torch.ones(1), torch.tensor([0]))
+
+
+def test_ap_of_a_window_is_of_its_own_photos_whenever_their_labels_come():
+    windows, missed = Windows(4), (FOUND, Detections.none())
+    # All labels late: two windows, of which the first is missed and the second found.
+    assert not any(windows.ap50(n, None, range(1, n + 1), late=False) for n in range(1, 9))
+    given = [windows.ap50(n, missed if n <= 4 else (FOUND, FOUND), range(n + 1, 9), late=True) for n in range(1, 9)]
+    assert given == [None, None, None, 0, None, None, None, pytest.approx(1)]
+    # Some at once: of those, when the window ends; what comes later changes nothing.
+    now = [windows.ap50(n, (FOUND, FOUND) if n != 10 else None, [10], late=False) for n in range(9, 13)]
+    assert now == [None, None, None, pytest.approx(1)]
+    assert windows.ap50(10, missed, [], late=True) is None
+
+
+def test_a_window_of_which_only_the_end_was_seen_has_no_ap():
+    windows = Windows(4)  # as a live stream is resumed at photo 3
+    given = [windows.ap50(n, (FOUND, FOUND), [], late=False) for n in range(3, 9)]
+    assert given == [None] * 5 + [pytest.approx(1)]

@@ -1,15 +1,23 @@
 """What a monitor that learns remembers of a stream without an end."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import cv2
 import pytest
+from typing_extensions import override
 
 from detguard import DetguardError
+from detguard.data.stream import Labelled, Labels
+from detguard.detections import Detections
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, save_gated
-from detguard.hardening.monitor import MOST_WINDOWS
+from detguard.hardening.monitor import MOST_WINDOWS, observe
 from detguard.runs import Run
 from detguard.workflows.living import Living
+from detguard.workflows.monitor import film
 
 KEEP = 5
 
@@ -74,3 +82,105 @@ def test_what_is_deployed_answers_by_the_rule_that_was_asked_for(living, tmp_pat
     living._loaded = ("", living.first)
     living.first.model.top_k = None
     assert living.at(1).model.top_k is None
+
+
+class Unlucky(Living):
+    """Whatever it adapts to fails at once."""
+
+    @override
+    def _start(self, event):
+        Path(f"{self.run.path(event['folder'])}.log").write_text("error: --max-experts 3: no more\n")
+        self.child = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+        self.child.wait()
+
+
+def unlucky(folder, bundled, **config):
+    config = {"command": "monitor", "monitor": {"window": 8}, "on_drift": "adapt", "replay": []} | config
+    config |= {"detector": {"model": "m"}, "living": {"gather": 3, "keep": KEEP, "adapt": []}}
+    return Unlucky(Run(folder, {"stream": {}} | config), bundled)
+
+
+def show(living, number, began=None):
+    """A photo of the stream that is judged, and since when accuracy has dropped."""
+    record = {"number": number, "photo": f"{number}.png", "objects": [], "f1": 0.5, "confidence": 0.5, "entropy": None}
+    living.run.append(record | {"began": began})
+    living.saw(record | {"began": began})
+
+
+def test_a_drop_while_another_is_learned_is_learned_next_and_each_once(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    for number in range(1, 30):
+        show(living, number, began={10: 9, 12: 11}.get(number))
+    told = [(event["event"], event.get("began")) for event in living.events]
+    assert told == [
+        ("gathering", 9),
+        ("adapting", 9),
+        ("kept", None),
+        ("gathering", 11),
+        ("adapting", 11),
+        ("kept", None),
+    ]
+    assert "(error: --max-experts 3: no more)" in living.events[2]["why"]
+    again = unlucky(tmp_path, bundled)
+    show(again, 12, began=11)  # resumed, a run goes through its last window once more
+    assert len(again.events) == len(told)
+
+
+def test_a_drop_that_was_recorded_before_a_kill_is_learned_after_it(tmp_path, bundled):
+    record = {"number": 10, "photo": "10.png", "objects": [], "f1": 0.5, "confidence": 0.5, "entropy": None, "began": 9}
+    unlucky(tmp_path, bundled).run.append(record)
+    living = unlucky(tmp_path, bundled)
+    show(living, 11)
+    assert [event["began"] for event in living.events] == [9]
+    living.end()
+    assert [event["event"] for event in living.events] == ["gathering", "adapting", "kept"]
+
+
+def test_classes_are_renamed_once(tmp_path, bundled, bus_file):
+    swapped = {"car": "truck", "truck": "car"}
+    line = {"photo": str(bus_file), "objects": [{"class": "car", "box": [0, 0, 9, 9]}]}
+    (tmp_path / "old.jsonl").write_text(json.dumps(line) + "\n")
+    living = unlucky(tmp_path, bundled, stream={"class_map": swapped}, replay=[str(tmp_path / "old.jsonl")])
+    for number in range(1, 9):
+        show(living, number, began=5 if number == 6 else None)
+    replayed = (tmp_path / "adapted/001.replay.jsonl").read_text().splitlines()
+    assert [o["class"] for o in json.loads(replayed[-1])["objects"]] == ["truck"]
+
+
+def test_the_command_that_adapts_renames_nothing_again(tmp_path, bundled, monkeypatch):
+    living = unlucky(tmp_path, bundled, stream={"class_map": {"car": "truck"}}, replay=["old.jsonl"])
+    living.run.write("adapted/001.replay.jsonl", b"{}\n")
+    commands = []
+
+    def popen(command, **_):
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        Living._start(living, {"folder": "adapted/001", "model": "m"})
+    replayed = [command[i + 1] for command in commands for i, part in enumerate(command) if part == "--replay"]
+    assert replayed == [f"{tmp_path / 'adapted/001'}.replay.jsonl"]
+    assert "--map" not in commands[0]
+
+
+def test_labels_that_come_after_a_stop_find_the_copy_of_their_photo(tmp_path, bundled, bus_file):
+    photo = tmp_path / "camera.png"
+    cv2.imwrite(str(photo), cv2.resize(cv2.imread(str(bus_file)), (160, 160)))
+    (tmp_path / "run").mkdir()
+    living = unlucky(tmp_path / "run", bundled)
+    (record,) = observe(living.run, living, [Labelled(photo, Detections.none(), id="7", labelled=False)], "kswin", 8)
+    living.saw(record)
+    photo.unlink()
+    again = unlucky(tmp_path / "run", bundled)
+    (late,) = observe(again.run, again, [Labels("7", Detections.none(), None, ())], "kswin", 8, again=False)
+    assert "error" not in late
+
+
+def test_of_a_camera_nothing_is_gone_on_with(tmp_path):
+    run = Run(tmp_path, {"command": "monitor", "stream": {"source": "0"}})
+    run.append(
+        {"number": 1, "photo": "1.png", "objects": [], "f1": None, "confidence": 0, "entropy": None, "began": None}
+    )
+    with pytest.raises(DetguardError, match="begin a new run"):
+        film(run)

@@ -287,12 +287,18 @@ def test_a_perturbation_for_all_photos_is_learned(bundled, file, tmp_path):
 
 def test_odd_photos_of_a_stream_are_told_and_the_watch_goes_on(bundled, small):
     photos = [{"photo": small, "objects": []}, {"photo": small, "objects": [{"class": "person"}]}, {"photo": "a.png"}]
-    records = list(detguard.monitor(bundled, photos, window=8))
-    assert ["error" in record for record in records] == [False, True, True]
-    assert "`photos` 2: expected" in records[1]["error"]
+    records = list(detguard.monitor(bundled, [*photos, {"photo": small / 2, "objects": []}, "b.png"], window=8))
+    assert ["error" in record for record in records] == [False, True, True, True, True]
+    assert all(f"`photos` {number}: " in records[number - 1]["error"] for number in (2, 4, 5))
     for wrong, named in (({"window": 2}, "`window`"), ({"drift": "magic"}, "`drift` magic")):
         with pytest.raises(DetguardError, match=named):
             detguard.monitor(bundled, photos, **wrong)
+
+
+def test_photos_in_memory_do_not_fill_the_disk(bundled, small):
+    watched = detguard.monitor(bundled, [{"photo": small, "objects": []}] * 4, window=8)
+    files = [Path(next(watched)["photo"]) for _ in range(3)]
+    assert [file.exists() for file in files] == [False, False, True]
 
 
 def test_labels_may_come_later_than_their_photos_which_give_hints_until_then(bundled, small, tmp_path):
