@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from detguard import defaults
+from detguard import DetguardError, defaults
 from detguard.cli.app import (
     EndToEnd,
     ImageSize,
@@ -16,6 +16,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    given,
     out,
     show_error,
     show_made,
@@ -33,6 +34,7 @@ from detguard.cli.app import (
 `detguard export runs/harden/001/weights/adversarial.safetensors --format pt`: one network, for `YOLO(file)`"""
 )
 def export(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Bundled name, .safetensors or .pt file, or an Ultralytics name.")],
     kind: Annotated[
         Literal["pt", "onnx", "torchscript", "openvino"],
@@ -69,6 +71,8 @@ def export(
     from detguard.reports.tables import terminal_table
 
     out.quiet = out.quiet or as_json
+    if not nms and (unused := sorted({"conf", "iou"} & given(context))):
+        raise DetguardError(f"--{unused[0]}: goes with --nms")
     file = file or default_file(model, kind)
     check_file(file, model, kind)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []

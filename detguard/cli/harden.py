@@ -229,14 +229,13 @@ def harden(
             raise DetguardError(
                 "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
             )
-        if hours and "photos" in given(context):
-            raise DetguardError("--hours: instead of --photos; leave one of them out")
         plan: Config = {
             "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
             "crop": crop, "attack": attack, "eps": levels(eps), "steps": steps, "mix": mix, "tune_normal": tune_normal,
             "transforms": transforms, "top_k": top_k, "fusion": fusion, "sparse": sparse,
             "batch": batch, "rate": rate, "seed": seed,
         }  # fmt: skip
+        plan = {name: value for name, value in plan.items() if name in given(context)}
         ranks = start_ranks(device)
         with err.status("Loading the detector"):
             job = Hardening.begin(

@@ -10,7 +10,7 @@ from detguard.engine import free_memory
 from detguard.ranks import ALONE, Ranks
 
 # Side of the frame that is measured, a multiple of all strides: what is kept for the backward pass grows with the area.
-PROBE = 160
+PROBE = 192
 # A step at its peak takes so many times what one forward pass keeps: 1.4 to 1.9 of YOLO11n, by stage and batch.
 PEAK = 1.7
 

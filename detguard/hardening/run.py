@@ -1,7 +1,7 @@
 """One `detguard harden`: the stages of a recipe, each resumable, from a detector to a gated ensemble on disk."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,8 @@ from detguard.hardening.train import (
     train_stage,
 )
 from detguard.hardening.validation import Validation
-from detguard.ranks import Ranks
 from detguard.runs import Run
+from detguard.schema import CONFIGS, check
 
 # Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
 # was not made robust, no expert can be. Where the backbone learns first, it has a third.
@@ -54,6 +54,11 @@ RAMP = 0.2
 # Weight of the error of feature maps where a whole network learns.
 FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
+# Of one network, options that only ensembles have; of one that sees no attacks, those of attacks, too.
+OF_ENSEMBLES = {"mode", "split", "fusion", "top_k", "tune_normal"}
+UNUSED = {name: OF_ENSEMBLES for name in ("pgd", "mtd")} | {
+    "finetune": OF_ENSEMBLES | {"attack", "steps", "eps", "sparse"}
+}
 GATE, JOINT_RATE, APART_RATE = 0.3, 0.1, 0.3
 # Of what has been trained: at the whole rate, it lost in hours what it had learned in them (benchmarks/README.md).
 AGAIN_RATE = 1 / 3
@@ -149,8 +154,23 @@ class Plan:
 
     @classmethod
     def of(cls, given: dict[str, Any], model: Any = None) -> "Plan":
-        """Of options by name; those that are left out, or None, are what the recipe, the attack and `model` need."""
+        """Of options by name; those that are left out, or None, are what the recipe, the attack and `model` need.
+
+        Raises:
+            DetguardError: an option is not one of those known, or without effect beside the others.
+        """
         given = {name: value for name, value in given.items() if value is not None}
+        known: Any = CONFIGS["harden"]["harden"]
+        check(given, {f"{name.rstrip('?')}?": kind for name, kind in known.items()})
+        recipe = given.get("recipe", cls.recipe)
+        if unused := sorted(UNUSED.get(recipe, set()) & given.keys()):
+            raise DetguardError(f"`{unused[0]}`: does nothing in `recipe` {recipe}; leave one of them out")
+        if {"photos", "hours"} <= given.keys():
+            raise DetguardError("`hours`: instead of `photos`; leave one of them out")
+        if isinstance(model, GatedNetwork) and len(model.names) > 1:
+            given["split"] = str(model.split)
+            if recipe == "gated":
+                given = {"fusion": model.fusion, "top_k": model.top_k} | given
         given.setdefault("attack", "pgd" if given.get("recipe") == "mtd" else cls.attack)
         given.setdefault("steps", 1 if given["attack"] == "fgsm" else cls.steps)
         plan = cls(**given)
@@ -389,12 +409,21 @@ def harden(
         return made
     made = path("weights/sparse.safetensors")
     if ranks.first and not made.exists():
-        # Whole frames, all by this process: as many at once as its part of a batch.
-        count, number = max(1, setting.batch // ranks.count), MEASURED * ranks.count
-        clean = batches(source, count, setting.size, setting.seed, 0, number, ranks=Ranks(ranks.device))
-        network.sparsen((batch.clean for batch in clean), plan.sparse)
+        network.sparsen(measured_frames(source, setting), plan.sparse)
         save_gated(network, card, made)
     return made
+
+
+def measured_frames(source: PhotoSet, setting: Setting) -> Iterator[Tensor]:
+    """The clean frames by which channels are measured, float32 [N, 3, H, W], all by one process.
+
+    Those of one batch after the other of each process, so that they are the same of how many there are, and no more at
+    once than in training.
+    """
+    for rank in range(setting.ranks.count):
+        ranks = replace(setting.ranks, rank=rank, control=None)
+        for batch in batches(source, setting.batch, setting.size, setting.seed, 0, MEASURED, ranks=ranks):
+            yield batch.clean
 
 
 def _check_memory(network: GatedNetwork, stage: Stage, setting: Setting) -> None:

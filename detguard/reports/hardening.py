@@ -54,9 +54,10 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
     ]
     note = (
         "Loss on training photos at the end of each stage: divergence from what the undefended detector says of the "
-        "clean photo, or by --learn that of labels. Its weights are those that were best on photos held out, under "
-        "PGD, at the batch named."
+        "clean photo, or by --learn that of labels."
     )
+    if validated:
+        note += " Its weights are those that were best on photos held out, under PGD, at the batch named."
     tables = [judged_before_after(judged)] if judged.photos else []
     tables.append(
         Table(
@@ -81,9 +82,11 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
     length = f"{plan['hours']:g} hours" if plan.get("hours") else f"{plan['photos']} photos seen, with repeats"
     transforms = plan.get("transforms", "none")
     through = "" if transforms == "none" else f", through {transforms}"
+    attacks = f"attacked in training: {plan['attack']}, {plan['steps']} step(s), budget {plan['eps']:g} of 255 levels"
     subtitle = (
-        f"{length}, in batches of {plan['batch']}; attacked in training: {plan['attack']}, {plan['steps']} step(s), "
-        f"budget {plan['eps']:g} of 255 levels{through}; seed {plan['seed']}"
+        f"{length}, in batches of {plan['batch']}; "
+        + ("not attacked in training" if plan["recipe"] == "finetune" else f"{attacks}{through}")
+        + f"; seed {plan['seed']}"
     )
     title = f"Hardening of {Path(run.config['model']).stem}: {plan['recipe']}"
     summary = verdict(judged, run.config)

@@ -31,17 +31,25 @@ from detguard.data.sources import (
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
-from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.detectors.load import (
+    build_model,
+    detector_config,
+    fused,
+    load_configured,
+    load_detector,
+    load_model,
+    read_card,
+)
 from detguard.files import JsonObject
 from detguard.hardening.judging import Figures, Judgement, answered, judge, judged_eps, readable
-from detguard.hardening.run import Plan, check_teacher, passes, split_layer
+from detguard.hardening.run import Plan, check_teacher, passes, same_layers, split_layer
 from detguard.hardening.run import harden as train_stages
 from detguard.hardening.trackers import check_tracker, track
 from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
-from detguard.schema import CONFIGS, Config, check
+from detguard.schema import Config
 from detguard.workflows.keywords import refuse_unknown
 
 # Frames that a pass is measured on, at most.
@@ -75,6 +83,30 @@ class Trained:
 def known_classes(network: Any) -> dict[int, str]:
     """The classes of a network to be hardened, by number; hardened ones keep them under another name."""
     return network.class_names if isinstance(network, GatedNetwork) else network.names
+
+
+def architecture_of(model: str, network: Any) -> str:
+    """The name of the yaml that a network to be hardened was made from; model: its file or name."""
+    made_of = read_card(model)["architecture"] if isinstance(network, GatedNetwork) else network.yaml.get("yaml_file")
+    return Path(str(made_of or "")).name
+
+
+def check_architecture(network: Any, architecture: str, classes: list[str], model: str) -> None:
+    """See that what is made of a fused network can be loaded again, which is by the name of its architecture.
+
+    Raises:
+        DetguardError: no such architecture comes with Ultralytics, or it has other layers.
+    """
+    try:
+        known = same_layers(network, fused(build_model(architecture, classes)))
+    except DetguardError:
+        known = False
+    if not known:
+        named = architecture or "an architecture without a name"
+        raise DetguardError(
+            f"{model}: is of {named}, not as Ultralytics ships it, so that what is made of it could not be loaded "
+            "again; give a detector of one of its own architectures"
+        )
 
 
 @dataclass(frozen=True)
@@ -137,16 +169,17 @@ class Hardening:
         kinds = chosen_kinds(corruptions)
         network = load_model(model, trust=trust)[0]
         wanted = Plan.of(plan | {"pretrain": bool(pretrain)}, network)
-        check(asdict(wanted), CONFIGS["harden"]["harden"])
         given, imitated = (
             load_detector(name, imgsz, str(ranks.device), trust=trust) for name in (model, teacher or model)
         )
         check_teacher(network, imitated, teacher or model, wanted.recipe, pretrain=wanted.pretrain)
-        kept = asdict(wanted)
-        if isinstance(network, GatedNetwork) and len(network.names) > 1:  # it has one already
-            kept["split"] = str(network.split)
-        split_layer(network.single(0) if isinstance(network, GatedNetwork) else network, kept["split"])
-        names = known_classes(network)
+        kept, names = asdict(wanted), known_classes(network)
+        base = network.single(0) if isinstance(network, GatedNetwork) else fused(network)
+        split_layer(base, wanted.split)
+        check_architecture(base, architecture_of(model, network), list(names.values()), model)
+        stride = int(base.model[-1].stride.max())
+        if wanted.crop is not None and wanted.crop % stride:
+            raise DetguardError(f"`crop` {wanted.crop}: expected a multiple of {stride}, the largest stride of {model}")
         learns_labels = wanted.learn != "teacher"
         for source in filter(unlabelled, data if learns_labels else []):
             raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
@@ -231,10 +264,8 @@ class Hardening:
     def card(self) -> JsonObject:
         """What the json beside the weights is to say."""
         config = self.run.config
-        gated = isinstance(self.network, GatedNetwork)
-        made_of = read_card(config["model"])["architecture"] if gated else str(self.network.yaml.get("yaml_file", ""))
         return {
-            "architecture": Path(made_of).name,
+            "architecture": architecture_of(config["model"], self.network),
             "classes": list(known_classes(self.network).values()),
             "imgsz": config["detectors"][0]["imgsz"],
             "licence": "AGPL-3.0-or-later",
@@ -256,7 +287,9 @@ class Hardening:
         if self.plan.hours is not None:
             return 0, 3600 * self.plan.hours
         size, ranks = self.setting.size, self.ranks
-        stages = self.plan.stages(self.network)
+        stages = [
+            s for s in self.plan.stages(self.network) if not self.run.path(f"weights/{s.name}.safetensors").exists()
+        ]
         number = self.plan.batch * sum(passes(stage, size) * (stage.number or 0) for stage in stages)
         shape = (min(self.plan.batch, MEASURED), 3, size, size)
         frames = torch.full(shape, 0.5, device=ranks.device, requires_grad=True)

@@ -6,14 +6,17 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import pytest
 import torch
+import ultralytics
 import yaml
 from program import Started, detguard, launched
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from ultralytics import YOLO
 from ultralytics.utils import ASSETS
 
 from detguard import DetguardError
@@ -340,3 +343,23 @@ def test_wrong_use_is_one_line_that_names_the_option(tmp_path, arguments, messag
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_could_not_be_loaded_again_is_refused_before_training(tmp_path):
+    own = (Path(ultralytics.__file__).parent / "cfg/models/11/yolo11.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(own.replace("[256, 3, 2]", "[192, 3, 2]"))
+    YOLO(tmp_path / "mine.yaml", task="detect").save(tmp_path / "mine.pt")
+    result = detguard("harden", *FEW, "--model", "mine.pt", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "mine.pt: is of mine.yaml, not as Ultralytics ships it" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_detector_of_larger_strides_is_hardened_by_whole_strides(tmp_path):
+    YOLO("yolov8n-p6.yaml", task="detect").save(tmp_path / "p6.pt")
+    options = ("--model", "p6.pt", "--recipe", "pgd", "--photos", 4, "--batch", 2, "--steps", 1, "--data", ASSETS)
+    refused = detguard("harden", *options, "--imgsz", 128, "--crop", 96, "--out", "run", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--crop 96: expected a multiple of 64" in refused.stderr
+    result = detguard("harden", *options, "--imgsz", 64, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

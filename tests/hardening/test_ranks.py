@@ -9,6 +9,9 @@ import pytest
 import torch
 from ranked import train, train_as
 
+from detguard.data.batches import read_photos
+from detguard.hardening.run import measured_frames
+from detguard.hardening.train import Setting
 from detguard.ranks import ALONE, Ranks
 
 
@@ -55,3 +58,11 @@ def test_every_frame_of_a_batch_is_that_of_one_process():
     ranks = [Ranks(rank=rank, count=3) for rank in range(3)]
     assert sorted(row for one in ranks for row in one.rows(2, 9)) == list(range(2, 9))
     assert {row % 3 for row in ranks[1].rows(2, 9)} == {1}
+
+
+def test_channels_are_measured_by_the_frames_of_one_process(bus_file):
+    source = read_photos([([bus_file, bus_file.with_name("zidane.jpg")], 1.0)], 64)[0]
+    one, three = (torch.cat(list(measured_frames(source, Setting(5, 64, ranks=Ranks(count=n))))) for n in (1, 3))
+    assert len(one) == len(three)
+    assert all(any(torch.equal(frame, other) for other in one) for frame in three)
+    assert not torch.equal(one, three)

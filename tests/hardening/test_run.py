@@ -135,6 +135,35 @@ def test_what_goes_on_learns_at_a_third_of_the_rate_unless_told(bundled):
         assert Plan.of({"recipe": recipe, "rate": 0.003}, model).rate == 0.003
 
 
+def test_what_goes_on_keeps_its_rule_and_its_split_unless_told(bundled):
+    ensemble = GatedNetwork(bundled.model, 11, top_k=2, fusion="average:0.5")
+    plan = Plan.of({}, ensemble)
+    assert (plan.split, plan.top_k, plan.fusion) == ("11", 2, "average:0.5")
+    assert Plan.of({"fusion": "bounded:1"}, ensemble).fusion == "bounded:1"
+    with pytest.raises(DetguardError, match="on a shared trunk"):
+        Plan.of({"tune_normal": True}, ensemble)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "finetune", "attack": "pgd"}, "`attack`: does nothing in `recipe` finetune"),
+        ({"recipe": "finetune", "sparse": 0.2}, "`sparse`"),
+        ({"recipe": "pgd", "fusion": "average:0.5"}, "`fusion`: does nothing in `recipe` pgd"),
+        ({"photos": 9, "hours": 1}, "`hours`: instead of `photos`"),
+        ({"eps": "4"}, "`eps`: expected a number"),
+        ({"transforms": ["median:3"]}, "transforms"),
+        ({"rate": 0}, "rate"),
+        ({"hours": 0}, "hours"),
+        ({"batch": 1}, "batch"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_options_that_are_wrong_or_do_nothing_are_refused(given, message):
+    with pytest.raises(DetguardError, match=message):
+        Plan.of(given)
+
+
 def test_an_ensemble_goes_on_with_the_whole_budget_and_only_with_its_own_experts(bundled_model, bundled):
     ensemble, single = GatedNetwork(bundled.model, 11), GatedNetwork(bundled.model, 0, ("pgd",))
     check_teacher(ensemble, bundled, "a.pt")
