@@ -204,14 +204,14 @@ def adapting_options(text: str, network: Any, gathered: int) -> list[str]:
     command = typer.main.get_group(app).commands["adapt"]
     check_options(parts)
     try:
-        given = command.make_context("adapt", list(parts)).params
+        options = command.make_context("adapt", list(parts)).params
     except typer.TyperException as error:
         raise DetguardError(f"--adapt '{text}': {error.format_message()}") from error
     if network is not None:
-        mode = choose_mode(gathered)[0] if given["mode"] == "auto" else given["mode"]
-        plan = Adaptation(experts=given["experts"], expert=given["expert"], mode=mode, init=given["init"])
-        check_growth(network, plan, given["max_experts"])
-        chosen_kinds(None if given["corruptions"] is None else names(given["corruptions"]))
+        mode = choose_mode(gathered)[0] if options["mode"] == "auto" else options["mode"]
+        plan = Adaptation(experts=options["experts"], expert=options["expert"], mode=mode, init=options["init"])
+        check_growth(network, plan, options["max_experts"])
+        chosen_kinds(None if options["corruptions"] is None else names(options["corruptions"]))
     return parts
 
 

@@ -122,9 +122,8 @@ class Monitor:
         dropped = bool(before) and mean(before) - mean(after) >= max(SMALLEST_DROP, SIGMAS * _error(before, after))
         self.values = after if dropped else self.values
         if len(self.values) == seen and isinstance(self._drift, LikelihoodRatio):
-            return (
-                None  # which has just that past: a lasting change too small to tell would cost it all again and again
-            )
+            # It has just that past; a lasting change too small to tell would cost it again with every photo.
+            return None
         self._drift = DRIFT[self.kind](self.window)
         for known in self.values:  # the past that the next change is seen against
             self._drift.update(known)

@@ -146,8 +146,9 @@ class Living(Deployment):
         while self.passed or self.last["event"] in ("gathering", "adapting"):
             if self.last["event"] == "gathering":
                 self._adapt(number)
-            elif self.last["event"] != "adapting":
-                self._gather()
+            if self.last["event"] != "adapting":
+                if self.passed:
+                    self._gather()
                 continue
             if self.child is None:
                 self._start(self.last)
@@ -237,9 +238,15 @@ class Living(Deployment):
         # Where the reservoir has since taken in new ones, recent ones make up for them.
         drawn += [n for n in np.random.default_rng(count).permutation(known).tolist() if n not in set(drawn)]
         replayed = [self.seen[n] for n in sorted(drawn[: self.options["keep"]])]
+        try:
+            renamed = self._renamed()
+        except DetguardError as error:  # they were there when the run began
+            kept = {"event": KEPT, "number": number, "model": self.model(number + 1), "why": str(error)}
+            self._note(kept | {"before": {}, "after": {}})
+            return
         self.learned = {one["number"] for one in (*new, *replayed)}
         self.run.write(f"{folder}.new.jsonl", to_lines(new))
-        self.run.write(f"{folder}.replay.jsonl", to_lines(replayed) + self._renamed())
+        self.run.write(f"{folder}.replay.jsonl", to_lines(replayed) + renamed)
         self._note(
             {"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.model(number + 1)}
         )

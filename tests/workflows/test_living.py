@@ -147,6 +147,15 @@ def test_classes_are_renamed_once(tmp_path, bundled, bus_file):
     assert [o["class"] for o in json.loads(replayed[-1])["objects"]] == ["truck"]
 
 
+def test_photos_to_replay_that_are_gone_end_no_stream(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled, stream={"class_map": {"car": "truck"}}, replay=[str(tmp_path / "gone.jsonl")])
+    for number in range(1, 9):
+        show(living, number, began=5 if number == 6 else None)
+    assert [event["event"] for event in living.events] == ["gathering", "kept"]
+    assert "gone.jsonl" in living.events[-1]["why"]
+    living.end()
+
+
 def test_the_command_that_adapts_renames_nothing_again(tmp_path, bundled, monkeypatch):
     living = unlucky(tmp_path, bundled, stream={"class_map": {"car": "truck"}}, replay=["old.jsonl"])
     living.run.write("adapted/001.replay.jsonl", b"{}\n")
