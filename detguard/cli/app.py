@@ -229,10 +229,14 @@ def with_dashes(message: str) -> str:
     return re.sub(r"`([a-z][a-z_]*)(?:=\{\"(.*?)\"\})?`", option, message)
 
 
-def given(context: typer.Context) -> set[str]:
-    """The names of a command's parameters that its line has."""
-    sources = {one.name: context.get_parameter_source(str(one.name)) for one in context.command.params}
-    return {str(name) for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+def given(context: typer.Context) -> dict[str, str]:
+    """The parameters of a command that its line has, by name: as users write them, as in --photos or MODEL."""
+    found = dict[str, str]()
+    for one in context.command.params:
+        source = context.get_parameter_source(str(one.name))
+        if source is not None and source.name == "COMMANDLINE":
+            found[str(one.name)] = one.opts[0] if one.opts[0].startswith("-") else str(one.name).upper()
+    return found
 
 
 def only_resumes(context: typer.Context) -> None:
@@ -241,10 +245,7 @@ def only_resumes(context: typer.Context) -> None:
     Raises:
         DetguardError: it is.
     """
-    names = {
-        one.name: one.opts[0] if one.opts[0].startswith("-") else one.name.upper() for one in context.command.params
-    }
-    if others := sorted(names[name] for name in given(context) - KEPT_BY_NO_RUN):
+    if others := sorted(option for name, option in given(context).items() if name not in KEPT_BY_NO_RUN):
         raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
 
 

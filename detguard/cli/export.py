@@ -71,8 +71,8 @@ def export(
     from detguard.reports.tables import terminal_table
 
     out.quiet = out.quiet or as_json
-    if not nms and (unused := sorted({"conf", "iou"} & given(context))):
-        raise DetguardError(f"--{unused[0]}: goes with --nms")
+    if not nms and (unused := [option for name, option in given(context).items() if name in ("conf", "iou")]):
+        raise DetguardError(f"{unused[0]}: goes with --nms")
     file = file or default_file(model, kind)
     check_file(file, model, kind)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []

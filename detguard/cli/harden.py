@@ -235,7 +235,8 @@ def harden(
             "transforms": transforms, "top_k": top_k, "fusion": fusion, "sparse": sparse,
             "batch": batch, "rate": rate, "seed": seed,
         }  # fmt: skip
-        plan = {name: value for name, value in plan.items() if name in given(context)}
+        on_line = given(context)
+        plan = {name: value for name, value in plan.items() if name in on_line}
         ranks = start_ranks(device)
         with err.status("Loading the detector"):
             job = Hardening.begin(

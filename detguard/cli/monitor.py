@@ -148,14 +148,13 @@ def monitor(
     if on_drift == "adapt":
         if is_filmed(stream):
             raise DetguardError("--on-drift adapt: a video or camera has no labels, without which nothing is learned")
-        if imgsz not in (None, own := load_model(model, trust=trust)[1]):
+        if imgsz is not None and imgsz != (own := load_model(model, trust=trust)[1]):
             raise DetguardError(f"--imgsz {imgsz}: --on-drift adapt trains and judges at the ensemble's own {own} px")
         for option, count in (("--gather", gather), ("--keep", JUDGED_ONE_IN if replay else keep)):
             if count < JUDGED_ONE_IN:
                 raise DetguardError(f"{option} {count}: expected {JUDGED_ONE_IN} or more, as one in so many judges")
-    elif unused := {"gather", "keep", "adapt_options"} & given(context):
-        first = sorted(unused)[0].partition("_")[0]
-        raise DetguardError(f"--{first}: goes with --on-drift adapt")
+    elif unused := [o for name, o in given(context).items() if name in ("gather", "keep", "adapt_options")]:
+        raise DetguardError(f"{unused[0]}: goes with --on-drift adapt")
     parsed = adapting_options(adapt_options, watched.model if on_drift == "adapt" else None, gather)
     renamed = parse_map(class_map)
     for source in replay or []:  # wrong data are an error now, not after a drop
