@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -253,8 +254,9 @@ class Attempt:
 
     clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has taken;
     seconds: its share of the time that the search has taken;
-    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are evaluated;
-    alone_since: how many steps there were before.
+    fooled, losses: each member's, as it was last looked at.
+    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are evaluated,
+    but for the one that has just been `fooled_alone` by the photo as it is.
     """
 
     key: str
@@ -270,9 +272,10 @@ class Attempt:
     queries: int = 0
     seconds: float = 0.0
     fooled: list[bool] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     in_turn: bool = False
     alone: int | None = None
-    alone_since: int = 0
+    fooled_alone: int | None = None
     in_a_row: int = 0
     enough: int = 1
     failed: bool = False
@@ -304,7 +307,9 @@ class Attempt:
     @property
     def evaluated(self) -> Sequence[int]:
         """The numbers of the members that the next pass is for."""
-        return range(len(self.members)) if self.alone is None else (self.alone,)
+        if self.alone is not None:
+            return (self.alone,)
+        return [number for number in range(len(self.members)) if number != self.fooled_alone]
 
     @property
     def clean(self) -> Detections:
@@ -418,7 +423,10 @@ def _begin(
     averaged = options.aggregate != "mean" or rule.blind or rule.compares or enough > 1 or not options.stop
     in_turn = options.schedule == "worst" and not averaged and len(members) > 1
     aims: list[object] = [None] * len(members)
-    return Attempt(key, photo, found, original, x, rule, rng, members, aims, enough=enough, in_turn=in_turn)
+    losses = [0.0] * len(members)
+    return Attempt(
+        key, photo, found, original, x, rule, rng, members, aims, losses=losses, enough=enough, in_turn=in_turn
+    )
 
 
 def _draw(attempt: Attempt, transforms: Sequence[Transform], conf: float) -> None:
@@ -438,7 +446,7 @@ Pass = tuple[list[int], Tensor, Candidates]
 
 
 def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], options: AttackOptions) -> None:
-    """One forward and at most one backward for all members that are evaluated; updates the attempts in place.
+    """One forward of all members that are evaluated, and at most one backward; updates the attempts in place.
 
     In a black box nothing but the forward.
     """
@@ -451,12 +459,12 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     evaluated = [(i, number) for i, attempt in enumerate(attempts) for number in attempt.evaluated]
     members = [(attempts[i].members[number], shown[i]) for i, number in evaluated]
     counts = [len(attempt.evaluated) for attempt in attempts]
-    stepped = [not (options.black_box or (attempts[i].in_turn and attempts[i].alone is None)) for i, _ in evaluated]
-    passes = _look(members, stepped)
+    passes = _look(members, [attempts[i].in_turn for i, _ in evaluated], gradients=not options.black_box)
     for attempt, count in zip(attempts, counts, strict=True):
         attempt.queries += count
         if attempt.alone is None:
-            attempt.fooled = [False] * count if options.stop else []
+            of_all = range(len(attempt.members)) if options.stop else ()
+            attempt.fooled = [number == attempt.fooled_alone for number in of_all]
     for frames, _, candidates in passes:
         iou = members[frames[0]][0].victim.detector.iou
         for frame, found in zip(frames, suppress(candidates, conf, iou) if options.stop else (), strict=False):
@@ -472,54 +480,56 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    losses = _losses(passes, members, [attempts[i].aims[number] for i, number in evaluated], conf).split(counts)
+    losses = _losses(passes, members, [attempts[i].aims[number] for i, number in evaluated], conf)
+    by_photo = torch.stack(losses).split(counts)
     # By gradients, the largest value of each pixel is that of no loss: then their sum.
     summed = not options.black_box and options.aggregate == "max"
-    values = torch.stack([one.sum() if summed else _aggregate(one, options) for one in losses]).tolist()
+    aggregated = torch.stack([one.sum() if summed else _aggregate(one, options) for one in by_photo])
+    told = torch.cat([aggregated, *by_photo]).tolist()
+    for (i, number), loss in zip(evaluated, told[len(attempts) :], strict=True):
+        attempts[i].losses[number] = loss
     for i in running:
         attempt = attempts[i]
         if attempt.alone is None:
-            rank = (sum(attempt.fooled), -values[i])
+            rank = (sum(attempt.fooled), -(fmean(attempt.losses) if attempt.in_turn else told[i]))
             if attempt.best is None or rank > attempt.best_rank:
                 attempt.best, attempt.best_rank, attempt.best_members = shown[i], rank, list(attempt.members)
-    running = [i for i in running if not attempts[i].failed and not _turns(attempts[i], losses[i])]
-    if not running:
-        return
     ends = list(accumulate(counts))
-    places = {i: range(ends[i] - counts[i], ends[i]) for i in running}
+    running = [i for i in running if not attempts[i].failed]
+    stepped = {i: _stepped(attempts[i], range(ends[i] - counts[i], ends[i])) for i in running}
+    stepped = {i: places for i, places in stepped.items() if places}
+    if not stepped:
+        return
     gradients = {}
     if not options.black_box:
-        gradients = _gradients(torch.cat([losses[i] for i in running]), passes)
-    for i in running:
+        gradients = _gradients([losses[frame] for places in stepped.values() for frame in places], passes)
+    for i, places in stepped.items():
         attempt = attempts[i]
         attempt.steps += 1
         if not options.black_box:
-            there = [members[frame][0] for frame in places[i]]
-            gradient = photo_gradient([gradients[frame] for frame in places[i]], shown[i], there, options)
-            attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), values[i])
+            there = [members[frame][0] for frame in places]
+            gradient = photo_gradient([gradients[frame] for frame in places], shown[i], there, options)
+            attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), told[i])
+            attempt.fooled_alone = None
             if attempt.steps >= attempt.rule.steps:
                 attempt.alone = None
         elif not attempt.in_a_row:  # else the same photo is evaluated again, on other draws
-            attempt.x = attempt.rule(attempt.x, attempt.x.new_empty(0), values[i])
+            attempt.x = attempt.rule(attempt.x, attempt.x.new_empty(0), told[i])
 
 
-def _turns(attempt: Attempt, losses: Tensor) -> bool:
-    """Whether other members are evaluated next, without a step before: where they take turns, after all were, or the
-    one alone is fooled.
-
-    losses: of the members that were evaluated.
-    """
-    # Not before a step: looked at alone, a member may be fooled that was not among others, as floats are rounded.
-    if attempt.alone is not None and attempt.fooled[attempt.alone] and attempt.steps > attempt.alone_since:
-        attempt.alone = None
-        return True
-    if attempt.in_turn and attempt.alone is None:
-        if not all(attempt.fooled):
-            values = losses.tolist()
-            attempt.alone = max((i for i, fooled in enumerate(attempt.fooled) if not fooled), key=values.__getitem__)
-            attempt.alone_since = attempt.steps
-        return True
-    return False
+def _stepped(attempt: Attempt, frames: range) -> Sequence[int]:
+    """Those of the frames that were evaluated that are stepped against; none: others are looked at first."""
+    if not attempt.in_turn:
+        return frames
+    if attempt.alone is None:
+        evaluated = attempt.evaluated
+        unfooled = [number for number in evaluated if not attempt.fooled[number]]
+        attempt.alone = max(unfooled, key=attempt.losses.__getitem__)
+        return (frames[evaluated.index(attempt.alone)],)
+    if attempt.fooled[attempt.alone]:
+        attempt.alone, attempt.fooled_alone = None, attempt.alone
+        return ()
+    return frames
 
 
 def _aggregate(losses: Tensor, options: AttackOptions) -> Tensor:
@@ -533,31 +543,33 @@ def _aggregate(losses: Tensor, options: AttackOptions) -> Tensor:
     return losses @ (weights / weights.sum())
 
 
-def _gradients(losses: Tensor, passes: Sequence[Pass]) -> dict[int, Tensor]:
-    """That of all losses at each frame, [3, H', W'], by the frame's number."""
-    passes = [one for one in passes if one[1].requires_grad]
-    by_pass = torch.autograd.grad(losses.sum(), [frames for _, frames, _ in passes], allow_unused=True)
+def _gradients(losses: list[Tensor], passes: Sequence[Pass]) -> dict[int, Tensor]:
+    """That of the losses at each frame that has a part in them, [3, H', W'], by the frame's number."""
+    by_pass = torch.autograd.grad(torch.stack(losses).sum(), [frames for _, frames, _ in passes], allow_unused=True)
     there = [(numbers, found) for (numbers, *_), found in zip(passes, by_pass, strict=True) if found is not None]
     return {number: gradient for numbers, found in there for number, gradient in zip(numbers, found, strict=True)}
 
 
-def _look(members: Sequence[tuple[Member, Photo]], stepped: Sequence[bool]) -> list[Pass]:
+def _look(members: Sequence[tuple[Member, Photo]], in_turn: Sequence[bool], *, gradients: bool) -> list[Pass]:
     """One forward for all frames of each detector and shape; as a rule there is one of both.
 
-    stepped: which of them a gradient is wanted of.
+    in_turn: which of them may be looked at without being stepped against. On a CPU, where a frame costs by itself what
+    it costs among others, each of these has a pass of its own, so that the backward is that of few.
+    gradients: whether any are wanted.
     """
     frames = [member.frame(photo) for member, photo in members]
-    alike: dict[tuple[int, tuple[int, ...], bool], list[int]] = defaultdict(list)
+    alike: dict[tuple[int, tuple[int, ...], int], list[int]] = defaultdict(list)
     for number, ((member, _), frame) in enumerate(zip(members, frames, strict=True)):
-        alike[id(member.victim.detector), frame.shape, stepped[number]].append(number)
+        detector = member.victim.detector
+        own = number if in_turn[number] and detector.device.type == "cpu" else -1
+        alike[id(detector), frame.shape, own].append(number)
     passes = []
     for numbers in alike.values():
         detector = members[numbers[0]][0].victim.detector
-        batch = frames_tensor([frames[number] for number in numbers], detector.device)
-        batch.requires_grad_(stepped[numbers[0]])
-        with torch.set_grad_enabled(batch.requires_grad):
+        batch = frames_tensor([frames[number] for number in numbers], detector.device).requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
             candidates = detector.candidates(batch)
-        if batch.requires_grad and not candidates.logits.requires_grad:
+        if gradients and not candidates.logits.requires_grad:
             raise DetguardError(
                 f"{detector.name}: its candidates have no gradient at the frames; `detguard check-detector` tells what "
                 "to look at, or give `black_box`"
@@ -577,16 +589,13 @@ def _take_aim(attempt: Attempt, number: int, candidates: Candidates) -> None:
 
 def _losses(
     passes: Sequence[Pass], members: Sequence[tuple[Member, Photo]], aims: Sequence[object], conf: float
-) -> Tensor:
-    """The loss of each frame, in the order of their numbers."""
-    losses = [
-        members[numbers[0]][0].victim.objective.loss(candidates, [aims[i] for i in numbers], conf)
-        for numbers, _, candidates in passes
-    ]
-    if len(passes) == 1:
-        return losses[0]
-    order = torch.tensor([i for numbers, *_ in passes for i in numbers]).argsort()
-    return torch.cat(losses)[order.to(losses[0].device)]
+) -> list[Tensor]:
+    """The loss of each frame, by its number: apart, since the backward of a part of a tensor is that of all of it."""
+    losses = dict[int, Tensor]()
+    for numbers, _, candidates in passes:
+        objective = members[numbers[0]][0].victim.objective
+        losses |= zip(numbers, objective.loss(candidates, [aims[i] for i in numbers], conf).unbind(), strict=True)
+    return [losses[number] for number in range(len(members))]
 
 
 def photo_gradient(
