@@ -1,5 +1,6 @@
 """Candidates (before NMS, differentiable), detections (after it), and the one NMS between them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 MAX_DETECTIONS = 300
 # A detection as JSON has it. box: xyxy, photo pixels; kind: on pages, right (found), wrong (false) or missed.
 Found = TypedDict("Found", {"class": str, "confidence": float, "box": list[float], "kind": NotRequired[str]})
+
+
+def logit(confidence: float) -> float:
+    """The logit of a confidence, between 0 and 1."""
+    return math.log(confidence / (1 - confidence))
 
 
 def _load_operators() -> None:
@@ -233,7 +239,7 @@ def suppress(candidates: Candidates, conf: float, iou: float, *, multi_label: bo
 def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, *, multi_label: bool) -> Detections:
     logits, boxes = with_doubles(logits), with_doubles(boxes)
     if multi_label:
-        index, classes = (logits > torch.logit(torch.tensor(conf)).item()).nonzero(as_tuple=True)
+        index, classes = (logits > logit(conf)).nonzero(as_tuple=True)
         scores = logits[index, classes].sigmoid()
     else:
         scores = logits.amax(1).sigmoid()

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import ClassVar
 
 import cv2
@@ -319,7 +320,12 @@ class Masked(Budget):
         Args:
             within: the budget there, as `Linf(8)`.
             where: as of the class.
+
+        Raises:
+            DetguardError: `within` is no budget of whole photos.
         """
+        if not isinstance(within, Budget) or isinstance(within, Masked):
+            raise DetguardError(f"`within` {within}: expected a budget of whole photos, as in Masked.of(Linf(8), ...)")
         return cls(within.eps, type(within), where)
 
     @property
@@ -437,10 +443,10 @@ def parse_budget(norm: str, eps: float, mask: str | None = None) -> Budget:
     """
     if norm not in BUDGETS:
         raise DetguardError(f"`norm` {norm}: expected one of {', '.join(BUDGETS)}")
-    if norm == Linf.kind and (eps != round(eps) or not 0 <= eps <= WHITE):
+    if not isinstance(eps, Real) or not 0 <= eps < math.inf:
+        raise DetguardError(f"`eps` {eps}: expected a number of 0 or more")
+    if norm == Linf.kind and (eps != round(eps) or eps > WHITE):
         raise DetguardError(f"`eps` {eps:g}: expected whole levels of 0..255, as files hold no others")
-    if not 0 <= eps < math.inf:
-        raise DetguardError(f"`eps` {eps:g}: expected a number of 0 or more")
     budget = BUDGETS[norm](eps)
     return budget if mask is None else Masked.of(budget, _parse_mask(mask))
 

@@ -338,6 +338,7 @@ class Attempt:
         return self.in_a_row >= self.enough
 
 
+@torch.inference_mode(mode=False)  # which turns gradients on as well, whatever the caller has turned off
 def attack_group(
     detector: Detector,
     photos: Iterable[tuple[str, Photo, Detections]],

@@ -160,6 +160,7 @@ class State:
         return State(**state | {"picture": state["picture"].to(device)})
 
 
+@torch.inference_mode(mode=False)
 def learn_picture(
     detector: Detector,
     photos: Sequence[Stage],
@@ -238,6 +239,6 @@ def picture_loss(
     clean = frames_tensor([one.letterbox(read_photo(one.file)) for one in batch], detector.device)
     changed = [kind.change(frame, picture, one, rng) for frame, one in zip(clean, batch, strict=True)]
     candidates = detector.candidates(torch.stack(changed))
-    aims = [objective.aim(candidates[i], one.objects, one.attacked) for i, one in enumerate(batch)]
+    aims = [objective.aim(candidates[i : i + 1], one.objects, one.attacked) for i, one in enumerate(batch)]
     counts = torch.stack([one.attacked.sum() for one in batch]).to(detector.device)
     return (objective.loss(candidates, aims, conf) / counts).mean()

@@ -1,6 +1,5 @@
 """Attack many photos into a run folder, and judge the saved files by the detector's own public predict path."""
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from detguard import DetguardError
 from detguard.attacks.budgets import Budget, largest_difference
 from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group, in_copy
 from detguard.attacks.smallest import attack_smallest
-from detguard.detections import Detections
+from detguard.detections import Detections, logit
 from detguard.detectors.base import Detector
 from detguard.files import is_file
 from detguard.objectives.base import Objective, new, outcomes
@@ -231,7 +230,7 @@ def candidates_over(detector: Detector, photos: Sequence[Photo], conf: float) ->
         frame = detector.letterbox((photo.shape[0], photo.shape[1]))(photo)
         with torch.no_grad():
             logits = detector.candidates(frames_tensor([frame], detector.device)).logits
-        counts.append(int((logits.amax(2) > math.log(conf / (1 - conf))).sum()))
+        counts.append(int((logits.amax(2) > logit(conf)).sum()))
     return counts
 
 

@@ -14,7 +14,7 @@ from detguard.data.sources import OnData, attack_run, has_samples, read_labelled
 from detguard.data.stream import Labelled, as_line, read_lines
 from detguard.data.writing import DatasetWriter, as_objects
 from detguard.detections import Detections, Found
-from detguard.files import MAX_ANNOTATIONS, parse_json, read_file
+from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, parse_json, read_file
 from detguard.photos import Photo, encode_png, photo_size, read_photo
 from detguard.runs import Record, Run
 from detguard.transforms.base import seen
@@ -46,7 +46,7 @@ def write_samples(
             here, _ = seen(drawn.get(name), (height, width), objects, torch.ones(len(objects), dtype=torch.bool))
             source = run.path(file)
             stem = _stem(key, name, source)
-            made.add(f"{stem}{source.suffix}", source.read_bytes(), photo_size(source), as_objects(here))
+            made.add(f"{stem}{source.suffix}", read_file(source, MAX_PHOTO), photo_size(source), as_objects(here))
     made.close()
     return len(made)
 

@@ -34,7 +34,7 @@ class Universal(Picture):
         Raises:
             DetguardError: a PNG cannot hold it.
         """
-        if eps != int(eps) or not 1 <= eps <= LARGEST:
+        if not 1 <= eps <= LARGEST or eps != int(eps):
             raise DetguardError(
                 f"`eps` {eps}: expected whole levels of 1..{LARGEST}, as 128 + the change must fit a PNG"
             )

@@ -1,9 +1,9 @@
 """What every objective offers, and what goals share: which objects are attacked, and what becomes of the others."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.functional import pad, softplus
 from typing_extensions import override
 
 from detguard import DetguardError, defaults
-from detguard.detections import Candidates, Detections, box_iou
+from detguard.detections import Candidates, Detections, box_iou, logit
 from detguard.detectors.base import Detector
 from detguard.schema import Config
 
@@ -114,7 +114,7 @@ class LogitLoss:
 
     def higher(self, logits: Tensor, conf: float) -> Tensor:
         """Scalar: how far logits of any shape are from a logit over the threshold (softplus), summed."""
-        return softplus(math.log(conf / (1 - conf)) + 1 - logits).sum()
+        return softplus(logit(conf) + 1 - logits).sum()
 
     def under(self, logits: Tensor, others: Tensor) -> Tensor:
         """Scalar: how far logits are from a logit under the `others` of their shape (softplus), summed."""
@@ -160,8 +160,10 @@ class Selection:
     box: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if any(number < 1 for number in self.objects):
-            raise DetguardError("`objects`: expected whole numbers from 1")
+        objects: object = self.objects
+        object.__setattr__(self, "objects", tuple(objects) if isinstance(objects, Iterable) else (objects,))
+        if not all(isinstance(number, Integral) and number >= 1 for number in self.objects):
+            raise DetguardError("`objects`: expected whole numbers from 1, as in (1, 3)")
         if self.box is not None and not (
             len(self.box) == 4 and self.box[0] < self.box[2] and self.box[1] < self.box[3]
         ):
@@ -228,7 +230,7 @@ class Goal(Objective):
         if self.measure not in LOSSES:
             raise DetguardError(f"`measure` {self.measure}: expected one of {', '.join(LOSSES)}")
         targets = (self.default if self.only.all else ALL) if self.targets is None else self.targets
-        object.__setattr__(self, "targets", (targets,) if isinstance(targets, str | int) else tuple(targets))
+        object.__setattr__(self, "targets", classes_of("targets", targets))
         if not self.targets:
             raise DetguardError("`targets`: name at least one class, as in person,bus, or all")
 
@@ -327,6 +329,20 @@ class Goal(Objective):
         """
 
 
+def classes_of(name: str, classes: object) -> tuple[str | int, ...]:
+    """One class or several, by name or index, as a tuple; name: of what they are given by.
+
+    Raises:
+        DetguardError: they are something else.
+    """
+    found = list[str | int]()
+    for one in classes if isinstance(classes, Iterable) and not isinstance(classes, str) else (classes,):
+        if not isinstance(one, str | Integral):
+            raise DetguardError(f"`{name}` {one!r}: expected names of classes or their indices")
+        found.append(one if isinstance(one, str) else int(one))
+    return tuple(found)
+
+
 def indices(target: str | int, detector: Detector) -> list[int]:
     """The class indices of one target.
 
@@ -334,6 +350,9 @@ def indices(target: str | int, detector: Detector) -> list[int]:
         DetguardError: no such class.
     """
     if isinstance(target, int):
+        if target not in detector.class_names:
+            known = f"{min(detector.class_names)} to {max(detector.class_names)}"
+            raise DetguardError(f"class {target}: {detector.name} has no such class; its indices are {known}")
         return [target]
     return list(detector.class_names) if target.strip().lower() == ALL else [detector.class_index(target)]
 
@@ -357,12 +376,12 @@ def pick(logits: Tensor, classes: Sequence[int] | Tensor) -> Tensor:
 
 def within_reach(logits: Tensor, conf: float) -> Tensor:
     """Which logits are over that of `conf`, or little under it; bool, same shape."""
-    return logits.detach() - torch.logit(torch.tensor(conf, device=logits.device)) > -REACH
+    return logits.detach() - logit(conf) > -REACH
 
 
 def over_threshold(logits: Tensor, conf: float) -> Tensor:
     """Softplus of logits over that of `conf`, zero beyond reach; same shape."""
-    excess = logits - torch.logit(torch.tensor(conf, device=logits.device))
+    excess = logits - logit(conf)
     return softplus(excess) * (excess.detach() > -REACH)
 
 

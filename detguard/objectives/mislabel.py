@@ -19,6 +19,7 @@ from detguard.objectives.base import (
     UNFOUND,
     Goal,
     Scene,
+    classes_of,
     in_words,
     indices,
     near,
@@ -70,9 +71,8 @@ class Mislabel(Goal):
         super().__post_init__()
         if to is None and self.to is None:
             raise DetguardError(f"`goal` {self.kind}: give `to`, the class that objects are found as")
-        if isinstance(self.to, str | int):
-            object.__setattr__(self, "to", (self.to,) * len(self.targets))
-        object.__setattr__(self, "to", tuple(self.to))
+        to = classes_of("to", self.to)
+        object.__setattr__(self, "to", to * len(self.targets) if to == (self.to,) else to)
         if len(self.to) != len(self.targets):
             raise DetguardError(f"`to`: expected one class for all targets or one for each, {len(self.targets)}")
 
@@ -80,11 +80,13 @@ class Mislabel(Goal):
     def on(self, detector: Detector) -> "Mislabel":
         names, pairs = detector.class_names, dict[int, int]()
         for target, to in zip(self.targets, self.to, strict=True):
-            other = isinstance(to, str) and to.strip().lower() == OTHER
-            (becomes,) = [ANY] if other else indices(to, detector)
-            if becomes == ANY and len(names) < 2:
+            other = to == ANY or (isinstance(to, str) and to.strip().lower() == OTHER)
+            found = [ANY] if other else indices(to, detector)
+            if len(found) > 1:
+                raise DetguardError(f"`to` {to}: expected one class, or other")
+            if other and len(names) < 2:
                 raise DetguardError("`to` other: the detector knows one class only")
-            pairs |= dict.fromkeys(indices(target, detector), becomes)
+            pairs |= dict.fromkeys(indices(target, detector), found[0])
         for target, becomes in pairs.items():
             if target == becomes:
                 raise DetguardError(f"`to` {names[target]}: is a target itself; name another class")

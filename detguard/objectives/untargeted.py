@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from detguard.detections import Candidates, Detections
+from detguard.detections import Candidates, Detections, logit
 from detguard.objectives.base import Goal, Scene, best_other, near, outcomes, pick
 
 
@@ -30,12 +30,11 @@ class Untargeted(Goal):
         """On each object its class is lowered to the threshold, or under the best other class, which is nearer."""
         # Where candidates count for every class, another class takes nothing away from the object's own.
         ranked = not candidates.multi_label
-        threshold = torch.logit(torch.tensor(conf, device=candidates.logits.device))
         losses = []
         for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True):
             own = pick(logits, scene.attacked.classes)  # [N, K]
             if ranked:
-                own = own - (best_other(logits, scene.attacked.classes) - threshold).clamp(min=0)
+                own = own - (best_other(logits, scene.attacked.classes) - logit(conf)).clamp(min=0)
             losses.append(self.by.lower(own[None], conf, near(boxes, scene.attacked)))
         return torch.cat(losses)
 

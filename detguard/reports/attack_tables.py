@@ -100,8 +100,7 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
         rows += [
             [
                 "settings",
-                f"confidence {options.conf:g}, {bound}seed {options.seed}, NMS of each box's best class, "
-                f"detguard {__version__}",
+                f"confidence {options.conf:g}, {bound}seed {options.seed}, detguard {__version__}",
             ],
             ["detections", f"{before} before, {len(found)} after, {wrong} of them wrong (were not there before)"],
             [
@@ -120,7 +119,8 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
 def _unspent(attacked: Sequence[Record], options: AttackOptions) -> str:
     """Why photos that were not fooled did not get all of the budget, where it is too few and too short steps."""
     unspent = any(r["status"] == "failed" and r["used"] < options.budget.eps for r in attacked)
-    if options.black_box or not unspent or options.steps * options.length >= options.budget.eps:
+    own_steps = options.black_box or "step" in options.moves.unused
+    if own_steps or not unspent or options.steps * options.length >= options.budget.eps:
         return ""
     return f"; {options.steps} steps of {options.length:g} cannot use all of it: give more --steps, or a larger --step"
 

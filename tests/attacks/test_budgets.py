@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
-from detguard.attacks.budgets import BUDGETS, L2, Linf, largest_difference, parse_budget
+from detguard.attacks.budgets import BUDGETS, L2, Linf, Masked, largest_difference, parse_budget
 
 SIZES = st.sampled_from([0.0, 0.5, 1.0, 4.0, 255.0])
 
@@ -93,10 +95,22 @@ def test_photos_of_two_shapes_are_not_compared(kind):
         BUDGETS[kind](4).used(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8))
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 1.5), ("linf", 256), ("l2", -1), ("l2", float("nan")), ("l1", 4)])
+@pytest.mark.parametrize(
+    ("norm", "eps"),
+    [
+        ("linf", 1.5), ("linf", 256), ("linf", math.inf), ("linf", math.nan), ("linf", "8"), ("l2", -1),
+        ("l2", math.nan), ("l1", 4),
+    ],
+)  # fmt: skip
 def test_what_is_no_budget_is_refused(norm, eps):
     with pytest.raises(DetguardError, match="`norm`" if norm == "l1" else "`eps`"):
         parse_budget(norm, eps)
+
+
+def test_a_part_is_that_of_a_budget_of_whole_photos():
+    for within in (8, Masked.of(Linf(8), "inside")):
+        with pytest.raises(DetguardError, match="`within`"):
+            Masked.of(within, "inside")
 
 
 MASKS = {"inside": (slice(3, 6), slice(2, 5)), "outside": None, "0,0,4,0,4,8,0,8": (slice(0, 9), slice(0, 5))}

@@ -15,7 +15,7 @@ from detguard.attacks.patch import Patch, printable_png, total_variation
 from detguard.attacks.pictures import Learning, learn_picture, picture_loss, stages
 from detguard.attacks.universal import Universal, largest_change, stretched
 from detguard.detectors.load import load_detector
-from detguard.objectives import Vanish
+from detguard.objectives import Mislabel, Untargeted, Vanish
 
 SMALL = Learning(photos=24, batch=2, rate=0.1)
 PATCH = Patch(size=0.5, pixels=32)
@@ -50,6 +50,15 @@ def expected_loss(detector, photos, kind, picture):
             float(picture_loss(detector, photos, goal_of(detector), kind, picture, SMALL.conf, rng)) for _ in range(4)
         ]
     return sum(losses) / len(losses)
+
+
+def test_a_photos_loss_is_that_of_any_goal(small, photos):
+    targets = (small.class_index("person"),)
+    for goal in (Mislabel(targets, (small.class_index("bus"),)), Untargeted(targets)):
+        rng = np.random.default_rng(7)
+        square = torch.full((3, 32, 32), 0.5, requires_grad=True)
+        loss = picture_loss(small, photos, goal, PATCH, square, SMALL.conf, rng)
+        assert torch.autograd.grad(loss, square)[0].abs().sum() > 0
 
 
 def test_a_few_steps_lower_the_loss_however_the_patch_appears(small, photos):

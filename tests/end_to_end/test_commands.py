@@ -63,7 +63,7 @@ def test_attack_writes_the_run_folder_of_the_design(attacked):
     assert re.search(r"sha256: [0-9a-f]{64}", config)
     assert "seed: 0" in config
     assert "1 of 1 fooled" in result.stdout
-    assert "at most 100 steps, seed 0, NMS of each box's best class, detguard" in result.stdout
+    assert "at most 100 steps, seed 0, detguard" in result.stdout
 
 
 def test_nothing_attacked_is_neither_success_nor_failure(tmp_path):

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from detguard import DetguardError
@@ -56,6 +57,7 @@ def test_options_become_goals(classes, options, goal):
         ({"to": "bus"}, "`to`: goes with `goal` mislabel, not with vanish"),
         ({"goal": "mislabel"}, "give `to`"),
         ({"goal": "mislabel", "to": "person"}, "is a target itself"),
+        ({"goal": "mislabel", "to": "all"}, "`to` all: expected one class"),
         ({"goal": "mislabel", "target": "person->bus,train"}, "`to` says what the others"),
         ({"goal": "untargeted", "strict": True}, "`strict`: goes with `goal` vanish, not"),
         ({"goal": "fabricate", "object": [1]}, "`object`: goes with `goal` vanish or mislabel or untargeted"),
@@ -111,8 +113,12 @@ def test_goals_are_kept_in_words(classes, goal):
 
 def test_names_and_indices_mean_the_same_classes(classes):
     assert Vanish(["all", "bus", 2]).on(classes) == Vanish((0, 1, 2))
+    assert Vanish(np.int64(1)).on(classes) == Vanish((1,))
+    assert Mislabel(np.array([0, 1]), np.int64(2)).on(classes) == Mislabel((0, 1), 2)
     assert Mislabel({"bus": 2, 0: "other"}).on(classes) == Mislabel((1, 0), (2, ANY))
     assert Mislabel({"all": "other", "bus": "train"}).on(classes) == Mislabel((0, 1, 2), (ANY, 2, ANY))
+    with pytest.raises(DetguardError, match=r"class 3: .* its indices are 0 to 2"):
+        Vanish((0, 3)).on(classes)
     with pytest.raises(TypeError, match="by name"):
         Vanish("person").classes  # noqa: B018
 
@@ -126,7 +132,10 @@ def test_names_and_indices_mean_the_same_classes(classes):
         (lambda: Mislabel("bus"), "give `to`"),
         (lambda: Mislabel(["bus", "person"], ["train"]), "`to`: expected one class"),
         (lambda: Mislabel({"bus": "train"}, "person"), "`to`: the targets say"),
+        (lambda: Mislabel("bus", 1.5), "`to` 1.5: expected names"),
+        (lambda: Vanish(["bus", None]), "`targets` None: expected names"),
         (lambda: Selection((0,)), "`objects`: expected"),
+        (lambda: Selection("3"), "`objects`: expected"),
         (lambda: Vanish("a,b").words({}), "cannot be attacked"),
     ],
 )

@@ -84,6 +84,14 @@ def test_images_of_pillow_are_what_their_files_are_read_as(tmp_path, small):
     assert (as_photo(Image.open(deep).convert("I")) == read_photo(deep)).all()
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_where_the_caller_has_turned_them_off(bundled, small, context):
+    (as_usual,) = detguard.attack(bundled, small, **OPTIONS)
+    with context():
+        (result,) = detguard.attack(bundled, small, **OPTIONS)
+    assert np.array_equal(result.photo, as_usual.photo)
+
+
 def test_a_single_array_is_one_photo(bundled, small):
     options = {"transforms": "none", "steps": 1}
     assert [r.key for r in detguard.attack(bundled, small, **options)] == ["photo-001"]
