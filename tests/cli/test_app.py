@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import pytest
@@ -14,12 +15,21 @@ from rich.progress import TextColumn
 from typer.main import get_command
 
 from detguard import DetguardError
+from detguard.attacks.budgets import BUDGETS
+from detguard.attacks.group import Aggregate, Schedule
+from detguard.attacks.steps import RULES
 from detguard.cli import main
 from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, with_dashes
 from detguard.detectors.load import weights_folder
 from detguard.engine import torch_device
+from detguard.export.run import FORMATS
+from detguard.hardening.adversary import METHODS
+from detguard.hardening.monitor import DRIFT
+from detguard.hardening.run import RECIPES
+from detguard.objectives.base import LOSSES
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
+from detguard.transforms.base import GradientRule
 
 # Clears the screen, colours, turns the line around, begins another, is markup, an emoji, and no UTF-8.
 HOSTILE = "a\x1b[2J\x9b31m\u202egnp\nerror: [red]b[/nosuch] :smile: \udcff"
@@ -326,3 +336,18 @@ def test_a_folder_of_the_users_own_called_inputs_is_left_alone(monkeypatch, caps
     assert [file.name for file in folder.iterdir()] == ["bus.avi"]
     assert (folder / "bus.avi").read_bytes() == before
     assert not (tmp_path / ".inputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "known"),
+    [
+        ("attack", "norm", BUDGETS), ("attack", "rule", RULES), ("attack", "loss", LOSSES),
+        ("attack", "aggregate", get_args(Aggregate)), ("attack", "schedule", get_args(Schedule)),
+        ("attack", "gradient", get_args(GradientRule)), ("export", "kind", FORMATS), ("harden", "recipe", RECIPES),
+        ("harden", "attack", METHODS), ("monitor", "detector", DRIFT),
+    ],
+)  # fmt: skip
+def test_all_that_there_is_can_be_chosen_on_the_command_line(command, option, known):
+    """The help names them itself, so as not to import what they do."""
+    (parameter,) = [one for one in get_command(app).commands[command].params if one.name == option]
+    assert set(get_args(parameter.type_descriptor.annotation)) == set(known)
