@@ -23,6 +23,7 @@ from detguard.hardening.loop import BatchLog, Validate, load_made
 from detguard.hardening.losses import LEARN, MAPS, imitation_loss
 from detguard.hardening.members import parse_members
 from detguard.hardening.memory import check_memory
+from detguard.hardening.recipes import RECIPES, Recipe
 from detguard.hardening.train import (
     ADVERSARIAL,
     HARD,
@@ -37,14 +38,6 @@ from detguard.hardening.validation import Validation
 from detguard.runs import Run
 from detguard.schema import CONFIGS, check
 
-# Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
-# was not made robust, no expert can be. Where the backbone learns first, it has a third.
-RECIPES = {
-    "gated": {"pretrain": 0.5, "adversarial": 0.7, "normal": 0.05, "hard": 0.2, "joint": 0.05},
-    "pgd": {"pretrain": 0.5, "adversarial": 1.0},
-    "mtd": {"pretrain": 0.5, "adversarial": 1.0},
-    "finetune": {"finetune": 1.0},
-}
 MODES = ("full", "freeze-first")
 # Logit margins that attacks add in turn, but where an expert learns to resist: alone, an attack on the result is blind
 # to a sure gate, and the gate learns nothing of those that know it.
@@ -54,11 +47,6 @@ RAMP = 0.2
 # Weight of the error of feature maps where a whole network learns.
 FEATURES = 5.0
 # Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
-# Of one network, options that only ensembles have; of one that sees no attacks, those of attacks, too.
-OF_ENSEMBLES = {"mode", "split", "fusion", "top_k", "tune_normal"}
-UNUSED = {name: OF_ENSEMBLES for name in ("pgd", "mtd")} | {
-    "finetune": OF_ENSEMBLES | {"attack", "steps", "eps", "sparse"}
-}
 GATE, JOINT_RATE, APART_RATE = 0.3, 0.1, 0.3
 # Of what has been trained: at the whole rate, it lost in hours what it had learned in them (benchmarks/README.md).
 AGAIN_RATE = 1 / 3
@@ -126,7 +114,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise DetguardError(f"`recipe` {self.recipe}: expected one of {', '.join(RECIPES)}")
-        if self.pretrain and "pretrain" not in RECIPES[self.recipe]:
+        if self.pretrain and "pretrain" not in self.made_by.stages:
             raise DetguardError(f"`pretrain`: `recipe` {self.recipe} sees no attacks; leave one of them out")
         if self.tune_normal and not self.apart:
             raise DetguardError(
@@ -141,14 +129,14 @@ class Plan:
             raise DetguardError(f"`top_k` {self.top_k}: expected 1 to {len(self.experts)}, the number of experts")
         if self.crop is not None and self.crop % STRIDE:
             raise DetguardError(f"`crop` {self.crop}: expected a multiple of {STRIDE}, the stride of detectors")
-        if self.recipe == "mtd" and self.attack != "pgd":
-            raise DetguardError(f"`attack` {self.attack}: `recipe` mtd chooses between two attacks, which pgd makes")
+        if self.made_by.attack not in (None, self.attack):
+            raise DetguardError(f"`attack` {self.attack}: `recipe` {self.recipe} takes {self.made_by.attack} alone")
         if not 0.1 <= self.eps <= 64:
             raise DetguardError(f"`eps` {self.eps:g}: expected .1 to 64 levels of 255")
         if not 0 <= self.sparse <= 1:
             raise DetguardError(f"`sparse` {self.sparse:g}: expected 0 (none) to 1 standard deviations")
-        if parse_members(self.transforms) and self.recipe == "finetune":
-            raise DetguardError("`transforms`: `recipe` finetune sees no attacks; leave one of them out")
+        if parse_members(self.transforms) and not self.made_by.attacked:
+            raise DetguardError(f"`transforms`: `recipe` {self.recipe} sees no attacks; leave one of them out")
         parse_fusion(self.fusion)
         Adversary(self.eps, self.steps, self.attack)  # which knows what it can be
 
@@ -162,33 +150,39 @@ class Plan:
         given = {name: value for name, value in given.items() if value is not None}
         known: Any = CONFIGS["harden"]["harden"]
         check(given, {f"{name.rstrip('?')}?": kind for name, kind in known.items()})
-        recipe = given.get("recipe", cls.recipe)
-        if unused := sorted(UNUSED.get(recipe, set()) & given.keys()):
-            raise DetguardError(f"`{unused[0]}`: does nothing in `recipe` {recipe}; leave one of them out")
+        name = given.get("recipe", cls.recipe)
+        recipe = RECIPES.get(name, RECIPES[cls.recipe])  # others are refused below
+        if unused := sorted(recipe.unused & given.keys()):
+            raise DetguardError(f"`{unused[0]}`: does nothing in `recipe` {name}; leave one of them out")
         if {"photos", "hours"} <= given.keys():
             raise DetguardError("`hours`: instead of `photos`; leave one of them out")
         if isinstance(model, GatedNetwork) and len(model.names) > 1:
             given["split"] = str(model.split)
-            if recipe == "gated":
+            if recipe.gated:
                 given = {"fusion": model.fusion, "top_k": model.top_k} | given
-        given.setdefault("attack", "pgd" if given.get("recipe") == "mtd" else cls.attack)
+        given.setdefault("attack", recipe.attack or cls.attack)
         given.setdefault("steps", 1 if given["attack"] == "fgsm" else cls.steps)
         plan = cls(**given)
         return replace(plan, rate=AGAIN_RATE * plan.rate) if plan.goes_on(model) and "rate" not in given else plan
 
     @property
+    def made_by(self) -> Recipe:
+        """The recipe itself."""
+        return RECIPES[self.recipe]
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """The experts of the ensemble; the baselines have one."""
-        return EXPERTS if self.recipe == "gated" else (self.recipe,)
+        return self.made_by.experts(self.recipe)
 
     @property
     def apart(self) -> bool:
         """Whether experts are whole networks: normal and hard ones then start from the undefended detector."""
-        return self.recipe == "gated" and self.split in ("backbone", "0")
+        return self.made_by.gated and self.split in ("backbone", "0")
 
     def goes_on(self, model: Any) -> bool:
         """Whether a model has been through all stages of the recipe: it can bear the whole budget at once."""
-        return isinstance(model, GatedNetwork) and (len(model.names) > 1 or self.recipe != "gated")
+        return isinstance(model, GatedNetwork) and (len(model.names) > 1 or not self.made_by.gated)
 
     def stages(self, model: Any = None) -> list[Stage]:
         """What is trained of a model, in order: nothing that it is already, robust, or by itself for normal photos."""
@@ -196,7 +190,7 @@ class Plan:
         done = {"adversarial"} if isinstance(model, GatedNetwork) and not again else set()
         done |= {"normal"} if self.apart and not self.tune_normal else set()
         done |= set() if self.pretrain else {"pretrain"}
-        shares = {n: share for n, share in RECIPES[self.recipe].items() if n not in done}
+        shares = {n: share for n, share in self.made_by.stages.items() if n not in done}
         stages = [self.stage(name, self.photos * share / sum(shares.values())) for name, share in shares.items()]
         if again:
             stages = [replace(stage, ramp=0.0) for stage in stages]
@@ -210,8 +204,7 @@ class Plan:
     def stage(self, name: str, photos: float) -> Stage:
         """One stage of a recipe, of so many photos."""
         last = len(self.experts) - 1
-        aims = ("class", "box") if self.recipe == "mtd" else ("all",)
-        whole = {"trunk": True, "aims": aims, "features": FEATURES}
+        whole = {"trunk": True, "aims": self.made_by.aims, "features": FEATURES}
         frozen = (last,) if self.mode == "freeze-first" else None
         joint = {"trunk": self.mode == "full", "experts": frozen, "margins": MARGINS, "size": self.crop}
         # On a robust backbone a growing budget gained nothing: a divergence of 13.4 under attack with it, 13.0 without
@@ -232,7 +225,7 @@ class Plan:
         share = [1 / 3] * 3 if kind is None else [self.mix / 2] * 3
         if kind is not None:
             share[kind] = 1 - self.mix
-        if name == "finetune":
+        if not self.made_by.attacked:
             share = [1 - self.mix, self.mix, 0.0]
         adversary = Adversary(self.eps, self.steps, self.attack)
         if self.attack == "free" and kind in (NORMAL, HARD):  # few frames are attacked, the others learn once
@@ -240,7 +233,7 @@ class Plan:
         elif self.attack == "free":  # its first update is on clean frames
             share = [0.0, share[HARD], 1 - share[HARD]]
         options["transforms"] = parse_members(self.transforms)
-        options |= {"gate": GATE if self.recipe == "gated" else 0.0, "rate": self.rate}
+        options |= {"gate": GATE if self.made_by.gated else 0.0, "rate": self.rate}
         goes_on = self.apart and name in ("normal", "hard")
         options["rate"] *= JOINT_RATE if name == "joint" else APART_RATE if goes_on else 1
         number = max(1, round(photos / self.batch))
@@ -306,7 +299,7 @@ def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated
             f"`pretrain`: `teacher` {name} has other feature maps; expected the architecture of `detector`"
         )
     alone = isinstance(model, GatedNetwork) and len(model.names) == 1
-    if alone and recipe == "gated" and not same_layers(base, narrowed(teacher.model, list(base.names.values()))):
+    if alone and RECIPES[recipe].gated and not same_layers(base, narrowed(teacher.model, list(base.names.values()))):
         raise DetguardError(
             f"`teacher` {name}: expected the architecture and classes of `detector`, whose undefended experts it is"
         )
@@ -363,13 +356,13 @@ def harden(
     if isinstance(model, GatedNetwork):
         model.drop_sparse()
     base = model.single(model.robust) if isinstance(model, GatedNetwork) else fused(model)
-    split = split_layer(base, plan.split) if plan.recipe == "gated" else 0
+    split = split_layer(base, plan.split) if plan.made_by.gated else 0
     network = GatedNetwork(base, split, plan.experts, top_k=plan.top_k, fusion=plan.fusion)
     ranks = setting.ranks
     imitated = narrowed(teacher.model, list(base.names.values()))
     undefended = GatedNetwork(imitated, 0, ("undefended",)).requires_grad_(False).to(ranks.device)
     again = plan.goes_on(model)
-    if again and plan.recipe == "gated":
+    if again and plan.made_by.gated:
         network.load_state_dict(model.state_dict())
     elif plan.apart and isinstance(model, GatedNetwork):  # a robust network, and what it was made from
         for expert in range(len(plan.experts) - 1):
@@ -405,7 +398,7 @@ def harden(
         train_stage(network, undefended, shown, stage, setting, checkpoint, on_stage, log, validate, samples)
         if ranks.first:
             save_gated(network, card, made)
-    if not plan.sparse or plan.recipe == "finetune":
+    if not plan.sparse or not plan.made_by.attacked:
         return made
     made = path("weights/sparse.safetensors")
     if ranks.first and not made.exists():

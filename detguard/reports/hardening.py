@@ -6,6 +6,7 @@ from pathlib import Path
 from detguard.detectors.gated import EXPERTS
 from detguard.evaluation.run import mean
 from detguard.hardening.judging import Judgement, judged_eps
+from detguard.hardening.recipes import RECIPES
 from detguard.hardening.run import Plan
 from detguard.hardening.validation import ATTACKED, CLEAN, ONE_IN, STEPS
 from detguard.reports.evaluation import number
@@ -85,7 +86,7 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
     attacks = f"attacked in training: {plan['attack']}, {plan['steps']} step(s), budget {plan['eps']:g} of 255 levels"
     subtitle = (
         f"{length}, in batches of {plan['batch']}; "
-        + ("not attacked in training" if plan["recipe"] == "finetune" else f"{attacks}{through}")
+        + (f"{attacks}{through}" if RECIPES[plan["recipe"]].attacked else "not attacked in training")
         + f"; seed {plan['seed']}"
     )
     title = f"Hardening of {Path(run.config['model']).stem}: {plan['recipe']}"

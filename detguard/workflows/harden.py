@@ -196,8 +196,8 @@ class Hardening:
         if not learns_labels:  # which then only judge
             of_file = {one.file: one for one in labelled}
             labelled = [of_file[file] for file in hold_out(photos)[1] if file in of_file]
-        if samples and wanted.recipe == "finetune":
-            raise DetguardError("`samples`: `recipe` finetune sees no attacks; leave one of them out")
+        if samples and not wanted.made_by.attacked:
+            raise DetguardError(f"`samples`: `recipe` {wanted.recipe} sees no attacks; leave one of them out")
         attacks = [one for source in samples for one in read_samples(source, names, on_data)]
         config = {
             "model": model,

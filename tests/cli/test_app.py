@@ -25,7 +25,7 @@ from detguard.engine import torch_device
 from detguard.export.run import FORMATS
 from detguard.hardening.adversary import METHODS
 from detguard.hardening.monitor import DRIFT
-from detguard.hardening.run import RECIPES
+from detguard.hardening.recipes import RECIPES
 from detguard.objectives.base import LOSSES
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
