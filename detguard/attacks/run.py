@@ -18,8 +18,8 @@ from detguard.detectors.base import Detector
 from detguard.files import is_file
 from detguard.objectives.base import Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
+from detguard.overlay import before_after
 from detguard.photos import MOST_ENCODED, Photo, encode_png, frames_tensor, photo_seed, read_photo
-from detguard.reports.overlay import before_after
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, Config, misfit
 from detguard.transforms.base import Transform

@@ -502,8 +502,8 @@ def detect(
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
     from detguard.data.inputs import as_photos, find_inputs
     from detguard.detectors.load import detector_config, load_detector
+    from detguard.overlay import draw_detections
     from detguard.photos import encode_png, read_photo
-    from detguard.reports.overlay import draw_detections
     from detguard.reports.tables import detections_table
     from detguard.runs import Run, photo_keys
 

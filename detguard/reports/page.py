@@ -16,8 +16,8 @@ from markupsafe import Markup
 from detguard import __version__
 from detguard.detections import Found
 from detguard.files import printable
+from detguard.overlay import DIFFERENCE_GAIN, class_colour, difference
 from detguard.photos import Photo, encode_jpeg
-from detguard.reports.overlay import DIFFERENCE_GAIN, class_colour, difference
 
 # A page of this many photos is some megabytes; more would make browsers slow.
 MOST_PHOTOS = 40

@@ -1,5 +1,6 @@
 """What the pages for users say is true: their links, their commands, their code."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -43,6 +44,22 @@ def test_the_site_builds_strictly_and_is_whole_and_loads_nothing_from_elsewhere(
     assert [name for name in detguard.__all__ if f'id="detguard.{name}"' not in python] == []
     loaded = r"<(?:script|img)[^>]+src=.?https?:|<link[^>]+rel=.?stylesheet[^>]+href=.?https?:"
     assert [page for page in tmp_path.rglob("*.html") if re.search(loaded, page.read_text())] == []
+
+
+def test_imports_point_one_way():
+    order = re.search(r"`cli -> .*?`", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
+    layers = [re.findall(r"\w+", layer) for layer in order[0].split("->")]
+    height = {package: len(layers) - number for number, layer in enumerate(layers) for package in layer}
+    imported = [
+        (file.relative_to(ROOT), node.module)
+        for file in (ROOT / "detguard").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("detguard.")
+    ]
+    assert len(imported) > 100
+    for file, module in imported:
+        place = file.with_suffix("").parts[1]
+        assert height.get(place, len(layers)) >= height.get(module.split(".")[1], 0), f"{file} imports {module}"
 
 
 def test_what_is_promised_has_tests():

@@ -12,7 +12,7 @@ import torch
 
 from detguard.detections import Detections
 from detguard.files import printable
-from detguard.reports.overlay import before_after, class_colour, draw_detections
+from detguard.overlay import before_after, class_colour, draw_detections
 from detguard.reports.page import Item, Table, linked, pair, panel, render_page
 from detguard.reports.plots import budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
 

@@ -351,7 +351,7 @@ def test_importing_detguard_imports_no_torch_and_detecting_with_all_that_it_offe
 import sys, detguard.cli
 print({HEAVY | {"torch", "numpy"}} & set(sys.modules))
 [getattr(detguard, name) for name in detguard.__all__]
-import numpy, detguard.reports.overlay, detguard.reports.tables
+import numpy, detguard.overlay, detguard.reports.tables
 detguard.load_detector("detguard-n", 32).predict(numpy.zeros((32, 32, 3), numpy.uint8), 0.25)
 print({HEAVY} & set(sys.modules))
 """
