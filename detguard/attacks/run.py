@@ -13,10 +13,10 @@ from detguard import DetguardError
 from detguard.attacks.budgets import Budget, largest_difference
 from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group, in_copy
 from detguard.attacks.smallest import attack_smallest
-from detguard.detections import Detections, logit
+from detguard.detections import Detections, box_iou, logit
 from detguard.detectors.base import Detector
 from detguard.files import is_file
-from detguard.objectives.base import Objective, new, outcomes
+from detguard.objectives.base import SAME_OBJECT_IOU, Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
 from detguard.overlay import before_after
 from detguard.photos import MOST_ENCODED, Photo, encode_png, frames_tensor, photo_seed, read_photo
@@ -285,13 +285,13 @@ def judge(
 ) -> Record:
     """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
 
-    confidence: of the best detection of a target class; objects_not_kept: at each of THRESHOLDS, how many of the
+    confidence: of the best detection of a target class, where some objects alone are attacked the best in their places;
+    objects_not_kept: at each of THRESHOLDS, how many of the
     attacked objects vanished or were relabelled, and how many there were; detections: what is found at `conf`, and
     whether that is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the
     member and of the photo, where `found` lies in a picture that a transform made of it. copied: what was found in the
     clean copy (`Victim.found_in_copy`).
     """
-    left = found.of(objective.classes).scores
     success: dict[str, bool | None] = {}
     gone: dict[str, list[int]] = {}
 
@@ -307,9 +307,12 @@ def judge(
         gone[f"{threshold:g}"] = [sum(fate != "kept" for fate in fates), len(fates)]
     (objects, attacked), after = before(conf), found.above(conf)
     wrong = new(objects, after).tolist()
+    left = found.of(objective.classes)
+    if objective.needs_target and len(objects[~attacked].of(objective.classes)):
+        left = left[(box_iou(left.boxes, objects[attacked].boxes) >= SAME_OBJECT_IOU).any(1)]
     return {
         "fooled": objective.success(objects, after, attacked),
-        "confidence": round(float(left.max()), 4) if len(left) else 0.0,
+        "confidence": round(float(left.scores.max()), 4) if len(left) else 0.0,
         "success": success,
         "objects_not_kept": gone,
         "detections": [{**record, "wrong": one} for record, one in zip(after.records(class_names), wrong, strict=True)],

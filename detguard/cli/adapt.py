@@ -172,7 +172,7 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
         before = job.figures(lambda: progress.advance(judging))
     with progress_bar() as progress:
         fitting = progress.add_task("whom to ask", total=1.0, visible=False)
-        task = progress.add_task("adapt", total=1.0)
+        task = progress.add_task("adapt", total=1.0, visible=False)
         setbacks = list[float]()
 
         def on_fit(done: float) -> bool:
@@ -180,7 +180,7 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
             return bool(stopped)
 
         def on_batch(_: int, done: float, losses: dict[str, float]) -> bool:
-            progress.update(task, completed=done, description=f"adapt{last_loss(losses)}")
+            progress.update(task, completed=done, description=f"adapt{last_loss(losses)}", visible=True)
             show_setback("adapt", losses, setbacks)
             return bool(stopped)
 

@@ -415,7 +415,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
         out.print(verdict(records, job.options), highlight=False, soft_wrap=True, style="bold")
         title = f"{wanted(job.run.config)}: success rate"
         out.print(terminal_table(survival_table(attacked, title, job.options.conf)))
-        failed = failures(attacked, job.run.config)
+        failed = failures(attacked, job.run.config, job.options.conf)
         for line in failed[:MOST_NAMED]:
             out.print(f"not fooled: {line}", highlight=False, soft_wrap=True)
         if len(failed) > MOST_NAMED:

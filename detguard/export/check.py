@@ -34,8 +34,8 @@ class Verdict:
 
     scores, boxes: the largest differences, probability and frame pixels; infinite where one finds what the other does
     not. compared: how many candidates or detections had a box to compare; beyond: of these, those that differ by more
-    than SCORES or BOXES; shares: the share of them in each frame that had some. jumps: whether the detector has sparse
-    layers. milliseconds: per photo, by what ran it.
+    than SCORES or BOXES; shares: the share of them in each frame that had enough of them to tell MOST_JUMPS. jumps:
+    whether the detector has sparse layers. milliseconds: per photo, by what ran it.
     """
 
     scores: float = 0.0
@@ -48,10 +48,11 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether both are small, of sparse layers nearly everywhere in most frames, and something was compared."""
+        """Whether both are small, of sparse layers nearly everywhere in most frames; and something was compared."""
         if not self.compared or not self.jumps:
             return self.compared > 0 and self.scores <= SCORES and self.boxes <= BOXES
-        return median(self.shares) <= MOST_JUMPS and self.scores <= JUMP_SCORES and self.boxes <= JUMP_BOXES
+        few = not self.shares or median(self.shares) <= MOST_JUMPS
+        return few and self.scores <= JUMP_SCORES and self.boxes <= JUMP_BOXES
 
     def record(self) -> dict[str, object]:
         """What it saw, as JSON has it: null for what is infinite."""
@@ -69,7 +70,8 @@ class Verdict:
         )
         self.compared += len(boxes)
         self.beyond += beyond
-        self.shares.append(beyond / len(boxes))
+        if len(boxes) * MOST_JUMPS >= 1:  # of three detections, one that jumps is a third
+            self.shares.append(beyond / len(boxes))
 
 
 def default_photos() -> list[Photo]:

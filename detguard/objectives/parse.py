@@ -36,7 +36,9 @@ def read_goal(words: Config) -> Goal:
     if names and ARROW in target:
         if "to" not in goal.takes:
             raise DetguardError(f"`target` '{target}': an arrow goes with `goal` mislabel, not with {kind}")
-        parts = (name.partition(ARROW) for name in names)
+        parts = [name.partition(ARROW) for name in names]
+        if to is not None and all(arrow for _, arrow, _ in parts):
+            raise DetguardError(f"`to` {to}: each of `target` {target} has an arrow already; leave one of them out")
         pairs = {one.strip(): other.strip() if arrow else to for one, arrow, other in parts}
         if None in pairs.values():
             raise DetguardError("`target`: with arrows for some classes only, `to` says what the others are found as")

@@ -25,9 +25,10 @@ def adaptation_page(run: Run, judged: Judgement, learned: Mapping[str, int]) -> 
     kinds = ("new", "new, grown", "old", "moved")
     plots = {"Losses": training_plot(records, kinds)} if records else {}
     plan = run.config["adapt"]
+    seen = plan["batch"] * max((record["batch"] for record in records), default=0)
     taught = " and ".join(f"{count} {kind}" for kind, count in learned.items())
     subtitle = (
-        f"Learned from {taught} photos, {plan['photos']} seen with repeats, in batches of {plan['batch']}; "
+        f"Learned from {taught} photos, {seen} seen with repeats, in batches of {plan['batch']}; "
         f"{plan['experts']} new expert(s), {plan['mode']} ({run.config['why']}), lambda {plan['keep']}, "
         f"old photos attacked at {plan['eps']:g} of 255 levels, seed {plan['seed']}"
     )

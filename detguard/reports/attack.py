@@ -8,7 +8,7 @@ from detguard import DetguardError
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import PHOTO
 from detguard.detectors.base import Detector
-from detguard.objectives import Fabricate, Flood
+from detguard.objectives import Fabricate, Flood, Mislabel
 from detguard.objectives.base import ALL, SEPARATOR
 from detguard.objectives.parse import GOALS, wanted
 from detguard.photos import read_photo
@@ -40,17 +40,23 @@ def verdict(records: Sequence[Record], options: AttackOptions) -> str:
     return summary + (f"; {without} without target" if without else "")
 
 
-def failures(attacked: Sequence[Record], goal: Config) -> list[str]:
-    """Of each photo that was not fooled its name and the members that were not, worst first; goal: of the run."""
-    return [f"{record['key']}: {left}" for record in attacked if (left := _left_in(record, goal))]
+def failures(attacked: Sequence[Record], goal: Config, conf: float) -> list[str]:
+    """Of each photo that was not fooled its name and the members that were not, worst first; goal, conf: of the run."""
+    return [f"{record['key']}: {left}" for record in attacked if (left := _left_in(record, goal, conf))]
 
 
-def _left_in(record: Record, goal: Config) -> str:
-    """The members of a photo that were not fooled, worst first; none: ""."""
+def _left_in(record: Record, goal: Config, conf: float) -> str:
+    """The members of a photo that were not fooled, and why, worst first; none: ""."""
     left = {name: member for name, member in judged(record).items() if not member["fooled"]}
+    other = f"not found as {goal.get('to') or 'wanted'}" if goal["goal"] == Mislabel.kind else "others not kept"
+    other = "another class in its place" if goal.get("strict") else other
+    other = f"{other}, or others not kept" if goal.get("keep_others") and not other.startswith("others") else other
     if goal["goal"] not in (Fabricate.kind, Flood.kind):
         worst = sorted(left.items(), key=lambda one: -one[1]["confidence"])
-        return ", ".join(f"{name} (confidence {member['confidence']:.2f})" for name, member in worst)
+        why = {
+            name: f"confidence {one['confidence']:.2f}" if one["confidence"] > conf else other for name, one in worst
+        }
+        return ", ".join(f"{name} ({reason})" for name, reason in why.items())
     classes = [name.strip().lower() for name in goal["target"].split(SEPARATOR)]
     new = goal["goal"] == Fabricate.kind
     found = {
@@ -68,7 +74,7 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     rate = survival_table(attacked, f"Success rate: {wanted(run.config)}", options.conf)
     tables = [rate, Table("Result", ["", ""], attack_summary(records, options))]
-    if rows := [[record["key"], left] for record in attacked if (left := _left_in(record, run.config))]:
+    if rows := [[record["key"], left] for record in attacked if (left := _left_in(record, run.config, options.conf))]:
         tables.append(Table("Not fooled", ["photo", "by what is left in"], rows, folded=len(rows) > 2 * MOST_NAMED))
     items = [item for record in _shown(attacked) if (item := _item(run, record, options))]
     also = "".join(f" and {Path(one['model']).stem} at {one['imgsz']} px" for one in run.config["also"])
@@ -117,7 +123,7 @@ def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
     spent = "queries" if options.black_box else "iterations"
     reached += [f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"]
     if record["status"] == "failed":
-        reached.append("not fooled: " + _left_in(record, run.config))
+        reached.append("not fooled: " + _left_in(record, run.config, options.conf))
     shown = pair(
         panel(f"before: {len(record['clean'])} found", before, record["clean"]),
         panel(f"after: {len(found)} found", after, found, files[PHOTO]),

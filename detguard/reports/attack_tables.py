@@ -79,7 +79,7 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
     statuses = Counter(r["status"] for r in records)
     skipped = [
         f"{statuses[s]} {label}"
-        for s, label in (("no-target", "without target"), ("error", "unreadable"))
+        for s, label in (("no-target", "without target"), ("error", "not attacked, see the errors"))
         if statuses[s]
     ]
     rows = [["photos", f"{statuses['fooled']} of {len(attacked)} fooled" + "".join(f", {s}" for s in skipped)]]

@@ -16,8 +16,8 @@ from detguard.evaluation.pictures import GREY, Changed
 from detguard.evaluation.run import Evaluation, Protocols
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
-from detguard.reports.marks import marked
-from detguard.reports.page import MOST_PHOTOS, Item, Table, pair, panel, render_page
+from detguard.reports.marks import marked, of_labels
+from detguard.reports.page import MOST_PHOTOS, Item, Pair, Table, pair, panel, render_page
 from detguard.reports.plots import gate_plot, plots
 
 # A photo as a view shows it.
@@ -439,10 +439,11 @@ def _gallery(subjects: Sequence[Subject], views: Sequence[View | None], count: i
 
 def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
     file = pairs[0][0].dataset.files[image]
-    photo, made, worst = read_photo(file), [], None
+    photo, made, worst, whose = read_photo(file), list[Pair](), None, ""
     for subject, view in pairs:
         seen, names = _seen(subject, view, image), subject.detector.class_names
-        worst = seen if worst is None or seen.loss > worst.loss else worst
+        if worst is None or seen.loss > worst.loss:
+            worst, whose = seen, subject.name
         before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, marked(seen.objects, seen.clean, names))
         heaviest = [
             _heaviest(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None
@@ -450,8 +451,8 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
         weighed = f"most weight: {', then '.join(heaviest)}" if subject.detector.experts else ""
         name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", weighed) if part)
         if view is None or seen.after is None:
-            labelled = [record | {"kind": "", "confidence": 1.0} for record in seen.objects.records(names)]
-            made.append(pair(panel(f"labelled: {_count(seen.objects)}", photo, labelled), before, name=name))
+            there = panel(f"labelled: {_count(seen.objects)}", photo, of_labels(seen.objects, names))
+            made.append(pair(there, before, name=name))
             continue
         shown = view.show(Batch(subject, [image]))[0]
         right = marked(seen.objects, seen.after, names)
@@ -463,6 +464,7 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
         outcome = _quality(worst.scores[1]) if worst.after is None else _outcome(*worst.scores)
     else:  # where F1 is all or nothing
         outcome = "nothing to find" if worst.scores[1] else "false alarms only"
+    outcome += f" ({whose})" if len(pairs) > 1 else ""
     how = "".join(f"; {CHANGED}: {view.name}" for view in {view.name: view for _, view in pairs if view}.values())
     return Item(file.name, outcome, f"{_count(worst.objects)} labelled{how}", made)
 

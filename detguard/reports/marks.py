@@ -6,6 +6,11 @@ from detguard.detections import Detections, Found
 from detguard.evaluation.coco import matched
 
 
+def of_labels(objects: Detections, names: dict[int, str]) -> list[Found]:
+    """Records of labelled objects, which have no confidence to be shown."""
+    return [record | {"kind": "labelled"} for record in objects.records(names)]
+
+
 def marked(objects: Detections, found: Detections, names: dict[int, str]) -> list[Found]:
     """Records of what was found, each right (found) or wrong (false), and of the objects that were missed."""
     of = matched(objects, found)

@@ -13,7 +13,7 @@ from detguard.evaluation.views import SHOWN_CONFIDENCE
 from detguard.hardening.monitor import latest
 from detguard.photos import read_photo
 from detguard.reports.evaluation import number
-from detguard.reports.marks import marked
+from detguard.reports.marks import marked, of_labels
 from detguard.reports.page import Item, Table, pair, panel, render_page
 from detguard.reports.plots import Window, timeline_plot
 from detguard.runs import Record, Run
@@ -174,7 +174,7 @@ def drop_items(records: Sequence[Record], at: Callable[[int], Detector]) -> list
         found = labelled.counted(detector.detect([photo], SHOWN_CONFIDENCE, multi_label=True)[0])
         names = detector.class_names
         sides = (
-            panel(f"labelled: {len(labelled.objects)}", photo, labelled.objects.records(names)),
+            panel(f"labelled: {len(labelled.objects)}", photo, of_labels(labelled.objects, names)),
             panel(f"found: F1 {record['f1']:.2f}", photo, marked(labelled.objects, found, names)),
         )
         outcome = "nothing right" if record["f1"] == 0 else "partly right" if record["f1"] < 1 else "all right"

@@ -21,6 +21,8 @@ from detguard.photos import Photo, encode_jpeg
 
 # A page of this many photos is some megabytes; more would make browsers slow.
 MOST_PHOTOS = 40
+# What is said of boxes that nobody found, by their kind.
+WITHOUT_CONFIDENCE = {"missed": " missed", "labelled": ""}
 LONGEST_SIDE = 560
 QUALITY = 85
 # Of a difference, which is noise: as much as all else on the page otherwise.
@@ -33,7 +35,7 @@ WIDE, LONG = 46, 14
 class Box:
     """One detection for the page: in per mille of the photo's width and height.
 
-    kind: found, missed or false, where that is known and colours the box; else its class does.
+    kind: found, missed or false, where that is known and colours the box; else its class does, as of what is labelled.
     """
 
     left: float
@@ -206,7 +208,7 @@ def _boxes(records: Sequence[Found], width: int, height: int) -> list[Box]:
                 round(1000 * y1 / height, 1),
                 round(1000 * (x2 - x1) / width, 1),
                 round(1000 * (y2 - y1) / height, 1),
-                f"{record['class']} missed" if kind == "missed" else f"{record['class']} {record['confidence']:.2f}",
+                record["class"] + WITHOUT_CONFIDENCE.get(kind, f" {record['confidence']:.2f}"),
                 "rgb({} {} {})".format(*class_colour(record["class"])),
                 kind,
             )

@@ -208,7 +208,7 @@ def training_plot(records: list[Record], kinds: Sequence[str] = EXPERTS) -> str:
             axis.set_xlabel("batch")
             axis.set_xlim(0, 1.05 * max(1, *(record["batch"] for record in of_stage)))
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        row[0].set_ylim(bottom=0)
+        row[0].set_ylim(0, 1.05 * row[0].get_ylim()[1])
         row[0].set_ylabel("loss")
         row[0].legend(frameon=False, fontsize=9)
         return _svg(figure)

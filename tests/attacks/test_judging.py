@@ -14,6 +14,7 @@ from detguard.attacks.group import AttackOptions, Member, Victim, attack_group
 from detguard.attacks.run import Job, attack_photos, judge, plan_attack, save_attempt, verify_run
 from detguard.detections import Detections
 from detguard.objectives import Fabricate, Flood, Vanish
+from detguard.objectives.base import Selection
 from detguard.photos import encode_png, frames_tensor, read_photo
 from detguard.reports.attack import attack_page
 from detguard.runs import Run
@@ -235,3 +236,11 @@ def test_what_a_codec_cannot_hold_is_the_error_of_one_photo(attacked, bundled, t
         "wide": "error",
         "bus": "failed",
     }
+
+
+def test_the_confidence_that_is_left_is_that_of_what_was_attacked():
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]])
+    clean = Detections(boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 0]))
+    found = Detections(boxes, torch.tensor([0.7, 0.1]), torch.tensor([0, 0]))
+    for selection, left in ((Selection(), 0.7), (Selection((2,)), 0.1)):
+        assert judge(Vanish((0,), only=selection), clean, found, 0.25, NAMES)["confidence"] == left

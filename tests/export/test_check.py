@@ -123,3 +123,13 @@ def test_where_one_value_jumps_many_boxes_of_that_photo_may_differ(jumped, passe
 
 def test_a_list_is_counted_once(ours, wanted):
     assert verdict(compare_listed, listed(ours), ours, wanted).compared == int((listed(ours)[0, :, 4] > 0.25).sum())
+
+
+def test_a_jump_among_a_handful_of_detections_tells_nothing_of_how_many_do():
+    made = Verdict(jumps=True)
+    for _ in range(3):
+        made.add(torch.tensor([0.01, 0, 0]), torch.zeros(3, 4))
+    assert made.passed
+    assert (made.compared, made.beyond) == (9, 3)
+    made.add(torch.tensor([0.06, 0, 0]), torch.zeros(3, 4))
+    assert not made.passed

@@ -59,6 +59,7 @@ def test_options_become_goals(classes, options, goal):
         ({"goal": "mislabel", "to": "person"}, "is a target itself"),
         ({"goal": "mislabel", "to": "all"}, "`to` all: expected one class"),
         ({"goal": "mislabel", "target": "person->bus,train"}, "`to` says what the others"),
+        ({"goal": "mislabel", "target": "person->bus", "to": "train"}, "`to` train: each of `target`"),
         ({"goal": "untargeted", "strict": True}, "`strict`: goes with `goal` vanish, not"),
         ({"goal": "fabricate", "object": [1]}, "`object`: goes with `goal` vanish or mislabel or untargeted"),
         ({"goal": "flood", "box": [1, 2, 3, 4]}, "`box`: goes with"),

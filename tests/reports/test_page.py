@@ -13,6 +13,7 @@ import torch
 from detguard.detections import Detections
 from detguard.files import printable
 from detguard.overlay import before_after, class_colour, draw_detections
+from detguard.reports.marks import of_labels
 from detguard.reports.page import Item, Table, linked, pair, panel, render_page
 from detguard.reports.plots import budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
 
@@ -301,3 +302,9 @@ def test_a_class_has_one_colour_in_page_and_picture():
 
 def test_a_strip_of_a_photo_is_shown_at_least_a_pixel_wide():
     assert panel("strip", np.zeros((9200, 2, 3), np.uint8)).caption == "strip"
+
+
+def test_what_is_labelled_is_shown_without_a_confidence_that_nobody_gave():
+    labels = Detections(torch.tensor([[1.0, 2, 3, 4]]), torch.ones(1), torch.tensor([0]))
+    (box,) = panel("", np.zeros((9, 9, 3), np.uint8), of_labels(labels, {0: "person"})).boxes
+    assert box.label == "person"

@@ -30,7 +30,19 @@ def test_an_attack_tells_how_many_and_after_what():
     records = [photo("a", photo=0.1, blur=0.2), photo("b", photo=0.2, blur=0.6)]
     told = attack.verdict([*records, {"key": "c", "status": "no-target"}], AttackOptions())
     assert told == "4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25); 1 without target"
-    assert attack.failures(records, {"goal": "vanish"}) == ["b: blur (confidence 0.60)"]
+    assert attack.failures(records, {"goal": "vanish"}, 0.25) == ["b: blur (confidence 0.60)"]
+
+
+def test_failures_say_what_is_lacking_where_nothing_is_left():
+    record = photo("a", photo=0.2)
+    record["members"]["photo"]["fooled"] = False
+    for goal, told in (
+        ({"goal": "mislabel", "to": "train"}, "not found as train"),
+        ({"goal": "mislabel", "to": None, "keep_others": True}, "not found as wanted, or others not kept"),
+        ({"goal": "vanish", "strict": True}, "another class in its place"),
+        ({"goal": "vanish", "keep_others": True}, "others not kept"),
+    ):
+        assert attack.failures([record], goal, 0.25) == [f"a: photo (png) ({told})"]
 
 
 def test_several_detectors_are_named_and_nothing_is_said_of_what_fooled_none():
@@ -50,7 +62,7 @@ def test_where_objects_were_to_be_found_failures_say_how_many_were():
         ({"goal": "flood", "target": "all", "count": 50}, "a: photo (png) (3 of 50 found)"),
         ({"goal": "fabricate", "target": "Person", "count": None}, "a: photo (png) (1 of 1 new)"),
     ):
-        assert attack.failures([record], goal) == [told]
+        assert attack.failures([record], goal, 0.25) == [told]
 
 
 def test_all_members_are_those_of_the_group_though_more_are_judged():
