@@ -40,6 +40,9 @@ JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 class Adaptation:
     """How to adapt; the options of `detguard adapt`.
 
+    Where nothing is said, `adapt` takes the `expert` head, chooses the `mode` and counts `photos` by how many are new;
+    the defaults here are those of runs that do not tell.
+
     Attributes:
         experts: new ones.
         expert: what a new one has of its own, one of FORMS: adapter, head or whole.
@@ -57,7 +60,7 @@ class Adaptation:
     """
 
     experts: int = defaults.Adapt.experts
-    expert: str = WHOLE  # as of runs that do not tell
+    expert: str = WHOLE
     mode: str = "full"
     init: str = defaults.Adapt.init
     keep: float = defaults.Adapt.keep

@@ -35,7 +35,7 @@ from detguard.hardening.train import (
 )
 from detguard.hardening.validation import Validation
 from detguard.runs import Run
-from detguard.schema import CONFIGS, check
+from detguard.schema import CONFIGS, check, partly
 
 # Stages of each recipe with their share of the photos. A shared trunk learns with the adversarial expert: on one that
 # was not made robust, no expert can be. Where the backbone learns first, it has a third.
@@ -53,12 +53,12 @@ MARGINS = (0.0, 0.3, 1.0, 3.0)
 RAMP = 0.2
 # Weight of the error of feature maps where a whole network learns.
 FEATURES = 5.0
-# Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
 # Of one network, options that only ensembles have; of one that sees no attacks, those of attacks, too.
 OF_ENSEMBLES = {"mode", "split", "fusion", "top_k", "tune_normal"}
 UNUSED = {name: OF_ENSEMBLES for name in ("pgd", "mtd")} | {
     "finetune": OF_ENSEMBLES | {"attack", "steps", "eps", "sparse"}
 }
+# Weight of the gate's cross-entropy; rates of stages that go on from what an expert knows already, among the others.
 GATE, JOINT_RATE, APART_RATE = 0.3, 0.1, 0.3
 # Of what has been trained: at the whole rate, it lost in hours what it had learned in them (benchmarks/README.md).
 AGAIN_RATE = 1 / 3
@@ -161,7 +161,7 @@ class Plan:
         """
         given = {name: value for name, value in given.items() if value is not None}
         known: Any = CONFIGS["harden"]["harden"]
-        check(given, {f"{name.rstrip('?')}?": kind for name, kind in known.items()})
+        given = check(given, partly(known))
         recipe = given.get("recipe", cls.recipe)
         if unused := sorted(UNUSED.get(recipe, set()) & given.keys()):
             raise DetguardError(f"`{unused[0]}`: does nothing in `recipe` {recipe}; leave one of them out")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError, defaults, schema
+from detguard.classes import check_map
 from detguard.data.entries import DataError
 from detguard.data.inputs import as_photos, is_camera, is_video
 from detguard.data.sources import OnData, read_labelled, warn_of
@@ -20,6 +21,7 @@ from detguard.photos import encode_png
 from detguard.runs import Record, Run
 from detguard.schema import Config, check
 from detguard.workflows.attack import as_photo
+from detguard.workflows.keywords import as_detector
 
 # Of a run, the photos of its drops.
 DROPPED = "dropped.jsonl"
@@ -109,7 +111,9 @@ def monitor(
         ...     if record.get("began"):
         ...         print(f"accuracy has dropped since photo {record['began']}")
     """
-    check({"window": window}, {"window": schema.window})
+    detector = as_detector(detector)
+    window = check({"window": window}, {"window": schema.window})["window"]
+    check_map(class_map or {}, detector.class_names.values())
     Monitor(drift, window)  # which knows the kinds
     source = {
         "source": str(photos) if isinstance(photos, str | Path) else LIVE,
@@ -144,6 +148,7 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Pat
             yield record
             if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
                 Path(record["photo"]).unlink(missing_ok=True)
+        write_dropped(run, run.records())
     finally:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
