@@ -21,12 +21,12 @@ from detguard.data.sources import (
     OnData,
     Sources,
     as_lines,
+    attack_run,
     listed,
     photo_files,
     read_labelled,
     unlabelled,
     warn_of,
-    with_labels,
 )
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
@@ -191,7 +191,7 @@ class Hardening:
             found = list[Labelled]()
             if learns_labels:
                 found = read_labelled(source, "train", names, on_data, class_map=class_map)
-            elif with_labels(source):
+            elif not (unlabelled(source) or attack_run(Path(source))):
                 with suppress(DataError):  # none of its classes is known; the teacher answers for its photos, too
                     found = read_labelled(source, "train", names, on_data, class_map=class_map)
             labelled += found
@@ -401,7 +401,7 @@ def harden(
     Args:
         detector: a name or file, or by `load_detector` (then of its frames, where `imgsz` says no other). Training
             begins with what its file holds: one that was changed since is to be saved first.
-        data: folders or patterns of photos, or data.yaml or COCO json files.
+        data: folders or patterns of photos, or data.yaml, COCO json or JSON lines files.
         teacher: detector to imitate, as `detector`; by default the same.
         pretrain: photos by which the backbone is made robust first, by default none.
         samples: runs of `attack`, whose photos become a quarter of the adversarial frames; what is wanted of them is
