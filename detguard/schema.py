@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -78,7 +79,7 @@ def misfit(value: object, shape: Shape, where: str = "") -> str | None:
 
 
 def check(values: Config, shape: Shape) -> Config:
-    """Options as a run can hold them: numbers of NumPy and others are plain ones.
+    """Options as a run can hold them: numbers of NumPy and others are plain ones, paths are text.
 
     Raises:
         DetguardError: one cannot be held.
@@ -94,6 +95,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)

@@ -23,7 +23,7 @@ from detguard.hardening.loop import OnBatch
 from detguard.hardening.train import Setting
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
-from detguard.schema import CONFIGS, check, partly
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.schema import workers as shape_of_workers
 from detguard.workflows.harden import Trained, named, random_kept
 from detguard.workflows.keywords import only_resumes, refuse_unknown
@@ -134,7 +134,7 @@ class Adapting:
         known_fields: Any = CONFIGS["adapt"]["adapt"]
         adaptation = Adaptation(**check(plan | {"eps": eps}, partly(known_fields)))
         check_growth(network, adaptation, max_experts)
-        config = {
+        config: Config = {
             "model": model,
             "detector": detector_config(load_detector(model, imgsz, "cpu", trust=trust), model),
             "data": {"new": list(new), "replay": list(replay), "split": split},
@@ -144,6 +144,7 @@ class Adapting:
             "arguments": list(arguments),
             "replayed": [str(file) for file in sources[2]],
         }
+        config = check(config, partly(CONFIGS["adapt"]))
         kept = {name: as_lines(photos, network.class_names) for name, photos in zip(KEPT, sources[:2], strict=True)}
         run = shared_run(ranks, lambda: Run.create("adapt", out, config, kept, exist_ok=exist_ok))
         return cls(run, network, imgsz, ranks)

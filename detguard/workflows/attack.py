@@ -27,7 +27,7 @@ from detguard.objectives.base import Goal
 from detguard.objectives.parse import parse_goal, read_goal
 from detguard.photos import Photo, decode_photo, encode_png, find_photos, read_photo
 from detguard.runs import Record, Run, photo_keys
-from detguard.schema import CONFIGS, Config, check
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
 from detguard.workflows.keywords import as_detector, as_detectors, as_specs, refuse_unknown
@@ -178,7 +178,7 @@ def attack_config(
     *_, search = plan_attack(config, detectors[0])
     further_victims(config, detectors[1:])
     _same_again(objective, read_goal(config), search.budget, options.budget, detectors[0])
-    return check(config, {name: CONFIGS["attack"][name] for name in config})
+    return check(config, partly(CONFIGS["attack"]))
 
 
 def _same_again(objective: Goal, goal: Goal, budget: Budget, given: Budget, detector: Detector) -> None:

@@ -145,25 +145,23 @@ def evaluate(
         raise DetguardError(f"`{alone[0]}`: goes with `patch`")
     detectors = as_detectors(detector)
     wanted = plan(protocols | strength(detectors, steps, restarts), len(detectors))
-    known: Any = CONFIGS["evaluate"]["data"]
-    source: Config = {
-        "source": str(data),
-        "split": split,
-        "images": None if images is None else str(images),
-        "classes": None if classes is None else list(classes),
-        "limit": limit,
-        "class_map": dict(class_map or {}),
+    config: Config = {
+        "detectors": [detector_config(one, one.source) for one in detectors],
+        "data": {
+            "source": str(data),
+            "split": split,
+            "images": None if images is None else str(images),
+            "classes": None if classes is None else list(classes),
+            "limit": limit,
+            "class_map": dict(class_map or {}),
+        },
+        "evaluate": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()},
+        "arguments": [],
     }
-    source = check(source, known)
-    subjects = load_subjects(detectors, source, cache=Path(cache))
+    config = check(config, partly(CONFIGS["evaluate"]))
+    subjects = load_subjects(detectors, config["data"], cache=Path(cache))
     for subject in subjects:
         check_pictures(subject, wanted.patches(subject.detector))
     with tempfile.TemporaryDirectory() as temporary:
-        config = {
-            "detectors": [detector_config(one, one.source) for one in detectors],
-            "data": source,
-            "evaluate": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()},
-            "arguments": [],
-        }
         run = Run.create("evaluate", Path(out or temporary), config)
         return run_protocols(subjects, wanted, run, on_progress).metrics

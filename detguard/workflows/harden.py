@@ -51,7 +51,7 @@ from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
-from detguard.schema import Config, check
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.schema import workers as shape_of_workers
 from detguard.workflows.keywords import as_specs, only_resumes, refuse_unknown
 
@@ -202,7 +202,7 @@ class Hardening:
         if samples and wanted.recipe == "finetune":
             raise DetguardError("`samples`: `recipe` finetune sees no attacks; leave one of them out")
         attacks = [one for source in samples for one in read_samples(source, names, on_data)]
-        config = {
+        config: Config = {
             "model": model,
             "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
             "harden": kept,
@@ -212,6 +212,7 @@ class Hardening:
             "pretrain": [str(file) for source in pretrain for file in photo_files(source)],
             "samples": list(samples),
         }
+        config = check(config, partly(CONFIGS["harden"]))
         files = {LABELLED: as_lines(labelled, names)} if labelled else {}
         files |= {KEPT: sample_lines(attacks, names)} if attacks else {}
         run = shared_run(ranks, lambda: Run.create("harden", out, config, files, exist_ok=exist_ok))

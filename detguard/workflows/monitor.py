@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detguard import DetguardError, defaults, schema
+from detguard import DetguardError, defaults
 from detguard.classes import check_map
 from detguard.data.entries import DataError
 from detguard.data.inputs import as_photos, is_camera, is_video
@@ -19,7 +19,7 @@ from detguard.files import JsonObject
 from detguard.hardening.monitor import Deployment, Monitor, latest, observe
 from detguard.photos import encode_png
 from detguard.runs import Record, Run
-from detguard.schema import Config, check
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.workflows.attack import as_photo
 from detguard.workflows.keywords import as_detector
 
@@ -112,16 +112,14 @@ def monitor(
         ...         print(f"accuracy has dropped since photo {record['began']}")
     """
     detector = as_detector(detector)
-    window = check({"window": window}, {"window": schema.window})["window"]
     check_map(class_map or {}, detector.class_names.values())
-    Monitor(drift, window)  # which knows the kinds
     source = {
         "source": str(photos) if isinstance(photos, str | Path) else LIVE,
         "split": split,
         "images": None if images is None else str(images),
         "class_map": dict(class_map or {}),
     }
-    config = {
+    config: Config = {
         "detector": detector_config(detector, detector.source),
         "stream": source,
         "monitor": {"detector": drift, "window": window},
@@ -130,6 +128,8 @@ def monitor(
         "living": {"gather": defaults.Monitor.gather, "keep": defaults.Monitor.keep, "adapt": []},
         "arguments": [],
     }
+    config = check(config, partly(CONFIGS["monitor"]))
+    Monitor(drift, config["monitor"]["window"])  # which knows the kinds
     shown = open_stream(source, detector) if isinstance(photos, str | Path) else photos
     return _monitor(detector, shown, config, None if out is None else Path(out))
 

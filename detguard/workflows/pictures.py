@@ -17,7 +17,7 @@ from detguard.objectives import Vanish
 from detguard.objectives.base import Objective
 from detguard.photos import Photo, encode_png, find_photos
 from detguard.runs import Record, Run
-from detguard.schema import CONFIGS, Config, check
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.workflows.keywords import as_detector, only_resumes, refuse_unknown
 
 KINDS: dict[str, type[Patch] | type[Universal]] = {kind.kind: kind for kind in (Patch, Universal)}
@@ -70,7 +70,7 @@ class PictureJob:
             "target": target, **kept, "detector": detector_config(detector, detector.source), "data": list(data),
             "split": split, "picture": dict(vars(kind)), "learning": asdict(learning), "arguments": list(arguments),
         }  # fmt: skip
-        config = check(config, {name: CONFIGS[kind.kind][name] for name in config})
+        config = check(config, partly(CONFIGS[kind.kind]))
         objective, photos = _attacked_photos(detector, config, on_data)
         run = Run.create(kind.kind, out, config, exist_ok=exist_ok)
         return cls(run, detector, objective, photos, kind, learning)

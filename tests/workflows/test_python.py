@@ -306,6 +306,7 @@ class Wide(detguard.Linf):
                 ({"restarts": -1}, "`restarts`: expected a whole number, 1"),
                 ({"limit": -1}, "`limit`: expected a whole number, 1"),
                 ({"seed": None}, "`seed`: expected a whole number"),
+                ({"patch": Path("none.png"), "patch_size": np.float64(3)}, "`patch_size`: expected a number"),
                 ({"patch_target": "persn"}, "`patch_target`: goes with `patch`"),
             ]
         ),
