@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -190,6 +191,7 @@ class Run:
             self._lock = FileIO(os.open(file, flags, 0o666), "r+")
         except OSError as error:
             raise RunError(f"{file}: cannot be written ({error.strerror})") from error
+        weakref.finalize(self, self._lock.close)
         if fcntl is None:
             return
         try:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -76,14 +78,33 @@ def misfit(value: object, shape: Shape, where: str = "") -> str | None:
     return None
 
 
-def check(values: Config, shape: Shape) -> None:
-    """See that options have values that a run can hold.
+def check(values: Config, shape: Shape) -> Config:
+    """Options as a run can hold them: numbers of NumPy and others are plain ones, paths are text.
 
     Raises:
-        DetguardError: one has not.
+        DetguardError: one cannot be held.
     """
+    values = _plain(values)
     if wrong := misfit(values, shape):
-        raise DetguardError(re.sub(r"^\w+", r"`\g<0>`", wrong))
+        raise DetguardError(re.sub(r"^(?:\w+\.)*(\w+)", r"`\1`", wrong))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def partly(shape: dict[str, Shape]) -> Shape:
+    """The shape of some of the values that a mapping may hold."""
+    return {f"{name.rstrip('?')}?": of for name, of in shape.items()}
 
 
 def whole(least: int = -MOST, most: int = MOST) -> Kind:
@@ -110,6 +131,8 @@ flag = Kind("true or false", lambda x: isinstance(x, bool))
 measured = Kind("a number", lambda x: type(x) is float or (type(x) is int and abs(x) <= MOST))
 texts = Items(text)
 size = whole(1, 10_000)
+seed = whole(0, 2**32 - 1)
+workers = Maybe(whole(1, 256))
 window = whole(8, 10**6)
 PLAIN = {str: text, bool: flag, int: whole(), float: real()}
 
@@ -154,7 +177,7 @@ LEARNED: dict[str, Shape] = {
     "target": text,
     "learning": {
         "photos": whole(1),
-        "hours": Maybe(real(0, 1e6)),
+        "hours": Maybe(real(0.001, 1e6)),
         "rate": real(0, 1),
         "batch": whole(1),
         "conf": real(0.001, 0.999),
@@ -220,7 +243,7 @@ CONFIGS: dict[str, dict[str, Shape]] = {
             "restarts": whole(1),
             "attacks": texts,
             "queries": whole(1),
-            "seed": whole(),
+            "seed": seed,
             "patch?": Maybe(text),
             "patch_target?": text,
             "patch_size?": real(0.01, 2),
@@ -253,7 +276,7 @@ CONFIGS: dict[str, dict[str, Shape]] = {
             "sparse?": real(0, 1),
             "batch": whole(2),
             "rate": real(1e-6, 1),
-            "seed": whole(0, 2**32 - 1),
+            "seed": seed,
         },
         "corruptions": texts,
         "photos": texts,
@@ -272,8 +295,8 @@ CONFIGS: dict[str, dict[str, Shape]] = {
             "keep": real(0),
             "photos": whole(1),
             "batch": whole(1),
-            "rate": real(0, 1),
-            "seed": whole(),
+            "rate": real(1e-6, 1),
+            "seed": seed,
             "eps": real(0, 255),
         },
         "why": text,

@@ -1,7 +1,9 @@
+import gc
 import os
 import resource
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +226,14 @@ def test_processes_of_a_launch_share_a_run_that_others_do_not_get_before_all_hav
         Run.resume(run.folder, "harden")
     second.communicate("\n")
     Run.resume(run.folder, "harden")
+
+
+def test_the_file_of_the_lock_is_closed_with_its_run(tmp_path):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        Run.create("attack", tmp_path, {})
+        gc.collect()
+    assert not [one for one in warned if one.category is ResourceWarning]
 
 
 def test_the_lock_of_a_process_that_is_no_more_is_taken_over(tmp_path):

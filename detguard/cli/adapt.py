@@ -33,7 +33,7 @@ from detguard.cli.app import (
     stop_signals,
 )
 from detguard.cli.evaluate import names, show_warnings
-from detguard.cli.harden import Batch, Rate, last_loss, show_judgement, show_setback
+from detguard.cli.harden import Batch, last_loss, show_judgement, show_setback
 
 if TYPE_CHECKING:
     from detguard.ranks import Ranks
@@ -95,7 +95,9 @@ def adapt(
         str | None, typer.Option(help="Kinds of corruptions of old photos; default: those that it was hardened with.")
     ] = None,
     batch: Batch = defaults.Adapt.batch,
-    rate: Rate = defaults.Adapt.rate,
+    rate: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="Highest learning rate, as a share of the weights.")
+    ] = defaults.Adapt.rate,
     seed: Seed = defaults.Adapt.seed,
     out_folder: OutFolder = None,
     name: RunName = None,

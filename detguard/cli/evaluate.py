@@ -106,11 +106,13 @@ def evaluate(
         map(str, defaults.Evaluate.eps)
     ),
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of each white-box attack; default: 20, of an ensemble 40.")
+        int | None, typer.Option(min=1, help="Steps of each white-box attack; default: 20, of a hardened detector 40.")
     ] = None,
     restarts: Annotated[
         int | None,
-        typer.Option(min=1, help="Starts of each attack, at the photo, then at random; default: 1, of an ensemble 2."),
+        typer.Option(
+            min=1, help="Starts of each attack, at the photo, then at random; default: 1, of a hardened detector 2."
+        ),
     ] = None,
     attacks: Annotated[
         str,

@@ -19,7 +19,6 @@ from detguard.cli.app import (
     ExistOk,
     Fusion,
     JsonMade,
-    Model,
     OutFolder,
     Resume,
     RunName,
@@ -82,9 +81,16 @@ Rate = Annotated[
 )
 def harden(
     context: typer.Context,
-    model: Model = defaults.MODEL,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Of Ultralytics' YOLO families: bundled name, .pt or .safetensors file, or a name such as yolo11n; or "
+            "what harden made, which goes on."
+        ),
+    ] = defaults.MODEL,
     data: Annotated[
-        list[str] | None, typer.Option(help="Folder or pattern of photos, or a data.yaml or COCO json; repeatable.")
+        list[str] | None,
+        typer.Option(help="Folder or pattern of photos, or a data.yaml, COCO json or JSON lines; repeatable."),
     ] = None,
     recipe: Annotated[
         Literal["gated", "pgd", "mtd", "finetune"],

@@ -125,6 +125,7 @@ def monitor(
     """
     from detguard.classes import parse_map
     from detguard.data.sources import read_labelled, unlabelled
+    from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import detector_config, load_configured, load_detector, load_model
     from detguard.hardening.adapt import JUDGED_ONE_IN
     from detguard.runs import Run
@@ -143,7 +144,7 @@ def monitor(
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
     with err.status("Loading the detector"):
         watched = load_detector(model, imgsz, device, trust=trust, top_k=top_k, fusion=fusion, iou=iou)
-    if on_drift == "adapt" and not watched.hardened:
+    if on_drift == "adapt" and not isinstance(watched, GatedDetector):
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     if on_drift == "adapt":
         if is_filmed(stream):

@@ -12,7 +12,7 @@ from detguard.data.dataset import read_dataset
 from detguard.data.entries import Faults
 from detguard.data.stream import Labelled, as_line, in_order, read_lines, to_lines, unknown_boxes
 from detguard.files import FileError, is_file, read_yaml
-from detguard.photos import find_photos
+from detguard.photos import SUFFIXES, find_photos
 
 # Of a run, its photos with their labels.
 LABELLED = "labelled.jsonl"
@@ -77,20 +77,17 @@ def has_samples(run: Path) -> bool:
 
 
 def unlabelled(source: str) -> bool:
-    """Whether a source is a folder or pattern of photos, without labels."""
+    """Whether a source is a folder, a pattern or a file of photos; all others are data with labels, `read_labelled`."""
     path = Path(source)
-    if path.is_dir() and attack_run(path):
+    if attack_run(path):
         return False
-    return not (path / "data.yaml").is_file() if path.is_dir() else not path.exists() and glob.has_magic(source)
-
-
-def with_labels(source: str) -> bool:
-    """Whether a source of photos is a data set."""
-    return Path(source).suffix in (".yaml", ".yml", ".json")
+    if path.is_dir():
+        return not (path / "data.yaml").is_file()
+    return path.suffix.lower() in SUFFIXES or (not path.exists() and glob.has_magic(source))
 
 
 def photo_files(source: str) -> list[Path]:
-    """The photos of a folder, a pattern or a data set's training split; folders `images/train` and the like too.
+    """The photos of a folder, a pattern, a file of JSON lines or a data set's training split.
 
     Raises:
         DetguardError: they are of an attack: what a detector says of them is not what is to be learned.
@@ -100,9 +97,11 @@ def photo_files(source: str) -> list[Path]:
             f"{source}: photos of an attack, {run}, which fool whoever labels them; give clean ones here, "
             f"and to detguard harden the attack as `samples` {run}"
         )
-    if with_labels(source):
-        return list(read_dataset(source, "train").files.values())
-    return find_photos([source])
+    if unlabelled(source):
+        return find_photos([source])
+    if Path(source).suffix == ".jsonl":
+        return [one.file for one in read_lines(source, {})]
+    return list(read_dataset(source, "train").files.values())
 
 
 def read_labelled(

@@ -15,6 +15,7 @@ from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.detectors.gated import GatedNetwork, average_among
 from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
+from detguard.detectors.sparse import MeanSparse
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.kinds import BATCHES, OnShare, answers, fit_kinds
@@ -40,6 +41,9 @@ JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 class Adaptation:
     """How to adapt; the options of `detguard adapt`.
 
+    Where nothing is said, `adapt` takes the `expert` head, chooses the `mode` and counts `photos` by how many are new;
+    the defaults here are those of runs that do not tell.
+
     Attributes:
         experts: new ones.
         expert: what a new one has of its own, one of FORMS: adapter, head or whole.
@@ -57,7 +61,7 @@ class Adaptation:
     """
 
     experts: int = defaults.Adapt.experts
-    expert: str = WHOLE  # as of runs that do not tell
+    expert: str = WHOLE
     mode: str = "full"
     init: str = defaults.Adapt.init
     keep: float = defaults.Adapt.keep
@@ -119,6 +123,8 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
                 module.reset_parameters()
+            if isinstance(module, MeanSparse):  # by channels that are others now; the layers stay, as heads that share
+                module.limit.zero_()
         for expert in range(len(network.names) - plan.experts, len(network.names)):
             network.head_of(expert).bias_init()  # few objects, or the background alone would make the loss enormous
 

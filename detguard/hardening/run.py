@@ -36,7 +36,7 @@ from detguard.hardening.train import (
 )
 from detguard.hardening.validation import Validation
 from detguard.runs import Run
-from detguard.schema import CONFIGS, check
+from detguard.schema import CONFIGS, check, partly
 
 MODES = ("full", "freeze-first")
 # Logit margins that attacks add in turn, but where an expert learns to resist: alone, an attack on the result is blind
@@ -149,7 +149,7 @@ class Plan:
         """
         given = {name: value for name, value in given.items() if value is not None}
         known: Any = CONFIGS["harden"]["harden"]
-        check(given, {f"{name.rstrip('?')}?": kind for name, kind in known.items()})
+        given = check(given, partly(known))
         name = given.get("recipe", cls.recipe)
         recipe = RECIPES.get(name, RECIPES[cls.recipe])  # others are refused below
         if unused := sorted(recipe.unused & given.keys()):

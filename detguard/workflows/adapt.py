@@ -23,9 +23,10 @@ from detguard.hardening.loop import OnBatch
 from detguard.hardening.train import Setting
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
-from detguard.schema import CONFIGS, check
-from detguard.workflows.harden import Trained, named
-from detguard.workflows.keywords import refuse_unknown
+from detguard.schema import CONFIGS, Config, check, partly
+from detguard.schema import workers as shape_of_workers
+from detguard.workflows.harden import Trained, named, random_kept
+from detguard.workflows.keywords import only_resumes, refuse_unknown
 
 # Photos seen by default: so many for each new one, and at most.
 VIEWS, MOST_VIEWS = 50, 5_000
@@ -130,10 +131,10 @@ class Adapting:
         hardened = hardened if isinstance(hardened, dict) else {}
         eps, known = hardened.get("eps", Adaptation.eps), hardened.get("corruptions")
         kinds = chosen_kinds(corruptions or (list(map(str, known)) if isinstance(known, list) else None))
-        adaptation = Adaptation(**plan, eps=eps)
-        check(asdict(adaptation), CONFIGS["adapt"]["adapt"])
+        known_fields: Any = CONFIGS["adapt"]["adapt"]
+        adaptation = Adaptation(**check(plan | {"eps": eps}, partly(known_fields)))
         check_growth(network, adaptation, max_experts)
-        config = {
+        config: Config = {
             "model": model,
             "detector": detector_config(load_detector(model, imgsz, "cpu", trust=trust), model),
             "data": {"new": list(new), "replay": list(replay), "split": split},
@@ -143,6 +144,7 @@ class Adapting:
             "arguments": list(arguments),
             "replayed": [str(file) for file in sources[2]],
         }
+        config = check(config, partly(CONFIGS["adapt"]))
         kept = {name: as_lines(photos, network.class_names) for name, photos in zip(KEPT, sources[:2], strict=True)}
         run = shared_run(ranks, lambda: Run.create("adapt", out, config, kept, exist_ok=exist_ok))
         return cls(run, network, imgsz, ranks)
@@ -248,7 +250,8 @@ def adapt(
     """Teach a gated ensemble a new kind of photos by new experts, as `detguard adapt` does.
 
     Args:
-        detector: the ensemble that `harden` made: its file, or by `load_detector`.
+        detector: the ensemble that `harden` made: its file, or by `load_detector`. Training begins with what its file
+            holds: one that was changed since is to be saved first.
         new: labelled photos of the new kind: data.yaml, COCO json or JSON lines, as `monitor` writes them.
         replay: photos of kinds that it knows, as `new`, or folders of them; by default none.
         split: of a data.yaml.
@@ -276,13 +279,14 @@ def adapt(
         >>> made = detguard.adapt("hard.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
         >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP
     """
+    arguments = locals()
     refuse_unknown("adapt", plan, Adaptation.__dataclass_fields__.keys() - {"eps"})
+    workers = check({"workers": workers}, {"workers": shape_of_workers})["workers"]
     if resume is not None:
-        if detector or new or replay or corruptions or class_map or out or plan:
-            raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
+        only_resumes(adapt, arguments)
         job = Adapting.resume(Path(resume), Ranks.start(device), trust=trust)
     else:
-        model, sources = named(detector), listed(new)
+        model, sources = named(detector, trust=trust), listed(new)
         if not sources:
             raise DetguardError("`new`: give labelled photos: a data.yaml, a COCO json or a .jsonl file (or `resume`)")
         job = Adapting.begin(
@@ -294,6 +298,7 @@ def adapt(
     for message in job.unread:
         warnings.warn(message, stacklevel=2)
     before = job.figures()
-    made = job.train(on_batch)
+    with random_kept():
+        made = job.train(on_batch)
     judged = job.judgement(before)
     return Trained(made, job.run.folder, job.unread, before, judged.after, judged.by)

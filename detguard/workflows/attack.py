@@ -1,11 +1,12 @@
 """Attack photos and judge what was saved, from Python."""
 
 import io
+import json
 import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from detguard import DetguardError, defaults
+from detguard import DetguardError, defaults, first_line
 from detguard.attacks.budgets import Budget
 from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
 from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, plan_attack, verify_run
@@ -23,13 +24,13 @@ from detguard.detectors.load import detector_config
 from detguard.files import write_file
 from detguard.objectives import Vanish
 from detguard.objectives.base import Goal
-from detguard.objectives.parse import parse_goal
-from detguard.photos import Photo, decode_photo, encode_png, read_photo
+from detguard.objectives.parse import parse_goal, read_goal
+from detguard.photos import Photo, decode_photo, encode_png, find_photos, read_photo
 from detguard.runs import Record, Run, photo_keys
-from detguard.schema import CONFIGS, Config, check
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.transforms.base import Transform
-from detguard.transforms.parse import parse_transforms, written
-from detguard.workflows.keywords import as_detectors, refuse_unknown
+from detguard.transforms.parse import parse_transforms
+from detguard.workflows.keywords import as_detector, as_detectors, as_specs, refuse_unknown
 
 OBJECTIVE = Vanish()
 # What stands for options of `detguard attack`.
@@ -48,7 +49,7 @@ ELSEWHERE = {
     "count": '`objective=Fabricate("person", count=2)`',
     "data": "`photos`, without labels",
     "resume": "on the command line alone: detguard attack --resume RUN",
-}
+} | dict.fromkeys(("split", "recursive", "every", "frames"), "on the command line alone")
 # What a photo may be given as.
 Source = str | Path | Photo | Image.Image | torch.Tensor
 
@@ -111,7 +112,8 @@ class Result:
         """Write the adversarial photo as PNG; returns its path.
 
         Args:
-            folder: where, made if it is not there; the file is called `KEY.png`.
+            folder: where, made if it is not there; the file is called `KEY.png`, and takes the place of one of that
+                name: of photos in memory, each call begins with photo-001.
 
         Raises:
             DetguardError: there is none, as nothing was attacked, or its file is gone.
@@ -155,7 +157,7 @@ def attack_config(
     options: AttackOptions,
     *,
     objective: Goal = OBJECTIVE,
-    transforms: str | Sequence[Transform] = defaults.Attack.transforms,
+    transforms: str | Sequence[Transform | str] = defaults.Attack.transforms,
     samples: bool = False,
     arguments: Sequence[str] = (),
 ) -> Config:
@@ -164,21 +166,35 @@ def attack_config(
     Raises:
         DetguardError: a class, a goal or a transform is not known, or options do not go together.
     """
-    specs = transforms if isinstance(transforms, str) else written(transforms)
-    config = {
+    config: Config = {
         "detector": detector_config(detectors[0], detectors[0].source),
         "also": [detector_config(other, other.source) for other in detectors[1:]],
         "samples": samples,
         **objective.words(detectors[0].class_names),
-        "transforms": specs,
+        "transforms": as_specs(transforms),
         "attack": options.config(),
         "arguments": list(arguments),
     }
-    plan_attack(config, detectors[0])
+    *_, search = plan_attack(config, detectors[0])
     further_victims(config, detectors[1:])
-    check(config["attack"], CONFIGS["attack"]["attack"])
-    check(config, {name: CONFIGS["attack"][name] for name in config})
-    return config
+    _same_again(objective, read_goal(config), search.budget, options.budget, detectors[0])
+    return check(config, partly(CONFIGS["attack"]))
+
+
+def _same_again(objective: Goal, goal: Goal, budget: Budget, given: Budget, detector: Detector) -> None:
+    """See that what a run keeps of a goal and a budget, by which it is made and judged again, is all of them.
+
+    Raises:
+        DetguardError: it is not.
+    """
+    on = [(type(one), json.dumps(asdict(one.on(detector)), default=str)) for one in (objective, goal)]
+    within = [(type(one), getattr(one, "within", one)) for one in (given, budget)]
+    for name, same, one, kept in (("objective", on, objective, goal), ("budget", within, given, budget)):
+        if same[0] != same[1]:
+            raise DetguardError(
+                f"`{name}` {one!r}: a run keeps it in words, which are of {kept!r}; a class or field of your own needs "
+                "words of its own (docs/adding_an_objective.md)"
+            )
 
 
 def attack_job(run: Run, detectors: Sequence[Detector]) -> Job:
@@ -191,7 +207,7 @@ def attack(
     photos: Source | Iterable[Source],
     *,
     objective: Goal = OBJECTIVE,
-    transforms: str | Sequence[Transform] = defaults.Attack.transforms,
+    transforms: str | Sequence[Transform | str] = defaults.Attack.transforms,
     budget: Budget = DEFAULT,
     out: str | Path | None = None,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,
@@ -201,7 +217,8 @@ def attack(
 
     Args:
         detector: what is attacked, by `load_detector`; several must all be fooled by the same photo.
-        photos: paths, `uint8 [H, W, 3]` RGB arrays, PIL images, or tensors [3, H, W] RGB: uint8, or floats in 0..1.
+        photos: files, folders or patterns of them, `uint8 [H, W, 3]` RGB arrays, PIL images, or tensors [3, H, W] RGB:
+            uint8, or floats in 0..1.
         objective: what is wanted: `Vanish("person")`, `Mislabel({"person": "car"})`, `Untargeted()`,
             `Fabricate("person", count=2)` or `Flood()`, each with `only=Selection(...)` or `keep_others=True`.
         transforms: the group beside the photo, as of the command line; "none" for none.
@@ -211,6 +228,10 @@ def attack(
         **options: the fields of `AttackOptions`: `conf` (by default the first detector's own), `step`, `steps`, `rule`,
             `aggregate`, `weights`, `schedule`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`,
             `black_box`, `queries`, `seed` and `batch`.
+
+    Yields:
+        A `Result` per photo as it ends: with a `batch`, or photos of several shapes, in another order than they were
+            given in; its `key` tells which it is of, photo-001 of the first that is no file.
 
     Raises:
         DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no
@@ -226,11 +247,13 @@ def attack(
     """
     refuse_unknown("attack", options, AttackOptions.__dataclass_fields__.keys() - {"budget", "stop"}, ELSEWHERE)
     detectors = as_detectors(detector)
+    if not isinstance(objective, Goal):
+        raise DetguardError(f"`objective` {objective!r}: expected one as Vanish('person')")
     if not isinstance(budget, Budget):
         raise DetguardError(f"`budget` {budget!r}: expected one as Linf(8)")
     search = AttackOptions(budget=budget, **{"conf": detectors[0].conf, **options})
     config = attack_config(detectors, search, objective=objective, transforms=transforms)
-    given = [one if isinstance(one, str | Path) else encode_png(as_photo(one)) for one in _listed(photos)]
+    given = [source for photo in _listed(photos) for source in _sources(photo)]
     if not given:
         raise DetguardError("photos: expected at least one")
     return _attack(detectors, given, config, None if out is None else Path(out), on_step)
@@ -238,7 +261,7 @@ def attack(
 
 def _attack(
     detectors: Sequence[Detector],
-    photos: Sequence[str | Path | bytes],
+    photos: Sequence[Path | bytes],
     config: Config,
     out: Path | None,
     on_step: Callable[[Sequence[Attempt]], None] | None,
@@ -247,7 +270,7 @@ def _attack(
     folder = kept.folder if kept else Path(str(out))
     names = [f"inputs/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
     inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
-    files = [folder / name if isinstance(one, bytes) else Path(one) for name, one in zip(names, photos, strict=True)]
+    files = [folder / name if isinstance(one, bytes) else one for name, one in zip(names, photos, strict=True)]
     run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)
     for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
         yield Result(record["key"], record, folder, kept)
@@ -259,15 +282,29 @@ def _listed(photos: Source | Iterable[Source]) -> list[Source]:
     return [photos] if isinstance(photos, np.ndarray | torch.Tensor) and photos.ndim < 4 else list(photos)
 
 
+def _sources(photo: Source) -> Sequence[Path | bytes]:
+    """Its file, or its files, or what would be in one."""
+    if not isinstance(photo, str | Path):
+        return [encode_png(as_photo(photo))]
+    try:
+        return find_photos([photo])
+    except DetguardError:  # its record will say what is wrong
+        return [Path(photo)]
+
+
 def as_photo(photo: Source) -> Photo:
     """A photo of any kind as `uint8 [H, W, 3]` RGB.
 
     Raises:
-        DetguardError: its shape or its values are not those of one.
+        DetguardError: its shape or its values are not those of one, or it cannot be read.
     """
     if isinstance(photo, str | Path):
         return read_photo(photo)
     if isinstance(photo, Image.Image):
+        try:
+            photo.load()  # if it is not yet
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DetguardError(f"photo: an image that cannot be read ({first_line(error)})") from error
         if photo.mode == "F":
             raise DetguardError("photo: an image of floats (mode F); expected levels of 8 or 16 bits")
         if photo.mode[0] == "I":  # more than 8 bits, which files are read with, scaled down
@@ -296,14 +333,14 @@ def verify(
     run: str | Path | Result | Iterable[Result],
     detector: Detector,
     *,
-    transforms: str | Sequence[Transform] = "none",
+    transforms: str | Sequence[Transform | str] = "none",
 ) -> Iterator[Record]:
     """Judge what was saved anew, by the detector that was attacked or by another, and after more transforms.
 
     Args:
         run: the folder of one, or results of `attack`, all of one call.
         detector: who judges, by `load_detector`.
-        transforms: more of them, of each adversarial photo, beside the members of its group; "none" for none.
+        transforms: more of them, as of `attack`, of each adversarial photo, beside the members of its group.
 
     Yields:
         A record per attacked photo: `members`, each with `fooled` and what is found, and `used`, of the budget; `error`
@@ -316,8 +353,9 @@ def verify(
         >>> import detguard
         >>> other = detguard.load_detector("detguard-n-hard")
         >>> for record in detguard.verify("runs/attack/001", other, transforms="jpeg:40"):  # doctest: +SKIP
-        ...     print(record["key"], record["members"]["photo"]["fooled"])
+        ...     print(record["key"], record["members"]["photo"]["fooled"] if "members" in record else "not judged")
     """
+    detector = as_detector(detector)
     results = [run] if isinstance(run, Result) else [] if isinstance(run, str | Path) else list(run)
     folders = {Path(run)} if isinstance(run, str | Path) else {result.folder for result in results}
     if len(folders) != 1:
@@ -325,7 +363,7 @@ def verify(
     opened = Run.open(folders.pop(), "attack")
     if opened.config["object"] and detector.state_hash() != opened.config["detector"]["sha256"]:
         raise DetguardError("`detector`: the run chose its objects by what its own detector found (`objects`)")
-    more = parse_transforms(transforms) if isinstance(transforms, str) else list(transforms)
+    more = parse_transforms(as_specs(transforms))
     options = AttackOptions.from_config(opened.config["attack"])
     keys = {result.key for result in results} if results else None
     judged = verify_run(opened, detector, parse_goal(opened.config, detector), more, options.budget, keys)

@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,35 @@ from detguard.detectors.load import detector_config
 from detguard.evaluation.cache import DEFAULT, Cache
 from detguard.evaluation.metrics import Metrics
 from detguard.evaluation.pictures import check_pictures
-from detguard.evaluation.run import Protocols
+from detguard.evaluation.run import SEVERAL, Protocols
 from detguard.evaluation.run import evaluate as run_protocols
 from detguard.evaluation.views import Subject
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
-from detguard.schema import Config
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.workflows.keywords import as_detectors, refuse_unknown
 
 # White-box steps and starts: of detectors, and where one of them is a defence.
 STEPS, RESTARTS = (20, 40), (1, 2)
 # What stands for an option of `detguard evaluate`.
-ELSEWHERE = {"fail_under": "on the command line alone; compare the figures that are returned"}
+ELSEWHERE = {
+    "fail_under": "on the command line alone; compare the figures that are returned",
+    "resume": "on the command line alone: detguard evaluate --resume RUN; `cache` knows what was found before",
+}
 
 
 def plan(options: Config, detectors: int) -> Protocols:
-    """The protocols that a run's config asks for, of so many detectors."""
-    as_given: Config = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    wanted = Protocols(**as_given)
+    """The protocols that a run's config asks for, of so many detectors.
+
+    Raises:
+        DetguardError: one of them cannot be asked for.
+    """
+    known: Any = CONFIGS["evaluate"]["evaluate"]
+    single = check({name: value for name, value in options.items() if name not in SEVERAL}, partly(known))
+    wanted = Protocols(**options | single)  # which says what is wrong with those of several values
+    several = check({name: list(getattr(wanted, name)) for name in SEVERAL}, partly(known))
+    tuples: Config = {name: tuple(values) for name, values in several.items()}
+    wanted = replace(wanted, **tuples)
     if "transfer" in wanted.protocols and detectors < 2:
         raise DetguardError("`protocols` transfer: needs two detectors or more, `detector` A `detector` B")
     return wanted
@@ -41,7 +53,10 @@ def plan(options: Config, detectors: int) -> Protocols:
 def strength(detectors: Sequence[Detector], steps: int | None, restarts: int | None) -> dict[str, int]:
     """Steps and starts of the white-box attacks where they are not given: a defence is judged harder."""
     hard = any(detector.hardened for detector in detectors)
-    return {"steps": steps or STEPS[hard], "restarts": restarts or RESTARTS[hard]}
+    return {
+        "steps": STEPS[hard] if steps is None else steps,
+        "restarts": RESTARTS[hard] if restarts is None else restarts,
+    }
 
 
 def load_subjects(
@@ -126,25 +141,27 @@ def evaluate(
     refuse_unknown("evaluate", protocols, Protocols.__dataclass_fields__.keys(), ELSEWHERE)
     if isinstance(classes, str):
         raise DetguardError(f'`classes` {classes}: expected a sequence of names, as ("{classes}",)')
+    if alone := [name for name in ("patch_target", "patch_size") if name in protocols and not protocols.get("patch")]:
+        raise DetguardError(f"`{alone[0]}`: goes with `patch`")
     detectors = as_detectors(detector)
     wanted = plan(protocols | strength(detectors, steps, restarts), len(detectors))
-    source = {
-        "source": str(data),
-        "split": split,
-        "images": None if images is None else str(images),
-        "classes": None if classes is None else list(classes),
-        "limit": limit,
-        "class_map": dict(class_map or {}),
+    config: Config = {
+        "detectors": [detector_config(one, one.source) for one in detectors],
+        "data": {
+            "source": str(data),
+            "split": split,
+            "images": None if images is None else str(images),
+            "classes": None if classes is None else list(classes),
+            "limit": limit,
+            "class_map": dict(class_map or {}),
+        },
+        "evaluate": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()},
+        "arguments": [],
     }
-    subjects = load_subjects(detectors, source, cache=Path(cache))
+    config = check(config, partly(CONFIGS["evaluate"]))
+    subjects = load_subjects(detectors, config["data"], cache=Path(cache))
     for subject in subjects:
         check_pictures(subject, wanted.patches(subject.detector))
     with tempfile.TemporaryDirectory() as temporary:
-        config = {
-            "detectors": [detector_config(one, one.source) for one in detectors],
-            "data": source,
-            "evaluate": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()},
-            "arguments": [],
-        }
         run = Run.create("evaluate", Path(out or temporary), config)
         return run_protocols(subjects, wanted, run, on_progress).metrics

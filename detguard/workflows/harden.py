@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,21 @@ from detguard.data.sources import (
     OnData,
     Sources,
     as_lines,
+    attack_run,
     listed,
     photo_files,
     read_labelled,
     unlabelled,
     warn_of,
-    with_labels,
 )
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
+from detguard.detectors.custom import is_custom
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import (
     build_model,
     detector_config,
+    find_weights,
     fused,
     load_configured,
     load_detector,
@@ -49,8 +51,9 @@ from detguard.hardening.train import Setting, Stage
 from detguard.hardening.validation import Validation, file_of, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
-from detguard.schema import Config
-from detguard.workflows.keywords import refuse_unknown
+from detguard.schema import CONFIGS, Config, check, partly
+from detguard.schema import workers as shape_of_workers
+from detguard.workflows.keywords import as_specs, only_resumes, refuse_unknown
 
 # Frames that a pass is measured on, at most.
 MEASURED = 4
@@ -188,7 +191,7 @@ class Hardening:
             found = list[Labelled]()
             if learns_labels:
                 found = read_labelled(source, "train", names, on_data, class_map=class_map)
-            elif with_labels(source):
+            elif not (unlabelled(source) or attack_run(Path(source))):
                 with suppress(DataError):  # none of its classes is known; the teacher answers for its photos, too
                     found = read_labelled(source, "train", names, on_data, class_map=class_map)
             labelled += found
@@ -199,7 +202,7 @@ class Hardening:
         if samples and not wanted.made_by.attacked:
             raise DetguardError(f"`samples`: `recipe` {wanted.recipe} sees no attacks; leave one of them out")
         attacks = [one for source in samples for one in read_samples(source, names, on_data)]
-        config = {
+        config: Config = {
             "model": model,
             "detectors": [detector_config(given, model), detector_config(imitated, teacher or model)],
             "harden": kept,
@@ -209,6 +212,7 @@ class Hardening:
             "pretrain": [str(file) for source in pretrain for file in photo_files(source)],
             "samples": list(samples),
         }
+        config = check(config, partly(CONFIGS["harden"]))
         files = {LABELLED: as_lines(labelled, names)} if labelled else {}
         files |= {KEPT: sample_lines(attacks, names)} if attacks else {}
         run = shared_run(ranks, lambda: Run.create("harden", out, config, files, exist_ok=exist_ok))
@@ -378,7 +382,7 @@ def harden(
     detector: Detector | str | Path | None = None,
     data: Sources | None = None,
     *,
-    teacher: str | Path | None = None,
+    teacher: Detector | str | Path | None = None,
     pretrain: Sources | None = None,
     samples: Sources | None = None,
     imgsz: int | None = None,
@@ -396,9 +400,10 @@ def harden(
     """Train a detector that holds up under attacks, as `detguard harden` does.
 
     Args:
-        detector: a name or file, or by `load_detector` (then of its frames, where `imgsz` says no other).
-        data: folders or patterns of photos, or data.yaml or COCO json files.
-        teacher: detector to imitate, by default the same.
+        detector: a name or file, or by `load_detector` (then of its frames, where `imgsz` says no other). Training
+            begins with what its file holds: one that was changed since is to be saved first.
+        data: folders or patterns of photos, or data.yaml, COCO json or JSON lines files.
+        teacher: detector to imitate, as `detector`; by default the same.
         pretrain: photos by which the backbone is made robust first, by default none.
         samples: runs of `attack`, whose photos become a quarter of the adversarial frames; what is wanted of them is
             what the teacher says of the clean ones.
@@ -414,7 +419,8 @@ def harden(
         on_stage: called with the stage, the share of all that is over, and the last losses; returns True to save
             and stop.
         **plan: the fields of `Plan`: `recipe`, `learn`, `mode`, `split`, `photos`, `hours`, `crop`, `attack`, `eps`,
-            `steps`, `mix`, `tune_normal`, `transforms`, `top_k`, `fusion`, `sparse`, `batch`, `rate` and `seed`.
+            `steps`, `mix`, `tune_normal`, `transforms` (also as `attack` takes them), `top_k`, `fusion`, `sparse`,
+            `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: a detector or photos cannot be read, or options do not go together.
@@ -426,21 +432,25 @@ def harden(
         >>> made = detguard.harden("detguard-n", "photos/", recipe="pgd", hours=2)  # doctest: +SKIP
         >>> hardened = detguard.load_detector(made.weights)  # doctest: +SKIP
     """
+    arguments = locals()
     refuse_unknown("harden", plan, Plan.__dataclass_fields__.keys() - {"pretrain"})
+    if plan.get("transforms") is not None:
+        plan = plan | {"transforms": as_specs(plan["transforms"])}
+    workers = check({"workers": workers}, {"workers": shape_of_workers})["workers"]
     if log is not None:
         check_tracker(log)
     if resume is not None:
-        if detector or data or teacher or pretrain or samples or imgsz or corruptions or class_map or out or plan:
-            raise DetguardError("`resume`: takes its model, data and options from the run; give no others")
+        only_resumes(harden, arguments)
         job = Hardening.resume(Path(resume), Ranks.start(device), trust=trust)
     else:
-        model, sources = named(detector), listed(data)
+        size = imgsz or (detector.imgsz if isinstance(detector, Detector) else None)
+        model, sources = named(detector, size, trust=trust), listed(data)
         if not sources:
             raise DetguardError("`data`: give a folder or pattern of photos, a data.yaml or a COCO json (or `resume`)")
         job = Hardening.begin(
-            model, sources, plan, Ranks.start(device), teacher=None if teacher is None else str(teacher),
-            pretrain=listed(pretrain), samples=listed(samples),
-            imgsz=imgsz or (detector.imgsz if isinstance(detector, Detector) else None),
+            model, sources, plan, Ranks.start(device),
+            teacher=None if teacher is None else named(teacher, size, "teacher", trust=trust),
+            pretrain=listed(pretrain), samples=listed(samples), imgsz=size,
             corruptions=corruptions, class_map=class_map, out=None if out is None else Path(out), trust=trust,
         )  # fmt: skip
     if log is not None and job.ranks.first:
@@ -448,16 +458,49 @@ def harden(
     job.load(workers)
     for message in job.unread:
         warnings.warn(message, stacklevel=2)
-    return job.train(on_stage)
+    with random_kept():
+        return job.train(on_stage)
 
 
-def named(detector: Detector | str | Path | None) -> str:
-    """The name or file of a detector.
+def random_kept() -> AbstractContextManager[None]:
+    """Within it, seeds are set for training; after it, the caller's random numbers go on as if they had not been."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
+
+
+def named(
+    given: Detector | str | Path | None, imgsz: int | None = None, role: str = "detector", *, trust: bool = False
+) -> str:
+    """The name or file of a detector, with which training begins.
+
+    imgsz: longest side of its frames there, by default its own; role: the argument that it is.
 
     Raises:
-        DetguardError: there is none.
+        DetguardError: there is none, or what it holds is not the detector that is given.
     """
-    name = detector.source if isinstance(detector, Detector) else str(detector or "")
-    if not name:
-        raise DetguardError("`detector`: give a name, a file, or a detector by load_detector (or `resume`)")
-    return name
+    source = given.source if isinstance(given, Detector) else str(given or "")
+    if not source and not given:
+        raise DetguardError(f"`{role}`: give a name, a file, or a detector by load_detector (or `resume`)")
+    if not source or is_custom(source):
+        kind = source or type(given).__name__
+        raise DetguardError(
+            f"`{role}`: {kind} has no file, with which training begins; give one of Ultralytics' YOLO families"
+        )
+    if not isinstance(given, Detector):
+        return source
+    save = "save it to a file first, as a YOLO object by model.save('mine.pt'), and give that"
+    try:
+        find_weights(source)
+    except DetguardError as error:
+        raise DetguardError(
+            f"`{role}`: is in memory alone, and training begins with a file; {save} ({error})"
+        ) from error
+    loaded = load_detector(source, imgsz, str(given.device), trust=trust)
+    was, now = (detector_config(one, source) for one in (given, loaded))
+    for name in ("imgsz", "end_to_end", "top_k", "fusion", "iou"):
+        if was[name] != now[name] and (name, imgsz) != ("imgsz", loaded.imgsz):
+            raise DetguardError(
+                f"`{role}`: its `{name}` {was[name]} would be lost, as training begins with {source}; load it without"
+            )
+    if was["sha256"] != now["sha256"]:
+        raise DetguardError(f"`{role}`: no longer what {source} holds, with which training begins; {save}")
+    return source

@@ -1,17 +1,22 @@
 """Keywords of the functions for Python that their options take, and where else an option of the command line is."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from detguard import DetguardError
 from detguard.detectors.base import Detector
+from detguard.transforms.parse import written
 
 # What stands for options of the command line in every function.
 ELSEWHERE = {
     "model": "`detector`, the first argument",
     "map": "`class_map`, a mapping",
 } | dict.fromkeys(("imgsz", "trust", "end_to_end", "top_k", "fusion", "iou", "device"), "of `load_detector`")
+
+# Keywords that a run that is gone on with takes anew.
+KEPT_BY_NO_RUN = {"resume", "device", "workers", "trust", "log", "on_stage", "on_batch", "on_step"}
 
 
 def refuse_unknown(
@@ -43,10 +48,51 @@ def as_detectors(given: Any) -> Sequence[Detector]:
         given: what a user did.
 
     Raises:
-        DetguardError: something is no detector.
+        DetguardError: something is no detector, or there is none.
     """
     detectors = [given] if isinstance(given, Detector | str) or not hasattr(given, "__iter__") else list(given)
-    for one in detectors:
+    for one in detectors or [given]:
         if not isinstance(one, Detector):
             raise DetguardError(f"`detector` {one!r}: expected one of load_detector(), as load_detector('detguard-n')")
     return detectors
+
+
+def as_detector(given: Any) -> Detector:
+    """One detector.
+
+    Args:
+        given: what a user did.
+
+    Raises:
+        DetguardError: it is none.
+    """
+    return as_detectors([given])[0]
+
+
+def as_specs(transforms: Any) -> str:
+    """Transforms as the specs that a run keeps.
+
+    Args:
+        transforms: what a user gave: specs, or transforms and specs one by one.
+
+    Raises:
+        DetguardError: one cannot be read again.
+    """
+    return transforms if isinstance(transforms, str) else written(transforms)
+
+
+def only_resumes(function: Callable[..., object], given: Mapping[str, Any]) -> None:
+    """See that a function that goes on with a run is given nothing that the run says already.
+
+    Args:
+        function: whose signature says what is given where nothing is.
+        given: its arguments by name, as of `locals()`.
+
+    Raises:
+        DetguardError: it is.
+    """
+    for name, one in signature(function).parameters.items():
+        several = one.kind is one.VAR_KEYWORD
+        if name not in KEPT_BY_NO_RUN and given[name] != ({} if several else one.default):
+            named = next(iter(given[name])) if several else name
+            raise DetguardError(f"`resume`: takes all options from the run; leave out `{named}`")

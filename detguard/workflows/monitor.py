@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detguard import DetguardError, defaults, schema
+from detguard import DetguardError, defaults
+from detguard.classes import check_map
 from detguard.data.entries import DataError
 from detguard.data.inputs import as_photos, is_camera, is_video
 from detguard.data.sources import OnData, read_labelled, warn_of
@@ -18,8 +19,9 @@ from detguard.files import JsonObject
 from detguard.hardening.monitor import Deployment, Monitor, latest, observe
 from detguard.photos import encode_png
 from detguard.runs import Record, Run
-from detguard.schema import Config, check
+from detguard.schema import CONFIGS, Config, check, partly
 from detguard.workflows.attack import as_photo
+from detguard.workflows.keywords import as_detector
 
 # Of a run, the photos of its drops.
 DROPPED = "dropped.jsonl"
@@ -109,15 +111,15 @@ def monitor(
         ...     if record.get("began"):
         ...         print(f"accuracy has dropped since photo {record['began']}")
     """
-    check({"window": window}, {"window": schema.window})
-    Monitor(drift, window)  # which knows the kinds
+    detector = as_detector(detector)
+    check_map(class_map or {}, detector.class_names.values())
     source = {
         "source": str(photos) if isinstance(photos, str | Path) else LIVE,
         "split": split,
         "images": None if images is None else str(images),
         "class_map": dict(class_map or {}),
     }
-    config = {
+    config: Config = {
         "detector": detector_config(detector, detector.source),
         "stream": source,
         "monitor": {"detector": drift, "window": window},
@@ -126,6 +128,8 @@ def monitor(
         "living": {"gather": defaults.Monitor.gather, "keep": defaults.Monitor.keep, "adapt": []},
         "arguments": [],
     }
+    config = check(config, partly(CONFIGS["monitor"]))
+    Monitor(drift, config["monitor"]["window"])  # which knows the kinds
     shown = open_stream(source, detector) if isinstance(photos, str | Path) else photos
     return _monitor(detector, shown, config, None if out is None else Path(out))
 
@@ -144,6 +148,7 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Pat
             yield record
             if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
                 Path(record["photo"]).unlink(missing_ok=True)
+        write_dropped(run, run.records())
     finally:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)

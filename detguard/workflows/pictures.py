@@ -17,8 +17,8 @@ from detguard.objectives import Vanish
 from detguard.objectives.base import Objective
 from detguard.photos import Photo, encode_png, find_photos
 from detguard.runs import Record, Run
-from detguard.schema import CONFIGS, Config, check
-from detguard.workflows.keywords import refuse_unknown
+from detguard.schema import CONFIGS, Config, check, partly
+from detguard.workflows.keywords import as_detector, only_resumes, refuse_unknown
 
 KINDS: dict[str, type[Patch] | type[Universal]] = {kind.kind: kind for kind in (Patch, Universal)}
 # Called with the share that is done, 0..1, and the mean loss since the last time where there is one; True stops.
@@ -66,11 +66,11 @@ class PictureJob:
         """
         if not data:
             raise DetguardError("`data`: give photos, a data.yaml or a COCO instances json (or `resume`)")
-        config = {
+        config: Config = {
             "target": target, **kept, "detector": detector_config(detector, detector.source), "data": list(data),
             "split": split, "picture": dict(vars(kind)), "learning": asdict(learning), "arguments": list(arguments),
         }  # fmt: skip
-        check(config, {name: CONFIGS[kind.kind][name] for name in config})
+        config = check(config, partly(CONFIGS[kind.kind]))
         objective, photos = _attacked_photos(detector, config, on_data)
         run = Run.create(kind.kind, out, config, exist_ok=exist_ok)
         return cls(run, detector, objective, photos, kind, learning)
@@ -170,10 +170,14 @@ def patch(
         >>> made = detguard.patch(detector, "photos/", target="person", photos=2000)  # doctest: +SKIP
         >>> made.picture.shape, made.file  # doctest: +SKIP
     """
-    kind = Patch(size, pixels)
+    refuse_unknown("patch", learning, Learning.__dataclass_fields__)
+    if resume is not None:
+        only_resumes(patch, locals())
+        return PictureJob.resume(Path(resume), "patch").learn(on_step)
     return _learned(
-        kind, detector, data, resume, on_step, learning, target=target, split=split, out=out, print_cm=print_cm
-    )
+        Patch(size, pixels), as_detector(detector), data, out, on_step, learning, target=target, split=split,
+        print_cm=print_cm,
+    )  # fmt: skip
 
 
 def universal(
@@ -210,28 +214,23 @@ def universal(
         >>> detector = detguard.load_detector("detguard-n")
         >>> made = detguard.universal(detector, "photos/", eps=8, photos=2000)  # doctest: +SKIP
     """
-    kind = Universal.of(eps, detector.imgsz if detector else 0)
-    return _learned(kind, detector, data, resume, on_step, learning, target=target, split=split, out=out)
+    refuse_unknown("universal", learning, Learning.__dataclass_fields__)
+    if resume is not None:
+        only_resumes(universal, locals())
+        return PictureJob.resume(Path(resume), "universal").learn(on_step)
+    given = as_detector(detector)
+    return _learned(Universal.of(eps, given.imgsz), given, data, out, on_step, learning, target=target, split=split)
 
 
 def _learned(
     kind: Picture,
-    detector: Detector | None,
+    detector: Detector,
     data: Sources | None,
-    resume: str | Path | None,
+    out: str | Path | None,
     on_step: OnPicture | None,
     learning: Config,
-    *,
-    out: str | Path | None,
     **options: Any,
 ) -> Learned:
-    refuse_unknown(kind.kind, learning, Learning.__dataclass_fields__)
-    if resume is not None:
-        if detector or data or out or learning:
-            raise DetguardError("`resume`: takes its detector, data and options from the run; give no others")
-        return PictureJob.resume(Path(resume), kind.kind).learn(on_step)
-    if detector is None:
-        raise DetguardError("`detector`: give one by load_detector (or `resume`)")
     search = Learning(**{"conf": detector.conf, **learning})
     begun = PictureJob.begin(kind, detector, listed(data), search, out=None if out is None else Path(out), **options)
     return begun.learn(on_step)

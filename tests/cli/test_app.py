@@ -223,6 +223,16 @@ def test_photos_and_hours_are_not_both_given(monkeypatch, capsys, tmp_path, bus_
     assert "--hours: instead of --photos" in capsys.readouterr().err
 
 
+def test_a_defence_of_ones_own_is_no_ensemble_that_could_be_adapted(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    example = (Path(__file__).parents[2] / "examples/adapter.py").read_text()
+    Path("defence.py").write_text(
+        example.replace('    name, imgsz = "mine", 320', '    name, imgsz, hardened = "mine", 320, True')
+    )
+    assert run(monkeypatch, "monitor", "--model", "defence:make", "--trust", "--stream=-", "--on-drift=adapt") == 2
+    assert "error: --on-drift adapt: defence:make is no gated ensemble" in capsys.readouterr().err
+
+
 WEIGHTS = ("nan,1,1", "inf,1,1", "-1,1,1", "0,-0,0", "1e308,1e308,1", "1,,1")
 
 

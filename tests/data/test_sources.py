@@ -1,5 +1,6 @@
 """What users name as photos, and what they must not."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,25 @@ def test_no_teacher_is_asked_what_it_sees_on_photos_of_an_attack(attack, part):
         DetguardError, match=r"which fool whoever labels them; give clean ones .* as `samples` .*sampled"
     ):
         photo_files(str(attack / "sampled" / part))
+
+
+def test_a_source_is_either_photos_or_data_with_labels_wherever_it_is_given(bundled, bus, tmp_path):
+    photo, data = tmp_path / "my/images/train/bus.png", tmp_path / "my/data.yaml"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(encode_png(bus[::4, ::4]))
+    data.write_text("path: .\ntrain: images/train\nnames: [person]\n")
+    (tmp_path / "my/labels/train").mkdir(parents=True)
+    (tmp_path / "my/labels/train/bus.txt").write_text("0 0.2 0.6 0.2 0.5\n")
+    lines = tmp_path / "my.jsonl"
+    lines.write_text(json.dumps({"photo": str(photo), "objects": [{"class": "yak", "box": [1, 1, 9, 9]}]}) + "\n")
+    with_labels, without = (tmp_path / "my", data, lines), (photo, photo.parent, photo.parent / "*.png")
+    for source in (*with_labels, *without):
+        assert unlabelled(str(source)) == (source in without)
+        assert photo_files(str(source)) == [photo]
+    for source in with_labels:
+        assert [one.file for one in read_labelled(str(source), "train", bundled.class_names)] == [photo]
+    made = detguard.patch(bundled, photo, pixels=8, photos=1, batch=1, out=tmp_path / "patch")
+    assert made.file.is_file()
 
 
 def test_a_config_of_another_program_is_no_attack(tmp_path, bus):

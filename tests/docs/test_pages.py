@@ -138,6 +138,8 @@ def test_the_objective_of_the_how_to_lowers_what_it_judges(own, bundled, bus, mo
     # With its line in the registry, runs know it, too.
     monkeypatch.setitem(GOALS, "shrink", own["Shrink"])
     (result,) = detguard.attack(bundled, bus, objective=own["Shrink"](), transforms="none", steps=1)
+    with pytest.raises(detguard.DetguardError, match=r"share=0.5.*needs words of its own"):
+        detguard.attack(bundled, bus, objective=own["Shrink"](share=0.5))
     assert result.status in ("fooled", "failed")
 
 

@@ -12,7 +12,8 @@ from detguard.data.corruptions import corrupt
 from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
-from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, hold_out
+from detguard.detectors.sparse import MeanSparse
+from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, grow, hold_out
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
@@ -162,6 +163,20 @@ def test_fresh_experts_are_not_copies(network, train):
     train(replace(PLAN, photos=6, init="fresh", rate=1e-6))
     pairs = zip(network.experts[3].parameters(), network.experts[0].parameters(), strict=True)
     assert sum(not torch.allclose(a, b, atol=1e-3) for a, b in pairs) > 20
+
+
+@pytest.mark.parametrize("form", ["whole", "head"])
+def test_fresh_experts_take_no_thresholds_of_another_ones_channels(network, new, form):
+    network.sparsen([next(batches(new, 2, 128, 9, 0, 1)).clean], 0.2)
+    with torch.no_grad():
+        network.gate.out.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
+    grow(network, replace(PLAN, expert=form, init="fresh"), new, SETTING)
+    robust, fresh = (
+        [float(m.limit.sum()) for m in network.experts[i].modules() if isinstance(m, MeanSparse)] for i in (2, 3)
+    )
+    assert min(robust) > 0
+    assert fresh
+    assert set(fresh) == {0}
 
 
 def test_new_experts_begin_as_the_one_that_does_most_for_the_new_photos(network, new):

@@ -1,8 +1,10 @@
 import gc
 import importlib.util
+import io
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -18,6 +20,7 @@ from detguard.hardening.monitor import Deployment, latest, observe
 from detguard.photos import encode_png, read_photo
 from detguard.runs import Run
 from detguard.workflows.attack import as_photo
+from detguard.workflows.harden import named as named_file
 
 OPTIONS = {"transforms": "median:3,flip:h", "budget": detguard.Linf(16), "step": 2}
 
@@ -97,6 +100,18 @@ def test_a_single_array_is_one_photo(bundled, small):
     assert [r.key for r in detguard.attack(bundled, small, **options)] == ["photo-001"]
 
 
+def test_folders_and_numbers_of_numpy_are_taken(bundled, file):
+    options = {
+        "transforms": "none",
+        "steps": np.int64(1),
+        "conf": np.float64(0.3),
+        "budget": detguard.Linf(np.uint8(4)),
+    }
+    for photos in (file.parent, f"{file.parent}/*.png"):
+        (result, missing) = detguard.attack(bundled, [photos, "missing.png"], **options)
+        assert (result.key, result.record["eps"], missing.status) == ("bus", 4, "error")
+
+
 def test_a_photo_without_target_is_told_of(bundled):
     (result,) = detguard.attack(bundled, np.full((64, 64, 3), 128, np.uint8))
     assert result.status == "no-target"
@@ -141,7 +156,10 @@ def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_p
     for option, told in unknown.items():
         with pytest.raises(TypeError, match=rf"attack\(\) got .*{told}"):
             detguard.attack(bundled, small, **{option: 4})
-    for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7]):
+    half = Image.open(io.BytesIO(encode_png(small)[:9000]))
+    closed = Image.fromarray(small)
+    closed.close()
+    for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7], half, closed):
         with pytest.raises(DetguardError, match="photo"):
             detguard.attack(bundled, nothing, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -149,7 +167,7 @@ def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_p
 
 def test_a_run_is_verified_by_its_own_detector_and_by_another(bundled, file, tmp_path):
     (result,) = detguard.attack(bundled, file, out=tmp_path, **OPTIONS)
-    (own,) = detguard.verify(tmp_path, bundled, transforms="jpeg:90")
+    (own,) = detguard.verify(tmp_path, bundled, transforms=["jpeg:90"])
     assert {name: own["members"][name] for name in result.members} == result.members
     assert "jpeg:90" in own["members"]
     (other,) = detguard.verify(tmp_path, detguard.load_detector("detguard-n-hard"))
@@ -222,10 +240,15 @@ def test_a_detector_is_hardened_watched_and_taught(hardened):
 def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
     folder, _ = hardened
     told = []
-    again = detguard.harden(resume=folder / "hardened", workers=1, on_stage=lambda *what: told.append(what))
-    assert again.weights == folder / "hardened/weights/sparse.safetensors"
-    assert told == []
-    assert detguard.adapt(resume=folder / "adapted", workers=1).weights.parent.parent == folder / "adapted"
+    drawn = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        again = detguard.harden(resume=folder / "hardened", workers=1, on_stage=lambda *what: told.append(what))
+        assert again.weights == folder / "hardened/weights/sparse.safetensors"
+        assert told == []
+        assert detguard.adapt(resume=folder / "adapted", workers=1).weights.parent.parent == folder / "adapted"
+        drawn.add(float(torch.rand(1)))
+    assert len(drawn) == 2  # the caller's random numbers are its own
     options = {"imgsz": 64, "photos": 8, "batch": 4, "steps": 1, "recipe": "pgd", "workers": 1}
     with pytest.raises(KeyboardInterrupt):
         detguard.harden("detguard-n", folder / "photos", out=tmp_path / "run", on_stage=lambda *_: True, **options)
@@ -243,19 +266,21 @@ def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
         (lambda: detguard.harden("detguard-n", "photos", photo=1), TypeError, "'photo'"),
         (lambda: detguard.harden("detguard-n", resume="runs/harden/1"), DetguardError, "`resume`"),
         (lambda: detguard.evaluate([], "coco", step=1), TypeError, r"evaluate\(\) .*`steps`"),
-        (
-            lambda: detguard.evaluate([], "coco", protocols="clean,attack"),
-            DetguardError,
-            "`protocols` 'clean,attack'",
-        ),
-        (lambda: detguard.evaluate([], "coco", eps=4), DetguardError, "`eps` 4: expected a tuple"),
         (lambda: detguard.evaluate([], "coco", classes="person"), DetguardError, "`classes` person"),
+        (lambda: detguard.evaluate([], "coco"), DetguardError, r"`detector` \[\]: expected one"),
+        (lambda: detguard.evaluate([], "coco", resume="runs/evaluate/1"), TypeError, "command line alone"),
         (lambda: detguard.adapt("detguard-n"), DetguardError, "`new`"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl"), DetguardError, "gated ensemble"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps'"),
         (lambda: detguard.patch(data="photos"), DetguardError, "`detector`"),
-        (lambda: detguard.universal(resume="runs/universal/1", photos=2), DetguardError, "`resume`"),
-        (lambda: detguard.universal(eps=128), DetguardError, "`eps` 128: expected whole levels of 1..127"),
+        (lambda: detguard.universal(resume="runs/universal/1", photos=2), DetguardError, "`resume`.*`photos`"),
+        (lambda: detguard.universal(resume="runs/universal/1", eps=4), DetguardError, "`resume`.*`eps`"),
+        (lambda: detguard.patch(resume="runs/patch/1", size=0.5), DetguardError, "`resume`.*`size`"),
+        (lambda: detguard.adapt(resume="runs/adapt/1", max_experts=3), DetguardError, "`resume`.*`max_experts`"),
+        (lambda: detguard.adapt("detguard-n", "new.jsonl", workers=-1), DetguardError, "`workers`: expected"),
+        (lambda: detguard.verify("runs/attack/1", "detguard-n"), DetguardError, r"load_detector\("),
+        (lambda: detguard.monitor("detguard-n", []), DetguardError, r"load_detector\("),
+        (lambda: detguard.patch("detguard-n", "photos"), DetguardError, r"load_detector\("),
         (lambda: detguard.patch(step=2), TypeError, "'step'"),
     ],
 )
@@ -264,6 +289,77 @@ def test_wrong_trainings_are_refused_by_the_name_of_the_field(call, error, named
     with pytest.raises(error, match=named):
         call()
     assert not (tmp_path / "runs").exists()
+
+
+@dataclass(frozen=True)
+class Sly(detguard.Vanish):
+    """A goal that the words of a run know nothing of."""
+
+
+@dataclass(frozen=True)
+class Wide(detguard.Linf):
+    """A budget that they know nothing of."""
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        *(
+            (lambda d, wrong=wrong: detguard.evaluate(d, "coco", **wrong), named)
+            for wrong, named in [
+                ({"protocols": "clean,attack"}, "`protocols` 'clean,attack'"),
+                ({"eps": 4}, "`eps` 4: expected a tuple"),
+                ({"eps": (4.0,)}, "`eps`"),
+                ({"steps": 0}, "`steps`: expected a whole number, 1"),
+                ({"restarts": -1}, "`restarts`: expected a whole number, 1"),
+                ({"limit": -1}, "`limit`: expected a whole number, 1"),
+                ({"seed": None}, "`seed`: expected a whole number"),
+                ({"patch": Path("none.png"), "patch_size": np.float64(3)}, "`patch_size`: expected a number"),
+                ({"patch_target": "persn"}, "`patch_target`: goes with `patch`"),
+            ]
+        ),
+        (lambda d: detguard.attack(d, "a.png", objective="person"), "`objective` 'person': expected one as Vanish"),
+        (lambda d: detguard.attack(d, "a.png", objective=Sly("person")), r"`objective` Sly\(.* of Vanish\("),
+        (lambda d: detguard.attack(d, "a.png", budget=Wide(4)), r"`budget` Wide\(.* of Linf\("),
+        (lambda d: detguard.attack(d, "a.png", conf=np.float64(2)), "`conf`: expected a number"),
+        (lambda d: detguard.universal(d, "photos", eps=128), "`eps` 128: expected whole levels of 1..127"),
+        (lambda d: detguard.patch(d, "photos", hours=0), "`hours`: expected a number"),
+        (lambda d: detguard.monitor(d, [], class_map={"rider": "persn"}), "did you mean rider=person"),
+        (lambda d: detguard.adapt("detguard-n-hard", d.weights, rate=0), "`rate`: expected a number"),
+        (lambda d: detguard.adapt("detguard-n-hard", d.weights, seed=-1), "`seed`: expected a whole number"),
+    ],
+)
+def test_wrong_options_are_refused_by_name_before_anything_is_made(call, named, bundled, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new = tmp_path / "new.jsonl"
+    new.write_text(json.dumps({"photo": str(file), "objects": []}) + "\n")
+    monkeypatch.setattr(bundled, "weights", new, raising=False)
+    with pytest.raises(DetguardError, match=named):
+        call(bundled)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_refuses_a_detector_that_its_file_does_not_hold(bundled, yolo11n_file):
+    from ultralytics import YOLO
+
+    yolo = YOLO(yolo11n_file)
+    unchanged = detguard.load_detector(yolo, 64)
+    assert named_file(unchanged, 64) == str(yolo11n_file)
+    with torch.no_grad():
+        next(yolo.model.parameters()).mul_(1.01)
+    for given, told in (
+        (detguard.load_detector(yolo), "no longer what .*yolo11n.* save it to a file first"),
+        (detguard.load_detector(YOLO("yolo11n.yaml")), "is in memory alone.* save it to a file first"),
+        (detguard.load_detector("detguard-n", iou=0.5), "its `iou` 0.5 would be lost"),
+        (example("adapter").make("cpu"), "Mine has no file"),
+    ):
+        with pytest.raises(DetguardError, match=f"`detector`: {told}"):
+            detguard.harden(given, "photos")
+        with pytest.raises(DetguardError, match=f"`teacher`: {told}"):
+            detguard.harden("detguard-n", "photos", teacher=given)
+    for option, value in (("imgsz", 64), ("top_k", 1)):
+        with pytest.raises(DetguardError, match=f"its `{option}` {value} would be lost"):
+            detguard.adapt(detguard.load_detector("detguard-n-hard", **{option: value}), "new.jsonl")
 
 
 def test_a_picture_is_learned_and_gone_on_with_after_a_stop(bundled, file, tmp_path):
@@ -293,11 +389,14 @@ def test_a_perturbation_for_all_photos_is_learned(bundled, file, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_odd_photos_of_a_stream_are_told_and_the_watch_goes_on(bundled, small):
+def test_odd_photos_of_a_stream_are_told_and_the_watch_goes_on(bundled, small, tmp_path):
     photos = [{"photo": small, "objects": []}, {"photo": small, "objects": [{"class": "person"}]}, {"photo": "a.png"}]
-    records = list(detguard.monitor(bundled, [*photos, {"photo": small / 2, "objects": []}, "b.png"], window=8))
-    assert ["error" in record for record in records] == [False, True, True, True, True]
-    assert all(f"`photos` {number}: " in records[number - 1]["error"] for number in (2, 4, 5))
+    half = Image.open(io.BytesIO(encode_png(small)[:9000]))
+    odd = [{"photo": small / 2, "objects": []}, "b.png", {"photo": half, "objects": []}]
+    records = list(detguard.monitor(bundled, [*photos, *odd], window=np.int64(8), out=tmp_path))
+    assert ["error" in record for record in records] == [False, True, True, True, True, True]
+    assert all(f"`photos` {number}: " in records[number - 1]["error"] for number in (2, 4, 5, 6))
+    assert (tmp_path / "dropped.jsonl").read_bytes() == b""  # for `adapt`, which says that there are none
     for wrong, named in (({"window": 2}, "`window`"), ({"drift": "magic"}, "`drift` magic")):
         with pytest.raises(DetguardError, match=named):
             detguard.monitor(bundled, photos, **wrong)
