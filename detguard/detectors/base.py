@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detguard import DetguardError, defaults
 from detguard.classes import meant
 from detguard.detections import Candidates, Detections, suppress
-from detguard.files import is_file, read_file
+from detguard.detectors.loaded_code import loaded_code, package
 from detguard.photos import Letterbox, Photo, frames_tensor
 
 
@@ -121,15 +121,15 @@ class Detector(ABC):
         return digest.hexdigest()
 
     def _own_code(self) -> bytes:
-        """Of a detector of the user's own, the function that made it, and the files of its class and of that function.
-
-        What they import is not seen.
-        """
-        if type(self).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        """Of a detector of the user's own, what it and the function that made it are, as `loaded_code` tells it."""
+        ours = package(Detector)
+        if package(type(self)) == ours:
             return b""
-        modules = [type(self).__module__, self.source.rpartition(":")[0]]
-        files = [getattr(sys.modules.get(module), "__file__", None) for module in modules]
-        return self.source.encode() + b"".join(read_file(file) for file in files if file and is_file(Path(file)))
+        module, _, factory = self.source.rpartition(":")
+        made_by = getattr(sys.modules.get(module), factory, None)
+        packages = {package(kind) for kind in type(self).__mro__ if issubclass(kind, Detector)} | {package(made_by)}
+        things = [self, made_by, *map(type, self.model.modules())]
+        return "\n".join(loaded_code(things, packages - {ours, ""})).encode()
 
     def class_index(self, name: str) -> int:
         """The index of a class by its name, in any letter case.
