@@ -1,13 +1,14 @@
 """Attacks as views: white-box on the training loss and on confidence, transferred, and black-box."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Linf
-from detguard.attacks.group import AttackOptions, attack_group
+from detguard.attacks.group import AttackOptions, Attempt, attack_group
+from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.cache import pack
 from detguard.evaluation.coco import value_left
@@ -192,17 +193,27 @@ def square_photos(batch: Batch, eps: int, queries: int, seed: int) -> list[Photo
 def attacked_photos(batch: Batch, detector: Detector, objective: Objective, options: AttackOptions) -> list[Photo]:
     """The photos of a batch after an attack on what is labelled in them."""
     keys = [batch.subject.hashes[image] for image in batch.images]
-    found = attack_group(detector, zip(keys, batch.photos, batch.objects, strict=True), objective, [], options)
-    done = {attempt.key: attempt.adversarial for attempt in found}
-    return [done[key] for key in keys]
+    return attacked(detector, zip(keys, batch.photos, batch.objects, strict=True), objective, options)
+
+
+def attacked(
+    detector: Detector,
+    photos: Iterable[tuple[str, Photo, Detections]],
+    objective: Objective,
+    options: AttackOptions,
+    on_step: Callable[[Sequence[Attempt]], None] | None = None,
+) -> list[Photo]:
+    """The photos after an attack, in the order in which they are given; arguments as of `attack_group`."""
+    # They end in another order, and by none of its parts is one told: a photo may be there twice, with other labels.
+    given = [(key, photo[:], objects) for key, photo, objects in photos]
+    done = attack_group(detector, given, objective, [], options, on_step)
+    made = {id(attempt.photo): attempt.adversarial for attempt in done}
+    return [made[id(photo)] for _, photo, _ in given]
 
 
 def kept_photo(subject: Subject, attack: "AttackSet | BlackBox", image: int) -> Photo:
     """The adversarial photo of an attack, of several the worst, `uint8 [H, W, 3]`, from the cache."""
-    data = subject.cache.get(attack.key(subject, image, PHOTO))
-    if data is None:
-        raise DetguardError(f"{subject.cache.file}: entries of this run were taken away; run it again")
-    return decode_photo(data)
+    return decode_photo(attack.kept(subject, image, PHOTO))
 
 
 @dataclass(frozen=True)

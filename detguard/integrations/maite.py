@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from detguard import DetguardError, defaults
-from detguard.attacks.group import attack_group
 from detguard.data.dataset import indexed, read_dataset
 from detguard.data.entries import Annotation, annotation
 from detguard.detections import MAX_DETECTIONS, Candidates, Detections
 from detguard.detectors.base import Detector
-from detguard.evaluation.attacks import attack_objective, pgd_options
+from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
 from detguard.evaluation.coco import coco_metrics, coco_results
 from detguard.evaluation.corruptions import corrupt
 from detguard.evaluation.metrics import STATS
@@ -225,8 +224,8 @@ class Attack:
         keys = [f"{number}/{one['id']}" for number, one in enumerate(metadatas)]
         given = zip(keys, map(to_photo, images), map(detections, targets), strict=True)
         options = pgd_options(self.eps, self.steps, len(keys), self.seed)
-        done = {one.key: one.adversarial for one in attack_group(self.detector, given, self.objective, [], options)}
-        return [like(done[key], image) for key, image in zip(keys, images, strict=True)], targets, metadatas
+        done = attacked(self.detector, given, self.objective, options)
+        return [like(photo, image) for photo, image in zip(done, images, strict=True)], targets, metadatas
 
 
 class MaiteDetector(Detector):
