@@ -26,10 +26,11 @@ from detguard.detections import MAX_DETECTIONS, Candidates, Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
 from detguard.evaluation.coco import coco_metrics, coco_results
-from detguard.evaluation.corruptions import corrupt
+from detguard.evaluation.corruptions import PUBLISHED, corrupt
 from detguard.evaluation.metrics import STATS
 from detguard.evaluation.views import LOWEST_CONFIDENCE
 from detguard.photos import Letterbox, Photo, photo_seed, read_photo
+from detguard.schema import check, one_of, whole
 from detguard.workflows.attack import as_photo
 
 Images = Sequence[ArrayLike]
@@ -137,7 +138,7 @@ class Dataset:
 
 
 class CocoMetric:
-    """The 12 COCO numbers by pycocotools over all images since `reset`.
+    """The 12 COCO numbers by hotcoco over all images since `reset`.
 
     As `detguard evaluate` has them, but that MAITE's targets know no crowds, and no areas other than those of boxes.
     """
@@ -180,9 +181,13 @@ class Corruption:
         kind: as fog.
         severity: 1..5.
         seed: of what is random in it.
+
+    Raises:
+        DetguardError: there is no such kind or severity.
     """
 
     def __init__(self, kind: str, severity: int, seed: int = 0) -> None:
+        check({"kind": kind, "severity": severity}, {"kind": one_of(*PUBLISHED), "severity": whole(1, 5)})
         self.kind, self.severity, self.seed = kind, severity, seed
         self.metadata = {"id": f"{kind}-{severity}"}
 
@@ -202,18 +207,19 @@ class Attack:
 
     Args:
         detector: what is attacked, and whose class indices label the images.
-        eps: largest change of a pixel value, whole levels of 255.
-        steps: of PGD.
+        eps: largest change of a pixel value, 1..255 whole levels of 255.
+        steps: of PGD, at least 1.
         attack: class, box or all of the training loss, vanish or rank, as of `detguard evaluate --attacks`.
         seed: of what is random.
 
     Raises:
-        DetguardError: no such attack, or the detector has no gradient.
+        DetguardError: no such attack, `eps` or `steps`, or the detector has no gradient.
     """
 
     def __init__(self, detector: Detector, eps: int = 4, steps: int = 20, attack: str = "all", seed: int = 0) -> None:
         if not detector.differentiable:
             raise DetguardError(f"{detector.name}: has no gradient; a white-box attack needs one")
+        check({"eps": eps, "steps": steps}, {"eps": whole(1, 255), "steps": whole(1)})
         self.detector, self.eps, self.steps, self.seed = detector, eps, steps, seed
         self.objective = attack_objective(attack, sorted(detector.class_names), detector)
         self.metadata = {"id": f"{attack}-eps{eps}-steps{steps}-on-{detector.name}"}
