@@ -89,7 +89,7 @@ class Detector(ABC):
         """
 
     def detect(
-        self, photos: Sequence[Photo], conf: float = 0.25, iou: float | None = None, *, multi_label: bool = False
+        self, photos: Sequence[Photo], conf: float | None = None, iou: float | None = None, *, multi_label: bool = False
     ) -> list[Detections]:
         """Detections by the tensor path that attacks use, in photo pixels, best first.
 
@@ -97,10 +97,11 @@ class Detector(ABC):
 
         Args:
             photos: `uint8 [H, W, 3]` RGB each.
-            conf: confidence over which an object counts as found, 0..1.
+            conf: confidence over which an object counts as found, 0..1, by default the detector's.
             iou: of NMS, 0..1, by default the detector's.
             multi_label: a candidate counts for every class over `conf`, not for its best class only.
         """
+        conf, iou = self.conf if conf is None else conf, self.iou if iou is None else iou
         found: list[Detections] = []
         placed = [(self.letterbox((photo.shape[0], photo.shape[1])), photo) for photo in photos]
         for _, group in groupby(placed, key=lambda pair: pair[0].frame):
@@ -108,7 +109,7 @@ class Detector(ABC):
             with torch.no_grad():
                 frames = [box(photo) for box, photo in zip(boxes, batch, strict=True)]
                 candidates = self.candidates(frames_tensor(frames, self.device))
-            detections = suppress(candidates, conf, self.iou if iou is None else iou, multi_label=multi_label)
+            detections = suppress(candidates, conf, iou, multi_label=multi_label)
             found += [to_photo(d, box) for d, box in zip(detections, boxes, strict=True)]
         return found
 

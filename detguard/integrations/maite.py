@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from detguard import DetguardError, defaults
-from detguard.data.dataset import indexed, read_dataset
-from detguard.data.entries import Annotation, annotation
+from detguard.data.dataset import read_dataset
 from detguard.detections import MAX_DETECTIONS, Candidates, Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
-from detguard.evaluation.coco import coco_metrics, coco_results
+from detguard.evaluation.coco import metrics_of_photos
 from detguard.evaluation.corruptions import PUBLISHED, corrupt
 from detguard.evaluation.metrics import STATS
 from detguard.evaluation.views import LOWEST_CONFIDENCE
@@ -159,18 +158,7 @@ class CocoMetric:
 
     def compute(self) -> dict[str, float]:
         """AP, AP50, ... by name; NaN where there is nothing to measure, as of AP where nothing is labelled."""
-        classes = sorted({int(c) for one in self._labelled for c in one.classes})
-        images = [{"id": number, "width": 1, "height": 1} for number in range(1, len(self._labelled) + 1)]
-        annotations: list[Annotation] = []
-        for number, one in enumerate(self._labelled, 1):
-            for (x1, y1, x2, y2), c in zip(one.boxes.tolist(), one.classes.tolist(), strict=True):
-                box = [x1, y1, x2 - x1, y2 - y1]
-                annotations.append(annotation(len(annotations), number, c, box, box[2] * box[3]))
-        categories = [{"id": c, "name": str(c)} for c in classes]
-        truth = indexed({"images": images, "annotations": annotations, "categories": categories})
-        known = {c: c for c in classes}
-        results = [r for number, one in enumerate(self._found, 1) for r in coco_results(number, one, known)]
-        stats = coco_metrics(truth, results, classes).stats
+        stats = metrics_of_photos(self._labelled, self._found, sizes=True).stats
         return {name: float("nan") if (value := stats[name]) is None else value for name in STATS}
 
 
