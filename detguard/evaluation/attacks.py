@@ -81,8 +81,21 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
     return KINDS["degrade"](tuple(targets), parts[name])
 
 
+class Attacked(View):
+    """An attack on what is labelled; part "photo" holds what it made of each photo, of several attacks the worst."""
+
+    @override
+    def depends_on(self, subject: Subject, image: int) -> object:
+        return [subject.labels[image], sorted(subject.category_ids)]
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        """The attacked photos, from the cache."""
+        return [kept_photo(batch.subject, self, image) for image in batch.images]
+
+
 @dataclass(frozen=True)
-class AttackSet(View):
+class AttackSet(Attacked):
     """White-box PGD by several attacks and restarts, and the worst of them for each photo, as 8-bit photos.
 
     eps: levels of 255; steps: of each, of SQUARE its queries. Part "worst" holds the detections of the worst attack on
@@ -119,15 +132,6 @@ class AttackSet(View):
     @override
     def cost(self) -> int:
         return len(self.runs) * ((1 if self.attacks == (SQUARE,) else 3) * self.steps + 2)
-
-    @override
-    def depends_on(self, subject: Subject, image: int) -> object:
-        return [subject.labels[image], sorted(subject.category_ids)]
-
-    @override
-    def show(self, batch: Batch) -> list[Photo]:
-        """The worst photos, from the cache."""
-        return [kept_photo(batch.subject, self, image) for image in batch.images]
 
     @override
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:
@@ -211,7 +215,7 @@ def attacked(
     return [made[id(photo)] for _, photo, _ in given]
 
 
-def kept_photo(subject: Subject, attack: "AttackSet | BlackBox", image: int) -> Photo:
+def kept_photo(subject: Subject, attack: Attacked, image: int) -> Photo:
     """The adversarial photo of an attack, of several the worst, `uint8 [H, W, 3]`, from the cache."""
     return decode_photo(attack.kept(subject, image, PHOTO))
 
@@ -242,7 +246,7 @@ class Transferred(View):
 
 
 @dataclass(frozen=True)
-class BlackBox(View):
+class BlackBox(Attacked):
     """Square attack on the whole training loss, read off the detector's candidates: no gradient."""
 
     eps: int
@@ -259,19 +263,10 @@ class BlackBox(View):
     def cost(self) -> int:
         return self.queries + 1
 
-    @override
-    def depends_on(self, subject: Subject, image: int) -> object:
-        return [subject.labels[image], sorted(subject.category_ids)]
-
     @property
     @override
     def parts(self) -> tuple[str, ...]:
         return ("", PHOTO)
-
-    @override
-    def show(self, batch: Batch) -> list[Photo]:
-        """The attacked photos, from the cache."""
-        return [kept_photo(batch.subject, self, image) for image in batch.images]
 
     @override
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:
