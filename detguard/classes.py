@@ -53,19 +53,22 @@ def parse_map(text: str | None) -> dict[str, str]:
     return made
 
 
-def check_map(class_map: Mapping[str, str], known: Iterable[str]) -> None:
-    """See that classes are mapped to some that a detector has.
+def check_map(class_map: Mapping[str, str] | None, known: Iterable[str]) -> dict[str, str]:
+    """A map of classes to those that a detector has, given in any letter case, as the detector spells them.
 
     Raises:
-        DetguardError: to another one; names the nearest.
+        DetguardError: one is mapped to another class; names the nearest.
     """
     known = list(known)
-    names = {one.strip().lower() for one in known}
-    for name, to in class_map.items():
-        if to.strip().lower() not in names:
+    spelt = {one.strip().lower(): one for one in known} | {one: one for one in known}
+    checked = {}
+    for name, to in (class_map or {}).items():
+        if (found := spelt.get(to, spelt.get(to.strip().lower()))) is None:
             near = meant(to, known)
             advice = f"; did you mean {name}={near}?" if near else ""
             raise DetguardError(f"`class_map` {name}={to}: the detector has no class '{to}'{advice}")
+        checked[name] = found
+    return checked
 
 
 def left_out(boxes: Mapping[str, int], known: Iterable[str]) -> str:

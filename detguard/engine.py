@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detguard import DetguardError, first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,17 +30,35 @@ def keep_freed_memory() -> None:
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def torch_device(name: str) -> str:
+def torch_device(name: "str | int | torch.device") -> str:
     """What torch calls a device.
 
     Args:
         name: as users name it: auto (a GPU where CUDA finds one, else the CPU), a number of a GPU, or as torch does.
     """
+    name = str(name)
     if name == "auto":
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{name}" if name.isdecimal() else name
+
+
+def usable_device(name: "str | int | torch.device") -> str:
+    """What torch calls a device, as `torch_device`, that it has here.
+
+    Raises:
+        DetguardError: it cannot be used.
+    """
+    import torch
+
+    device = torch_device(name)
+    try:
+        float(torch.zeros(1, device=device))  # of "meta", which holds no numbers, too
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
+        raise DetguardError(f"`device` {device}: cannot be used ({reason})") from error
+    return device
 
 
 def with_doubles(x: "torch.Tensor") -> "torch.Tensor":

@@ -1,6 +1,7 @@
 """Files and text as if a stranger wrote them: regular, of bounded size, parsed by parsers that build plain data only.
 
-Everything that detguard reads from disk, photos and weights included, comes through `read_file`.
+What detguard reads from disk comes through `open_file`, but for what libraries open by its name: of weights,
+`detectors/load.py` sees first that they are regular and of bounded size.
 """
 
 import json

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from detguard import DetguardError
-from detguard.engine import torch_device
+from detguard.engine import torch_device, usable_device
 
 Thing = TypeVar("Thing")
 CPU = torch.device("cpu")
@@ -42,10 +42,10 @@ class Ranks:
         Raises:
             DetguardError: the device cannot be used, or several processes would share one GPU.
         """
-        device = torch_device(device)
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
-            return cls(torch.device(device))
+            return cls(torch.device(usable_device(device)))
+        device = torch_device(device)
         if ":" in device:
             raise DetguardError(f"`device` {device}: {count} processes get a GPU each; give `device` cuda")
         from accelerate import PartialState

@@ -83,7 +83,8 @@ def attack_photos(
 ) -> Iterator[Record]:
     """Attack `files` (key -> file); yields each photo's record once its files are on disk and it is appended.
 
-    A photo that cannot be read, or whose results cannot be written, gives a record with status "error".
+    A photo that cannot be read, that a detector refuses, or whose results cannot be written, gives a record with
+    status "error".
     """
     started: dict[str, tuple[float, list[Detections]]] = {}
     victims = [Victim(job.detector, job.objective), *job.also]
@@ -96,12 +97,12 @@ def attack_photos(
                 if max(photo.shape) > MOST_ENCODED:  # in the midst of a group, an error would end those of others, too
                     for transform in job.transforms:
                         transform.draw(np.random.default_rng(0))(photo)
+                begin = time.perf_counter()
+                # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
+                clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in victims]
             except DetguardError as error:
                 unattackable.append(_append(job.run, failure(key, file, error)))
                 continue
-            begin = time.perf_counter()
-            # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
-            clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in victims]
             there = clean[0].above(job.options.conf)
             if blind := blind_one(victims, clean, job.options.conf):
                 record = {"key": key, "photo": str(file), "status": "no-target"}

@@ -168,9 +168,9 @@ def evaluate(
     Exit code: 0 done, 1 less than --fail-under, 2 wrong use, or photos that could not be read (the rest is still done).
     """
     from detguard.classes import parse_map
-    from detguard.data.corruptions import chosen_kinds
     from detguard.data.entries import LOST
     from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.evaluation.corruptions import PUBLISHED
     from detguard.evaluation.floors import read_floors
     from detguard.evaluation.pictures import check_pictures
     from detguard.evaluation.run import measure_cost
@@ -205,7 +205,7 @@ def evaluate(
                 "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
                 "universal": str(universal) if universal else None, "save_images": save_images,
                 "corruption_file": str(corruption_file) if corruption_file else None,
-                "corruptions": list(chosen_kinds(None if corruptions is None else names(corruptions))),
+                "corruptions": list(PUBLISHED) if corruptions is None else names(corruptions),
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -46,25 +47,46 @@ def ahead(
     Raises:
         AheadError: it is killed or hangs again and again.
     """
+    with _undisturbed():
+        number, failed = first, 0
+        while number < last:
+            makers = _Makers(make, number, last, workers, pinned=pinned)
+            try:
+                while number < last:
+                    thing = makers.next(patience)
+                    number, failed = number + 1, 0
+                    yield thing
+            except _Lost:
+                failed += 1
+                if failed == ATTEMPTS:
+                    raise AheadError(
+                        f"a process that makes photos ahead was killed or hung {ATTEMPTS} times at number {number + 1};"
+                        " see that there is memory for it, in containers shared memory too (--shm-size), or give fewer "
+                        "`workers` where there is such an option, and go on with `resume`"
+                    ) from None
+            finally:
+                makers.end()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Have OpenCV work in one thread and nothing raise the death of a process; afterwards all is as it was."""
+    threads, torchs = cv2.getNumThreads(), signal_handling._SIGCHLD_handler_set
     cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
-    number, failed = first, 0
-    while number < last:
-        makers = _Makers(make, number, last, workers, pinned=pinned)
-        try:
-            while number < last:
-                thing = makers.next(patience)
-                number, failed = number + 1, 0
-                yield thing
-        except _Lost:
-            failed += 1
-            if failed == ATTEMPTS:
-                raise AheadError(
-                    f"a process that makes photos ahead was killed or hung {ATTEMPTS} times at number {number + 1}; "
-                    "see that there is memory for it, in containers shared memory too (--shm-size), or give fewer "
-                    "`workers` where there is such an option, and go on with `resume`"
-                ) from None
-        finally:
-            makers.end()
+    # torch's own handler would raise the death of a process in the midst of a step, or of a start.
+    signal_handling._SIGCHLD_handler_set = True
+    theirs = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if _handles_deaths() else None
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
+        signal_handling._SIGCHLD_handler_set = torchs
+        if theirs is not None and _handles_deaths():
+            signal.signal(signal.SIGCHLD, theirs)
+
+
+def _handles_deaths() -> bool:
+    return hasattr(signal, "SIGCHLD") and current_thread() is main_thread()
 
 
 class _Lost(Exception):
@@ -95,10 +117,6 @@ class _Makers(Generic[Thing]):
             generator=torch.Generator(),  # or it would draw from that of training
         )
         others = set(multiprocessing.active_children())
-        # torch's own handler would raise the death of a process in the midst of a step, or of a start.
-        signal_handling._SIGCHLD_handler_set = True
-        if hasattr(signal, "SIGCHLD") and current_thread() is main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._things = iter(loader)
         self._processes: list[BaseProcess] = [p for p in multiprocessing.active_children() if p not in others]
 

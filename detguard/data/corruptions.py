@@ -2,11 +2,11 @@
 
 Kinds and strengths are those of Hendrycks and Dietterich (2019, ImageNet-C), as Michaelis et al. (2019) brought them
 to detection: at the photo's own resolution, boxes unchanged. Albumentations makes those that it defines alike;
-`KINDS` says where ours differ. Training and attacks use these; detectors are judged under the published ones
+Comments in `KINDS` say where ours differ. Training and attacks use these; detectors are judged under the published ones
 (`evaluation/corruptions.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,11 +24,9 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Kind:
-    """One corruption: its group, who makes it, and how it differs from that of ImageNet-C ("" if it does not)."""
+    """One corruption and its group."""
 
     group: str
-    made_by: str
-    differs: str
     apply: Callable[[Photo, int, int], Photo]
 
 
@@ -157,40 +155,32 @@ def _elastic(x: Floats, i: int, rng: np.random.Generator) -> Floats:
 KINDS: dict[str, Kind] = {
     "gaussian_noise": Kind(
         "noise",
-        "albumentations",
-        "",
         _library(lambda i: A.GaussNoise(std_range=((0.08, 0.12, 0.18, 0.26, 0.38)[i],) * 2, p=1)),
     ),
-    "shot_noise": Kind("noise", "detguard", "", _own(_shot)),
-    "impulse_noise": Kind("noise", "detguard", "", _own(_impulse)),
+    "shot_noise": Kind("noise", _own(_shot)),
+    "impulse_noise": Kind("noise", _own(_impulse)),
     "defocus_blur": Kind(
         "blur",
-        "albumentations",
-        "",
         _library(
             lambda i: A.Defocus(radius=((3, 4, 6, 8, 10)[i],) * 2, alias_blur=((0.1, 0.5, 0.5, 0.5, 0.5)[i],) * 2, p=1)
         ),
     ),
+    # all pixels swap at once, not one after another
     "glass_blur": Kind(
         "blur",
-        "albumentations",
-        "all pixels swap at once, not one after another",
         _library(
             lambda i: A.GlassBlur(
                 sigma=(0.7, 0.9, 1, 1.1, 1.5)[i], max_delta=(1, 2, 2, 3, 4)[i], iterations=(2, 1, 3, 2, 2)[i], p=1
             )
         ),
     ),
+    # even weights along a line of 7 to 25 px, not fading ones
     "motion_blur": Kind(
         "blur",
-        "albumentations",
-        "even weights along a line of 7 to 25 px, not fading ones",
         _library(lambda i: A.MotionBlur(blur_limit=((7, 11, 15, 19, 25)[i],) * 2, allow_shifted=False, p=1)),
     ),
     "zoom_blur": Kind(
         "blur",
-        "albumentations",
-        "",
         _library(
             lambda i: A.ZoomBlur(
                 max_factor=((1.11, 1.16, 1.21, 1.26, 1.31)[i],) * 2,
@@ -199,18 +189,18 @@ KINDS: dict[str, Kind] = {
             )
         ),
     ),
-    "snow": Kind("weather", "detguard", "even weights along a flake's streak", _own(_snow)),
-    "frost": Kind("weather", "detguard", "drawn ice; theirs are photos of frost", _own(_frost)),
-    "fog": Kind("weather", "detguard", "octaves of smooth noise, not midpoint displacement", _own(_fog)),
-    "brightness": Kind("digital", "detguard", "", _own(_brightness)),
-    "contrast": Kind("digital", "detguard", "", _own(_contrast)),
-    "elastic_transform": Kind(
-        "digital", "detguard", "no affine part, strength rises with severity, relative to the photo", _own(_elastic)
-    ),
+    # even weights along a flake's streak
+    "snow": Kind("weather", _own(_snow)),
+    # drawn ice; theirs are photos of frost
+    "frost": Kind("weather", _own(_frost)),
+    # octaves of smooth noise, not midpoint displacement
+    "fog": Kind("weather", _own(_fog)),
+    "brightness": Kind("digital", _own(_brightness)),
+    "contrast": Kind("digital", _own(_contrast)),
+    # no affine part, strength rises with severity, relative to the photo
+    "elastic_transform": Kind("digital", _own(_elastic)),
     "pixelate": Kind(
         "digital",
-        "albumentations",
-        "",
         _library(
             lambda i: A.Downscale(
                 scale_range=((0.6, 0.5, 0.4, 0.3, 0.25)[i],) * 2,
@@ -221,20 +211,18 @@ KINDS: dict[str, Kind] = {
     ),
     "jpeg_compression": Kind(
         "digital",
-        "albumentations",
-        "",
         _library(lambda i: A.ImageCompression(quality_range=((25, 18, 15, 10, 7)[i],) * 2, p=1)),
     ),
 }
 
 
-def chosen_kinds(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The kinds of corruptions of these names, by default all.
+def chosen_kinds(names: Sequence[str] | None, known: Collection[str] = KINDS.keys()) -> tuple[str, ...]:
+    """The kinds of corruptions of these names, by default all that are known.
 
     Raises:
         DetguardError: one of them is not known, or there is none.
     """
-    kinds = tuple(KINDS) if names is None else tuple(names)
-    if not kinds or not set(kinds) <= KINDS.keys():
-        raise DetguardError(f"`corruptions` {','.join(kinds)}: expected some of {', '.join(KINDS)}")
+    kinds = tuple(known if names is None else names)
+    if not kinds or not set(kinds) <= set(known):
+        raise DetguardError(f"`corruptions` {','.join(kinds)}: expected some of {', '.join(known)}")
     return kinds

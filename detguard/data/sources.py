@@ -118,7 +118,7 @@ def read_labelled(
     class_map: names of its classes -> the detector's.
     """
     source = with_samples(source)
-    check_map(class_map or {}, class_names.values())
+    class_map = check_map(class_map, class_names.values())
     if Path(source).suffix == ".jsonl":
         photos, faults = read_lines(source, class_names, class_map), Faults()
         if boxes := unknown_boxes(one.unknown for one in photos):

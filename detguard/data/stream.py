@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from detguard.classes import check_map
 from detguard.data.coco import TIME
 from detguard.data.dataset import Dataset
 from detguard.data.entries import DataError
@@ -121,11 +122,12 @@ def from_lines(
     {"id": "17", "photo": "a.jpg"}, then {"id": "17", "objects": [...]}. A line that is not such an object is given as
     the error that names it by its number. source: where the lines are from, for errors; class_map: names of their
     classes -> the detector's.
+
+    Raises:
+        DetguardError: the detector has no class that is mapped to, or several of one name.
     """
     index = _index(class_names, source, class_map)
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _labelled(line, index, f"{source} line {number}")
+    return (_labelled(line, index, f"{source} line {number}") for number, line in enumerate(lines, 1) if line.strip())
 
 
 def from_records(
@@ -136,8 +138,10 @@ def from_records(
 ) -> Iterator[Labelled | Labels | DataError]:
     """Photos from mappings such as lines are, as `from_lines`; errors stay what they are."""
     index = _index(class_names, source, class_map)
-    for number, record in enumerate(records, 1):
-        yield record if isinstance(record, DataError) else _labelled(record, index, f"{source} {number}")
+    return (
+        record if isinstance(record, DataError) else _labelled(record, index, f"{source} {number}")
+        for number, record in enumerate(records, 1)
+    )
 
 
 def read_lines(
@@ -169,9 +173,9 @@ def _index(class_names: dict[int, str], source: str, class_map: Mapping[str, str
     index = {name: number for number, name in class_names.items()}
     if len(index) < len(class_names):
         raise DataError(f"{source}: the detector has several classes of one name, which labels cannot tell apart")
-    renamed = class_map or {}
+    renamed = check_map(class_map, class_names.values())
     kept = {name: number for name, number in index.items() if name not in renamed}
-    return kept | {name: index[to] for name, to in renamed.items() if to in index}
+    return kept | {name: index[to] for name, to in renamed.items()}
 
 
 def _labelled(one: bytes | Mapping[str, object], index: dict[str, int], where: str) -> Labelled | Labels | DataError:

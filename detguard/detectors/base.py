@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detguard import DetguardError, defaults
 from detguard.classes import meant
 from detguard.detections import Candidates, Detections, suppress
-from detguard.files import is_file, read_file
+from detguard.detectors.loaded_code import loaded_code, package
 from detguard.photos import Letterbox, Photo, frames_tensor
 
 
@@ -89,7 +89,7 @@ class Detector(ABC):
         """
 
     def detect(
-        self, photos: Sequence[Photo], conf: float = 0.25, iou: float | None = None, *, multi_label: bool = False
+        self, photos: Sequence[Photo], conf: float | None = None, iou: float | None = None, *, multi_label: bool = False
     ) -> list[Detections]:
         """Detections by the tensor path that attacks use, in photo pixels, best first.
 
@@ -97,10 +97,11 @@ class Detector(ABC):
 
         Args:
             photos: `uint8 [H, W, 3]` RGB each.
-            conf: confidence over which an object counts as found, 0..1.
+            conf: confidence over which an object counts as found, 0..1, by default the detector's.
             iou: of NMS, 0..1, by default the detector's.
             multi_label: a candidate counts for every class over `conf`, not for its best class only.
         """
+        conf, iou = self.conf if conf is None else conf, self.iou if iou is None else iou
         found: list[Detections] = []
         placed = [(self.letterbox((photo.shape[0], photo.shape[1])), photo) for photo in photos]
         for _, group in groupby(placed, key=lambda pair: pair[0].frame):
@@ -108,7 +109,7 @@ class Detector(ABC):
             with torch.no_grad():
                 frames = [box(photo) for box, photo in zip(boxes, batch, strict=True)]
                 candidates = self.candidates(frames_tensor(frames, self.device))
-            detections = suppress(candidates, conf, self.iou if iou is None else iou, multi_label=multi_label)
+            detections = suppress(candidates, conf, iou, multi_label=multi_label)
             found += [to_photo(d, box) for d, box in zip(detections, boxes, strict=True)]
         return found
 
@@ -121,15 +122,15 @@ class Detector(ABC):
         return digest.hexdigest()
 
     def _own_code(self) -> bytes:
-        """Of a detector of the user's own, the function that made it, and the files of its class and of that function.
-
-        What they import is not seen.
-        """
-        if type(self).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        """Of a detector of the user's own, what it and the function that made it are, as `loaded_code` tells it."""
+        ours = package(Detector)
+        if package(type(self)) == ours:
             return b""
-        modules = [type(self).__module__, self.source.rpartition(":")[0]]
-        files = [getattr(sys.modules.get(module), "__file__", None) for module in modules]
-        return self.source.encode() + b"".join(read_file(file) for file in files if file and is_file(Path(file)))
+        module, _, factory = self.source.rpartition(":")
+        made_by = getattr(sys.modules.get(module), factory, None)
+        packages = {package(kind) for kind in type(self).__mro__ if issubclass(kind, Detector)} | {package(made_by)}
+        things = [self, made_by, *map(type, self.model.modules())]
+        return "\n".join(loaded_code(things, packages - {ours, ""})).encode()
 
     def class_index(self, name: str) -> int:
         """The index of a class by its name, in any letter case.

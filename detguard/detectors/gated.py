@@ -455,9 +455,9 @@ class Gated(Family):
         fusion: str | None = None,
         **options: Any,
     ) -> GatedDetector:
-        if top_k:
+        if top_k is not None:
             network.top_k = top_k if top_k < len(network.names) else None
-        if fusion:
+        if fusion is not None:
             network.fusion = str(parse_fusion(fusion))
         return GatedDetector(network, name, imgsz, device)
 

@@ -13,17 +13,23 @@ from detguard import DetguardError, defaults, first_line
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
-from detguard.engine import torch_device
+from detguard.engine import usable_device
 from detguard.files import JsonObject, is_file, read_json, write_file
-from detguard.schema import Config
+from detguard.schema import Config, Maybe, Shape, check, real, whole
 
 if TYPE_CHECKING:
+    import torch
     from ultralytics.models import YOLO
 
     from detguard.detectors.base import Detector, Family
     from detguard.detectors.gated import GatedNetwork
 
 BUNDLED = defaults.MODEL
+OPTIONS: Shape = {
+    "imgsz": Maybe(whole(SIZES.start, SIZES.stop - 1)),
+    "top_k": Maybe(whole(1)),
+    "iou": Maybe(real(0, 1)),
+}
 # What a detector is that does not take an option.
 LACKS = {
     "end_to_end": "has no head that works without NMS",
@@ -35,7 +41,7 @@ LACKS = {
 def load_detector(
     name: "str | Path | YOLO" = BUNDLED,
     imgsz: int | None = None,
-    device: str = defaults.DEVICE,
+    device: "str | int | torch.device" = defaults.DEVICE,
     top_k: int | None = None,
     fusion: str | None = None,
     iou: float | None = None,
@@ -48,18 +54,19 @@ def load_detector(
     Args:
         name: one of these, or an `ultralytics.YOLO` object, as it is in memory: a copy, which its further training does
             not change; or `module:factory`, a function of yours that returns a `Detector` (with `trust`).
-        imgsz: longest side of a frame, px; by default what the weights were made for.
+        imgsz: longest side of a frame, 32..4096 px; by default what the weights were made for.
         trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
             name like `module:factory` means.
         device: of torch: cpu, cuda, 0 or cuda:0, xpu or mps; by default a GPU where CUDA finds one, else (and for
             .onnx) the CPU.
         end_to_end: the head without NMS of YOLOv10 and YOLO26.
-        top_k: experts that a gated ensemble evaluates per photo; by default as it was made.
+        top_k: experts that a gated ensemble evaluates per photo, at least 1; by default as it was made.
         fusion: how they become one answer, `bounded:B` or `average:F`; by default as it was made.
         iou: overlap, 0..1, over which NMS drops the worse of two boxes; by default the family's own.
 
     Raises:
-        DetguardError: no such weights, or they are damaged, of another kind, or would execute code.
+        DetguardError: no such weights, or they are damaged, of another kind, or would execute code; or an option is out
+            of its range.
 
     Examples:
         >>> import detguard
@@ -67,20 +74,14 @@ def load_detector(
         >>> detector.class_names[0], detector.imgsz
         ('person', 320)
     """
-    import torch
-
     from detguard.detectors.custom import is_custom, load_custom
 
+    check({"imgsz": imgsz, "top_k": top_k, "iou": iou}, OPTIONS)
     if device == defaults.DEVICE and Path(str(name)).suffix == ".onnx":
         device = "cpu"  # onnxruntime for GPUs is another package
-    device = torch_device(device)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
-        raise DetguardError(f"`device` {device}: cannot be used ({reason})") from error
+    device = usable_device(device)
     if isinstance(name, str | Path) and is_custom(name):
-        if imgsz or end_to_end or top_k or fusion:
+        if imgsz or end_to_end or top_k or fusion is not None:
             raise DetguardError(f"{name}: is made by your own function; `imgsz`, `end_to_end` and such are up to it")
         detector = load_custom(str(name), device, trust=trust)
     else:
@@ -108,7 +109,9 @@ def _of_yolo(model: object) -> tuple[nn.Module, int, str]:
         )
     arguments = getattr(network, "args", None)
     size = frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
-    return network, size, str(getattr(model, "ckpt_path", None) or getattr(model, "model_name", None) or "yolo")
+    # After training the network is another one than that which the object was made of, and knows its own file.
+    named = (getattr(of, key, None) for of, key in ((network, "pt_path"), (model, "ckpt_path"), (model, "model_name")))
+    return network, size, str(next(filter(None, named), "yolo"))
 
 
 def _of_network(
@@ -118,7 +121,7 @@ def _of_network(
     from detguard.detectors.families import FAMILIES
 
     family = next(family for family in FAMILIES if family.owns(model))
-    given = {option: value for option, value in options.items() if value}
+    given = {option: value for option, value in options.items() if value not in (None, False)}
     for option in sorted(given.keys() - family.options):
         raise DetguardError(f"`{option}`: {name} {LACKS[option]}")
     return family.detector(model, Path(name).stem, imgsz or size, device, **given)
@@ -126,8 +129,10 @@ def _of_network(
 
 def detector_config(detector: "Detector", model: str) -> Config:
     """What a run's config keeps of its detector; `model` is the name or file as the user gave it."""
+    from detguard.detectors.gated import GatedNetwork
+
     network: Any = detector.model
-    experts = len(network.names) if hasattr(network, "fusion") else None
+    experts = len(network.names) if isinstance(network, GatedNetwork) else None
     return {
         "model": model,
         "imgsz": detector.imgsz,

@@ -1,13 +1,14 @@
 """Attacks as views: white-box on the training loss and on confidence, transferred, and black-box."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Linf
-from detguard.attacks.group import AttackOptions, attack_group
+from detguard.attacks.group import AttackOptions, Attempt, attack_group
+from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.cache import pack
 from detguard.evaluation.coco import value_left
@@ -80,8 +81,21 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
     return KINDS["degrade"](tuple(targets), parts[name])
 
 
+class Attacked(View):
+    """An attack on what is labelled; part "photo" holds what it made of each photo, of several attacks the worst."""
+
+    @override
+    def depends_on(self, subject: Subject, image: int) -> object:
+        return [subject.labels[image], sorted(subject.category_ids)]
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        """The attacked photos, from the cache."""
+        return [kept_photo(batch.subject, self, image) for image in batch.images]
+
+
 @dataclass(frozen=True)
-class AttackSet(View):
+class AttackSet(Attacked):
     """White-box PGD by several attacks and restarts, and the worst of them for each photo, as 8-bit photos.
 
     eps: levels of 255; steps: of each, of SQUARE its queries. Part "worst" holds the detections of the worst attack on
@@ -118,15 +132,6 @@ class AttackSet(View):
     @override
     def cost(self) -> int:
         return len(self.runs) * ((1 if self.attacks == (SQUARE,) else 3) * self.steps + 2)
-
-    @override
-    def depends_on(self, subject: Subject, image: int) -> object:
-        return [subject.labels[image], sorted(subject.category_ids)]
-
-    @override
-    def show(self, batch: Batch) -> list[Photo]:
-        """The worst photos, from the cache."""
-        return [kept_photo(batch.subject, self, image) for image in batch.images]
 
     @override
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:
@@ -192,17 +197,27 @@ def square_photos(batch: Batch, eps: int, queries: int, seed: int) -> list[Photo
 def attacked_photos(batch: Batch, detector: Detector, objective: Objective, options: AttackOptions) -> list[Photo]:
     """The photos of a batch after an attack on what is labelled in them."""
     keys = [batch.subject.hashes[image] for image in batch.images]
-    found = attack_group(detector, zip(keys, batch.photos, batch.objects, strict=True), objective, [], options)
-    done = {attempt.key: attempt.adversarial for attempt in found}
-    return [done[key] for key in keys]
+    return attacked(detector, zip(keys, batch.photos, batch.objects, strict=True), objective, options)
 
 
-def kept_photo(subject: Subject, attack: "AttackSet | BlackBox", image: int) -> Photo:
+def attacked(
+    detector: Detector,
+    photos: Iterable[tuple[str, Photo, Detections]],
+    objective: Objective,
+    options: AttackOptions,
+    on_step: Callable[[Sequence[Attempt]], None] | None = None,
+) -> list[Photo]:
+    """The photos after an attack, in the order in which they are given; arguments as of `attack_group`."""
+    # They end in another order, and by none of its parts is one told: a photo may be there twice, with other labels.
+    given = [(key, photo[:], objects) for key, photo, objects in photos]
+    done = attack_group(detector, given, objective, [], options, on_step)
+    made = {id(attempt.photo): attempt.adversarial for attempt in done}
+    return [made[id(photo)] for _, photo, _ in given]
+
+
+def kept_photo(subject: Subject, attack: Attacked, image: int) -> Photo:
     """The adversarial photo of an attack, of several the worst, `uint8 [H, W, 3]`, from the cache."""
-    data = subject.cache.get(attack.key(subject, image, PHOTO))
-    if data is None:
-        raise DetguardError(f"{subject.cache.file}: entries of this run were taken away; run it again")
-    return decode_photo(data)
+    return decode_photo(attack.kept(subject, image, PHOTO))
 
 
 @dataclass(frozen=True)
@@ -231,7 +246,7 @@ class Transferred(View):
 
 
 @dataclass(frozen=True)
-class BlackBox(View):
+class BlackBox(Attacked):
     """Square attack on the whole training loss, read off the detector's candidates: no gradient."""
 
     eps: int
@@ -248,19 +263,10 @@ class BlackBox(View):
     def cost(self) -> int:
         return self.queries + 1
 
-    @override
-    def depends_on(self, subject: Subject, image: int) -> object:
-        return [subject.labels[image], sorted(subject.category_ids)]
-
     @property
     @override
     def parts(self) -> tuple[str, ...]:
         return ("", PHOTO)
-
-    @override
-    def show(self, batch: Batch) -> list[Photo]:
-        """The attacked photos, from the cache."""
-        return [kept_photo(batch.subject, self, image) for image in batch.images]
 
     @override
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:

@@ -154,11 +154,11 @@ def _judge(
 
 
 def metrics_of_photos(
-    objects: Sequence[Detections], found: Sequence[Detections], *, drawn: bool = False
+    objects: Sequence[Detections], found: Sequence[Detections], *, sizes: bool = False, drawn: bool = False
 ) -> CocoMetrics:
     """COCO's AP and AP50 of some photos, by the labelled objects and the detections of each; classes by index.
 
-    `drawn`: as of `coco_metrics`.
+    `sizes`, for all 12 numbers, and `drawn`: as of `coco_metrics`; areas are those of boxes.
     """
     known = (coco_results(image, o, {int(c): int(c) for c in o.classes}) for image, o in enumerate(objects))
     labelled = [
@@ -171,7 +171,7 @@ def metrics_of_photos(
     annotations = indexed({"images": images, "annotations": labelled, "categories": names})
     same = {category: category for category in categories}
     results = [r for image, d in enumerate(found) for r in coco_results(image, d, same)]
-    return coco_metrics(annotations, results, categories, sizes=False, drawn=drawn)
+    return coco_metrics(annotations, results, categories, sizes=sizes, drawn=drawn)
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from albumentations import Compose
 
 PACKAGE = "imagecorruptions-imaug"
+PUBLISHED = (
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+)  # fmt: skip
 # The package refuses smaller photos.
 LEAST_SIDE = 32
 # Those that draw otherwise than by numpy's global generator.
@@ -39,7 +43,7 @@ def corrupt(photo: Photo, kind: str, severity: int, seed: int) -> Photo:
 
     Args:
         photo: `uint8 [H, W, 3]` RGB; one with a side under 32 px is corrupted within its mirror image.
-        kind: one of `data.corruptions.KINDS`.
+        kind: one of PUBLISHED.
         severity: 1..5.
         seed: 0..2**32 - 1.
     """

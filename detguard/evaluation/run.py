@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from detguard import DetguardError, __version__, defaults
-from detguard.data.corruptions import KINDS, SEVERITIES, chosen_kinds
+from detguard.data.corruptions import SEVERITIES, chosen_kinds
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
@@ -20,7 +20,7 @@ from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import CocoMetrics
 from detguard.evaluation.compare import Compared
-from detguard.evaluation.corruptions import PACKAGE
+from detguard.evaluation.corruptions import PACKAGE, PUBLISHED
 from detguard.evaluation.metrics import (
     DRAWS,
     METRICS,
@@ -95,7 +95,7 @@ class Protocols:
     patch_target: str = defaults.Evaluate.patch_target
     patch_size: float = defaults.Evaluate.patch_size
     universal: str | None = None
-    corruptions: tuple[str, ...] = tuple(KINDS)
+    corruptions: tuple[str, ...] = PUBLISHED
     corruption_file: str | None = None
     save_images: bool = False
 
@@ -115,7 +115,7 @@ class Protocols:
         for attack in self.attacks:
             if attack not in ATTACKS:
                 raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
-        chosen_kinds(self.corruptions)
+        chosen_kinds(self.corruptions, PUBLISHED)
         _ = self.own_corruption  # a wrong file leaves no run behind
         for name in SEVERAL:  # what is given twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))

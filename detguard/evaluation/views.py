@@ -113,8 +113,12 @@ class Subject:
         shapes: dict[tuple[int, int], list[int]] = {}
         for image in [image for image in self.hashes if image in self.dataset.files]:
             entry = self.dataset.annotations.imgs[image]
-            frame = self.detector.letterbox((entry["height"], entry["width"])).frame
-            shapes.setdefault(frame, []).append(image)
+            try:
+                frame = self.detector.letterbox((entry["height"], entry["width"])).frame
+            except DetguardError as error:  # a shape that it does not take
+                self.dataset.drop(image, f"{self.dataset.files[image]}: {error}")
+            else:
+                shapes.setdefault(frame, []).append(image)
         return [ids[i : i + BATCH] for _, ids in sorted(shapes.items()) for i in range(0, len(ids), BATCH)]
 
 
@@ -213,12 +217,20 @@ class View(ABC):
         """Whether all parts of one photo are in the cache."""
         return all(self.key(subject, image, part) in subject.cache for part in self.parts)
 
-    def load(self, subject: Subject, image: int, part: str = "") -> Detections:
-        """What was found on one photo, from the cache."""
+    def kept(self, subject: Subject, image: int, part: str = "") -> bytes:
+        """What the cache keeps of one part of one photo.
+
+        Raises:
+            DetguardError: it is not there any more.
+        """
         data = subject.cache.get(self.key(subject, image, part))
         if data is None:
             raise DetguardError(f"{subject.cache.file}: entries of this run were taken away; run it again")
-        return unpack(data)
+        return data
+
+    def load(self, subject: Subject, image: int, part: str = "") -> Detections:
+        """What was found on one photo, from the cache."""
+        return unpack(self.kept(subject, image, part))
 
 
 @dataclass(frozen=True)

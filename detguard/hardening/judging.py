@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from detguard.attacks.group import attack_group
 from detguard.attacks.samples import from_records
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
-from detguard.evaluation.attacks import attack_objective, pgd_options
+from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.metrics import Figure
 from detguard.evaluation.views import BATCH, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
@@ -110,6 +109,4 @@ def _attacked(detector: Detector, labelled: Sequence[Labelled], eps: int, on_ste
     known = {index for one in labelled for index in (detector.class_names if one.known is None else one.known)}
     objective, options = attack_objective("all", sorted(known), detector), pgd_options(eps, STEPS, BATCH)
     photos = ((str(i), read_photo(one.file), one.objects) for i, one in enumerate(labelled))
-    done = attack_group(detector, photos, objective, [], options, lambda _: on_step())
-    made = {attempt.key: attempt.adversarial for attempt in done}
-    return [made[str(i)] for i in range(len(labelled))]
+    return attacked(detector, photos, objective, options, lambda _: on_step())

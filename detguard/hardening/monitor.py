@@ -21,7 +21,7 @@ from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
-from detguard.photos import PhotoError, read_photo
+from detguard.photos import read_photo
 from detguard.runs import Record, Run
 
 # Of the levels before and after, so much must be lost: a change too small to matter is no alarm.
@@ -341,8 +341,8 @@ def observe(
     A detector that takes another one's place is judged from there on. Where a photo without labels is shown and the
     confidence has dropped as accuracy would have to, its `hint` is the number of the photo since which it has.
 
-    again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, and a
-    line of a stream that is none, is a record with its error.
+    again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, one
+    that the detector refuses, and a line of a stream that is none, is a record with its error.
     """
     seen = run.records()
     if again:  # from the start of a window, for its AP
@@ -362,14 +362,15 @@ def observe(
         watch.count = max(watch.count, number)
         record: Record = {"number": number, "photo": "", "objects": []}
         pair: tuple[Detections, Detections] | None = None
+        found = earlier.found if earlier else None
+        detector = deployed.at(number) if found is None else deployed.first  # without whose file no photo can be seen
         try:
             photo = _joined(one, earlier, watch)
             record |= as_line(photo, deployed.first.class_names)
-            found = earlier.found if earlier else None
             if found is None:
                 shown = read_photo(deployed.file(number, photo.file))
-                (found,) = deployed.at(number).detect([shown], LOWEST_CONFIDENCE, multi_label=True)
-        except (DataError, PhotoError) as error:
+                (found,) = detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)
+        except DetguardError as error:  # of a detector, too, which may refuse a shape
             record["error"] = str(error)
         else:
             found_known = photo.counted(found)

@@ -20,17 +20,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from detguard import DetguardError, defaults
-from detguard.attacks.group import attack_group
-from detguard.data.dataset import indexed, read_dataset
-from detguard.data.entries import Annotation, annotation
+from detguard.data.dataset import read_dataset
 from detguard.detections import MAX_DETECTIONS, Candidates, Detections
 from detguard.detectors.base import Detector
-from detguard.evaluation.attacks import attack_objective, pgd_options
-from detguard.evaluation.coco import coco_metrics, coco_results
-from detguard.evaluation.corruptions import corrupt
+from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
+from detguard.evaluation.coco import metrics_of_photos
+from detguard.evaluation.corruptions import PUBLISHED, corrupt
 from detguard.evaluation.metrics import STATS
 from detguard.evaluation.views import LOWEST_CONFIDENCE
 from detguard.photos import Letterbox, Photo, photo_seed, read_photo
+from detguard.schema import check, one_of, whole
 from detguard.workflows.attack import as_photo
 
 Images = Sequence[ArrayLike]
@@ -138,7 +137,7 @@ class Dataset:
 
 
 class CocoMetric:
-    """The 12 COCO numbers by pycocotools over all images since `reset`.
+    """The 12 COCO numbers by hotcoco over all images since `reset`.
 
     As `detguard evaluate` has them, but that MAITE's targets know no crowds, and no areas other than those of boxes.
     """
@@ -159,18 +158,7 @@ class CocoMetric:
 
     def compute(self) -> dict[str, float]:
         """AP, AP50, ... by name; NaN where there is nothing to measure, as of AP where nothing is labelled."""
-        classes = sorted({int(c) for one in self._labelled for c in one.classes})
-        images = [{"id": number, "width": 1, "height": 1} for number in range(1, len(self._labelled) + 1)]
-        annotations: list[Annotation] = []
-        for number, one in enumerate(self._labelled, 1):
-            for (x1, y1, x2, y2), c in zip(one.boxes.tolist(), one.classes.tolist(), strict=True):
-                box = [x1, y1, x2 - x1, y2 - y1]
-                annotations.append(annotation(len(annotations), number, c, box, box[2] * box[3]))
-        categories = [{"id": c, "name": str(c)} for c in classes]
-        truth = indexed({"images": images, "annotations": annotations, "categories": categories})
-        known = {c: c for c in classes}
-        results = [r for number, one in enumerate(self._found, 1) for r in coco_results(number, one, known)]
-        stats = coco_metrics(truth, results, classes).stats
+        stats = metrics_of_photos(self._labelled, self._found, sizes=True).stats
         return {name: float("nan") if (value := stats[name]) is None else value for name in STATS}
 
 
@@ -181,9 +169,13 @@ class Corruption:
         kind: as fog.
         severity: 1..5.
         seed: of what is random in it.
+
+    Raises:
+        DetguardError: there is no such kind or severity.
     """
 
     def __init__(self, kind: str, severity: int, seed: int = 0) -> None:
+        check({"kind": kind, "severity": severity}, {"kind": one_of(*PUBLISHED), "severity": whole(1, 5)})
         self.kind, self.severity, self.seed = kind, severity, seed
         self.metadata = {"id": f"{kind}-{severity}"}
 
@@ -203,18 +195,19 @@ class Attack:
 
     Args:
         detector: what is attacked, and whose class indices label the images.
-        eps: largest change of a pixel value, whole levels of 255.
-        steps: of PGD.
+        eps: largest change of a pixel value, 1..255 whole levels of 255.
+        steps: of PGD, at least 1.
         attack: class, box or all of the training loss, vanish or rank, as of `detguard evaluate --attacks`.
         seed: of what is random.
 
     Raises:
-        DetguardError: no such attack, or the detector has no gradient.
+        DetguardError: no such attack, `eps` or `steps`, or the detector has no gradient.
     """
 
     def __init__(self, detector: Detector, eps: int = 4, steps: int = 20, attack: str = "all", seed: int = 0) -> None:
         if not detector.differentiable:
             raise DetguardError(f"{detector.name}: has no gradient; a white-box attack needs one")
+        check({"eps": eps, "steps": steps}, {"eps": whole(1, 255), "steps": whole(1)})
         self.detector, self.eps, self.steps, self.seed = detector, eps, steps, seed
         self.objective = attack_objective(attack, sorted(detector.class_names), detector)
         self.metadata = {"id": f"{attack}-eps{eps}-steps{steps}-on-{detector.name}"}
@@ -225,8 +218,8 @@ class Attack:
         keys = [f"{number}/{one['id']}" for number, one in enumerate(metadatas)]
         given = zip(keys, map(to_photo, images), map(detections, targets), strict=True)
         options = pgd_options(self.eps, self.steps, len(keys), self.seed)
-        done = {one.key: one.adversarial for one in attack_group(self.detector, given, self.objective, [], options)}
-        return [like(done[key], image) for key, image in zip(keys, images, strict=True)], targets, metadatas
+        done = attacked(self.detector, given, self.objective, options)
+        return [like(photo, image) for photo, image in zip(done, images, strict=True)], targets, metadatas
 
 
 class MaiteDetector(Detector):

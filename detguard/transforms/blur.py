@@ -40,20 +40,17 @@ class Median(Transform):
         """Exact; among equal pixels of a window one is taken."""
         height, width, _ = photo.shape
         radius = self.size // 2
-        index = torch.arange(height * width, dtype=torch.float32).view(1, 1, height, width)
-        sources = self._windows(index, radius)[0].long()
+        y, x = torch.arange(height)[:, None] - radius, torch.arange(width) - radius
         out = torch.empty_like(gradient)
         for channel in range(3):
             plane = torch.from_numpy(photo[..., channel].astype(np.float32))[None, None]
-            chosen = self._windows(plane, radius)[0].median(0).indices
-            target = sources.gather(0, chosen[None])[0].to(gradient.device)
+            windows = F.unfold(F.pad(plane, [radius] * 4, mode="replicate"), self.size)[0]  # each column is one
+            chosen = windows.median(0).indices.view(height, width)
+            rows, columns = (y + chosen // self.size).clamp(0, height - 1), (x + chosen % self.size).clamp(0, width - 1)
+            target = (rows * width + columns).flatten().to(gradient.device)
             flat = gradient.new_zeros(height * width).index_add_(0, target, gradient[channel].reshape(-1))
             out[channel] = flat.view(height, width)
         return out
-
-    def _windows(self, plane: Tensor, radius: int) -> Tensor:
-        """[1, 1, H, W] -> [1, K * K, H * W], each column one window."""
-        return F.unfold(F.pad(plane, [radius] * 4, mode="replicate"), self.size)
 
 
 @dataclass(frozen=True)
@@ -77,14 +74,8 @@ class Gaussian(Transform):
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding: the adjoint of the padded convolution."""
-        kernel = torch.from_numpy(cv2.getGaussianKernel(self.size, 0)).to(gradient).flatten()
-        rows, columns = (_reflected(side, self.size // 2).to(gradient.device) for side in photo.shape[:2])
-        with torch.enable_grad():
-            planes = gradient.new_zeros(3, 1, *photo.shape[:2]).requires_grad_()
-            padded = planes.index_select(2, rows).index_select(3, columns)
-            blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-        (back,) = torch.autograd.grad(blurred, planes, gradient[:, None])
-        return back[:, 0]
+        kernel = torch.from_numpy(cv2.getGaussianKernel(self.size, 0)).to(gradient)
+        return _adjoint(gradient, kernel, kernel.T)
 
 
 class Kernel(Transform):
@@ -101,14 +92,7 @@ class Kernel(Transform):
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding: the adjoint of the padded convolution."""
-        kernel = torch.from_numpy(self.kernel()).to(gradient)
-        sides = [_reflected(side, len(kernel) // 2).to(gradient.device) for side in photo.shape[:2]]
-        with torch.enable_grad():
-            planes = gradient.new_zeros(3, 1, *photo.shape[:2]).requires_grad_()
-            padded = planes.index_select(2, sides[0]).index_select(3, sides[1])
-            blurred = F.conv2d(padded, kernel[None, None])
-        (back,) = torch.autograd.grad(blurred, planes, gradient[:, None])
-        return back[:, 0]
+        return _adjoint(gradient, torch.from_numpy(self.kernel()).to(gradient))
 
 
 @dataclass(frozen=True)
@@ -159,6 +143,18 @@ def _odd(value: str, low: int, high: int) -> int:
     if size % 2 == 0:
         raise ValueError(f"expected an odd window in {low}..{high}")
     return size
+
+
+def _adjoint(gradient: Tensor, *kernels: Tensor) -> Tensor:
+    """The adjoint, of a gradient [3, H, W], of reflecting borders and convolving by kernels, one after the other."""
+    back = gradient[:, None]
+    for kernel in kernels:
+        back = F.conv_transpose2d(back, kernel[None, None])
+    for dim, side in ((2, gradient.shape[1]), (3, gradient.shape[2])):
+        sources = _reflected(side, (back.shape[dim] - side) // 2).to(back.device)
+        shape = [*back.shape[:dim], side, *back.shape[dim + 1 :]]
+        back = back.new_zeros(shape).index_add_(dim, sources, back)
+    return back[:, 0]
 
 
 def _reflected(side: int, radius: int) -> Tensor:

@@ -72,8 +72,9 @@ def load_subjects(
     on_warning: called with what is no error; on_data: called with what was wrong with the data; ranks: share the cache.
     """
     images = Path(source["images"]) if source["images"] else None
-    dataset = read_dataset(source["source"], source["split"], images, source["limit"], source.get("class_map"))
-    check_map(source.get("class_map") or {}, (name for one in detectors for name in one.class_names.values()))
+    known = (name for one in detectors for name in one.class_names.values())
+    class_map = check_map(source.get("class_map"), known)
+    dataset = read_dataset(source["source"], source["split"], images, source["limit"], class_map)
     subjects: list[Subject] = []
     ranks.given(lambda: Cache(cache, on_warning).begun)  # a damaged one is set aside before others open it
     kept = Cache(cache, on_warning, alone=ranks.count == 1)

@@ -5,10 +5,17 @@ import subprocess
 import sys
 import time
 
+import cv2
 import pytest
 import torch
+from torch.utils.data._utils import signal_handling
 
 from detguard.data.ahead import AheadError, ahead
+
+
+def torch_handler():
+    """Whether torch has set its handler."""
+    return signal_handling._SIGCHLD_handler_set
 
 
 def numbers(number):
@@ -39,6 +46,20 @@ def test_the_death_of_a_process_does_not_break_into_a_step():
     os.kill(next(things)[1], signal.SIGKILL)
     time.sleep(0.2)  # in which a handler of its death would raise
     assert len(list(things)) == 3
+
+
+def test_afterwards_opencv_and_the_deaths_of_processes_are_the_callers_as_before():
+    def handler(*_):
+        pass
+
+    threads, theirs, torchs = cv2.getNumThreads(), signal.signal(signal.SIGCHLD, handler), torch_handler()
+    cv2.setNumThreads(2)
+    try:
+        assert len(list(ahead(numbers, 0, 2))) == 2
+        assert (cv2.getNumThreads(), signal.getsignal(signal.SIGCHLD), torch_handler()) == (2, handler, torchs)
+    finally:
+        cv2.setNumThreads(threads)
+        signal.signal(signal.SIGCHLD, theirs)
 
 
 def test_one_that_hangs_is_started_again():

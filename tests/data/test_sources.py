@@ -135,3 +135,13 @@ def test_a_config_of_another_program_is_no_attack(tmp_path, bus):
     for text in ("command: train\n", "- a\n", "a: b: c\n"):
         (tmp_path / "config.yaml").write_text(text)
         assert photo_files(str(tmp_path)) == [tmp_path / "bus.png"]
+
+
+def test_a_map_names_classes_of_the_detector_in_any_letter_case(tiny_data, bundled):
+    plain, mapped = (
+        read_labelled(str(tiny_data), "val", bundled.class_names, class_map=given)
+        for given in (None, {"person": "BUS"})
+    )
+    assert [len(photo.objects) for photo in mapped] == [len(photo.objects) for photo in plain]
+    classes = {int(c) for photo in plain for c in photo.objects.classes} - {bundled.class_index("person")}
+    assert {int(c) for photo in mapped for c in photo.objects.classes} == classes

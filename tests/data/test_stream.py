@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, Labels, as_line, from_lines, in_order, lines_of, read_lines
@@ -48,10 +49,12 @@ def test_objects_of_unknown_classes_are_named_and_a_map_makes_them_known():
     line = as_bytes({"photo": "a.jpg", "objects": objects, "classes": ["person", "pedestrian"]})
     (plain,) = from_lines([line], NAMES)
     assert plain.unknown == ("pedestrian", "persn")
-    (mapped,) = from_lines([line], NAMES, class_map={"pedestrian": "person"})
+    (mapped,) = from_lines([line], NAMES, class_map={"pedestrian": "Person"})
     assert mapped.unknown == ("persn",)
     assert mapped.objects.classes.tolist() == [0, 1]
     assert mapped.known == (0,)
+    with pytest.raises(DetguardError, match="did you mean pedestrian=person"):
+        from_lines([line], NAMES, class_map={"pedestrian": "persn"})
 
 
 PLAIN = b'{"photo": "a.jpg", "objects": []}\n'

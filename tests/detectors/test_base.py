@@ -21,3 +21,11 @@ def test_a_name_that_is_not_known_is_answered_by_what_it_means_or_by_all(bundled
             detector.class_index(name)
     with pytest.raises(DetguardError, match="it knows: person, train, motorcycle"):
         detector.class_index("zebra")
+
+
+def test_what_counts_as_found_is_the_detectors_own_where_nothing_is_said(bundled, bus):
+    detector = copy.copy(bundled)
+    detector.conf = 0.4
+    (found,), (asked,) = detector.detect([bus]), bundled.detect([bus], 0.4)
+    assert 0 < len(found) < len(bundled.detect([bus], 0.25)[0])
+    assert found.scores.tolist() == asked.scores.tolist()

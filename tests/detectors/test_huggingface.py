@@ -6,15 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import detguard
 from detguard import DetguardError
 from detguard.cli import main
+from detguard.data.stream import from_records
 from detguard.detectors import huggingface
 from detguard.detectors.contract import check_contract
 from detguard.detectors.huggingface import ARCHITECTURES, HuggingFace
 from detguard.detectors.load import detector_config, load_configured, load_detector
 from detguard.evaluation.attacks import attack_objective
+from detguard.hardening.monitor import Deployment, observe
 from detguard.objectives import Outrank, Vanish
-from detguard.photos import frames_tensor
+from detguard.photos import encode_png, frames_tensor
+from detguard.runs import Run
 
 transformers = pytest.importorskip("transformers", reason="needs the extra huggingface")
 
@@ -299,9 +303,31 @@ def test_backbones_of_timm(photo, tmp_path):
     assert gradient.abs().max() > 0
 
 
-def test_too_narrow_a_photo_is_refused(folders):
+def test_too_narrow_a_photo_is_refused_and_the_others_go_on(folders, photo, tmp_path):
+    detector, narrow = load_detector(folders("yolos")), cv2.resize(photo, (400, 8))
     with pytest.raises(DetguardError, match="too narrow"):
-        load_detector(folders("yolos")).letterbox((9, 400))
+        detector.letterbox((9, 400))
+    attacked = detguard.attack(detector, [narrow, photo], transforms="none", steps=1, conf=0.01)
+    assert sorted("too narrow" in result.record.get("error", "") for result in attacked) == [False, True]
+    files = [tmp_path / "narrow.png", tmp_path / "photo.png"]
+    for file, one in zip(files, (narrow, photo), strict=True):
+        file.write_bytes(encode_png(one))
+    person = {"class": "person", "box": [0, 0, 50, 8]}
+    lines = [{"photo": str(file), "objects": [person]} for file in files]
+    photos = from_records(lines, detector.class_names)
+    watched = observe(Run.create("monitor", tmp_path / "run", {}), Deployment(detector), photos, "adwin", 8)
+    assert ["too narrow" in record.get("error", "") for record in watched] == [True, False]
+    coco = {
+        "images": [
+            {"id": i, "file_name": file.name, "width": width, "height": height}
+            for i, (file, width, height) in enumerate(zip(files, (400, 150), (8, 200), strict=True))
+        ],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 50, 8]} for i in (0, 1)],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    (tmp_path / "data.json").write_text(json.dumps(coco))
+    setting = detguard.evaluate(detector, tmp_path / "data.json", cache=tmp_path / "c.sqlite")["yolos"]["setting"]
+    assert (setting["photos"], setting["left_out"]) == (1, 1)
 
 
 def test_commands_attack_and_verify_and_do_not_harden(tmp_path, folders, photo, monkeypatch, capsys):

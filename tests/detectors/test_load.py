@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
 
 from detguard import DetguardError
 from detguard.detectors.load import (
@@ -22,6 +23,7 @@ from detguard.detectors.load import (
     load_model,
     weights_folder,
 )
+from detguard.ranks import Ranks
 
 
 class Command:
@@ -271,6 +273,41 @@ def test_a_yolo_object_is_taken_as_it_is_in_memory_and_left_alone(bus):
     assert len(found)
     assert torch.allclose(found.boxes, theirs.xyxy.cpu(), atol=0.01)
     assert load_detector(yolo, imgsz=320).state_hash() == second.state_hash()
+
+
+def test_a_yolo_object_is_called_as_the_weights_that_it_has_now(tmp_path):
+    yolo = YOLO("yolo11n.yaml")
+    yolo.save(tmp_path / "best.pt")
+    yolo.model, yolo.ckpt = load_checkpoint(tmp_path / "best.pt")  # as its `train` ends
+    detector = load_detector(yolo, imgsz=320)
+    assert (detector.name, detector.source) == ("best", str(tmp_path / "best.pt"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"iou": 2.0}, {"iou": -1}, {"imgsz": -5}, {"imgsz": 0}, {"imgsz": "320"}, {"top_k": -1}, {"top_k": 0},
+        {"top_k": 1.5}, {"device": "meta"}, {"device": "gpu"}, {"device": None}, {"fusion": ""},
+    ],
+)  # fmt: skip
+def test_options_out_of_their_range_are_named(option):
+    with pytest.raises(DetguardError, match=f"`{next(iter(option))}`"):
+        load_detector("detguard-n-hard", **option)
+
+
+def test_a_device_may_be_one_of_torch_and_one_that_is_not_there_is_named_everywhere():
+    assert load_detector(device=torch.device("cpu")).device == torch.device("cpu")
+    for device in (77, "77", torch.device("cuda:77")):
+        with pytest.raises(DetguardError, match="`device` cuda:77: cannot be used"):
+            load_detector(device=device)
+    with pytest.raises(DetguardError, match="`device` gpu: cannot be used"):
+        Ranks.start("gpu")
+
+
+def test_a_network_with_a_layer_called_fusion_is_no_ensemble(bundled):
+    detector = copy.copy(bundled)
+    detector.model = torch.nn.ModuleDict({"fusion": torch.nn.Identity()})
+    assert detector_config(detector, "mine:make")["fusion"] is None
 
 
 def test_of_other_objects_it_says_what_it_takes():

@@ -7,7 +7,7 @@ import pytest
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
-from detguard.evaluation.corruptions import SEEDED, corrupt, read_pipeline, through, zoom_blur
+from detguard.evaluation.corruptions import PUBLISHED, SEEDED, corrupt, read_pipeline, through, zoom_blur
 from detguard.evaluation.run import Protocols
 
 
@@ -16,7 +16,7 @@ def photo(bus):
     return np.ascontiguousarray(bus[300:460, 150:310])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_corruptions_are_those_of_the_package_to_the_bit_and_leave_the_random_numbers_of_others(kind, photo):
     np.random.seed(3)
     theirs = imagecorruptions.corrupt(photo, 3, kind, **({"seed": 3} if kind in SEEDED else {}))
@@ -35,7 +35,7 @@ def test_our_zoom_blur_is_that_of_the_package_at_any_size_and_severity(severity,
     assert np.array_equal(zoom_blur(photo, severity), imagecorruptions.corrupt(photo, severity, "zoom_blur"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_photos_that_the_package_refuses_are_corrupted_too(kind):
     photo = np.random.default_rng(0).integers(0, 256, (9, 33, 3), np.uint8)
     changed = corrupt(photo, kind, 5, 0)
@@ -89,3 +89,10 @@ def test_evaluations_that_cannot_be_name_the_option(wrong):
     (option,) = wrong
     with pytest.raises(DetguardError, match=f"^`{option}` "):
         Protocols(**wrong)
+
+
+def test_a_corruption_of_ours_is_none_that_detectors_are_judged_by(monkeypatch):
+    monkeypatch.setitem(KINDS, "rain", KINDS["snow"])
+    assert Protocols().corruptions == PUBLISHED
+    with pytest.raises(DetguardError, match="`corruptions` rain"):
+        Protocols(corruptions=("rain",))

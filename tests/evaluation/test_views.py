@@ -138,6 +138,13 @@ def test_the_worst_attack_is_the_one_that_leaves_least(subject):
         assert left[WORST] == min(left.values())
 
 
+def test_a_photo_that_is_there_twice_with_other_labels_is_attacked_twice(subject):
+    files = {11: subject.dataset.files[11], 13: subject.dataset.files[11]}
+    twice = replace(subject, dataset=replace(subject.dataset, files=files))
+    one, other = QUICK.attack(Batch(twice, [11, 13]), "class", 0)
+    assert not np.array_equal(one, other)
+
+
 def test_restarts_add_random_starts(subject):
     photos = QUICK.attack(batch := Batch(subject, subject.batches()[0]), "class", 0)
     other = QUICK.attack(batch, "class", 1)

@@ -79,6 +79,21 @@ def test_its_models_are_detectors_that_keep_what_detectors_promise(bundled, bus)
     assert detector.state_hash() != MaiteDetector(checked).state_hash()
 
 
+@pytest.mark.parametrize(
+    ("augmentation", "option", "value"),
+    [
+        *((Attack, "eps", value) for value in (2.5, 300, 0, -3)),
+        (Attack, "steps", 0),
+        (Corruption, "kind", "fgo"),
+        (Corruption, "severity", 9),
+    ],
+)
+def test_settings_that_there_are_not_are_refused_at_once(bundled, augmentation, option, value):
+    others = {Attack: {"detector": bundled}, Corruption: {"kind": "fog", "severity": 3}}[augmentation]
+    with pytest.raises(DetguardError, match=f"`{option}`"):
+        augmentation(**others | {option: value})
+
+
 def test_a_model_without_class_names_and_a_detector_without_a_gradient_are_refused(bundled):
     class Nameless:
         metadata = {"id": "nameless"}  # noqa: RUF012
