@@ -292,6 +292,8 @@ def attack(
         if data and unlabelled(data):
             if class_map:
                 raise DetguardError(f"--map {class_map}: renames classes of labels, and --data {data} has none")
+            if split != defaults.Evaluate.split:
+                raise DetguardError(f"--split {split}: is of a data.yaml, and --data {data} has no splits")
             files = [str(file) for file in find_photos([data], recursive=recursive)]
         elif data:
             labelled = read_labelled(

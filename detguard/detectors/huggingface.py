@@ -208,6 +208,8 @@ class HuggingFace(Family):
         folder = Path(name)
         if is_folder(folder):
             if not is_file(folder / CONFIG):
+                if made := sorted(folder.glob("weights/*.safetensors"), key=lambda one: one.stat().st_mtime):
+                    raise DetguardError(f"{name}: the folder of a run; its detector is {made[-1]}")
                 raise DetguardError(f"{name}: a folder without {CONFIG}; expected one as save_pretrained writes it")
             check_package(name)
         elif HUB_NAME.fullmatch(name) and folder.suffix not in FILES and not is_folder(folder.parent):

@@ -175,7 +175,6 @@ class Progress:
     kept: list[Tensor] = field(default_factory=list)
 
 
-@torch.inference_mode(mode=False)
 def train(
     network: GatedNetwork,
     learned: list[nn.Parameter],

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, read_photos
 from detguard.data.corruptions import chosen_kinds
@@ -230,6 +232,7 @@ class Adapting:
         return made
 
 
+@torch.inference_mode(mode=False)  # which turns gradients on as well, whatever the caller has turned off
 def adapt(
     detector: Detector | str | Path | None = None,
     new: Sources | None = None,

@@ -378,6 +378,7 @@ class Hardening:
         return judgement
 
 
+@torch.inference_mode(mode=False)  # which turns gradients on as well, whatever the caller has turned off
 def harden(
     detector: Detector | str | Path | None = None,
     data: Sources | None = None,

@@ -260,6 +260,10 @@ def test_pickled_weights_are_not_read(folders, tmp_path):
 def test_a_folder_of_something_else_is_told(tmp_path):
     with pytest.raises(DetguardError, match=r"without config\.json"):
         load_detector(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/made.safetensors").touch()
+    with pytest.raises(DetguardError, match=r"its detector is .*weights/made\.safetensors"):
+        load_detector(tmp_path)
 
 
 def test_without_the_extra_the_pip_line_is_told(folders, monkeypatch):
