@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 
 from torch import nn
 
@@ -14,6 +14,7 @@ WRAPPERS: dict[type, tuple[str, ...]] = {
     property: ("fget",),
     functools.cached_property: ("func",),
     functools.partial: ("func", "args", "keywords"),
+    MethodType: ("__func__", "__self__"),
     functools._lru_cache_wrapper: ("__wrapped__",),
 }
 

@@ -287,7 +287,7 @@ def test_a_yolo_object_is_called_as_the_weights_that_it_has_now(tmp_path):
     "option",
     [
         {"iou": 2.0}, {"iou": -1}, {"imgsz": -5}, {"imgsz": 0}, {"imgsz": "320"}, {"top_k": -1}, {"top_k": 0},
-        {"top_k": 1.5}, {"device": "meta"}, {"device": "gpu"}, {"device": None}, {"fusion": ""},
+        {"top_k": 1.5}, {"device": "meta"}, {"device": None}, {"fusion": ""},
     ],
 )  # fmt: skip
 def test_options_out_of_their_range_are_named(option):
