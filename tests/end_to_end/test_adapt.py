@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_detector, save_gated
+from detguard.engine import bf16_helps
 from detguard.reports.evaluation import number as shown_as
 
 # A head alone learns nothing of photos in which the layers before it see nothing.
@@ -126,7 +127,8 @@ def test_two_processes_end_near_the_weights_of_one(place):
     apart, moved = (
         sum(float((ours[name] - by * theirs[name]).square().sum()) for name in learned) ** 0.5 for by in (1, 0)
     )
-    assert apart < 0.03 * moved
+    # In bfloat16 the rounding is nearly as much as what processes that share no gradients are apart here.
+    assert apart < (0.2 if bf16_helps() else 0.01) * moved
 
 
 def test_killed_inside_an_append_it_goes_on_to_the_same_weights_and_records(adapted, place, tmp_path):
