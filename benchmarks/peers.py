@@ -116,7 +116,7 @@ def main(
         attacks["ART, parameters frozen"] = art_attack(model, True, steps)
         attacks["ART, parameters as loaded"] = art_attack(model, False, steps)
     except ImportError as error:
-        print(f"without ART, which cannot be imported ({error}): pip install --no-deps adversarial-robustness-toolbox")
+        print(f"without ART, which cannot be imported ({error}); on top of this file stands how to install it")
     print(f"{len(chosen)} photos of 640 x 480 px, {steps} steps, {torch.get_num_threads()} threads\n")
     print("| attack | batch | ms per step and photo (median) | fooled, saved file | seconds per success |")
     print("|---|---|---|---|---|")
