@@ -5,13 +5,17 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from detguard import DetguardError, first_line
 
 if TYPE_CHECKING:
     import torch
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -59,6 +63,13 @@ def usable_device(name: "str | int | torch.device") -> str:
         reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
         raise DetguardError(f"`device` {device}: cannot be used ({reason})") from error
     return device
+
+
+def with_gradients(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """A function, or generator, in which there are gradients, whatever its caller has turned off."""
+    import torch
+
+    return torch.inference_mode(mode=False)(function)
 
 
 def with_doubles(x: "torch.Tensor") -> "torch.Tensor":

@@ -27,6 +27,7 @@ from detguard.attacks.square import Square
 from detguard.attacks.steps import Rule, rule_named
 from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.base import Detector, to_photo
+from detguard.engine import with_gradients
 from detguard.objectives.base import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
 from detguard.schema import Config
@@ -338,7 +339,7 @@ class Attempt:
         return self.in_a_row >= self.enough
 
 
-@torch.inference_mode(mode=False)  # which turns gradients on as well, whatever the caller has turned off
+@with_gradients
 def attack_group(
     detector: Detector,
     photos: Iterable[tuple[str, Photo, Detections]],

@@ -20,6 +20,7 @@ from detguard import DetguardError, defaults
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.checkpoint import read_state, same_form
+from detguard.engine import with_gradients
 from detguard.files import write_file
 from detguard.objectives.base import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed, photo_size, read_photo
@@ -160,7 +161,7 @@ class State:
         return State(**state | {"picture": state["picture"].to(device)})
 
 
-@torch.inference_mode(mode=False)
+@with_gradients
 def learn_picture(
     detector: Detector,
     photos: Sequence[Stage],

@@ -48,13 +48,17 @@ def failures(attacked: Sequence[Record], goal: Config, conf: float) -> list[str]
 def _left_in(record: Record, goal: Config, conf: float) -> str:
     """The members of a photo that were not fooled, and why, worst first; none: ""."""
     left = {name: member for name, member in judged(record).items() if not member["fooled"]}
-    other = f"not found as {goal.get('to') or 'wanted'}" if goal["goal"] == Mislabel.kind else "others not kept"
-    other = "another class in its place" if goal.get("strict") else other
-    other = f"{other}, or others not kept" if goal.get("keep_others") and not other.startswith("others") else other
     if goal["goal"] not in (Fabricate.kind, Flood.kind):
         worst = sorted(left.items(), key=lambda one: -one[1]["confidence"])
+        lacking = [
+            *([f"not found as {goal.get('to') or 'wanted'}"] if goal["goal"] == Mislabel.kind else []),
+            *(["another class in its place"] if goal.get("strict") else []),
+            *(["others not kept"] if goal.get("keep_others") else []),
+        ]
+        other = ", or ".join(lacking)  # why it is none though nothing of the target is left
         why = {
-            name: f"confidence {one['confidence']:.2f}" if one["confidence"] > conf else other for name, one in worst
+            name: f"confidence {one['confidence']:.2f}" if one["confidence"] > conf or not other else other
+            for name, one in worst
         }
         return ", ".join(f"{name} ({reason})" for name, reason in why.items())
     classes = [name.strip().lower() for name in goal["target"].split(SEPARATOR)]

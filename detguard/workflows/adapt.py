@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, read_photos
 from detguard.data.corruptions import chosen_kinds
@@ -17,6 +15,7 @@ from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.engine import with_gradients
 from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, hold_out
 from detguard.hardening.adapt import adapt as train_experts
 from detguard.hardening.judging import Figures, Judgement, answered, judge, readable
@@ -232,7 +231,7 @@ class Adapting:
         return made
 
 
-@torch.inference_mode(mode=False)  # which turns gradients on as well, whatever the caller has turned off
+@with_gradients
 def adapt(
     detector: Detector | str | Path | None = None,
     new: Sources | None = None,

@@ -42,6 +42,7 @@ from detguard.detectors.load import (
     load_model,
     read_card,
 )
+from detguard.engine import with_gradients
 from detguard.files import JsonObject
 from detguard.hardening.judging import Figures, Judgement, answered, judge, judged_eps, readable
 from detguard.hardening.run import Plan, check_teacher, passes, same_layers, split_layer
@@ -378,7 +379,7 @@ class Hardening:
         return judgement
 
 
-@torch.inference_mode(mode=False)  # which turns gradients on as well, whatever the caller has turned off
+@with_gradients
 def harden(
     detector: Detector | str | Path | None = None,
     data: Sources | None = None,
