@@ -18,13 +18,22 @@ from detguard.runs import Run, RunError, next_free, photo_keys
 
 CONFIG = {
     "model": "a.pt",
-    "detectors": [{"model": "a.pt", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}] * 2,
+    "detectors": 2 * [
+        {
+            "model": "a.pt", "imgsz": 320, "end_to_end": False, "top_k": None, "fusion": None, "iou": 0.7,
+            "sha256": "0",
+        }
+    ],
     "harden": {
-        "recipe": "gated", "mode": "full", "split": "neck", "photos": 100, "crop": None, "attack": "free", "eps": 4.0,
-        "steps": 2, "mix": 0.2, "top_k": None, "fusion": "bounded:0.5", "batch": 32, "rate": 0.003, "seed": 3,
+        "recipe": "gated", "learn": "teacher", "pretrain": False, "mode": "full", "split": "neck", "photos": 100,
+        "hours": None, "crop": None, "attack": "free", "eps": 4.0, "steps": 2, "mix": 0.2, "tune_normal": False,
+        "transforms": "none", "top_k": None, "fusion": "bounded:0.5", "sparse": 0.2, "batch": 32, "rate": 0.003,
+        "seed": 3,
     },
     "corruptions": ["fog"],
     "photos": ["a.jpg"],
+    "pretrain": [],
+    "samples": [],
     "arguments": [],
 }  # fmt: skip
 

@@ -115,7 +115,7 @@ class AttackOptions:
         Raises:
             DetguardError: there is no such budget.
         """
-        search: Config = {"schedule": "group"} | config  # of runs from before there was another
+        search = dict(config)
         budget = parse_budget(*(search.pop(name) for name in ("norm", "eps", "mask")))
         weights = search.pop("weights")
         return cls(**search, budget=budget, weights=tuple(weights) if weights else None)

@@ -245,7 +245,7 @@ def watch(
         living.roll_back()
     shown: Iterable[Labelled | Labels | DataError]
     if live:
-        shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names, class_map=source.get("class_map"))
+        shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names, class_map=source["class_map"])
     else:
         shown = film(run) if photos is None else photos
     with progress_bar() as progress:

@@ -25,7 +25,6 @@ from detguard.detectors.ultralytics import decode, head_outputs, run_layers
 from detguard.photos import PADDING_LEVEL, Letterbox, Photo, read_photo
 
 EXPERTS = ("normal", "hard", "adversarial")
-GATES = ("trunk", "frame", "detail")
 MOST_EXPERTS = 64
 # Of experts that were evaluated, by number: what their layers before the head made of the frames.
 Ran = dict[int, tuple[Any, dict[int, Tensor]]]
@@ -79,12 +78,12 @@ def backbone_end(layers: Sequence[Any]) -> int:
 
 
 class Gate(nn.Module):
-    """A small network from a feature map or the frame, [B, C, H, W], to one logit per expert, [B, K]."""
+    """A small network from the detail of frames, [B, 6, H, W], to one logit per expert, [B, K]."""
 
-    def __init__(self, channels: int, experts: int, width: int = 32) -> None:
+    def __init__(self, experts: int, width: int = 32) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in ((channels, width), (width, 2 * width), (2 * width, 2 * width)):
+        for inputs, outputs in ((6, width), (width, 2 * width), (2 * width, 2 * width)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Linear(4 * width, experts)
@@ -102,7 +101,7 @@ class Gate(nn.Module):
 class GatedNetwork(nn.Module):
     """Layers `[:split]` of a fused detection model once, the rest K times, and the gate.
 
-    names: what each expert is for. gate_on: what the gate sees, the "trunk", the "frame" or the frame's "detail".
+    names: what each expert is for.
     top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
     fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the adversarial expert, or
     the first where none is called so. sparse: the numbers of experts with mean sparsity. shared: by number, experts
@@ -116,7 +115,6 @@ class GatedNetwork(nn.Module):
         model: Any,
         split: int,
         names: Sequence[str] = EXPERTS,
-        gate_on: str = "detail",
         top_k: int | None = None,
         fusion: str = "average:0",
         sparse: Sequence[int] = (),
@@ -127,9 +125,9 @@ class GatedNetwork(nn.Module):
         layers = list(model.model)
         if not 0 <= split < len(layers):
             raise DetguardError(f"`split` {split}: expected 0 (whole networks) to {len(layers) - 1} (heads only)")
-        if not 1 <= len(names) <= MOST_EXPERTS or gate_on not in GATES:
-            raise DetguardError(f"a gated ensemble has 1 to {MOST_EXPERTS} experts and a gate on one of {GATES}")
-        self.split, self.names, self.gate_on, self.fusion = split, list(names), gate_on, str(parse_fusion(fusion))
+        if not 1 <= len(names) <= MOST_EXPERTS:
+            raise DetguardError(f"a gated ensemble has 1 to {MOST_EXPERTS} experts")
+        self.split, self.names, self.fusion = split, list(names), str(parse_fusion(fusion))
         self.top_k = None if top_k is None or top_k >= len(names) else max(1, top_k)
         self.save = set(model.save)
         self.class_names = {int(k): str(v) for k, v in model.names.items()}
@@ -145,18 +143,8 @@ class GatedNetwork(nn.Module):
             drop_sparse(self.experts[expert])
             if expert in self.sparse:
                 add_sparse(self.experts[expert])
-        self.gate = Gate(self._gate_channels(), len(names) - grown)
+        self.gate = Gate(len(names) - grown)
         self.kinds = nn.Linear(self._kind_features(), grown) if grown else None
-
-    def _gate_channels(self) -> int:
-        if self.gate_on == "detail":
-            return 6
-        if self.gate_on == "frame" or not self.split:
-            return 3
-        with torch.no_grad():
-            like = next(self.trunk.parameters())
-            last, _ = run_layers(self.trunk, torch.zeros(1, 3, 64, 64).to(like), {}, self.save)
-        return int(last.shape[1])
 
     def forward(self, frames: Tensor, route: int | Sequence[int] | None = None) -> tuple[dict[str, Any], Tensor]:
         """The fused raw outputs of the head and the gate's logits [B, K].
@@ -168,7 +156,7 @@ class GatedNetwork(nn.Module):
         last, saved = run_layers(self.trunk, frames, {}, self.save)
         # A single expert needs no gate, which would cost a sixth of a nano network.
         alone = len(self.experts) == 1
-        logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(self.seen_by_gate(frames, last))
+        logits = frames.new_zeros(frames.shape[0], 1) if alone else self.gate(detail(frames))
         ran: Ran = {}
         if self.kinds is not None:
             maps = self._kind_map(last, saved, ran if route is None else None)
@@ -240,10 +228,6 @@ class GatedNetwork(nn.Module):
         new = self.kinds(features)
         log_weights = torch.cat([torch.zeros_like(new[:, :1]), new], 1).log_softmax(1)
         return torch.cat([logits.log_softmax(1) + log_weights[:, :1], log_weights[:, 1:]], 1)
-
-    def seen_by_gate(self, frames: Tensor, last: Tensor) -> Tensor:
-        """What the gate looks at, of the frames and the trunk's last map."""
-        return last if self.gate_on == "trunk" else detail(frames) if self.gate_on == "detail" else frames
 
     def _run(
         self,
@@ -467,7 +451,6 @@ def gated_card(network: GatedNetwork) -> dict[str, Any]:
     return {
         "split": network.split,
         "experts": network.names,
-        "gate_on": network.gate_on,
         "top_k": network.top_k,
         "fusion": network.fusion,
         "sparse": network.sparse,
@@ -485,11 +468,11 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
     try:
         names = [str(name) for name in card["experts"]]
         top_k = None if card["top_k"] is None else int(card["top_k"])
-        split, grown = int(card["split"]), int(card.get("grown", 0))
-        sparse = [int(expert) for expert in card.get("sparse", [])]
+        split, grown = int(card["split"]), int(card["grown"])
+        sparse = [int(expert) for expert in card["sparse"]]
         if not 0 <= grown < len(names) or not set(sparse) <= set(range(len(names))):
             raise ValueError("it has no such sparse or grown experts")
-        entries = card.get("shared", {})  # of those that older versions wrote, none
+        entries = card["shared"]
         shared = {number: Shared.read(entries[key], number) for key in entries for number in [int(key)]}
         if not shared.keys() <= set(range(1, len(names))):
             raise ValueError("it has no such experts that share")
@@ -498,8 +481,6 @@ def build_gated(model: Any, card: dict[str, Any], most: int) -> GatedNetwork:
         of_shared = sum(one.weights(layers) for one in shared.values())
         if (len(names) - len(shared)) * of_whole + of_shared > most:
             raise ValueError("it has more experts than the weights beside it")
-        return GatedNetwork(
-            model, split, names, str(card["gate_on"]), top_k, str(card["fusion"]), sparse, shared, grown
-        )
+        return GatedNetwork(model, split, names, top_k, str(card["fusion"]), sparse, shared, grown)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DetguardError(f"the card's 'gated' entry cannot be read ({error})") from error

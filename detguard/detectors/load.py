@@ -150,20 +150,11 @@ def load_configured(config: Config, device: str = defaults.DEVICE, *, trust: boo
     Raises:
         DetguardError: as `load_detector`, or the weights are no longer the same.
     """
-    match config:
-        case {"model": str(model), "imgsz": int(imgsz), "end_to_end": bool(end_to_end), "sha256": str()}:
-            top_k, fusion, iou = config.get("top_k"), config.get("fusion"), config.get("iou")
-        case _:
-            raise DetguardError("config.yaml: its detector is not described as detguard does; start a new run")
-    odd = not isinstance(top_k, int | None) or not isinstance(fusion, str | None) or imgsz not in SIZES
-    if odd or not isinstance(iou, int | float | None) or not 0 <= (iou or 0) <= 1:
-        raise DetguardError("config.yaml: its detector has an odd imgsz, top_k, fusion or iou; start a new run")
     from detguard.detectors.custom import is_custom
 
-    if is_custom(model):  # all else is up to its function
-        detector = load_detector(model, None, device, iou=iou, trust=trust)
-    else:
-        detector = load_detector(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+    model, options = config["model"], {name: config[name] for name in ("imgsz", "end_to_end", "top_k", "fusion")}
+    own = is_custom(model)  # all else is up to its function
+    detector = load_detector(model, device=device, iou=config["iou"], trust=trust, **({} if own else options))
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
     return detector

@@ -9,7 +9,7 @@ from detguard.evaluation.bootstrap import RESAMPLES
 from detguard.files import FileError, read_json
 from detguard.schema import Items, Maybe, Shape, misfit, real, shape_of, whole
 
-# To be raised with every change that readers of the file must know of. Files without it are from before it was written.
+# To be raised with every change that readers of the file must know of.
 SCHEMA = 1
 # AP or recall; None where there is nothing to measure.
 Ap = Annotated[float, real(0, 1)] | None
@@ -57,7 +57,7 @@ class OfClass(Figure):
 class Setting(TypedDict):
     """What figures are of. nms: IoU, None of a detector without; unknown_classes: name -> boxes left out."""
 
-    schema: NotRequired[Annotated[int, whole(1)]]
+    schema: Annotated[int, whole(1)]
     version: str
     data: str
     photos: Count
@@ -98,9 +98,9 @@ class Corruptions(Figure):
 
 
 class Budget(Figure):
-    """The least of all attacks at one budget, the attack `by` which it is (of SCHEMA on), and each attack's own."""
+    """The least of all attacks at one budget, the attack `by` which it is, and each attack's own."""
 
-    by: NotRequired[str]
+    by: str
     attacks: dict[str, Stats]
 
 
@@ -115,7 +115,7 @@ class Spent(TypedDict, total=False):
 class Attack(Figure, Spent):
     """The budget that leads, and all of them by levels of 255."""
 
-    by: NotRequired[str]
+    by: str
     eps: Eps
     seed: int
     budgets: dict[str, Budget]
@@ -140,12 +140,12 @@ class OwnCorruption(Stats):
     """After a pipeline of the user's own."""
 
     file: str | None
-    content: NotRequired[str]
+    content: str
 
 
 Worn = TypedDict(
     "Worn",
-    {"class": str, "size": float, "file": str, "content": NotRequired[str], "shown": dict[str, OfClass | None]},
+    {"class": str, "size": float, "file": str, "content": str, "shown": dict[str, OfClass | None]},
 )
 
 
@@ -158,7 +158,7 @@ class UniversalStats(TypedDict):
 
     eps: Eps
     file: str
-    content: NotRequired[str]
+    content: str
     shown: dict[str, Stats]
 
 
@@ -263,7 +263,7 @@ def _disagreement(found: ModelMetrics) -> str | None:
         if str(attack["eps"]) not in budgets or not all(re.fullmatch(r"[1-9][0-9]{0,2}", eps) for eps in budgets):
             return "attack.budgets: expected some of 1 to 255, `eps` among them"
         first, *others = (budget["attacks"].keys() for budget in budgets.values())
-        named = {one["by"] for one in (attack, *budgets.values()) if "by" in one}
+        named = {one["by"] for one in (attack, *budgets.values())}
         if any(one != first for one in others) or named - first:
             return "attack.budgets: expected the same attacks of each, `by` among them"
     if "patch" in found and "patch" not in found["patch"]["shown"]:

@@ -81,8 +81,8 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
         made["Gate weights on training photos"] = gate_plot(list(experts), shares)
     plan = run.config["harden"]
     seen = plan["batch"] * sum(last[stage][-1]["batch"] for stage in stages)
-    length = f"{seen} photos seen, with repeats" + (f", in {plan['hours']:g} hours" if plan.get("hours") else "")
-    transforms = plan.get("transforms", "none")
+    length = f"{seen} photos seen, with repeats" + (f", in {plan['hours']:g} hours" if plan["hours"] else "")
+    transforms = plan["transforms"]
     through = "" if transforms == "none" else f", through {transforms}"
     attacks = f"attacked in training: {plan['attack']}, {plan['steps']} step(s), budget {plan['eps']:g} of 255 levels"
     subtitle = (

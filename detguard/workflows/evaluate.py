@@ -73,7 +73,7 @@ def load_subjects(
     """
     images = Path(source["images"]) if source["images"] else None
     known = (name for one in detectors for name in one.class_names.values())
-    class_map = check_map(source.get("class_map"), known)
+    class_map = check_map(source["class_map"], known)
     dataset = read_dataset(source["source"], source["split"], images, source["limit"], class_map)
     subjects: list[Subject] = []
     ranks.given(lambda: Cache(cache, on_warning).begun)  # a damaged one is set aside before others open it

@@ -250,12 +250,12 @@ class Hardening:
         self.first: PhotoSet | None = None
         self.samples: Samples | None = None
         kept = {file_of(one).name for one in held_out}
-        if config.get("samples"):
+        if config["samples"]:
             attacks: list[Sample] = self.ranks.given(lambda: kept_samples(self.run.folder / KEPT, names))
             self.samples, unread = load_samples([one for one in attacks if one.clean.name not in kept], imgsz)
             self.unread += unread
         if self.plan.pretrain:
-            files = [file for name in config.get("pretrain", []) if (file := Path(name)).name not in kept]
+            files = [file for name in config["pretrain"] if (file := Path(name)).name not in kept]
             self.first, unread = read_photos([(files, 1.0)], imgsz)
             self.unread += unread
         kinds = chosen_kinds(config["corruptions"])

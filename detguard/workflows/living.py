@@ -255,7 +255,7 @@ class Living(Deployment):
     @property
     def _class_map(self) -> dict[str, str]:
         """Names of classes in the data -> the ensemble's."""
-        return dict(self.run.config["stream"].get("class_map") or {})
+        return dict(self.run.config["stream"]["class_map"])
 
     def _renamed(self) -> bytes:
         """The user's own photos to replay, where their classes have other names; photos of the run have theirs."""

@@ -34,9 +34,7 @@ INPUTS = "inputs"
 def open_stream(source: Config, detector: Detector, on_data: OnData = warn_of) -> Sequence[Labelled]:
     """The labelled photos of the data set that a run's config names, in order."""
     images = Path(source["images"]) if source["images"] else None
-    return read_labelled(
-        source["source"], source["split"], detector.class_names, on_data, images, source.get("class_map")
-    )
+    return read_labelled(source["source"], source["split"], detector.class_names, on_data, images, source["class_map"])
 
 
 def is_filmed(source: str) -> bool:
@@ -51,7 +49,7 @@ def film(run: Run) -> Iterator[Labelled]:
         DetguardError: as `as_photos`, or frames of a camera are asked for again.
     """
     stream = run.config["stream"]
-    source, every, frames = stream["source"], stream.get("every", 1), stream.get("frames", defaults.FRAMES)
+    source, every, frames = stream["source"], stream["every"], stream["frames"]
     if is_camera(source) and run.records():
         raise DetguardError(f"{run.folder}: what the camera showed is gone; begin a new run")
     files = as_photos([source], run.path(INPUTS), every, frames)
@@ -118,6 +116,8 @@ def monitor(
         "split": split,
         "images": None if images is None else str(images),
         "class_map": dict(class_map or {}),
+        "every": 1,
+        "frames": defaults.FRAMES,
     }
     config: Config = {
         "detector": detector_config(detector, detector.source),

@@ -110,7 +110,7 @@ def test_gradients_reach_the_photo_through_gate_and_experts(bundled_model, bundl
 
 
 def test_the_whole_is_differentiable_in_its_weights(bundled_model, frames):
-    made = network(bundled_model, gate_on="trunk").requires_grad_(True)
+    made = network(bundled_model).requires_grad_(True)
     raw, _ = made(frames)
     (raw["scores"].sum() + raw["boxes"].square().sum()).backward()
     learned = [(n, p) for n, p in made.named_parameters() if "dfl" not in n]  # dfl only decodes
@@ -141,7 +141,7 @@ def test_saved_weights_have_the_rights_of_any_new_file(bundled_model, tmp_path):
 @pytest.mark.parametrize(
     "broken",
     [
-        {"split": 99}, {"split": None}, {"experts": []}, {"gate_on": "x"}, {"fusion": "average:2"}, {"fusion": "sum:1"},
+        {"split": 99}, {"split": None}, {"experts": []}, {"fusion": "average:2"}, {"fusion": "sum:1"},
         {"fusion": None}, {"grown": 3}, {"grown": "x"}, {"grown": -1},
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from ultralytics import YOLO
 
 from detguard import DetguardError
 from detguard.detections import suppress
-from detguard.detectors.gated import GatedDetector, GatedNetwork
+from detguard.detectors.gated import GatedDetector, GatedNetwork, detail
 from detguard.detectors.load import build_model, fused, load_detector, save_gated
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.export.base import Deployment
@@ -194,7 +194,7 @@ def test_top_k_of_a_graph_decides_for_each_frame_what_is_found(bundled_model, ph
     noise = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     frames = torch.cat([noise, torch.zeros_like(noise)])
     with torch.no_grad():  # a gate that asks one expert for noise and the other for an empty frame
-        noisy, plain = detector.model.gate.features(detector.model.seen_by_gate(frames, frames))
+        noisy, plain = detector.model.gate.features(detail(frames))
         turn = noisy - plain
         weight = detector.model.gate.out.weight
         weight.copy_(torch.stack([turn, -turn]))

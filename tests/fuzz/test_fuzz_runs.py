@@ -21,7 +21,9 @@ from detguard.reports.monitoring import monitor_page, timeline_table, windows
 from detguard.runs import Run
 from detguard.workflows.evaluate import plan as plan_evaluation
 
-DETECTOR = {"model": "detguard-n", "imgsz": 320, "end_to_end": False, "top_k": None, "sha256": "0"}
+DETECTOR = {
+    "model": "detguard-n", "imgsz": 320, "end_to_end": False, "top_k": None, "fusion": None, "iou": 0.7, "sha256": "0",
+}  # fmt: skip
 CONFIGS = {
     "attack": {
         "detector": DETECTOR, "also": [DETECTOR], "samples": True,
@@ -30,16 +32,21 @@ CONFIGS = {
         "attack": {
             "norm": "linf", "rule": "apgd", "mask": "inside", "smallest": True, "black_box": False, "queries": 5000,
             "conf": 0.25, "eps": 4, "step": None, "steps": 9, "aggregate": "weighted", "weights": [1, 1, 2],
+            "schedule": "worst",
             "gradient": "exact", "momentum": 0.0, "random_start": True, "margin": 0.05, "seed": 0, "batch": 1,
         },
         "photos": ["a.jpg"],
     },
     "evaluate": {
         "detectors": [DETECTOR],
-        "data": {"source": "a.json", "split": "val", "images": None, "classes": ["person"], "limit": 4},
+        "data": {
+            "source": "a.json", "split": "val", "images": None, "classes": ["person"], "limit": 4,
+            "class_map": {"a": "b"},
+        },
         "evaluate": {
             "protocols": ["clean"], "severities": [1], "eps": [4], "steps": 2, "restarts": 1, "attacks": ["class"],
-            "queries": 9, "seed": 0,
+            "queries": 9, "seed": 0, "patch": None, "patch_target": "person", "patch_size": 0.3, "universal": None,
+            "corruptions": ["fog"], "corruption_file": None, "save_images": False,
         },
     },
     "harden": {
@@ -48,19 +55,21 @@ CONFIGS = {
             "recipe": "gated", "learn": "both", "pretrain": True, "mode": "full", "split": "neck",
             "photos": 100, "hours": 2.5, "crop": 64, "attack": "free", "eps": 4.0, "steps": 2, "mix": 0.2, "top_k": 2,
             "fusion": "average:0.5", "sparse": 0.2, "batch": 32, "rate": 0.003, "seed": 3,
+            "tune_normal": False, "transforms": "none",
         },
-        "corruptions": ["fog"], "photos": ["a.jpg"], "pretrain": ["b.jpg"],
+        "corruptions": ["fog"], "photos": ["a.jpg"], "pretrain": ["b.jpg"], "samples": [],
     },
     "adapt": {
         "model": "a.safetensors", "detector": DETECTOR, "data": {"new": ["a"], "replay": ["b"], "split": "train"},
         "adapt": {
-            "experts": 1, "mode": "full", "init": "best", "keep": 1.0, "photos": 90, "batch": 8, "rate": 0.001,
-            "seed": 0, "eps": 4.0,
+            "experts": 1, "expert": "head", "mode": "full", "init": "best", "keep": 1.0, "photos": 90, "batch": 8,
+            "rate": 0.001, "seed": 0, "eps": 4.0,
         },
         "why": "so", "corruptions": ["fog"], "replayed": ["a.jpg"],
     },
     "monitor": {
-        "detector": DETECTOR, "stream": {"source": "-", "split": "val", "images": None},
+        "detector": DETECTOR,
+        "stream": {"source": "-", "split": "val", "images": None, "class_map": {}, "every": 1, "frames": 9},
         "monitor": {"detector": "adwin", "window": 8}, "on_drift": "tell", "replay": [],
         "living": {"gather": 4, "keep": 8, "adapt": []},
     },

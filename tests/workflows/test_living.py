@@ -97,7 +97,7 @@ class Unlucky(Living):
 def unlucky(folder, bundled, **config):
     config = {"command": "monitor", "monitor": {"window": 8}, "on_drift": "adapt", "replay": []} | config
     config |= {"detector": {"model": "m"}, "living": {"gather": 3, "keep": KEEP, "adapt": []}}
-    return Unlucky(Run(folder, {"stream": {}} | config), bundled)
+    return Unlucky(Run(folder, {"stream": {"class_map": {}}} | config), bundled)
 
 
 def show(living, number, began=None):
@@ -187,7 +187,7 @@ def test_labels_that_come_after_a_stop_find_the_copy_of_their_photo(tmp_path, bu
 
 
 def test_of_a_camera_nothing_is_gone_on_with(tmp_path):
-    run = Run(tmp_path, {"command": "monitor", "stream": {"source": "0"}})
+    run = Run(tmp_path, {"command": "monitor", "stream": {"source": "0", "every": 1, "frames": 9}})
     run.append(
         {"number": 1, "photo": "1.png", "objects": [], "f1": None, "confidence": 0, "entropy": None, "began": None}
     )
