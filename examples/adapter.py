@@ -12,6 +12,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector
+from detguard.detectors.torchvision import softmax_logits
 from detguard.photos import Letterbox, Photo, read_photo
 
 
@@ -38,7 +39,8 @@ class Mine(Detector):
         raw = self.model.head(features)
         places = torch.stack(self.model.anchor_generator(images, features)).flatten(0, 1)
         boxes = self.model.box_coder.decode_single(raw["bbox_regression"].flatten(0, 1), places)
-        return Candidates(raw["cls_logits"][..., 1:], boxes.view(len(frames), -1, 4))
+        logits = softmax_logits(raw["cls_logits"])[..., 1:]  # log-odds: what users see is a softmax
+        return Candidates(logits, boxes.view(len(frames), -1, 4))
 
     def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         """What users of the detector see; yours calls its own public function, so that both ways can be compared."""

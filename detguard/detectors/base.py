@@ -227,7 +227,8 @@ def architecture(network: nn.Module) -> list[tuple[str, str, dict[str, object]]]
     ]
 
 
-# Attributes that do not decide what a layer computes in eval mode, or that change from frame to frame.
+# Attributes that do not decide what layers of these libraries compute in eval mode, or that change with the frame.
+KNOWN_LAYERS = {"torch", "torchvision", "ultralytics", "transformers", "timm", "detguard"}
 PASSING = {
     "training", "inplace", "dropout", "momentum", "export", "format", "dynamic", "shape", "shapes", "max_det",
     "score_thresh", "nms_thresh", "detections_per_img", "type", "np", "nc", "task", "pt_path",
@@ -235,7 +236,8 @@ PASSING = {
 
 
 def _settings(layer: nn.Module) -> dict[str, object]:
-    found = {key: value for key, value in vars(layer).items() if key[0] != "_" and key not in PASSING}
+    passing = PASSING if type(layer).__module__.partition(".")[0] in KNOWN_LAYERS else {"training"}
+    found = {key: value for key, value in vars(layer).items() if key[0] != "_" and key not in passing}
     if isinstance(found.get("stride"), Tensor):  # of a head, by which it places its boxes
         found["stride"] = found["stride"].tolist()
     return {key: value for key, value in sorted(found.items()) if value is not None and _plain(value)}

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 
@@ -36,7 +36,11 @@ NO_DAMAGE = {
 DISK = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
 # A disk on which each new file is damaged is no place for a cache.
 MOST_BEGUN = 3
-LIBRARIES = ("torch", "ultralytics", "opencv-python", "albumentations", "imagecorruptions-imaug")
+# Those that decide what is found, as far as they are installed.
+LIBRARIES = (
+    "torch", "torchvision", "ultralytics", "opencv-python", "albumentations", "imagecorruptions-imaug", "transformers",
+    "timm", "onnxruntime", "onnxruntime-gpu",
+)  # fmt: skip
 
 
 class Cache:
@@ -163,7 +167,14 @@ def entry_key(**parts: object) -> str:
 
 @cache
 def _versions() -> list[object]:
-    return [__version__, RESULTS, *(version(name) for name in LIBRARIES)]
+    return [__version__, RESULTS, *map(_version, LIBRARIES)]
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 def pack(detections: Detections) -> bytes:

@@ -14,7 +14,7 @@ from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.detectors.gated import GatedNetwork, average_among
 from detguard.detectors.load import save_gated
-from detguard.detectors.shared import ADAPTER, FORMS, WHOLE
+from detguard.detectors.shared import ADAPTER, FORMS
 from detguard.detectors.sparse import MeanSparse
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
@@ -41,8 +41,7 @@ JUDGED_ONE_IN, MOST_JUDGED = 5, 64
 class Adaptation:
     """How to adapt; the options of `detguard adapt`.
 
-    Where nothing is said, `adapt` takes the `expert` head, chooses the `mode` and counts `photos` by how many are new;
-    the defaults here are those of runs that do not tell.
+    Where nothing is said, `adapt` chooses the `mode`, and how many `photos` to see, by how many are new.
 
     Attributes:
         experts: new ones.
@@ -61,7 +60,7 @@ class Adaptation:
     """
 
     experts: int = defaults.Adapt.experts
-    expert: str = WHOLE
+    expert: str = defaults.Adapt.expert
     mode: str = "full"
     init: str = defaults.Adapt.init
     keep: float = defaults.Adapt.keep

@@ -49,7 +49,7 @@ ELSEWHERE = {
     "count": '`objective=Fabricate("person", count=2)`',
     "data": "`photos`, without labels",
     "resume": "on the command line alone: detguard attack --resume RUN",
-} | dict.fromkeys(("split", "recursive", "every", "frames"), "on the command line alone")
+} | dict.fromkeys(("split", "map", "class_map", "recursive", "every", "frames"), "on the command line alone")
 # What a photo may be given as.
 Source = str | Path | Photo | Image.Image | torch.Tensor
 

@@ -153,12 +153,12 @@ def example(monkeypatch):
 
 
 def test_the_example_keeps_all_promises_and_is_attacked(example, monkeypatch, capsys, tmp_path, small):
-    code, shown = run("check-detector", example, "--trust", "--conf", 0.3, monkeypatch=monkeypatch, capsys=capsys)
+    code, shown = run("check-detector", example, "--trust", "--conf", 0.2, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, shown
     assert "all 7 kept" in shown
     file, folder = tmp_path / "bus.png", tmp_path / "run"
     cv2.imwrite(str(file), small[..., ::-1])
-    options = ("--model", example, "--trust", "--conf", 0.3, "--steps", 2, "--transforms", "none", "--out", folder)
+    options = ("--model", example, "--trust", "--conf", 0.2, "--steps", 2, "--transforms", "none", "--out", folder)
     code, shown = run("attack", file, *options, monkeypatch=monkeypatch, capsys=capsys)
     assert code in (0, 1), shown
     assert (folder / "adversarial/bus.png").is_file() or "no person found" in shown

@@ -57,6 +57,21 @@ def test_another_network_of_the_same_tensors_has_another_hash(bundled, change):
     assert changed(bundled, change).state_hash() != bundled.state_hash()
 
 
+class Threshold(nn.Identity):
+    """A layer of one's own: what its attributes are called says nothing of what they do."""
+
+    def __init__(self, score_thresh):
+        super().__init__()
+        self.score_thresh = score_thresh
+
+
+def test_every_plain_attribute_of_a_layer_of_ones_own_counts(bundled):
+    def with_threshold(value):
+        return changed(bundled, lambda model: model.add_module("mine", Threshold(value))).state_hash()
+
+    assert with_threshold(0.1) == with_threshold(0.1) != with_threshold(0.2)
+
+
 def test_it_does_not_change_while_the_detector_is_used(bundled_model, bus):
     detector = UltralyticsDetector(bundled_model, "used", 320)
     before = detector.state_hash()

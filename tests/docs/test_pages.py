@@ -118,6 +118,7 @@ def test_the_transform_of_the_how_to_is_one(own, bus, monkeypatch):
     assert written([own["Solarize"](64), *parse_transforms("solarize:2..8")]) == "solarize:64,solarize:2..8"
     (solarize,) = parse_transforms("solarize:128")
     assert str(solarize) == "solarize:128"
+    assert not solarize.straight  # or its pull_back would not be asked by default
     assert solarize(bus).max() == 127
     back = solarize.pull_back(bus, torch.ones(3, *bus.shape[:2]))
     assert torch.equal(back < 0, torch.from_numpy(bus >= 128).permute(2, 0, 1))

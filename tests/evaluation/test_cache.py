@@ -3,6 +3,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save
 
 from detguard import DetguardError
 from detguard.detections import Detections
+from detguard.evaluation import cache
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
 
 FOUND = Detections(torch.rand(5, 4) * 600, torch.rand(5), torch.arange(5), torch.rand(3))
@@ -199,3 +201,19 @@ def test_a_blob_is_not_unpacked_beyond_what_detections_can_be():
         unpack(bomb)
     assert tracemalloc.get_traced_memory()[1] < 1 << 25
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("library", ["torchvision", "transformers", "timm", "onnxruntime"])
+def test_nothing_that_another_version_of_a_library_found_is_used(monkeypatch, library):
+    def version(name):
+        if name == library:
+            return versions.pop()
+        raise PackageNotFoundError
+
+    keys, versions = set(), ["2.0", "1.0"]
+    monkeypatch.setattr(cache, "version", version)
+    for _ in range(2):
+        cache._versions.cache_clear()
+        keys.add(entry_key(photo="a"))
+    cache._versions.cache_clear()
+    assert len(keys) == 2

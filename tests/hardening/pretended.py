@@ -112,7 +112,7 @@ def harden(name):
 
 
 def adapt(mode):
-    plan = adapting.Adaptation(mode=mode, batch=6)
+    plan = adapting.Adaptation(mode=mode, batch=6, expert="whole")
     network = GatedNetwork(fused(MODEL), NECK)
     before = copy.deepcopy(network).requires_grad_(False)
     network.grow(["adapted 1"], 0)

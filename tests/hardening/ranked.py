@@ -54,7 +54,7 @@ def train(ranks, folder):
     network = GatedNetwork(fused(load_model()[0]), 11)
     before = copy.deepcopy(network.state_dict())
     new = read_photos([(labelled, 1.0)], SIZE, plain=True)[0]
-    plan = Adaptation(photos=2 * BATCH, batch=BATCH, mode="full")
+    plan = Adaptation(photos=2 * BATCH, batch=BATCH, mode="full", expert="whole")
     old = read_photos([(cuts, 1.0)], SIZE)[0]
     adapt(network, {}, new, old, plan, setting, Run(folder, {"command": "adapt"}))
     # What tells kinds apart is fitted to either's own weights, by attacks whose steps are signs.

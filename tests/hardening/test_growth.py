@@ -22,7 +22,7 @@ from detguard.ranks import Ranks
 from detguard.runs import Run
 
 SETTING = Setting(batch=6, size=128, save_every=1e9)
-PLAN = Adaptation(photos=24, batch=6, mode="frozen")
+PLAN = Adaptation(photos=24, batch=6, mode="frozen", expert="whole")
 
 
 @pytest.fixture(scope="module")
