@@ -4,6 +4,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 from typing_extensions import override
 
 import detguard
@@ -162,6 +163,12 @@ def test_the_example_keeps_all_promises_and_is_attacked(example, monkeypatch, ca
     code, shown = run("attack", file, *options, monkeypatch=monkeypatch, capsys=capsys)
     assert code in (0, 1), shown
     assert (folder / "adversarial/bus.png").is_file() or "no person found" in shown
+
+
+def test_the_example_is_as_sure_as_its_network(example, small):
+    detector = load_detector(example, trust=True)
+    (theirs,) = detector.model([torch.from_numpy(small).permute(2, 0, 1) / 255])
+    assert detector.predict(small, 0.01).scores.max() == pytest.approx(theirs["scores"].max().item(), abs=1e-3)
 
 
 def test_json_is_one_object_of_all_promises(monkeypatch, capsys):
