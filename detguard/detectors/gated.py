@@ -101,13 +101,12 @@ class Gate(nn.Module):
 class GatedNetwork(nn.Module):
     """Layers `[:split]` of a fused detection model once, the rest K times, and the gate.
 
-    names: what each expert is for.
-    top_k: how many experts answer for a frame, by gate logit; the others weigh exactly 0 and are not computed.
-    fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the adversarial expert, or
-    the first where none is called so. sparse: the numbers of experts with mean sparsity. shared: by number, experts
-    that share weights with one before them; `experts` holds what each has of its own. grown: how many of the last
-    were added since: what the robust expert sees of a photo says how far each is asked before the gate weighs the rest,
-    and where the fusion rule has a leader, they lead with it.
+    names: what each expert is for. top_k: how many experts answer for a frame, by gate logit; the others weigh exactly
+    0 and are not computed. fusion: how the experts' answers become one, as `parse_fusion` reads it; robust in it is the
+    adversarial expert, or the first where none is called so. sparse: the numbers of experts with mean sparsity. shared:
+    by number, experts that share weights with one before them; `experts` holds what each has of its own. grown: how
+    many of the last were added since: what the robust expert sees of a photo says how far each is asked before the gate
+    weighs the rest, and where the fusion rule has a leader, they lead with it.
     """
 
     def __init__(
