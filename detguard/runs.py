@@ -7,7 +7,8 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,20 @@ RESULTS = "results.jsonl"
 INPUTS, STAGED = "inputs", ".inputs"
 # Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
 LONGEST_KEY = 200
+LIBRARIES = (
+    "torch", "torchvision", "ultralytics", "opencv-python", "albumentations", "imagecorruptions-imaug", "transformers",
+    "timm", "onnxruntime", "onnxruntime-gpu",
+)  # fmt: skip
+
+
+@cache
+def versions() -> Mapping[str, str]:
+    """The versions of all that decides what is found, as far as it is installed."""
+    found = {"detguard": __version__}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def photo_keys(files: Sequence[Path]) -> dict[str, Path]:
@@ -90,7 +105,6 @@ class Run:
             raise RunError(
                 f"{error.filename}: cannot be made a folder ({error.strerror}); choose another `out`"
             ) from error
-        versions = {name: version(name) for name in ("torch", "ultralytics", "opencv-python")}
         run = cls(folder, {"command": command, **config})
         run.claim()
         _sweep(folder.iterdir())
@@ -100,7 +114,7 @@ class Run:
             refuse_taken(folder, command, "choose another `out`")
         if photos:
             run.config["photos"] = run._staged(photos)
-        run.config["versions"] = {"detguard": __version__, **versions}
+        run.config["versions"] = dict(versions())
         if replaced:
             run.clear(but=STAGED)
         if photos and (staged := folder / STAGED).exists():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,12 @@ def test_records_are_read_back_in_order(run):
     for number in (1, 2):
         run.append(record(number))
     assert run.records() == [record(1), record(2)]
+
+
+def test_a_run_names_the_version_of_all_that_decides_what_is_found(run):
+    named = yaml.safe_load((run.folder / "config.yaml").read_text())["versions"]
+    assert named == {name: version(name) for name in named}
+    assert {"detguard", "torch", "torchvision", "albumentations", "onnxruntime"} <= named.keys()
 
 
 def test_nothing_but_a_run_of_the_same_command_is_replaced(run, tmp_path):

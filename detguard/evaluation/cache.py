@@ -7,17 +7,16 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
 
-from detguard import DetguardError, __version__
+from detguard import DetguardError
 from detguard.detections import Detections
 from detguard.files import MAX_PHOTO, is_file
+from detguard.runs import versions
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
@@ -36,11 +35,6 @@ NO_DAMAGE = {
 DISK = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
 # A disk on which each new file is damaged is no place for a cache.
 MOST_BEGUN = 3
-# Those that decide what is found, as far as they are installed.
-LIBRARIES = (
-    "torch", "torchvision", "ultralytics", "opencv-python", "albumentations", "imagecorruptions-imaug", "transformers",
-    "timm", "onnxruntime", "onnxruntime-gpu",
-)  # fmt: skip
 
 
 class Cache:
@@ -162,19 +156,7 @@ def _digest(blob: bytes) -> bytes:
 
 def entry_key(**parts: object) -> str:
     """The key of an entry: a hash of all that it depends on, the versions of the code included."""
-    return hashlib.sha256(json.dumps([_versions(), parts], sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _versions() -> list[object]:
-    return [__version__, RESULTS, *map(_version, LIBRARIES)]
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
+    return hashlib.sha256(json.dumps([RESULTS, versions(), parts], sort_keys=True).encode()).hexdigest()
 
 
 def pack(detections: Detections) -> bytes:

@@ -300,7 +300,7 @@ def batch_losses(
     return losses
 
 
-def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+def set_aside(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Photos to train on and photos to judge by, evenly spread; of very few photos, all to train on."""
     if len(photos) < JUDGED_ONE_IN:
         return list(photos), []

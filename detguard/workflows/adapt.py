@@ -16,7 +16,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
 from detguard.engine import with_gradients
-from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, hold_out
+from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, set_aside
 from detguard.hardening.adapt import adapt as train_experts
 from detguard.hardening.judging import Figures, Judgement, answered, judge, readable
 from detguard.hardening.kinds import OnShare
@@ -168,8 +168,8 @@ class Adapting:
         # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
         kept = self.ranks.given(lambda: [read_labelled(str(self.run.folder / name), "", names) for name in KEPT])
         files = [Path(file) for file in config["replayed"]]
-        (shown, new_judged), (labelled, old_judged) = map(hold_out, kept)
-        files, unlabelled_judged = hold_out(files)
+        (shown, new_judged), (labelled, old_judged) = map(set_aside, kept)
+        files, unlabelled_judged = set_aside(files)
         self.new, unread = read_photos([(shown, 1.0)], self.imgsz, plain=True)
         self.unread += unread
         self.old: PhotoSet | None = None

@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from detguard import DetguardError
+from detguard import DetguardError, runs
 from detguard.detections import Detections
-from detguard.evaluation import cache
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
 
 FOUND = Detections(torch.rand(5, 4) * 600, torch.rand(5), torch.arange(5), torch.rand(3))
@@ -211,9 +210,9 @@ def test_nothing_that_another_version_of_a_library_found_is_used(monkeypatch, li
         raise PackageNotFoundError
 
     keys, versions = set(), ["2.0", "1.0"]
-    monkeypatch.setattr(cache, "version", version)
+    monkeypatch.setattr(runs, "version", version)
     for _ in range(2):
-        cache._versions.cache_clear()
+        runs.versions.cache_clear()
         keys.add(entry_key(photo="a"))
-    cache._versions.cache_clear()
+    runs.versions.cache_clear()
     assert len(keys) == 2

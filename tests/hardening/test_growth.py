@@ -13,7 +13,7 @@ from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.detectors.sparse import MeanSparse
-from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, grow, hold_out
+from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, grow, set_aside
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
@@ -257,7 +257,7 @@ def test_the_mode_goes_by_the_number_of_new_photos():
 def test_photos_to_judge_by_are_not_trained_on():
     photos = [Labelled(name, None) for name in range(1000)]
     for count, most in ((1, 0), (4, 0), (11, 3), (1000, 64)):
-        trained, judged = hold_out(photos[:count])
+        trained, judged = set_aside(photos[:count])
         assert most - 2 <= len(judged) <= most
         assert {one.file for one in trained} | {one.file for one in judged} == set(range(count))
         assert not {one.file for one in trained} & {one.file for one in judged}
