@@ -5,7 +5,7 @@ A pickle is a program: it names functions and has them called. Here every name b
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 
 MAX_INSTRUCTIONS = 2_000_000
 MAX_DIMENSIONS = 8
+# Characters of a name, and what a memo may be numbered by, as by pickle itself in a few bytes.
+MAX_NAMED, MAX_MEMO = 512, 1 << 31
 
 # Where the names in a checkpoint of a detector come from; one of elsewhere has no business there.
 KNOWN_MODULES = (
@@ -87,6 +89,7 @@ class _Reader(_Unpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(BytesIO(data))
+        self.copied = 0
 
     def load(self) -> object:
         # As the base class has it but for its frames, which would be read without being counted.
@@ -104,6 +107,8 @@ class _Reader(_Unpickler):
         raise Damaged("it has more objects than a detector needs")
 
     def find_class(self, module: str, name: str) -> Named:
+        if len(module) + len(name) > MAX_NAMED:
+            raise Damaged("names a class at a length that none has")
         module = "builtins" if module == "__builtin__" else module
         known = module.partition(".")[0] in KNOWN_MODULES
         if not known and f"{module}.{name}" not in CONTAINERS and (module != "builtins" or name not in PLAIN_BUILTINS):
@@ -123,14 +128,26 @@ class _Reader(_Unpickler):
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
+        if isinstance(self.stack[-1], Named) and self.stack[-1].name in CONTAINERS and args:
+            self._copy(args[0])
         self.stack[-1] = _called(self.stack[-1], args)
 
     def load_newobj(self) -> None:
         self.load_reduce()
 
     def load_newobj_ex(self) -> None:
-        self.stack[-2:] = [(*self.stack[-2], self.stack[-1])]
+        *_, args, keywords = self.stack
+        if not isinstance(args, tuple):
+            raise Damaged("calls what is no function")
+        self._copy(args)
+        self.stack[-2:] = [(*args, keywords)]
         self.load_reduce()
+
+    def load_put(self) -> None:
+        number = int(self.readline()[:-1])
+        if not 0 <= number < MAX_MEMO:  # chosen by the file, thousands may have one hash
+            raise Damaged("numbers what it remembers oddly")
+        self.memo[number] = self.stack[-1]
 
     def load_build(self) -> None:
         state = self.stack.pop()
@@ -161,6 +178,12 @@ class _Reader(_Unpickler):
     def load_frozenset(self) -> None:
         self.stack.append(frozenset(map(_key, self.pop_mark())))
 
+    def _copy(self, items: object) -> None:
+        """Count what an instruction copies: of one long list, a few bytes of the file can ask for a copy each."""
+        self.copied += len(items) if isinstance(items, Sized) else 0
+        if self.copied > MAX_INSTRUCTIONS:
+            raise Damaged("it has more objects than a detector needs")
+
     def _add(self, items: list[object]) -> None:
         match self.stack[-1]:
             case list(into) | Record(items=into):
@@ -186,14 +209,15 @@ class _Reader(_Unpickler):
             pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1,
             pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.LIST,
             pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP, pickle.GET, pickle.BINGET, pickle.LONG_BINGET,
-            pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GLOBAL, pickle.STACK_GLOBAL,
+            pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GLOBAL, pickle.STACK_GLOBAL,
             pickle.BINPERSID,
         )
     } | {
-        pickle.FRAME[0]: load_frame, pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj,
-        pickle.NEWOBJ_EX[0]: load_newobj_ex, pickle.BUILD[0]: load_build, pickle.APPEND[0]: load_append,
-        pickle.APPENDS[0]: load_appends, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict, pickle.ADDITEMS[0]: load_additems, pickle.FROZENSET[0]: load_frozenset,
+        pickle.FRAME[0]: load_frame, pickle.PUT[0]: load_put, pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj, pickle.NEWOBJ_EX[0]: load_newobj_ex, pickle.BUILD[0]: load_build,
+        pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends, pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict, pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
     }  # fmt: skip
 
 

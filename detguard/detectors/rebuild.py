@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._device import DeviceContext
+from ultralytics.nn.modules.block import AAttn, Attention
+from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder
 from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, parse_model
 from ultralytics.utils.torch_utils import initialize_weights
@@ -43,6 +45,8 @@ NETWORKS = {
     "ultralytics.nn.tasks.SegmentationModel": DetectionModel,
     "ultralytics.nn.tasks.PoseModel": DetectionModel,
 }
+# Layers that compare all places of a map with each other.
+ATTENDING = (nn.MultiheadAttention, Attention, AAttn)
 MOST_MODULES, MAX_WINDOW, MAX_GROWTH = 20_000, 64, 8
 # A frame to find strides by, and the most numbers that a layer may make of it: many times what real ones do.
 SMALL_FRAME, MOST_OUTPUTS = 128, 1 << 22
@@ -165,6 +169,7 @@ def build(family: type[nn.Module], recipe: JsonObject, modules: int) -> Any:
     """
     model: Any = family.__new__(family)
     nn.Module.__init__(model)
+    activation = Conv.default_act  # of the process, and not given back where layers do not fit
     # A network keeps fewer modules than it makes on its way, copies among them.
     try:
         with most_modules(4 * modules + 1000), _Shapes("meta"):
@@ -174,6 +179,8 @@ def build(family: type[nn.Module], recipe: JsonObject, modules: int) -> Any:
         raise
     except Exception as error:  # whatever layers raise that do not fit each other
         raise Damaged(f"no network can be made of its yaml ({first_line(error)[:MAX_NAME]})") from error
+    finally:
+        Conv.default_act = activation
     model.yaml, model.inplace = recipe | {"channels": 3}, True
     return model
 
@@ -195,9 +202,17 @@ def find_strides(model: Any) -> None:
         if isinstance(output, Tensor) and output.numel() > MOST_OUTPUTS:
             raise Damaged("the yaml of its network describes one with enormous outputs")
 
+    def bound_attention(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        places = x.numel() // (layer.embed_dim if isinstance(layer, nn.MultiheadAttention) else x.shape[1])
+        if layer.num_heads * places**2 > MOST_OUTPUTS:
+            raise Damaged("the yaml of its network describes one with enormous attention")
+
     model.eval()
     *layers, head = model.model
     hooks = [module.register_forward_hook(bound) for module in model.modules()]
+    attending = (module for module in model.modules() if isinstance(module, ATTENDING))
+    hooks += [module.register_forward_pre_hook(bound_attention) for module in attending]
     try:
         with torch.no_grad():
             last, saved = run_layers(layers, torch.zeros(1, 3, SMALL_FRAME, SMALL_FRAME), {}, set(model.save))

@@ -10,11 +10,15 @@ import zipfile
 import pytest
 import torch
 from torch import nn
+from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from detguard import DetguardError
 from detguard.detectors.checkpoint import read_state
 from detguard.detectors.load import load_detector
+from detguard.detectors.pickles import Damaged
+from detguard.detectors.rebuild import build as build_network
+from detguard.detectors.rebuild import find_strides
 
 # What reading data never needs. `exec` is what an import does once it has found its file.
 FORBIDDEN = (
@@ -199,6 +203,30 @@ BOMBS = {
 }
 
 
+COPIES = {
+    "a list, again and again": (
+        b"](" + b"N" * 2_000 + b"eq\x000" + (named("builtins", "list") + b"h\x00\x85R0") * 2_000 + b"}",
+        "more objects than a detector needs",
+    ),
+    "arguments, again and again": (
+        plain((1,) * 2_000) + b"q\x000" + (LINEAR + b"h\x00}\x920") * 2_000 + b"}",
+        "more objects than a detector needs",
+    ),
+    "a text as arguments": (LINEAR + plain("a" * 100) + b"}\x92", "calls what is no function"),
+    "a name": (plain("torch") + plain("a" * 1_000) + b"\x93", "a length that none has"),
+    "what is remembered by one hash": (
+        b"N" + b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(1, 10)),
+        "remembers oddly",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_a_few_bytes_would_copy_is_bounded(refused, name):
+    instructions, expected = COPIES[name]
+    assert expected in refused(archive(instructions))
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_would_fill_memory_or_time_is_refused(refused, name):
     assert refused(archive(BOMBS[name]))
@@ -334,6 +362,23 @@ RECIPES = {
 def test_a_recipe_that_is_more_than_a_network_is_refused(refused, checkpoint, name):
     change, expected = RECIPES[name]
     assert expected in refused(checkpoint(change))
+
+
+def test_attention_over_a_large_map_is_refused_before_it_takes_its_memory(model):
+    recipe = copy.deepcopy(model.yaml)
+    recipe["backbone"][1] = [-1, 1, "AIFI", [64, 8]]
+    network = build_network(DetectionModel, recipe, 1000)
+    network.model.to_empty(device="cpu")
+    with pytest.raises(Damaged, match="enormous attention"):
+        find_strides(network)
+
+
+def test_a_network_that_cannot_be_made_leaves_the_activation_of_others_as_it_was(model):
+    recipe = copy.deepcopy(model.yaml) | {"activation": "nn.ReLU()"}
+    recipe["backbone"][3] = [77, 1, "Conv", [256, 3, 2]]
+    with pytest.raises(Damaged, match="no network can be made"):
+        build_network(DetectionModel, recipe, 1000)
+    assert isinstance(Conv.default_act, nn.SiLU)
 
 
 def relu(model):
