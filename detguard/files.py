@@ -177,7 +177,7 @@ def _scalar(tag: str, pattern: str, first: str, made: Callable[[str], object]) -
 
 _scalar("null", "~|null|Null|NULL|", "~nN", lambda text: None)
 _scalar("bool", "true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true")
-_scalar("int", "[-+]?(0|[1-9][0-9]{0,24})", "-+0123456789", int)
+_scalar("int", "[-+]?(0|[1-9][0-9]{0,18})", "-+0123456789", int)
 # As PyYAML writes them: "-.5" it leaves unquoted, as a text.
 _scalar("float", r"([-+]?[0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?", "-+.0123456789", float)
 

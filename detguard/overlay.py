@@ -1,6 +1,7 @@
 """Pictures of detections: boxes on a photo, and before | after | difference."""
 
 import colorsys
+import math
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +49,8 @@ def draw_detections(photo: Photo, detections: Detections, class_names: dict[int,
     for box, score, index in reversed(
         list(zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True))
     ):
+        if not (box[0] <= box[2] and box[1] <= box[3] and all(map(math.isfinite, box))):
+            continue  # a stranger's network gives what it likes
         colour = class_colour(class_names[index])
         draw.rectangle(box, outline=colour, width=line)
         label = f" {printable(class_names[index])} {score:.2f} "

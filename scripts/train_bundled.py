@@ -15,6 +15,7 @@ import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from voc_split import split
 from detguard.data.batches import batches, read_photos
 from detguard.detectors.load import load_model
 from detguard.engine import bf16_helps, cores, keep_freed_memory
+from detguard.hardening.optimizer import Optimizer
 from detguard.ranks import Ranks
 
 CLASSES = [
@@ -89,10 +91,10 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 
     A tenth of the layer's variance is added, so that channels that hardly ever speak do not outweigh the rest.
 
-    Only a random grid of at most 20 x 20 positions counts: on the large maps the full error costs as much as
+    Only a random grid of at most 10 x 10 positions counts: on the large maps the full error costs as much as
     the network itself and says the same.
     """
-    step = max(1, student.shape[-1] // 20)
+    step = max(1, student.shape[-1] // 10)
     if step > 1:
         y, x = torch.randint(step, (2,)).tolist()
         student, teacher = student[..., y::step, x::step], teacher[..., y::step, x::step]
@@ -146,22 +148,23 @@ def train(args: argparse.Namespace) -> None:
     ema = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995), use_buffers=True
     )
-    decay = [p for p in student.parameters() if p.ndim > 1]
-    rest = [p for p in student.parameters() if p.ndim <= 1 and p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}])
     seen, checkpoint = 0, run / "last.pt"
+    state: dict[str, Any] = {}
     if checkpoint.exists():  # where there are several machines, all see --run
         state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         student.load_state_dict(state["student"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
         seen = state["seen"]
-    elif args.start:
-        weights = load_model(args.start)[0].state_dict()
+    elif args.model:
+        weights = load_model(args.model)[0].state_dict()
         student.load_state_dict(weights)
         ema.module.load_state_dict(weights)
-        seen = json.loads(args.start.with_suffix(".json").read_text())["trained"]["photos seen"]
+        seen = json.loads(args.model.with_suffix(".json").read_text())["trained"]["photos seen"]
+    began_at = state["began_at"] if state else seen
     ranks.share(student)
+    optimizer = Optimizer([p for p in student.parameters() if p.requires_grad], [], ranks=ranks)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
     files = [(training_files(args.shared, folder), share) for folder, share in SOURCES.items()]
     source, _ = read_photos(files, SIZE)
     if ranks.first:
@@ -173,6 +176,7 @@ def train(args: argparse.Namespace) -> None:
             "ema": ema.state_dict(),
             "optimizer": optimizer.state_dict(),
             "seen": seen,
+            "began_at": began_at,
         }
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
@@ -190,10 +194,8 @@ def train(args: argparse.Namespace) -> None:
             break
         blockwise = seen < args.blockwise
         progress = seen / args.photos
-        warm = min(1.0, (seen + args.batch) / 8000)
-        rate = args.rate * warm * (1 if progress < 0.5 else max(0.02, (1 - progress) / 0.5))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        warm = min(1.0, (seen - began_at + args.batch) / 8000)
+        rate = args.rate * warm * max(0.02, (args.photos - seen) / (args.photos - began_at))
         frames = batch.clean
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             with torch.no_grad():
@@ -206,11 +208,7 @@ def train(args: argparse.Namespace) -> None:
         # Feature maps lead early and make way for what counts, the outputs.
         feature_weight = 20 if blockwise else 20 * (1 - progress) ** 2 + 1
         loss = losses["class"] + losses["box"] + 2 * losses["iou"] + feature_weight * losses["features"]
-        optimizer.zero_grad(set_to_none=True)
-        (loss / ranks.count).backward()
-        ranks.sum_gradients(student.parameters())
-        nn.utils.clip_grad_norm_(student.parameters(), 10.0)
-        optimizer.step()
+        optimizer.update(loss / ranks.count, rate)
         ema.update_parameters(student)
         seen += args.batch
         for name, value in losses.items():
@@ -233,14 +231,12 @@ def train(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--start", type=Path, help="go on from this .safetensors where --run has no checkpoint")
+    parser.add_argument("--model", type=Path, help="go on from this .safetensors where --run has no checkpoint")
     parser.add_argument("--run", default="runs/train/detguard-n")
-    parser.add_argument(
-        "--photos", type=int, default=400_000, help="photos to see in all; the rate falls over the last half"
-    )
+    parser.add_argument("--photos", type=int, default=400_000, help="photos to see in all; the rate falls all the way")
     parser.add_argument("--blockwise", type=int, default=24_000, help="photos of the blockwise start")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:0 or mps; several processes by torchrun")
     parser.add_argument("--workers", type=int, help="processes that make batches; default: one per core")
     parser.add_argument("--threads", type=int, default=2)

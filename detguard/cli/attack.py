@@ -514,6 +514,10 @@ def detect(
     with err.status("Loading the detector"):
         detector = load_detector(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     conf = conf or detector.conf
+    if detector.nms_inside and conf < detector.nms_inside[0]:
+        show_warning(
+            f"--conf {conf:g}: the NMS of {model} is inside it, at {detector.nms_inside[0]:g} or so, and gives no less"
+        )
     config = {"detector": detector_config(detector, model), "conf": conf, "arguments": sys.argv[1:]}
     shown = partial(as_photos, sources, every=every, frames=frames)
     with err.status("Reading the photos"):

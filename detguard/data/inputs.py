@@ -97,7 +97,9 @@ def read_frames(file: Path, every: int = 1) -> Iterator[tuple[int, Photo]]:
                 if number % every == 0:
                     if number // every == MOST_FRAMES:
                         raise DetguardError(f"{file}: over {MOST_FRAMES} frames; take fewer by `every`")
-                    yield number + 1, np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
+                    # Of a phone held upright, the file says by how much its frames are to be turned, as OpenCV does.
+                    upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                    yield number + 1, np.ascontiguousarray(upright)
     except (FileError, DetguardError):
         raise
     except Exception as error:  # of a damaged file, a decoder can raise anything

@@ -11,6 +11,7 @@ from detguard.photos import SUFFIXES
 
 # Bytes of the labels of one photo.
 MAX_LABELS = 8 << 20
+MOST_POINTS = 10_000
 
 
 def read_yolo(
@@ -27,6 +28,7 @@ def read_yolo(
     found: Instances = {"images": [], "annotations": [], "categories": []}
     found["categories"] = [{"id": ids[k], "name": v} for k, v in names.items()]
     files = {}
+    points = _numbers_of_points(config, file)
     # COCO's own photos are named by their id.
     numbers = [int(p.stem) for p in photos if p.stem.isdecimal() and len(p.stem) < 19]
     numbered = len(set(numbers)) == len(photos)
@@ -37,10 +39,21 @@ def read_yolo(
             continue
         found["images"].append({"id": image_id, "file_name": photo.name, "width": size[0], "height": size[1]})
         files[image_id] = photo
-        for category, box in _read_labels(_label_file(photo), ids, size, faults):
+        for category, box in _read_labels(_label_file(photo), ids, size, faults, points):
             count = len(found["annotations"])
             found["annotations"].append(annotation(count, image_id, category, box, box[2] * box[3]))
     return found, files
+
+
+def _numbers_of_points(config: JsonObject, file: Path) -> int:
+    """How many numbers follow each box, where labels are of poses, as in kpt_shape: [17, 3]; 0: none."""
+    given = config.get("kpt_shape")
+    if given is None:
+        return 0
+    match given:
+        case [int(count), (2 | 3) as of_each] if 0 < count < MOST_POINTS:
+            return count * of_each
+    raise DataError(f"{file}: 'kpt_shape' should be a number of points and 2 or 3, as in [17, 3]")
 
 
 def _class_names(given: dict[object, object] | list[object], file: Path) -> dict[int, str]:
@@ -105,9 +118,12 @@ def _label_file(photo: Path) -> Path:
 
 
 def _read_labels(
-    file: Path, ids: dict[int, int], size: tuple[int, int], faults: Faults
+    file: Path, ids: dict[int, int], size: tuple[int, int], faults: Faults, points: int
 ) -> Iterable[tuple[int, list[float]]]:
-    """(category id, box [x, y, w, h] in pixels) of each good line of a YOLO label file; none is an empty photo."""
+    """(category id, box [x, y, w, h] in pixels) of each good line of a YOLO label file; none is an empty photo.
+
+    points: numbers of a pose that follow each box.
+    """
     try:
         lines = read_file(file, MAX_LABELS).decode().splitlines()
     except (FileError, UnicodeDecodeError) as error:
@@ -126,6 +142,7 @@ def _read_labels(
         except ValueError:
             faults.add("lines that are not 'class x y w h', left out", where)
             continue
+        values = values[:5] if points and len(values) == 5 + points else values
         if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
             faults.add("lines that are not 'class x y w h', left out", where)
             continue

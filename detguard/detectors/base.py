@@ -33,6 +33,7 @@ class Detector(ABC):
         iou: overlap over which NMS drops the worse of two boxes, as the family has it.
         conf: confidence over which an object counts as found where nothing else is asked for, as the family has it.
         end_to_end: whether its head needs no NMS.
+        nms_inside: the confidence and the overlap of an NMS that is a part of the network itself, if there is one.
         differentiable: whether candidates have a gradient at the frames; without one only black-box attacks are
             possible.
         hardened: whether it is a defence, which is judged by stronger attacks.
@@ -50,6 +51,7 @@ class Detector(ABC):
     iou: float = 0.7
     conf: float = defaults.CONF
     end_to_end: bool = False
+    nms_inside: tuple[float, float] | None = None
     differentiable: bool = True
     hardened: bool = False
     experts: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.image_utils import SizeDict
 
+# Of transformers, whose configs are data classes from there on.
+LEAST = "5.4"
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 # A name on the hub is told from a path by what it lacks: a suffix of a file, a folder of that name here.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9](?:[\w.-]*\w)?")
@@ -238,8 +241,11 @@ def check_package(name: str) -> None:
     Raises:
         DetguardError: it is not.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise DetguardError(f"{name}: needs transformers; pip install 'detguard[huggingface]'")
+    from packaging.version import Version
+
+    found = importlib.util.find_spec("transformers") and version("transformers")
+    if not found or Version(found) < Version(LEAST):
+        raise DetguardError(f"{name}: needs transformers {LEAST} or newer; pip install 'detguard[huggingface]'")
 
 
 def _downloaded(name: str) -> Path:

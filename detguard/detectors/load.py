@@ -92,6 +92,8 @@ def load_detector(
             network, size, name = _of_yolo(name)
             detector = _of_network(network, size, name, imgsz, device, **options)
     detector.source = str(name)
+    if detector.nms_inside and iou not in (None, detector.iou):
+        raise DetguardError(f"`iou` {iou}: the NMS of {name} is inside it, at {detector.iou}; export it without")
     detector.iou = detector.iou if iou is None else iou
     return detector
 

@@ -51,6 +51,7 @@ class Metadata:
     imgsz: int
     stride: int
     listed: bool
+    nms: tuple[float, float] | None = None
 
 
 class OnnxNetwork(nn.Module):
@@ -76,6 +77,8 @@ class OnnxDetector(Detector):
 
         self.name, self.model, self.device = name, network, torch.device(device)
         self.class_names, self.stride = network.metadata.names, network.metadata.stride
+        self.nms_inside = network.metadata.nms
+        self.iou = self.nms_inside[1] if self.nms_inside else self.iou
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # what it has to say comes as an error, too
@@ -275,7 +278,13 @@ def read_metadata(entries: dict[str, str]) -> Metadata:
         raise Damaged(f"has an odd stride; expected one of {', '.join(map(str, STRIDES))}")
     if not isinstance(given, dict):
         raise Damaged("has odd args; expected names with values")
-    return Metadata(class_names(names, count), imgsz, stride, bool(end_to_end or given.get("nms")))
+    # Ultralytics' exports do not say at which confidence and overlap theirs is: as a rule at its own defaults.
+    nms = (
+        tuple(given.get(key, default) for key, default in (("conf", 0.25), ("iou", 0.7))) if given.get("nms") else None
+    )
+    if nms and not all(type(one) in (int, float) and 0 <= one <= 1 for one in nms):
+        raise Damaged("has odd args of its NMS; expected `conf` and `iou` of 0 to 1")
+    return Metadata(class_names(names, count), imgsz, stride, bool(end_to_end or nms), nms)
 
 
 def _literal(metadata: dict[str, str], key: str, default: str = "") -> object:

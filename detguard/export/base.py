@@ -51,6 +51,7 @@ class Deployment:
     def metadata(self) -> dict[str, object]:
         """What Ultralytics' own exports say of themselves, by which `YOLO(file)` runs one."""
         size = self.detector.imgsz
+        inside = {"conf": self.conf, "iou": self.iou} if self.nms else {}
         return {
             "description": f"{self.detector.name}, exported by detguard",
             "author": "detguard",
@@ -61,7 +62,7 @@ class Deployment:
             "batch": 1,
             "imgsz": [size, size],
             "names": self.detector.class_names,
-            "args": {"batch": 1, "dynamic": self.dynamic, "nms": self.nms},
+            "args": {"batch": 1, "dynamic": self.dynamic, "nms": self.nms, **inside},
             "channels": 3,
             "end2end": self.detector.end_to_end,
         }

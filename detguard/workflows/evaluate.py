@@ -18,7 +18,7 @@ from detguard.evaluation.metrics import Metrics
 from detguard.evaluation.pictures import check_pictures
 from detguard.evaluation.run import SEVERAL, Protocols
 from detguard.evaluation.run import evaluate as run_protocols
-from detguard.evaluation.views import Subject
+from detguard.evaluation.views import LOWEST_CONFIDENCE, Subject
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
 from detguard.schema import CONFIGS, Config, check, partly
@@ -85,6 +85,11 @@ def load_subjects(
         counted = {a["category_id"] for a in dataset.annotations.anns.values() if not a["iscrowd"]}
         if not counted & set(ids.values()):
             raise DetguardError(f"{source['source']}: none of its labelled objects is of a class that is evaluated")
+        if detector.nms_inside and (least := detector.nms_inside[0]) > LOWEST_CONFIDENCE:
+            on_warning(
+                f"{name}: its NMS is inside, at a confidence of {least:g} or so: what is less sure is missing from its "
+                "AP; compare it with none that was exported without"
+            )
         subjects.append(Subject(name, detector, dataset, ids, kept))
     on_data(dataset.name, dataset.warnings)
     if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:

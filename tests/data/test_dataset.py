@@ -168,6 +168,14 @@ def test_the_outline_of_a_segment_counts_as_its_box(photos):
     assert np.allclose(dataset.annotations.anns[1]["bbox"], [10, 8, 40, 32])
 
 
+def test_points_of_a_pose_are_left_out(photos):
+    labels = {"a": "0 .5 .5 .2 .4" + 12 * " .9 .9 2", "b": "1 .5 .5 .4 .2\n"}
+    found = read_dataset(yolo(photos, labels, {"kpt_shape": [12, 3]})).annotations.anns
+    assert [np.round(one["bbox"]).tolist() for one in found.values()] == [[40, 24, 20, 32], [30, 32, 40, 16]]
+    with pytest.raises(DataError, match="'kpt_shape' should be"):
+        read_dataset(yolo(photos, labels, {"kpt_shape": [12, "3"]}))
+
+
 def test_missing_photos_are_counted_and_left_out(photos):
     (photos / "images" / "val" / "b.jpg").unlink()
     dataset = read_dataset(coco(photos, [{}, {"image_id": 9}]))

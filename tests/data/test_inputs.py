@@ -1,4 +1,5 @@
 import http.server
+import struct
 import threading
 from functools import partial
 
@@ -13,13 +14,14 @@ from detguard.data.inputs import as_photos, camera_frames, find_inputs, is_camer
 from detguard.photos import read_photo
 
 
-def write(file, frames, size=64):
-    """A video of grey frames, each lighter than the one before."""
+def write(file, frames, size=(64, 64), right=0):
+    """A video of grey frames, each lighter than the one before; size: width, height; right: by how much its half is."""
     with av.open(str(file), "w") as made:
         stream = made.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = size
+        stream.width, stream.height = size
         for number in range(frames):
-            picture = np.full((size, size, 3), 40 * number + 20, np.uint8)
+            picture = np.full((size[1], size[0], 3), 40 * number + 20, np.uint8)
+            picture[:, size[0] // 2 :] += right
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 made.mux(packet)
         for packet in stream.encode():
@@ -33,6 +35,21 @@ def test_frames_of_a_video_become_photos_among_the_others(tmp_path, suffix):
     found = list(as_photos([str(tmp_path / "a.jpg"), str(file)], tmp_path / "frames", every=2))
     assert [one.name for one in found] == ["a.jpg", "drive-000001.png", "drive-000003.png", "drive-000005.png"]
     assert [round(read_photo(one).mean() / 40, 1) for one in found[1:]] == pytest.approx([0.5, 2.5, 4.5], abs=0.1)
+
+
+def test_frames_of_a_phone_held_upright_are_turned(tmp_path):
+    file = tmp_path / "phone.mp4"
+    write(file, 1, (128, 64), right=100)
+    data = bytearray(file.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    file.write_bytes(data)
+    ((_, frame),) = read_frames(file)
+    shown, as_opencv = cv2.VideoCapture(str(file)).read()
+    assert shown
+    assert np.array_equal(frame, as_opencv[..., ::-1])
+    assert frame.shape == (128, 64, 3)
+    assert frame[:32].mean() + 50 < frame[-32:].mean()
 
 
 def test_a_playlist_called_a_video_reads_nothing(tmp_path, monkeypatch):

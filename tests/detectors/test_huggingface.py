@@ -273,6 +273,12 @@ def test_without_the_extra_the_pip_line_is_told(folders, monkeypatch):
             load_detector(name)
 
 
+def test_a_transformers_that_is_too_old_is_told(folders, monkeypatch):
+    monkeypatch.setattr(huggingface, "version", lambda name: "5.3.0")
+    with pytest.raises(DetguardError, match=r"needs transformers 5\.4 or newer"):
+        load_detector(folders("detr"))
+
+
 @pytest.mark.parametrize("name", ["runs/best.pt", "runs/best", "yolo11n", "a/b/c", "../x", "x/..", "a/b.json"])
 def test_names_of_files_are_not_asked_of_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

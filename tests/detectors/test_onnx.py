@@ -158,6 +158,7 @@ def told(**changed):
         (told(imgsz="[320, 640]"), "square"), (told(imgsz="[10**9]"), "odd imgsz"),
         (told(imgsz="9999999"), "frame size"),
         (told(stride="0"), "odd stride"), (told(args="3"), "odd args"),
+        (told(args="{'nms': True, 'conf': 'low'}"), "odd args of its NMS"),
     ],
 )  # fmt: skip
 def test_what_a_file_may_not_say_is_refused(files, tmp_path, change, reason):
@@ -216,6 +217,26 @@ def test_what_needs_a_gradient_or_a_network_refuses_it(files, bundled_model, bus
         check_teacher(detector.model, detector, "any.onnx", "gated", pretrain=False)
     with pytest.raises(DetguardError, match=r"any\.onnx: expected a detector of Ultralytics' YOLO families"):
         check_teacher(bundled_model, detector, "any.onnx", "gated", pretrain=False)
+
+
+def test_an_nms_inside_says_at_what_and_takes_no_other(files, tmp_path):
+    detector = load_detector(files["nms"])
+    assert detector.nms_inside == (0.04, 0.7)
+    assert load_detector(files["nms"], iou=0.7).iou == 0.7
+    with pytest.raises(DetguardError, match=r"`iou` 0.5: the NMS of .* is inside it, at 0.7; export it without"):
+        load_detector(files["nms"], iou=0.5)
+    model = onnx.load(files["nms"])
+    told(args="{'nms': True}")(model)
+    onnx.save(model, tmp_path / "theirs.onnx")
+    assert load_detector(tmp_path / "theirs.onnx").nms_inside == (0.25, 0.7)
+
+
+def test_ap_of_an_nms_inside_is_told_to_miss_what_is_less_sure(files, tiny_data, tmp_path, recwarn):
+    for kind in ("any", "nms"):
+        detguard.evaluate(
+            load_detector(files[kind]), tiny_data, protocols=("clean",), limit=1, cache=tmp_path / "c.sqlite"
+        )
+    assert ["NMS is inside, at a confidence of 0.04" in str(one.message) for one in recwarn].count(True) == 1
 
 
 @pytest.mark.parametrize(("kind", "listed"), [("any", False), ("nms", True)])
