@@ -74,8 +74,6 @@ with suppress(ImportError):  # the extra `heic`
 EXIF_ORIENTATION = 274
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment of a JPEG, with a length
 PADDING_LEVEL = 114
-# Pixels of a side that every format holds; WebP no more, JPEG four times as many.
-MOST_ENCODED = 16_383
 
 
 class PhotoError(DetguardError):

@@ -37,8 +37,9 @@ INPUTS, STAGED = "inputs", ".inputs"
 # Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
 LONGEST_KEY = 200
 LIBRARIES = (
-    "torch", "torchvision", "ultralytics", "opencv-python", "albumentations", "imagecorruptions-imaug", "transformers",
-    "timm", "onnxruntime", "onnxruntime-gpu",
+    "torch", "torchvision", "kornia", "ultralytics", "transformers", "timm", "onnxruntime", "onnxruntime-gpu",
+    "opencv-python", "opencv-python-headless", "pillow", "pillow-heif", "albumentations", "albucore",
+    "imagecorruptions-imaug", "scikit-image", "scipy", "numba", "numpy",
 )  # fmt: skip
 
 

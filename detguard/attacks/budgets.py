@@ -24,6 +24,8 @@ from detguard.photos import Photo
 from detguard.schema import Config
 
 WHITE = 255.0
+# Of a change, the share of its length that rounding may not go below.
+SPENT = 0.9
 
 
 @dataclass(frozen=True)
@@ -243,15 +245,20 @@ class L2(Budget):
 
     @override
     def levels(self, x: Tensor, original: Tensor) -> Tensor:
-        """Rounding may leave the ball: the change shrinks until it does not, at last by dropping fractions."""
+        """Rounding may leave the ball: the change shrinks until it does not.
+
+        Where that, or rounding itself, takes much of a change of about half a level everywhere, it is spread instead.
+        """
         change, most = x - original, self.eps * WHITE
+        wanted = with_doubles(_norm(change)).double().clamp(max=most)
+        shrunk = change
         for _ in range(3):
-            rounded = change.round()
-            over = _norm(with_doubles(rounded).double()) / most
-            if not (over > 1).any():
-                return original + rounded
-            change = change / over.clamp(min=1).to(change)
-        return original + (x - original).trunc()
+            rounded = shrunk.round()
+            length = _norm(with_doubles(rounded).double())
+            if not (length > most).any():
+                return original + (_spread(change, wanted) if (length < SPENT * wanted).any() else rounded)
+            shrunk = shrunk / (length / most).clamp(min=1).to(change)
+        return original + _spread(change, wanted)
 
     @override
     def scattered(self, original: Tensor, rng: np.random.Generator) -> Tensor:
@@ -516,6 +523,23 @@ def _hill(height: int, width: int) -> np.ndarray:
 def _length(change: Tensor) -> Tensor:
     """That of each channel, [3], of a change [H, W, 3]."""
     return torch.linalg.vector_norm(change, dim=(0, 1)).clamp(min=1e-30)
+
+
+def _spread(change: Tensor, length: Tensor) -> Tensor:
+    """A change in whole levels, [..., H, W, 3], no longer than `length`: the largest fractions become the next level.
+
+    Of fractions that are alike, which ones is drawn by a seed, so that they are everywhere.
+    """
+    whole = change.trunc()
+    fraction = (change - whole).abs().flatten(-3)
+    drawn = torch.rand(fraction.shape[-1], generator=torch.Generator().manual_seed(0)).to(fraction)
+    order = (fraction + 1e-3 * drawn).argsort(-1, descending=True)
+    squares = with_doubles(whole).double().square().flatten(-3)
+    more = 2 * squares.sqrt() + 1  # by which a square grows with a level more
+    room = length.flatten(-3).square() - squares.sum(-1, keepdim=True)
+    taken = more.gather(-1, order.to(more.device)).cumsum(-1) <= room
+    up = torch.zeros_like(fraction).scatter_(-1, order, taken.to(fraction))
+    return whole + change.sign() * (up * (fraction > 0)).view_as(change)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from detguard.detectors.checkpoint import read_state, same_form
 from detguard.engine import with_gradients
 from detguard.files import write_file
 from detguard.objectives.base import Objective
-from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed, photo_size, read_photo
+from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed, read_photo
 
 RECORD_EVERY = 10
 CHECKPOINT_SECONDS = 30.0
@@ -110,12 +110,9 @@ def stages(
         raise DetguardError(f"{detector.name}: has no gradient, by which a picture learns; give another `model`")
     made = []
     for file, objects in photos:
-        if objects is None:
-            photo = read_photo(file)
-            objects, shape = detector.detect([photo], conf)[0], (photo.shape[0], photo.shape[1])
-        else:
-            shape = photo_size(file)[::-1]
-        letterbox = detector.letterbox((shape[0], shape[1]))
+        photo = read_photo(file)  # where labels say what it shows, too: one cut short would end the learning midway
+        objects = detector.detect([photo], conf)[0] if objects is None else objects
+        letterbox = detector.letterbox((photo.shape[0], photo.shape[1]))
         placed = Detections(letterbox.boxes_to_frame(objects.boxes), objects.scores, objects.classes)
         if (attacked := objective.attacked(objects)).any():
             made.append(Stage(file, letterbox, placed, attacked))
@@ -157,7 +154,11 @@ class State:
         if not same_form(state, vars(self)) or state["step"] < 0 or state["shown"] < 0 or not state["spent"] >= 0:
             raise DetguardError(f"{file}: not a state of this run; delete it to begin again")
         device = self.picture.device
-        state["adam"] = {name: value.to(device) for name, value in state["adam"].items()}
+        state["adam"] = {
+            # Of which torch would ask the device at each step.
+            name: value if name == "step" else value.to(device)
+            for name, value in state["adam"].items()
+        }
         return State(**state | {"picture": state["picture"].to(device)})
 
 

@@ -19,7 +19,7 @@ from detguard.files import is_file
 from detguard.objectives.base import SAME_OBJECT_IOU, Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
 from detguard.overlay import before_after
-from detguard.photos import MOST_ENCODED, Photo, encode_png, frames_tensor, photo_seed, read_photo
+from detguard.photos import Photo, encode_png, frames_tensor, photo_seed, read_photo
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, Config, misfit
 from detguard.transforms.base import Transform
@@ -94,9 +94,8 @@ def attack_photos(
         for key, file in files.items():
             try:
                 photo = read_photo(file)
-                if max(photo.shape) > MOST_ENCODED:  # in the midst of a group, an error would end those of others, too
-                    for transform in job.transforms:
-                        transform.draw(np.random.default_rng(0))(photo)
+                for transform in job.transforms:  # in the midst of a group, an error would end those of others, too
+                    transform.draw(np.random.default_rng(0))(photo)
                 begin = time.perf_counter()
                 # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
                 clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in victims]

@@ -29,6 +29,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    given,
     levels,
     only_resumes,
     out,
@@ -190,6 +191,8 @@ def evaluate(
         out_folder = run_folder(context)
         if not data:
             raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
+        if not patch and (alone := [o for name, o in given(context).items() if name in ("patch_target", "patch_size")]):
+            raise DetguardError(f"{alone[0]}: goes with --patch")
         models = model or [defaults.MODEL]
         config = {
             "detectors": [],

@@ -232,7 +232,11 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
     if stopped:
         text = f"stopped early; go on with: detguard {kind.kind} --resume {shlex.quote(str(run.folder))}"
         out.print(text, highlight=False, soft_wrap=True)
-    judged = f"--{kind.kind} {shlex.quote(str(learned.file))}"
+    shown = run.config["detector"]
+    judged = "" if shown["model"] == defaults.MODEL else f"--model {shlex.quote(shown['model'])} "
+    resized = any(word.startswith("--imgsz") for word in run.config["arguments"])
+    judged += f"--imgsz {shown['imgsz']} " if resized else ""
+    judged += f"--{kind.kind} {shlex.quote(str(learned.file))}"
     if kind.kind == "patch":
         worn, *others = (job.detector.class_names[one] for one in job.objective.classes)
         judged += f" --patch-target {shlex.quote(worn)} --patch-size {run.config['picture']['size']:g}"

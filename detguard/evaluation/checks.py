@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from detguard.engine import with_gradients
 from detguard.evaluation.attacks import AttackSet, BlackBox, attack_objective
 from detguard.evaluation.metrics import Check
 from detguard.evaluation.score import score
@@ -88,6 +89,7 @@ def attack_ap(subject: Subject, attack: AttackSet) -> float:
     return min(score(subject, attack, part).stats["AP"] or 0.0 for part in attack.scored)
 
 
+@with_gradients
 def zero_gradient_share(subject: Subject) -> float:
     """Mean share of values where the gradient of the training loss at the frame, padding left out, is exactly zero."""
     objective = attack_objective("all", sorted(subject.category_ids), subject.detector)

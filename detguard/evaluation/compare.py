@@ -58,7 +58,8 @@ def _setting(row: ModelMetrics, protocol: Compared, name: str) -> object:
         return "+".join(kinds) if name == "kinds" else ",".join(next(iter(kinds.values()))["severities"])
     if name == "attacks":  # but for those that are made for an ensemble's experts
         shown = next(iter(row["attack"]["budgets"].values()))["attacks"]
-        return "+".join(sorted(part for part in shown if part not in OF_ENSEMBLES and ":" not in part))
+        own = (part for part in shown if part.partition("-")[0] not in OF_ENSEMBLES and ":" not in part)
+        return "+".join(sorted(own))
     return "+".join(row["transfer"]["from"]) if name == "from" else found.get(name, "-")
 
 

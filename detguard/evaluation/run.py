@@ -274,10 +274,11 @@ def measure_cost(subjects: list[Subject], wanted: Protocols, processes: int = 1)
     passes = left = altered = 0
     seconds, of_pass = 0.0, dict[int, float]()
     for subject, views in work(subjects, wanted):
-        lacking = [(view, sum(not view.cached(subject, image) for image in subject.hashes)) for view in views]
+        images = [image for image in subject.hashes if image in subject.dataset.files]  # measuring may drop one
+        lacking = [(view, sum(not view.cached(subject, image) for image in images)) for view in views]
         missing = sum(view.cost * photos for view, photos in lacking)
         altered += sum(photos for view, photos in lacking if isinstance(view, Altered))
-        passes += len(subject.hashes) * sum(view.cost for view in views)
+        passes += len(images) * sum(view.cost for view in views)
         left += missing
         if missing:
             detector = id(subject.detector)

@@ -40,6 +40,8 @@ def read_goal(words: Config) -> Goal:
         if to is not None and all(arrow for _, arrow, _ in parts):
             raise DetguardError(f"`to` {to}: each of `target` {target} has an arrow already; leave one of them out")
         pairs = {one.strip(): other.strip() if arrow else to for one, arrow, other in parts}
+        if len(pairs) < len(parts):
+            raise DetguardError(f"`target` '{target}': each class once; an object is found as one class alone")
         if None in pairs.values():
             raise DetguardError("`target`: with arrows for some classes only, `to` says what the others are found as")
         names, given["to"] = list(pairs), list(pairs.values())

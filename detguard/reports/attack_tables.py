@@ -119,7 +119,9 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
 def _unspent(attacked: Sequence[Record], options: AttackOptions) -> str:
     """Why photos that were not fooled did not get all of the budget, where it is too few and too short steps."""
     unspent = any(r["status"] == "failed" and r["used"] < options.budget.eps for r in attacked)
-    own_steps = options.black_box or "step" in options.moves.unused
+    # How far values that move one by one come together, a sum of squares does not say.
+    apart = options.budget.scale != 1 and not options.moves.by_budget
+    own_steps = options.black_box or "step" in options.moves.unused or apart
     if own_steps or not unspent or options.steps * options.length >= options.budget.eps:
         return ""
     return f"; {options.steps} steps of {options.length:g} cannot use all of it: give more --steps, or a larger --step"

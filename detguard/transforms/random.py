@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from detguard import DetguardError, first_line
 from detguard.photos import Photo
 from detguard.transforms.base import Transform, number, whole_number
 
@@ -40,7 +41,13 @@ class Seeded(Transform):
 
     @override
     def __call__(self, photo: Photo) -> Photo:
-        return self.apply(photo, self.seed or 0)
+        try:
+            return self.apply(photo, self.seed or 0)
+        except Exception as error:  # whatever a library raises of a photo that is too small or too large for it
+            raise DetguardError(
+                f"`transforms` {self}: cannot be made of a photo of {photo.shape[1]} x {photo.shape[0]} px "
+                f"({first_line(error)}); leave one of them out"
+            ) from error
 
 
 def _seed(value: str) -> tuple[str, int | None]:

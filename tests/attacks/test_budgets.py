@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
-from detguard.attacks.budgets import BUDGETS, L2, Linf, Masked, largest_difference, parse_budget
+from detguard.attacks.budgets import BUDGETS, L2, WHITE, Linf, Masked, largest_difference, parse_budget
 
 SIZES = st.sampled_from([0.0, 0.5, 1.0, 4.0, 255.0])
 
@@ -63,6 +63,17 @@ def test_rounding_an_l2_change_costs_little_of_it():
     original, budget = torch.full((64, 64, 3), 128.0), L2(1.0)
     x = budget.project(original + torch.from_numpy(rng.normal(0, 40, original.shape)).float(), original)
     assert budget.used(budget.levels(x, original).to(torch.uint8).numpy(), original.to(torch.uint8).numpy()) > 0.98
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 1.4])
+def test_of_a_change_that_is_alike_everywhere_rounding_leaves_nearly_all(share):
+    """`share`: of a level in every value."""
+    original = torch.full((64, 64, 3), 128.0)
+    budget = L2(share * math.sqrt(original.numel()) / WHITE)
+    levels = budget.levels(budget.project(original + 40, original), original)
+    assert 0.97 < budget.used(levels.to(torch.uint8).numpy(), original.to(torch.uint8).numpy()) / budget.eps <= 1
+    upper, lower = (float(half.sum()) for half in (levels - original).split(32))
+    assert upper == pytest.approx(lower, rel=0.5 if share < 0.2 else 0.1)
 
 
 @settings(max_examples=20, deadline=None)

@@ -135,6 +135,13 @@ def test_photos_without_the_target_are_an_error(small, photos):
         stages(small, [(one.file, one.objects) for one in photos], Vanish((small.class_index("sheep"),)), 0.1)
 
 
+def test_a_photo_cut_short_is_told_before_the_learning_begins(small, photos, tmp_path):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(photos[0].file.read_bytes()[:4000])
+    with pytest.raises(DetguardError, match=r"cut\.png"):
+        stages(small, [(cut, photos[0].objects)], goal_of(small), 0.1)
+
+
 def test_total_variation_is_the_mean_difference_of_neighbours():
     stripes = torch.tensor([0.0, 1.0]).repeat(4).expand(3, 8, 8)
     assert float(total_variation(stripes)) == 1

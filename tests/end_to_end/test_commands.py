@@ -105,12 +105,14 @@ def test_a_photo_that_a_transform_cannot_encode_is_named_and_the_others_are_atta
     (tmp_path / "photos").mkdir()
     Image.open(BUS).resize((240, 320)).save(tmp_path / "photos/bus.png")
     Image.new("RGB", (16_400, 64)).save(tmp_path / "photos/wide.png")
-    options = ("--transforms", "webp:75", "--steps", 2, "--imgsz", 320, "--out", "run")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos/tiny.png")
+    options = ("--transforms", "webp:75,albumentations:Superpixels", "--steps", 2, "--imgsz", 320, "--out", "run")
     result = detguard("attack", "photos", *options, cwd=tmp_path)
     assert result.returncode == 2
     assert "16400 x 64 px: more than a .webp file can hold" in result.stderr
-    assert {r["key"]: r["status"] for r in records(tmp_path / "run")}["wide"] == "error"
-    assert len(records(tmp_path / "run")) == 2
+    statuses = {r["key"]: r["status"] for r in records(tmp_path / "run")}
+    assert (statuses["wide"], statuses["tiny"], len(statuses)) == ("error", "error", 3)
+    assert "8 x 8 px (division by zero); leave one of them out" in result.stderr
 
 
 def test_options_of_a_gradient_are_refused_in_a_black_box(tmp_path):
@@ -264,6 +266,7 @@ def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
         (["attack", BUS, "--to", "person"], "is a target itself"),
         (["attack", BUS, "--goal", "flod"], "expected one of vanish, mislabel"),
         (["attack", BUS, "--box", "1,2,3"], "--box '1,2,3': expected 4 numbers"),
+        (["attack", BUS, "--split", "train"], "--split: goes with --data"),
         (["attack", BUS, "--object", "0"], "whole numbers from 1"),
         (["attack", "nothing/*.jpg"], "no photos here"),
         (["attack"], "PHOTO"),

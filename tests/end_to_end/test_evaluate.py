@@ -223,6 +223,7 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
         (("--data", "DATA", "--eps", "300"), "--eps 300"),
         (("--data", "DATA", "--classes", "unicorn"), "unicorn"),
         (("--data", "DATA", "--protocols", "transfer"), "two detectors"),
+        (("--data", "DATA", "--protocols", "clean", "--patch-target", "bus"), "--patch-target: goes with --patch"),
         (("--resume", "run", "--eps", "8"), "leave out --eps"),
         (("--data", "DATA", "--device", "gpu9"), "--device gpu9"),
         (("--data", "DATA", "--classes", "sheep"), "none of its labelled objects"),

@@ -80,6 +80,12 @@ def test_the_least_of_other_attacks_is_not_compared():
     del ensemble["attack"]["budgets"]["4"]["attacks"]["gate:1"]
     assert unlike(FIRST, fewer, "attack") == ["attacks box+class, box"]
     assert not unlike(FIRST, ensemble, "attack")
+    ensemble["attack"]["budgets"]["4"]["attacks"] |= {"dense": {}}
+    assert not unlike(FIRST, ensemble, "attack")
+    for row in (twice := copy.deepcopy(FIRST), ensemble):  # each from two starts
+        attacks = row["attack"]["budgets"]["4"]["attacks"]
+        row["attack"]["budgets"]["4"]["attacks"] = {f"{name}-{start}": {} for name in attacks for start in range(2)}
+    assert not unlike(twice, ensemble, "attack")
 
 
 def test_a_file_that_has_changed_is_another_one_and_a_copy_of_it_is_not():

@@ -60,6 +60,7 @@ def test_options_become_goals(classes, options, goal):
         ({"goal": "mislabel", "to": "all"}, "`to` all: expected one class"),
         ({"goal": "mislabel", "target": "person->bus,train"}, "`to` says what the others"),
         ({"goal": "mislabel", "target": "person->bus", "to": "train"}, "`to` train: each of `target`"),
+        ({"goal": "mislabel", "target": "person->bus,person->train"}, "each class once"),
         ({"goal": "untargeted", "strict": True}, "`strict`: goes with `goal` vanish, not"),
         ({"goal": "fabricate", "object": [1]}, "`object`: goes with `goal` vanish or mislabel or untargeted"),
         ({"goal": "flood", "box": [1, 2, 3, 4]}, "`box`: goes with"),

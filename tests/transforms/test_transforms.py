@@ -189,6 +189,14 @@ def test_hues_turn_as_told():
     assert transform(grey).tolist() == grey.tolist()
 
 
+def test_what_a_library_cannot_make_of_a_photo_is_told():
+    (transform,) = parse_transforms("albumentations:Superpixels")
+    with pytest.raises(
+        DetguardError, match="`transforms` albumentations:Superpixels: cannot be made of a photo of 8 x 6"
+    ):
+        transform(np.zeros((6, 8, 3), np.uint8))
+
+
 @pytest.mark.parametrize("spec", ["noise:8", "corrupt:fog-2", "albumentations:RandomShadow"])
 def test_what_is_random_is_drawn_and_repeats_by_what_was_drawn(spec, bus):
     (transform,) = parse_transforms(spec)
