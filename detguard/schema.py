@@ -294,7 +294,7 @@ CONFIGS: dict[str, dict[str, Shape]] = {
             "init": one_of("best", "fresh"),
             "keep": real(0),
             "photos": whole(1),
-            "batch": whole(1),
+            "batch": whole(2),
             "rate": real(1e-6, 1),
             "seed": seed,
             "eps": real(0, 255),

@@ -24,6 +24,7 @@ from detguard.engine import die_with
 Thing = TypeVar("Thing")
 # Seconds in which a thing must come, and how often in a row processes are started for one thing.
 PATIENCE, ATTEMPTS = 60.0, 3
+_depth = 0  # of `_undisturbed`
 
 
 class AheadError(DetguardError):
@@ -71,14 +72,20 @@ def ahead(
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Have OpenCV work in one thread and nothing raise the death of a process; afterwards all is as it was."""
+    global _depth
+    if _depth:  # as within another one it is so already
+        yield
+        return
     threads, torchs = cv2.getNumThreads(), signal_handling._SIGCHLD_handler_set
     cv2.setNumThreads(1)  # its threads would take turns with torch's, and a forked process would wait for them for ever
     # torch's own handler would raise the death of a process in the midst of a step, or of a start.
     signal_handling._SIGCHLD_handler_set = True
     theirs = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if _handles_deaths() else None
+    _depth += 1
     try:
         yield
     finally:
+        _depth -= 1
         cv2.setNumThreads(threads)
         signal_handling._SIGCHLD_handler_set = torchs
         if theirs is not None and _handles_deaths():

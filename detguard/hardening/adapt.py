@@ -23,7 +23,7 @@ from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, 
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
-from detguard.hardening.validation import Entry, file_of
+from detguard.hardening.validation import Entry, photo_of
 from detguard.ranks import Ranks
 from detguard.runs import Run
 
@@ -304,6 +304,6 @@ def set_aside(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Photos to train on and photos to judge by, evenly spread; of very few photos, all to train on."""
     if len(photos) < JUDGED_ONE_IN:
         return list(photos), []
-    judged = photos[:: max(JUDGED_ONE_IN, math.ceil(len(photos) / MOST_JUDGED))]
-    files = {file_of(one) for one in judged}
-    return [one for one in photos if file_of(one) not in files], list(judged)
+    distinct = list(dict.fromkeys(map(photo_of, photos)))
+    judged = set(distinct[:: max(JUDGED_ONE_IN, math.ceil(len(photos) / MOST_JUDGED))])
+    return [p for p in photos if photo_of(p) not in judged], [p for p in photos if photo_of(p) in judged]

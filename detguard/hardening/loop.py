@@ -56,9 +56,10 @@ class Pace:
         return number / self.last if self.last is not None else spent / (self.seconds or 1)
 
     def share(self, number: int, done: float) -> float:
-        """Share of the rates at a batch: up over the first hundred (or tenth), then down a cosine to 2 %."""
+        """Share of the rates at a batch: up over the first hundred or tenth, then down a cosine to 2 %."""
+        by_time = 10 * done if self.last is None else 0.0
         rising = 100 if self.last is None else min(100, max(1, self.last // 10))
-        return min(1.0, (number + 1) / rising) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        return min(1.0, max((number + 1) / rising, by_time)) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,10 @@ def train(
             saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
+    if log.rows and diverged(loss := log.now(), healthy):  # of batches after the last record
+        raise DetguardError(
+            f"the loss has grown out of all bounds in the last batches ({loss:.3g}); resume or lower `rate`"
+        )
     log.end(at.number)
     if validate:
         _judge(validate, files, at)

@@ -157,6 +157,11 @@ class Plan:
         if {"photos", "hours"} <= given.keys():
             raise DetguardError("`hours`: instead of `photos`; leave one of them out")
         if isinstance(model, GatedNetwork) and len(model.names) > 1:
+            if "split" in given and split_layer(model.single(0), given["split"]) != model.split:
+                raise DetguardError(
+                    f"`split` {given['split']}: the experts of this ensemble have layers from {model.split} on for "
+                    "themselves, and keep them; leave it out"
+                )
             given["split"] = str(model.split)
             if recipe.gated:
                 given = {"fusion": model.fusion, "top_k": model.top_k} | given
@@ -182,12 +187,14 @@ class Plan:
 
     def goes_on(self, model: Any) -> bool:
         """Whether a model has been through all stages of the recipe: it can bear the whole budget at once."""
-        return isinstance(model, GatedNetwork) and (len(model.names) > 1 or not self.made_by.gated)
+        if not isinstance(model, GatedNetwork):
+            return False
+        return len(model.names) > 1 or self.recipe in model.names or (_robust(model) and not self.made_by.gated)
 
     def stages(self, model: Any = None) -> list[Stage]:
         """What is trained of a model, in order: nothing that it is already, robust, or by itself for normal photos."""
         again = self.goes_on(model)
-        done = {"adversarial"} if isinstance(model, GatedNetwork) and not again else set()
+        done = {"adversarial"} if _robust(model) and not again else set()
         done |= {"normal"} if self.apart and not self.tune_normal else set()
         done |= set() if self.pretrain else {"pretrain"}
         shares = {n: share for n, share in self.made_by.stages.items() if n not in done}
@@ -238,6 +245,13 @@ class Plan:
         options["rate"] *= JOINT_RATE if name == "joint" else APART_RATE if goes_on else 1
         number = max(1, round(photos / self.batch))
         return Stage(name, number, route, share=(share[0], share[1], share[2]), adversary=adversary, **options)
+
+
+def _robust(model: Any) -> bool:
+    """Whether a model has been hardened by attacks; fine-tuning has none."""
+    return isinstance(model, GatedNetwork) and any(
+        name not in RECIPES or RECIPES[name].attacked for name in model.names
+    )
 
 
 def passes(stage: Stage, size: int) -> float:

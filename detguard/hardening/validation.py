@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detguard import DetguardError
+from detguard.data.sources import attack_run
 from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.hardening.adversary import Adversary, perturb
@@ -35,13 +37,25 @@ def file_of(entry: Path | Labelled) -> Path:
     return entry.file if isinstance(entry, Labelled) else entry
 
 
+def photo_of(entry: Path | Labelled) -> Path:
+    """What is one photo in several files: samples of `detguard attack`, KEY--NAME, have their key in common."""
+    file = file_of(entry)
+    key = file.stem.rpartition("--")[0]
+    return file.with_name(key) if key and _has_samples(file.parent) else file
+
+
+@cache
+def _has_samples(folder: Path) -> bool:
+    return attack_run(folder) is not None
+
+
 def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Photos to train on, and to validate on: those whose names have the smallest SHA-256; of few photos, none."""
 
     def order(name: str) -> bytes:
         return hashlib.sha256(name.encode(errors="replace")).digest()
 
-    names = [file_of(photo).name for photo in photos]
+    names = [photo_of(photo).name for photo in photos]
     distinct = sorted(set(names), key=order)
     held = set(distinct[: min(HELD_OUT, len(distinct) // ONE_IN)])
     first = {name: photo for name, photo in zip(reversed(names), reversed(photos), strict=True) if name in held}

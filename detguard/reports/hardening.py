@@ -109,7 +109,10 @@ def judged_before_after(judged: Judgement) -> Table:
 def verdict(judged: Judgement, config: Config) -> str:
     """One sentence: AP before and after on photos held out, clean and attacked. config: of the run."""
     if not judged.photos:
-        return f"No photos were held out (there are fewer than {ONE_IN}): judge it by detguard evaluate"
+        return (
+            f"No photos were held out (of fewer than {ONE_IN} different ones that can be read there are none): judge "
+            "it by detguard evaluate"
+        )
     what = f"Agreement with {judged.answers['clean']}, for want of labels," if judged.answers else "By labels,"
     return (
         f"{what} on {judged.photos['clean']} photos held out: clean {before_after(judged, 'clean')}; attacked at "

@@ -179,6 +179,11 @@ class Living(Deployment):
         if len(models) < 2:
             raise DetguardError("`roll_back`: the run has deployed nothing that could be taken back")
         number, model = self.number, models[-2]
+        if self.last["event"] in ("gathering", "adapting"):  # by what is taken back
+            self.stop()
+            self.child, self.learned = None, set()
+            kept = {"event": KEPT, "number": number, "model": self.model(number + 1), "why": "rolled back"}
+            self._note(kept | {"before": {}, "after": {}})
         self._note({"event": ROLLED_BACK, "number": number, "model": model, "why": "", "before": {}, "after": {}})
 
     def _remember(self, record: Record, *, copied: bool = False) -> None:

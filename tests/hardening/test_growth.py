@@ -17,6 +17,7 @@ from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth,
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
+from detguard.hardening.validation import _has_samples, hold_out
 from detguard.photos import encode_png
 from detguard.ranks import Ranks
 from detguard.runs import Run
@@ -255,13 +256,29 @@ def test_the_mode_goes_by_the_number_of_new_photos():
 
 
 def test_photos_to_judge_by_are_not_trained_on():
-    photos = [Labelled(name, None) for name in range(1000)]
+    photos = [Labelled(Path(str(name)), None) for name in range(1000)]
     for count, most in ((1, 0), (4, 0), (11, 3), (1000, 64)):
         trained, judged = set_aside(photos[:count])
         assert most - 2 <= len(judged) <= most
-        assert {one.file for one in trained} | {one.file for one in judged} == set(range(count))
+        assert {one.file for one in trained} | {one.file for one in judged} == {one.file for one in photos[:count]}
         assert not {one.file for one in trained} & {one.file for one in judged}
-        assert not judged or judged[-1].file > 0.9 * (count - 1)
+        assert not judged or int(judged[-1].file.name) > 0.9 * (count - 1)
+
+
+def test_of_samples_of_an_attack_those_of_one_photo_stay_together(tmp_path):
+    (tmp_path / "samples").mkdir()
+    names = [f"{number:02d}--{kind}.png" for number in range(40) for kind in ("photo", "jpeg-75", "median-3")]
+    files = [tmp_path / "samples" / name for name in names]
+    for command, parts in (("attack", 3), ("detect", 1)):
+        (tmp_path / "config.yaml").write_text(f"command: {command}\n")
+        _has_samples.cache_clear()
+        for split in (set_aside, hold_out):
+            trained, held = split(files)
+            shared = {file.name[:2] for file in trained} & {file.name[:2] for file in held}
+            assert held
+            assert bool(shared) is (parts == 1)
+        assert len(set_aside(files)[1]) == 24
+    _has_samples.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,25 @@ def test_one_that_diverges_again_and_again_is_an_error(run):
     assert [r["setbacks"] for r in run.records()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("last", [400, None])
+def test_rates_rise_over_a_tenth_of_a_short_stage_in_photos_or_in_hours(last):
+    pace = Pace(last, 1.0, 1.0, 60, None if last else 400.0)
+    shares = [pace.share(number, pace.done(number, float(number))) for number in range(400)]
+    assert max(shares) == pytest.approx(0.976, abs=0.003)
+    assert sum(shares) / 400 == pytest.approx(0.46, abs=0.03)
+
+
+def test_a_stage_in_hours_whose_last_batches_diverged_is_an_error(run):
+    def harm(call):
+        if call < LOG_EVERY + 3:
+            return 1.0
+        time.sleep(3)  # which is all the time that the stage has
+        return float("nan")
+
+    with pytest.raises(DetguardError, match="out of all bounds in the last batches"):
+        trained(run, harm=harm, pace=Pace(None, 1e-2, 1e-2, 1e9, 3.0))
+
+
 def test_the_best_average_on_photos_held_out_is_what_a_stage_ends_at(run):
     told = iter([3.0, 1.0, 2.0])
 

@@ -135,10 +135,25 @@ def test_what_goes_on_learns_at_a_third_of_the_rate_unless_told(bundled):
         assert Plan.of({"recipe": recipe, "rate": 0.003}, model).rate == 0.003
 
 
+def test_what_was_only_fine_tuned_is_made_robust_from_the_start(bundled):
+    tuned = GatedNetwork(bundled.model, 0, ("finetune",))
+    for recipe in ("gated", "pgd"):
+        plan = Plan.of({"recipe": recipe}, tuned)
+        assert plan.rate == Plan().rate
+        stages = {stage.name: stage for stage in plan.stages(tuned)}
+        assert stages["adversarial"].ramp > 0
+    assert Plan.of({"recipe": "finetune"}, tuned).rate == pytest.approx(Plan().rate / 3)
+    robust = GatedNetwork(bundled.model, 0, ("pgd",))
+    assert "adversarial" not in {stage.name for stage in Plan.of({}, robust).stages(robust)}
+
+
 def test_what_goes_on_keeps_its_rule_and_its_split_unless_told(bundled):
     ensemble = GatedNetwork(bundled.model, 11, top_k=2, fusion="average:0.5")
     plan = Plan.of({}, ensemble)
     assert (plan.split, plan.top_k, plan.fusion) == ("11", 2, "average:0.5")
+    assert Plan.of({"split": "11"}, ensemble).split == "11"
+    with pytest.raises(DetguardError, match="`split` head: the experts of this ensemble have layers from 11 on"):
+        Plan.of({"split": "head"}, ensemble)
     assert Plan.of({"fusion": "bounded:1"}, ensemble).fusion == "bounded:1"
     with pytest.raises(DetguardError, match="on a shared trunk"):
         Plan.of({"tune_normal": True}, ensemble)

@@ -52,6 +52,18 @@ def living(tmp_path, bundled_model):
     return Living(run, GatedDetector(network, "first", 320))
 
 
+@pytest.mark.parametrize("unfinished", ["gathering", "adapting"])
+def test_a_roll_back_gives_up_what_is_being_learned(living, unfinished):
+    note(living, "deployed", "second")
+    living.learned = {1}
+    living._note({"event": unfinished, "number": 0, "began": 1, "folder": "adapted/001", "model": "second"})
+    living.roll_back()
+    given_up, back = living.events[-2:]
+    assert (given_up["event"], given_up["model"], given_up["why"]) == ("kept", "second", "rolled back")
+    assert (back["event"], back["model"]) == ("rolled back", "first")
+    assert not living.learned
+
+
 def note(living, event, model):
     event = {"event": event, "number": living.number, "model": model, "why": "", "before": {}, "after": {}}
     living.run.append(event, "events.jsonl")
