@@ -25,7 +25,7 @@ from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector
 from detguard.hardening.judging import answered
 from detguard.hardening.validation import ONE_IN
-from detguard.photos import read_photo
+from detguard.photos import frames_tensor, read_photo
 from detguard.ranks import ALONE
 from detguard.reports.evaluation import number as shown_as
 from detguard.workflows.harden import Hardening
@@ -86,7 +86,8 @@ def test_tensorboard_shows_the_losses_of_each_stage(hardened):
 def test_in_the_end_its_adversarial_expert_is_made_sparse(hardened, bus):
     before, after = (load_detector(hardened / f"weights/{name}.safetensors") for name in ("joint", "sparse"))
     assert (before.model.sparse, after.model.sparse) == ([], [2])
-    one, other = (detector.through(2).detect([bus], 0.01)[0].scores for detector in (before, after))
+    frames = frames_tensor([before.letterbox(bus.shape[:2])(bus)])
+    one, other = (detector.through(2).candidates(frames).logits for detector in (before, after))
     assert not torch.equal(one, other)
     weights = load_file(hardened / "weights/sparse.safetensors")
     assert all(torch.equal(weights[key], value) for key, value in before.model.state_dict().items())
@@ -188,11 +189,11 @@ def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
 
 @pytest.fixture
 def many(tmp_path, bus):
-    """Folder of as many photos as it takes for one to be held out."""
+    """Folder of as many photos of two persons as it takes for one to be held out."""
     folder = tmp_path / "many"
     folder.mkdir()
     for number in range(ONE_IN):
-        cv2.imwrite(str(folder / f"{number}.jpg"), bus[::4, number * 8 :: 4, ::-1])
+        cv2.imwrite(str(folder / f"{number}.jpg"), bus[380:920:2, number * 4 : 400 + number * 4 : 2, ::-1])
     return folder
 
 
@@ -211,7 +212,8 @@ def assert_what_was_held_out_is_judged(result, run, bundled):
     (held,) = job.held_out
     assert len(job.source) == ONE_IN - 1
     (labelled,) = answered(bundled, [held], bundled.class_names)
-    job.held_out = [replace(labelled, objects=labelled.objects[:1])]  # as if labels had been learned
+    elsewhere = replace(labelled.objects, boxes=labelled.objects.boxes / 3)
+    job.held_out = [replace(labelled, objects=elsewhere)]  # as if labels had been learned
     judged = job.judge(run / "weights/adversarial.safetensors", lambda: None)
     assert judged.answers == {}
     assert judged.before["clean"]["F1"] < kept["before"]["clean"]["F1"]
