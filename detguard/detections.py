@@ -45,15 +45,17 @@ class Anchors:
     """Where an anchor-based head looks from.
 
     points: float32 [N, 2] xy, frame pixels; strides: float32 [N, 1], pixels per unit of distance;
-    bins: float32 [B, N, 4, R], logits of the distribution of each side's distance, if the head has one.
+    bins: float32 [B, N, 4, R], logits of the distribution of each side's distance, if the head has one; levels: the
+    strides that there are, known without asking the device.
     """
 
     points: Tensor
     strides: Tensor
     bins: Tensor | None = None
+    levels: tuple[float, ...] = (8, 16, 32)
 
     def __getitem__(self, index: int | slice | Tensor) -> "Anchors":
-        return Anchors(self.points, self.strides, None if self.bins is None else self.bins[index])
+        return replace(self, bins=None if self.bins is None else self.bins[index])
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def bf16_helps(device: "torch.device | None" = None) -> bool:
     import torch  # late: every command, --help too, starts with this module
 
     if device is not None and device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # `torch.cuda.is_bf16_supported` answers for the current GPU.
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if device is not None and device.type != "cpu":
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,6 +1,8 @@
 """The processes of one launch, one per device: each sees a part of every batch, or of the photos."""
 
+import atexit
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -128,16 +130,30 @@ class Ranks:
         dist.all_gather_object(lists, things, group=self.control)
         return [thing for one in lists for thing in one]
 
+    def must_agree(self, unread: list[str]) -> None:
+        """See that all processes have read the same photos, or they would learn from others than they count.
+
+        unread: what could not be read here, a message each.
+
+        Raises:
+            DetguardError: some could read what others could not.
+        """
+        counts = Counter(message for messages in self.gathered([unread]) for message in set(messages))
+        odd = sorted(message for message, count in counts.items() if count < self.count)
+        if odd:
+            raise DetguardError(f"{odd[0]}: read by some processes only; see that all can read the same files")
+
     def wait(self) -> None:
         """Wait until all have come as far."""
         if self.count > 1:
             dist.barrier(group=self.control)
 
     def end(self) -> None:
-        """Wait until all have come as far, and part."""
+        """Wait until all have come as far; they part when they exit, for they may train again."""
         self.wait()
         if self.count > 1:
-            dist.destroy_process_group()
+            atexit.unregister(dist.destroy_process_group)  # once, however often they end
+            atexit.register(dist.destroy_process_group)
 
 
 ALONE = Ranks()

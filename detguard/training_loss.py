@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import TaskAlignedAssigner, bbox2dist
 
-from detguard.detections import Candidates, Detections, boxes_as
+from detguard.detections import Anchors, Candidates, Detections, boxes_as
 
 GAINS = {"class": 0.5, "box": 7.5, "distance": 1.5}
 
@@ -54,9 +54,9 @@ def assign(candidates: Candidates, objects: Sequence[Detections]) -> Assignment:
     wanted = pad_sequence([o.boxes for o in objects], batch_first=True).to(boxes)
     present = pad_sequence([torch.ones(len(o), 1) for o in objects], batch_first=True).to(boxes)
     points = anchors.points if anchors is not None else (boxes[0, :, :2] + boxes[0, :, 2:]) / 2
-    strides = [8, 16, 32] if anchors is None else sorted({int(s) for s in anchors.strides.flatten().unique()})
+    levels = list(Anchors.levels if anchors is None else anchors.levels)
     assigner = TaskAlignedAssigner(
-        topk=min(10, boxes.shape[1]), num_classes=logits.shape[2], alpha=0.5, beta=6.0, stride=strides
+        topk=min(10, boxes.shape[1]), num_classes=logits.shape[2], alpha=0.5, beta=6.0, stride=levels
     )
     if not labels.shape[1]:
         none = torch.zeros(0, dtype=torch.int64, device=logits.device)

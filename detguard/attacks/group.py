@@ -510,7 +510,8 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
         attempt.steps += 1
         if not options.black_box:
             there = [members[frame][0] for frame in places]
-            gradient = photo_gradient([gradients[frame] for frame in places], shown[i], there, options)
+            of_frames = [gradients[frame].to(attempt.x.device) for frame in places]
+            gradient = photo_gradient(of_frames, shown[i], there, options)
             attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), told[i])
             attempt.fooled_alone = None
             if attempt.steps >= attempt.rule.steps:
@@ -596,7 +597,8 @@ def _losses(
     losses = dict[int, Tensor]()
     for numbers, _, candidates in passes:
         objective = members[numbers[0]][0].victim.objective
-        losses |= zip(numbers, objective.loss(candidates, [aims[i] for i in numbers], conf).unbind(), strict=True)
+        found = objective.loss(candidates, [aims[i] for i in numbers], conf)
+        losses |= zip(numbers, found.to(passes[0][1].device).unbind(), strict=True)  # detectors may be on several
     return [losses[number] for number in range(len(members))]
 
 

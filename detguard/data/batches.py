@@ -358,7 +358,8 @@ def batches(
     Raises:
         AheadError: those processes cannot be kept alive.
     """
-    maker = _Maker(source, count, size, seed, hard, zoom, kinds, ranks, samples, sampled)
+    alone = replace(ranks, control=None)  # a group cannot be sent to workers that are not forks
+    maker = _Maker(source, count, size, seed, hard, zoom, kinds, alone, samples, sampled)
     device = ranks.device
     for made in ahead(maker, first, last, workers, PATIENCE + OF_FRAME * count, pinned=device.type == "cuda"):
         clean = _frames(made.clean, device)
@@ -368,7 +369,8 @@ def batches(
 
 
 def _frames(levels: Tensor, device: torch.device) -> Tensor:
-    return levels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+    # Apple's GPUs would read what may be freed by then.
+    return levels.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2).float().div_(255)
 
 
 def _labels(made: Made) -> list[Labelled]:

@@ -160,6 +160,7 @@ class GatedNetwork(nn.Module):
         if self.kinds is not None:
             maps = self._kind_map(last, saved, ran if route is None else None)
             logits = self._with_kinds(logits, pooled(maps, content(frames)))
+        logits = logits.to(frames.dtype)  # where autocast made less of them
         if isinstance(route, int):
             return self._run(route, last, saved), logits
         if route is not None:

@@ -104,14 +104,15 @@ class TorchvisionDetector(Detector):
         gain = boxes.new_tensor([width / wide, height / tall] * 2)
         boxes = (boxes * gain).clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
         per_cell = self.model.anchor_generator.num_anchors_per_location()
-        padded_height = images.tensors.shape[2] * float(gain[1])
+        levels = [images.tensors.shape[2] * height / tall / level.shape[2] for level in features]
         strides = [
-            places.new_full((level[0, 0].numel() * count, 1), padded_height / level.shape[2])
-            for level, count in zip(features, per_cell, strict=True)
+            places.new_full((level[0, 0].numel() * count, 1), stride)
+            for level, count, stride in zip(features, per_cell, levels, strict=True)
         ]
         points = (places[:, :2] + places[:, 2:]) / 2 * gain[:2]
+        anchors = Anchors(points, torch.cat(strides), levels=tuple(levels))
         logits = self._logits(raw)[..., self.outputs]
-        return Candidates(logits, boxes, anchors=Anchors(points, torch.cat(strides)), multi_label=True)
+        return Candidates(logits, boxes, anchors=anchors, multi_label=True)
 
     def _logits(self, raw: dict[str, Tensor]) -> Tensor:
         """Logits of the confidences that users see, [B, N, outputs], from the head's own."""

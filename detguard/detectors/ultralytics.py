@@ -143,17 +143,20 @@ def head_outputs(head: Any, last: Tensor, saved: dict[int, Tensor]) -> Any:
 
 
 def decode(head: Any, raw: dict[str, Any], gate: Tensor | None = None) -> Candidates:
-    """Candidates from the raw outputs of an anchor-based head; `gate`: the logits of the gate behind them."""
-    anchors, strides = _places(raw["feats"], head.stride.tolist())
-    distances = head.dfl(raw["boxes"]).transpose(1, 2)
-    boxes = dist2bbox(distances, anchors, xywh=False) * strides
-    bins = raw["boxes"].unflatten(1, (4, -1)).permute(0, 3, 1, 2) if head.reg_max > 1 else None
-    places = Anchors(anchors * strides, strides, bins)
-    logits = raw["scores"].transpose(1, 2)
-    return Candidates(logits, boxes, head.end2end, places, gate, multi_label=head.end2end)
+    """Candidates from the raw outputs of an anchor-based head; `gate`: the logits of the gate behind them.
+
+    Not under autocast: in bfloat16, boxes would lie on every second or fourth pixel.
+    """
+    levels = head.stride.tolist()
+    sides, scores = (raw[name].to(torch.promote_types(raw[name].dtype, torch.float32)) for name in ("boxes", "scores"))
+    anchors, strides = _places(raw["feats"], levels, sides.dtype)
+    boxes = dist2bbox(head.dfl(sides).transpose(1, 2), anchors, xywh=False) * strides
+    bins = sides.unflatten(1, (4, -1)).permute(0, 3, 1, 2) if head.reg_max > 1 else None
+    places = Anchors(anchors * strides, strides, bins, tuple(levels))
+    return Candidates(scores.transpose(1, 2), boxes, head.end2end, places, gate, multi_label=head.end2end)
 
 
-def _places(maps: Sequence[Tensor], strides: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _places(maps: Sequence[Tensor], strides: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Middles of the cells of feature maps, in cells, [N, 2] xy, and the strides of each, [N, 1], made where they are.
 
     Ultralytics' `make_anchors` makes them on the CPU, for which a GPU waits.
@@ -161,9 +164,9 @@ def _places(maps: Sequence[Tensor], strides: Sequence[float]) -> tuple[Tensor, T
     points, of_points = [], []
     for found, stride in zip(maps, strides, strict=True):
         height, width = found.shape[2:]
-        y, x = (torch.arange(side, device=found.device, dtype=found.dtype) + 0.5 for side in (height, width))
+        y, x = (torch.arange(side, device=found.device, dtype=dtype) + 0.5 for side in (height, width))
         points.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], 2).view(-1, 2))
-        of_points.append(found.new_full((height * width, 1), stride))
+        of_points.append(found.new_full((height * width, 1), stride, dtype=dtype))
     return torch.cat(points), torch.cat(of_points)
 
 

@@ -117,7 +117,8 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
         return
     first = sum(name.startswith("adapted") for name in network.names) + 1
     names = [f"adapted {number}" for number in range(first, first + plan.experts)]
-    network.grow(names, best(network, new, setting), plan.expert)
+    # The first process's choice: on a near tie, arithmetic of others might come to another.
+    network.grow(names, setting.ranks.given(lambda: best(network, new, setting)), plan.expert)
     if plan.init == "fresh":
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
@@ -279,7 +280,7 @@ def batch_losses(
     batch = counts.new + counts.old * (old is not None)
     with setting.precision():
         raw, logits = network(frames, range(known, len(network.names)) if frozen else None)
-        found, count = decode(network.head, raw, logits), len(new.shown)
+    found, count = decode(network.head, raw, logits), len(new.shown)
     of_new = label_loss(found[:count], new.labels, reference).sum()
     losses = {"loss": of_new / batch, "new": of_new / counts.new}
     if plan.experts and not frozen:
@@ -290,11 +291,10 @@ def batch_losses(
         of_old = label_loss(found[count:], labels, wanted).sum()
         losses |= {"loss": losses["loss"] + of_old / batch, "old": of_old / counts.old}
     if plan.mode == "full" and plan.keep:
-        with setting.precision():
-            with torch.no_grad():
-                was = before(frames)[0]["experts"]
-            now = zip(raw["experts"][:known], was, strict=True)
-            pairs = [(decode(network.head, a), decode(network.head, b)) for (_, a), (_, b) in now]
+        with setting.precision(), torch.no_grad():
+            was = before(frames)[0]["experts"]
+        now = zip(raw["experts"][:known], was, strict=True)
+        pairs = [(decode(network.head, a), decode(network.head, b)) for (_, a), (_, b) in now]
         losses["moved"] = torch.stack([retention_loss(a, b).sum() / batch for a, b in pairs]).sum()
         losses["loss"] = losses["loss"] + plan.keep * losses["moved"]
     return losses

@@ -112,7 +112,8 @@ class Goal:
             if label.known is not None:
                 row.zero_()[list(label.known)] = 1
         assigned = assign(reference, [label.objects for label in labels])
-        known = known.to(reference.logits.device, non_blocking=True)
+        device = reference.logits.device
+        known = known.to(device, non_blocking=device.type == "cuda")
         return cls(reference if learn == "both" else None, assigned, known)
 
     def loss(self, found: Candidates | None, maps: dict[int, Tensor] | None = None, aim: str = "all") -> Tensor:

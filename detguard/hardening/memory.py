@@ -50,17 +50,21 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def kept_bytes(network: nn.Module, loss: Callable[[Tensor], Tensor], device: torch.device = torch.device("cpu")) -> int:
-    """Bytes that a forward pass of one frame, PROBE pixels wide, keeps for the backward pass."""
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, Tensor] = {}  # which are not freed, or others would get their places
+    """Bytes that one frame more, PROBE pixels wide, has a forward pass keep for the backward pass.
 
-    def keep(tensor: Tensor) -> Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in weights:
-            kept[place] = tensor
-        return tensor
+    What does not grow with the frames, as weights and what autocast or low ranks make of them, does not count.
+    """
 
-    frames = torch.full((1, 3, PROBE, PROBE), 0.5, device=device).contiguous(memory_format=torch.channels_last)
-    frames.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(frames)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    def kept(count: int) -> int:
+        found: dict[int, Tensor] = {}  # which are not freed, or others would get their places
+
+        def keep(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        frames = torch.full((count, 3, PROBE, PROBE), 0.5, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss(frames.contiguous(memory_format=torch.channels_last).requires_grad_())
+        return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+    return kept(2) - kept(1)

@@ -107,7 +107,7 @@ class Setting:
         return cls(batch, size, seed, bf16_helps(ranks.device), cls.save_every, corruptions, workers, ranks)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context of forward passes: autocast to bfloat16 where the device has it."""
+        """The context of a network's forward pass: autocast to bfloat16 where the device has it."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def run(
@@ -116,7 +116,7 @@ class Setting:
         """Candidates of a network, through one expert, some or all, and the feature maps on the way."""
         with self.precision():
             raw, gate = network(frames, route)
-            return decode(network.head, raw, gate), raw["maps"]
+        return decode(network.head, raw, gate), raw["maps"]
 
     def maps(self, network: GatedNetwork, frames: Tensor, route: int) -> dict[int, Tensor]:
         """The feature maps that the neck takes from the backbone, by the way of one expert."""

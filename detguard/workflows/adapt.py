@@ -179,6 +179,7 @@ class Adapting:
         judged = {kind: readable(photos) for kind, photos in (("new", new_judged), ("old", old_judged))}
         asked, unread = readable(unlabelled_judged)
         self.unread += [*judged["new"][1], *judged["old"][1], *unread]
+        self.ranks.must_agree(self.unread)
         self.judged = {kind: photos for kind, (photos, _) in judged.items()}
         self.answers = dict[str, str]()
         # Photos that are learned from, by kind.

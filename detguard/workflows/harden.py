@@ -258,6 +258,7 @@ class Hardening:
             files = [file for name in config["pretrain"] if (file := Path(name)).name not in kept]
             self.first, unread = read_photos([(files, 1.0)], imgsz)
             self.unread += unread
+        self.ranks.must_agree(self.unread)
         kinds = chosen_kinds(config["corruptions"])
         self.setting = Setting.on(self.ranks, workers, self.plan.batch, imgsz, self.plan.seed, kinds)
 
@@ -300,7 +301,9 @@ class Hardening:
         frames = torch.full(shape, 0.5, device=ranks.device, requires_grad=True)
         for _ in range(2):  # the first takes longer
             begin = time.perf_counter()
-            (gradient,) = torch.autograd.grad(self.teacher.candidates(frames).logits.sum(), frames)
+            with self.setting.precision():
+                logits = self.teacher.candidates(frames).logits
+            (gradient,) = torch.autograd.grad(logits.sum(), frames)
             float(gradient.sum())  # waits for the device
             seconds = (time.perf_counter() - begin) / len(frames)
         return round(number), number * seconds / ranks.count

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detguard import DetguardError
 from detguard.attacks.budgets import L2, Linf, largest_difference
@@ -16,12 +18,13 @@ from detguard.attacks.group import (
     AttackOptions,
     Member,
     Victim,
+    _losses,
     attack_group,
     photo_gradient,
     photo_seed,
 )
 from detguard.attacks.steps import Steepest
-from detguard.detections import Detections
+from detguard.detections import Candidates, Detections
 from detguard.detectors.load import load_detector
 from detguard.objectives import Flood, Vanish
 from detguard.objectives.base import outcomes
@@ -207,6 +210,18 @@ def test_a_failed_attack_rather_gives_the_photo_that_fools_more_members(bundled,
     )
     attempt, seen = scripted(bundled, small, one_at_second, spec="median:3")
     assert np.array_equal(attempt.adversarial, seen[1])
+
+
+def test_losses_of_detectors_on_several_devices_come_together_on_one():
+    objective = SimpleNamespace(loss=lambda candidates, aims, conf: candidates.logits.sum((1, 2)))
+    victim = SimpleNamespace(victim=SimpleNamespace(objective=objective))
+    with FakeTensorMode():
+        shown = [torch.zeros(2, 3, 8, 8, device=device) for device in ("cuda:0", "cpu", "cuda:1")]
+        passes = [
+            ([2 * i, 2 * i + 1], x, Candidates(x.new_zeros(2, 5, 1), x.new_zeros(2, 5, 4))) for i, x in enumerate(shown)
+        ]
+        losses = _losses(passes, [(victim, None)] * 6, [None] * 6, 0.25)
+        assert [loss.device for loss in losses] == [torch.device("cuda:0")] * 6
 
 
 def test_what_is_aimed_at_is_fixed_at_the_first_pass(bundled, small):

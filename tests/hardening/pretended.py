@@ -6,7 +6,9 @@ A program of its own: for the rest of its process, there is such a device.
 import copy
 import json
 import traceback
+from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,11 +16,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from ultralytics.nn.tasks import DetectionModel
 
 import detguard.hardening.adapt as adapting
+import detguard.hardening.kinds as kinds
 import detguard.hardening.losses as losses
 import detguard.hardening.optimizer as module
+import detguard.training_loss as training_loss
 from detguard.data.batches import Batch
 from detguard.data.stream import Labelled
-from detguard.detections import Detections
+from detguard.detections import Anchors, Candidates, Detections
 from detguard.detectors.gated import GatedNetwork, backbone_end
 from detguard.detectors.load import fused
 from detguard.hardening.loop import Average
@@ -111,14 +115,14 @@ def harden(name):
     assert all(value.device.type == DEVICE.type for value in losses.values())
 
 
-def adapt(mode):
+def adapt(mode, *, known=True):
     plan = adapting.Adaptation(mode=mode, batch=6, expert="whole")
     network = GatedNetwork(fused(MODEL), NECK)
     before = copy.deepcopy(network).requires_grad_(False)
     network.grow(["adapted 1"], 0)
     with FakeTensorMode():
         adapting.learned_parameters(there(network), plan)
-        new, old = (Batch(frames(3), frames(3), hard, labels(3)) for hard in (0, 1))
+        new, old = Batch(frames(3), frames(3), 0, labels(3)), Batch(frames(3), frames(3), 1, labels(3 * known))
         losses = adapting.batch_losses(network, there(before), new, old, adapting.Counts(3, 3, 1), plan, SETTING)
         losses["loss"].backward()
     assert all(value.device.type == DEVICE.type for value in losses.values())
@@ -128,6 +132,29 @@ def assigned(candidates, objects):
     """As many pairs as there happen to be: how many, the device alone knows."""
     index = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     return Assignment(index, index, index, torch.ones(5, device=DEVICE), torch.ones(5, 4, device=DEVICE))
+
+
+def surest(candidates, *rest):
+    """Some objects of each frame, of candidates that were read back at once: how many, the numbers tell."""
+    assert candidates.logits.device.type == candidates.boxes.device.type == "cpu"
+    return [label.objects for label in labels(len(candidates))]
+
+
+def levels():
+    """The strides that objects are assigned by are known without the device."""
+    with FakeTensorMode():
+        places = Anchors(torch.ones(8, 2, device=DEVICE), torch.ones(8, 1, device=DEVICE), levels=(4.0, 8.0))
+        found = Candidates(torch.zeros(2, 8, 3, device=DEVICE), torch.ones(2, 8, 4, device=DEVICE), anchors=places)
+        with pytest.raises(Asked, match=r"\[4.0, 8.0\]"):
+            training_loss.assign(found, [label.objects for label in labels(2)])
+
+
+class Asked(Exception):
+    """By what an assigner was asked."""
+
+    @classmethod
+    def raised(cls, stride, **options):
+        raise cls(stride)
 
 
 def read():
@@ -149,11 +176,13 @@ def what_went_wrong(step, *arguments):
 
 
 if __name__ == "__main__":
-    losses.assign = assigned
+    losses.assign, kinds.suppress, training_loss.TaskAlignedAssigner = assigned, surest, Asked.raised
     module._size = lambda parameter: 1.0
     errors = {name: what_went_wrong(harden, name) for name in STAGES}
     errors |= {f"adapt, {mode}": what_went_wrong(adapt, mode) for mode in ("full", "frozen")}
     errors |= {
+        "adapt, old photos unlabelled": what_went_wrong(partial(adapt, "full", known=False)),
+        "assign": what_went_wrong(levels),
         "update": what_went_wrong(update),
         "a loss that is read": what_went_wrong(read),
         "a tensor on the CPU": what_went_wrong(leave),

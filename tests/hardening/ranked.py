@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from ultralytics.utils import ASSETS
 
+from detguard import DetguardError
 from detguard.data.batches import read_photos
 from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
@@ -71,6 +72,19 @@ def train_as(environment, file):
     assert ranks.count == int(os.environ["WORLD_SIZE"])
     with tempfile.TemporaryDirectory() as folder:
         found = train(ranks, Path(folder))
+    found["refused"] = refused(ranks, ["a.jpg: damaged"] if ranks.first else [])
+    ranks.end()
+    again = Ranks.start("cpu")
+    found["trained again"] = float(again.total(torch.ones(1)))
+    again.end()
     if ranks.first:
         torch.save(found, file)
-    ranks.end()
+
+
+def refused(ranks, unread):
+    """What is said of photos that this process, of others, could not read."""
+    ranks.must_agree(["b.jpg: damaged"])
+    try:
+        ranks.must_agree(unread)
+    except DetguardError as error:
+        return str(error)

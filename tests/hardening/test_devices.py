@@ -21,7 +21,7 @@ def test_a_step_of_every_stage_stays_on_its_device_and_what_does_not_is_an_error
     errors = json.loads(done.stdout)
     assert "DataDependentOutputException" in errors.pop("a loss that is read")
     assert "FakeTensorDeviceMismatchError" in errors.pop("a tensor on the CPU")
-    assert len(errors) == 14
+    assert len(errors) == 16
     assert not any(errors.values()), "\n".join(f"{step}: {error}" for step, error in errors.items() if error)
 
 

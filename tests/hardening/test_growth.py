@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from detguard import DetguardError
-from detguard.data.batches import PhotoSet, batches
+from detguard.data.batches import Batch, PhotoSet, batches
 from detguard.data.corruptions import corrupt
 from detguard.data.stream import Labelled
+from detguard.detections import suppress
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.detectors.sparse import MeanSparse
 from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, grow, set_aside
 from detguard.hardening.adversary import Adversary, perturb
+from detguard.hardening.kinds import answers
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
 from detguard.hardening.validation import _has_samples, hold_out
-from detguard.photos import encode_png
+from detguard.photos import encode_png, frames_tensor
 from detguard.ranks import Ranks
 from detguard.runs import Run
 
@@ -241,6 +243,16 @@ def test_new_photos_are_led_to_the_new_expert_though_attacked_known_ones_come_ne
     (gentle, _), (steep, known) = asked(0.5, "gentle"), asked(10.0, "steep")
     assert gentle < 0.85 < 0.9 < steep
     assert known < 0.01
+
+
+def test_what_is_found_in_unlabelled_photos_is_what_the_detector_finds(bundled, bus):
+    photo = np.ascontiguousarray(bus[::2, ::2])
+    frame = frames_tensor([bundled.letterbox(photo.shape[:2])(photo)], bundled.device)
+    (label,) = answers(Batch(frame, frame, 0, []), bundled.candidates(frame))
+    (wanted,) = suppress(bundled.candidates(frame), 0.25, bundled.iou)
+    assert len(wanted) > 2
+    assert torch.equal(label.objects.boxes, wanted.boxes)
+    assert torch.equal(label.objects.classes, wanted.classes)
 
 
 def test_top_k_is_what_it_was_afterwards(network, train):

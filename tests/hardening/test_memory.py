@@ -21,6 +21,15 @@ def test_what_a_forward_pass_keeps_is_counted_without_the_weights(network):
     assert kept_bytes(network, loss(network)) == frame + map_
 
 
+def test_what_autocast_makes_of_weights_does_not_grow_with_the_frames(network):
+    def rounded(frames):
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(frames).sum()
+
+    frame, maps = 2 * 3 * PROBE**2, 2 * 8 * PROBE**2
+    assert kept_bytes(network, rounded) == frame + maps
+
+
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(network, monkeypatch):
     of_frame = PEAK * kept_bytes(network, loss(network)) * (640 / PROBE) ** 2
     monkeypatch.setattr(module, "memory_of", lambda device: round(10.5 * of_frame))

@@ -3,12 +3,14 @@
 import math
 import multiprocessing
 import os
+import pickle
 import socket
 
 import pytest
 import torch
 from ranked import train, train_as
 
+import detguard.data.batches as module
 from detguard.data.batches import read_photos
 from detguard.hardening.run import measured_frames
 from detguard.hardening.train import Setting
@@ -54,10 +56,26 @@ def test_losses_are_told_of_all_processes(trained, stage):
         assert two[name] == pytest.approx(value, rel=0.01, abs=2e-3), name
 
 
+def test_a_photo_that_some_processes_cannot_read_is_told(trained):
+    assert trained[1]["refused"] == "a.jpg: damaged: read by some processes only; see that all can read the same files"
+
+
+def test_a_process_can_train_again(trained):
+    assert trained[1]["trained again"] == 2
+
+
 def test_every_frame_of_a_batch_is_that_of_one_process():
     ranks = [Ranks(rank=rank, count=3) for rank in range(3)]
     assert sorted(row for one in ranks for row in one.rows(2, 9)) == list(range(2, 9))
     assert {row % 3 for row in ranks[1].rows(2, 9)} == {1}
+
+
+def test_workers_that_are_not_forks_are_sent_no_group(bus_file, monkeypatch):
+    sent = []
+    monkeypatch.setattr(module, "ahead", lambda maker, *rest, **options: sent.append(maker) or iter(()))
+    source = read_photos([([bus_file], 1.0)], 64)[0]
+    assert not list(module.batches(source, 2, 64, 0, 0, 1, ranks=Ranks(count=2, control=socket.socket())))
+    assert pickle.loads(pickle.dumps(sent[0])).ranks == Ranks(count=2)
 
 
 def test_channels_are_measured_by_the_frames_of_one_process(bus_file):
