@@ -1,13 +1,12 @@
 """The 15 common corruptions at severities 1..5, the same for the same photo and seed.
 
 Kinds and strengths are those of Hendrycks and Dietterich (2019, ImageNet-C), as Michaelis et al. (2019) brought them
-to detection: at the photo's own resolution, boxes unchanged. Albumentations makes those that it defines alike;
-Comments in `KINDS` say where ours differ. Training and attacks use these; detectors are judged under the published ones
+to detection: at the photo's own resolution, boxes unchanged. Albumentations makes those that it defines alike; comments
+in `KINDS` say where ours differ. Training and attacks use these; detectors are judged under the published ones
 (`evaluation/corruptions.py`).
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import albumentations as A
@@ -20,22 +19,16 @@ from detguard.photos import Photo
 
 SEVERITIES = (1, 2, 3, 4, 5)
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One corruption and its group."""
-
-    group: str
-    apply: Callable[[Photo, int, int], Photo]
+# From a photo, a severity and a seed to the photo corrupted.
+Apply = Callable[[Photo, int, int], Photo]
 
 
 def corrupt(photo: Photo, kind: str, severity: int, seed: int) -> Photo:
     """`photo`, `uint8 [H, W, 3]` RGB, corrupted by one of `KINDS` at severity 1..5."""
-    return np.ascontiguousarray(KINDS[kind].apply(photo, severity, seed))
+    return np.ascontiguousarray(KINDS[kind](photo, severity, seed))
 
 
-def _library(make: Callable[[int], A.ImageOnlyTransform | A.DualTransform]) -> Callable[[Photo, int, int], Photo]:
+def _library(make: Callable[[int], A.ImageOnlyTransform | A.DualTransform]) -> Apply:
     """A corruption by albumentations; `make` gives the transform of severity 0..4."""
     made = cache(make)
 
@@ -47,7 +40,7 @@ def _library(make: Callable[[int], A.ImageOnlyTransform | A.DualTransform]) -> C
     return apply
 
 
-def _own(function: Callable[[Floats, int, np.random.Generator], Floats]) -> Callable[[Photo, int, int], Photo]:
+def _own(function: Callable[[Floats, int, np.random.Generator], Floats]) -> Apply:
     """A corruption of ours, on float32 [H, W, 3] in 0..1; `function` is given a severity of 0..4."""
 
     def apply(photo: Photo, severity: int, seed: int) -> Photo:
@@ -152,67 +145,46 @@ def _elastic(x: Floats, i: int, rng: np.random.Generator) -> Floats:
     return moved.astype(np.float32, copy=False)
 
 
-KINDS: dict[str, Kind] = {
-    "gaussian_noise": Kind(
-        "noise",
-        _library(lambda i: A.GaussNoise(std_range=((0.08, 0.12, 0.18, 0.26, 0.38)[i],) * 2, p=1)),
-    ),
-    "shot_noise": Kind("noise", _own(_shot)),
-    "impulse_noise": Kind("noise", _own(_impulse)),
-    "defocus_blur": Kind(
-        "blur",
-        _library(
-            lambda i: A.Defocus(radius=((3, 4, 6, 8, 10)[i],) * 2, alias_blur=((0.1, 0.5, 0.5, 0.5, 0.5)[i],) * 2, p=1)
-        ),
+KINDS: dict[str, Apply] = {
+    "gaussian_noise": _library(lambda i: A.GaussNoise(std_range=((0.08, 0.12, 0.18, 0.26, 0.38)[i],) * 2, p=1)),
+    "shot_noise": _own(_shot),
+    "impulse_noise": _own(_impulse),
+    "defocus_blur": _library(
+        lambda i: A.Defocus(radius=((3, 4, 6, 8, 10)[i],) * 2, alias_blur=((0.1, 0.5, 0.5, 0.5, 0.5)[i],) * 2, p=1)
     ),
     # all pixels swap at once, not one after another
-    "glass_blur": Kind(
-        "blur",
-        _library(
-            lambda i: A.GlassBlur(
-                sigma=(0.7, 0.9, 1, 1.1, 1.5)[i], max_delta=(1, 2, 2, 3, 4)[i], iterations=(2, 1, 3, 2, 2)[i], p=1
-            )
-        ),
+    "glass_blur": _library(
+        lambda i: A.GlassBlur(
+            sigma=(0.7, 0.9, 1, 1.1, 1.5)[i], max_delta=(1, 2, 2, 3, 4)[i], iterations=(2, 1, 3, 2, 2)[i], p=1
+        )
     ),
     # even weights along a line of 7 to 25 px, not fading ones
-    "motion_blur": Kind(
-        "blur",
-        _library(lambda i: A.MotionBlur(blur_limit=((7, 11, 15, 19, 25)[i],) * 2, allow_shifted=False, p=1)),
-    ),
-    "zoom_blur": Kind(
-        "blur",
-        _library(
-            lambda i: A.ZoomBlur(
-                max_factor=((1.11, 1.16, 1.21, 1.26, 1.31)[i],) * 2,
-                step_factor=((0.01, 0.01, 0.02, 0.02, 0.03)[i],) * 2,
-                p=1,
-            )
-        ),
+    "motion_blur": _library(lambda i: A.MotionBlur(blur_limit=((7, 11, 15, 19, 25)[i],) * 2, allow_shifted=False, p=1)),
+    "zoom_blur": _library(
+        lambda i: A.ZoomBlur(
+            max_factor=((1.11, 1.16, 1.21, 1.26, 1.31)[i],) * 2,
+            step_factor=((0.01, 0.01, 0.02, 0.02, 0.03)[i],) * 2,
+            p=1,
+        )
     ),
     # even weights along a flake's streak
-    "snow": Kind("weather", _own(_snow)),
+    "snow": _own(_snow),
     # drawn ice; theirs are photos of frost
-    "frost": Kind("weather", _own(_frost)),
+    "frost": _own(_frost),
     # octaves of smooth noise, not midpoint displacement
-    "fog": Kind("weather", _own(_fog)),
-    "brightness": Kind("digital", _own(_brightness)),
-    "contrast": Kind("digital", _own(_contrast)),
+    "fog": _own(_fog),
+    "brightness": _own(_brightness),
+    "contrast": _own(_contrast),
     # no affine part, strength rises with severity, relative to the photo
-    "elastic_transform": Kind("digital", _own(_elastic)),
-    "pixelate": Kind(
-        "digital",
-        _library(
-            lambda i: A.Downscale(
-                scale_range=((0.6, 0.5, 0.4, 0.3, 0.25)[i],) * 2,
-                interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_NEAREST},
-                p=1,
-            )
-        ),
+    "elastic_transform": _own(_elastic),
+    "pixelate": _library(
+        lambda i: A.Downscale(
+            scale_range=((0.6, 0.5, 0.4, 0.3, 0.25)[i],) * 2,
+            interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_NEAREST},
+            p=1,
+        )
     ),
-    "jpeg_compression": Kind(
-        "digital",
-        _library(lambda i: A.ImageCompression(quality_range=((25, 18, 15, 10, 7)[i],) * 2, p=1)),
-    ),
+    "jpeg_compression": _library(lambda i: A.ImageCompression(quality_range=((25, 18, 15, 10, 7)[i],) * 2, p=1)),
 }
 
 
