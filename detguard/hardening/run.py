@@ -24,16 +24,7 @@ from detguard.hardening.losses import LEARN, MAPS, imitation_loss
 from detguard.hardening.members import parse_members
 from detguard.hardening.memory import check_memory
 from detguard.hardening.recipes import RECIPES, Recipe
-from detguard.hardening.train import (
-    ADVERSARIAL,
-    HARD,
-    NORMAL,
-    Setting,
-    Stage,
-    copy_expert,
-    learned_parameters,
-    train_stage,
-)
+from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL, Setting, Stage, learned_parameters, train_stage
 from detguard.hardening.validation import Validation
 from detguard.runs import Run
 from detguard.schema import CONFIGS, check, partly
@@ -396,7 +387,7 @@ def harden(
     for made, stage in stages.items():
         # On a shared trunk they start from what it was trained with.
         if stage.name in ("normal", "hard") and not (plan.apart or again):
-            copy_expert(network, len(plan.experts) - 1, stage.route or 0)
+            network.experts[stage.route or 0] = copy.deepcopy(network.experts[len(plan.experts) - 1])
         if load_made(network, made, ranks):
             continue
         checkpoint = path(f"state/{stage.name}.pt")

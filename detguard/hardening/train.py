@@ -1,6 +1,5 @@
 """One stage of hardening: some parts of a gated ensemble learn from normal, hard and adversarial frames."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -215,7 +214,7 @@ def train_stage(
         )  # fmt: skip
 
     def learn(batch: Batch, number: int, done: float, update: Update) -> dict[str, Tensor]:
-        return learn_batch(network, teacher, batch, stage, setting, number, done, update)
+        return Lesson(network, teacher, batch, stage, setting, number, done).learn(update)
 
     learned = learned_parameters(network, stage)
     slower = network.backbone(stage.route or 0) if stage.backbone < 1 else []
@@ -228,34 +227,20 @@ def train_stage(
         network.top_k = top_k
 
 
-def learn_batch(
-    network: GatedNetwork,
-    teacher: GatedNetwork,
-    batch: Batch,
-    stage: Stage,
-    setting: Setting,
-    number: int,
-    done: float,
-    update: Update,
-) -> dict[str, Tensor]:
-    """Attack and learn from one batch, of frames as `Layout` has them.
-
-    Losses, those that `update` is given and those returned, are this rank's summands of means over the whole batch.
-    """
-    return Lesson(network, teacher, batch, stage, setting, number, stage.adversary_at(done)).learn(update)
-
-
 class Lesson:
-    """What is learned from one batch, of which this rank has some frames.
+    """What is learned from one batch, of which this rank has some frames, as `Layout` has them.
 
-    rows: of these, the ones that are attacked; goal: what is wanted of all of them.
+    done: share of the stage that is over; rows: of this rank's frames, the ones that are attacked; goal: what is wanted
+    of all of them. Losses, those that `learn`'s `update` is given and those it returns, are this rank's summands of
+    means over the whole batch.
     """
 
     def __init__(
         self, network: GatedNetwork, teacher: GatedNetwork, batch: Batch, stage: Stage, setting: Setting,
-        number: int, adversary: Adversary,
+        number: int, done: float,
     ) -> None:  # fmt: skip
-        self.network, self.batch, self.stage, self.setting, self.adversary = network, batch, stage, setting, adversary
+        self.network, self.batch, self.stage, self.setting = network, batch, stage, setting
+        self.adversary = stage.adversary_at(done)
         self.layout, ranks = Layout.of(stage, setting.batch), setting.ranks
         first, last = self.layout.last - self.layout.attacked, self.layout.last
         self.rows = slice(len(ranks.rows(0, first)), len(ranks.rows(0, last)))
@@ -263,7 +248,7 @@ class Lesson:
         self.among = ranks.among(first, last)
         seeds = ((setting.seed, number, i, 1) for i in ranks.rows(first, last))  # others than made the frames
         self.members = Members(stage.transforms, seeds)
-        self.free = self.layout.attacked > 0 and adversary.method == "free"
+        self.free = self.layout.attacked > 0 and self.adversary.method == "free"
         self.margin = stage.margins[number % len(stage.margins)]
         torch.manual_seed((setting.seed << 32) + number)  # of the noise, on any device
         with torch.no_grad():
@@ -378,8 +363,3 @@ def _losses(
             weights = logits[rows].softmax(1).sum(0) / count
             losses |= {f"gate {EXPERTS[kind]} {i}": weight for i, weight in enumerate(weights)}
     return losses
-
-
-def copy_expert(network: GatedNetwork, source: int, target: int) -> None:
-    """Have one expert start as a copy of another."""
-    network.experts[target] = copy.deepcopy(network.experts[source])

@@ -28,7 +28,7 @@ from detguard.detectors.load import fused
 from detguard.hardening.loop import Average
 from detguard.hardening.optimizer import Optimizer
 from detguard.hardening.run import Plan
-from detguard.hardening.train import Layout, Setting, learn_batch, learned_parameters
+from detguard.hardening.train import Layout, Lesson, Setting, learned_parameters
 from detguard.ranks import Ranks
 from detguard.training_loss import Assignment
 
@@ -111,7 +111,7 @@ def harden(name):
         learned_parameters(there(network), stage)
         batch = Batch(frames(4), frames(4), hard, labels(4))
         # The last of the margins, which attack the gate, too.
-        losses = learn_batch(network, there(teacher), batch, stage, SETTING, 3, 0.5, Tensor.backward)
+        losses = Lesson(network, there(teacher), batch, stage, SETTING, 3, 0.5).learn(Tensor.backward)
     assert all(value.device.type == DEVICE.type for value in losses.values())
 
 

@@ -20,10 +20,10 @@ from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import MAPS, Goal, feature_variances, imitation_loss, label_loss
 from detguard.hardening.train import (
     Layout,
+    Lesson,
     Setting,
     Stage,
     _losses,
-    learn_batch,
     learned_parameters,
     train_stage,
     worst,
@@ -171,7 +171,7 @@ def steps(network, undefended, source, one, samples=None):
     """What a batch tells of a stage, without an update."""
     layout = Layout.of(one, SETTING.batch)
     (batch,) = batches(source, 4, 64, 0, 0, 1, layout.hard, samples=samples, sampled=layout.sampled)
-    return learn_batch(network, undefended, batch, one, SETTING, 0, 1.0, lambda loss: None)
+    return Lesson(network, undefended, batch, one, SETTING, 0, 1.0).learn(lambda loss: None)
 
 
 @pytest.mark.parametrize("route", [None, 1])
