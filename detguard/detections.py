@@ -1,7 +1,7 @@
 """Candidates (before NMS, differentiable), detections (after it), and the one NMS between them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
@@ -145,6 +145,17 @@ class Detections:
             }
             for b, s, c in zip(self.boxes, self.scores, self.classes, strict=True)
         ]
+
+    @classmethod
+    def from_records(cls, found: Sequence[Found], class_names: Mapping[int, str]) -> "Detections":
+        """From what `records` gave, without those of classes that are not among `class_names`."""
+        index = {name: number for number, name in class_names.items()}
+        known = [one for one in found if one["class"] in index]
+        return cls(
+            torch.tensor([one["box"] for one in known], dtype=torch.float32).reshape(-1, 4),
+            torch.tensor([float(one["confidence"]) for one in known]),
+            torch.tensor([index[one["class"]] for one in known], dtype=torch.int64),
+        )
 
     def to_supervision(self, class_names: dict[int, str] | None = None) -> "supervision.Detections":
         """As `supervision.Detections`, which its annotators draw and its metrics take.

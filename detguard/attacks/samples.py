@@ -13,7 +13,7 @@ from detguard.data.batches import PhotoSet, Samples, as_kept, shrunk
 from detguard.data.sources import OnData, attack_run, has_samples, read_labelled, warn_of, whole_run
 from detguard.data.stream import Labelled, as_line, read_lines
 from detguard.data.writing import DatasetWriter, as_objects
-from detguard.detections import Detections, Found
+from detguard.detections import Detections
 from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, parse_json, read_file
 from detguard.photos import Photo, encode_png, photo_size, read_photo
 from detguard.runs import Record, Run
@@ -33,14 +33,13 @@ def write_samples(
     labels: key of a photo -> its objects, photo pixels; what was found in the clean photo where it has none.
     class_names: all that the data set is to have. Returns how many images it has.
     """
-    index = {name: number for number, name in class_names.items()}
     made = DatasetWriter(lambda name, data: run.write(f"{FOLDER}/{name}", data), class_names)
     for record in records:
         key, files = record["key"], record["files"]
         width, height = photo_size(run.path(files[PHOTO]))
         objects = labels.get(key)
         if objects is None:
-            objects = from_records(record["clean"], index)
+            objects = Detections.from_records(record["clean"], class_names)
         drawn = drawn_transforms(record)
         for name, file in files.items():
             here, _ = seen(drawn.get(name), (height, width), objects, torch.ones(len(objects), dtype=torch.bool))
@@ -93,7 +92,7 @@ def read_samples(source: str, class_names: dict[int, str], on_data: OnData = war
     folder = attack_run(Path(source))
     if folder is None:
         raise DetguardError(f"`samples` {source}: expected a run of detguard attack; give other photos as `data`")
-    run, index = Run.open(whole_run(source, folder), "attack"), {name: i for i, name in class_names.items()}
+    run = Run.open(whole_run(source, folder), "attack")
     labelled = read_labelled(str(folder), "train", class_names, on_data) if has_samples(folder) else []
     known = {one.file.stem: one for one in labelled}
     samples = []
@@ -103,7 +102,7 @@ def read_samples(source: str, class_names: dict[int, str], on_data: OnData = war
             path, transform = run.path(file), drawn.get(name)
             label = known.get(_stem(record["key"], name, path))
             if label is None:
-                found = from_records(record["clean"], index)
+                found = Detections.from_records(record["clean"], class_names)
                 here, _ = seen(transform, photo_size(path)[::-1], found, torch.ones(len(found), dtype=torch.bool))
                 label = Labelled(path, replace(here, scores=torch.ones(len(here))))
             samples.append(Sample(replace(label, file=path), Path(record["photo"]), str(transform or "none")))
@@ -155,13 +154,3 @@ def load_samples(samples: Sequence[Sample], size: int) -> tuple[Samples | None, 
         return None, unread
     alike = [1.0] * len(labels)
     return Samples(PhotoSet.of(attacked, alike, plain=True), PhotoSet.of(clean, alike, labels, plain=True)), unread
-
-
-def from_records(found: list[Found], index: Mapping[str, int]) -> Detections:
-    """Detections as `Detections.records` wrote them, without those of classes that are not in `index`."""
-    known = [one for one in found if one["class"] in index]
-    return Detections(
-        torch.tensor([one["box"] for one in known], dtype=torch.float32).reshape(-1, 4),
-        torch.tensor([float(one["confidence"]) for one in known]),
-        torch.tensor([index[one["class"]] for one in known], dtype=torch.int64),
-    )

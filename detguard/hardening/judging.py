@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from detguard.attacks.samples import from_records
 from detguard.data.stream import Labelled
+from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
 from detguard.evaluation.coco import f1, metrics_of_photos
@@ -77,10 +77,9 @@ def readable(photos: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 def answered(detector: Detector, files: Sequence[Path], class_names: Mapping[int, str]) -> list[Labelled]:
     """Photos with what a detector shows of them as their labels, in the classes of another one."""
-    index = {name: number for number, name in class_names.items()}
-    found = (detector.detect([read_photo(file)], SHOWN_CONFIDENCE)[0] for file in files)
-    records = (one.records(detector.class_names) for one in found)
-    return [Labelled(file, from_records(of_one, index)) for file, of_one in zip(files, records, strict=True)]
+    found = (detector.detect([read_photo(file)], SHOWN_CONFIDENCE)[0].records(detector.class_names) for file in files)
+    objects = (Detections.from_records(of_one, class_names) for of_one in found)
+    return [Labelled(file, of_one) for file, of_one in zip(files, objects, strict=True)]
 
 
 def judge(
