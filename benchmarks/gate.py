@@ -75,7 +75,7 @@ def chosen(detector: GatedDetector, photos: Sequence[Photo]) -> list[int]:
     """The expert that the gate prefers for each photo."""
     asked = []
     for photo in photos:
-        letterbox = detector.letterbox((photo.shape[0], photo.shape[1]))
+        letterbox = detector.letterbox(photo.shape[:2])
         with torch.no_grad():
             gate = detector.candidates(frames_tensor([letterbox(photo)])).gate
         assert gate is not None

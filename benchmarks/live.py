@@ -161,7 +161,7 @@ def main(
     def line_of(kind: str, file: Path, name: str) -> bytes:
         photo = shown_as(kind, file, deployed, eps, steps)
         write_file(out / "stream" / name, encode_png(photo))
-        objects = labelled(file, (photo.shape[0], photo.shape[1]))
+        objects = labelled(file, photo.shape[:2])
         return json.dumps({"photo": str(out / "stream" / name), "objects": objects, "classes": VOC}).encode() + b"\n"
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -213,7 +213,7 @@ def main(
             for file in rest:
                 photo = shown_as(kind, file, lambda d=detector: d, eps, steps)  # type: ignore[misc]
                 write_file(out / "judged.png", encode_png(photo))
-                line = {"photo": str(out / "judged.png"), "objects": labelled(file, (photo.shape[0], photo.shape[1]))}
+                line = {"photo": str(out / "judged.png"), "objects": labelled(file, photo.shape[:2])}
                 told += f1_on(detector, [line])
             found.append(average(told))
         print(f"| {kind} | {found[0]:.3f} | {found[1]:.3f} | {found[1] - found[0]:+.3f} |", flush=True)

@@ -263,7 +263,7 @@ class Found(torch.nn.Module):
 
 def frame_of(detector: Detector, photo: Photo) -> Photo:
     """A photo resized as for the detector, without the padding."""
-    box = detector.letterbox((photo.shape[0], photo.shape[1]))
+    box = detector.letterbox(photo.shape[:2])
     (top, left), (height, width) = box.offset, box.resized
     return box(photo)[top : top + height, left : left + width].copy()
 

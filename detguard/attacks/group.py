@@ -208,7 +208,7 @@ class Member:
     @classmethod
     def of(cls, victim: Victim, transform: Transform | None, photo: Photo, clean: Detections, conf: float) -> "Member":
         """That of a clean photo, in which the detector found `clean` over `conf`."""
-        shape = (photo.shape[0], photo.shape[1])
+        shape = photo.shape[:2]
         warp = transform.warp(shape) if transform else None
         letterbox = victim.detector.letterbox(warp.picture if warp else shape)
         copied = victim.found_in_copy(transform, photo, conf)
@@ -415,7 +415,7 @@ def _begin(
         for victim, there in zip(victims, found, strict=True)
         for transform in (None, *transforms)
     ]
-    budget = options.budget.on((photo.shape[0], photo.shape[1]), clean[members[0].attacked].boxes)
+    budget = options.budget.on(photo.shape[:2], clean[members[0].attacked].boxes)
     original = torch.from_numpy(photo).to(victims[0].detector.device).float()
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original

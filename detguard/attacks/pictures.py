@@ -112,7 +112,7 @@ def stages(
     for file, objects in photos:
         photo = read_photo(file)  # where labels say what it shows, too: one cut short would end the learning midway
         objects = detector.detect([photo], conf)[0] if objects is None else objects
-        letterbox = detector.letterbox((photo.shape[0], photo.shape[1]))
+        letterbox = detector.letterbox(photo.shape[:2])
         placed = Detections(letterbox.boxes_to_frame(objects.boxes), objects.scores, objects.classes)
         if (attacked := objective.attacked(objects)).any():
             made.append(Stage(file, letterbox, placed, attacked))

@@ -108,7 +108,7 @@ def attack_photos(
                 unattackable.append(_append(job.run, record | ({"detector": blind.name} if job.also else {})))
                 continue
             attacked = there[job.objective.attacked(there)].boxes
-            if job.options.budget.on((photo.shape[0], photo.shape[1]), attacked).empty:
+            if job.options.budget.on(photo.shape[:2], attacked).empty:
                 nothing = DetguardError(f"{file}: `mask` leaves nothing of this photo that may change")
                 unattackable.append(_append(job.run, failure(key, file, nothing)))
                 continue
@@ -227,7 +227,7 @@ def candidates_over(detector: Detector, photos: Sequence[Photo], conf: float) ->
     """How many candidates of each photo are over a confidence before NMS: what NMS and all after it take time for."""
     counts = []
     for photo in photos:
-        frame = detector.letterbox((photo.shape[0], photo.shape[1]))(photo)
+        frame = detector.letterbox(photo.shape[:2])(photo)
         with torch.no_grad():
             logits = detector.candidates(frames_tensor([frame], detector.device)).logits
         counts.append(int((logits.amax(2) > logit(conf)).sum()))
@@ -251,7 +251,7 @@ def judge_members(
 
     drawn: the transforms of members; photo: as it was before the attack.
     """
-    shape, names, lowest = (photo.shape[0], photo.shape[1]), victim.detector.class_names, lowest_threshold(conf)
+    shape, names, lowest = photo.shape[:2], victim.detector.class_names, lowest_threshold(conf)
     judged = {}
     for name, one in found.items():
         transform = drawn.get(name)
@@ -372,7 +372,7 @@ def verify_run(
             found |= {name: detector.predict(t(saved), lowest) for name, t in further.items()}
             shown_as = drawn_transforms(record) | further
             attacked = torch.tensor([o["box"] for o in record["objects"]]).view(-1, 4)
-            used = budget.on((original.shape[0], original.shape[1]), attacked).used(saved, original)
+            used = budget.on(original.shape[:2], attacked).used(saved, original)
         except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue

@@ -73,7 +73,7 @@ class Sample:
         """
         attacked, clean = read_photo(self.attacked.file), read_photo(self.clean)
         for transform in parse_transforms(self.transform):
-            if warp := transform.warp((clean.shape[0], clean.shape[1])):
+            if warp := transform.warp(clean.shape[:2]):
                 clean = warp(clean)
         if clean.shape != attacked.shape:
             raise DetguardError(f"{self.clean}: no longer the photo that {self.attacked.file} was made of")

@@ -65,7 +65,7 @@ class Universal(Picture):
     def on_photo(self, photo: Photo, picture: Photo, boxes: Tensor) -> Photo:
         """The photo with the change added, stretched to its size; boxes do not matter."""
         levels = torch.from_numpy(picture.astype(np.float32) - NOTHING).permute(2, 0, 1)
-        change = stretched(levels, (photo.shape[0], photo.shape[1])).round().permute(1, 2, 0).numpy()
+        change = stretched(levels, photo.shape[:2]).round().permute(1, 2, 0).numpy()
         return np.clip(photo + change, 0, 255).astype(np.uint8)
 
     @override

@@ -105,7 +105,7 @@ class Detector(ABC):
         """
         conf, iou = self.conf if conf is None else conf, self.iou if iou is None else iou
         found: list[Detections] = []
-        placed = [(self.letterbox((photo.shape[0], photo.shape[1])), photo) for photo in photos]
+        placed = [(self.letterbox(photo.shape[:2]), photo) for photo in photos]
         for _, group in groupby(placed, key=lambda pair: pair[0].frame):
             boxes, batch = zip(*group, strict=True)
             with torch.no_grad():

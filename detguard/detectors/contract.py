@@ -78,7 +78,7 @@ def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iter
 
 def _frames(detector: Detector, photo: Photo, number: int = 1) -> Tensor:
     """A photo, and darker ones of it, as one batch."""
-    box = detector.letterbox((photo.shape[0], photo.shape[1]))
+    box = detector.letterbox(photo.shape[:2])
     return frames_tensor([box((photo * 0.8**i).astype(np.uint8)) for i in range(number)], detector.device)
 
 
@@ -101,7 +101,7 @@ def _something(detector: Detector, photo: Photo, conf: float) -> str:
     found = detector.predict(photo, conf)
     if not len(found):
         raise Broken(f"nothing over {conf}: give another `photo` or a lower `conf`")
-    boxes = detector.letterbox((photo.shape[0], photo.shape[1])).boxes_to_frame(found.boxes)
+    boxes = detector.letterbox(photo.shape[:2]).boxes_to_frame(found.boxes)
     if (boxes[:, 2:] - boxes[:, :2]).max() < SMALL:
         raise Doubtful(f"{len(found)} objects, all under {SMALL} px of the frame: are boxes shares of it, not pixels?")
     best, box = found.records(detector.class_names)[0], ", ".join(f"{side:.0f}" for side in found.boxes[0].tolist())

@@ -156,7 +156,7 @@ class HuggingFaceDetector(Detector):
     @override
     def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
         photo = read_photo(source) if isinstance(source, Path) else source
-        shape = (photo.shape[0], photo.shape[1])
+        shape = photo.shape[:2]
         box = self.letterbox(shape)
         inputs = self.processor(images=photo, return_tensors="pt", input_data_format="channels_last")
         with torch.no_grad():

@@ -139,7 +139,7 @@ class TorchvisionDetector(Detector):
         known = torch.isin(found["labels"], self.outputs)
         classes = torch.searchsorted(self.outputs, found["labels"][known])
         detections = Detections(found["boxes"][known].cpu(), found["scores"][known].cpu(), classes.cpu())
-        return to_photo(detections, self.letterbox((photo.shape[0], photo.shape[1])))
+        return to_photo(detections, self.letterbox(photo.shape[:2]))
 
 
 def frame_size(model: Any) -> int:

@@ -97,7 +97,7 @@ def zero_gradient_share(subject: Subject) -> float:
     for images in subject.batches():
         batch = Batch(subject, images)
         for photo, objects in zip(batch.photos, batch.objects, strict=True):
-            box = subject.detector.letterbox((photo.shape[0], photo.shape[1]))
+            box = subject.detector.letterbox(photo.shape[:2])
             frames = frames_tensor([box(photo)], subject.detector.device).requires_grad_()
             candidates = subject.detector.candidates(frames)
             placed = replace(objects, boxes=box.boxes_to_frame(objects.boxes))

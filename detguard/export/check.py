@@ -88,7 +88,7 @@ def frames_of(detector: Detector, photos: Sequence[Photo], *, square: bool) -> l
     """The frame of each photo, float32 [1, 3, H, W]; `square`: padded to the size of a static graph."""
     frames = []
     for photo in photos:
-        frame = detector.letterbox((photo.shape[0], photo.shape[1]))(photo)
+        frame = detector.letterbox(photo.shape[:2])(photo)
         if square:
             height, width = (detector.imgsz - side for side in frame.shape[:2])
             frame = np.pad(frame, ((0, height), (0, width), (0, 0)), constant_values=PADDING_LEVEL)

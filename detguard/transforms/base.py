@@ -143,12 +143,12 @@ class Geometric(Transform):
 
     @override
     def __call__(self, photo: Photo) -> Photo:
-        return self.warp((photo.shape[0], photo.shape[1]))(photo)
+        return self.warp(photo.shape[:2])(photo)
 
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """Exact but for OpenCV's rounding: the adjoint of the bilinear map."""
-        return self.warp((photo.shape[0], photo.shape[1])).pull_back(gradient)
+        return self.warp(photo.shape[:2]).pull_back(gradient)
 
 
 @dataclass(frozen=True)

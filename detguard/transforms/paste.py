@@ -116,7 +116,7 @@ def paste(picture: Tensor, patch: Tensor, spots: Iterable[Spot], generator: torc
 
 def paste_on_photo(photo: Photo, patch: Photo, boxes: Tensor, share: float) -> Photo:
     """The photo, `uint8 [H, W, 3]`, with the patch, `uint8 [S, S, 3]`, as it is on each of the boxes [N, 4] xyxy."""
-    size = (photo.shape[0], photo.shape[1])
+    size = photo.shape[:2]
     planes, square = (torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in (photo, patch))
     pasted = paste(planes, square, [Spot.on(box, share, size) for box in boxes.tolist()])
     return (pasted * 255).round().byte().permute(1, 2, 0).contiguous().numpy()

@@ -37,4 +37,4 @@ class Resize(Transform):
     @override
     def pull_back(self, photo: Photo, gradient: Tensor) -> Tensor:
         """The gradient at the photo, exact but for OpenCV's rounding."""
-        return resize_adjoint(resize_adjoint(gradient, self._size(photo)), (photo.shape[0], photo.shape[1]))
+        return resize_adjoint(resize_adjoint(gradient, self._size(photo)), photo.shape[:2])
