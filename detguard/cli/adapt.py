@@ -152,7 +152,7 @@ def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "R
         )
     if plan.get("mode", AUTO) == AUTO:
         config = job.run.config
-        out.print(f"--mode auto: {config['adapt']['mode']}, {config['why']}", highlight=False, soft_wrap=True)
+        out.say(f"--mode auto: {config['adapt']['mode']}, {config['why']}")
     return job
 
 

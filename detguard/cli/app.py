@@ -41,6 +41,10 @@ class Terminal(Console):
         shown = super().status(*args, **options)
         return Status(shown.status, console=Console(quiet=True)) if self.still else shown
 
+    def say(self, text: str, **options: Any) -> None:
+        """Print a line in one piece, and of one colour whatever it says."""
+        self.print(text, highlight=False, soft_wrap=True, **options)
+
     @override
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
@@ -284,12 +288,12 @@ def show_error(message: str, *, of_all: bool = False) -> None:
     """
     if of_all and err.rank:
         err.quiet, message = False, f"rank {err.rank}: {message}"
-    err.print(f"error: {with_dashes(message)}", style="red", highlight=False, soft_wrap=True)
+    err.say(f"error: {with_dashes(message)}", style="red")
 
 
 def show_warning(message: str) -> None:
     """Print a warning as one line on stderr."""
-    err.print(f"warning: {with_dashes(message)}", style="yellow", highlight=False, soft_wrap=True)
+    err.say(f"warning: {with_dashes(message)}", style="yellow")
 
 
 def show_made(text: str, *, as_json: bool, **made: object) -> None:
@@ -297,7 +301,7 @@ def show_made(text: str, *, as_json: bool, **made: object) -> None:
     if as_json:
         print(json.dumps(made, default=str))
     else:
-        out.print(text, highlight=False, soft_wrap=True)
+        out.say(text)
 
 
 def stop_signals() -> list[int]:
@@ -343,7 +347,7 @@ def top(
     if quiet:
         out.quiet = err.still = True
     if version:
-        out.print(f"detguard {__version__}", highlight=False)
+        out.say(f"detguard {__version__}")
         raise typer.Exit
 
 

@@ -417,20 +417,20 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
 
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.print(verdict(records, job.options), highlight=False, soft_wrap=True, style="bold")
+        out.say(verdict(records, job.options), style="bold")
         title = f"{wanted(job.run.config)}: success rate"
         out.print(terminal_table(survival_table(attacked, title, job.options.conf)))
         failed = failures(attacked, job.run.config, job.options.conf)
         for line in failed[:MOST_NAMED]:
-            out.print(f"not fooled: {line}", highlight=False, soft_wrap=True)
+            out.say(f"not fooled: {line}")
         if len(failed) > MOST_NAMED:
-            out.print(f"and {len(failed) - MOST_NAMED} more", highlight=False)
+            out.say(f"and {len(failed) - MOST_NAMED} more")
         job.run.write("report.html", attack_page(job.run, records, job.detector))
     out.print(terminal_list(attack_summary(records, job.options)))
     if attacked and job.run.config["samples"]:
         show_samples(job, attacked, files)
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
-    out.print(f"results: {job.run.folder}{page}", highlight=False, soft_wrap=True)
+    out.say(f"results: {job.run.folder}{page}")
     statuses = {r["status"] for r in records}
     return 2 if "error" in statuses else NOTHING if not attacked else 1 if "failed" in statuses else 0
 
@@ -445,8 +445,7 @@ def show_record(job: "Job", record: "Record", *, as_json: bool) -> None:
         show_error(record["error"])
     elif record["status"] == "no-target":
         of = f" by {record['detector']}" if "detector" in record else ""
-        message = f"{record['photo']}: skipped, no {sought(job.run.config)} found{of} (confidence {job.options.conf:g})"
-        out.print(message, highlight=False, soft_wrap=True)
+        out.say(f"{record['photo']}: skipped, no {sought(job.run.config)} found{of} (confidence {job.options.conf:g})")
 
 
 def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -> None:
@@ -461,11 +460,9 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
         by_file = {str(one.file): one.objects for one in read_lines(kept, names)}
         labels = {key: by_file[str(file)] for key, file in files.items() if str(file) in by_file}
     count = write_samples(job.run, attacked, labels, names)
-    out.print(
+    out.say(
         f"samples: {count} images, {'labelled as the data set' if labels else 'labels are what was found before'}, "
-        f"{job.run.folder / FOLDER / 'data.yaml'}; photos without target are left out",
-        highlight=False,
-        soft_wrap=True,
+        f"{job.run.folder / FOLDER / 'data.yaml'}; photos without target are left out"
     )
 
 
@@ -542,7 +539,7 @@ def detect(
         else:
             out.print(detections_table(str(file), found, detector.class_names))
     if not as_json:
-        out.print(f"results: {run.folder}", highlight=False, soft_wrap=True)
+        out.say(f"results: {run.folder}")
     sys.exit(code)
 
 
@@ -622,9 +619,9 @@ def verify(
         fooled = [all(r["members"][name]["fooled"] for name in r["group"]) for r in records]
         if not as_json:
             told = f"{sum(fooled)} of {len(records)} photos still fool {detector.name}, with every saved copy"
-            out.print(told, highlight=False, soft_wrap=True, style="bold")
+            out.say(told, style="bold")
         code = code or int(used > budget.eps or not all(fooled))
     elif not code:
         why = f"{detector.name} finds no target in any photo" if without else "no photo of it was attacked"
-        err.print(f"{folder}: nothing to judge: {why}", highlight=False, soft_wrap=True)
+        err.say(f"{folder}: nothing to judge: {why}")
     sys.exit(code if records else code or NOTHING)

@@ -233,7 +233,7 @@ def evaluate(
         if ranks.first:
             show_made(in_words(cost), as_json=as_json, **asdict(cost))
         sys.exit(0)
-    err.print(in_words(cost), highlight=False, soft_wrap=True)
+    err.say(in_words(cost))
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
     sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, as_json=as_json))
 
@@ -271,9 +271,9 @@ def show_warnings(_: str, faults: "Faults") -> None:
     for kind, where in faults.items():
         show_warning(f"{where.total} {kind}")
         for line in where[:MOST_SHOWN]:
-            err.print(f"  {line}", highlight=False, soft_wrap=True)
+            err.say(f"  {line}")
         if where and where.total > MOST_SHOWN:
-            err.print(f"  and {where.total - MOST_SHOWN} more", highlight=False)
+            err.say(f"  and {where.total - MOST_SHOWN} more")
 
 
 def run_evaluation(
@@ -314,13 +314,13 @@ def run_evaluation(
     if as_json:
         print(json.dumps(evaluation.metrics))
     else:
-        out.print(verdict(evaluation.metrics), highlight=False, soft_wrap=True, style="bold")
+        out.say(verdict(evaluation.metrics), style="bold")
         first, *others = tables(evaluation.metrics)
         for table in (first.turned, *others):
             out.print(terminal_table(table))
-        out.print(f"results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+        out.say(f"results: {run.folder}, open {run.folder / 'report.html'}")
         if wanted.save_images:
-            out.print(f"data sets: {run.folder / 'datasets'}", highlight=False, soft_wrap=True)
+            out.say(f"data sets: {run.folder / 'datasets'}")
     short = list(shortfalls(evaluation.metrics, floors))
     for line in short:
         show_error(line)
@@ -375,4 +375,4 @@ def compare(
     if page is not None:
         write_file(page, comparison_page(metrics, changes, warnings, ["detguard", *sys.argv[1:]]))
         if not as_json:
-            out.print(f"page: {page}", highlight=False, soft_wrap=True)
+            out.say(f"page: {page}")

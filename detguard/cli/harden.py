@@ -302,7 +302,7 @@ def show_judgement(verdict: str, table: "Table") -> None:
     """Say how good a detector was on photos held out, and is."""
     from detguard.reports.tables import terminal_table
 
-    out.print(verdict, highlight=False, soft_wrap=True, style="bold")
+    out.say(verdict, style="bold")
     if table.rows:
         out.print(terminal_table(table))
 
@@ -317,10 +317,9 @@ def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = Fals
     with err.status("Measuring a batch"):
         passes, seconds = job.cost()
     if passes:
-        message = (
+        err.say(
             f"{passes:,} forward and backward passes in all: at least {duration(seconds)}, as measured on one batch"
         )
-        err.print(message, highlight=False, soft_wrap=True)
     stopped = stop_signals()
     with progress_bar() as progress:
         setbacks = dict[str, list[float]]()

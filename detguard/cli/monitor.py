@@ -245,7 +245,7 @@ def watch(
     if photos is None and not live and not filmed:
         photos = open_stream(source, detector, show_warnings)
     adapts = run.config["on_drift"] == "adapt"
-    living = Living(run, detector, device, lambda line: out.print(line, highlight=False, soft_wrap=True))
+    living = Living(run, detector, device, out.say)
     if roll_back:
         living.roll_back()
     shown: Iterable[Labelled | Labels | DataError]
@@ -265,12 +265,13 @@ def watch(
                 elif record["began"] is not None:
                     told = run.records()
                     began = next(r for r in told if r["number"] == record["began"])
-                    message = f"photo {when(record)}: accuracy has dropped since photo {when(began)}"
-                    out.print(message, highlight=False, soft_wrap=True)
+                    out.say(f"photo {when(record)}: accuracy has dropped since photo {when(began)}")
                     write_dropped(run, told)  # a live stream may never end
                 elif "hint" in record:
-                    message = f"photo {record['number']}: a hint, without labels: confidence has dropped since photo "
-                    out.print(f"{message}{record['hint']}; labels would tell", highlight=False, soft_wrap=True)
+                    out.say(
+                        f"photo {record['number']}: a hint, without labels: confidence has dropped since photo "
+                        f"{record['hint']}; labels would tell"
+                    )
                 if adapts:
                     living.saw(record)
             if adapts:
@@ -284,7 +285,7 @@ def watch(
     records = latest(run.records())
     drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living.at)))
-    out.print(verdict(records, options["window"]), highlight=False, soft_wrap=True, style="bold")
+    out.say(verdict(records, options["window"]), style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     judged = sum(r.get("f1") is not None for r in records)
     calm = "no drop" if judged >= options["window"] else "too few to judge"
@@ -294,6 +295,6 @@ def watch(
         summary = f"{summary}, {unlabelled} have no labels yet and gave hints alone"
     if boxes := unknown_boxes(r.get("unknown", ()) for r in records):
         show_warning(f"{sum(boxes.values())} {left_out(boxes, detector.class_names.values())}")
-    out.print(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    out.say(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}")
     code = 2 if any("error" in r for r in records) else int(bool(drops))
     return code

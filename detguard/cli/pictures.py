@@ -230,8 +230,7 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
         learned = job.learn(on_step)
     run.write("report.html", picture_page(run, job.detector, job.objective, job.photos, kind, learned.picture))
     if stopped:
-        text = f"stopped early; go on with: detguard {kind.kind} --resume {shlex.quote(str(run.folder))}"
-        out.print(text, highlight=False, soft_wrap=True)
+        out.say(f"stopped early; go on with: detguard {kind.kind} --resume {shlex.quote(str(run.folder))}")
     shown = run.config["detector"]
     judged = "" if shown["model"] == defaults.MODEL else f"--model {shlex.quote(shown['model'])} "
     resized = any(word.startswith("--imgsz") for word in run.config["arguments"])
