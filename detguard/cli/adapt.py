@@ -1,6 +1,5 @@
 """`detguard adapt`: parse, call, show."""
 
-import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +8,6 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
-    STOPPED,
     ClassMap,
     Device,
     ExistOk,
@@ -28,6 +26,7 @@ from detguard.cli.app import (
     run_folder,
     show_error,
     show_made,
+    show_stopped,
     show_warning,
     start_ranks,
     stop_signals,
@@ -189,8 +188,7 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
         try:
             made = job.train(on_batch, on_fit)
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard adapt --resume {shlex.quote(str(run.folder))}")
-            return STOPPED
+            return show_stopped(run)
     with progress_bar() as progress:
         judging = progress.add_task("judging", total=photos)
         judged = job.judgement(before, lambda: progress.advance(judging))

@@ -25,6 +25,7 @@ from detguard.files import printable
 
 if TYPE_CHECKING:
     from detguard.ranks import Ranks
+    from detguard.runs import Run
 
 
 class Terminal(Console):
@@ -294,6 +295,12 @@ def show_error(message: str, *, of_all: bool = False) -> None:
 def show_warning(message: str) -> None:
     """Print a warning as one line on stderr."""
     err.say(f"warning: {with_dashes(message)}", style="yellow")
+
+
+def show_stopped(run: "Run") -> int:
+    """Say how a run that was stopped goes on; returns the exit code."""
+    show_error(f"stopped; go on with: detguard {run.config['command']} --resume {shlex.quote(str(run.folder))}")
+    return STOPPED
 
 
 def show_made(text: str, *, as_json: bool, **made: object) -> None:

@@ -1,7 +1,6 @@
 """`detguard attack`, `detect` and `verify`: parse, call, show."""
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,6 @@ from rich.progress import MofNCompleteColumn, track
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
-    STOPPED,
     ClassMap,
     Confidence,
     Device,
@@ -44,6 +42,7 @@ from detguard.cli.app import (
     progress_bar,
     run_folder,
     show_error,
+    show_stopped,
     show_warning,
     start_ranks,
 )
@@ -392,8 +391,7 @@ def run_attack(job: "Job", ranks: "Ranks", *, as_json: bool = False) -> int:
                 if ranks.first:
                     show_record(job, record, as_json=as_json)
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard attack --resume {shlex.quote(str(job.run.folder))}")
-            return STOPPED
+            return show_stopped(job.run)
     made = ranks.gathered(here)
     if not ranks.first:
         ranks.end()

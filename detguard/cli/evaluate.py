@@ -1,7 +1,6 @@
 """`detguard evaluate` and `compare`: parse, call, show."""
 
 import json
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,6 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
-    STOPPED,
     ClassMap,
     Device,
     DryRun,
@@ -37,6 +35,7 @@ from detguard.cli.app import (
     run_folder,
     show_error,
     show_made,
+    show_stopped,
     show_warning,
     start_ranks,
 )
@@ -305,8 +304,7 @@ def run_evaluation(
                 subjects, wanted, run, lambda what, done: progress.update(task, description=what, advance=done), ranks
             )
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard evaluate --resume {shlex.quote(str(run.folder))}")
-            return STOPPED
+            return show_stopped(run)
     if not ranks.first:
         return 0
     command = ["detguard", *run.config["arguments"]]

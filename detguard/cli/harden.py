@@ -1,6 +1,5 @@
 """`detguard harden`: parse, call, show."""
 
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,6 @@ import typer
 
 from detguard import DetguardError, defaults
 from detguard.cli.app import (
-    STOPPED,
     ClassMap,
     Device,
     DryRun,
@@ -36,6 +34,7 @@ from detguard.cli.app import (
     run_folder,
     show_error,
     show_made,
+    show_stopped,
     show_warning,
     start_ranks,
     stop_signals,
@@ -333,8 +332,7 @@ def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = Fals
         try:
             made = job.train(on_stage)
         except KeyboardInterrupt:
-            show_error(f"stopped; go on with: detguard harden --resume {shlex.quote(str(run.folder))}")
-            return STOPPED
+            return show_stopped(run)
     if not job.ranks.first:
         return 0
     run.write("report.html", hardening_page(run, job.judgement))

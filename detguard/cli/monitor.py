@@ -12,7 +12,6 @@ import typer
 from detguard import DetguardError, defaults
 from detguard.cli.adapt import Replay
 from detguard.cli.app import (
-    STOPPED,
     ClassMap,
     Device,
     Every,
@@ -36,6 +35,7 @@ from detguard.cli.app import (
     progress_bar,
     run_folder,
     show_error,
+    show_stopped,
     show_warning,
 )
 from detguard.cli.evaluate import names, show_warnings
@@ -279,8 +279,7 @@ def watch(
         except KeyboardInterrupt:
             living.stop()
             if not is_camera(source["source"]):
-                show_error(f"stopped; go on with: detguard monitor --resume {shlex.quote(str(run.folder))}")
-                return STOPPED
+                return show_stopped(run)
             show_warning("stopped; what a camera showed is gone, so that the run ends here")
     records = latest(run.records())
     drops, dropped = write_dropped(run, records)
