@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Collection
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -242,6 +243,16 @@ def given(context: typer.Context) -> dict[str, str]:
         if source is not None and source.name == "COMMANDLINE":
             found[str(one.name)] = one.opts[0] if one.opts[0].startswith("-") else str(one.name).upper()
     return found
+
+
+def only_with(context: typer.Context, names: Collection[str], other: str) -> None:
+    """See that a command is given none of the options `names`, which go with another alone.
+
+    Raises:
+        DetguardError: it is.
+    """
+    if alone := [option for name, option in given(context).items() if name in names]:
+        raise DetguardError(f"{alone[0]}: goes with {other}")
 
 
 def only_resumes(context: typer.Context) -> None:

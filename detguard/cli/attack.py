@@ -35,9 +35,9 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
-    given,
     levels,
     only_resumes,
+    only_with,
     out,
     progress_bar,
     run_folder,
@@ -268,8 +268,8 @@ def attack(
     else:
         if bool(photos) == bool(data):
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
-        if not data and (of_labels := [o for name, o in given(context).items() if name in ("class_map", "split")]):
-            raise DetguardError(f"{of_labels[0]}: goes with --data")
+        if not data:
+            only_with(context, ("class_map", "split"), "--data")
         if norm == "l2" and "/" in eps:
             raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
         files = find_inputs(photos, recursive=recursive) if photos else []

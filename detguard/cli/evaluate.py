@@ -27,9 +27,9 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
-    given,
     levels,
     only_resumes,
+    only_with,
     out,
     progress_bar,
     run_folder,
@@ -190,8 +190,8 @@ def evaluate(
         out_folder = run_folder(context)
         if not data:
             raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
-        if not patch and (alone := [o for name, o in given(context).items() if name in ("patch_target", "patch_size")]):
-            raise DetguardError(f"{alone[0]}: goes with --patch")
+        if not patch:
+            only_with(context, ("patch_target", "patch_size"), "--patch")
         models = model or [defaults.MODEL]
         config = {
             "detectors": [],

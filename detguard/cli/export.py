@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from detguard import DetguardError, defaults
+from detguard import defaults
 from detguard.cli.app import (
     EndToEnd,
     ImageSize,
@@ -16,7 +16,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
-    given,
+    only_with,
     out,
     show_error,
     show_made,
@@ -71,8 +71,8 @@ def export(
     from detguard.reports.tables import terminal_table
 
     out.quiet = out.quiet or as_json
-    if not nms and (unused := [option for name, option in given(context).items() if name in ("conf", "iou")]):
-        raise DetguardError(f"{unused[0]}: goes with --nms")
+    if not nms:
+        only_with(context, ("conf", "iou"), "--nms")
     file = file or default_file(model, kind)
     check_file(file, model, kind)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []

@@ -31,6 +31,7 @@ from detguard.cli.app import (
     err,
     given,
     only_resumes,
+    only_with,
     out,
     progress_bar,
     run_folder,
@@ -154,13 +155,13 @@ def monitor(
         for option, count in (("--gather", gather), ("--keep", JUDGED_ONE_IN if replay else keep)):
             if count < JUDGED_ONE_IN:
                 raise DetguardError(f"{option} {count}: expected {JUDGED_ONE_IN} or more, as one in so many judges")
-    elif unused := [o for name, o in given(context).items() if name in ("gather", "keep", "replay", "adapt_options")]:
-        raise DetguardError(f"{unused[0]}: goes with --on-drift adapt")
+    else:
+        only_with(context, ("gather", "keep", "replay", "adapt_options"), "--on-drift adapt")
     by_rule = [o for name, o in given(context).items() if name in ("top_k", "fusion", "iou")]
     if on_drift == "adapt" and by_rule:
         show_warning(f"{by_rule[0]}: is for the stream alone; adapted ensembles are judged by the rule of their files")
-    if not is_filmed(stream) and (of_films := [o for name, o in given(context).items() if name in ("every", "frames")]):
-        raise DetguardError(f"{of_films[0]}: goes with a video or a camera")
+    if not is_filmed(stream):
+        only_with(context, ("every", "frames"), "a video or a camera")
     parsed = adapting_options(adapt_options, watched.model if on_drift == "adapt" else None, gather)
     renamed = parse_map(class_map)
     for source in replay or []:  # wrong data are an error now, not after a drop
