@@ -20,6 +20,7 @@ from detguard.cli.app import (
     Workers,
     app,
     err,
+    given,
     only_resumes,
     out,
     progress_bar,
@@ -112,6 +113,7 @@ def adapt(
     One in five photos of each kind (at most 64) is kept for the figures before and after. Ctrl-C saves and stops.
     """
     from detguard.classes import parse_map
+    from detguard.hardening.adapt import Adaptation
     from detguard.workflows.adapt import Adapting
 
     out.quiet = out.quiet or as_json
@@ -128,10 +130,7 @@ def adapt(
             raise DetguardError(
                 "--new: give labelled photos of the new kind: a data.yaml, a COCO json or a .jsonl file"
             )
-        plan = {
-            "experts": experts, "expert": expert, "mode": mode, "init": init, "keep": keep, "batch": batch,
-            "rate": rate, "seed": seed,
-        } | ({"photos": photos} if photos else {})  # fmt: skip
+        plan = {name: context.params[name] for name in given(context) if name in Adaptation.__dataclass_fields__}
         kinds = None if corruptions is None else names(corruptions)
         job = start_adaptation(
             model, new, plan, start_ranks(device), replay=replay or [], split=split,
