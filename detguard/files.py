@@ -147,7 +147,7 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def read_yaml(file: str | Path, most: int = MAX_TEXT) -> object:
+def read_yaml(file: str | Path) -> object:
     """What a YAML file says, in plain lists, dicts, texts, numbers, booleans and nulls.
 
     Numbers, booleans and nulls are those that PyYAML writes; all else is text, so that a class named `no` or `12:30` is
@@ -156,7 +156,7 @@ def read_yaml(file: str | Path, most: int = MAX_TEXT) -> object:
     Raises:
         FileError: as `read_file`, or it is not YAML, names types, is nested deep or grows by its aliases.
     """
-    data = read_file(file, most)
+    data = read_file(file)
     try:
         return _parse_yaml(data.decode("utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -133,13 +133,12 @@ def from_lines(
 def from_records(
     records: Iterable[Mapping[str, object] | DataError],
     class_names: dict[int, str],
-    source: str = "`photos`",
     class_map: Mapping[str, str] | None = None,
 ) -> Iterator[Labelled | Labels | DataError]:
     """Photos from mappings such as lines are, as `from_lines`; errors stay what they are."""
-    index = _index(class_names, source, class_map)
+    index = _index(class_names, "`photos`", class_map)
     return (
-        record if isinstance(record, DataError) else _labelled(record, index, f"{source} {number}")
+        record if isinstance(record, DataError) else _labelled(record, index, f"`photos` {number}")
         for number, record in enumerate(records, 1)
     )
 

@@ -26,6 +26,8 @@ from detguard.photos import PADDING_LEVEL, Letterbox, Photo, read_photo
 
 EXPERTS = ("normal", "hard", "adversarial")
 MOST_EXPERTS = 64
+# Channels of the gate's first layer.
+WIDTH = 32
 # Of experts that were evaluated, by number: what their layers before the head made of the frames.
 Ran = dict[int, tuple[Any, dict[int, Tensor]]]
 # Where the logit of a new expert begins, that of all others being 0: e^-10 of their weight.
@@ -80,20 +82,20 @@ def backbone_end(layers: Sequence[Any]) -> int:
 class Gate(nn.Module):
     """A small network from the detail of frames, [B, 6, H, W], to one logit per expert, [B, K]."""
 
-    def __init__(self, experts: int, width: int = 32) -> None:
+    def __init__(self, experts: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in ((6, width), (width, 2 * width), (2 * width, 2 * width)):
+        for inputs, outputs in ((6, WIDTH), (WIDTH, 2 * WIDTH), (2 * WIDTH, 2 * WIDTH)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
-        self.out = nn.Linear(4 * width, experts)
+        self.out = nn.Linear(4 * WIDTH, experts)
 
     def forward(self, x: Tensor) -> Tensor:
         """The gate's logits, float32 [B, K], one per expert."""
         return self.out(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Mean and spread of the last map, [B, 4 * width], of which the logits are a linear map."""
+        """Mean and spread of the last map, [B, 4 * WIDTH], of which the logits are a linear map."""
         x = self.layers(x).flatten(2)
         return torch.cat([x.mean(2), (x.var(2) + 1e-5).sqrt()], 1)
 

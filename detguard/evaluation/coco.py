@@ -20,6 +20,9 @@ from detguard.detections import Detections, box_iou
 from detguard.evaluation.bootstrap import drawn_classes, draws, error_95, mean_ap
 from detguard.evaluation.metrics import STATS, OfClass, Stats
 
+# From which overlap on a detection is one of an object, on single photos.
+MATCH_IOU = 0.5
+
 
 class Result(TypedDict):
     """A detection in COCO's results format; bbox: x, y, width, height in pixels of the photo."""
@@ -179,25 +182,25 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def matched(objects: Detections, found: Detections, iou: float = 0.5) -> Tensor:
-    """Which object each of `found`, best first, is a true positive of: each is matched once, by class and IoU.
+def matched(objects: Detections, found: Detections) -> Tensor:
+    """Which object each of `found`, best first, is a true positive of: each is matched once, by class and IoU .50.
 
     int64 [N]; -1: of none.
     """
     overlap = box_iou(found.boxes, objects.boxes) * (found.classes[:, None] == objects.classes[None])
     taken = torch.zeros(len(objects), dtype=torch.bool)
     of = torch.full((len(found),), -1)
-    for i in (overlap >= iou).any(1).nonzero()[:, 0].tolist():
+    for i in (overlap >= MATCH_IOU).any(1).nonzero()[:, 0].tolist():
         free = overlap[i].masked_fill(taken, 0)
-        if free.max() >= iou:
+        if free.max() >= MATCH_IOU:
             of[i] = free.argmax()
             taken[of[i]] = True
     return of
 
 
-def matches(objects: Detections, found: Detections, iou: float = 0.5) -> Tensor:
+def matches(objects: Detections, found: Detections) -> Tensor:
     """Which of `found`, best first, are true positives, as `matched`; bool [N]."""
-    return matched(objects, found, iou) >= 0
+    return matched(objects, found) >= 0
 
 
 def value_left(objects: Detections, found: Detections) -> tuple[float, float]:

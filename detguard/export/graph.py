@@ -24,7 +24,7 @@ class Graph(nn.Module):
     over which the worse of two of a class is not.
     """
 
-    def __init__(self, detector: Detector, conf: float = 0.25, iou: float = 0.7, *, nms: bool = False) -> None:
+    def __init__(self, detector: Detector, conf: float, iou: float, *, nms: bool) -> None:
         super().__init__()
         self.detector, self.network = detector, detector.model
         self.nms, self.conf, self.iou = nms, conf, iou

@@ -121,7 +121,7 @@ class Adapting:
         network, imgsz = load_ensemble(model, trust=trust)
         sources = read_sources(new, replay, split, network.class_names, on_data, class_map)
         count, why = len(sources[0]), "as given"
-        plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO, expert=defaults.Adapt.expert) | plan
+        plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO) | plan
         if plan["mode"] == AUTO:
             plan["mode"], why = choose_mode(count)
         if not replay:

@@ -156,8 +156,8 @@ def attack_config(
     detectors: Sequence[Detector],
     options: AttackOptions,
     *,
-    objective: Goal = OBJECTIVE,
-    transforms: str | Sequence[Transform | str] = defaults.Attack.transforms,
+    objective: Goal,
+    transforms: str | Sequence[Transform | str],
     samples: bool = False,
     arguments: Sequence[str] = (),
 ) -> Config:
