@@ -82,6 +82,12 @@ def _over(file: str | Path, most: int) -> str:
     return f"{file}: over the limit of {most >> 20 or most / 2**20:g} MiB"
 
 
+def shipped(name: str) -> Path:
+    """A folder that detguard comes with: inside the installed package, or at the top of the source tree."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else inside.parent.parent / name
+
+
 def is_file(file: str | Path) -> bool:
     """Whether there is a regular file of that name; of names that no file can have, there is none."""
     try:

@@ -20,7 +20,7 @@ from detguard.data.coco import read_coco
 from detguard.data.entries import LOST, DataError, Faults, Instances, file_name, inside
 from detguard.data.yolo import read_yolo
 from detguard.detections import Detections
-from detguard.files import FileError, JsonObject, is_file, is_folder, read_yaml
+from detguard.files import FileError, JsonObject, is_file, is_folder, read_yaml, shipped
 
 
 @dataclass
@@ -159,23 +159,17 @@ def indexed(dataset: Mapping[str, object]) -> COCO:
     return coco
 
 
-def datasets_folder() -> Path:
-    """Where the descriptions of public data sets are: inside the installed package, or at the top of the source."""
-    within = Path(__file__).parent.parent / "datasets"
-    return within if within.is_dir() else within.parent.parent / "datasets"
-
-
 def _find(source: str | Path) -> Path:
     file = Path(source)
     if is_file(file / "data.yaml"):
         file = file / "data.yaml"
-    if not is_file(file) and is_file(datasets_folder() / f"{source}.yaml"):
-        file = datasets_folder() / f"{source}.yaml"
+    if not is_file(file) and is_file(shipped("datasets") / f"{source}.yaml"):
+        file = shipped("datasets") / f"{source}.yaml"
     # Path.is_dir raises of names that no file can have.
     if os.path.isdir(file):  # noqa: PTH112
         raise DataError(f"{source}: is a folder; photos need labels here: give a data.yaml or a COCO instances json")
     if not is_file(file):
-        known = ", ".join(sorted(p.stem for p in datasets_folder().glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in shipped("datasets").glob("*.yaml")))
         raise DataError(f"{source}: no such data; give a data.yaml, a COCO instances json or a known name ({known})")
     if file.suffix not in (".json", ".yaml", ".yml"):
         raise DataError(f"{file}: expected a data.yaml or a COCO instances json")
@@ -205,7 +199,7 @@ def _root(config: JsonObject, file: Path) -> Path:
         if is_folder(root):
             return root
     reason = ""
-    if file.parent == datasets_folder() and "ultralytics" in config:
+    if file.parent == shipped("datasets") and "ultralytics" in config:
         # Only for descriptions of ours: Ultralytics runs what its own yaml of that name says.
         from ultralytics.data.utils import check_det_dataset
 

@@ -14,7 +14,7 @@ from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
 from detguard.engine import usable_device
-from detguard.files import JsonObject, is_file, read_json, write_file
+from detguard.files import JsonObject, is_file, read_json, shipped, write_file
 from detguard.schema import Config, Maybe, Shape, check, real, whole
 
 if TYPE_CHECKING:
@@ -174,12 +174,6 @@ def load_model(name: str | Path = BUNDLED, *, trust: bool = False) -> tuple[nn.M
     return _read_safetensors(file) if file.suffix == ".safetensors" else read_checkpoint(file, trust=trust)
 
 
-def weights_folder() -> Path:
-    """Where the bundled weights are: inside the installed package, or at the top of the source tree."""
-    inside = Path(__file__).parent.parent / "weights"
-    return inside if inside.is_dir() else inside.parent.parent / "weights"
-
-
 def find_weights(name: str | Path) -> Path:
     """The file of a detector by path, by bundled name, or by an official name, which may be downloaded.
 
@@ -202,14 +196,14 @@ def _find(name: str | Path) -> "tuple[Path, Family | None]":
         if file.suffix not in owners:
             raise DetguardError(f"{file}: weights end in .pt, .safetensors or {', '.join(sorted(owners))}")
         return file, owners[file.suffix]
-    if is_file(bundled := weights_folder() / f"{name}.safetensors") and file.name == str(name):
+    if is_file(bundled := shipped("weights") / f"{name}.safetensors") and file.name == str(name):
         return bundled, None
     for family in FAMILIES:
         if (found := family.fetch(str(name))) is not None:
             return found, family
     if wanted := nearly_custom(name):
         raise DetguardError(f"{name}: no such file; a function of yours is named {wanted}, from the working folder")
-    stems = sorted(p.stem for p in weights_folder().glob("*.safetensors"))
+    stems = sorted(p.stem for p in shipped("weights").glob("*.safetensors"))
     if near := get_close_matches(str(name), stems, n=1):
         raise DetguardError(f"{name}: no such detector; did you mean {near[0]}?")
     if file.suffix in (".pt", ".safetensors", ".onnx"):

@@ -20,9 +20,9 @@ from detguard.attacks.group import Aggregate, Schedule
 from detguard.attacks.steps import RULES
 from detguard.cli import main
 from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, with_dashes
-from detguard.detectors.load import weights_folder
 from detguard.engine import torch_device
 from detguard.export.run import FORMATS
+from detguard.files import shipped
 from detguard.hardening.adversary import METHODS
 from detguard.hardening.monitor import DRIFT
 from detguard.hardening.recipes import RECIPES
@@ -101,7 +101,7 @@ def hostile(tmp_path_factory, bus_file):
     folder = tmp_path_factory.mktemp("hostile")
     name = HOSTILE.replace("/", "").replace("\udcff", "")
     shutil.copy(bus_file, folder / f"{name}.jpg")
-    weights = weights_folder() / "detguard-n.safetensors"
+    weights = shipped("weights") / "detguard-n.safetensors"
     shutil.copy(weights, folder / f"{name}.safetensors")
     card = json.loads(weights.with_suffix(".json").read_text())
     card["classes"][0] = name

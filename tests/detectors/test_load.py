@@ -21,8 +21,8 @@ from detguard.detectors.load import (
     load_configured,
     load_detector,
     load_model,
-    weights_folder,
 )
+from detguard.files import shipped
 from detguard.ranks import Ranks
 
 # What the card of an ensemble says.
@@ -174,7 +174,7 @@ def test_the_bundled_detector_knows_people_and_vehicles(bundled):
 @pytest.fixture
 def own_copy(tmp_path):
     for suffix in (".safetensors", ".json"):
-        shutil.copy(weights_folder() / f"detguard-n{suffix}", tmp_path / f"own{suffix}")
+        shutil.copy(shipped("weights") / f"detguard-n{suffix}", tmp_path / f"own{suffix}")
     return tmp_path / "own.safetensors"
 
 

@@ -12,7 +12,8 @@ from mutations import mutated, odd_tree
 from ultralytics.nn.tasks import DetectionModel
 
 from detguard.detectors.checkpoint import read_state
-from detguard.detectors.load import load_model, weights_folder
+from detguard.detectors.load import load_model
+from detguard.files import shipped
 
 RECIPE = {
     "nc": 2, "channels": 3, "scale": "n", "scales": {"n": [1.0, 1.0, 64]}, "yaml_file": "tiny.yaml",
@@ -109,7 +110,7 @@ def bundled(tmp_path):
 
     def place(name):
         for suffix in (".safetensors", ".json"):
-            shutil.copy(weights_folder() / f"{name}{suffix}", tmp_path / f"fuzzed{suffix}")
+            shutil.copy(shipped("weights") / f"{name}{suffix}", tmp_path / f"fuzzed{suffix}")
         return SimpleNamespace(file=tmp_path / "fuzzed.safetensors", card=tmp_path / "fuzzed.json")
 
     return place
