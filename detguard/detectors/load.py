@@ -109,8 +109,7 @@ def _of_yolo(model: object) -> tuple[nn.Module, int, str]:
         raise DetguardError(
             f"{type(model).__name__}: expected a name, a file, or a YOLO object of a .pt or .yaml; give exports by file"
         )
-    arguments = getattr(network, "args", None)
-    size = frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
+    size = frame_size(getattr(network, "args", None))
     # After training the network is another one than that which the object was made of, and knows its own file.
     named = (getattr(of, key, None) for of, key in ((network, "pt_path"), (model, "ckpt_path"), (model, "model_name")))
     return network, size, str(next(filter(None, named), "yolo"))

@@ -73,8 +73,7 @@ def _unpickle(file: Path) -> tuple[nn.Module, int]:
         model = checkpoint.get("ema") or checkpoint.get("model")
         if not isinstance(model, nn.Module) or not hasattr(model, "names"):
             raise Damaged("holds no Ultralytics model")
-        arguments = getattr(model, "args", None)
-        return model.float(), frame_size(arguments if isinstance(arguments, dict) else vars(arguments or object))
+        return model.float(), frame_size(getattr(model, "args", None))
     except Exception as error:  # it is the file's own code that runs here
         raise DetguardError(f"{file}: damaged, or not a checkpoint ({first_line(error)})") from error
 

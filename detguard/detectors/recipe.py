@@ -142,10 +142,13 @@ def _unicode(text: str) -> bool:
 def frame_size(args: object) -> int:
     """The longest side of a frame, px, from the arguments that a network was trained with; 640 without.
 
+    args: their names and values, an object of them or the record of one; or whatever a file has in their place.
+
     Raises:
         Damaged: it is not a size that a frame can have.
     """
     given = args.state if isinstance(args, Record) else args
+    given = given if isinstance(given, dict) else getattr(given, "__dict__", None)
     size = given.get("imgsz", 640) if isinstance(given, dict) else 640
     sides: list[Any] = list(size) if isinstance(size, list | tuple) and size else [size]
     if not all(isinstance(side, int) and side in SIZES for side in sides):

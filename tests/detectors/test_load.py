@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +15,9 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from detguard import DetguardError
-from detguard.detectors.load import (
-    build_model,
-    detector_config,
-    fused,
-    load_configured,
-    load_detector,
-    load_model,
-)
+from detguard.detectors.load import build_model, detector_config, fused, load_configured, load_detector, load_model
+from detguard.detectors.pickles import Record
+from detguard.detectors.recipe import frame_size
 from detguard.files import shipped
 from detguard.ranks import Ranks
 
@@ -169,6 +165,16 @@ def test_a_file_by_an_official_name_must_be_that_network(tmp_path, monkeypatch):
 def test_the_bundled_detector_knows_people_and_vehicles(bundled):
     assert {"person", "bicycle", "car", "motorcycle", "bus", "train", "truck"} <= set(bundled.class_names.values())
     assert bundled.imgsz == 320
+
+
+@pytest.mark.parametrize("given", [{"imgsz": 160}, SimpleNamespace(imgsz=160), Record("args", state={"imgsz": 160})])
+def test_the_frame_size_is_that_of_the_training(given):
+    assert frame_size(given) == 160
+
+
+@pytest.mark.parametrize("given", [None, "imgsz=160", 7, [160], object(), SimpleNamespace(), Record("args", state="x")])
+def test_without_arguments_that_can_be_read_frames_are_as_usual(given):
+    assert frame_size(given) == 640
 
 
 @pytest.fixture
