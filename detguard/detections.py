@@ -211,6 +211,11 @@ def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     return kept
 
 
+def box_area(boxes: Tensor) -> Tensor:
+    """The areas of boxes, [N, 4] xyxy, those of no size or less being 0; [N]."""
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+
+
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of all pairs, [N, M], digit by digit that of `torchvision.ops.box_iou`.
 

@@ -18,7 +18,7 @@ from detguard import DetguardError
 from detguard.data.ahead import PATIENCE, ahead
 from detguard.data.corruptions import KINDS, SEVERITIES, corrupt
 from detguard.data.stream import Labelled
-from detguard.detections import Detections
+from detguard.detections import Detections, box_area
 from detguard.engine import cores
 from detguard.photos import PADDING_LEVEL, Letterbox, Photo, decode_photo, encode_jpeg, encode_png, read_photo
 from detguard.ranks import ALONE, Ranks
@@ -249,16 +249,12 @@ def labels_of(drawn: Sequence[Drawn], labels: Sequence[Labelled]) -> Labelled:
         whole = torch.cat([corners.amin(1), corners.amax(1)], 1)
         low, high = torch.tensor(one.part[:2] * 2), torch.tensor(one.part[2:] * 2)
         left = whole.maximum(low).minimum(high)
-        visible = _area(left) > VISIBLE * _area(whole)
+        visible = box_area(left) > VISIBLE * box_area(whole)
         parts.append(replace(objects, boxes=left.float())[visible])
     known = [set(k) for one in drawn if (k := labels[one.photo].known) is not None]
     objects = Detections(*(torch.cat([getattr(p, name) for p in parts]) for name in ("boxes", "scores", "classes")))
     frame = Labelled(labels[drawn[0].photo].file, objects, tuple(sorted(set.intersection(*known))) if known else None)
     return replace(frame, objects=frame.counted(objects))
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
 def make_hard(frame: NDArray[np.uint8], rng: np.random.Generator, kinds: Sequence[str] = tuple(KINDS)) -> Photo:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from detguard.detections import Detections
+from detguard.detections import Detections, box_area
 from detguard.photos import Photo, decode_photo, encode_png
 from detguard.transforms.warp import Warp
 
@@ -110,12 +110,8 @@ def seen(
         return clean, attacked
     boxes, high, wide = warp.boxes(clean.boxes), *warp.picture
     shown = boxes.clamp(min=0).minimum(boxes.new_tensor([wide, high, wide, high]))
-    visible = _area(shown) / _area(boxes).clamp(min=1e-6) >= VISIBLE
+    visible = box_area(shown) / box_area(boxes).clamp(min=1e-6) >= VISIBLE
     return replace(clean, boxes=shown)[visible], attacked[visible]
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
 
 
 class Encoded(Transform):
