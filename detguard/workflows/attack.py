@@ -26,7 +26,7 @@ from detguard.objectives import Vanish
 from detguard.objectives.base import Goal
 from detguard.objectives.parse import parse_goal, read_goal
 from detguard.photos import Photo, decode_photo, encode_png, find_photos, read_photo
-from detguard.runs import Record, Run, photo_keys
+from detguard.runs import INPUTS, Record, Run, photo_keys
 from detguard.schema import CONFIGS, Config, check, partly
 from detguard.transforms.base import Transform
 from detguard.transforms.parse import parse_transforms
@@ -268,7 +268,7 @@ def _attack(
 ) -> Iterator[Result]:
     kept = Temporary() if out is None else None
     folder = kept.folder if kept else Path(str(out))
-    names = [f"inputs/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
+    names = [f"{INPUTS}/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
     inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
     files = [folder / name if isinstance(one, bytes) else one for name, one in zip(names, photos, strict=True)]
     run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)

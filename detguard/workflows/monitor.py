@@ -18,7 +18,7 @@ from detguard.detectors.load import detector_config
 from detguard.files import JsonObject
 from detguard.hardening.monitor import Deployment, Monitor, latest, observe
 from detguard.photos import encode_png
-from detguard.runs import Record, Run
+from detguard.runs import INPUTS, Record, Run
 from detguard.schema import CONFIGS, Config, check, partly
 from detguard.workflows.attack import as_photo
 from detguard.workflows.keywords import as_detector
@@ -27,8 +27,6 @@ from detguard.workflows.keywords import as_detector
 DROPPED = "dropped.jsonl"
 # Instead of a data set: photos as they come.
 LIVE = "-"
-# Of a run, photos that were given in memory, or as frames of a film.
-INPUTS = "inputs"
 
 
 def open_stream(source: Config, detector: Detector, on_data: OnData = warn_of) -> Sequence[Labelled]:
