@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict
 
 import yaml
 
-from detguard.data.entries import Annotation, Image
+from detguard.data.entries import Annotation, Image, annotation
 from detguard.detections import Detections
 
 # Written last: where it is, the data set is whole.
@@ -66,12 +66,9 @@ class DatasetWriter:
         self._images.append({"id": number, "file_name": name, "width": width, "height": height})
         for one in objects:
             x, y, w, h = (round(float(value), 2) for value in one["bbox"])
-            self._annotations.append(
-                {
-                    "id": len(self._annotations) + 1, "image_id": number, "category_id": one["category_id"],
-                    "bbox": [x, y, w, h], "area": one.get("area", round(w * h, 2)), "iscrowd": one.get("iscrowd", 0),
-                }
-            )  # fmt: skip
+            area, crowd = one.get("area", round(w * h, 2)), one.get("iscrowd", 0)
+            made = annotation(len(self._annotations), number, one["category_id"], [x, y, w, h], area, crowd)
+            self._annotations.append(made)
 
     def close(self) -> None:
         """Write data.yaml and the COCO json, which list the images."""
