@@ -40,6 +40,11 @@ def meant(name: str, known: Iterable[str]) -> str | None:
     return by_lower[near[0]] if near else None
 
 
+def parse_names(text: str) -> list[str]:
+    """From "a, b" to ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def parse_map(text: str | None) -> dict[str, str]:
     """From "pedestrian=person,rider=person" to names of the data with the detector's names that they stand for.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError, defaults
+from detguard.classes import parse_map, parse_names
 from detguard.cli.app import (
     ClassMap,
     Device,
@@ -32,7 +33,7 @@ from detguard.cli.app import (
     start_ranks,
     stop_signals,
 )
-from detguard.cli.evaluate import names, show_warnings
+from detguard.cli.evaluate import show_warnings
 from detguard.cli.harden import Batch, last_loss, show_judgement, show_setback
 
 if TYPE_CHECKING:
@@ -112,7 +113,6 @@ def adapt(
 
     One in five photos of each kind (at most 64) is kept for the figures before and after. Ctrl-C saves and stops.
     """
-    from detguard.classes import parse_map
     from detguard.hardening.adapt import Adaptation
     from detguard.workflows.adapt import Adapting
 
@@ -131,7 +131,7 @@ def adapt(
                 "--new: give labelled photos of the new kind: a data.yaml, a COCO json or a .jsonl file"
             )
         plan = {name: context.params[name] for name in given(context) if name in Adaptation.__dataclass_fields__}
-        kinds = None if corruptions is None else names(corruptions)
+        kinds = None if corruptions is None else parse_names(corruptions)
         job = start_adaptation(
             model, new, plan, start_ranks(device), replay=replay or [], split=split,
             class_map=parse_map(class_map), max_experts=max_experts,

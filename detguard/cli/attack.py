@@ -13,6 +13,7 @@ import typer
 from rich.progress import MofNCompleteColumn, track
 
 from detguard import DetguardError, defaults
+from detguard.classes import parse_map
 from detguard.cli.app import (
     ClassMap,
     Confidence,
@@ -244,7 +245,6 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
-    from detguard.classes import parse_map
     from detguard.data.inputs import as_photos, find_inputs
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured, load_detector

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from detguard import DetguardError, defaults
+from detguard.classes import parse_map, parse_names
 from detguard.cli.app import (
     ClassMap,
     Device,
@@ -167,7 +168,6 @@ def evaluate(
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
     Exit code: 0 done, 1 less than --fail-under, 2 wrong use, or photos that could not be read (the rest is still done).
     """
-    from detguard.classes import parse_map
     from detguard.data.entries import LOST
     from detguard.detectors.load import detector_config, load_configured, load_detector
     from detguard.evaluation.corruptions import PUBLISHED
@@ -197,17 +197,17 @@ def evaluate(
             "detectors": [],
             "data": {
                 "source": data, "split": split, "images": str(images) if images else None,
-                "classes": names(classes) if classes else None, "limit": limit, "class_map": parse_map(class_map),
+                "classes": parse_names(classes) if classes else None, "limit": limit, "class_map": parse_map(class_map),
             },
             "evaluate": {
-                "protocols": names(protocols), "severities": whole_numbers("--severities", severities),
-                "eps": [levels(one) for one in names(eps)],
+                "protocols": parse_names(protocols), "severities": whole_numbers("--severities", severities),
+                "eps": [levels(one) for one in parse_names(eps)],
                 "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
-                "attacks": names(attacks), "queries": queries, "seed": seed,
+                "attacks": parse_names(attacks), "queries": queries, "seed": seed,
                 "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
                 "universal": str(universal) if universal else None, "save_images": save_images,
                 "corruption_file": str(corruption_file) if corruption_file else None,
-                "corruptions": list(PUBLISHED) if corruptions is None else names(corruptions),
+                "corruptions": list(PUBLISHED) if corruptions is None else parse_names(corruptions),
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
@@ -248,11 +248,6 @@ def in_words(cost: "Cost") -> str:
     return f"{cost.passes:,} forward passes{known}: about {duration(cost.seconds)}, as measured on one batch{more}"
 
 
-def names(text: str) -> list[str]:
-    """From "a, b" to ["a", "b"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def whole_numbers(option: str, text: str) -> list[int]:
     """From "2,4" to [2, 4].
 
@@ -260,7 +255,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
         DetguardError: not whole numbers.
     """
     try:
-        return [int(number) for number in names(text)]
+        return [int(number) for number in parse_names(text)]
     except ValueError:
         raise DetguardError(f"{option} '{text}': expected whole numbers, as in 2,4") from None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from detguard import DetguardError, defaults
+from detguard.classes import parse_map, parse_names
 from detguard.cli.app import (
     ClassMap,
     Device,
@@ -39,7 +40,7 @@ from detguard.cli.app import (
     start_ranks,
     stop_signals,
 )
-from detguard.cli.evaluate import names, show_warnings
+from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
     from detguard.reports.page import Table
@@ -215,7 +216,6 @@ def harden(
     with --learn what labels say. One in 20 photos (at most 32) is held out: AP clean and attacked, before and after.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
-    from detguard.classes import parse_map
     from detguard.hardening.trackers import check_tracker, track
     from detguard.workflows.harden import Hardening
 
@@ -246,7 +246,7 @@ def harden(
         with err.status("Loading the detector"):
             job = Hardening.begin(
                 model, data, plan, ranks, teacher=teacher, pretrain=pretrain or [], samples=samples or [], imgsz=imgsz,
-                corruptions=None if corruptions is None else names(corruptions), class_map=parse_map(class_map),
+                corruptions=None if corruptions is None else parse_names(corruptions), class_map=parse_map(class_map),
                 out=out_folder, exist_ok=exist_ok, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip

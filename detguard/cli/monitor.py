@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detguard import DetguardError, defaults
+from detguard.classes import parse_map, parse_names
 from detguard.cli.adapt import Replay
 from detguard.cli.app import (
     ClassMap,
@@ -39,7 +40,7 @@ from detguard.cli.app import (
     show_stopped,
     show_warning,
 )
-from detguard.cli.evaluate import names, show_warnings
+from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +125,6 @@ def monitor(
     and events.jsonl tells what was deployed when, and why.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
     """
-    from detguard.classes import parse_map
     from detguard.data.sources import read_labelled, unlabelled
     from detguard.detectors.gated import GatedDetector
     from detguard.detectors.load import detector_config, load_configured, load_detector, load_model
@@ -217,7 +217,7 @@ def adapting_options(text: str, network: Any, gathered: int) -> list[str]:
         mode = choose_mode(gathered)[0] if options["mode"] == "auto" else options["mode"]
         plan = Adaptation(experts=options["experts"], expert=options["expert"], mode=mode, init=options["init"])
         check_growth(network, plan, options["max_experts"])
-        chosen_kinds(None if options["corruptions"] is None else names(options["corruptions"]))
+        chosen_kinds(None if options["corruptions"] is None else parse_names(options["corruptions"]))
     return parts
 
 

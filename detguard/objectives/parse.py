@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from detguard import DetguardError
+from detguard.classes import parse_names
 from detguard.detectors.base import Detector
 from detguard.objectives import Degrade, Fabricate, Flood, Mislabel, Outrank, Untargeted, Vanish
 from detguard.objectives.base import ALL, ARROW, OTHER, SEPARATOR, Goal, Objective, Selection
@@ -32,7 +33,7 @@ def read_goal(words: Config) -> Goal:
         takers = [other for other, taker in GOALS.items() if name in taker.takes]
         raise DetguardError(f"`{name}`: goes with `goal` {' or '.join(takers)}, not with {kind}")
     only = Selection(tuple(given.pop("object", ())), tuple(given.pop("box")) if "box" in given else None)
-    names = None if target is None else [name.strip() for name in target.split(SEPARATOR) if name.strip()]
+    names = None if target is None else parse_names(target)
     if names and ARROW in target:
         if "to" not in goal.takes:
             raise DetguardError(f"`target` '{target}': an arrow goes with `goal` mislabel, not with {kind}")

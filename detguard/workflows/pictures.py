@@ -9,6 +9,7 @@ from detguard import DetguardError, defaults
 from detguard.attacks.patch import Patch, printable_png
 from detguard.attacks.pictures import Learning, Picture, Stage, learn_picture, stages
 from detguard.attacks.universal import Universal
+from detguard.classes import parse_names
 from detguard.data.sources import OnData, Sources, listed, read_labelled, unlabelled, warn_of
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
@@ -117,7 +118,7 @@ class PictureJob:
 
 def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tuple[Objective, list[Stage]]:
     """What is to vanish, and the photos of all sources that have some, by their labels or else by what is found."""
-    objective = Vanish([name.strip() for name in config["target"].split(",") if name.strip()]).on(detector)
+    objective = Vanish(parse_names(config["target"])).on(detector)
     photos: list[tuple[Path, Detections | None]] = []
     for source in config["data"]:
         if unlabelled(source):
