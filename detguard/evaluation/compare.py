@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from detguard.evaluation.attacks import ATTACKS, SQUARE
 from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.metrics import ModelMetrics
 
@@ -21,8 +22,6 @@ SAME: dict[Compared, tuple[str, ...]] = {
     "patch": ("class", "size", "content"),
     "universal": ("eps", "content"),
 }
-# Of an attack's parts, what follows from the others, or is made for ensembles beside them.
-OF_ENSEMBLES = ("worst", "dense")
 # What may differ, since it is a part of the model or may be what is compared, but must be said.
 ALSO: tuple[Literal["imgsz", "nms", "seed", "version"], ...] = ("imgsz", "nms", "seed", "version")
 
@@ -56,10 +55,9 @@ def _setting(row: ModelMetrics, protocol: Compared, name: str) -> object:
     if protocol == "corruptions":
         kinds = row["corruptions"]["kinds"]
         return "+".join(kinds) if name == "kinds" else ",".join(next(iter(kinds.values()))["severities"])
-    if name == "attacks":  # but for those that are made for an ensemble's experts
+    if name == "attacks":  # not what follows from them, nor those that are made for an ensemble beside them
         shown = next(iter(row["attack"]["budgets"].values()))["attacks"]
-        own = (part for part in shown if part.partition("-")[0] not in OF_ENSEMBLES and ":" not in part)
-        return "+".join(sorted(own))
+        return "+".join(sorted(part for part in shown if part.partition("-")[0] in (*ATTACKS, SQUARE)))
     return "+".join(row["transfer"]["from"]) if name == "from" else found.get(name, "-")
 
 
