@@ -156,13 +156,6 @@ class Batch:
         hashes = self.subject.hashes
         return [photo_seed(f"{hashes[image]}/{name}", seed) % 2**32 for image in self.images]
 
-    def altered(self, view: "Altered") -> list[Photo]:
-        """The photos as a view alters them."""
-        if self.makers:
-            return [self.makers.photo(view, image) for image in self.images]
-        seeds = self.seeds(view.name, view.seed)
-        return [view.alter(photo, seed) for photo, seed in zip(self.photos, seeds, strict=True)]
-
     @cached_property
     def objects(self) -> list[Detections]:
         """The labelled objects of each photo of the batch."""
@@ -258,7 +251,10 @@ class Altered(View):
 
     @override
     def show(self, batch: Batch) -> list[Photo]:
-        return batch.altered(self)
+        if batch.makers:
+            return [batch.makers.photo(self, image) for image in batch.images]
+        seeds = batch.seeds(self.name, self.seed)
+        return [self.alter(photo, seed) for photo, seed in zip(batch.photos, seeds, strict=True)]
 
 
 @dataclass(frozen=True)
