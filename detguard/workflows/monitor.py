@@ -1,9 +1,9 @@
 """Watch a detector's accuracy over labelled photos, from Python."""
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from detguard import DetguardError, defaults
@@ -133,9 +133,9 @@ def monitor(
 
 
 def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Path | None) -> Iterator[Record]:
-    folder = out or Path(tempfile.mkdtemp(prefix="detguard-"))
-    try:
-        run = Run.create("monitor", folder, config)
+    with ExitStack() as held:
+        folder = out or held.enter_context(TemporaryDirectory(prefix="detguard-", ignore_cleanup_errors=True))
+        run = Run.create("monitor", Path(folder), config)
         if config["stream"]["source"] == LIVE:
             given = (_on_disk(run, number, photo) for number, photo in enumerate(photos, 1))
             photos = from_records(given, detector.class_names, class_map=config["stream"]["class_map"])
@@ -147,9 +147,6 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Pat
             if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
                 Path(record["photo"]).unlink(missing_ok=True)
         write_dropped(run, run.records())
-    finally:
-        if out is None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _on_disk(run: Run, number: int, photo: Any) -> JsonObject | DataError:
