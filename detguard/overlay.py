@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detguard.detections import Detections
 from detguard.files import printable
-from detguard.photos import Photo
+from detguard.photos import Photo, largest_difference
 
 DIFFERENCE_GAIN = 10
 
@@ -67,7 +67,7 @@ def before_after(
     before: Photo, found_before: Detections, after: Photo, found_after: Detections, class_names: dict[int, str]
 ) -> Photo:
     """Side by side: before and after with their detections, and the difference x10 around grey, each captioned."""
-    largest = int(np.abs(after.astype(np.int16) - before).max())
+    largest = largest_difference(before, after)
     panels = [
         (f"before: {_summary(found_before, class_names)}", draw_detections(before, found_before, class_names)),
         (f"after: {_summary(found_after, class_names)}", draw_detections(after, found_after, class_names)),

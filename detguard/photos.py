@@ -369,6 +369,11 @@ class Letterbox:
         return boxes * scale + boxes.new_tensor([self.offset[1], self.offset[0]] * 2)
 
 
+def largest_difference(photo: Photo, other: Photo) -> int:
+    """The largest change of any value between two photos of one shape, in levels."""
+    return int(np.abs(photo.astype(np.int16) - other).max())
+
+
 def frames_tensor(frames: Sequence[Photo], device: torch.device | str = "cpu") -> Tensor:
     """Frames of one shape as a detector takes them: float32 [B, 3, H, W], 0..1, RGB, channels last in memory."""
     return torch.from_numpy(np.stack(frames)).to(device).float().div_(255).permute(0, 3, 1, 2)

@@ -20,6 +20,7 @@ from detguard.photos import (
     PhotoError,
     encode_png,
     find_photos,
+    largest_difference,
     photo_size,
     read_photo,
     resize_adjoint,
@@ -399,3 +400,8 @@ def test_padding_gets_no_gradient():
 def test_resize_adjoint_conserves_the_sum_when_rows_of_weights_add_to_one():
     gradient = torch.rand(3, 10, 12)
     assert torch.isclose(resize_adjoint(gradient, (31, 7)).sum(), gradient.sum(), rtol=1e-5)
+
+
+def test_the_largest_difference_counts_both_ways():
+    low, high = np.full((2, 2, 3), 3, np.uint8), np.full((2, 2, 3), 250, np.uint8)
+    assert largest_difference(low, high) == largest_difference(high, low) == 247

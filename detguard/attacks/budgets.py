@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from detguard import DetguardError
 from detguard.engine import with_doubles
-from detguard.photos import Photo
+from detguard.photos import Photo, largest_difference
 from detguard.schema import Config
 
 WHITE = 255.0
@@ -208,6 +208,7 @@ class Linf(Budget):
 
     @override
     def used(self, photo: Photo, original: Photo) -> float:
+        _same_shape(photo, original)
         return largest_difference(photo, original)
 
 
@@ -470,16 +471,6 @@ def _parse_mask(mask: str) -> str | tuple[float, ...]:
             f"`mask` '{mask}': expected inside, outside, or the corners x1,y1,x2,y2,x3,y3,... in pixels"
         )
     return corners
-
-
-def largest_difference(photo: Photo, original: Photo) -> int:
-    """The largest change of any value, in levels, read off saved pixels.
-
-    Raises:
-        ValueError: the photos differ in shape.
-    """
-    _same_shape(photo, original)
-    return int(np.abs(photo.astype(np.int16) - original.astype(np.int16)).max())
 
 
 def _same_shape(photo: Photo, original: Photo) -> None:

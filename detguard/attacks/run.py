@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from detguard import DetguardError
-from detguard.attacks.budgets import Budget, largest_difference
+from detguard.attacks.budgets import Budget
 from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group, in_copy
 from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections, box_iou, logit
@@ -19,7 +19,7 @@ from detguard.files import is_file
 from detguard.objectives.base import SAME_OBJECT_IOU, Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
 from detguard.overlay import before_after
-from detguard.photos import Photo, encode_png, frames_tensor, photo_seed, read_photo
+from detguard.photos import Photo, encode_png, frames_tensor, largest_difference, photo_seed, read_photo
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, Config, misfit
 from detguard.transforms.base import Transform

@@ -17,7 +17,7 @@ from detguard import __version__
 from detguard.detections import Found
 from detguard.files import printable
 from detguard.overlay import DIFFERENCE_GAIN, class_colour, difference
-from detguard.photos import Photo, encode_jpeg
+from detguard.photos import Photo, encode_jpeg, largest_difference
 
 # A page of this many photos is some megabytes; more would make browsers slow.
 MOST_PHOTOS = 40
@@ -139,10 +139,9 @@ def pair(before: Panel, after: Panel, photos: tuple[Photo, Photo] | None = None,
     """Two panels of one shape; photos: theirs, where they differ and the difference is to be shown."""
     if photos is None:
         return Pair(before, after, None, name)
-    largest = int(np.abs(photos[1].astype(np.int16) - photos[0]).max())
     # Not averaged over neighbours, which would make noise look smaller than it is.
     image = _data_url(difference(*photos), DIFFERENCE_SIDE, DIFFERENCE_QUALITY, cv2.INTER_NEAREST)
-    caption = f"difference x {DIFFERENCE_GAIN}, at most {largest} of 255"
+    caption = f"difference x {DIFFERENCE_GAIN}, at most {largest_difference(*photos)} of 255"
     return Pair(before, after, Panel(caption, image, before.ratio), name)
 
 

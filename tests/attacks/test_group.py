@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detguard import DetguardError
-from detguard.attacks.budgets import L2, Linf, largest_difference
+from detguard.attacks.budgets import L2, Linf
 from detguard.attacks.group import (
     STEADY,
     WAITING,
@@ -28,7 +28,7 @@ from detguard.detections import Candidates, Detections
 from detguard.detectors.load import load_detector
 from detguard.objectives import Flood, Vanish
 from detguard.objectives.base import outcomes
-from detguard.photos import Letterbox
+from detguard.photos import Letterbox, largest_difference
 from detguard.transforms.base import seen
 from detguard.transforms.parse import parse_transforms
 

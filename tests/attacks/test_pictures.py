@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from detguard import DetguardError
-from detguard.attacks.budgets import largest_difference
 from detguard.attacks.patch import Patch, printable_png, total_variation
 from detguard.attacks.pictures import Learning, learn_picture, picture_loss, stages
 from detguard.attacks.universal import Universal, largest_change, stretched
 from detguard.detectors.load import load_detector
 from detguard.objectives import Mislabel, Untargeted, Vanish
+from detguard.photos import largest_difference
 
 SMALL = Learning(photos=24, batch=2, rate=0.1)
 PATCH = Patch(size=0.5, pixels=32)
