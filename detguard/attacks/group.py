@@ -132,19 +132,19 @@ class AttackOptions:
         detectors: before which it is shown.
         """
         unused = rule_named(self.rule).unused
-        defaults = {one.name: one.default for one in fields(self)}
-        if self.black_box and (given := [name for name in WHITE_BOX if getattr(self, name) != defaults[name]]):
+        by_default = {one.name: one.default for one in fields(self)}
+        if self.black_box and (given := [name for name in WHITE_BOX if getattr(self, name) != by_default[name]]):
             raise DetguardError(f"`{given[0]}`: does not go with `black_box`, which has no gradient")
-        if given := [name for name in unused if getattr(self, name) != defaults[name]]:
+        if given := [name for name in unused if getattr(self, name) != by_default[name]]:
             raise DetguardError(f"`{given[0]}`: does not go with `rule` {self.rule}, which has its own")
-        if self.smallest and self.batch != defaults["batch"]:
+        if self.smallest and self.batch != by_default["batch"]:
             raise DetguardError("`batch`: does not go with `smallest`, which attacks photo by photo")
         if self.budget.scale != 1 and self.step is None and not rule_named(self.rule).by_budget:
             raise DetguardError(
                 f"`rule` {self.rule}: moves values one by one, which this `norm` does not say how far; give `step`, or "
                 "`rule` steepest"
             )
-        if not self.black_box and self.queries != defaults["queries"]:
+        if not self.black_box and self.queries != by_default["queries"]:
             raise DetguardError("`queries`: goes with `black_box`; without it, `steps` bounds the search")
         if self.black_box and self.most(members * detectors) < 1:
             least = 2 * members * detectors

@@ -230,14 +230,14 @@ def evaluate(
         cost = measure_cost(subjects, wanted, ranks.count)
     if dry_run:
         if ranks.first:
-            show_made(in_words(cost), as_json=as_json, **asdict(cost))
+            show_made(cost_line(cost), as_json=as_json, **asdict(cost))
         sys.exit(0)
-    err.say(in_words(cost))
+    err.say(cost_line(cost))
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
     sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, as_json=as_json))
 
 
-def in_words(cost: "Cost") -> str:
+def cost_line(cost: "Cost") -> str:
     """What an evaluation takes, in one line."""
     from detguard.reports.tables import duration
 

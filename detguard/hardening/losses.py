@@ -149,8 +149,8 @@ def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:
 def retention_loss(now: Candidates, before: Candidates) -> Tensor:
     """How far an expert has moved from its earlier outputs, per frame, [B]: the L2 of one expert.
 
-    Jensen-Shannon divergence of the classes at every candidate and of the distances' distributions, weighted by where
-    either is confident, over the sum of those weights (DESIGN, section 2).
+    Jensen-Shannon divergence of the classes at every candidate and of the distances' distributions: the mean over the
+    candidates, weighted by where either is confident.
     """
     p, q = (c.logits.float().sigmoid() for c in (now, before))
     weight = torch.maximum(p.amax(2), q.amax(2)).detach()

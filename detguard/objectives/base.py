@@ -257,7 +257,7 @@ class Goal(Objective):
         """
         return {
             "goal": self.kind,
-            "target": ",".join(in_words(target, class_names) for target in self.targets),
+            "target": ",".join(class_word(target, class_names) for target in self.targets),
             "to": None,
             "strict": getattr(self, "strict", False),
             "object": list(self.only.objects) or None,
@@ -357,7 +357,7 @@ def indices(target: str | int, detector: Detector) -> list[int]:
     return list(detector.class_names) if target.strip().lower() == ALL else [detector.class_index(target)]
 
 
-def in_words(target: str | int, class_names: Mapping[int, str]) -> str:
+def class_word(target: str | int, class_names: Mapping[int, str]) -> str:
     """A class as the command line names it.
 
     Raises:

@@ -19,8 +19,8 @@ from detguard.objectives.base import (
     UNFOUND,
     Goal,
     Scene,
+    class_word,
     classes_of,
-    in_words,
     indices,
     near,
     on_class,
@@ -95,7 +95,7 @@ class Mislabel(Goal):
     @override
     def words(self, class_names: Mapping[int, str]) -> Config:
         words, names = super().words(class_names), {ANY: OTHER, **class_names}
-        to = [in_words(one, names) for one in self.to]
+        to = [class_word(one, names) for one in self.to]
         if len(set(to)) == 1:
             return words | {"to": to[0]}
         pairs = zip(words["target"].split(SEPARATOR), to, strict=True)

@@ -75,7 +75,7 @@ def comparison_tables(metrics: Metrics, changes: Changes) -> list[Table]:
     figures = [figure for figure in FIGURES.values() if any(figure in one for one in changes.values())]
     if figures:
         rows = [
-            [figure, *(in_words(found[figure]) if figure in found else "-" for found in changes.values())]
+            [figure, *(difference_cell(found[figure]) if figure in found else "-" for found in changes.values())]
             for figure in figures
         ]
         note = "With half of the 95 % interval, by the same draws of the same photos; noise: there may be none."
@@ -83,7 +83,7 @@ def comparison_tables(metrics: Metrics, changes: Changes) -> list[Table]:
     return made
 
 
-def in_words(found: Difference) -> str:
+def difference_cell(found: Difference) -> str:
     """Like "-.102 ±.031", or "+.012 ±.031 noise"."""
     value = f"{found.value:+.3f}".replace("0.", ".", 1)
     if found.error is None:
@@ -95,7 +95,7 @@ def verdict(metrics: Metrics, changes: Changes) -> str:
     """One sentence: what each model has gained or lost against the first."""
     first = next(iter(metrics))
     sentences = [
-        f"{name}: {', '.join(f'{figure} {in_words(one)}' for figure, one in found.items())}"
+        f"{name}: {', '.join(f'{figure} {difference_cell(one)}' for figure, one in found.items())}"
         for name, found in changes.items()
         if found
     ]

@@ -17,7 +17,7 @@ from detguard.reports.marks import marked, of_labels
 from detguard.reports.page import Item, Table, pair, panel, render_page
 from detguard.reports.plots import Window, timeline_plot
 from detguard.runs import Record, Run
-from detguard.workflows.living import DEPLOYED, ROLLED_BACK, in_words
+from detguard.workflows.living import DEPLOYED, ROLLED_BACK, event_line
 
 # Photos of drops on the page.
 MOST_SHOWN = 12
@@ -75,7 +75,7 @@ def timeline_table(rows: list[Window]) -> Table:
 
 def events_table(events: list[Record]) -> Table:
     """What was learned from a stream and what became of it, in words."""
-    rows = [[event["event"], in_words(event).replace("\n", " ")] for event in events]
+    rows = [[event["event"], event_line(event).replace("\n", " ")] for event in events]
     note = (
         "What is better on photos of the new kind, and no worse on old ones, takes over; F1 of photos not learned from."
     )

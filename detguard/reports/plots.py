@@ -1,4 +1,4 @@
-"""Plots of evaluate runs, each as the text of one SVG."""
+"""Plots of all kinds of runs, each as the text of one SVG."""
 
 import base64
 import io

@@ -313,7 +313,7 @@ class Living(Deployment):
     def _note(self, event: Record) -> None:
         self.run.append(event, EVENTS)
         self.events.append(event)
-        self.report(in_words(event))
+        self.report(event_line(event))
 
 
 def check_options(parts: Sequence[str]) -> None:
@@ -340,7 +340,7 @@ def verdict(before: Figures, after: Figures) -> tuple[bool, str]:
     return new[1] > new[0] and old[1] >= old[0] - LOST, why
 
 
-def in_words(event: Record) -> str:
+def event_line(event: Record) -> str:
     """An event of the log as one line for people."""
     number = event["number"]
     match event["event"]:

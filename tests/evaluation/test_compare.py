@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detguard.evaluation.compare import unlike
-from detguard.reports.comparison import differences, in_words
+from detguard.reports.comparison import differences, difference_cell
 
 FIRST = {
     "setting": {"photos": 40, "photos_sha256": "a", "imgsz": 320, "nms": 0.7, "seed": 0, "version": "1"},
@@ -32,7 +32,7 @@ def compared(better: float, apart: float, drawn=("attack", "patch"), **setting):
     }
     draws = {name: one | {protocol: [0.1] * 100 for protocol in drawn} for name, one in draws.items()}
     changes, warnings = differences({"first": FIRST, "other": other}, draws)
-    return {figure: in_words(found) for figure, found in changes.get("other", {}).items()}, warnings
+    return {figure: difference_cell(found) for figure, found in changes.get("other", {}).items()}, warnings
 
 
 def test_a_difference_is_noise_where_its_interval_holds_none():
