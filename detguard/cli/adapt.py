@@ -17,6 +17,7 @@ from detguard.cli.app import (
     Resume,
     RunName,
     Seed,
+    Split,
     Trust,
     Workers,
     app,
@@ -66,7 +67,7 @@ def adapt(
         ),
     ] = None,
     replay: Replay = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Adapt.split,
+    split: Split = defaults.Adapt.split,
     class_map: ClassMap = None,
     experts: Annotated[int, typer.Option(min=0, help="New experts.")] = defaults.Adapt.experts,
     expert: Annotated[

@@ -181,6 +181,13 @@ RunName = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="Instead of --out: results go to runs/COMMAND/NAME.")
 ]
 ExistOk = Annotated[bool, typer.Option("--exist-ok", help="Of --name: replace the run of that name, if there is one.")]
+# What a command's photos are, whether or not it needs some.
+PHOTOS = typer.Argument(
+    help="Photos, videos, folders, patterns, web addresses, or the number of a camera.",
+    metavar="PHOTO|VIDEO|FOLDER|GLOB|URL|CAMERA...",
+)
+Split = Annotated[str, typer.Option(help="Which split of a data.yaml.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")]
 ClassMap = Annotated[
     str | None,
     typer.Option(

@@ -15,6 +15,7 @@ from rich.progress import MofNCompleteColumn, track
 from detguard import DetguardError, defaults
 from detguard.classes import parse_map
 from detguard.cli.app import (
+    PHOTOS,
     ClassMap,
     Confidence,
     Device,
@@ -32,6 +33,7 @@ from detguard.cli.app import (
     Resume,
     RunName,
     Seed,
+    Split,
     TopK,
     Trust,
     app,
@@ -79,13 +81,7 @@ NOTHING = 3
 )
 def attack(
     context: typer.Context,
-    photos: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Photos, videos, folders, patterns, web addresses, or the number of a camera.",
-            metavar="PHOTO|VIDEO|FOLDER|GLOB|URL|CAMERA...",
-        ),
-    ] = None,
+    photos: Annotated[list[str] | None, PHOTOS] = None,
     recursive: Recursive = False,
     every: Every = 1,
     frames: Frames = defaults.FRAMES,
@@ -96,7 +92,7 @@ def attack(
             "of them as a data set, samples/data.yaml, with their labels, or what was found in the clean photos."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Evaluate.split,
+    split: Split = defaults.Evaluate.split,
     class_map: ClassMap = None,
     goal: Annotated[
         str | None,
@@ -475,13 +471,7 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
 )
 def detect(
     context: typer.Context,
-    photos: Annotated[
-        list[str],
-        typer.Argument(
-            help="Photos, videos, folders, patterns, web addresses, or the number of a camera.",
-            metavar="PHOTO|VIDEO|FOLDER|GLOB|URL|CAMERA...",
-        ),
-    ],
+    photos: Annotated[list[str], PHOTOS],
     recursive: Recursive = False,
     every: Every = 1,
     frames: Frames = defaults.FRAMES,

@@ -18,12 +18,14 @@ from detguard.cli.app import (
     ExistOk,
     Fusion,
     ImageSize,
+    Images,
     NmsIou,
     OutFolder,
     PatchSize,
     Resume,
     RunName,
     Seed,
+    Split,
     TopK,
     Trust,
     app,
@@ -82,10 +84,8 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="A data.yaml (Ultralytics), a COCO instances json, or coco, coco128, voc.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Evaluate.split,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
-    ] = None,
+    split: Split = defaults.Evaluate.split,
+    images: Images = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, comma-separated.")] = None,
     class_map: ClassMap = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None,

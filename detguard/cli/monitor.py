@@ -20,12 +20,14 @@ from detguard.cli.app import (
     Frames,
     Fusion,
     ImageSize,
+    Images,
     Json,
     Model,
     NmsIou,
     OutFolder,
     Resume,
     RunName,
+    Split,
     TopK,
     Trust,
     app,
@@ -73,11 +75,9 @@ def monitor(
     ] = None,
     every: Every = 1,
     frames: Frames = defaults.FRAMES,
-    split: Annotated[str, typer.Option(help="Which split of a data.yaml.")] = defaults.Monitor.split,
+    split: Split = defaults.Monitor.split,
     class_map: ClassMap = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the photos of a COCO json; default: beside it.")
-    ] = None,
+    images: Images = None,
     detector: Annotated[
         Literal["likelihood-ratio", "adwin", "page-hinkley", "kswin"],
         typer.Option(help="What tells a drop from chance."),

@@ -24,6 +24,7 @@ from detguard.cli.app import (
     Resume,
     RunName,
     Seed,
+    Split,
     TopK,
     Trust,
     app,
@@ -50,7 +51,6 @@ Data = Annotated[
         "may be given several times."
     ),
 ]
-Split = Annotated[str, typer.Option(help="Which split of a data.yaml.")]
 Photos = Annotated[int, typer.Option(min=1, help="Photos that are shown, counted again when they come again.")]
 Hours = Annotated[float | None, typer.Option(min=0.001, max=10_000, help="Learn so long instead.")]
 Rate = Annotated[

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detguard.evaluation.compare import unlike
-from detguard.reports.comparison import differences, difference_cell
+from detguard.reports.comparison import difference_cell, differences
 
 FIRST = {
     "setting": {"photos": 40, "photos_sha256": "a", "imgsz": 320, "nms": 0.7, "seed": 0, "version": "1"},
