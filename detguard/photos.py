@@ -379,6 +379,11 @@ def frames_tensor(frames: Sequence[Photo], device: torch.device | str = "cpu") -
     return torch.from_numpy(np.stack(frames)).to(device).float().div_(255).permute(0, 3, 1, 2)
 
 
+def photos_of(frames: Tensor) -> list[Photo]:
+    """Photos of frames, float [B, 3, H, W] in 0..1, in 8 bit."""
+    return list((frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+
 def resize_adjoint(gradient: Tensor, source: tuple[int, int]) -> Tensor:
     """Adjoint of the bilinear resize from `source` (height, width): gradient [3, h, w] -> gradient [3, *source]."""
     return torch.ops.aten.upsample_bilinear2d_backward(

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from detguard import defaults
 from detguard.attacks.pictures import Picture, Stage
-from detguard.photos import Photo
+from detguard.photos import Photo, photos_of
 from detguard.transforms.paste import Look, Spot, paste, paste_on_photo
 
 # Darker and brighter is not printed as it is shown: bounds instead of a list of a printer's colours
@@ -55,7 +55,7 @@ class Patch(Picture):
 
     @override
     def image(self, picture: Tensor) -> Photo:
-        return (picture * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+        return photos_of(picture[None])[0]
 
     @override
     def roughness(self, picture: Tensor) -> Tensor:

@@ -323,8 +323,7 @@ def structural_similarity(a: Photo, b: Photo) -> float:
     """Mean SSIM of two photos (Wang et al. 2004), window 11, over the three channels."""
     from kornia.metrics import ssim  # late: takes long to import
 
-    x, y = (torch.from_numpy(p.astype(np.float32) / 255).permute(2, 0, 1)[None] for p in (a, b))
-    return float(ssim(x, y, 11).mean())
+    return float(ssim(frames_tensor([a]), frames_tensor([b]), 11).mean())
 
 
 def verify_run(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detguard import DetguardError
-from detguard.photos import Photo, frames_tensor
+from detguard.photos import frames_tensor, photos_of
 from detguard.transforms.base import Drawn, Geometric, Transform
 from detguard.transforms.parse import parse_transforms
 
@@ -59,8 +59,8 @@ class _Shown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, frames: Tensor, drawn: list[Transform | None]) -> Tensor:
         rows = [row for row, transform in enumerate(drawn) if transform is not None]
-        photos: list[Photo] = list((frames[rows] * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy())
-        chosen = [(row, t, photo) for row, photo in zip(rows, photos, strict=True) if (t := drawn[row]) is not None]
+        photos = zip(rows, photos_of(frames[rows]), strict=True)
+        chosen = [(row, t, photo) for row, photo in photos if (t := drawn[row]) is not None]
         ctx.pulled = [one for one in chosen if not one[1].straight]
         if not chosen:
             return frames.clone()

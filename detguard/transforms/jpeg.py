@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from detguard.photos import Photo, encode_jpeg
+from detguard.photos import Photo, encode_jpeg, frames_tensor
 from detguard.transforms.base import Encoded, whole_number
 
 
@@ -37,9 +36,7 @@ class Jpeg(Encoded):
 
         quality = torch.tensor([float(self.quality)], device=gradient.device)
         with torch.enable_grad():
-            planes = (
-                torch.from_numpy(photo.astype(np.float32) / 255).to(gradient).permute(2, 0, 1)[None].requires_grad_()
-            )
+            planes = frames_tensor([photo], gradient.device).requires_grad_()
             coded = jpeg_codec_differentiable(planes, quality)
         (back,) = torch.autograd.grad(coded, planes, gradient[None])
         return back[0]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from detguard.photos import Photo
+from detguard.photos import Photo, frames_tensor, photos_of
 from detguard.transforms.warp import Warp
 
 # What is drawn anew for each object: factors of the side, degrees, shares of the side by which a corner moves, factors
@@ -116,7 +116,6 @@ def paste(picture: Tensor, patch: Tensor, spots: Iterable[Spot], generator: torc
 
 def paste_on_photo(photo: Photo, patch: Photo, boxes: Tensor, share: float) -> Photo:
     """The photo, `uint8 [H, W, 3]`, with the patch, `uint8 [S, S, 3]`, as it is on each of the boxes [N, 4] xyxy."""
-    size = photo.shape[:2]
-    planes, square = (torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in (photo, patch))
-    pasted = paste(planes, square, [Spot.on(box, share, size) for box in boxes.tolist()])
-    return (pasted * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    planes, square = (frames_tensor([image])[0] for image in (photo, patch))
+    pasted = paste(planes, square, [Spot.on(box, share, photo.shape[:2]) for box in boxes.tolist()])
+    return photos_of(pasted[None])[0]

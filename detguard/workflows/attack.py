@@ -25,7 +25,7 @@ from detguard.files import write_file
 from detguard.objectives import Vanish
 from detguard.objectives.base import Goal
 from detguard.objectives.parse import parse_goal, read_goal
-from detguard.photos import Photo, decode_photo, encode_png, find_photos, read_photo
+from detguard.photos import Photo, decode_photo, encode_png, find_photos, photos_of, read_photo
 from detguard.runs import INPUTS, Record, Run, photo_keys
 from detguard.schema import CONFIGS, Config, check, partly
 from detguard.transforms.base import Transform
@@ -318,8 +318,9 @@ def as_photo(photo: Source) -> Photo:
         if photo.is_floating_point():
             if not bool(((photo >= 0) & (photo <= 1)).all()):
                 raise DetguardError("photo: a tensor of floats outside 0..1; divide by 255, or give uint8")
-            photo = (photo * 255).round().to(torch.uint8)
-        photo = photo.detach().cpu().permute(1, 2, 0).contiguous().numpy()
+            (photo,) = photos_of(photo[None])
+        else:
+            photo = photo.detach().cpu().permute(1, 2, 0).contiguous().numpy()
     right = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
     if not right or not photo.size:
         shown = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
