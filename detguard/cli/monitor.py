@@ -4,7 +4,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -19,8 +18,8 @@ from detguard.cli.app import (
     ExistOk,
     Frames,
     Fusion,
-    ImageSize,
     Images,
+    ImageSize,
     Json,
     Model,
     NmsIou,
