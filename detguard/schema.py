@@ -174,6 +174,7 @@ LEARNED: dict[str, Shape] = {
     "detector": DETECTOR,
     "data": texts,
     "split": text,
+    "class_map": {"*": text},
     "target": text,
     "learning": {
         "photos": whole(1),

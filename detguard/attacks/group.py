@@ -160,6 +160,16 @@ class AttackOptions:
         """Raise DetguardError if the detector cannot be attacked so."""
         if not (detector.differentiable or self.black_box):
             raise DetguardError(f"{detector.name}: has no gradient; give `black_box`")
+        check_told(detector, self.conf)
+
+
+def check_told(detector: Detector, conf: float) -> None:
+    """Raise DetguardError if the detector does not tell all that it finds over `conf`: it would count as fooled."""
+    if detector.nms_inside and conf < (least := detector.nms_inside[0]):
+        raise DetguardError(
+            f"`conf` {conf:g}: the NMS of {detector.name} is inside it, at {least:g} or so, and gives no less, so that "
+            f"what it does not tell would count as fooled; attack at {least:g} or more, or export it without `nms`"
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget
-from detguard.attacks.group import AttackOptions, Attempt, Victim, attack_group, in_copy
+from detguard.attacks.group import STEADY, AttackOptions, Attempt, Victim, attack_group, check_told, in_copy
 from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections, box_iou, logit
 from detguard.detectors.base import Detector
@@ -19,7 +19,7 @@ from detguard.files import is_file
 from detguard.objectives.base import SAME_OBJECT_IOU, Objective, new, outcomes
 from detguard.objectives.parse import parse_goal
 from detguard.overlay import before_after
-from detguard.photos import Photo, encode_png, frames_tensor, largest_difference, photo_seed, read_photo
+from detguard.photos import MIN_SIDE, Photo, encode_png, frames_tensor, largest_difference, photo_seed, read_photo
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, Config, misfit
 from detguard.transforms.base import Transform
@@ -57,6 +57,11 @@ def plan_attack(config: Config, detector: Detector) -> tuple[Objective, list[Tra
     options.check(1 + len(transforms), 1 + len(config["also"]))
     if (mask := config["attack"]["mask"]) in ("inside", "outside") and not objective.needs_target:
         raise DetguardError(f"`mask` {mask}: of objects that are attacked, and this goal attacks none; give corners")
+    if options.smallest and options.steps < STEADY - 1 and any(transform.random for transform in transforms):
+        raise DetguardError(
+            f"`steps` {options.steps}: with `smallest`, random transforms have to fool {STEADY} times in a row; give "
+            f"{STEADY - 1} or more"
+        )
     options.check_detector(detector)
     return objective, transforms, options
 
@@ -95,7 +100,11 @@ def attack_photos(
             try:
                 photo = read_photo(file)
                 for transform in job.transforms:  # in the midst of a group, an error would end those of others, too
-                    transform.draw(np.random.default_rng(0))(photo)
+                    height, width = transform.draw(np.random.default_rng(0))(photo).shape[:2]
+                    if min(height, width) < MIN_SIDE:
+                        raise DetguardError(
+                            f"{file}: after {transform} it has {width} x {height} px, too few to detect on"
+                        )
                 begin = time.perf_counter()
                 # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
                 clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in victims]
@@ -133,15 +142,12 @@ def attack_photos(
 
 
 def blind_one(victims: Sequence[Victim], clean: Sequence[Detections], conf: float) -> Detector | None:
-    """The first detector that found in the clean photo nothing that it could be fooled of."""
-    return next(
-        (
-            victim.detector
-            for victim, found in zip(victims, clean, strict=True)
-            if victim.objective.needs_target and not victim.objective.attacked(found.above(conf)).any()
-        ),
-        None,
-    )
+    """The first detector that found in the clean photo nothing that it could be fooled of, or all that is wanted."""
+    for victim, one in zip(victims, clean, strict=True):
+        found, objective = one.above(conf), victim.objective
+        if not objective.attacked(found).any() if objective.needs_target else objective.success(found, found):
+            return victim.detector
+    return None
 
 
 def failure(key: str, file: Path, error: DetguardError) -> Record:
@@ -207,7 +213,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Sequence[Detecti
         "iterations": attempt.steps,
         "queries": attempt.queries,
         "difference": largest_difference(saved, attempt.photo),
-        "used": round(used, 3),
+        "used": min(round(used, 3), budget.eps),
         "eps": budget.eps,
         "psnr": round(min(cv2.PSNR(saved, attempt.photo), 100.0), 2),
         "ssim": round(structural_similarity(saved, attempt.photo), 4),
@@ -256,7 +262,8 @@ def judge_members(
     for name, one in found.items():
         transform = drawn.get(name)
         copied = victim.found_in_copy(transform, photo, lowest)
-        judged[name] = judge(victim.objective, clean, one, conf, names, transform, shape, copied)
+        least = victim.detector.nms_inside[0] if victim.detector.nms_inside else 0.0
+        judged[name] = judge(victim.objective, clean, one, conf, names, transform, shape, copied, least)
     return judged
 
 
@@ -282,15 +289,17 @@ def judge(
     transform: Transform | None = None,
     shape: tuple[int, int] = (0, 0),
     copied: Detections = NOTHING,
+    least: float = 0.0,
 ) -> Record:
-    """Whether one member fools the detector at `conf` and at each of THRESHOLDS (None: nothing to fool there).
+    """Whether one member fools the detector at `conf` and at each of THRESHOLDS.
+
+    None: in the photo there is nothing to fool at that one, or the detector tells nothing under `least`, a higher one.
 
     confidence: of the best detection of a target class, where some objects alone are attacked the best in their places;
-    objects_not_kept: at each of THRESHOLDS, how many of the
-    attacked objects vanished or were relabelled, and how many there were; detections: what is found at `conf`, and
-    whether that is wrong: nothing of its class was in its place (IoU >= 0.5) at `conf` before. transform, shape: of the
-    member and of the photo, where `found` lies in a picture that a transform made of it. copied: what was found in the
-    clean copy (`Victim.found_in_copy`).
+    objects_not_kept: at each of THRESHOLDS, how many of the attacked objects vanished or were relabelled, and how many
+    there were in the member; detections: what is found at `conf`, and whether that is wrong: nothing of its class was
+    in its place (IoU >= 0.5) at `conf` before. transform, shape: of the member and of the photo, where `found` lies in
+    a picture that a transform made of it. copied: what was found in the clean copy (`Victim.found_in_copy`).
     """
     success: dict[str, bool | None] = {}
     gone: dict[str, list[int]] = {}
@@ -301,8 +310,10 @@ def judge(
 
     for threshold in THRESHOLDS:
         (objects, attacked), after = before(threshold), found.above(threshold)
-        something = bool(attacked.any()) or not objective.needs_target
-        success[f"{threshold:g}"] = objective.success(objects, after, attacked) if something else None
+        # Of the whole photo: a copy that shows half of an object, or none, is to fool as well.
+        something = bool(objective.attacked(clean.above(threshold)).any()) or not objective.needs_target
+        told = something and threshold >= least
+        success[f"{threshold:g}"] = objective.success(objects, after, attacked) if told else None
         fates = outcomes(objects[attacked], after)
         gone[f"{threshold:g}"] = [sum(fate != "kept" for fate in fates), len(fates)]
     (objects, attacked), after = before(conf), found.above(conf)
@@ -340,8 +351,12 @@ def verify_run(
     budget); or key, error; or key, skipped: another detector than the one attacked, which finds no target in the clean
     photo. What is random in a transform is drawn by the photo's key, not as the attack drew it; of one that is a member
     of the group, too, as "rotate:-8..8, drawn anew" beside the saved copy.
+
+    Raises:
+        DetguardError: the detector does not tell what it finds at the run's confidence.
     """
     conf = float(run.config["attack"]["conf"])
+    check_told(detector, conf)
     lowest, victim = lowest_threshold(conf), Victim(detector, objective)
     for record in run.records(checked=False):
         if record.get("status") not in ("fooled", "failed") or (keys is not None and record["key"] not in keys):

@@ -106,6 +106,14 @@ class Raw(Steepest):
     """Along the gradient as it is, `step` times."""
 
     @override
+    def gathered(self, gradient: Tensor) -> Tensor:
+        """As its base, by gradients as they are."""
+        if self.momentum and self._velocity is not None:
+            gradient = gradient + self.momentum * self._velocity
+        self._velocity = gradient if self.momentum else None
+        return gradient
+
+    @override
     def direction(self, gradient: Tensor) -> Tensor:
         return gradient
 

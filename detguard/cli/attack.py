@@ -439,7 +439,10 @@ def show_record(job: "Job", record: "Record", *, as_json: bool) -> None:
         show_error(record["error"])
     elif record["status"] == "no-target":
         of = f" by {record['detector']}" if "detector" in record else ""
-        out.say(f"{record['photo']}: skipped, no {sought(job.run.config)} found{of} (confidence {job.options.conf:g})")
+        found = (
+            f"no {sought(job.run.config)} found" if job.objective.needs_target else "what is wanted is found already"
+        )
+        out.say(f"{record['photo']}: skipped, {found}{of} (confidence {job.options.conf:g})")
 
 
 def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from detguard import defaults
+from detguard.classes import parse_map
 from detguard.cli.app import (
+    ClassMap,
     Confidence,
     Device,
     EndToEnd,
@@ -74,6 +76,7 @@ def patch(
     context: typer.Context,
     data: Data = None,
     split: Split = defaults.Picture.split,
+    class_map: ClassMap = None,
     target: Annotated[str, typer.Option(help="Classes that wear the patch and are to vanish, comma-separated.")] = (
         "person"
     ),
@@ -116,8 +119,8 @@ def patch(
     detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
-        Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split, out=out_folder,
-        exist_ok=exist_ok, print_cm=print_cm,
+        Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split,
+        class_map=parse_map(class_map), out=out_folder, exist_ok=exist_ok, print_cm=print_cm,
     )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ def universal(
     context: typer.Context,
     data: Data = None,
     split: Split = defaults.Picture.split,
+    class_map: ClassMap = None,
     target: Annotated[str, typer.Option(help="Classes that are to vanish, comma-separated, or all.")] = "all",
     model: Model = defaults.MODEL,
     imgsz: ImageSize = None,
@@ -171,8 +175,9 @@ def universal(
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal.of(levels(eps), detector.imgsz)
     return begin(
-        kind, detector, data, learning, as_json=as_json, target=target, split=split, out=out_folder, exist_ok=exist_ok
-    )
+        kind, detector, data, learning, as_json=as_json, target=target, split=split, class_map=parse_map(class_map),
+        out=out_folder, exist_ok=exist_ok,
+    )  # fmt: skip
 
 
 def loaded(*options: Any, **flags: Any) -> "Detector":

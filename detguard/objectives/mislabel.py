@@ -86,7 +86,9 @@ class Mislabel(Goal):
                 raise DetguardError(f"`to` {to}: expected one class, or other")
             if other and len(names) < 2:
                 raise DetguardError("`to` other: the detector knows one class only")
-            pairs |= dict.fromkeys(indices(target, detector), found[0])
+            for index in indices(target, detector):
+                if pairs.setdefault(index, found[0]) != found[0]:
+                    raise DetguardError(f"`to`: {names[index]} is to become two classes; give each class once")
         for target, becomes in pairs.items():
             if target == becomes:
                 raise DetguardError(f"`to` {names[target]}: is a target itself; name another class")

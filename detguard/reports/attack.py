@@ -27,7 +27,7 @@ MOST_NAMED = 5
 def verdict(records: Sequence[Record], options: AttackOptions) -> str:
     """One sentence: how many photos were fooled, within which budget, and after which transforms."""
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
-    without = sum(record["status"] == "no-target" for record in records)
+    without, unread = (sum(record["status"] == status for record in records) for status in ("no-target", "error"))
     members = list(dict.fromkeys(name for record in attacked for name in record["members"]))[1:]
     others = list(dict.fromkeys(name for record in attacked for name in record.get("also", {})))
     fooled = sum(record["status"] == "fooled" for record in attacked)
@@ -37,7 +37,8 @@ def verdict(records: Sequence[Record], options: AttackOptions) -> str:
     also = also + (f", and {' and '.join(others)} as well" if others else "") if fooled else ""
     # What decides is every member: a photo that fools and whose copy does not is none that is fooled.
     summary = f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
-    return summary + (f"; {without} without target" if without else "")
+    summary += f"; {without} without target" if without else ""
+    return summary + (f"; {unread} not attacked, see the errors" if unread else "")
 
 
 def failures(attacked: Sequence[Record], goal: Config, conf: float) -> list[str]:
@@ -116,6 +117,8 @@ def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
             if name != PHOTO
         ]
     except DetguardError:
+        return None
+    if before.shape != after.shape:  # another photo has taken its place
         return None
     found = members[PHOTO]["detections"]
     fates = Counter(o["outcome"] for o in record["objects"])

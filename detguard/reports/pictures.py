@@ -41,6 +41,7 @@ def _item(run: Run, detector: Detector, objective: Objective, stage: Stage, kind
     conf = run.config["learning"]["conf"]
     before, after = (one.of(objective.classes) for one in detector.detect([photo, shown], conf))
     outcome = "all gone" if not len(after) else "fewer" if len(after) < len(before) else "not fewer"
+    outcome = outcome if len(before) else "none found without it"
     note = f"{len(boxes)} attacked; found: {len(before)}, then {len(after)}"
     names = detector.class_names
     sides = (

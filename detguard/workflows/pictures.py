@@ -1,6 +1,6 @@
 """Learn one picture for many photos, from Python: a patch, or a universal perturbation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,8 @@ class PictureJob:
     @classmethod
     def begin(
         cls, kind: Picture, detector: Detector, data: Sequence[str], learning: Learning, *, target: str,
-        split: str = defaults.Picture.split, out: Path | None = None, exist_ok: bool = False,
-        arguments: Sequence[str] = (), on_data: OnData = warn_of, **kept: Any,
+        split: str = defaults.Picture.split, class_map: Mapping[str, str] | None = None, out: Path | None = None,
+        exist_ok: bool = False, arguments: Sequence[str] = (), on_data: OnData = warn_of, **kept: Any,
     ) -> "PictureJob":  # fmt: skip
         """A new run. target: classes that are to vanish, comma-separated, or all; kept: more that its config says.
 
@@ -69,7 +69,8 @@ class PictureJob:
             raise DetguardError("`data`: give photos, a data.yaml or a COCO instances json (or `resume`)")
         config: Config = {
             "target": target, **kept, "detector": detector_config(detector, detector.source), "data": list(data),
-            "split": split, "picture": dict(vars(kind)), "learning": asdict(learning), "arguments": list(arguments),
+            "split": split, "class_map": dict(class_map or {}), "picture": dict(vars(kind)),
+            "learning": asdict(learning), "arguments": list(arguments),
         }  # fmt: skip
         config = check(config, partly(CONFIGS[kind.kind]))
         objective, photos = _attacked_photos(detector, config, on_data)
@@ -119,12 +120,12 @@ class PictureJob:
 def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tuple[Objective, list[Stage]]:
     """What is to vanish, and the photos of all sources that have some, by their labels or else by what is found."""
     objective = Vanish(parse_names(config["target"])).on(detector)
-    photos: list[tuple[Path, Detections | None]] = []
+    photos, names = list[tuple[Path, Detections | None]](), detector.class_names
     for source in config["data"]:
         if unlabelled(source):
             photos += [(file, None) for file in find_photos([source])]
         else:
-            labelled = read_labelled(source, config["split"], detector.class_names, on_data)
+            labelled = read_labelled(source, config["split"], names, on_data, class_map=config["class_map"])
             photos += [(one.file, one.objects) for one in labelled]
     return objective, stages(detector, photos, objective, config["learning"]["conf"])
 
@@ -138,6 +139,7 @@ def patch(
     pixels: int = defaults.Picture.pixels,
     print_cm: float = defaults.Picture.print_cm,
     split: str = defaults.Picture.split,
+    class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     on_step: OnPicture | None = None,
@@ -154,6 +156,7 @@ def patch(
         pixels: side of the PNG, px, 8..4096.
         print_cm: side when it is printed, cm.
         split: which split of a data.yaml.
+        class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         out: folder of the run; by default the next of runs/patch/.
         resume: a run's folder, to go on with, instead of all above and of `learning`.
         on_step: called with the share that is done, 0..1, and every ten steps with the mean loss since (else None);
@@ -177,7 +180,7 @@ def patch(
         return PictureJob.resume(Path(resume), "patch").learn(on_step)
     return _learned(
         Patch(size, pixels), as_detector(detector), data, out, on_step, learning, target=target, split=split,
-        print_cm=print_cm,
+        class_map=class_map, print_cm=print_cm,
     )  # fmt: skip
 
 
@@ -188,6 +191,7 @@ def universal(
     target: str = "all",
     eps: int = defaults.Picture.eps,
     split: str = defaults.Picture.split,
+    class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     on_step: OnPicture | None = None,
@@ -201,6 +205,7 @@ def universal(
         target: classes that are to vanish, comma-separated, or all.
         eps: most that a value changes by, whole levels of 255, 1..127, as 128 + the change must fit a PNG.
         split: which split of a data.yaml.
+        class_map: as of `patch`.
         out: folder of the run; by default the next of runs/universal/.
         resume: as of `patch`.
         on_step: as of `patch`.
@@ -220,7 +225,10 @@ def universal(
         only_resumes(universal, locals())
         return PictureJob.resume(Path(resume), "universal").learn(on_step)
     given = as_detector(detector)
-    return _learned(Universal.of(eps, given.imgsz), given, data, out, on_step, learning, target=target, split=split)
+    return _learned(
+        Universal.of(eps, given.imgsz), given, data, out, on_step, learning, target=target, split=split,
+        class_map=class_map,
+    )  # fmt: skip
 
 
 def _learned(

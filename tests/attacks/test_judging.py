@@ -147,6 +147,52 @@ def test_a_member_is_judged_at_each_threshold_over_what_was_found_there():
     assert not judge(PERSONS, clean, after, 0.12, NAMES)["fooled"]
 
 
+def test_a_copy_that_does_not_show_the_object_is_judged_at_each_threshold_too():
+    (crop,) = parse_transforms("crop:0.5")
+    clean = found((0, 0.4, 0, 0, 20, 20))  # outside of the middle
+    judged = judge(PERSONS, clean, found((0, 0.3, 10, 10, 40, 40)), 0.25, NAMES, crop, (100, 100))
+    assert judged["fooled"] is judged["success"]["0.25"] is False
+    assert judged["success"]["0.5"] is None
+
+
+def test_nothing_is_said_of_confidences_that_a_detector_does_not_tell():
+    clean = found((0, 0.4, 0, 0, 50, 50))
+    judged = judge(PERSONS, clean, found(), 0.25, NAMES, least=0.2)
+    assert judged["success"] == {"0.05": None, "0.1": None, "0.25": True, "0.5": None}
+
+
+def test_a_photo_with_as_many_objects_as_a_flood_wants_is_left_out(attacked, bundled, tmp_path):
+    file, wanted = Path(attacked[1]["photo"]), len(attacked[1]["clean"])
+    for count, status in ((wanted, "no-target"), (wanted + 50, "failed")):
+        run = Run.create("attack", tmp_path / str(count), {})
+        job = Job(bundled, Flood(tuple(range(13)), count), [], AttackOptions(steps=1), run)
+        (record,) = attack_photos(job, {"bus": file})
+        assert record["status"] == status
+
+
+def test_a_copy_too_small_to_detect_on_is_an_error_at_once(bundled, bus, tmp_path):
+    (tmp_path / "small.png").write_bytes(encode_png(np.ascontiguousarray(bus[:80, :60])))
+    run = Run.create("attack", tmp_path / "run", {})
+    job = Job(bundled, PERSONS, parse_transforms("crop:0.1"), AttackOptions(steps=1), run)
+    (record,) = attack_photos(job, {"small": tmp_path / "small.png"})
+    assert "after crop:0.1 it has 6 x 8 px" in record["error"]
+
+
+def test_a_least_budget_is_not_searched_for_in_fewer_steps_than_random_members_take(bundled):
+    config = CONFIG | {"transforms": "noise:2", "attack": AttackOptions(smallest=True, steps=3).config()}
+    with pytest.raises(DetguardError, match=r"`steps` 3: with `smallest`, random transforms .* 4 or more"):
+        plan_attack(config, bundled)
+    plan_attack(config | {"transforms": "median:3"}, bundled)
+
+
+def test_a_photo_that_is_another_by_now_is_left_out_of_the_page(attacked, bundled, tmp_path):
+    run, record = attacked
+    config = CONFIG | {"detector": {"model": "detguard-n", "imgsz": 320}}
+    (tmp_path / "bus.png").write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))
+    page = attack_page(Run(run.folder, config), [record | {"photo": str(tmp_path / "bus.png")}], bundled).decode()
+    assert "1 photos are not shown here" in page
+
+
 @pytest.mark.parametrize("name", ["none", "network", "median:4"])
 def test_a_record_whose_member_is_called_by_no_transform_is_an_error_of_that_photo(attacked, bundled, tmp_path, name):
     run, record = attacked

@@ -52,6 +52,13 @@ def test_auto_pgd_starts_with_twice_the_budget_and_ends_in_ever_smaller_steps():
     assert (way[-1] - TARGET.clamp(124, 132)).abs().max() < 1
 
 
+def test_momentum_adds_to_gradients_as_they_are_where_steps_are_as_long_as_these():
+    rules = (RULES["raw"](Linf(20), torch.full((1, 1, 3), 128.0), 0.05, 5, momentum) for momentum in (0, 0.01, 0.9))
+    plain, little, much = (follow(rule, 5)[-1][0] for rule in rules)
+    assert (little - plain).abs().max() < 0.1
+    assert (much - TARGET).abs().max() < (plain - TARGET).abs().max()
+
+
 def test_an_unknown_rule_is_refused():
     with pytest.raises(DetguardError, match="`rule`"):
         rule_named("lbfgs")

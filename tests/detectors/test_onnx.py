@@ -9,6 +9,7 @@ import torch
 
 import detguard
 from detguard import DetguardError
+from detguard.attacks.group import AttackOptions
 from detguard.data.dataset import read_dataset
 from detguard.detectors.contract import check_contract
 from detguard.detectors.load import load_detector
@@ -223,6 +224,9 @@ def test_an_nms_inside_says_at_what_and_takes_no_other(files, tmp_path):
     detector = load_detector(files["nms"])
     assert detector.nms_inside == (0.04, 0.7)
     assert load_detector(files["nms"], iou=0.7).iou == 0.7
+    AttackOptions(black_box=True, conf=0.04).check_detector(detector)
+    with pytest.raises(DetguardError, match=r"`conf` 0.03: the NMS of .* would count as fooled"):
+        AttackOptions(black_box=True, conf=0.03).check_detector(detector)
     with pytest.raises(DetguardError, match=r"`iou` 0.5: the NMS of .* is inside it, at 0.7; export it without"):
         load_detector(files["nms"], iou=0.5)
     model = onnx.load(files["nms"])

@@ -3,6 +3,8 @@
 import json
 import signal
 
+import cv2
+import numpy as np
 from program import Started, detguard
 
 
@@ -23,6 +25,27 @@ def test_a_patch_is_made_and_judged(tmp_path, tiny_data):
     found = json.loads((tmp_path / "judged/metrics.json").read_text())["detguard-n"]["patch"]
     assert list(found["shown"]) == ["clean", "grey", "random", "patch"]
     again = detguard("evaluate", "--resume", "judged", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_classes_of_the_data_are_renamed_and_what_was_not_found_before_is_not_called_gone(tmp_path, tiny_data):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "11.png"), np.full((96, 96, 3), 128, np.uint8))
+    data = json.loads(tiny_data.read_text())
+    data["images"] = [{"id": 11, "file_name": "11.png", "height": 96, "width": 96}]
+    data["annotations"] = [{"id": 1, "image_id": 11, "category_id": 1, "bbox": [9, 9, 40, 40], "area": 1600}]
+    data["categories"][0]["name"] = "pedestrian"
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    quick = ("--imgsz", 96, "--pixels", 16, "--photos", 2, "--batch", 1)
+    result = detguard(
+        "patch", "--data", "instances.json", "--map", "pedestrian=person", *quick, "--out", "made", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "made/report.html").read_text()
+    assert "1 none found without it" in page
+    assert "all gone" not in page
+    again = detguard("patch", "--resume", "made", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
 

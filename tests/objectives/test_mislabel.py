@@ -1,6 +1,8 @@
+import pytest
 import torch
 from scenes import BUS, CLEAN, PERSON, SCENE, TRAIN, detections, loss_and_gradient
 
+from detguard import DetguardError
 from detguard.detections import Candidates
 from detguard.objectives import Mislabel
 from detguard.objectives.base import Selection
@@ -14,6 +16,13 @@ def test_mislabel_wants_the_new_class_in_the_same_place():
     assert goal.success(CLEAN, detections((TRAIN, 0.5, 105, 0, 300, 100)))
     assert not goal.success(CLEAN, detections((TRAIN, 0.5, 250, 0, 450, 100)))
     assert not goal.success(CLEAN, detections())
+
+
+@pytest.mark.parametrize("targets", [{"person": "bus", "Person": "car"}, {"person": "bus", "all": "other"}])
+def test_a_class_does_not_become_two(bundled, targets):
+    with pytest.raises(DetguardError, match="person is to become two classes"):
+        Mislabel(targets).on(bundled)
+    assert Mislabel({"person": "bus", "Person": "bus"}).on(bundled).targets == (0,)
 
 
 def test_mislabel_fails_while_the_old_class_is_found():

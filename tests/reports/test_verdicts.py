@@ -31,6 +31,8 @@ def test_an_attack_tells_how_many_and_after_what():
     told = attack.verdict([*records, {"key": "c", "status": "no-target"}], AttackOptions())
     assert told == "4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25); 1 without target"
     assert attack.failures(records, {"goal": "vanish"}, 0.25) == ["b: blur (confidence 0.60)"]
+    told = attack.verdict([*records, {"key": "d", "status": "error"}], AttackOptions())
+    assert told.endswith("(confidence 0.25); 1 not attacked, see the errors")
 
 
 def test_failures_say_what_is_lacking_where_nothing_is_left():
