@@ -1,6 +1,7 @@
 """Adapting a gated ensemble to photos of a new kind: new experts, a gate that knows when to ask them, old ones kept."""
 
 import copy
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS
 from detguard.detectors.sparse import MeanSparse
 from detguard.detectors.ultralytics import decode
+from detguard.files import read_json
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.kinds import BATCHES, OnShare, answers, fit_kinds
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
@@ -26,9 +28,12 @@ from detguard.hardening.train import Setting, only_learn, with_rows
 from detguard.hardening.validation import Entry, photo_of
 from detguard.ranks import Ranks
 from detguard.runs import Run
+from detguard.schema import check, whole
 
 MODES = ("full", "frozen")
 STAGE = "adapt"
+# Of a run, the expert that new ones begin as.
+SOURCE = "state/source.json"
 # From so few new photos a whole network learns the photos, not their kind.
 FEW = 500
 # Of a batch, new photos; of the others, old ones, a third (rounded down) is corrupted and a third attacked.
@@ -111,14 +116,24 @@ def check_growth(network: GatedNetwork, plan: Adaptation, most: int) -> None:
         )
 
 
-def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Setting) -> None:
-    """Add the new experts of a plan to an ensemble."""
+def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Setting, run: Run) -> None:
+    """Add the new experts of a plan to an ensemble; the run keeps which of the old ones they begin as."""
     if not plan.experts:
         return
+
+    def first_source() -> int:
+        # Found anew by another device's arithmetic, or that of another process, it might be another one.
+        file = run.path(SOURCE)
+        if not file.exists():
+            run.write(SOURCE, json.dumps({"expert": best(network, new, setting)}).encode())
+        try:
+            return int(check(read_json(file), {"expert": whole(0, len(network.names) - 1)})["expert"])
+        except DetguardError as error:
+            raise DetguardError(f"{file}: {error}; delete the folder {file.parent} to begin again") from error
+
     first = sum(name.startswith("adapted") for name in network.names) + 1
     names = [f"adapted {number}" for number in range(first, first + plan.experts)]
-    # The first process's choice: on a near tie, arithmetic of others might come to another.
-    network.grow(names, setting.ranks.given(lambda: best(network, new, setting)), plan.expert)
+    network.grow(names, setting.ranks.given(first_source), plan.expert)
     if plan.init == "fresh":
         for name, module in network.experts[-plan.experts :].named_modules():
             if isinstance(module, nn.Conv2d) and "dfl" not in name:
@@ -132,8 +147,8 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
 @torch.no_grad()
 def best(network: GatedNetwork, new: PhotoSet, setting: Setting) -> int:
     """The expert that does most for new photos: highest mean of the gate's weight times e^-loss."""
-    # By the same frames in all ranks, which must come to the same answer.
-    (batch,) = batches(new, setting.batch, setting.size, setting.seed, 0, 1, ranks=Ranks(setting.ranks.device))
+    count = -(-setting.batch // setting.ranks.count)  # as many as this process is to hold
+    (batch,) = batches(new, count, setting.size, setting.seed, 0, 1, ranks=Ranks(setting.ranks.device))
     found = [setting.run(network, batch.shown, i)[0] for i in range(len(network.names))]
     harm = torch.stack([label_loss(of_one, batch.labels) for of_one in found], 1)
     gate = found[0].gate  # the same by every route
@@ -176,7 +191,7 @@ def adapt(
     torch.manual_seed(plan.seed)  # of experts that start afresh
     before = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     before.top_k = None
-    grow(network, plan, new, setting)
+    grow(network, plan, new, setting, run)
     made, checkpoint = ranks.given(lambda: (run.path("weights/adapted.safetensors"), run.path(f"state/{STAGE}.pt")))
     if load_made(network, made, ranks):
         return made

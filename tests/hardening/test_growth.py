@@ -1,4 +1,5 @@
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,11 +170,11 @@ def test_fresh_experts_are_not_copies(network, train):
 
 
 @pytest.mark.parametrize("form", ["whole", "head"])
-def test_fresh_experts_take_no_thresholds_of_another_ones_channels(network, new, form):
+def test_fresh_experts_take_no_thresholds_of_another_ones_channels(network, new, form, tmp_path):
     network.sparsen([next(batches(new, 2, 128, 9, 0, 1)).clean], 0.2)
     with torch.no_grad():
         network.gate.out.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
-    grow(network, replace(PLAN, expert=form, init="fresh"), new, SETTING)
+    grow(network, replace(PLAN, expert=form, init="fresh"), new, SETTING, Run(tmp_path, {}))
     robust, fresh = (
         [float(m.limit.sum()) for m in network.experts[i].modules() if isinstance(m, MeanSparse)] for i in (2, 3)
     )
@@ -191,6 +192,21 @@ def test_new_experts_begin_as_the_one_that_does_most_for_the_new_photos(network,
     with torch.no_grad():
         network.gate.out.bias.copy_(torch.tensor([3.0, 9.0, 0.0]))
     assert best(network, new, SETTING) == 0
+
+
+def test_resumed_new_experts_are_of_the_one_that_they_began_as(network, train, new, tmp_path):
+    first, second, third = (copy.deepcopy(network) for _ in range(3))
+    other = (best(network, new, SETTING) + 1) % 3
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(PLAN, expert="head"), of=first, on_batch=lambda number, *_: number == 1)
+    kept = tmp_path / "run/state/source.json"
+    assert json.loads(kept.read_text()) == {"expert": (other - 1) % 3}
+    kept.write_text(json.dumps({"expert": other}))
+    train(replace(PLAN, expert="head"), of=second)
+    assert second.shared[3].of == other
+    kept.write_text(json.dumps({"expert": 3}))
+    with pytest.raises(DetguardError, match=r"source.json: `expert`: .*; delete the folder"):
+        train(replace(PLAN, expert="head"), of=third)
 
 
 def test_where_the_robust_expert_leads_the_new_one_leads_with_it(network, train, new):
