@@ -192,6 +192,8 @@ def evaluate(
             raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
         if not patch:
             only_with(context, ("patch_target", "patch_size"), "--patch")
+        if data.lower().endswith(".json"):
+            only_with(context, ("split",), "a data.yaml")
         models = model or [defaults.MODEL]
         config = {
             "detectors": [],

@@ -110,6 +110,8 @@ def read_dataset(
         folder = images or _folder_of(file)
         dataset, files = read_coco(file, folder, faults, limit)
     else:
+        if images is not None:
+            raise DataError(f"{file}: says itself where its photos are; `images` goes with a COCO json")
         config = _read_yaml(file)
         root = _root(config, file)
         if split not in config or config[split] is None:

@@ -96,7 +96,7 @@ def _photos_of_split(entry: object, root: Path, file: Path) -> list[Path]:
             photos += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         elif is_file(path) and path.suffix == ".txt":
             try:
-                lines = read_file(path).decode().splitlines()
+                lines = read_file(path).decode("utf-8-sig").splitlines()
             except (FileError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}: not a readable list of photos ({error})") from error
             photos += [
@@ -125,7 +125,7 @@ def _read_labels(
     points: numbers of a pose that follow each box.
     """
     try:
-        lines = read_file(file, MAX_LABELS).decode().splitlines()
+        lines = read_file(file, MAX_LABELS).decode("utf-8-sig").splitlines()
     except (FileError, UnicodeDecodeError) as error:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             faults.add("photos without a label file, taken as empty", f"{file} is not there")
@@ -133,6 +133,7 @@ def _read_labels(
             faults.add("label files that cannot be read, left out", f"{file}: {error}")
         return
     width, height = size
+    given = set[tuple[float, ...]]()
     for number, line in enumerate(lines, 1):
         where = f"{file}:{number}"
         if not line.strip():
@@ -157,6 +158,10 @@ def _read_labels(
         else:  # the outline of a segment
             xs, ys = values[1::2], values[2::2]
             x, y, w, h = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
+        if (one := (values[0], x, y, w, h)) in given:
+            faults.add("boxes given twice, left out once", where)
+            continue
+        given.add(one)
         box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
         if (cut := clip(box, width, height, where, faults)) is not None:
             yield ids[int(values[0])], cut

@@ -124,15 +124,15 @@ class Detector(ABC):
         return digest.hexdigest()
 
     def _own_code(self) -> bytes:
-        """Of a detector of the user's own, what it and the function that made it are, as `loaded_code` tells it."""
-        ours = package(Detector)
+        """Of a detector or layers of the user's own, what they and the function that made them are: `loaded_code`."""
+        ours, layers = package(Detector), [type(layer) for layer in self.model.modules()]
+        own = {package(layer) for layer in layers} - KNOWN_LAYERS
         if package(type(self)) == ours:
-            return b""
+            return "\n".join(loaded_code(sorted(set(layers), key=str), own)).encode() if own else b""
         module, _, factory = self.source.rpartition(":")
         made_by = getattr(sys.modules.get(module), factory, None)
         packages = {package(kind) for kind in type(self).__mro__ if issubclass(kind, Detector)} | {package(made_by)}
-        things = [self, made_by, *map(type, self.model.modules())]
-        return "\n".join(loaded_code(things, packages - {ours, ""})).encode()
+        return "\n".join(loaded_code([self, made_by, *layers], (packages | own) - {ours, ""})).encode()
 
     def class_index(self, name: str) -> int:
         """The index of a class by its name, in any letter case.

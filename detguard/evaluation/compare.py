@@ -17,7 +17,7 @@ SAME: dict[Compared, tuple[str, ...]] = {
     "corruptions": ("kinds", "severities"),
     "corruption_file": ("content",),
     "attack": ("eps", "steps", "restarts", "queries", "attacks"),
-    "transfer": ("eps", "from"),
+    "transfer": ("eps", "steps", "restarts", "queries", "attacks", "from"),
     "blackbox": ("eps", "queries"),
     "patch": ("class", "size", "content"),
     "universal": ("eps", "content"),
@@ -54,11 +54,15 @@ def _setting(row: ModelMetrics, protocol: Compared, name: str) -> object:
     found: Mapping[str, object] = row[protocol]
     if protocol == "corruptions":
         kinds = row["corruptions"]["kinds"]
-        return "+".join(kinds) if name == "kinds" else ",".join(next(iter(kinds.values()))["severities"])
+        return "+".join(sorted(kinds if name == "kinds" else next(iter(kinds.values()))["severities"]))
+    if protocol == "transfer" and name == "attacks":
+        return "+".join(sorted(row["transfer"]["attacks"]))
+    if name == "from":  # weights of one name may be others
+        return "+".join(f"{source} {digest[:8]}" for source, digest in sorted(row["transfer"]["sources"].items()))
     if name == "attacks":  # not what follows from them, nor those that are made for an ensemble beside them
         shown = next(iter(row["attack"]["budgets"].values()))["attacks"]
         return "+".join(sorted(part for part in shown if part.partition("-")[0] in (*ATTACKS, SQUARE)))
-    return "+".join(row["transfer"]["from"]) if name == "from" else found.get(name, "-")
+    return found.get(name, "-")
 
 
 def also_unlike(first: ModelMetrics, other: ModelMetrics) -> list[str]:

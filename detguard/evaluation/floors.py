@@ -14,7 +14,7 @@ Floors = dict[tuple[Figured, Literal["AP", "AP50"]], float]
 
 
 def read_floors(text: str, protocols: tuple[str, ...]) -> Floors:
-    """From "AP=.2,clean.AP50=.6" to figures by protocol and name; without a protocol, the figure is of every one.
+    """From "AP=.2,clean.AP50=.6" to figures by protocol and name; without a protocol, the figure is of every other one.
 
     Args:
         text: [PROTOCOL.]AP=X or [PROTOCOL.]AP50=X, comma-separated, each X in 0..1.
@@ -24,7 +24,8 @@ def read_floors(text: str, protocols: tuple[str, ...]) -> Floors:
         DetguardError: it is none, or of a protocol that is not measured.
     """
     measured = [name for name in FIGURED if name in protocols]
-    floors: Floors = {}
+    general: Floors = {}
+    named: Floors = {}
     for part in text.split(","):
         read = re.fullmatch(r"\s*(?:([a-z]+)\.)?(AP|AP50)\s*=\s*(0|1|0?\.\d{1,6}|1\.0+)\s*", part, re.ASCII)
         if not read:
@@ -32,8 +33,11 @@ def read_floors(text: str, protocols: tuple[str, ...]) -> Floors:
         if (read[1] and read[1] not in measured) or not measured:
             raise DetguardError(f"`fail_under` {part}: not measured; `protocols` has {', '.join(measured) or 'no AP'}")
         of, stat = cast(Figured | None, read[1]), cast(Literal["AP", "AP50"], read[2])
-        floors |= {(protocol, stat): float(read[3]) for protocol in ([of] if of else measured)}
-    return floors
+        if of:
+            named[of, stat] = float(read[3])
+        else:
+            general |= {(protocol, stat): float(read[3]) for protocol in measured}
+    return general | named
 
 
 def shortfalls(metrics: Metrics, floors: Floors) -> Iterator[str]:

@@ -124,8 +124,11 @@ class Attack(Figure, Spent):
 Source = TypedDict("Source", {"eps": Eps, "from": dict[str, Stats]})
 
 
-class Transfer(Figure, Source):
-    """The least of the attacks on each other model."""
+class Transfer(Figure, Spent, Source):
+    """The least of the attacks on each other model; sources: the hashes of those models."""
+
+    attacks: list[str]
+    sources: dict[str, str]
 
 
 class BlackBoxStats(Stats):

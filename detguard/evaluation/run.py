@@ -457,13 +457,21 @@ class Scorer:
 
     def transfer(self) -> Transfer:
         """The figures under the attacks that were made for the other models."""
-        shown = {
-            view.source.name: self.measure(view, f"transfer from {view.source.name}")
-            for view in transfers(self.subject, self.subjects, self.wanted)
-        }
+        views = transfers(self.subject, self.subjects, self.wanted)
+        shown = {view.source.name: self.measure(view, f"transfer from {view.source.name}") for view in views}
         rows = {name: metrics.stats for name, metrics in shown.items()}
         least = figure(rows.values(), lowest, self.error(shown.values(), np.min, "transfer"))
-        return {**least, "eps": self.wanted.eps[-1], "from": rows}
+        spent: Spent = {"steps": self.wanted.steps, "restarts": self.wanted.restarts}
+        if not all(view.source.detector.differentiable for view in views):
+            spent["queries"] = self.wanted.queries
+        return {
+            **least,
+            "eps": self.wanted.eps[-1],
+            **spent,
+            "attacks": list(self.wanted.attacks),
+            "from": rows,
+            "sources": {view.source.name: view.source.detector.state_hash() for view in views},
+        }
 
     def blackbox(self) -> BlackBoxStats:
         """The figures under the Square attack, which uses no gradient."""

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from detguard.classes import left_out, meant
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, DataError
 
@@ -62,6 +63,29 @@ def test_both_formats_give_the_same_boxes_and_official_category_ids(photos):
 def test_classes_that_are_not_cocos_are_numbered_from_one(photos):
     dataset = read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}, {"names": ["helmet", "person"]}))
     assert dataset.categories == {1: "helmet", 2: "person"}
+
+
+def test_a_line_that_is_there_twice_is_one_object_and_a_mark_of_the_byte_order_is_none(photos):
+    dataset = read_dataset(yolo(photos, {"a": "\ufeff1 .5 .5 .2 .2\n0 .2 .2 .2 .2\n1 0.50 .5 .2 .2\n"}))
+    assert [one["category_id"] for one in dataset.annotations.dataset["annotations"]] == [18, 1]
+    assert {name: where.total for name, where in dataset.warnings.items()} == {"boxes given twice, left out once": 1}
+
+
+def test_a_list_of_photos_may_begin_with_a_mark_of_the_byte_order(photos):
+    (photos / "val.txt").write_text("\ufeffimages/val/a.jpg\n")
+    assert len(read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}, {"val": "val.txt"})).files) == 1
+
+
+def test_a_yaml_says_itself_where_its_photos_are(photos):
+    with pytest.raises(DataError, match="`images` goes with a COCO json"):
+        read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}), images=photos)
+
+
+@pytest.mark.parametrize(("name", "known"), [("cart", None), ("Traffic_Lights", "traffic light"), ("rider", "person")])
+def test_no_class_is_said_to_be_another_that_is_spelt_nearly_alike(name, known):
+    told = left_out({name: 3}, ["person", "traffic light", "cat", "car"])
+    assert (f'"{name}": "{known}"' in told) is bool(known)
+    assert meant("persn", ["person", "car"]) == "person"  # a user's slip
 
 
 def test_shared_coco256_reads_the_same_both_ways(val_photos):

@@ -72,6 +72,15 @@ def test_every_plain_attribute_of_a_layer_of_ones_own_counts(bundled):
     assert with_threshold(0.1) == with_threshold(0.1) != with_threshold(0.2)
 
 
+def test_what_a_layer_of_ones_own_does_counts_in_detectors_of_every_family(bundled):
+    def with_layer(code):
+        cell = {"__name__": "__main__"}
+        exec(f"from torch import nn\nclass Mine(nn.Identity):\n    def forward(self, x):\n        return {code}", cell)
+        return changed(bundled, lambda model: model.add_module("mine", cell["Mine"]())).state_hash()
+
+    assert with_layer("x") == with_layer("x") != with_layer("0 * x")
+
+
 def test_it_does_not_change_while_the_detector_is_used(bundled_model, bus):
     detector = UltralyticsDetector(bundled_model, "used", 320)
     before = detector.state_hash()

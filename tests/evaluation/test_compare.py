@@ -69,9 +69,21 @@ def test_a_figure_that_was_not_drawn_is_not_compared():
     assert warning.startswith("other: patch AP not compared with first: not in every draws.json")
 
 
-def test_means_over_other_corruptions_are_not_compared():
-    fog, snow = ({"corruptions": {"kinds": {kind: {"severities": {"3": {}}}}}} for kind in ("fog", "snow"))
-    assert unlike(fog, snow, "corruptions") == ["kinds fog, snow"]
+def corrupted(*kinds, severities="13"):
+    return {"corruptions": {"kinds": {kind: {"severities": dict.fromkeys(severities)} for kind in kinds}}}
+
+
+def test_means_over_other_corruptions_are_not_compared_but_in_any_order():
+    assert unlike(corrupted("fog"), corrupted("snow"), "corruptions") == ["kinds fog, snow"]
+    assert not unlike(corrupted("fog", "snow"), corrupted("snow", "fog", severities="31"), "corruptions")
+
+
+@pytest.mark.parametrize("other", [{"steps": 4}, {"attacks": ["all"]}, {"sources": {"a": "22"}}])
+def test_attacks_made_for_another_model_or_otherwise_are_not_compared(other):
+    made = {"eps": 4, "steps": 20, "restarts": 2, "attacks": ["box", "class"], "sources": {"a": "11"}}
+    same, apart = ({"transfer": made | part} for part in ({"attacks": ["class", "box"]}, other))
+    assert not unlike({"transfer": made}, same, "transfer")
+    assert len(unlike({"transfer": made}, apart, "transfer")) == 1
 
 
 def test_the_least_of_other_attacks_is_not_compared():

@@ -13,6 +13,11 @@ def test_a_figure_without_a_protocol_is_of_all_that_were_measured():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ["clean.AP=.9,AP=.01", "AP=.01,clean.AP=.9"])
+def test_what_is_said_of_one_protocol_holds_whatever_is_said_of_all(text):
+    assert read_floors(text, MEASURED) == {("clean", "AP"): 0.9, ("attack", "AP"): 0.01}
+
+
 def test_what_is_lower_or_not_there_falls_short():
     floors = read_floors("AP=.2,clean.AP50=.6,attack.AP50=0", MEASURED)
     assert list(shortfalls(METRICS, floors)) == [
