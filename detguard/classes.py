@@ -26,6 +26,8 @@ SYNONYMS = (
 )
 # How alike a name must be to be taken for another that was mistyped.
 ALIKE = 0.7
+# And for a class of data to be taken for one of the detector's: persn and person are, cart and cat, chair and car not.
+SLIP = 0.9
 # Names that a message lists; the rest is counted.
 MOST_NAMED = 10
 
@@ -41,13 +43,16 @@ def meant(name: str, known: Iterable[str]) -> str | None:
 
 
 def same_as(name: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that another name is a synonym of, or the same as but for hyphens or a plural."""
+    """The one of the known names that another name is a synonym of, or all but spelt as: with hyphens, or a slip."""
     by_lower = {one.strip().lower(): one for one in known}
     name = name.strip().lower()
     synonyms = next((group for group in SYNONYMS if name in group), ())
     if found := [one for one in synonyms if one in by_lower]:
         return by_lower[found[0]]
-    return next((one for lower, one in by_lower.items() if _letters(lower) == _letters(name)), None)
+    if found := [one for lower, one in by_lower.items() if _letters(lower) == _letters(name)]:
+        return found[0]
+    near = difflib.get_close_matches(name, by_lower, n=1, cutoff=SLIP)
+    return by_lower[near[0]] if near else None
 
 
 def _letters(name: str) -> str:

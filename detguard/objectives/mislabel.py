@@ -12,6 +12,7 @@ from detguard import DetguardError
 from detguard.detections import Candidates, Detections, box_iou
 from detguard.detectors.base import Detector
 from detguard.objectives.base import (
+    ALL,
     ARROW,
     OTHER,
     SAME_OBJECT_IOU,
@@ -78,7 +79,7 @@ class Mislabel(Goal):
 
     @override
     def on(self, detector: Detector) -> "Mislabel":
-        names, pairs = detector.class_names, dict[int, int]()
+        names, pairs, of_all = detector.class_names, dict[int, int](), dict[int, int]()
         for target, to in zip(self.targets, self.to, strict=True):
             other = to == ANY or (isinstance(to, str) and to.strip().lower() == OTHER)
             found = [ANY] if other else indices(to, detector)
@@ -86,9 +87,11 @@ class Mislabel(Goal):
                 raise DetguardError(f"`to` {to}: expected one class, or other")
             if other and len(names) < 2:
                 raise DetguardError("`to` other: the detector knows one class only")
+            each = of_all if isinstance(target, str) and target.strip().lower() == ALL else pairs
             for index in indices(target, detector):
-                if pairs.setdefault(index, found[0]) != found[0]:
+                if each.setdefault(index, found[0]) != found[0]:
                     raise DetguardError(f"`to`: {names[index]} is to become two classes; give each class once")
+        pairs = of_all | pairs  # what is said of one class is an exception from what is said of all
         for target, becomes in pairs.items():
             if target == becomes:
                 raise DetguardError(f"`to` {names[target]}: is a target itself; name another class")

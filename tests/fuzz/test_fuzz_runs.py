@@ -191,5 +191,5 @@ def bundled_classes():
     from detguard.detectors.load import load_detector
 
     detector = load_detector()
-    asked = ("class_index", "class_names", "name", "differentiable")
+    asked = ("class_index", "class_names", "name", "differentiable", "nms_inside")
     return SimpleNamespace(**{name: getattr(detector, name) for name in asked})
