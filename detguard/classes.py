@@ -32,26 +32,19 @@ SLIP = 0.9
 MOST_NAMED = 10
 
 
-def meant(name: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that a name that is none of them is a synonym of, or nearly spelt as."""
-    known = list(known)
-    if same := same_as(name, known):
-        return same
-    by_lower = {one.strip().lower(): one for one in known}
-    near = difflib.get_close_matches(name.strip().lower(), by_lower, n=1, cutoff=ALIKE)
-    return by_lower[near[0]] if near else None
+def meant(name: str, known: Iterable[str], alike: float = ALIKE) -> str | None:
+    """The one of the known names that a name that is none of them is a synonym of, or nearly spelt as.
 
-
-def same_as(name: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that another name is a synonym of, or all but spelt as: with hyphens, or a slip."""
+    alike: how nearly, 0..1; hyphens, spaces and a plural do not count.
+    """
     by_lower = {one.strip().lower(): one for one in known}
     name = name.strip().lower()
-    synonyms = next((group for group in SYNONYMS if name in group), ())
-    if found := [one for one in synonyms if one in by_lower]:
+    same = next((group for group in SYNONYMS if name in group), ())
+    if found := [one for one in same if one in by_lower]:
         return by_lower[found[0]]
     if found := [one for lower, one in by_lower.items() if _letters(lower) == _letters(name)]:
         return found[0]
-    near = difflib.get_close_matches(name, by_lower, n=1, cutoff=SLIP)
+    near = difflib.get_close_matches(name, by_lower, n=1, cutoff=alike)
     return by_lower[near[0]] if near else None
 
 
@@ -101,7 +94,7 @@ def left_out(boxes: Mapping[str, int], known: Iterable[str]) -> str:
     most = sorted(boxes, key=lambda name: (-boxes[name], name))
     named = [f"{name} ({boxes[name]})" for name in most[:MOST_NAMED]]
     named += [f"{len(most) - MOST_NAMED} more classes"] if len(most) > MOST_NAMED else []
-    same = {name: one for name in most if (one := same_as(name, known))}
+    same = {name: one for name in most if (one := meant(name, known, SLIP))}
     given = json.dumps(same, ensure_ascii=False)
     advice = f"if they are the same, say so: `class_map={given}`" if same else "`class_map` renames them"
     return f"boxes of classes that the detector does not know, left out: {', '.join(named)}; {advice}"

@@ -145,7 +145,8 @@ def blind_one(victims: Sequence[Victim], clean: Sequence[Detections], conf: floa
     """The first detector that found in the clean photo nothing that it could be fooled of, or all that is wanted."""
     for victim, one in zip(victims, clean, strict=True):
         found, objective = one.above(conf), victim.objective
-        if not objective.attacked(found).any() if objective.needs_target else objective.success(found, found):
+        there = not objective.needs_target and objective.success(found, found)
+        if there or (objective.needs_target and not objective.attacked(found).any()):
             return victim.detector
     return None
 

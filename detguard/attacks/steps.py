@@ -22,13 +22,15 @@ class Rule(ABC):
     `eps`; steps: how many there will be at most; momentum: share of earlier gradients in each step; seed: of what is
     drawn at random; blind: whether it goes by losses alone; compares: whether by how they change,
     for which all have to be of the same members; by_budget: whether it moves as far as the budget measures it, not so
-    far with each value; unused: options of an attack that it has its own in the place of.
+    far with each value; unused: options of an attack that it has its own in the place of;
+    evened: whether `momentum` brings gradients to one mean size before it adds them.
     """
 
     blind: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     by_budget: ClassVar[bool] = False
     unused: ClassVar[tuple[str, ...]] = ()
+    evened: ClassVar[bool] = True
     budget: Budget
     original: Tensor
     step: float
@@ -56,7 +58,7 @@ class Rule(ABC):
         """The gradient and what `momentum` keeps of earlier ones (Dong et al. 2018, eq. 6)."""
         if not self.momentum:
             return gradient
-        size = gradient.abs().mean().clamp(min=1e-20)
+        size = gradient.abs().mean().clamp(min=1e-20) if self.evened else gradient.new_ones(())
         if self._velocity is None:
             self._velocity = gradient / size
         else:  # in place: half of the time
@@ -105,13 +107,7 @@ class Normalized(Steepest):
 class Raw(Steepest):
     """Along the gradient as it is, `step` times."""
 
-    @override
-    def gathered(self, gradient: Tensor) -> Tensor:
-        """As its base, by gradients as they are."""
-        if self.momentum and self._velocity is not None:
-            gradient = gradient + self.momentum * self._velocity
-        self._velocity = gradient if self.momentum else None
-        return gradient
+    evened = False
 
     @override
     def direction(self, gradient: Tensor) -> Tensor:

@@ -125,14 +125,16 @@ class Detector(ABC):
 
     def _own_code(self) -> bytes:
         """Of a detector or layers of the user's own, what they and the function that made them are: `loaded_code`."""
-        ours, layers = package(Detector), [type(layer) for layer in self.model.modules()]
-        own = {package(layer) for layer in layers} - KNOWN_LAYERS
-        if package(type(self)) == ours:
-            return "\n".join(loaded_code(sorted(set(layers), key=str), own)).encode() if own else b""
-        module, _, factory = self.source.rpartition(":")
-        made_by = getattr(sys.modules.get(module), factory, None)
-        packages = {package(kind) for kind in type(self).__mro__ if issubclass(kind, Detector)} | {package(made_by)}
-        return "\n".join(loaded_code([self, made_by, *layers], (packages | own) - {ours, ""})).encode()
+        things: list[object] = [type(layer) for layer in self.model.modules()]
+        packages, ours = {package(layer) for layer in things} - KNOWN_LAYERS, package(Detector)
+        if package(type(self)) != ours:
+            module, _, factory = self.source.rpartition(":")
+            made_by = getattr(sys.modules.get(module), factory, None)
+            packages |= {package(kind) for kind in type(self).__mro__ if issubclass(kind, Detector)}
+            packages.add(package(made_by))
+            things = [self, made_by, *things]
+        packages -= {ours, ""}
+        return "\n".join(loaded_code(things, packages)).encode() if packages else b""
 
     def class_index(self, name: str) -> int:
         """The index of a class by its name, in any letter case.

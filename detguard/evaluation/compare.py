@@ -55,12 +55,11 @@ def _setting(row: ModelMetrics, protocol: Compared, name: str) -> object:
     if protocol == "corruptions":
         kinds = row["corruptions"]["kinds"]
         return "+".join(sorted(kinds if name == "kinds" else next(iter(kinds.values()))["severities"]))
-    if protocol == "transfer" and name == "attacks":
-        return "+".join(sorted(row["transfer"]["attacks"]))
     if name == "from":  # weights of one name may be others
         return "+".join(f"{source} {digest[:8]}" for source, digest in sorted(row["transfer"]["sources"].items()))
     if name == "attacks":  # not what follows from them, nor those that are made for an ensemble beside them
-        shown = next(iter(row["attack"]["budgets"].values()))["attacks"]
+        made_for = next(iter(row["attack"]["budgets"].values())) if protocol == "attack" else row["transfer"]
+        shown = made_for["attacks"]
         return "+".join(sorted(part for part in shown if part.partition("-")[0] in (*ATTACKS, SQUARE)))
     return found.get(name, "-")
 

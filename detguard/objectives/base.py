@@ -354,7 +354,12 @@ def indices(target: str | int, detector: Detector) -> list[int]:
             known = f"{min(detector.class_names)} to {max(detector.class_names)}"
             raise DetguardError(f"class {target}: {detector.name} has no such class; its indices are {known}")
         return [target]
-    return list(detector.class_names) if target.strip().lower() == ALL else [detector.class_index(target)]
+    return list(detector.class_names) if is_all(target) else [detector.class_index(target)]
+
+
+def is_all(target: str | int) -> bool:
+    """Whether a target stands for all classes."""
+    return isinstance(target, str) and target.strip().lower() == ALL
 
 
 def class_word(target: str | int, class_names: Mapping[int, str]) -> str:

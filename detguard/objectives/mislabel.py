@@ -12,7 +12,6 @@ from detguard import DetguardError
 from detguard.detections import Candidates, Detections, box_iou
 from detguard.detectors.base import Detector
 from detguard.objectives.base import (
-    ALL,
     ARROW,
     OTHER,
     SAME_OBJECT_IOU,
@@ -23,6 +22,7 @@ from detguard.objectives.base import (
     class_word,
     classes_of,
     indices,
+    is_all,
     near,
     on_class,
     outcomes,
@@ -87,7 +87,7 @@ class Mislabel(Goal):
                 raise DetguardError(f"`to` {to}: expected one class, or other")
             if other and len(names) < 2:
                 raise DetguardError("`to` other: the detector knows one class only")
-            each = of_all if isinstance(target, str) and target.strip().lower() == ALL else pairs
+            each = of_all if is_all(target) else pairs
             for index in indices(target, detector):
                 if each.setdefault(index, found[0]) != found[0]:
                     raise DetguardError(f"`to`: {names[index]} is to become two classes; give each class once")
