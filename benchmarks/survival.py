@@ -174,6 +174,7 @@ def mislabel(model: Model = MODEL, photos: Photos = SHARED / "data/coco256/image
             most,
             "bus",
             "train",
+            eps=4,
         )
         rows.append([name, *describe(records), *(survival(judged, t) for t in f"{GROUP},{further}".split(","))])
     print(f"{model.name}, conf 0.25, eps 4, step 1, at most 60 iterations")

@@ -76,8 +76,8 @@ OPTIONS = {
 KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json", "log"}
 # How many new objects make Python look for garbage, by default 700: torch is imported sooner by not finding any.
 GARBAGE_AFTER = 10_000
-# The exit code of what Ctrl-C stopped.
-STOPPED = 130
+# The exit codes where nothing was attacked or judged, neither a success nor a failure; and of what Ctrl-C stopped.
+NOTHING, STOPPED = 3, 130
 out = Terminal()
 err = Terminal(stderr=True)
 
@@ -112,12 +112,11 @@ def warned(trust: bool) -> bool:
     return trust
 
 
-Model = Annotated[
-    str,
-    typer.Option(
-        help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as yolo11n."
-    ),
-]
+MODELS = (
+    "Bundled name, .pt, .safetensors or .onnx file, a name of Ultralytics or torchvision such as yolo11n, a folder or "
+    "hub name of transformers', or module:function of yours (--trust)"
+)
+Model = Annotated[str, typer.Option(help=f"{MODELS}.")]
 ImageSize = Annotated[
     int | None, typer.Option(min=32, max=4096, help="Longest side of a frame, px; default: the model's own.")
 ]

@@ -15,6 +15,8 @@ from rich.progress import MofNCompleteColumn, track
 from detguard import DetguardError, defaults
 from detguard.classes import parse_map
 from detguard.cli.app import (
+    MODELS,
+    NOTHING,
     PHOTOS,
     ClassMap,
     Confidence,
@@ -57,9 +59,6 @@ if TYPE_CHECKING:
     from detguard.attacks.run import Job
     from detguard.ranks import Ranks
     from detguard.runs import Record
-
-# The exit code where no photo was attacked, so that nothing was shown: neither a success nor a failure.
-NOTHING = 3
 
 
 @app.command(
@@ -135,11 +134,7 @@ def attack(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as "
-            "yolo11n, a folder of transformers', or module:function of yours (--trust); repeatable: the same photo "
-            "must fool all of them; default: detguard-n."
-        ),
+        typer.Option(help=f"{MODELS}; repeatable: the same photo must fool all of them; default: detguard-n."),
     ] = None,
     imgsz: ImageSize = None,
     conf: Confidence = None,
@@ -172,7 +167,9 @@ def attack(
     step: Annotated[
         float | None,
         typer.Option(
-            min=0.0001, max=1e5, help="Change per iteration, in the unit of --eps; default: 1 level, of l2 a fifth."
+            min=0.0001,
+            max=1e5,
+            help="Change per iteration, in the unit of --eps; default: 1 level, of l2 a fifth of --eps.",
         ),
     ] = None,
     rule: Annotated[

@@ -11,6 +11,7 @@ import typer
 from detguard import DetguardError, defaults
 from detguard.classes import parse_map, parse_names
 from detguard.cli.app import (
+    MODELS,
     ClassMap,
     Device,
     DryRun,
@@ -75,11 +76,7 @@ def evaluate(
     context: typer.Context,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Bundled name, .pt, .safetensors or .onnx file, or a name of Ultralytics or torchvision such as "
-            "yolo11n, a folder of transformers', or module:function of yours (--trust); repeatable; default: "
-            "detguard-n."
-        ),
+        typer.Option(help=f"{MODELS}; repeatable; default: detguard-n."),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="A data.yaml (Ultralytics), a COCO instances json, or coco, coco128, voc.")
@@ -246,7 +243,7 @@ def cost_line(cost: "Cost") -> str:
     if not cost.left:
         return f"{cost.passes:,} forward passes, all of them known already"
     known = f", {cost.passes - cost.left:,} of them known already" if cost.left < cost.passes else ""
-    more = f", and the time to corrupt {cost.altered:,} photos, about .1 s of a core each" if cost.altered else ""
+    more = f", and the time to corrupt {cost.altered:,} photos, about .07 s of a core each" if cost.altered else ""
     return f"{cost.passes:,} forward passes{known}: about {duration(cost.seconds)}, as measured on one batch{more}"
 
 

@@ -12,6 +12,7 @@ from detguard import DetguardError, defaults
 from detguard.classes import parse_map, parse_names
 from detguard.cli.adapt import Replay
 from detguard.cli.app import (
+    NOTHING,
     ClassMap,
     Device,
     Every,
@@ -79,10 +80,13 @@ def monitor(
     images: Images = None,
     detector: Annotated[
         Literal["likelihood-ratio", "adwin", "page-hinkley", "kswin"],
-        typer.Option(help="What tells a drop from chance."),
+        typer.Option(help="Test that tells a drop of accuracy from chance (not the model)."),
     ] = defaults.Monitor.drift,
     window: Annotated[
-        int, typer.Option(min=8, help="Photos that a judgement needs, and that AP is over.")
+        int,
+        typer.Option(
+            min=8, help='Photos before "no drop" is said, and that AP is over; a drop may be told after half of them.'
+        ),
     ] = defaults.Monitor.window,
     imgsz: ImageSize = None,
     top_k: TopK = None,
@@ -122,7 +126,7 @@ def monitor(
     Writes the photos of every drop to dropped.jsonl, which detguard adapt takes, and a page with the timeline.
     With --on-drift adapt the run keeps copies of the photos that it may learn from, so that the camera may delete them,
     and events.jsonl tells what was deployed when, and why.
-    Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched).
+    Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched), 3 too few to judge.
     """
     from detguard.data.sources import read_labelled, unlabelled
     from detguard.detectors.gated import GatedDetector
@@ -295,5 +299,6 @@ def watch(
     if boxes := unknown_boxes(r.get("unknown", ()) for r in records):
         show_warning(f"{sum(boxes.values())} {left_out(boxes, detector.class_names.values())}")
     out.say(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}")
-    code = 2 if any("error" in r for r in records) else int(bool(drops))
-    return code
+    if any("error" in r for r in records):
+        return 2
+    return 1 if drops else NOTHING if judged < options["window"] else 0

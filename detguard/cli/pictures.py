@@ -10,6 +10,7 @@ import typer
 from detguard import defaults
 from detguard.classes import parse_map
 from detguard.cli.app import (
+    STOPPED,
     ClassMap,
     Confidence,
     Device,
@@ -108,7 +109,7 @@ def patch(
     """Make one square patch that hides the objects that wear it, on whatever photo; in a file to be printed.
 
     It learns on objects of all sizes, turned, tilted, brighter and darker. Ctrl-C saves and stops.
-    Exit code: 0 done, 2 wrong use or unreadable input.
+    Exit code: 0 done, 2 wrong use or unreadable input, 130 stopped.
     """
     from detguard.attacks.patch import Patch
     from detguard.attacks.pictures import Learning
@@ -163,7 +164,7 @@ def universal(
     """Make one perturbation that hides objects when it is added to whatever photo, stretched to its size.
 
     universal.png holds 128 + the change of each value. Ctrl-C saves and stops.
-    Exit code: 0 done, 2 wrong use or unreadable input.
+    Exit code: 0 done, 2 wrong use or unreadable input, 130 stopped.
     """
     from detguard.attacks.pictures import Learning
     from detguard.attacks.universal import Universal
@@ -249,3 +250,5 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
     text = f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: "
     text += f"detguard evaluate --protocols clean {judged} --data ..."
     show_made(text, as_json=as_json, file=learned.file, folder=learned.folder, stopped=bool(stopped))
+    if stopped:
+        sys.exit(STOPPED)

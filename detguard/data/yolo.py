@@ -1,6 +1,7 @@
 """YOLO folders, a text file of boxes beside each photo, read into the form that `dataset.py` keeps."""
 
 import math
+import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -99,8 +100,11 @@ def _photos_of_split(entry: object, root: Path, file: Path) -> list[Path]:
                 lines = read_file(path).decode("utf-8-sig").splitlines()
             except (FileError, UnicodeDecodeError) as error:
                 raise DataError(f"{path}: not a readable list of photos ({error})") from error
+            here = os.path.relpath(path.parent, root)  # from where a line counts that begins with ./, as in Ultralytics
             photos += [
-                inside(root, line.strip(), Path(f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip()
+                inside(root, f"{here}/{line}" if line.startswith("./") else line, Path(f"{path}:{n}"))
+                for n, line in enumerate(map(str.strip, lines), 1)
+                if line
             ]
         else:
             raise DataError(f"{file}: '{name}' is neither a folder of photos nor a .txt that lists them")

@@ -53,7 +53,7 @@ class Adaptation:
         expert: what a new one has of its own, one of FORMS: adapter, head or whole.
         mode: frozen (old experts stay as they are, to the bit) or full.
         init: new experts start as the `best` of the old ones, or `fresh`, from random weights.
-        keep: weight of the old experts' earlier outputs, the lambda of L2.
+        keep: weight of how far old experts' answers move from what they were, `--lambda`.
         photos: seen, with repeats.
         batch: frames per batch, of all processes together.
         rate: learning rate, in proportion to weights.

@@ -147,7 +147,7 @@ def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:
 
 
 def retention_loss(now: Candidates, before: Candidates) -> Tensor:
-    """How far an expert has moved from its earlier outputs, per frame, [B]: the L2 of one expert.
+    """How far an expert has moved from its earlier outputs, per frame, [B]: the design's loss L2, of one expert.
 
     Jensen-Shannon divergence of the classes at every candidate and of the distances' distributions: the mean over the
     candidates, weighted by where either is confident.

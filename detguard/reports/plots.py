@@ -145,13 +145,13 @@ def budget_plot(metrics: Metrics) -> str:
             start = [] if clean is None else [(0, clean)]
             for run in next(iter(budgets.values()))["attacks"]:
                 points = start + [(int(e), b["attacks"][run]["AP"]) for e, b in budgets.items()]
-                axis.plot(*zip(*sorted(points), strict=True), "-", lw=0.8, alpha=0.5, color=colour)
+                axis.plot(*zip(*sorted(points), strict=True), ":", lw=0.8, alpha=0.5, color=colour)
             points = start + [(int(e), b["AP"]) for e, b in budgets.items()]
             axis.plot(
-                *zip(*sorted(points), strict=True), "o-", lw=2.2, color=colour, label=_text(f"{model}, least of all")
+                *zip(*sorted(points), strict=True), "o:", lw=2.2, color=colour, label=_text(f"{model}, least of all")
             )
-        axis.plot([], [], "-", lw=0.8, color="grey", label="each attack alone, and the worst of them per photo")
-        axis.set_xlabel("budget (levels of 255)")
+        axis.plot([], [], ":", lw=0.8, color="grey", label="each attack alone, and the worst of them per photo")
+        axis.set_xlabel("budget (levels of 255); dots are measured, lines only join them")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel("AP")
         axis.set_xlim(0)

@@ -76,6 +76,11 @@ def test_a_list_of_photos_may_begin_with_a_mark_of_the_byte_order(photos):
     assert len(read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}, {"val": "val.txt"})).files) == 1
 
 
+def test_a_list_of_photos_may_count_from_its_own_folder(photos):
+    (photos / "images" / "val.txt").write_text("./val/a.jpg\n")
+    assert len(read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}, {"val": "images/val.txt"})).files) == 1
+
+
 def test_a_yaml_says_itself_where_its_photos_are(photos):
     with pytest.raises(DataError, match="`images` goes with a COCO json"):
         read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}), images=photos)
