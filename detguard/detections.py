@@ -25,8 +25,8 @@ Found = TypedDict("Found", {"class": str, "confidence": float, "box": list[float
 
 
 def logit(confidence: float) -> float:
-    """The logit of a confidence, between 0 and 1."""
-    return math.log(confidence / (1 - confidence))
+    """The logit of a confidence, 0..1; of 0 and 1 infinite."""
+    return math.log(confidence / (1 - confidence)) if 0 < confidence < 1 else math.copysign(math.inf, confidence - 0.5)
 
 
 def _load_operators() -> None:

@@ -69,6 +69,7 @@ def test_evaluation_may_ask_any_family_for_every_class_over_the_threshold():
     candidates = Candidates(torch.tensor([[[2.0, 1.0, -5.0]]]), torch.tensor([[[0.0, 0, 10, 10]]]))
     (found,) = suppress(candidates, 0.25, 0.7, multi_label=True)
     assert found.classes.tolist() == [0, 1]
+    assert [len(suppress(candidates, conf, 0.7, multi_label=True)[0]) for conf in (0, 1)] == [3, 0]
 
 
 @settings(max_examples=30, deadline=None)

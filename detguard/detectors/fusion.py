@@ -65,9 +65,10 @@ class Average(Fusion):
     def log_weights(self, log_weights: Tensor, robust: int) -> Tensor:
         if not self.number:
             return log_weights
-        floors = torch.full_like(log_weights[:1], -torch.inf)
-        floors[:, robust] = math.log(self.number)
-        return torch.logaddexp(log_weights + math.log1p(-self.number), floors)
+        weights = list((log_weights + math.log1p(-self.number)).unbind(1))
+        # Of its own alone: of an expert that is not asked, -inf, logaddexp with -inf has no gradient.
+        weights[robust] = torch.logaddexp(weights[robust], torch.full_like(weights[robust], math.log(self.number)))
+        return torch.stack(weights, 1)
 
     @override
     def fuse(self, outputs: Outputs, log_weights: Tensor, robust: int, leaders: Sequence[int] = ()) -> dict[str, Any]:

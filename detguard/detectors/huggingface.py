@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # Of transformers, whose configs are data classes from there on.
 LEAST = "5.4"
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+WANTED = [WEIGHTS, CONFIG, PREPROCESSOR]
 # A name on the hub is told from a path by what it lacks: a suffix of a file, a folder of that name here.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9](?:[\w.-]*\w)?")
 FILES = (".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml", ".onnx", ".engine", ".torchscript")
@@ -215,7 +216,7 @@ class HuggingFace(Family):
                     raise DetguardError(f"{name}: the folder of a run; its detector is {made[-1]}")
                 raise DetguardError(f"{name}: a folder without {CONFIG}; expected one as save_pretrained writes it")
             check_package(name)
-        elif HUB_NAME.fullmatch(name) and folder.suffix not in FILES and not is_folder(folder.parent):
+        elif is_hub_name(name):
             check_package(name)
             folder = _downloaded(name)
         else:
@@ -248,25 +249,38 @@ def check_package(name: str) -> None:
         raise DetguardError(f"{name}: needs transformers {LEAST} or newer; pip install 'detguard[huggingface]'")
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name is that of a detector of the hub, and no file's or folder's."""
+    file = Path(name)
+    return bool(HUB_NAME.fullmatch(name)) and file.suffix not in FILES and not is_folder(file.parent)
+
+
+def downloaded(name: str) -> Path | None:
+    """The folder of a detector of the hub that is here already; None: it would have to be fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _quiet():
+            folder = Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
+    except Exception:  # whatever there is instead, it is not here
+        return None
+    return folder if all(is_file(folder / one) for one in WANTED) else None
+
+
 def _downloaded(name: str) -> Path:
     """The folder of a detector of the hub; what is here already is not fetched again."""
     from huggingface_hub import snapshot_download
 
-    wanted = [CONFIG, PREPROCESSOR, WEIGHTS]
+    if (here := downloaded(name)) is not None:
+        return here
     try:
         with _quiet():
-            try:
-                folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-                if all(is_file(folder / one) for one in wanted):
-                    return folder
-            except FileNotFoundError:  # nothing of it is here
-                pass
-            return Path(snapshot_download(name, allow_patterns=wanted))
+            return Path(snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # whatever the network layers raise, the user's remedy is the same
         reason = first_line(error).rstrip(".")
         raise DetguardError(
             f"{name}: no such file, and cannot be downloaded from Hugging Face's hub ({reason}); go online, or give a "
-            f"folder that holds {', '.join(wanted)}"
+            f"folder that holds {', '.join(WANTED)}"
         ) from error
 
 

@@ -152,9 +152,17 @@ def load_configured(config: Config, device: str = defaults.DEVICE, *, trust: boo
         DetguardError: as `load_detector`, or the weights are no longer the same.
     """
     from detguard.detectors.custom import is_custom
+    from detguard.detectors.huggingface import check_package, downloaded, is_hub_name
 
     model, options = config["model"], {name: config[name] for name in ("imgsz", "end_to_end", "top_k", "fusion")}
     own = is_custom(model)  # all else is up to its function
+    if not own and is_hub_name(model):
+        check_package(model)
+        if downloaded(model) is None:  # a run folder from a stranger has nothing fetched
+            raise DetguardError(
+                f"{model}: the run was made with a detector of Hugging Face's hub that is not here; if you trust it, "
+                f"fetch it first: detguard detect --model {model} photo.jpg"
+            )
     detector = load_detector(model, device=device, iou=config["iou"], trust=trust, **({} if own else options))
     if detector.state_hash() != config["sha256"]:
         raise DetguardError(f"{model}: no longer the weights that the run used; restore them or start a new run")
@@ -249,7 +257,9 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
             from detguard.detectors.gated import build_gated
 
             model = build_gated(fused(model), gated, file.stat().st_size)
-        fill(model, load_file(file), card["architecture"])
+        # Frozen batch norms, as torchvision trains its detectors with, do not keep what is counted in training alone.
+        counts = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+        fill(model, counts | load_file(file), card["architecture"])
     except Damaged as error:
         raise DetguardError(f"{file}: {error}") from error
     except DetguardError as error:

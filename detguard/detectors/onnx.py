@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 2 << 30
 PACKAGES = ("onnx", "onnxruntime")
 # What is kept of what a file says about itself, and how long a text of it may be.
-KEPT = ("names", "imgsz", "stride", "task", "end2end", "args")
+KEPT = ("names", "imgsz", "stride", "task", "end2end", "args", "head")
 MAX_METADATA = 1 << 20
 STRIDES = (8, 16, 32, 64, 128)
 DTYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -266,6 +266,8 @@ def read_metadata(entries: dict[str, str]) -> Metadata:
         raise Damaged(f"says no {sorted(missing)[0]} of itself; expected an export of Ultralytics or detguard")
     if entries["task"] != "detect":
         raise Damaged(f"is a {entries['task'][:20]!r} model; only box detection can be attacked")
+    if entries.get("head") == "RTDETRDecoder":
+        raise Damaged("is an RT-DETR, whose exports tell boxes in another way; give its .pt")
     names, size, stride = (_literal(entries, key) for key in ("names", "imgsz", "stride"))
     end_to_end, given = (_literal(entries, key, default) for key, default in (("end2end", "False"), ("args", "{}")))
     count = len(names) if isinstance(names, dict | list) else 0

@@ -136,7 +136,7 @@ class _Reader(_Unpickler):
         self.load_reduce()
 
     def load_newobj_ex(self) -> None:
-        *_, args, keywords = self.stack
+        args, keywords = self.stack[-2:]
         if not isinstance(args, tuple):
             raise Damaged("calls what is no function")
         self._copy(args)
@@ -256,7 +256,7 @@ def _stored(args: tuple[object, ...]) -> Stored:
     match args:
         case (Storage() as storage, int(offset), tuple(size), tuple(stride), *_):
             whole = len(size) == len(stride) <= MAX_DIMENSIONS
-            if whole and offset >= 0 and all(isinstance(n, int) and n >= 0 for n in (*size, *stride)):
+            if whole and all(isinstance(n, int) and 0 <= n < 2**63 for n in (offset, *size, *stride)):
                 return Stored(storage, offset, size, stride)
     raise Damaged("holds a tensor of no shape")
 

@@ -48,6 +48,8 @@ NETWORKS = {
 # Layers that compare all places of a map with each other.
 ATTENDING = (nn.MultiheadAttention, Attention, AAttn)
 MOST_MODULES, MAX_WINDOW, MAX_GROWTH = 20_000, 64, 8
+# Of a tensor that is no parameter and no buffer, as a head's strides.
+MOST_VALUES = 64
 # A frame to find strides by, and the most numbers that a layer may make of it: many times what real ones do.
 SMALL_FRAME, MOST_OUTPUTS = 128, 1 << 22
 
@@ -95,7 +97,9 @@ def rebuild(archive: Archive) -> tuple[nn.Module, int]:
         recipe = check_recipe(state.get("yaml"))
         names = class_names(state.get("names"), recipe["nc"])
         size = frame_size(state.get("args"))
-        saved = _without_more(dict(_tree(_child(record, "model"))))
+        if (whole := _children(record).get("model")) is None:
+            raise Damaged("holds no Ultralytics model")
+        saved = _without_more(dict(_tree(whole)))
         model = build(NETWORKS[record.kind], recipe, len(saved))
         pairs = list(_pairs(saved, model.model))
         fill(model, {f"model.{path}": archive.tensor(stored) for path, stored in _tensors(saved)}, "its yaml")
@@ -194,7 +198,8 @@ def find_strides(model: Any) -> None:
         window = getattr(module, "kernel_size", 1) if isinstance(module, nn.MaxPool2d) else 1
         grown = getattr(module, "scale_factor", None) or 1 if isinstance(module, nn.Upsample) else 1
         grown = module.stride if isinstance(module, nn.ConvTranspose2d) else grown
-        if max(_sides(window)) > MAX_WINDOW or max(_sides(grown)) > MAX_GROWTH:
+        around = (*_sides(getattr(module, "padding", 0)), *_sides(getattr(module, "dilation", 1)))
+        if max(*_sides(window), *around) > MAX_WINDOW or max(_sides(grown)) > MAX_GROWTH:
             raise Damaged("the yaml of its network describes one with enormous windows")
 
     def bound(layer: nn.Module, _: object, output: object) -> None:
@@ -233,12 +238,9 @@ def _sides(size: int | tuple[int, ...]) -> tuple[int, ...]:
     return size if isinstance(size, tuple) else (size,)
 
 
-def _child(record: Record, name: str) -> Record:
-    modules = record.state.get("_modules") if isinstance(record.state, dict) else None
-    child = modules.get(name) if isinstance(modules, dict) else None
-    if not isinstance(child, Record) or not isinstance(child.state, dict):
-        raise Damaged("holds no Ultralytics model")
-    return child
+def _is_name(name: object) -> bool:
+    # A file may have thousands of places for one name, and each of them becomes a path.
+    return isinstance(name, str) and len(name) <= MAX_NAME
 
 
 def _children(record: Record) -> dict[str, Record]:
@@ -247,7 +249,7 @@ def _children(record: Record) -> dict[str, Record]:
         raise Damaged("holds a module without parts")
     kept = {name: module for name, module in modules.items() if module is not None}
     for name, module in kept.items():
-        if not isinstance(name, str) or not isinstance(module, Record) or not isinstance(module.state, dict):
+        if not _is_name(name) or not isinstance(module, Record) or not isinstance(module.state, dict):
             raise Damaged("holds a module that is none")
     return kept
 
@@ -286,7 +288,8 @@ def _compare(path: str, record: Record, module: nn.Module, archive: Archive) -> 
         ours = vars(module).get(name, _MISSING)
         if ours is _MISSING or name in IGNORED or short(name).startswith("_"):
             continue
-        theirs = archive.tensor(value).tolist() if isinstance(value, Stored) and len(value.size) == 1 else value
+        few = isinstance(value, Stored) and len(value.size) == 1 and value.size[0] <= MOST_VALUES
+        theirs = archive.tensor(value).tolist() if few else value
         ours = ours.tolist() if isinstance(ours, Tensor) and not ours.is_meta else ours
         if isinstance(ours, _PLAIN) and _as_list(ours) != _as_list(theirs):
             raise Unknown(f"its network is not the one that its yaml makes here (model.{path}.{short(name)})")
@@ -308,7 +311,7 @@ def _tensors(saved: dict[str, Record]) -> Iterator[tuple[str, Stored]]:
             if not isinstance(entries, dict) or not isinstance(left_out, set | frozenset | tuple):
                 raise Damaged("holds a module without numbers")
             for name, value in entries.items():
-                if not isinstance(name, str):
+                if not _is_name(name):
                     raise Damaged("holds numbers without a name")
                 if isinstance(value, Stored) and name not in left_out:
                     yield f"{path}.{name}".lstrip("."), value

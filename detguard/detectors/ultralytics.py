@@ -21,7 +21,7 @@ from ultralytics.utils.tal import dist2bbox
 
 from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
-from detguard.detectors.base import Detector, Family
+from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.recipe import MOST_CLASSES, boxes_alone
 from detguard.photos import Letterbox, Photo, read_photo
 
@@ -89,14 +89,10 @@ class UltralyticsDetector(Detector):
         if self._predictor is None:
             family = RTDETRPredictor if self.stretch else DetectionPredictor
             overrides = {
-                "imgsz": self.imgsz,
-                "device": str(self.device),
-                "save": False,
-                "verbose": False,
-                "mode": "predict",
-            }
-            overrides |= {"nms": False} if self.end_to_end else {}
-            self._predictor = family(overrides=overrides | {"max_det": MAX_DETECTIONS, "rect": True, "batch": 1})
+                "imgsz": self.imgsz, "device": str(self.device), "save": False, "verbose": False, "mode": "predict",
+                "max_det": MAX_DETECTIONS, "rect": True, "batch": 1,
+            }  # fmt: skip
+            self._predictor = family(overrides=overrides | ({"nms": False} if self.end_to_end else {}))
             threads = torch.get_num_threads()
             self._predictor.setup_model(model=self.model, verbose=False)
             torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
@@ -106,8 +102,10 @@ class UltralyticsDetector(Detector):
         if isinstance(source, Path) and (source.suffix not in PLAIN or "*" in str(source.absolute())):
             source = read_photo(source)
         bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()
-        boxes = self._predictor(source=bgr_or_file)[0].boxes.cpu()
-        return Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
+        result = self._predictor(source=bgr_or_file)[0]
+        boxes = result.boxes.cpu()
+        found = Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
+        return to_photo(found, Letterbox.whole(result.orig_shape))  # RT-DETR's predictor leaves boxes beyond the photo
 
 
 def run_layers(
@@ -247,6 +245,6 @@ def check_official(file: Path, model: nn.Module) -> None:
     scale, given = guess_model_scale(file), recipe.get("scale")
     if given and scale and scale != given:
         raise DetguardError(f"{file}: its network is of size {given}; delete it, and it will be downloaded again")
-    known = {0: "person"} if file.stem.endswith("-pose") else coco
-    if "oiv7" not in file.stem and model.names != known:
+    known = {0: "person"} if "-pose" in file.stem else coco
+    if not any(data in file.stem for data in ("oiv7", "objv1")) and model.names != known:
         raise DetguardError(f"{file}: its classes are not COCO's; delete it, and it will be downloaded again")

@@ -91,7 +91,7 @@ def attack_ap(subject: Subject, attack: AttackSet) -> float:
 
 @with_gradients
 def zero_gradient_share(subject: Subject) -> float:
-    """Mean share of values where the gradient of the training loss at the frame, padding left out, is exactly zero."""
+    """Mean share of values, padding left out, where the training loss has no gradient at the frame, or no finite one."""
     objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
     zeros = total = 0
     for images in subject.batches():
@@ -105,5 +105,5 @@ def zero_gradient_share(subject: Subject) -> float:
             (gradient,) = torch.autograd.grad(loss.sum(), frames)
             (top, left), (height, width) = box.offset, box.resized
             inner = gradient[..., top : top + height, left : left + width]
-            zeros, total = zeros + int((inner == 0).sum()), total + inner.numel()
+            zeros, total = zeros + int((inner.nan_to_num(0, 0, 0) == 0).sum()), total + inner.numel()
     return zeros / max(total, 1)

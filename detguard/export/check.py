@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -60,8 +61,12 @@ class Verdict:
 
     def add(self, scores: Tensor, boxes: Tensor, *, counted: bool = True) -> None:
         """Note differences of scores, of any shape, and of boxes, [n, 4], of a frame; counted: as more of them."""
-        self.scores = max(self.scores, scores.abs().amax().nan_to_num(torch.inf).item() if scores.numel() else 0.0)
-        self.boxes = max(self.boxes, boxes.abs().amax().nan_to_num(torch.inf).item() if boxes.numel() else 0.0)
+        self.scores = max(
+            self.scores, scores.abs().amax().nan_to_num(torch.inf, torch.inf).item() if scores.numel() else 0.0
+        )
+        self.boxes = max(
+            self.boxes, boxes.abs().amax().nan_to_num(torch.inf, torch.inf).item() if boxes.numel() else 0.0
+        )
         if not (counted and len(boxes)):
             return
         beyond = max(
@@ -104,11 +109,18 @@ def check(wanted: Deployment, run: Runtime) -> Verdict:
     with torch.no_grad():
         for frames in wanted.frames:
             compare(run(frames), detector.candidates(frames), wanted, verdict)
-        ways: dict[str, Callable[[Tensor], object]] = {"the file": run, "detguard": detector.candidates}
+        beside = {"detguard": detector}
         if detector.experts:
-            ways[f"{detector.experts[0]} expert alone"] = detector.variants()["route:0"].candidates
+            beside[f"{detector.experts[0]} expert alone"] = detector.variants()["route:0"]
+        ways: dict[str, Callable[[Tensor], object]] = {"the file": run}
+        ways |= {name: partial(_whole, one, wanted) if wanted.nms else one.candidates for name, one in beside.items()}
         verdict.milliseconds = {name: milliseconds(way, wanted.frames) for name, way in ways.items()}
     return verdict
+
+
+def _whole(detector: Detector, wanted: Deployment, frames: Tensor) -> object:
+    """What a detector finds in frames, by the NMS that the file has inside."""
+    return suppress(detector.candidates(frames), wanted.conf, wanted.iou)
 
 
 def compare_candidates(found: Tensor, ours: Candidates, wanted: Deployment, verdict: Verdict) -> None:

@@ -134,6 +134,14 @@ def test_leaders_share_the_lead_by_the_weight_that_the_gate_gives_them(seed, bou
     assert torch.allclose(Bounded(0).fuse(outputs, weights, ROBUST, [1])["scores"], led, atol=1e-3)
 
 
+def test_an_average_with_a_floor_has_a_gradient_where_an_expert_is_not_asked():
+    weights = torch.tensor([[0.0, -torch.inf, -torch.inf]]).requires_grad_()
+    log_weights = Average(0.25).log_weights(weights, ROBUST)
+    assert log_weights.exp()[0].tolist() == pytest.approx([0.75, 0, 0.25])
+    (gradient,) = torch.autograd.grad(log_weights[0, 0], weights)
+    assert gradient.tolist() == [[1, 0, 0]]
+
+
 def test_a_leader_that_nobody_asks_leaves_all_to_the_robust_expert():
     outputs, _ = answers()
     weights = torch.tensor([[0.0, -torch.inf, -torch.inf]]).expand(2, 3)

@@ -265,6 +265,7 @@ def stored(key="0", numel=1, offset=0, size=(1,), stride=(1,), kind="FloatStorag
         stored(offset=1), stored(offset=-1), stored(size=(2,)), stored(size=(-1,)), stored(size=(2,), stride=(0,)),
         stored(size=(10**12,), stride=(0,)), stored(numel=2, size=(2,)), stored(numel=10**18, size=(10**18,)),
         stored(key="../version"), stored(key="1"), stored(kind="UntypedStorage"), stored(kind="load"),
+        stored(size=(1,), stride=(2**70,)), stored(size=(2**70, 0), stride=(1, 1)), stored(offset=2**70, size=(0,)),
         stored(size=(1,) * 9, stride=(1,) * 9), stored(size=1), stored(numel=True, size=(True, True), stride=(1,)),
     ],
 )  # fmt: skip
@@ -278,6 +279,13 @@ def test_many_tensors_of_one_storage_cannot_fill_memory(tmp_path):
     tensor = stored(numel=1_000_000, size=(1_000_000,))
     (tmp_path / "state.pt").write_bytes(archive(b"(" + tensor * 100 + b"t", _0=bytes(4_000_000)))
     with pytest.raises(DetguardError, match="many times larger than the file"):
+        read_state(tmp_path / "state.pt")
+
+
+def test_tensors_of_a_number_cannot_have_a_large_storage_read_again_and_again(tmp_path):
+    tensor = stored(numel=1_000_000)
+    (tmp_path / "state.pt").write_bytes(archive(b"(" + tensor * 100 + b"t", _0=bytes(4_000_000)))
+    with pytest.raises(DetguardError, match="or read it many times"):
         read_state(tmp_path / "state.pt")
 
 
@@ -340,6 +348,8 @@ RECIPES = {
     "an argument that is looked up": (with_layer(0, [-1, 1, "Conv", ["d", 3, 2]]), "odd argument"),
     "an argument that is NaN": (with_layer(0, [-1, 1, "Conv", [float("nan"), 3, 2]]), "odd argument"),
     "a huge window": (with_layer(9, [-1, 1, "SPPF", [1024, 9999]]), "enormous"),
+    "a huge frame around a map": (with_layer(0, [-1, 1, "Conv", [64, 3, 2, 9999]]), "enormous"),
+    "a huge spread of a window": (with_layer(0, [-1, 1, "Conv", [64, 3, 2, 1, 1, 9999]]), "enormous"),
     "a huge enlargement": (with_yaml(scales={"n": [1, 1e9, 1e9]}), "odd"),
     "a scale that is a list": (with_yaml(scales={"n": [1, 1, 64]}, scale=["n"]), "no such scale"),
     "a number of scales": (with_yaml(scales=3), "no such scale"),
@@ -401,6 +411,13 @@ def integers(model):
     model.model[0].conv.weight = nn.Parameter(model.model[0].conv.weight.to(torch.int8), requires_grad=False)
 
 
+def many_long_names(model):
+    leaf = nn.Identity()
+    part = nn.Module()
+    part._modules["a" * 20_000] = leaf
+    model.model[0].parts = nn.ModuleList([part] * 9_000)
+
+
 def one_more(model):
     model.model[0].extra = nn.Conv2d(1, 1, 1)
 
@@ -414,7 +431,7 @@ def one_less(model):
     [
         (relu, "model.0.act is a ReLU"), (wider, "model.0.conv.padding"), (other_stride, "model.22.stride"),
         (not_finite, "not finite"), (integers, "of another type"), (one_more, "model.0.extra"),
-        (one_less, "model.0.bn"),
+        (one_less, "model.0.bn"), (many_long_names, "a module that is none"),
     ],
 )  # fmt: skip
 def test_a_network_that_is_not_what_its_yaml_says_is_refused(refused, checkpoint, change, expected):

@@ -291,6 +291,8 @@ def test_a_detector_of_the_hub_is_taken_from_the_cache(folders, tmp_path, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DetguardError, match=r"owner/tiny: no such file, and cannot be downloaded"):
         load_detector("owner/tiny")
+    with pytest.raises(DetguardError, match=r"owner/tiny: the run was made with a detector .* that is not here"):
+        load_configured({"model": "owner/tiny", "imgsz": 320, "end_to_end": False, "top_k": None, "fusion": None})
     here, commit = tmp_path / "models--owner--tiny", "0" * 40
     (here / "refs").mkdir(parents=True)
     (here / "refs" / "main").write_text(commit)

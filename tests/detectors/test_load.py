@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from detguard import DetguardError
 from detguard.detectors.load import build_model, detector_config, fused, load_configured, load_detector, load_model
 from detguard.detectors.pickles import Record
 from detguard.detectors.recipe import frame_size
+from detguard.detectors.ultralytics import check_official
 from detguard.files import shipped
 from detguard.ranks import Ranks
 
@@ -160,6 +162,16 @@ def test_a_file_by_an_official_name_must_be_that_network(tmp_path, monkeypatch):
     shutil.copy(tmp_path / "yolo11n.pt", tmp_path / "yolo11x.pt")
     with pytest.raises(DetguardError, match=r"yolo11x\.pt: its network is of size n"):
         load_detector("yolo11x")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("yolov8x-pose-p6.pt", {0: "person"}), ("yolo26n-objv1-150.pt", {0: "a"}), ("yolov8n-oiv7.pt", {0: "a"})],
+)
+def test_official_names_of_other_data_have_other_classes(name, classes):
+    check_official(Path(name), SimpleNamespace(names=classes, yaml={}))
+    with pytest.raises(DetguardError, match="its classes are not COCO's"):
+        check_official(Path(name.split("-")[0]), SimpleNamespace(names=classes, yaml={}))
 
 
 def test_the_bundled_detector_knows_people_and_vehicles(bundled):

@@ -156,6 +156,7 @@ def told(**changed):
         (told(names="{0: 'a'" + " " * (1 << 20) + "}"), "too much"), (told(names="{}"), "no names"),
         (told(names="{0: 'person'}"), r"its output is \[1, 17, 2100\], expected \[B, 5, N\]"),
         (told(names="{5: 'person'}"), "names for its 1 classes"), (told(task="segment"), "only box detection"),
+        (told(head="RTDETRDecoder"), "is an RT-DETR"),
         (told(imgsz="[320, 640]"), "square"), (told(imgsz="[10**9]"), "odd imgsz"),
         (told(imgsz="9999999"), "frame size"),
         (told(stride="0"), "odd stride"), (told(args="3"), "odd args"),

@@ -109,6 +109,19 @@ def test_own_weights_load_from_safetensors(tmp_path, photo):
         load_detector(tmp_path / "own.safetensors", imgsz=640)
 
 
+def test_own_weights_of_frozen_batch_norms_load(tmp_path):
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as built
+
+    state = built(weights=None, weights_backbone=None, num_classes=len(OUTPUTS)).state_dict()
+    # As they are kept of a network that began with published weights.
+    kept = {key: value.contiguous() for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert kept.keys() < state.keys()
+    save_file(kept, tmp_path / "own.safetensors")
+    card = {"architecture": built.__name__, "classes": OUTPUTS, "imgsz": 320}
+    (tmp_path / "own.json").write_text(json.dumps(card))
+    assert load_detector(tmp_path / "own.safetensors").class_names == {0: "person", 1: "bus"}
+
+
 def test_another_frame_size_is_taken_where_the_network_has_none_of_its_own(bus):
     model = build_model("retinanet_resnet50_fpn", OUTPUTS)
     assert frame_size(model) == 1333

@@ -44,6 +44,17 @@ def test_the_tensor_path_is_the_public_predict_path_in_every_family(untrained, b
     assert torch.allclose(ours.scores[:n], theirs.scores[:n], atol=1e-4)
 
 
+def test_predicted_boxes_end_where_the_photo_does(bus):
+    model = build_model("rtdetr-l.yaml", ["person"])
+    for layer in model.model[-1].dec_bbox_head:
+        layer.layers[-1].bias.data[2:] += 5  # as wide and as high as the frame
+    found = UltralyticsDetector(model, "rtdetr", 128).predict(bus, 1e-6)
+    height, width = bus.shape[:2]
+    assert len(found) > 9
+    assert found.boxes.min() == 0
+    assert (found.boxes <= torch.tensor([width, height, width, height])).all()
+
+
 def test_attacked_networks_are_frozen_and_in_eval_mode(untrained):
     assert not any(p.requires_grad for p in untrained.model.parameters())
     assert not any(m.training for m in untrained.model.modules())

@@ -79,7 +79,10 @@ def test_a_list_that_differs_does_not(ours, wanted, change):
             found[0, 0, 5] += 1
         case "nothing":
             found.zero_()
-    assert not verdict(compare_listed, found, ours, wanted).passed
+    told = verdict(compare_listed, found, ours, wanted)
+    assert not told.passed
+    if change == "another class":
+        assert told.record()["scores"] is None
 
 
 def test_one_that_is_hardly_over_the_confidence_may_be_missing(wanted):
