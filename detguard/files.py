@@ -153,8 +153,8 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def read_yaml(file: str | Path) -> object:
-    """What a YAML file says, in plain lists, dicts, texts, numbers, booleans and nulls.
+def read_yaml(file: str | Path, most: int = MAX_TEXT) -> object:
+    """What a YAML file of at most so many bytes says, in plain lists, dicts, texts, numbers, booleans and nulls.
 
     Numbers, booleans and nulls are those that PyYAML writes; all else is text, so that a class named `no` or `12:30` is
     called that.
@@ -162,7 +162,7 @@ def read_yaml(file: str | Path) -> object:
     Raises:
         FileError: as `read_file`, or it is not YAML, names types, is nested deep or grows by its aliases.
     """
-    data = read_file(file)
+    data = read_file(file, most)
     try:
         return _parse_yaml(data.decode("utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

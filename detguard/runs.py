@@ -152,9 +152,9 @@ class Run:
         """
         file = folder / CONFIG
         try:
-            config = read_yaml(file)
+            config = read_yaml(file, MAX_ANNOTATIONS)  # it lists all photos
         except FileError as error:
-            raise RunError(f"{folder}: no {command} run here ({file.name} cannot be read)") from error
+            raise RunError(f"{folder}: no {command} run here ({error})") from error
         if not isinstance(config, dict) or config.get("command") != command:
             raise RunError(f"{folder}: not a run of 'detguard {command}'")
         if wrong := misfit(config, CONFIGS[command]):

@@ -158,11 +158,12 @@ def monitor(
         for option, count in (("--gather", gather), ("--keep", JUDGED_ONE_IN if replay else keep)):
             if count < JUDGED_ONE_IN:
                 raise DetguardError(f"{option} {count}: expected {JUDGED_ONE_IN} or more, as one in so many judges")
+        if by_rule := [o for name, o in given(context).items() if name in ("top_k", "fusion", "iou")]:
+            show_warning(
+                f"{by_rule[0]}: is for the stream alone; adapted ensembles are judged by the rule of their files"
+            )
     else:
         only_with(context, ("gather", "keep", "replay", "adapt_options"), "--on-drift adapt")
-    by_rule = [o for name, o in given(context).items() if name in ("top_k", "fusion", "iou")]
-    if on_drift == "adapt" and by_rule:
-        show_warning(f"{by_rule[0]}: is for the stream alone; adapted ensembles are judged by the rule of their files")
     if not is_filmed(stream):
         only_with(context, ("every", "frames"), "a video or a camera")
     parsed = adapting_options(adapt_options, watched.model if on_drift == "adapt" else None, gather)
@@ -237,11 +238,11 @@ def watch(
     from detguard.classes import left_out
     from detguard.data.inputs import is_camera
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
-    from detguard.hardening.monitor import latest, observe
+    from detguard.hardening.monitor import latest, needed, observe
     from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, when, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
-    from detguard.workflows.monitor import DROPPED, LIVE, film, is_filmed, open_stream, write_dropped
+    from detguard.workflows.monitor import DROPPED, LIVE, Drops, film, is_filmed, open_stream, write_dropped
 
     out.quiet = out.quiet or as_json
     source, options = run.config["stream"], run.config["monitor"]
@@ -249,7 +250,7 @@ def watch(
     if photos is None and not live and not filmed:
         photos = open_stream(source, detector, show_warnings)
     adapts = run.config["on_drift"] == "adapt"
-    living = Living(run, detector, device, out.say)
+    living, dropping = Living(run, detector, device, out.say), Drops(run)
     if roll_back:
         living.roll_back()
     shown: Iterable[Labelled | Labels | DataError]
@@ -262,15 +263,13 @@ def watch(
         try:
             for record in observe(run, living, shown, options["detector"], options["window"], again=not live):
                 progress.update(task, completed=record["number"])
+                began = dropping.saw(record)
                 if as_json:
                     print(json.dumps(record), flush=True)
                 if "error" in record:
                     show_error(record["error"])
                 elif record["began"] is not None:
-                    told = run.records()
-                    began = next(r for r in told if r["number"] == record["began"])
                     out.say(f"photo {when(record)}: accuracy has dropped since photo {when(began)}")
-                    write_dropped(run, told)  # a live stream may never end
                 elif "hint" in record:
                     out.say(
                         f"photo {record['number']}: a hint, without labels: confidence has dropped since photo "
@@ -287,11 +286,12 @@ def watch(
             show_warning("stopped; what a camera showed is gone, so that the run ends here")
     records = latest(run.records())
     drops, dropped = write_dropped(run, records)
-    run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living.at)))
-    out.say(verdict(records, options["window"]), style="bold")
+    run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living)))
+    least = needed(options["detector"], options["window"])
+    out.say(verdict(records, least), style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     judged = sum(r.get("f1") is not None for r in records)
-    calm = "no drop" if judged >= options["window"] else "too few to judge"
+    calm = "no drop" if judged >= least else "too few to judge"
     summary = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
     summary = f"{summary}; {judged} of {len(records)} photos have objects of classes that the detector knows"
     if unlabelled := sum(r.get("labelled") is False for r in records):
@@ -301,4 +301,4 @@ def watch(
     out.say(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}")
     if any("error" in r for r in records):
         return 2
-    return 1 if drops else NOTHING if judged < options["window"] else 0
+    return 1 if drops else NOTHING if judged < least else 0

@@ -91,6 +91,8 @@ def read_frames(file: Path, every: int = 1) -> Iterator[tuple[int, Photo]]:
             open_file(file) as stream,
             av.open(stream, "r", options={"format_whitelist": FORMATS}) as video,
         ):
+            if video.streams.video[0].frames > every * MOST_FRAMES:  # 0 where the file does not say
+                raise DetguardError(f"{file}: over {MOST_FRAMES} frames; take fewer by `every`")
             for number, frame in enumerate(video.decode(video.streams.video[0])):
                 if not MIN_SIDE**2 <= frame.width * frame.height <= MAX_PIXELS:
                     raise DetguardError(f"{file}: frames of {frame.width} x {frame.height} px; too small or too large")

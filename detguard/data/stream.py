@@ -31,7 +31,8 @@ class Labelled:
     known: the classes that are labelled wherever they are seen; None: all that the detector knows; unknown: of each
     object that is left out, since the detector does not know its class, that class's name.
     id: by which `Labels` that come later name it; labelled: whether none are waited for; time: of the photo, as it was
-    given, which is only shown.
+    given, which is only shown; judges: whether it judges what is learned and is never learned from, None: it is up to
+    who learns.
     """
 
     file: Path
@@ -41,6 +42,7 @@ class Labelled:
     id: str = ""
     labelled: bool = True
     time: str = ""
+    judges: bool | None = None
 
     def counted(self, found: Detections) -> Detections:
         """Those of detections that the labels can tell to be true or false."""
@@ -92,12 +94,14 @@ def as_line(photo: Labelled, class_names: dict[int, str]) -> JsonObject:
         line["unknown"] = list(photo.unknown)
     if photo.time:
         line["time"] = photo.time
+    if photo.judges is not None:
+        line["judges"] = photo.judges
     return line | ({"id": photo.id, "labelled": photo.labelled} if photo.id else {})
 
 
 def to_lines(records: Iterable[Mapping[str, object]]) -> bytes:
     """Photos of mappings that hold what `as_line` gives, and may hold more, as JSON lines for `read_lines`."""
-    lines = [{key: one[key] for key in ("photo", "objects", "classes") if key in one} for one in records]
+    lines = [{key: one[key] for key in ("photo", "objects", "classes", "judges") if key in one} for one in records]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -208,7 +212,8 @@ def _read(record: object, index: dict[str, int]) -> Labelled | Labels:
         raise ValueError("a name with a null byte")
     objects, known, unknown = _objects(record if labelled else {"objects": []}, index)
     time = str(record["time"])[:MOST_LETTERS] if isinstance(record.get("time"), str | int | float) else ""
-    return Labelled(Path(name), objects, known, unknown, key, labelled, time)
+    judges = record["judges"] if isinstance(record.get("judges"), bool) else None
+    return Labelled(Path(name), objects, known, unknown, key, labelled, time, judges)
 
 
 def _objects(
@@ -220,11 +225,13 @@ def _objects(
         raise ValueError(f"objects: no list, or over {MOST_OBJECTS}")
     if not isinstance(classes, list | None):
         raise ValueError("classes: no list")
-    found = [(index[o["class"]], _box(o["box"])) for o in objects if o["class"] in index]
+    known = None if classes is None else tuple(dict.fromkeys(index[c] for c in classes if c in index))
+    # What is labelled here and there alone says nothing: neither that it was missed nor that it was found.
+    counted = set(index.values()) if known is None else set(known)
+    found = [(index[o["class"]], _box(o["box"])) for o in objects if index.get(o["class"]) in counted]
     unknown = tuple(str(o["class"])[:MOST_LETTERS] for o in objects if o["class"] not in index)
     boxes = torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4)
     detections = Detections(boxes, torch.ones(len(found)), torch.tensor([c for c, _ in found], dtype=torch.int64))
-    known = None if classes is None else tuple(dict.fromkeys(index[c] for c in classes if c in index))
     return detections, known, unknown
 
 

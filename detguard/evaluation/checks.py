@@ -91,7 +91,7 @@ def attack_ap(subject: Subject, attack: AttackSet) -> float:
 
 @with_gradients
 def zero_gradient_share(subject: Subject) -> float:
-    """Mean share of values, padding left out, where the training loss has no gradient at the frame, or no finite one."""
+    """Mean share of values, padding left out, where the training loss has no gradient at the frame, or no number."""
     objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
     zeros = total = 0
     for images in subject.batches():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detguard import DetguardError, defaults
 from detguard.data.batches import Batch, PhotoSet, batches
+from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork, average_among
 from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS
@@ -315,8 +316,19 @@ def batch_losses(
     return losses
 
 
+def _judges(photo: Path | Labelled) -> bool | None:
+    return photo.judges if isinstance(photo, Labelled) else None
+
+
 def set_aside(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """Photos to train on and photos to judge by, evenly spread; of very few photos, all to train on."""
+    """Photos to train on and photos to judge by, evenly spread; of very few photos, all to train on.
+
+    Where a photo says itself whether it judges, it does, or of very many one in so many, or it is trained on.
+    """
+    if told := [p for p in photos if _judges(p) is not None]:
+        trained, judging = set_aside([p for p in photos if _judges(p) is None])
+        sure = [p for p in told if _judges(p)]
+        return trained + [p for p in told if not _judges(p)], judging + sure[:: math.ceil(len(sure) / MOST_JUDGED) or 1]
     if len(photos) < JUDGED_ONE_IN:
         return list(photos), []
     distinct = list(dict.fromkeys(map(photo_of, photos)))

@@ -103,6 +103,11 @@ class BatchLog:
         self.names, self.rows = names, list(rows.to(self.ranks.device))
         self.began, self.seen = time.monotonic(), 0
 
+    def recent(self) -> list[float]:
+        """The losses of the last records, as an unbroken stage has them."""
+        records = self.run.records() if self.run else []
+        return [r["loss"] for r in records if r["stage"] == self.stage and "loss" in r][-HEALTHY:]
+
     def waiting(self) -> Tensor:
         """The losses that are in no record yet, of all ranks, [batches, losses]."""
         return self.ranks.total(torch.stack(self.rows)).cpu() if self.rows else torch.zeros(0, len(self.names))
@@ -209,7 +214,7 @@ def train(
     optimizer = Optimizer(learned, list(network.gate.parameters()), pace.gate_rate / pace.rate, ranks, shares)
     log = log or BatchLog(None, "", pace.last, 0, ranks)
     files = Checkpoints(checkpoint, network, average, optimizer, pace.last, log, ranks)
-    at, healthy = files.restore() or Progress(), deque[float](maxlen=HEALTHY)
+    at, healthy = files.restore() or Progress(), deque(ranks.given(log.recent), maxlen=HEALTHY)
     began = time.monotonic() - at.spent
     saved, batches = time.monotonic(), made(at.number)
     if not files.exist():  # what to go back to

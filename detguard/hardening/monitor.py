@@ -29,6 +29,8 @@ SMALLEST_DROP = 0.1
 SIGMAS = 3.0
 # Windows of photos that a change is looked for in: older ones are forgotten.
 MOST_WINDOWS = 32
+# How many windows KSWIN compares the last photos with: under that it does not look.
+KSWIN_WINDOWS = 4
 # Photos whose labels are waited for; those of older ones are no longer taken.
 MOST_WAITING = 4096
 
@@ -78,7 +80,7 @@ def page_hinkley(window: int) -> Any:
 
 def kswin(window: int) -> Any:
     """Kolmogorov-Smirnov windowing (Raab et al. 2020): the last photos against a sample of those before."""
-    return KSWIN(alpha=0.01, window_size=4 * window, stat_size=window // 2, seed=0)
+    return KSWIN(alpha=0.01, window_size=KSWIN_WINDOWS * window, stat_size=window // 2, seed=0)
 
 
 DRIFT: dict[str, Callable[[int], Any]] = {
@@ -87,6 +89,11 @@ DRIFT: dict[str, Callable[[int], Any]] = {
     "page-hinkley": page_hinkley,
     "kswin": kswin,
 }
+
+
+def needed(kind: str, window: int) -> int:
+    """How many photos a judgement by one of DRIFT needs: before them, that no drop was told means nothing."""
+    return KSWIN_WINDOWS * window if kind == "kswin" else window
 
 
 @dataclass
@@ -246,11 +253,11 @@ class Watch:
     def again(self, known: Record) -> None:
         """Take a record of the run as if its photo came now."""
         number = known["number"]
-        judged, late = self._counts(number), number <= self.count
+        judged = self._counts(number)
         self.count = max(self.count, number)
         if judged and known.get("f1") is not None:
             self.accuracy.add(number, known["f1"])
-        if judged and "confidence" in known and not late:
+        if judged and "confidence" in known and known.get("labelled") is False:
             self.hints.add(number, known["confidence"])
         if known.get("labelled") is False and "error" not in known:
             photo = Labelled(Path(known["photo"]), Detections.none(), id=known.get("id", ""), labelled=False)
@@ -258,15 +265,12 @@ class Watch:
         else:
             self.waiting.pop(known.get("id", ""), None)
 
-    def judged(self, number: int, photo: Labelled, found: Detections, *, late: bool) -> Record:
-        """The `Quality` of a photo, and since when accuracy has dropped, or where it is without labels, confidence.
-
-        late: its labels came after it, so that it has been a hint already.
-        """
+    def judged(self, number: int, photo: Labelled, found: Detections) -> Record:
+        """The `Quality` of a photo, and since when accuracy has dropped, or where it is without labels, confidence."""
         values, counts = quality(photo.objects, found), self._counts(number)
         began = self.accuracy.add(number, values.f1) if counts and values.f1 is not None else None
-        hint = self.hints.add(number, values.confidence) if counts and not late else None
-        return {**asdict(values), "began": began} | ({} if hint is None or photo.labelled else {"hint": hint})
+        hint = self.hints.add(number, values.confidence) if counts and not photo.labelled else None
+        return {**asdict(values), "began": began} | ({} if hint is None else {"hint": hint})
 
 
 class Windows:
@@ -351,6 +355,7 @@ def observe(
     watch = Watch(deployed, kind, window)
     for known in seen:
         watch.again(known)
+    del seen  # of a stream that goes on for days
     if again and isinstance(photos, Sequence) and len(photos) < watch.count:
         raise DetguardError(
             f"{run.folder}: the data set has {len(photos)} photos, fewer than were seen; begin a new run"
@@ -378,7 +383,7 @@ def observe(
                 watch.wait(Waiting(number, photo, found))
             else:
                 pair = photo.objects, found_known
-            record |= watch.judged(number, photo, found_known, late=earlier is not None)
+            record |= watch.judged(number, photo, found_known)
         waiting = (other.number for other in watch.waiting.values())
         if (ap50 := windows.ap50(number, pair, waiting, late=earlier is not None)) is not None:
             record["AP50"] = ap50

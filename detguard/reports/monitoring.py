@@ -1,16 +1,15 @@
 """The page of a monitor run: how accuracy went over the stream, and where it dropped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from detguard import DetguardError
 from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, from_records
-from detguard.detectors.base import Detector
 from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
-from detguard.hardening.monitor import latest
+from detguard.hardening.monitor import Deployment, latest, needed
 from detguard.photos import read_photo
 from detguard.reports.evaluation import number
 from detguard.reports.marks import marked, of_labels
@@ -82,13 +81,13 @@ def events_table(events: list[Record]) -> Table:
     return Table("Events", ["event", "what"], rows, note)
 
 
-def verdict(records: Sequence[Record], window: int) -> str:
-    """One sentence: whether and since when accuracy has dropped, or that there was too little to judge by."""
+def verdict(records: Sequence[Record], least: int) -> str:
+    """One sentence: whether and since when accuracy has dropped, or that there were not `least` photos to judge by."""
     judged = [r for r in records if r.get("f1") is not None]
     alarms = [r for r in judged if r["began"] is not None]
     if not alarms:
-        if len(judged) < window:
-            return f"Too few to judge: {len(judged)} photos have known objects, a window is {window}"
+        if len(judged) < least:
+            return f"Too few to judge: {len(judged)} photos have known objects, {least} are needed"
         return f"No drop on {len(judged)} photos with known objects: mean F1 {number(mean(r['f1'] for r in judged))}"
     first, more = drops(records)[0], f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
     return (
@@ -156,19 +155,19 @@ def dropped(records: Sequence[Record]) -> list[Record]:
     return sorted(found, key=lambda r: r["f1"])
 
 
-def drop_items(records: Sequence[Record], at: Callable[[int], Detector]) -> list[Item]:
+def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
     """The photos of every drop, the least F1 first, as labelled and as found by the detector that saw each.
 
-    at: that of a photo's number. Photos that cannot be read any more are left out.
+    Photos that cannot be read any more are left out.
     """
     items = []
     for record in dropped(records)[:MOST_SHOWN]:
-        detector = at(record["number"])
+        detector = deployed.at(record["number"])
         (labelled,) = from_records([record], detector.class_names)
         try:
             if not isinstance(labelled, Labelled):
                 raise labelled if isinstance(labelled, DataError) else DetguardError("labels without a photo")
-            photo = read_photo(labelled.file)
+            photo = read_photo(deployed.file(record["number"], labelled.file))
         except DetguardError:
             continue
         found = labelled.counted(detector.detect([photo], SHOWN_CONFIDENCE, multi_label=True)[0])
@@ -198,7 +197,8 @@ def monitor_page(run: Run, records: list[Record], events: list[Record], items: S
     title = f"Monitor: {run.config['detector']['model']}"
     tables = [drops_table(drops(records))] * bool(alarms) + [events_table(events)] * bool(events)
     tables.append(timeline_table(rows))
-    summary, command = verdict(records, options["window"]), ["detguard", *run.config["arguments"]]
+    summary = verdict(records, needed(options["detector"], options["window"]))
+    command = ["detguard", *run.config["arguments"]]
     left_out = len(dropped(records)) - len(items) if items else 0
     gallery = "From where each drop began to its alarm, the least F1 first."
     return render_page(title, summary, subtitle, command, tables, plots, items, left_out, gallery)

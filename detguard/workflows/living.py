@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from detguard.detectors.gated import MOST_EXPERTS
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
 from detguard.files import MAX_PHOTO, is_file, parse_json, read_file, read_json
+from detguard.hardening.adapt import JUDGED_ONE_IN
 from detguard.hardening.judging import FIGURES, Figures
-from detguard.hardening.monitor import MOST_WINDOWS, Deployment
+from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment
 from detguard.runs import Record, Run
 
 EVENTS = "events.jsonl"
@@ -36,6 +38,8 @@ PHOTOS = "photos"
 LOST = 0.01
 # What becomes of an adaptation, and of a detector that it replaced.
 DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
+# Multiples of it are evenly spread, whichever of them there are (Knuth 1973, 6.4).
+GOLDEN = 2654435761
 # Of the processes that adapt: the stream comes first.
 NICENESS = 5
 # Options of `detguard adapt` that a user may give; where it reads and writes is up to the monitor.
@@ -52,8 +56,9 @@ class Living(Deployment):
     run: of the monitor, whose config says how many photos are gathered after a drop (`gather`), how many old ones are
     replayed (`keep`), and which options `detguard adapt` gets. report: called with what has happened, in a line.
 
-    Of photos, those are remembered, and kept as copies in the run, that a drop may reach back to, those of a reservoir
-    of `keep` judged ones of all that came (Vitter 1985, algorithm R), and those that are being gathered or learned.
+    Of photos, those are remembered, and kept as copies in the run, that a drop may reach back to, those that wait for
+    labels, those of a reservoir of `keep` judged ones of all that came (Vitter 1985, algorithm R), and those that are
+    being gathered or learned.
     """
 
     run: Run
@@ -111,9 +116,10 @@ class Living(Deployment):
         return self.events[-1] if self.events else {"event": ""}
 
     def _pass(self, record: Record) -> None:
-        """Take note of a drop that is not learned yet, if a photo tells of one."""
-        learned = max((event["began"] for event in self.events if event["event"] == "gathering"), default=0)
-        if (record.get("began") or 0) > learned:
+        """Take note of a drop that is not learned yet, if a photo tells of one, of the ensemble that is deployed."""
+        ends = {"gathering": "began", ROLLED_BACK: "number"}
+        over = max((event[ends[event["event"]]] for event in self.events if event["event"] in ends), default=0)
+        if (record.get("began") or 0) > over:
             self.passed = record["began"]
 
     def _gather(self) -> None:
@@ -125,15 +131,14 @@ class Living(Deployment):
         """Do what is to be done after a photo: begin to gather after a drop, to adapt, or to deploy what was made."""
         self._pass(record)
         self._remember(record, copied=True)
-        number = self.number
         if self.last["event"] == "adapting":
             if self.child is None:  # stopped before it was over
                 self._start(self.last)
             elif self.child.poll() is not None:
-                self._judge(number)
+                self._judge()
         elif self.last["event"] == "gathering":
-            if len(self._photos(self.last["began"], number)) >= self.options["gather"]:
-                self._adapt(number)
+            if len(self._photos(self.last["began"], self.number)) >= self.options["gather"]:
+                self._adapt()
         elif self.passed:
             self._gather()
 
@@ -142,10 +147,9 @@ class Living(Deployment):
 
         wait: is shown the process first.
         """
-        number = self.number
         while self.passed or self.last["event"] in ("gathering", "adapting"):
             if self.last["event"] == "gathering":
-                self._adapt(number)
+                self._adapt()
             if self.last["event"] != "adapting":
                 if self.passed:
                     self._gather()
@@ -156,7 +160,7 @@ class Living(Deployment):
             if wait:
                 wait(self.child)
             self.child.wait()
-            self._judge(number)
+            self._judge()
 
     def stop(self) -> None:
         """Have the process that adapts save and end; a resumed run goes on with it."""
@@ -178,13 +182,12 @@ class Living(Deployment):
                 models.pop()
         if len(models) < 2:
             raise DetguardError("`roll_back`: the run has deployed nothing that could be taken back")
-        number, model = self.number, models[-2]
         if self.last["event"] in ("gathering", "adapting"):  # by what is taken back
             self.stop()
             self.child, self.learned = None, set()
-            kept = {"event": KEPT, "number": number, "model": self.model(number + 1), "why": "rolled back"}
-            self._note(kept | {"before": {}, "after": {}})
-        self._note({"event": ROLLED_BACK, "number": number, "model": model, "why": "", "before": {}, "after": {}})
+            self._close(KEPT, self.model(self.number + 1), "rolled back")
+        self._close(ROLLED_BACK, models[-2])
+        self.passed = 0  # that was of what is taken back
 
     def _remember(self, record: Record, *, copied: bool = False) -> None:
         """Take what is known of a photo; copied: while it can still be read, a copy of it."""
@@ -211,7 +214,8 @@ class Living(Deployment):
         recent = self.number - MOST_WINDOWS * self.run.config["monitor"]["window"]
         since = self.passed or self.number + 1
         since = min(since, self.last["began"]) if self.last["event"] == "gathering" else since
-        needed = self.learned.union(self.reservoir)
+        waiting = [number for number, known in self.seen.items() if known.get("labelled") is False][-MOST_WAITING:]
+        needed = self.learned.union(self.reservoir, waiting)
         for number in [n for n in self.seen if n <= recent and n not in needed]:
             if number < since or self.seen[number].get("f1") is None:
                 file = Path(self.seen.pop(number)["photo"])
@@ -231,11 +235,10 @@ class Living(Deployment):
 
     def _photos(self, began: int, number: int) -> list[Record]:
         """Those with known objects of a part of the stream."""
-        shown = (self.seen[n] for n in range(began, number + 1) if n in self.seen)
-        return [record for record in shown if record.get("f1") is not None]
+        return [r for n, r in self.seen.items() if began <= n <= number and r.get("f1") is not None]
 
-    def _adapt(self, number: int) -> None:
-        began = self.last["began"]
+    def _adapt(self) -> None:
+        number, began = self.number, self.last["began"]
         count = 1 + sum(e["event"] == "adapting" for e in self.events)
         folder = f"adapted/{count:03d}"
         new, known = self._photos(began, number), [one["number"] for one in self._photos(1, began - 1)]
@@ -246,12 +249,11 @@ class Living(Deployment):
         try:
             renamed = self._renamed()
         except DetguardError as error:  # they were there when the run began
-            kept = {"event": KEPT, "number": number, "model": self.model(number + 1), "why": str(error)}
-            self._note(kept | {"before": {}, "after": {}})
+            self._close(KEPT, self.model(number + 1), str(error))
             return
         self.learned = {one["number"] for one in (*new, *replayed)}
-        self.run.write(f"{folder}.new.jsonl", to_lines(new))
-        self.run.write(f"{folder}.replay.jsonl", to_lines(replayed) + renamed)
+        self.run.write(f"{folder}.new.jsonl", to_lines(with_judges(new)))
+        self.run.write(f"{folder}.replay.jsonl", to_lines(with_judges(replayed)) + renamed)
         self._note(
             {"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.model(number + 1)}
         )
@@ -292,13 +294,14 @@ class Living(Deployment):
                 preexec_fn=partial(die_with, os.getpid()) if os.name == "posix" else None,
             )
         if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, self.child.pid, NICENESS)
+            own = os.getpriority(os.PRIO_PROCESS, 0)  # over which nobody but root may go back
+            os.setpriority(os.PRIO_PROCESS, self.child.pid, max(NICENESS, own))
 
-    def _judge(self, number: int) -> None:
+    def _judge(self) -> None:
         assert self.child is not None
         code, event, self.child, self.learned = self.child.returncode, self.last, None, set()
         folder = self.run.path(event["folder"])
-        found: dict[str, Figures] = {"before": {}, "after": {}}
+        found: dict[str, Figures] = {}
         if code in (0, 2) and (folder / FIGURES).exists():  # 2: some photos could not be read
             found = read_json(folder / FIGURES)
             fits, why = verdict(found["before"], found["after"])
@@ -307,13 +310,28 @@ class Living(Deployment):
             said = [line for line in read_file(log).decode(errors="replace").splitlines() if line.startswith("error: ")]
             fits, why = False, f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else "")
         made = str(folder / "weights" / "adapted.safetensors") if fits else event["model"]
-        note = {"event": DEPLOYED if fits else KEPT, "number": number, "model": made, "why": why}
-        self._note(note | {"before": found["before"], "after": found["after"]})
+        self._close(DEPLOYED if fits else KEPT, made, why, found)
+
+    def _close(
+        self, event: str, model: str, why: str = "", found: Mapping[str, Figures] = MappingProxyType({})
+    ) -> None:
+        figures = {when: found.get(when, {}) for when in ("before", "after")}
+        self._note({"event": event, "number": self.number, "model": model, "why": why} | figures)
 
     def _note(self, event: Record) -> None:
         self.run.append(event, EVENTS)
         self.events.append(event)
         self.report(event_line(event))
+
+
+def with_judges(records: Sequence[Record]) -> list[Record]:
+    """Photos of a stream with whether they judge what is learned: one in JUDGED_ONE_IN, in each adaptation the same.
+
+    Of few there may be none by their numbers; then the last one does.
+    """
+    judges = {one["number"] for one in records if one["number"] * GOLDEN % 2**32 < 2**32 / JUDGED_ONE_IN}
+    judges = judges or {one["number"] for one in records[-1:]}
+    return [one | {"judges": one["number"] in judges} for one in records]
 
 
 def check_options(parts: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Watch a detector's accuracy over labelled photos, from Python."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.files import JsonObject
-from detguard.hardening.monitor import Deployment, Monitor, latest, observe
+from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Monitor, latest, observe
 from detguard.photos import encode_png
 from detguard.runs import INPUTS, Record, Run
 from detguard.schema import CONFIGS, Config, check, partly
@@ -25,6 +26,8 @@ from detguard.workflows.keywords import as_detector
 
 # Of a run, the photos of its drops.
 DROPPED = "dropped.jsonl"
+# Photos without known objects may lie between those of a drop: of all together so many are remembered.
+MOST_RECENT = 100_000
 # Instead of a data set: photos as they come.
 LIVE = "-"
 
@@ -62,6 +65,38 @@ def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
     dropped = {r["number"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
     run.write(DROPPED, to_lines(dropped.values()))
     return len(drops), len(dropped)
+
+
+class Drops:
+    """Has the photos of each drop in dropped.jsonl as soon as it is told, without reading all records of days again.
+
+    Of the photos that were seen, those are remembered that a drop may reach back to.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.lines = run, b""
+        self.judged = deque[int](maxlen=MOST_WINDOWS * run.config["monitor"]["window"])
+        self.recent, self.written = dict[int, Record](), set[int]()
+        for record in run.records():
+            self.saw(record)
+
+    def saw(self, record: Record) -> Record:
+        """Take the next record; where it tells of a drop, that of the photo which it began with is returned."""
+        number, began = record["number"], record.get("began")
+        if "f1" in record and record.get("labelled", True):
+            self.recent[number] = self.recent.pop(number, {}) | record
+        if record.get("f1") is not None:
+            self.judged.append(number)
+        oldest = min(self.judged) if len(self.judged) == self.judged.maxlen else 0
+        while len(self.recent) > MOST_RECENT or (self.recent and next(iter(self.recent)) < oldest):
+            del self.recent[next(iter(self.recent))]
+        if began is None:
+            return record
+        new = [n for n in sorted(self.recent) if began <= n <= number and n not in self.written]
+        self.written.update(new)
+        self.lines += to_lines(self.recent[n] for n in new)
+        self.run.write(DROPPED, self.lines)
+        return self.recent.get(began, {"number": began})
 
 
 def monitor(
@@ -140,9 +175,9 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Pat
             given = (_on_disk(run, number, photo) for number, photo in enumerate(photos, 1))
             photos = from_records(given, detector.class_names, class_map=config["stream"]["class_map"])
         kind, window = config["monitor"]["detector"], config["monitor"]["window"]
+        drops = Drops(run)
         for record in observe(run, Deployment(detector), photos, kind, window):
-            if record.get("began") is not None:
-                write_dropped(run, run.records())
+            drops.saw(record)
             yield record
             if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
                 Path(record["photo"]).unlink(missing_ok=True)

@@ -65,10 +65,10 @@ def test_too_many_and_too_large_frames_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "MOST_FRAMES", 3)
     assert len(list(read_frames(tmp_path / "a.mp4", every=2))) == 3
     with pytest.raises(DetguardError, match="over 3 frames; take fewer by `every`"):
-        list(read_frames(tmp_path / "a.mp4"))
+        next(read_frames(tmp_path / "a.mp4"))  # not after hours
     monkeypatch.setattr(inputs, "MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(DetguardError, match="frames of 64 x 64 px"):
-        list(read_frames(tmp_path / "a.mp4"))
+        list(read_frames(tmp_path / "a.mp4", every=2))
 
 
 def test_a_camera_shows_frames_as_opencv_opens_it(tmp_path):

@@ -1,11 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from detguard import DetguardError
+from detguard.data.stream import Labelled
 from detguard.detections import Detections
 from detguard.evaluation.coco import metrics_of_photos
-from detguard.hardening.monitor import DRIFT, LikelihoodRatio, Monitor, Numbered, Windows, quality
+from detguard.hardening.monitor import DRIFT, Deployment, LikelihoodRatio, Monitor, Numbered, Watch, Windows, quality
 
 
 def stream(seed, *parts):
@@ -77,6 +80,17 @@ def test_the_quality_of_a_photo_needs_labels_and_its_hints_do_not():
     assert told.confidence == pytest.approx(0.8)
     assert told.entropy == pytest.approx(np.log(2))
     assert quality(objects, found[[1]]).confidence == 0
+
+
+@pytest.mark.parametrize("labelled", range(3))
+def test_hints_are_told_where_some_photos_have_labels(labelled):
+    watching = Watch(Deployment(None), "likelihood-ratio", 8)
+    box, hints = torch.tensor([[0.0, 0, 10, 10]]), []
+    for number in range(1, 90):
+        found = Detections(box, torch.tensor([0.8 if number < 45 else 0.4]), torch.tensor([0]))
+        photo = Labelled(Path("a"), found, labelled=number % 3 == labelled)
+        hints += [number] if "hint" in watching.judged(number, photo, found) else []
+    assert len(hints) == 1
 
 
 def test_a_photo_without_known_objects_judges_nobody():

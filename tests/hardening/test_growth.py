@@ -293,6 +293,14 @@ def test_photos_to_judge_by_are_not_trained_on():
         assert not judged or int(judged[-1].file.name) > 0.9 * (count - 1)
 
 
+def test_photos_say_themselves_whether_they_judge():
+    told = [Labelled(Path(str(name)), None, judges=name < 150) for name in range(300)]
+    trained, judged = set_aside([*told, *(Labelled(Path(f"other-{name}"), None) for name in range(10))])
+    assert [int(one.file.name) for one in judged if one.judges] == list(range(0, 150, 3))
+    assert len(judged) - 50 == 2
+    assert {one.file.name for one in trained if one.judges is not None} == {str(name) for name in range(150, 300)}
+
+
 def test_of_samples_of_an_attack_those_of_one_photo_stay_together(tmp_path):
     (tmp_path / "samples").mkdir()
     names = [f"{number:02d}--{kind}.png" for number in range(40) for kind in ("photo", "jpeg-75", "median-3")]

@@ -102,6 +102,13 @@ def test_a_stage_that_diverges_goes_back_at_half_the_rate_and_says_so(run):
     assert [r["batch"] for r in run.records() if "loss" in r] == [LOG_EVERY, 2 * LOG_EVERY, LAST]
 
 
+def test_a_resumed_stage_knows_what_its_loss_was(run):
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, LOG_EVERY + 3)
+    trained(run, harm=lambda call: 1e6 if call == 1 else 1.0)
+    assert [r["setbacks"] for r in run.records() if "diverged" in r] == [1]
+
+
 def test_a_loss_that_grows_tenfold_has_diverged_and_one_that_begins_at_none_has_not():
     assert diverged(21.0, [2.0, 2.0])
     assert diverged(math.inf, [])

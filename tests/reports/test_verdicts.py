@@ -4,6 +4,7 @@ from pathlib import Path
 
 from detguard.attacks.group import AttackOptions
 from detguard.hardening.judging import Judgement
+from detguard.hardening.monitor import DRIFT, needed
 from detguard.reports import adaptation, attack, comparison, evaluation, hardening, monitoring
 from detguard.reports.attack_tables import survival_table
 from detguard.reports.judged import judged_table
@@ -134,6 +135,7 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     assert monitoring.verdict([*records, {"number": 13, "f1": 0.0, "began": 13}], 8).endswith(", and 1 more later")
     assert monitoring.verdict(records[:8], 8) == "No drop on 8 photos with known objects: mean F1 1.000"
     assert monitoring.verdict(records[:3], 8).startswith("Too few to judge: 3 photos")
+    assert {kind: needed(kind, 32) for kind in DRIFT} == dict.fromkeys(DRIFT, 32) | {"kswin": 128}
 
 
 def judged(kinds, answers):

@@ -16,7 +16,7 @@ from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.hardening.monitor import MOST_WINDOWS, observe
 from detguard.runs import Run
-from detguard.workflows.living import Living
+from detguard.workflows.living import Living, with_judges
 from detguard.workflows.monitor import film
 
 KEEP = 5
@@ -62,6 +62,36 @@ def test_a_roll_back_gives_up_what_is_being_learned(living, unfinished):
     assert (given_up["event"], given_up["model"], given_up["why"]) == ("kept", "second", "rolled back")
     assert (back["event"], back["model"]) == ("rolled back", "first")
     assert not living.learned
+
+
+def test_a_drop_of_what_is_taken_back_is_not_learned_by_what_is_gone_back_to(living):
+    note(living, "deployed", "second")
+    living.passed = 25
+    living.number = 39
+    living.roll_back()
+    living._pass({"began": 25})
+    assert not living.passed
+    living._pass({"began": 40})
+    assert living.passed == 40
+
+
+def test_copies_of_photos_wait_as_long_as_their_labels_may_come(living, tmp_path):
+    photo = tmp_path / "camera.png"
+    photo.write_bytes(b"1")
+    bare = {"photo": str(photo), "objects": [], "id": "1", "labelled": False, "f1": None, "confidence": 0.5}
+    for number in range(1, 2 * MOST_WINDOWS):
+        living.saw(bare | {"number": number, "entropy": None, "began": None})
+    living.saw(bare | {"number": 1, "labelled": True, "f1": 1.0, "entropy": None, "began": None})
+    assert living.reservoir == [1]
+    assert living.file(1, photo).parent.name == "photos"
+
+
+def test_of_the_photos_that_judge_none_is_ever_learned_from():
+    shown = [{"number": number} for number in range(1, 1001)]
+    by_parts = [one["judges"] for first in range(0, 1000, 50) for one in with_judges(shown[first : first + 50])]
+    assert by_parts == [one["judges"] for one in with_judges(shown)]
+    assert 195 <= sum(by_parts) <= 205
+    assert [one["judges"] for one in with_judges(shown[:2])] == [False, True]
 
 
 def note(living, event, model):
