@@ -22,11 +22,13 @@ def main(photos: str, folder: str, *, quick: bool = False) -> detguard.Trained:
     )  # fmt: skip
 
     detector = detguard.load_detector("detguard-n")
-    day = [read_photo(file) for file in find_photos([photos])]
-    labels = [found.records(detector.class_names) for found in detector.detect(day, 0.4)]
-    shown = list(zip(day, labels, strict=True)) * 6
-    shown += [((photo * 0.02).astype(np.uint8), objects) for photo, objects in shown]
-    stream = [{"photo": photo, "objects": objects} for photo, objects in shown]
+    files = find_photos([photos])
+    labels = {file: detector.predict(file, 0.4).records(detector.class_names) for file in files}
+    stream = (  # photo by photo: thousands need no memory
+        {"photo": (read_photo(file) * light).astype(np.uint8), "objects": labels[file]}
+        for light in (1, 0.02)
+        for file in files * 6
+    )
     for record in detguard.monitor(detector, stream, window=32, out=Path(folder) / "watched"):
         if record.get("began"):
             print(f"photo {record['number']}: accuracy has dropped since photo {record['began']}")

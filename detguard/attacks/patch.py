@@ -45,8 +45,10 @@ class Patch(Picture):
     def change(self, frame: Tensor, picture: Tensor, stage: Stage, rng: np.random.Generator) -> Tensor:
         """On each object that is attacked, with a look and noise of its own."""
         generator = torch.Generator(frame.device).manual_seed(int(rng.integers(2**31)))
-        boxes = stage.objects[stage.attacked].boxes.tolist()
-        spots = [Spot.on(box, self.size, stage.letterbox.frame, Look.draw(rng)) for box in boxes]
+        place = stage.letterbox
+        # Square in the photo, as it is printed: a frame may be stretched.
+        boxes = place.boxes_to_photo(stage.objects[stage.attacked].boxes).tolist()
+        spots = [Spot.on(box, self.size, place.photo, Look.draw(rng)).in_frame(place) for box in boxes]
         return paste(frame, picture, spots, generator)
 
     @override

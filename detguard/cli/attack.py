@@ -586,7 +586,7 @@ def verify(
     budget = options.budget
     records, code, without = [], 0, 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
-    for record in track(judged, "verify", total, console=err, transient=True):
+    for record in track(judged, "verify", total, console=err, transient=True, disable=err.still):
         if "error" in record:
             show_error(f"{folder}: {record['key']}: {record['error']}")
             code = 2
@@ -597,7 +597,7 @@ def verify(
             if as_json:
                 print(json.dumps(record))
     if without:
-        err.print(f"{without} photos left out: {detector.name} finds no target in them before the attack")
+        show_warning(f"{without} photos left out: {detector.name} finds no target in them before the attack")
     if records:
         used = max(r["used"] for r in records)
         if not as_json:

@@ -231,7 +231,8 @@ def evaluate(
         if ranks.first:
             show_made(cost_line(cost), as_json=as_json, **asdict(cost))
         sys.exit(0)
-    err.say(cost_line(cost))
+    if not err.still:
+        err.say(cost_line(cost))
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
     sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, as_json=as_json))
 

@@ -315,7 +315,7 @@ def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = Fals
     load(job, workers)
     with err.status("Measuring a batch"):
         passes, seconds = job.cost()
-    if passes:
+    if passes and not err.still:
         err.say(
             f"{passes:,} forward and backward passes in all: at least {duration(seconds)}, as measured on one batch"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from detguard import defaults
+from detguard import DetguardError, defaults
 from detguard.classes import parse_map
 from detguard.cli.app import (
     STOPPED,
@@ -32,6 +32,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    given,
     levels,
     only_resumes,
     out,
@@ -118,6 +119,8 @@ def patch(
         return go_on(context, resume, "patch", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
     detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+    if hours is not None and "photos" in given(context):
+        raise DetguardError("--hours: instead of --photos; leave one of them out")
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
         Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split,
@@ -173,6 +176,8 @@ def universal(
         return go_on(context, resume, "universal", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
     detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+    if hours is not None and "photos" in given(context):
+        raise DetguardError("--hours: instead of --photos; leave one of them out")
     learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal.of(levels(eps), detector.imgsz)
     return begin(
@@ -241,12 +246,19 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
     judged = "" if shown["model"] == defaults.MODEL else f"--model {shlex.quote(shown['model'])} "
     resized = any(word.startswith("--imgsz") for word in run.config["arguments"])
     judged += f"--imgsz {shown['imgsz']} " if resized else ""
+    judged += "--end-to-end " if shown["end_to_end"] else ""
+    for option in ("top_k", "fusion", "iou"):
+        word = f"--{option.replace('_', '-')}"
+        judged += f"{word} {shown[option]} " if any(a.startswith(word) for a in run.config["arguments"]) else ""
     judged += f"--{kind.kind} {shlex.quote(str(learned.file))}"
     if kind.kind == "patch":
         worn, *others = (job.detector.class_names[one] for one in job.objective.classes)
         judged += f" --patch-target {shlex.quote(worn)} --patch-size {run.config['picture']['size']:g}"
         if others:
             out.print(f"evaluate judges it on one class at a time: on {worn} as below, then on {', '.join(others)}")
+    elif len(job.objective.classes) < len(job.detector.class_names):
+        hidden = ",".join(job.detector.class_names[one] for one in job.objective.classes)
+        judged += f" --classes {shlex.quote(hidden)}"
     text = f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: "
     text += f"detguard evaluate --protocols clean {judged} --data ..."
     show_made(text, as_json=as_json, file=learned.file, folder=learned.folder, stopped=bool(stopped))

@@ -12,7 +12,7 @@ from typing_extensions import override
 from detguard import DetguardError
 from detguard.attacks.patch import Patch
 from detguard.attacks.pictures import Picture
-from detguard.attacks.universal import NOTHING, Universal, largest_change
+from detguard.attacks.universal import LARGEST, NOTHING, Universal, largest_change
 from detguard.evaluation.views import Batch, Subject, View
 from detguard.photos import Photo, photo_seed, read_photo
 
@@ -75,20 +75,23 @@ def perturbed(file: str, seed: int) -> list[Changed]:
     """The views of a universal perturbation: random signs by `seed` at its budget, and that of a file.
 
     Raises:
-        DetguardError: the file cannot be read, is not square, or changes nothing.
+        DetguardError: the file cannot be read, is not square, or changes nothing or too much.
     """
     perturbation = _read_square("`universal`", file)
     eps = largest_change(perturbation)
-    if not eps:
-        raise DetguardError(f"`universal` {file}: changes nothing; expected one that detguard universal has made")
+    if not 1 <= eps <= LARGEST:
+        why = f"changes by up to {eps} levels" if eps else "changes nothing"
+        raise DetguardError(f"`universal` {file}: {why}; expected one that detguard universal has made")
     signs = NOTHING + eps * _random(seed).choice(np.array([-1, 1]), perturbation.shape)
     images = {RANDOM: signs.astype(np.uint8), UNIVERSAL: perturbation}
     return _views(Universal(eps, len(perturbation)), (), images)
 
 
 def _views(how: Picture, targets: tuple[int, ...], images: dict[str, Photo]) -> list[Changed]:
-    digests = {label: hashlib.sha256(image.tobytes()).hexdigest() for label, image in images.items()}
-    return [Changed(label, how, targets, digests[label], image) for label, image in images.items()]
+    return [
+        Changed(label, how, targets, hashlib.sha256(image.tobytes()).hexdigest(), image)
+        for label, image in images.items()
+    ]
 
 
 def _random(seed: int) -> np.random.Generator:

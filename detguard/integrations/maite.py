@@ -274,7 +274,7 @@ class MaiteDetector(Detector):
 
 def to_photo(image: ArrayLike) -> Photo:
     """An image, [3, H, W] RGB of uint8 or floats in 0..1, as `uint8 [H, W, 3]`."""
-    return as_photo(torch.as_tensor(np.asarray(image)))
+    return as_photo(torch.as_tensor(np.ascontiguousarray(image)))  # of one that is turned round, torch takes no view
 
 
 def like(photo: Photo, image: ArrayLike) -> NDArray[np.generic]:

@@ -58,14 +58,14 @@ def number(value: float | None) -> str:
 
 
 def with_error(stats: Figure | None) -> str:
-    """AP and half of its 95 % interval, like ".444 ±.031"; AP alone where all draws are alike, as of 0.
+    """AP and half of its 95 % interval, like ".444 ±.031"; AP alone where there were too few photos for one.
 
     stats: None of nothing.
     """
     if stats is None:
         return number(None)
     error = stats.get("AP_error")
-    return number(stats["AP"]) + (f" ±{number(error)}" if error and stats["AP"] is not None else "")
+    return number(stats["AP"]) + (f" ±{number(error)}" if error is not None and stats["AP"] is not None else "")
 
 
 def _failed(found: ModelMetrics) -> list[str]:
@@ -176,11 +176,10 @@ def headline(metrics: Metrics, title: str) -> Table:
         note += f" ±: half of the 95 % interval, by {RESAMPLES} draws of as many of the photos, with replacement."
     elif any("AP_error" in m.get("clean", {}) for m in metrics.values()):
         note += f" Fewer than {FEWEST} photos: too few to say how far AP may be off."
-    for name, unknown in ((name, m["setting"]["unknown_classes"]) for name, m in metrics.items()):
-        if unknown:
-            note += (
-                f" Left out for {name}: {sum(unknown.values())} boxes of {len(unknown)} classes that it does not know."
-            )
+    for name, m in metrics.items():
+        if unknown := m["setting"]["unknown_classes"]:
+            boxes = f"{sum(unknown.values())} boxes of {len(unknown)} classes"
+            note += f" Left out for {name}: {boxes} that it does not know."
     if any("attack" in m for m in metrics.values()):
         note += f" Attacked: the least of each attack alone and of the {WORST_PER_PHOTO}; eps in levels of 255."
     if blind := [name for name, m in metrics.items() if "queries" in m.get("attack", {})]:
@@ -340,7 +339,7 @@ def classes_table(evaluation: Evaluation, eps: int) -> Table:
     by = {name: m["attack"]["by"] for name, m in evaluation.metrics.items() if "attack" in m}
     named = {attack_name(run) for run in by.values()}
     attacked = f"eps {eps}, {named.pop() if len(named) == 1 else 'least'}"
-    shown = {"clean": "clean", attacked: attacked}
+    shown = ("clean", attacked)
     found: dict[tuple[str, str], dict[str, OfClass]] = {}
     for model, label, name, row in evaluation.classes:
         view = attacked if label == f"attack eps {eps} {by.get(model)}" else label
@@ -350,7 +349,7 @@ def classes_table(evaluation: Evaluation, eps: int) -> Table:
     several = len(evaluation.metrics) > 1
     head = ["class", *(["model"] if several else []), "objects"]
     for view in views:
-        head += [f"AP {shown[view]}", *(["AP50 clean"] if view == "clean" else [])]
+        head += [f"AP {view}", *(["AP50 clean"] if view == "clean" else [])]
     rows = []
     for (name, model), by_view in sorted(found.items(), key=lambda item: -_objects(item[1])):
         cells = []

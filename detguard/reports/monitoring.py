@@ -11,7 +11,7 @@ from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
 from detguard.hardening.monitor import Deployment, latest, needed
 from detguard.photos import read_photo
-from detguard.reports.evaluation import number
+from detguard.reports.evaluation import FOLDED, number
 from detguard.reports.marks import marked, of_labels
 from detguard.reports.page import Item, Table, pair, panel, render_page
 from detguard.reports.plots import Window, timeline_plot
@@ -69,7 +69,7 @@ def timeline_table(rows: list[Window]) -> Table:
         for row in rows
     ]
     note = "F1 at IoU .50 and confidence .25, of photos with known objects. Hints need no labels and are no alarm."
-    return Table("Windows", head, cells, note)
+    return Table("Windows", head, cells, note, folded=len(cells) > FOLDED)
 
 
 def events_table(events: list[Record]) -> Table:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypedDict
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -120,7 +119,7 @@ def corruption_plot(metrics: Metrics) -> str:
         dashed = any(_clean_ap(metrics[model]) is not None for model in found)
         figure.supxlabel("severity (dashed: clean)" if dashed else "severity", fontsize=10)
         figure.supylabel("AP", fontsize=10)
-        _legend(figure, axes[0])
+        _legend(figure)
         return _svg(figure)
 
 
@@ -128,9 +127,11 @@ def _clean_ap(found: ModelMetrics) -> float | None:
     return found["clean"]["AP"] if "clean" in found else None
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
+def _legend(figure: Figure) -> None:
+    """Above all panels, of what any of them shows."""
+    shown = [axis.get_legend_handles_labels() for axis in figure.axes]
+    lines = {label: line for of_axis in shown for line, label in zip(*of_axis, strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=4, frameon=False)
 
 
 def budget_plot(metrics: Metrics) -> str:
@@ -187,7 +188,7 @@ def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
         axis.set_xlim(0, 1)
         axis.set_xlabel("mean weight")
         axis.grid(visible=False)
-        _legend(figure, axis)
+        _legend(figure)
         return _svg(figure)
 
 
@@ -210,7 +211,7 @@ def training_plot(records: list[Record], kinds: Sequence[str] = EXPERTS) -> str:
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         row[0].set_ylim(0, 1.05 * row[0].get_ylim()[1])
         row[0].set_ylabel("loss")
-        row[0].legend(frameon=False, fontsize=9)
+        _legend(figure)
         return _svg(figure)
 
 
@@ -242,7 +243,7 @@ def timeline_plot(rows: list[Window], alarms: list[tuple[int, int]], deployed: S
             axis.plot([], [], color="#15803d", lw=1.4, ls="--", label="another detector")
         axis.set_xlabel("photo")
         axis.set_ylim(0)
-        _legend(figure, axis)
+        _legend(figure)
         return _svg(figure)
 
 

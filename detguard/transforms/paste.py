@@ -5,7 +5,7 @@ box; its middle is that of the upper half of the box.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from detguard.photos import Photo, frames_tensor, photos_of
+from detguard.photos import Letterbox, Photo, frames_tensor, photos_of
 from detguard.transforms.warp import Warp
 
 # What is drawn anew for each object: factors of the side, degrees, shares of the side by which a corner moves, factors
@@ -71,6 +71,11 @@ class Spot:
         cos, sin = np.cos(np.radians(look.angle)), np.sin(np.radians(look.angle))
         turned = (CORNERS + look.tilt) @ np.array([[cos, sin], [-sin, cos]])
         return cls(side * turned + [(x1 + x2) / 2, (3 * y1 + y2) / 4], size, look)
+
+    def in_frame(self, letterbox: Letterbox) -> "Spot":
+        """The same spot of a photo in the frame of a detector."""
+        scale = np.divide(letterbox.resized, letterbox.photo)[::-1]
+        return replace(self, corners=self.corners * scale + letterbox.offset[::-1], size=letterbox.frame)
 
     @property
     def window(self) -> tuple[slice, slice]:

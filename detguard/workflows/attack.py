@@ -113,13 +113,12 @@ class Result:
 
         Args:
             folder: where, made if it is not there; the file is called `KEY.png`, and takes the place of one of that
-                name: of photos in memory, each call begins with photo-001.
+                name: in each call the first photo is photo-001, if it is no file.
 
         Raises:
             DetguardError: there is none, as nothing was attacked, or its file is gone.
         """
         file = Path(folder) / f"{self.key}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, encode_png(self.photo))
         return file
 
@@ -231,7 +230,7 @@ def attack(
 
     Yields:
         A `Result` per photo as it ends: with a `batch`, or photos of several shapes, in another order than they were
-            given in; its `key` tells which it is of, photo-001 of the first that is no file.
+            given in; its `key` tells which it is of: photo-002 of the second, where that is no file.
 
     Raises:
         DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no

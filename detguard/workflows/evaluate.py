@@ -168,6 +168,7 @@ def evaluate(
     subjects = load_subjects(detectors, config["data"], cache=Path(cache))
     for subject in subjects:
         check_pictures(subject, wanted.patches(subject.detector))
+    _ = wanted.perturbations  # a wrong file leaves no run behind
     with tempfile.TemporaryDirectory() as temporary:
         run = Run.create("evaluate", Path(out or temporary), config)
         return run_protocols(subjects, wanted, run, on_progress).metrics

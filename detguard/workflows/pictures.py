@@ -110,8 +110,8 @@ class PictureJob:
             run.must_be_there()  # what comes next may be a checkpoint
             return stop
 
-        arguments = (self.detector, self.photos, self.objective, self.kind, self.learning)
-        made = learn_picture(*arguments, on_batch, run.path(f"state/{name}.pt"))
+        state = run.path(f"state/{name}.pt")
+        made = learn_picture(self.detector, self.photos, self.objective, self.kind, self.learning, on_batch, state)
         printed = run.config.get("print_cm")
         run.write(f"{name}.png", printable_png(made, printed) if printed else encode_png(made))
         return Learned(made, run.path(f"{name}.png"), run.folder)
@@ -119,6 +119,8 @@ class PictureJob:
 
 def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tuple[Objective, list[Stage]]:
     """What is to vanish, and the photos of all sources that have some, by their labels or else by what is found."""
+    if config["class_map"] and all(map(unlabelled, config["data"])):
+        raise DetguardError("`class_map`: renames classes of labels, and `data` has none")
     objective = Vanish(parse_names(config["target"])).on(detector)
     photos, names = list[tuple[Path, Detections | None]](), detector.class_names
     for source in config["data"]:
@@ -142,6 +144,8 @@ def patch(
     class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    device: str = defaults.DEVICE,
+    trust: bool = False,
     on_step: OnPicture | None = None,
     **learning: Any,
 ) -> Learned:
@@ -159,6 +163,7 @@ def patch(
         class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         out: folder of the run; by default the next of runs/patch/.
         resume: a run's folder, to go on with, instead of all above and of `learning`.
+        device, trust: with `resume`, of its detector, as of `load_detector`.
         on_step: called with the share that is done, 0..1, and every ten steps with the mean loss since (else None);
             returns True to save and stop.
         **learning: the fields of `Learning`: `photos`, `hours`, `rate`, `batch`, `conf` (by default the detector's own)
@@ -177,7 +182,7 @@ def patch(
     refuse_unknown("patch", learning, Learning.__dataclass_fields__)
     if resume is not None:
         only_resumes(patch, locals())
-        return PictureJob.resume(Path(resume), "patch").learn(on_step)
+        return PictureJob.resume(Path(resume), "patch", device, trust=trust).learn(on_step)
     return _learned(
         Patch(size, pixels), as_detector(detector), data, out, on_step, learning, target=target, split=split,
         class_map=class_map, print_cm=print_cm,
@@ -194,6 +199,8 @@ def universal(
     class_map: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    device: str = defaults.DEVICE,
+    trust: bool = False,
     on_step: OnPicture | None = None,
     **learning: Any,
 ) -> Learned:
@@ -207,7 +214,7 @@ def universal(
         split: which split of a data.yaml.
         class_map: as of `patch`.
         out: folder of the run; by default the next of runs/universal/.
-        resume: as of `patch`.
+        resume, device, trust: as of `patch`.
         on_step: as of `patch`.
         **learning: as of `patch`.
 
@@ -223,7 +230,7 @@ def universal(
     refuse_unknown("universal", learning, Learning.__dataclass_fields__)
     if resume is not None:
         only_resumes(universal, locals())
-        return PictureJob.resume(Path(resume), "universal").learn(on_step)
+        return PictureJob.resume(Path(resume), "universal", device, trust=trust).learn(on_step)
     given = as_detector(detector)
     return _learned(
         Universal.of(eps, given.imgsz), given, data, out, on_step, learning, target=target, split=split,

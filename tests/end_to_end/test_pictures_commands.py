@@ -78,7 +78,7 @@ def test_a_universal_perturbation_is_made_and_judged(tmp_path, tiny_data):
 
 
 def test_stopped_it_is_gone_on_with(tmp_path, tiny_data):
-    options = ("--imgsz", 96, "--pixels", 32, "--photos", 2000, "--batch", 2, "--conf", 0.1)
+    options = ("--imgsz", 96, "--pixels", 32, "--photos", 2000, "--batch", 2, "--conf", 0.1, "--iou", 0.6)
     process = Started("patch", "--data", tiny_data, *options, "--out", "made", cwd=tmp_path)
     records = tmp_path / "made/results.jsonl"
     process.wait_for(lambda: records.exists() and records.read_text().count("\n") > 1)
@@ -86,6 +86,7 @@ def test_stopped_it_is_gone_on_with(tmp_path, tiny_data):
     told = process.ended(60)
     assert told.returncode == 130
     assert "go on with: detguard patch --resume made" in told.stdout
+    assert "--imgsz 96 --iou 0.6 --patch made/patch.png --patch-target person" in " ".join(told.stdout.split())
     assert (tmp_path / "made/patch.png").exists()
     before = len(records.read_text().splitlines())
     config = (tmp_path / "made/config.yaml").read_text()

@@ -82,11 +82,12 @@ def test_a_class_that_is_not_evaluated_is_refused(subject, file):
         check_pictures(subject, patched(file, person, 0.3, 0))
 
 
-def test_the_ap_is_told_of_clean_random_and_universal(subject, file, tmp_path):
-    wanted = Protocols(protocols=("clean",), universal=file)
+def test_the_ap_is_told_of_clean_random_and_universal(subject, tmp_path):
+    (tmp_path / "u.png").write_bytes(encode_png(np.random.default_rng(0).integers(1, 256, (32, 32, 3), np.uint8)))
+    wanted = Protocols(protocols=("clean",), universal=str(tmp_path / "u.png"))
     evaluation = evaluate([subject], wanted, Run.create("evaluate", tmp_path / "run", {}))
     found = evaluation.metrics["bundled"]["universal"]
-    assert found["eps"] == 128
+    assert found["eps"] == 127
     assert list(found["shown"]) == ["clean", "random", "universal"]
     assert found["shown"]["clean"]["AP"] > 0.9 > found["shown"]["universal"]["AP"]
     (table,) = [table for table in tables(evaluation.metrics) if table.title == "Universal perturbation"]
@@ -109,4 +110,7 @@ def test_random_signs_use_the_budget_of_the_perturbation(subject, tmp_path):
 def test_a_perturbation_that_changes_nothing_is_refused(tmp_path):
     (tmp_path / "u.png").write_bytes(encode_png(np.full((32, 32, 3), 128, np.uint8)))
     with pytest.raises(DetguardError, match=r"`universal` .*u\.png: changes nothing"):
+        perturbed(str(tmp_path / "u.png"), 0)
+    (tmp_path / "u.png").write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))
+    with pytest.raises(DetguardError, match=r"u\.png: changes by up to 128 levels; expected one that"):
         perturbed(str(tmp_path / "u.png"), 0)

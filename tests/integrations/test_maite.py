@@ -66,6 +66,7 @@ def test_floats_stay_floats(dataset):
     (whole,), _, _ = Corruption("brightness", 1)(([image], [target], [metadata]))
     assert changed.dtype == np.float32
     assert np.array_equal(np.rint(changed * 255), whole)
+    assert np.array_equal(to_photo(image[:, ::-1, ::-1]), image.transpose(1, 2, 0)[::-1, ::-1])
 
 
 def test_its_models_are_detectors_that_keep_what_detectors_promise(bundled, bus):

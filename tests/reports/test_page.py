@@ -13,6 +13,7 @@ import torch
 from detguard.detections import Detections
 from detguard.files import printable
 from detguard.overlay import before_after, class_colour, draw_detections
+from detguard.reports.evaluation import with_error
 from detguard.reports.marks import of_labels
 from detguard.reports.page import Item, Table, linked, pair, panel, render_page
 from detguard.reports.plots import budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
@@ -288,6 +289,19 @@ def test_no_panel_of_corruptions_cuts_off_what_others_reach(monkeypatch):
     assert low == 0
     assert high > 0.9
     assert [axis.get_title() for axis in figure.axes] == ["fog", "snow"]  # and no empty ones
+
+
+def test_a_legend_tells_what_any_panel_shows(monkeypatch):
+    monkeypatch.setattr("detguard.reports.plots._svg", lambda figure: figure)
+    records = [{"stage": "first", "batch": batch, "normal": 1.0} for batch in range(2)]
+    records += [{"stage": "second", "batch": batch, "normal": 1.0, "hard": 2.0} for batch in range(2)]
+    (legend,) = training_plot(records).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["normal", "hard"]
+
+
+def test_an_ap_has_its_error_unless_there_are_too_few_photos():
+    assert with_error({"AP": 0.0, "AP_error": 0.0}) == ".000 ±.000"
+    assert with_error({"AP": 0.4, "AP_error": None}) == ".400"
 
 
 def test_a_class_has_one_colour_in_page_and_picture():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from detguard.photos import Letterbox
 from detguard.transforms.paste import Look, Spot, paste, paste_on_photo
 
 
@@ -39,7 +40,11 @@ def test_a_frame_has_the_patch_where_the_photo_has_it():
     planes = torch.from_numpy(photo).permute(2, 0, 1).double() / 255
     learned = paste(planes, torch.from_numpy(square).permute(2, 0, 1).double() / 255, [Spot.on(box, 0.4, (96, 64))])
     assert np.abs(learned.permute(1, 2, 0).numpy() * 255 - judged).max() <= 0.501
-    # And so in a frame of half the size.
+    # And so in a frame of half the size, or one that is stretched: what is square is so in the photo.
+    wide = Letterbox.fit((96, 64), 32, 32, stretch=True)
+    spot = Spot.on(box, 0.4, (96, 64)).in_frame(wide)
+    assert wide.frame == spot.size == (32, 32)
+    assert np.ptp(spot.corners, axis=0) == pytest.approx(np.ptp(Spot.on(box, 0.4, (96, 64)).corners, axis=0) / [2, 3])
     spot = Spot.on([side / 2 for side in box], 0.4, (48, 32))
     small = paste(
         torch.full((3, 48, 32), -1.0).double(), torch.from_numpy(square).permute(2, 0, 1).double() / 255, [spot]
