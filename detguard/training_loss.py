@@ -126,7 +126,7 @@ def _distance_loss(candidates: Candidates, assignment: Assignment) -> Tensor:
     bins = anchors.bins[assignment.frames, found].float()
     size = bins.shape[-1]
     strides = anchors.strides[found]
-    target = bbox2dist(anchors.points[found] / strides, assignment.boxes / strides, size - 1).clamp(0, size - 1.01)
+    target = bbox2dist(anchors.points[found] / strides, assignment.boxes / strides, size - 1)
     low = target.long()
     share = target - low
     logits = bins.flatten(0, 1)

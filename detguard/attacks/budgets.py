@@ -84,7 +84,7 @@ class Budget(ABC):
 
     @abstractmethod
     def project(self, x: Tensor, original: Tensor, white: float = WHITE) -> Tensor:
-        """The nearest photo within the budget and the range of pixels.
+        """A photo near by within the budget and the range of pixels.
 
         Args:
             x: any photo, 0..`white` where it is one.

@@ -492,7 +492,7 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
-    losses = _losses(passes, members, [attempts[i].aims[number] for i, number in evaluated], conf)
+    losses = _losses(passes, members, [attempts[i].aims[number] for i, number in evaluated], conf, sure)
     by_photo = torch.stack(losses).split(counts)
     # By gradients, the largest value of each pixel is that of no loss: then their sum.
     summed = not options.black_box and options.aggregate == "max"
@@ -601,13 +601,13 @@ def _take_aim(attempt: Attempt, number: int, candidates: Candidates) -> None:
 
 
 def _losses(
-    passes: Sequence[Pass], members: Sequence[tuple[Member, Photo]], aims: Sequence[object], conf: float
+    passes: Sequence[Pass], members: Sequence[tuple[Member, Photo]], aims: Sequence[object], conf: float, sure: float
 ) -> list[Tensor]:
     """The loss of each frame, by its number: apart, since the backward of a part of a tensor is that of all of it."""
     losses = dict[int, Tensor]()
     for numbers, _, candidates in passes:
         objective = members[numbers[0]][0].victim.objective
-        found = objective.loss(candidates, [aims[i] for i in numbers], conf)
+        found = objective.loss(candidates, [aims[i] for i in numbers], conf, sure)
         losses |= zip(numbers, found.to(passes[0][1].device).unbind(), strict=True)  # detectors may be on several
     return [losses[number] for number in range(len(members))]
 

@@ -17,7 +17,7 @@ from detguard.detections import Detections
 from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, parse_json, read_file
 from detguard.photos import Photo, encode_png, photo_size, read_photo
 from detguard.runs import Record, Run
-from detguard.transforms.base import seen
+from detguard.transforms.base import Transform, seen
 from detguard.transforms.parse import parse_transforms
 
 FOLDER = "samples"
@@ -36,18 +36,23 @@ def write_samples(
     made = DatasetWriter(lambda name, data: run.write(f"{FOLDER}/{name}", data), class_names)
     for record in records:
         key, files = record["key"], record["files"]
-        width, height = photo_size(run.path(files[PHOTO]))
         objects = labels.get(key)
         if objects is None:
             objects = Detections.from_records(record["clean"], class_names)
         drawn = drawn_transforms(record)
         for name, file in files.items():
-            here, _ = seen(drawn.get(name), (height, width), objects, torch.ones(len(objects), dtype=torch.bool))
+            here = _there(drawn.get(name), run.path(files[PHOTO]), objects)
             source = run.path(file)
             stem = _stem(key, name, source)
             made.add(f"{stem}{source.suffix}", read_file(source, MAX_PHOTO), photo_size(source), as_objects(here))
     made.close()
     return len(made)
+
+
+def _there(transform: Transform | None, photo: Path, objects: Detections) -> Detections:
+    """Where the objects of a photo lie in what a transform makes of it."""
+    width, height = photo_size(photo)
+    return seen(transform, (height, width), objects, torch.ones(len(objects), dtype=torch.bool))[0]
 
 
 def _stem(key: str, name: str, file: Path) -> str:
@@ -103,7 +108,7 @@ def read_samples(source: str, class_names: dict[int, str], on_data: OnData = war
             label = known.get(_stem(record["key"], name, path))
             if label is None:
                 found = Detections.from_records(record["clean"], class_names)
-                here, _ = seen(transform, photo_size(path)[::-1], found, torch.ones(len(found), dtype=torch.bool))
+                here = _there(transform, run.path(record["files"][PHOTO]), found)
                 label = Labelled(path, replace(here, scores=torch.ones(len(here))))
             samples.append(Sample(replace(label, file=path), Path(record["photo"]), str(transform or "none")))
     if not samples:

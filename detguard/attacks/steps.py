@@ -136,7 +136,7 @@ class Adam(Rule):
 class Apgd(Rule):
     """Auto-PGD (Croce & Hein 2020, algorithm 1): steps of twice the budget at first, halved where they stop helping.
 
-    `step` and `momentum` are its own.
+    `step` and `momentum` are its own; the first step after a halving, from the best photo, has no momentum term.
     """
 
     compares = by_budget = True
@@ -148,7 +148,7 @@ class Apgd(Rule):
         self._size = 2 * self.budget.eps * self.budget.scale
         self._before: Tensor | None = None
         self._best: tuple[float, Tensor, Tensor] | None = None
-        self._last_loss = self._best_at_check = torch.inf
+        self._best_at_check, self._last_loss = torch.inf, -torch.inf  # the first loss is no fall
         self._falls = self._since = 0
         self._wait, self._halved = self.FIRST, True
 

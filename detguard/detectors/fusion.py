@@ -79,8 +79,9 @@ class Average(Fusion):
 class Bounded(Fusion):
     """The robust expert's answer, each logit moved by at most `number` towards that of the average of all.
 
-    However the gate and the other experts are fooled, no logit of a class, and no logarithm of a probability in the
-    distribution of a distance, is further than that from the robust expert's. Distances without one are its own.
+    However the gate and the other experts are fooled, no logit of a class is further than that from the robust
+    expert's, and no logarithm of a probability in the distribution of a distance than twice that, as they sum to 1.
+    Distances without one are its own.
     Leaders share in that answer by the gate's weights, the robust expert having what the gate leaves to all others: so
     what was learned of a new kind is not held to an expert that does not know it. They need not resist where the gate
     does, of which that share is all that they get of other photos.

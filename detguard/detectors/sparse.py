@@ -55,7 +55,7 @@ def fit_sparse(run: Callable[[Tensor], object], layers: nn.Module, frames: Itera
 
 
 def blocks_of(layers: nn.Module) -> list[tuple[str, Any]]:
-    """The convolutions with an activation, by name."""
+    """The convolutions that end in an activation, if only in Identity, by name."""
     return [
         (n, m)
         for n, m in layers.named_modules()

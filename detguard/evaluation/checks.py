@@ -1,6 +1,7 @@
 """Signs that a detector looks robust because the attack was blind, and not because it is."""
 
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -31,7 +32,8 @@ def check_views(attack: AttackSet, queries: int) -> list[View]:
 
 def first_photos(subject: Subject) -> Subject:
     """The subject on the first PHOTOS photos of its data that have objects to lose."""
-    files = dict([(i, f) for i, f in subject.dataset.files.items() if len(subject.objects(i))][:PHOTOS])
+    with_objects = ((image, file) for image, file in subject.dataset.files.items() if len(subject.objects(image)))
+    files = dict(islice(with_objects, PHOTOS))
     return replace(subject, dataset=replace(subject.dataset, files=files))
 
 

@@ -40,10 +40,10 @@ class Adversary:
 
     @property
     def step(self) -> float:
-        """Levels per step: eps by FGSM, 1.25 eps by one step from noise, else two and a half crossings of the ball."""
+        """Levels per step: eps by FGSM, 1.25 eps by one step from noise, else together two and a half times eps."""
         if self.method == "fgsm":
             return self.eps
-        return min((1.25 if self.steps == 1 else 1) * self.eps, 2.5 * self.eps / self.steps)
+        return self.eps * min(1.25 if self.steps == 1 else 1, 2.5 / self.steps)
 
     @property
     def updates(self) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, xlogy
+from torch import Tensor
+from ultralytics.utils.metrics import bbox_iou
 
 from detguard.data.stream import Labelled
 from detguard.detections import Candidates
@@ -29,8 +30,9 @@ def imitation_loss(student: Candidates, teacher: Candidates) -> Tensor:
 def imitation_parts(student: Candidates, teacher: Candidates, among: Tensor | None = None) -> dict[str, Tensor]:
     """KL divergence of the student's classes and boxes from the teacher's, each per frame, [B].
 
-    Classes by Bernoulli KL at every candidate, distances by KL of their distributions; both over the sum of the
-    teacher's confidences, which also weighs the distances: where there is nothing, boxes do not matter.
+    Classes by Bernoulli KL at every candidate, distances by KL of their distributions, or without these by 1 - CIoU of
+    the boxes; both over the sum of the teacher's confidences, which also weighs boxes: where nothing is, they do not
+    matter.
     among: float [B, C], 1 for classes that are imitated; by default all are.
     """
     wanted, found = teacher.logits.detach().float(), student.logits.float()
@@ -45,8 +47,14 @@ def imitation_parts(student: Candidates, teacher: Candidates, among: Tensor | No
         log_p = teacher.anchors.bins.detach().float().log_softmax(3)
         log_q = student.anchors.bins.float().log_softmax(3)
         boxes = (log_p.exp() * (log_p - log_q)).sum(3).mean(2)
-        parts["box"] = BOX_GAIN * (boxes * weight).sum(1) / norm
-    return parts
+    else:
+        boxes = _apart(student.boxes, teacher.boxes)
+    return parts | {"box": BOX_GAIN * (boxes * weight).sum(1) / norm}
+
+
+def _apart(boxes: Tensor, others: Tensor) -> Tensor:
+    """1 - CIoU of boxes that are told without a distribution, as YOLO26 does, [B, N, 4]; others: of no gradient."""
+    return 1 - bbox_iou(boxes.float(), others.detach().float(), xywh=False, CIoU=True).squeeze(-1)
 
 
 def feature_variances(teacher: dict[int, Tensor], mean: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
@@ -149,8 +157,8 @@ def gate_margin(logits: Tensor, towards: int, away: int) -> Tensor:
 def retention_loss(now: Candidates, before: Candidates) -> Tensor:
     """How far an expert has moved from its earlier outputs, per frame, [B]: the design's loss L2, of one expert.
 
-    Jensen-Shannon divergence of the classes at every candidate and of the distances' distributions: the mean over the
-    candidates, weighted by where either is confident.
+    Jensen-Shannon divergence of the classes at every candidate and of the distances' distributions, or without these
+    1 - CIoU of the boxes: the mean over the candidates, weighted by where either is confident.
     """
     p, q = (c.logits.float().sigmoid() for c in (now, before))
     weight = torch.maximum(p.amax(2), q.amax(2)).detach()
@@ -159,8 +167,9 @@ def retention_loss(now: Candidates, before: Candidates) -> Tensor:
         assert before.anchors.bins is not None
         a, b = (bins.float().softmax(3) for bins in (now.anchors.bins, before.anchors.bins))
         boxes = _js_term(a, b).sum(3).mean(2)
-        loss = loss + BOX_GAIN * (boxes * weight).sum(1)
-    return loss / weight.sum(1).clamp(min=1)
+    else:
+        boxes = _apart(now.boxes, before.boxes)
+    return (loss + BOX_GAIN * (boxes * weight).sum(1)) / weight.sum(1).clamp(min=1)
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -170,5 +179,6 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 def _js_term(p: Tensor, q: Tensor) -> Tensor:
     """What one outcome of probabilities `p` and `q` adds to their Jensen-Shannon divergence, elementwise."""
-    m = ((p + q) / 2).clamp(min=TINY)  # the mean of the smallest floats is 0
-    return (xlogy(p, p) - xlogy(p, m) + xlogy(q, q) - xlogy(q, m)) / 2
+    # Of a probability that is 0, log has no gradient.
+    a, b, m = (x.clamp(min=TINY).log() for x in (p, q, (p + q) / 2))
+    return (p * (a - m) + q * (b - m)) / 2

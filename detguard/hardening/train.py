@@ -292,7 +292,11 @@ class Lesson:
 
         frames = shown[self.rows]
         attacks = [perturb(frames, partial(harm, aim=aim), self.adversary, self.among) for aim in self.stage.aims]
-        return with_rows(shown, self.rows, worst(attacks, lambda x: goal.loss(*self.answer(self.network, x, route))))
+
+        def left(x: Tensor) -> Tensor:
+            return goal.loss(*self.answer(self.network, self.members(x), route))
+
+        return with_rows(shown, self.rows, worst(attacks, left))
 
     def losses(self, found: Candidates | None, maps: dict[int, Tensor], *, attacked: bool) -> dict[str, Tensor]:
         """The loss and its parts; before frames are `attacked`, those to be count as normal ones."""

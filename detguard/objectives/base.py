@@ -75,13 +75,14 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
+    def loss(self, candidates: Candidates, aims: Sequence[Any], conf: float, sure: float | None = None) -> Tensor:
         """Loss of a batch, float32 [B], differentiable by the candidates; lower is better for the attacker.
 
         Args:
             candidates: of B frames.
             aims: what `aim` gave for each of them.
             conf: confidence over which an object counts as found, 0..1.
+            sure: that over which what is wanted is to be found, 0..1, by default `conf`.
         """
 
     @property
@@ -289,25 +290,27 @@ class Goal(Objective):
         return Scene(objects[attacked], objects[~attacked])
 
     @override
-    def loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
+    def loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float, sure: float | None = None) -> Tensor:
         """The goal's own loss; with `keep_others`, the others' classes are raised on them, too."""
-        loss = self.own_loss(candidates, aims, conf)
+        sure = conf if sure is None else sure
+        loss = self.own_loss(candidates, aims, conf, sure)
         if not self.keep_others:
             return loss
         held = [
-            raise_on(self.by, logits, boxes, scene.others, scene.others.classes, conf)
+            raise_on(self.by, logits, boxes, scene.others, scene.others.classes, sure)
             for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True)
         ]
         return loss + torch.stack(held)
 
     @abstractmethod
-    def own_loss(self, candidates: Candidates, aims: Sequence[Any], conf: float) -> Tensor:
+    def own_loss(self, candidates: Candidates, aims: Sequence[Any], conf: float, sure: float) -> Tensor:
         """Loss, float32 [B], differentiable by the candidates; what is not attacked is left aside.
 
         Args:
             candidates: of B frames.
             aims: the `Scene` of each of them, frame pixels.
             conf: confidence over which an object counts as found, 0..1.
+            sure: that over which what is wanted is to be found, 0..1.
         """
 
     @override
@@ -386,13 +389,20 @@ def within_reach(logits: Tensor, conf: float) -> Tensor:
 
 def over_threshold(logits: Tensor, conf: float) -> Tensor:
     """Softplus of logits over that of `conf`, zero beyond reach; same shape."""
-    excess = logits - logit(conf)
-    return softplus(excess) * (excess.detach() > -REACH)
+    return softplus(logits - logit(conf)) * within_reach(logits, conf)
 
 
 def near(boxes: Tensor, objects: Detections) -> Tensor:
-    """Which candidates, boxes [N, 4], lie on which objects of their frame (IoU >= 0.5): bool [N, K]."""
-    return box_iou(boxes.detach(), objects.boxes.to(boxes)) >= SAME_OBJECT_IOU
+    """Which candidates, boxes [N, 4], lie on which objects of their frame (IoU >= 0.5): bool [N, K].
+
+    boxes: or [N, C, 4], one for each class; then that of an object's class counts.
+    """
+    there = objects.boxes.to(boxes)
+    if boxes.ndim == 2:
+        return box_iou(boxes.detach(), there) >= SAME_OBJECT_IOU
+    own = boxes.detach().index_select(1, objects.classes.to(boxes.device))  # [N, K, 4]
+    each = [box_iou(one, box[None])[:, 0] for one, box in zip(own.unbind(1), there, strict=True)]
+    return (torch.stack(each, 1) if each else own.new_zeros(own.shape[:2])) >= SAME_OBJECT_IOU
 
 
 def near_any(boxes: Tensor, objects: Sequence[Detections]) -> Tensor:
@@ -401,7 +411,7 @@ def near_any(boxes: Tensor, objects: Sequence[Detections]) -> Tensor:
 
 
 def on_class(boxes: Tensor, objects: Detections, classes: Sequence[int] | Tensor) -> Tensor:
-    """Which candidates, boxes [N, 4], lie on an object of which of the `classes`: bool [N, len(classes)]."""
+    """Which candidates, boxes as of `near`, lie on an object of which of the `classes`: bool [N, len(classes)]."""
     of_class = objects.classes == torch.as_tensor(classes, dtype=torch.int64)[:, None]
     return (near(boxes, objects)[:, None] & of_class.to(boxes.device)).any(2)
 

@@ -40,7 +40,9 @@ class Degrade(Objective):
         return replace(assignment, weights=torch.ones_like(assignment.weights))
 
     @override
-    def loss(self, candidates: Candidates, aims: Sequence[Assignment | Detections], conf: float) -> Tensor:
+    def loss(
+        self, candidates: Candidates, aims: Sequence[Assignment | Detections], conf: float, sure: float | None = None
+    ) -> Tensor:
         """The negative sum of the parts, with the assignment of the first pass where there are anchors."""
         assigned = [
             aim if isinstance(aim, Assignment) else self._assign(candidates[i : i + 1], aim)

@@ -69,13 +69,13 @@ class Fabricate(Goal):
         return Places(objects[attacked], objects[~attacked], index, there)
 
     @override
-    def own_loss(self, candidates: Candidates, aims: Sequence[Places], conf: float) -> Tensor:
+    def own_loss(self, candidates: Candidates, aims: Sequence[Places], conf: float, sure: float) -> Tensor:
         """The target classes are raised over the threshold at the places that were chosen."""
         if candidates.anchors is None:
             frames = zip(candidates.logits, candidates.best_boxes, aims, strict=True)
-            return torch.stack([self.by.higher(_best_on(aim.there, *frame), conf) for *frame, aim in frames])
+            return torch.stack([self.by.higher(_best_on(aim.there, *frame), sure) for *frame, aim in frames])
         logits = pick(candidates.logits, self.classes).flatten(1)
-        return torch.stack([self.by.higher(one[aim.index], conf) for one, aim in zip(logits, aims, strict=True)])
+        return torch.stack([self.by.higher(one[aim.index], sure) for one, aim in zip(logits, aims, strict=True)])
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:

@@ -35,10 +35,10 @@ class Flood(Goal):
         return True
 
     @override
-    def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
+    def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float, sure: float) -> Tensor:
         """The best target class of every candidate is raised over the threshold."""
         best = pick(candidates.logits, self.classes).amax(2)
-        return torch.stack([self.by.higher(one, conf) for one in best])
+        return torch.stack([self.by.higher(one, sure) for one in best])
 
     @override
     def own_success(self, clean: Detections, attacked: Detections, found: Detections) -> bool:

@@ -46,7 +46,7 @@ class Renamed(Scene):
 class Mislabel(Goal):
     """Every attacked object is found in its place (IoU >= 0.5) as another class, and no longer as its own.
 
-    A class that becomes one that is not attacked itself is found nowhere any more, if no objects are selected.
+    A target class that nothing becomes, nor may, is found nowhere any more, if no objects are selected.
 
     Attributes:
         targets: what each becomes, as {"person": "car", "bus": "other"}, "other" for any class but its own; or only the
@@ -113,8 +113,8 @@ class Mislabel(Goal):
 
     @property
     def hidden(self) -> tuple[int, ...]:
-        """Target classes that nothing becomes."""
-        return tuple(t for t, to in zip(self.classes, self.to, strict=True) if to != ANY and t not in self.to)
+        """Target classes that nothing becomes, and nothing may."""
+        return () if ANY in self.to else tuple(target for target in self.classes if target not in self.to)
 
     def becomes(self, classes: Tensor) -> Tensor:
         """The class that each of the target `classes`, [K], becomes."""
@@ -126,25 +126,25 @@ class Mislabel(Goal):
         """The objects; for ANY the class that comes second where the object was found, and no other from then on."""
         scene = super().aim(candidates, objects, attacked)
         logits, own = candidates.logits[0].detach(), scene.attacked.classes.to(candidates.logits.device)
-        on = near(candidates.best_boxes[0], scene.attacked)
+        on = near(candidates.boxes[0], scene.attacked)
         finder = pick(logits, own).masked_fill(~on, UNFOUND).argmax(0)  # [K]
         second = logits[finder].scatter(1, own[:, None], -torch.inf).argmax(1)
         to = self.becomes(own)
         return Renamed(scene.attacked, scene.others, torch.where(to == ANY, second, to))
 
     @override
-    def own_loss(self, candidates: Candidates, aims: Sequence[Renamed], conf: float) -> Tensor:
+    def own_loss(self, candidates: Candidates, aims: Sequence[Renamed], conf: float, sure: float) -> Tensor:
         """Targets under the threshold on their objects, and hidden ones everywhere; new classes raised on the objects.
 
         Raised on each object's best candidates, over the threshold and over the rest.
         """
         where = torch.stack(
-            [on_class(b, scene.attacked, self.classes) for b, scene in zip(candidates.best_boxes, aims, strict=True)]
+            [on_class(b, scene.attacked, self.classes) for b, scene in zip(candidates.boxes, aims, strict=True)]
         )
         if self.only.all:
             where |= torch.tensor([target in self.hidden for target in self.classes], device=where.device)
         losses = [
-            raise_on(self.by, logits, boxes, scene.attacked, scene.classes, conf)
+            raise_on(self.by, logits, boxes, scene.attacked, scene.classes, sure)
             for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True)
         ]
         return self.by.lower(pick(candidates.logits, self.classes), conf, where) + torch.stack(losses)

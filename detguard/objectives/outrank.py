@@ -28,14 +28,16 @@ class Outrank(Objective):
         return objects[attacked]
 
     @override
-    def loss(self, candidates: Candidates, aims: Sequence[Detections], conf: float) -> Tensor:
+    def loss(
+        self, candidates: Candidates, aims: Sequence[Detections], conf: float, sure: float | None = None
+    ) -> Tensor:
         """The mean logit by which objects are found, less twice that of the most certain false candidates.
 
         An object is found by the candidates of its class on it (IoU >= 0.5 as their boxes lie now); false are all
         others of the classes in the photo, or of all targets where it has none.
         """
         losses = []
-        for logits, boxes, objects in zip(candidates.logits, candidates.best_boxes, aims, strict=True):
+        for logits, boxes, objects in zip(candidates.logits, candidates.boxes, aims, strict=True):
             of_objects = pick(logits, objects.classes)  # [N, K]
             # Of an object that nothing lies on any more there is nothing left to push down.
             found = of_objects.masked_fill(~near(boxes, objects), UNFOUND).logsumexp(0).clamp(min=LOWEST)

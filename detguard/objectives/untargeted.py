@@ -26,12 +26,12 @@ class Untargeted(Goal):
     default: ClassVar[str] = "all"
 
     @override
-    def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
+    def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float, sure: float) -> Tensor:
         """On each object its class is lowered to the threshold, or under the best other class, which is nearer."""
         # Where candidates count for every class, another class takes nothing away from the object's own.
         ranked = not candidates.multi_label
         losses = []
-        for logits, boxes, scene in zip(candidates.logits, candidates.best_boxes, aims, strict=True):
+        for logits, boxes, scene in zip(candidates.logits, candidates.boxes, aims, strict=True):
             own = pick(logits, scene.attacked.classes)  # [N, K]
             if ranked:
                 own = own - (best_other(logits, scene.attacked.classes) - logit(conf)).clamp(min=0)

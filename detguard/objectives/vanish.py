@@ -33,15 +33,12 @@ class Vanish(Goal):
     strict: bool = False
 
     @override
-    def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float) -> Tensor:
+    def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float, sure: float) -> Tensor:
         """Each target logit lowered to the threshold; with `strict`, all logits on the objects, too."""
         where = None
         if not self.only.all:
             where = torch.stack(
-                [
-                    on_class(b, scene.attacked, self.classes)
-                    for b, scene in zip(candidates.best_boxes, aims, strict=True)
-                ]
+                [on_class(b, scene.attacked, self.classes) for b, scene in zip(candidates.boxes, aims, strict=True)]
             )
         loss = self.by.lower(pick(candidates.logits, self.classes), conf, where)
         if not self.strict:

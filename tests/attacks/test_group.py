@@ -173,7 +173,7 @@ class Scripted(Vanish):
     successes: list[int] = field(default_factory=list)
     aims: list[int] = field(default_factory=list)
 
-    def loss(self, candidates, aims, conf):
+    def loss(self, candidates, aims, conf, sure=None):
         self.losses.append(1)
         return self.change(super().loss(candidates, aims, conf), len(self.losses) - 1)
 

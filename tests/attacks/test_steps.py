@@ -52,6 +52,15 @@ def test_auto_pgd_starts_with_twice_the_budget_and_ends_in_ever_smaller_steps():
     assert (way[-1] - TARGET.clamp(124, 132)).abs().max() < 1
 
 
+def test_auto_pgd_counts_the_times_that_the_loss_fell():
+    for falls, halved in ((17, False), (16, True)):  # of 22 steps; three quarters of them are 16.5
+        rule = RULES["apgd"](Linf(4), torch.full((1, 1, 3), 128.0), 1, 100)
+        x, size = torch.full((1, 1, 3), 128.0), rule._size
+        for loss in (10.0, *(9.0 - step for step in range(falls)), *[99.0] * (22 - falls)):
+            x = rule(x, torch.ones(1, 1, 3), loss)
+        assert (rule._size < size) is halved
+
+
 def test_momentum_adds_to_gradients_as_they_are_where_steps_are_as_long_as_these():
     rules = (RULES["raw"](Linf(20), torch.full((1, 1, 3), 128.0), 0.05, 5, momentum) for momentum in (0, 0.01, 0.9))
     plain, little, much = (follow(rule, 5)[-1][0] for rule in rules)

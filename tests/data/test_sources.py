@@ -61,6 +61,17 @@ def test_an_attack_gives_adversarial_photos_beside_the_clean_ones_that_a_teacher
         assert torch.equal(one.attacked.objects.boxes, labels[name].objects.boxes)
 
 
+def test_labels_of_a_cut_copy_are_where_its_objects_are(bundled, bus, tmp_path):
+    (tmp_path / "bus.png").write_bytes(encode_png(bus[::4, ::4]))
+    options = {"transforms": "crop:0.8", "steps": 1, "conf": 0.1}
+    (result,) = detguard.attack(bundled, tmp_path / "bus.png", out=tmp_path / "run", **options)
+    found = [one.attacked.objects for one in read_samples(str(tmp_path / "run"), bundled.class_names)]
+    write_samples(Run(tmp_path / "run", {}), [result.record], {}, bundled.class_names)
+    for one, other in zip(found, read_samples(str(tmp_path / "run"), bundled.class_names), strict=True):
+        assert len(one)
+        assert torch.allclose(one.boxes, other.attacked.objects.boxes, atol=0.1)
+
+
 def test_without_labels_of_a_data_set_those_of_an_attack_are_what_was_found_in_the_clean_photo(attack, bundled):
     plain, sampled = (read_samples(str(attack / name), bundled.class_names) for name in ("plain", "sampled"))
     for one, other in zip(plain, sampled, strict=True):

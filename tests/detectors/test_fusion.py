@@ -76,6 +76,8 @@ def test_no_probability_of_a_distance_is_further_from_the_robust_one_than_the_bo
     apart = (fused - led.log()).abs()
     assert (apart <= bound + 1e-4).all()
     assert apart.max() > 0.99 * min(bound, (of_all.log() - led.log()).abs().max())
+    # Once they sum to 1 as probabilities do, it may be twice that.
+    assert ((fused.log_softmax(2) - led.log()).abs() <= 2 * bound + 1e-4).all()
 
 
 def test_distances_without_a_distribution_are_those_of_the_robust_expert():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def test_boxes_matter_only_where_the_teacher_sees_something():
     assert imitation_loss(Candidates(a.logits, a.boxes, anchors=other), a).min() > 0.1
 
 
+@pytest.mark.parametrize("loss", [imitation_loss, retention_loss])
+def test_boxes_without_a_distribution_are_held_by_how_they_overlap(loss):
+    a = candidates(0)
+    boxes = torch.tensor([10.0, 10, 50, 90]).expand(2, 6, 4)
+    bare = replace(a, boxes=boxes, anchors=replace(a.anchors, bins=None))
+    moved = (boxes + torch.tensor([4.0, 0, 0, 0])).requires_grad_()
+    assert loss(bare, bare).max() < 1e-5
+    (gradient,) = torch.autograd.grad(loss(replace(bare, boxes=moved), bare).sum(), moved)
+    assert (gradient[..., 0] > 0).all()
+    assert Goal(bare).loss(replace(bare, boxes=moved), aim="box").min() > 0
+
+
 def test_its_gradient_is_the_slope():
     teacher, student = candidates(0), candidates(1)
     logits = student.logits.double().requires_grad_()
@@ -65,6 +78,12 @@ def test_the_js_divergence_is_symmetric_and_bounded(p, q):
     assert value == pytest.approx(float(js_divergence(b, a)), abs=1e-6)
     assert -1e-6 <= value <= math.log(2) + 1e-6
     assert float(js_divergence(a, a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_js_divergence_has_a_gradient_where_something_is_certain():
+    p, q = torch.tensor([0.0, 0.3, 1.0, 0.0, 1.0]).requires_grad_(), torch.tensor([0.3, 0.0, 0.3, 1.0, 1.0])
+    (gradient,) = torch.autograd.grad(js_divergence(p, q).sum(), p)
+    assert gradient.isfinite().all()
 
 
 def test_the_js_divergence_of_certain_opposites_is_ln_2():

@@ -118,6 +118,20 @@ def test_keep_others_raises_their_class_on_them():
     assert gradient.abs().sum() == 0
 
 
+@pytest.mark.parametrize("goal", [Mislabel((BUS,), (TRAIN,)), Fabricate((TRAIN,)), Flood((TRAIN,))])
+def test_what_is_to_be_found_is_raised_over_the_confidence_that_is_wanted(goal):
+    on, off = [20.0, 20, 60, 60], [70.0, 70, 110, 110]
+    logits, boxes = torch.full((1, 9, 4), -4.0), torch.tensor([[on] * 5 + [off] * 4])
+    logits[..., TRAIN] = 1.5  # .82
+    aims = [goal.aim(Candidates(logits, boxes), detections((BUS, 0.9, 20, 20, 60, 60)), torch.tensor([True]))]
+    slopes = []
+    for sure in (0.25, 0.95):
+        x = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(goal.loss(Candidates(x, boxes), aims, 0.025, sure).sum(), x)
+        slopes.append(-gradient[..., TRAIN].min())
+    assert slopes[1] > slopes[0] + 0.2
+
+
 def test_objects_are_selected_by_number_and_by_where_their_middle_lies():
     assert Selection().of(OBJECTS).tolist() == [True, True, True]
     assert Selection((1, 3)).of(OBJECTS).tolist() == [True, False, True]

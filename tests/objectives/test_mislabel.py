@@ -30,6 +30,13 @@ def test_what_is_said_of_one_class_is_an_exception_from_what_is_said_of_all(bund
     assert dict(zip(goal.targets, goal.to, strict=True)) == dict.fromkeys(range(13), ANY) | {0: 4}
 
 
+def test_what_another_may_become_may_be_found_anywhere():
+    clean = detections((PERSON, 0.9, 0, 0, 50, 100), (BUS, 0.8, 100, 0, 300, 100))
+    found = detections((BUS, 0.9, 0, 0, 50, 100), (TRAIN, 0.8, 100, 0, 300, 100))
+    assert Mislabel((PERSON, BUS), (ANY, TRAIN)).success(clean, found)
+    assert not Mislabel((PERSON, BUS), (TRAIN, TRAIN)).success(clean, found)
+
+
 def test_mislabel_fails_while_the_old_class_is_found():
     found = detections((TRAIN, 0.9, 100, 0, 300, 100), (BUS, 0.3, 100, 0, 300, 100))
     assert not Mislabel((BUS,), (TRAIN,)).success(CLEAN, found)

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from scenes import BUS, CLEAN, PERSON, SCENE, detections, loss_and_gradient, some_candidates
 
 from detguard.detections import Candidates
-from detguard.objectives import Vanish
+from detguard.objectives import Untargeted, Vanish
 from detguard.objectives.base import Selection
 
 
@@ -59,6 +60,16 @@ def test_where_one_is_selected_it_alone_must_go():
     assert only_second.success(clean, clean[:1])
     assert not only_second.success(clean, clean[1:])
     assert not Vanish((PERSON,)).success(clean, clean[:1])
+
+
+@pytest.mark.parametrize("goal", [Vanish((BUS,), only=Selection(objects=(1,))), Untargeted((BUS,))])
+def test_where_each_class_has_its_own_box_an_object_is_found_by_that_of_its_class(goal):
+    boxes = torch.tensor([[[[0.0, 0, 9, 9], [20, 20, 60, 60], [0, 0, 9, 9]]]])  # of person, bus, train
+    logits = torch.tensor([[[3.0, 1.0, -9.0]]], requires_grad=True)
+    loss = goal.loss(Candidates(logits, boxes, multi_label=True), [SCENE], 0.25)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss > 1
+    assert gradient[0, 0, BUS] > 0.5
 
 
 def test_where_some_are_selected_candidates_elsewhere_are_left_alone():
