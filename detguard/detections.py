@@ -243,10 +243,11 @@ def suppress(candidates: Candidates, conf: float, iou: float, *, multi_label: bo
     multi_label = multi_label or candidates.multi_label
     with torch.no_grad():
         found = [
-            _best(logits.detach(), boxes.detach(), conf, multi_label=multi_label)
+            _best(logits, boxes, conf, multi_label=multi_label)
             if candidates.end_to_end
-            else _suppress_one(logits.detach(), boxes.detach(), conf, iou, multi_label=multi_label)
-            for logits, boxes in zip(candidates.logits, candidates.boxes, strict=True)
+            else _suppress_one(logits, boxes, conf, iou, multi_label=multi_label)
+            # Of an adapter, whose network may be of another precision.
+            for logits, boxes in zip(candidates.logits.detach().float(), candidates.boxes.detach().float(), strict=True)
         ]
     if candidates.experts is None:
         return found

@@ -130,3 +130,17 @@ def test_labels_of_supervision_are_sure_and_need_classes():
     labels.class_id = None
     with pytest.raises(DetguardError, match="no class_id"):
         Detections.from_supervision(labels)
+
+
+def test_what_lies_behind_a_thousand_boxes_of_one_object_is_found_too():
+    boxes = torch.tensor([[[0.0, 0, 10, 10]] * 2000 + [[50.0, 50, 60, 60]]])
+    logits = torch.cat([torch.linspace(3, 1, 2000), torch.tensor([0.0])])[None, :, None]
+    assert suppress(Candidates(logits, boxes), 0.25, 0.7)[0].boxes.tolist() == [[0, 0, 10, 10], [50, 50, 60, 60]]
+
+
+@pytest.mark.parametrize("end_to_end", [True, False])
+def test_candidates_of_another_precision_are_found_as_floats(end_to_end):
+    logits, boxes = torch.tensor([[[2.0]]]), torch.tensor([[[1.0, 1, 9, 9]]])
+    for kind in (torch.float64, torch.bfloat16):
+        (found,) = suppress(Candidates(logits.to(kind), boxes.to(kind), end_to_end=end_to_end), 0.25, 0.7)
+        assert found.boxes.dtype == found.scores.dtype == torch.float32

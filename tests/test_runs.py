@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
+from detguard.files import write_file
 from detguard.runs import Run, RunError, next_free, photo_keys
 
 CONFIG = {
@@ -328,3 +329,22 @@ def test_names_too_long_for_results_are_cut(tmp_path):
     assert list(keys.values()) == files
     for key in keys:
         (tmp_path / f"{key}.png").write_bytes(b"")
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(run, tmp_path):
+    (tmp_path / "mine").write_text("mine\n")
+    (run.folder / ".lock").unlink()
+    (run.folder / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(RunError, match=r"\.lock: cannot be written"):
+        Run.resume(run.folder, "harden")
+    assert (tmp_path / "mine").read_text() == "mine\n"
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_a_name(run, tmp_path, monkeypatch):
+    order, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: order.append("flushed"))
+    monkeypatch.setattr(Path, "replace", lambda *args: order.append("renamed") or replace(*args))
+    write_file(tmp_path / "file", b"1")
+    assert order == ["flushed", "renamed"]
+    run.append(record(1))
+    assert order == ["flushed", "renamed", "flushed"]

@@ -120,7 +120,8 @@ class Detector(ABC):
         digest = hashlib.sha256(json.dumps(architecture(self.model)).encode() + self._own_code())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+            numbers = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(numbers.view(torch.uint8).numpy().tobytes())  # NumPy knows no bfloat16
         return digest.hexdigest()
 
     def _own_code(self) -> bytes:

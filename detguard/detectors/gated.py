@@ -74,9 +74,13 @@ def average_among(answers: Mapping[int, dict[str, Any]], logits: Tensor) -> dict
     return average([(None, raw) for raw in answers.values()], weights)
 
 
+# YOLOv6 learns how.
+UPSAMPLING = (nn.Upsample, nn.ConvTranspose2d)
+
+
 def backbone_end(layers: Sequence[Any]) -> int:
     """The number of the first layer of the neck, that of the first upsampling; of the head where there is none."""
-    return next((i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)), len(layers) - 1)
+    return next((i for i, layer in enumerate(layers) if isinstance(layer, UPSAMPLING)), len(layers) - 1)
 
 
 class Gate(nn.Module):
@@ -240,7 +244,9 @@ class GatedNetwork(nn.Module):
         ran: Ran | None = None,
     ) -> dict[str, Any]:
         if rows is not None:
-            last, saved = last[rows], {i: x[rows] for i, x in saved.items()}
+            last = last[rows]
+            # Of YOLOv9e some layers give several maps.
+            saved = {i: x[rows] if isinstance(x, Tensor) else tuple(one[rows] for one in x) for i, x in saved.items()}
         last, saved = self._before_head(expert, last, saved, {} if ran is None else ran)
         return {**head_outputs(self._expert(expert)[-1], last, saved), "maps": saved}
 

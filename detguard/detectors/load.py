@@ -171,8 +171,11 @@ def load_configured(config: Config, device: str = defaults.DEVICE, *, trust: boo
 
 def load_model(name: str | Path = BUNDLED, *, trust: bool = False) -> tuple[nn.Module, int]:
     """The unfused, trainable network of a detector and the frame size it was made for; see `load_detector`."""
+    from detguard.detectors.custom import is_custom
     from detguard.detectors.rebuild import read_checkpoint
 
+    if is_custom(name):
+        raise DetguardError(f"{name}: is made by your own function; training begins with one of Ultralytics' YOLOs")
     file, family = _find(name)
     if file.stat().st_size > MAX_BYTES:
         raise DetguardError(f"{file}: over {MAX_BYTES >> 30} GiB, too large for weights of a detector")
@@ -288,6 +291,8 @@ def build_model(architecture: str, classes: list[str]) -> nn.Module:
 def fused(model: nn.Module) -> Any:
     """A copy of a model with its batch norms folded into the convolutions, as detectors run it."""
     network: Any = copy.deepcopy(model).float().eval()
+    if hasattr(network.model[-1], "one2one_cv2"):
+        network.end2end = False  # as detectors run it: a file that is trusted may say otherwise
     return network.fuse(verbose=False)
 
 

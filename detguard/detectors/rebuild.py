@@ -72,9 +72,11 @@ def _unpickle(file: Path) -> tuple[nn.Module, int]:
     """The network of a checkpoint that is trusted to run whatever code it likes, such as that of its own classes."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-        model = checkpoint.get("ema") or checkpoint.get("model")
+        model: Any = checkpoint.get("ema") or checkpoint.get("model")
         if not isinstance(model, nn.Module) or not hasattr(model, "names"):
             raise Damaged("holds no Ultralytics model")
+        named: Any = model  # which it may be by a list
+        named.names = class_names(named.names, len(named.names))
         return model.float(), frame_size(getattr(model, "args", None))
     except Exception as error:  # it is the file's own code that runs here
         raise DetguardError(f"{file}: damaged, or not a checkpoint ({first_line(error)})") from error

@@ -185,11 +185,24 @@ def pgd_options(eps: int, steps: int, batch: int, seed: int = 0, *, random_start
 
 
 def square_photos(batch: Batch, eps: int, queries: int, seed: int) -> list[Photo]:
-    """The photos of a batch after so many queries each of the Square attack on the whole training loss."""
+    """The photos of a batch after so many queries each of the Square attack on the whole training loss.
+
+    Of detectors that tell what they have found and no more, on the order of what is found.
+    """
     subject = batch.subject
-    objective = attack_objective("all", sorted(subject.category_ids), subject.detector)
+    # By the training loss, an object that is no longer told of would count for the attacker no more.
+    kind = "rank" if subject.listed and not subject.detector.differentiable else "all"
+    objective = attack_objective(kind, sorted(subject.category_ids), subject.detector)
+    # Neither loss asks for a confidence; one under what an NMS inside tells would be refused.
+    conf = max(AttackOptions.conf, (subject.detector.nms_inside or (0.0,))[0])
     options = AttackOptions(
-        budget=Linf(eps), black_box=True, queries=max(queries, 2), seed=seed, batch=len(batch.images), stop=False
+        conf=conf,
+        budget=Linf(eps),
+        black_box=True,
+        queries=max(queries, 2),
+        seed=seed,
+        batch=len(batch.images),
+        stop=False,
     )
     return attacked_photos(batch, subject.detector, objective, options)
 

@@ -137,7 +137,7 @@ def grow(network: GatedNetwork, plan: Adaptation, new: PhotoSet, setting: Settin
     network.grow(names, setting.ranks.given(first_source), plan.expert)
     if plan.init == "fresh":
         for name, module in network.experts[-plan.experts :].named_modules():
-            if isinstance(module, nn.Conv2d) and "dfl" not in name:
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and "dfl" not in name:
                 module.reset_parameters()
             if isinstance(module, MeanSparse):  # by channels that are others now; the layers stay, as heads that share
                 module.limit.zero_()

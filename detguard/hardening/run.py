@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel
 
 from detguard import DetguardError, defaults
 from detguard.data.batches import PhotoSet, Samples, batches
@@ -279,7 +279,7 @@ def check_teacher(model: Any, teacher: Detector, name: str, recipe: str = "gated
     Raises:
         DetguardError: it is not of a family that can be hardened, has another kind of head, or lacks classes.
     """
-    if not isinstance(model, (GatedNetwork, DetectionModel)):
+    if not isinstance(model, (GatedNetwork, DetectionModel)) or isinstance(model, RTDETRDetectionModel):
         raise DetguardError(
             f"`detector`: only Ultralytics' YOLO families can be hardened, not a {type(model).__name__}"
         )

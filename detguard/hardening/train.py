@@ -115,12 +115,17 @@ class Setting:
         """Candidates of a network, through one expert, some or all, and the feature maps on the way."""
         with self.precision():
             raw, gate = network(frames, route)
-        return decode(network.head, raw, gate), raw["maps"]
+        return decode(network.head, raw, gate), _single(raw["maps"])
 
     def maps(self, network: GatedNetwork, frames: Tensor, route: int) -> dict[int, Tensor]:
         """The feature maps that the neck takes from the backbone, by the way of one expert."""
         with self.precision():
-            return run_layers(network.backbone(route), frames, {}, network.save)[1]
+            return _single(run_layers(network.backbone(route), frames, {}, network.save)[1])
+
+
+def _single(maps: dict[int, Any]) -> dict[int, Tensor]:
+    """Those of layers that give one map; of YOLOv9e some give several, which others sum up."""
+    return {layer: x for layer, x in maps.items() if isinstance(x, Tensor)}
 
 
 # Of frames of each kind: where they lie among those of this rank, and how many all ranks have together.

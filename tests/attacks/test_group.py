@@ -213,14 +213,14 @@ def test_a_failed_attack_rather_gives_the_photo_that_fools_more_members(bundled,
 
 
 def test_losses_of_detectors_on_several_devices_come_together_on_one():
-    objective = SimpleNamespace(loss=lambda candidates, aims, conf: candidates.logits.sum((1, 2)))
+    objective = SimpleNamespace(loss=lambda candidates, aims, conf, sure: candidates.logits.sum((1, 2)))
     victim = SimpleNamespace(victim=SimpleNamespace(objective=objective))
     with FakeTensorMode():
         shown = [torch.zeros(2, 3, 8, 8, device=device) for device in ("cuda:0", "cpu", "cuda:1")]
         passes = [
             ([2 * i, 2 * i + 1], x, Candidates(x.new_zeros(2, 5, 1), x.new_zeros(2, 5, 4))) for i, x in enumerate(shown)
         ]
-        losses = _losses(passes, [(victim, None)] * 6, [None] * 6, 0.25)
+        losses = _losses(passes, [(victim, None)] * 6, [None] * 6, 0.25, 0.25)
         assert [loss.device for loss in losses] == [torch.device("cuda:0")] * 6
 
 

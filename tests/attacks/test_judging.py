@@ -1,5 +1,6 @@
 """Runs of attacks: what is judged is what was saved."""
 
+import math
 import time
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 
+import detguard
 from detguard import DetguardError
 from detguard.attacks.budgets import Linf, parse_budget
 from detguard.attacks.group import AttackOptions, Member, Victim, attack_group
@@ -290,3 +293,15 @@ def test_the_confidence_that_is_left_is_that_of_what_was_attacked():
     found = Detections(boxes, torch.tensor([0.7, 0.1]), torch.tensor([0, 0]))
     for selection, left in ((Selection(), 0.7), (Selection((2,)), 0.1)):
         assert judge(Vanish((0,), only=selection), clean, found, 0.25, NAMES)["confidence"] == left
+
+
+def test_how_much_a_photo_changed_is_what_others_measure(bundled, bus, tmp_path):
+    small = cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+    (result,) = detguard.attack(bundled, [small], transforms="none", steps=3, out=tmp_path / "run")
+    (record,) = Run.open(tmp_path / "run", "attack").records()
+    apart = ((result.photo.astype(float) - small) ** 2).mean()
+    theirs = structural_similarity(
+        small, result.photo, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    assert record["psnr"] == pytest.approx(10 * math.log10(255**2 / apart), abs=0.01)
+    assert record["ssim"] == pytest.approx(theirs, abs=0.005)

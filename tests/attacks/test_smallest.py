@@ -1,11 +1,11 @@
 import cv2
-import numpy as np
 import pytest
 
 from detguard.attacks.budgets import L2, Linf
 from detguard.attacks.group import AttackOptions, attack_group
 from detguard.attacks.smallest import attack_smallest
 from detguard.objectives import Vanish
+from detguard.photos import largest_difference
 
 
 @pytest.fixture(scope="module")
@@ -35,4 +35,12 @@ def test_where_the_whole_budget_is_not_enough_that_attempt_is_told(bundled, smal
     (attempt,) = attack_smallest(bundled, [("bus", small, clean)], Vanish((0,)), [], options)
     assert attempt.failed
     assert attempt.steps == 1
-    assert not np.array_equal(attempt.adversarial, small) or attempt.used == 0
+    assert 0 < attempt.used == largest_difference(attempt.adversarial, small)
+
+
+def test_the_queries_of_all_its_attempts_are_told(bundled, small, monkeypatch):
+    clean, shown, ask = bundled.predict(small, 0.25), [], type(bundled).candidates
+    monkeypatch.setattr(type(bundled), "candidates", lambda self, x: shown.append(len(x)) or ask(self, x))
+    options = AttackOptions(budget=Linf(8), step=4, steps=5)
+    (found,) = attack_smallest(bundled, [("bus", small, clean)], Vanish((0,)), [], options)
+    assert found.queries == sum(shown)

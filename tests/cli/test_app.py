@@ -29,6 +29,7 @@ from detguard.hardening.recipes import RECIPES
 from detguard.objectives.base import LOSSES
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
+from detguard.runs import Run
 from detguard.transforms.base import GradientRule
 
 # Clears the screen, colours, turns the line around, begins another, is markup, an emoji, and no UTF-8.
@@ -361,3 +362,69 @@ def test_all_that_there_is_can_be_chosen_on_the_command_line(command, option, kn
     """The help names them itself, so as not to import what they do."""
     (parameter,) = [one for one in get_command(app).commands[command].params if one.name == option]
     assert set(get_args(parameter.type_descriptor.annotation)) == set(known)
+
+
+FUSED = ("--model", "detguard-n-hard", "--fusion", "average:0.3", "--iou", "0.6", "--top-k", "2")
+KEPT = {"fusion": "average:0.3", "iou": 0.6, "top_k": 2}
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path, bus_file):
+    """Runs that were to be made, none of which is: their config, and the options of `Run.create`."""
+    made = []
+
+    def create(command, folder, config, *kept, **options):
+        made.append((config, options))
+        raise DetguardError("enough")
+
+    monkeypatch.setattr(Run, "create", staticmethod(create))
+    (tmp_path / "photos/inner").mkdir(parents=True)
+    shutil.copy(bus_file, tmp_path / "photos/b.jpg")
+    shutil.copy(bus_file, tmp_path / "photos/inner/a.jpg")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part", "wanted"),
+    [
+        ("attack PHOTO --margin .2 --momentum .5 --gradient exact --schedule group --smallest", "attack",
+         {"margin": 0.2, "momentum": 0.5, "gradient": "exact", "schedule": "group", "smallest": True}),
+        ("attack PHOTO --loss confidence", None, {"loss": "confidence"}),
+        ("attack PHOTO --goal fabricate --count 3", None, {"count": 3}),
+        ("attack PHOTO FUSED", "detector", KEPT),
+        ("detect PHOTO FUSED", "detector", KEPT),
+        ("evaluate --data DATA --images IMAGES", "data", {"images": "IMAGES"}),
+        ("evaluate --data DATA --restarts 3", "evaluate", {"restarts": 3}),
+        ("evaluate --data DATA FUSED", "detectors", KEPT),
+        ("harden --data FOLDER --mix .3 --sparse .1 --fusion average:0.3", "harden",
+         {"mix": 0.3, "sparse": 0.1, "fusion": "average:0.3"}),
+        ("harden --data FOLDER --split backbone --tune-normal", "harden", {"tune_normal": True}),
+        ("adapt --model detguard-n-hard --new DATA --init fresh --expert whole", "adapt", {"init": "fresh"}),
+        ("monitor --stream DATA --images IMAGES", "stream", {"images": "IMAGES"}),
+        ("monitor --stream DATA --detector adwin", "monitor", {"detector": "adwin"}),
+        ("monitor --stream DATA FUSED", "detector", KEPT),
+        ("monitor --stream 0 --every 2 --frames 7", "stream", {"every": 2, "frames": 7}),
+        ("patch --data FOLDER --print-cm 12", None, {"print_cm": 12}),
+        ("patch --data FOLDER FUSED", "detector", KEPT),
+        ("universal --data FOLDER FUSED", "detector", KEPT),
+    ],
+)  # fmt: skip
+def test_options_reach_the_run(monkeypatch, asked, tmp_path, tiny_data, bus_file, arguments, part, wanted):
+    names = {
+        "PHOTO": [str(bus_file)], "DATA": [str(tiny_data)], "IMAGES": [str(tiny_data.parent / "images")],
+        "FOLDER": [str(tmp_path / "photos")], "FUSED": FUSED,
+    }  # fmt: skip
+    run(monkeypatch, *(word for one in arguments.split() for word in names.get(one, [one])))
+    ((config, _),) = asked
+    found = config[part] if part else config
+    found = found[0] if isinstance(found, list) else found
+    wanted = {key: names["IMAGES"][0] if value == "IMAGES" else value for key, value in wanted.items()}
+    assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("command", ["attack", "detect"])
+def test_folders_in_folders_and_so_many_frames_are_looked_at(monkeypatch, asked, tmp_path, command):
+    run(monkeypatch, command, tmp_path / "photos", "--recursive", "--every", 2, "--frames", 7)
+    shown = asked[0][1]["photos"]
+    assert shown.keywords == {"every": 2, "frames": 7}
+    assert [Path(one).name for one in shown.args[0]] == ["b.jpg", "a.jpg"]

@@ -429,3 +429,10 @@ def test_of_many_faults_the_first_places_are_kept_and_all_are_counted(photos):
     assert places.total == 5000
     assert len(places) == 1000
     assert "a.txt:2" in places[0]
+
+
+def test_a_data_yaml_that_names_a_coco_json_is_labelled_by_it(photos):
+    coco(photos, [{"category_id": 18}], name="official.json")
+    file = yolo(photos, {"a": "0 .5 .5 .2 .2"}, {"annotations": {"val": "official.json"}})
+    (found,) = read_dataset(file).annotations.dataset["annotations"]
+    assert (found["image_id"], found["category_id"], found["bbox"]) == (7, 18, [10, 10, 20, 30])

@@ -484,3 +484,36 @@ def test_names_of_classes_are_text_that_files_can_hold(refused, checkpoint):
         model.names = {0: "person", 1: "b\udce8s"}
 
     assert "class names that are no text" in refused(checkpoint(halves))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([[-1, 1, "nn.Upsample", [None, 9, "nearest"]]], "enormous windows"),
+        ([[-1, 1, "nn.ConvTranspose2d", [64, 1, 9]]], "enormous windows"),
+        (
+            [[-1, 1, "nn.Upsample", [None, 8, "nearest"]], [-1, 1, "nn.Upsample", [None, 2, "nearest"]]],
+            "enormous outputs",
+        ),
+    ],
+)
+def test_layers_that_enlarge_without_end_are_refused(model, layers, message):
+    recipe = copy.deepcopy(model.yaml)
+    recipe["backbone"][: len(layers)] = layers
+    network = build_network(DetectionModel, recipe, 1000)
+    network.model.to_empty(device="cpu")
+    with pytest.raises(Damaged, match=message):
+        find_strides(network)
+
+
+def test_a_network_of_far_more_modules_than_its_file_has_is_not_made(model):
+    with pytest.raises(Damaged, match="a larger one than detectors are"):
+        build_network(DetectionModel, copy.deepcopy(model.yaml), -240)  # 40 are left
+
+
+def test_numbers_of_a_big_endian_machine_are_not_read_as_others(refused, checkpoint):
+    swapped = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(checkpoint())) as old, zipfile.ZipFile(swapped, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"big" if name.endswith("/byteorder") else old.read(name))
+    assert "big-endian" in refused(swapped.getvalue())

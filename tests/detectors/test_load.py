@@ -335,3 +335,8 @@ def test_a_network_with_a_layer_called_fusion_is_no_ensemble(bundled):
 def test_of_other_objects_it_says_what_it_takes():
     with pytest.raises(DetguardError, match="dict: expected a name, a file, or a YOLO object"):
         load_detector({})
+
+
+def test_training_does_not_begin_with_a_function_of_ones_own():
+    with pytest.raises(DetguardError, match="adapter:make: is made by your own function; training begins with"):
+        load_model("adapter:make")

@@ -217,3 +217,9 @@ def test_a_run_of_a_detector_of_ones_own_is_gone_on_with_whatever_it_says_of_its
     config = detector_config(load_detector("ended:two", trust=True), "ended:two")
     assert config["end_to_end"]
     assert load_configured(config, trust=True).state_hash() == config["sha256"]
+
+
+def test_numbers_of_any_precision_have_a_hash(bundled_model):
+    half = copy.deepcopy(bundled_model).bfloat16()
+    hashes = {UltralyticsDetector(model, "n", 320).state_hash() for model in (bundled_model, half, half)}
+    assert len(hashes) == 2

@@ -24,7 +24,7 @@ from detguard import attack as detguard_attack
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import detector_config, load_configured, load_detector
 from detguard.hardening.judging import answered
-from detguard.hardening.validation import ONE_IN
+from detguard.hardening.validation import ONE_IN, hold_out
 from detguard.photos import frames_tensor, read_photo
 from detguard.ranks import ALONE
 from detguard.reports.evaluation import number as shown_as
@@ -365,3 +365,18 @@ def test_a_detector_of_larger_strides_is_hardened_by_whole_strides(tmp_path):
     assert "--crop 96: expected a multiple of 64" in refused.stderr
     result = detguard("harden", *options, "--imgsz", 64, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_photos_held_out_are_learned_from_in_no_other_way(tmp_path, many, bundled):
+    files = sorted(many.iterdir())
+    (held,) = hold_out(files)[1]
+    other = next(file for file in files if file != held)
+    list(detguard_attack(bundled, [held, other], transforms="none", steps=1, out=tmp_path / "attack"))
+    job = Hardening.begin(
+        "detguard-n", [str(many)], {"recipe": "pgd"}, ALONE, pretrain=[str(many)],
+        samples=[str(tmp_path / "attack")], imgsz=64, out=tmp_path / "run",
+    )  # fmt: skip
+    job.load(1)
+    assert job.held_out == [held]
+    assert len(job.source) == len(job.first) == ONE_IN - 1
+    assert len(job.samples.clean) == 1

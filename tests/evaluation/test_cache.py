@@ -216,3 +216,16 @@ def test_nothing_that_another_version_of_a_library_found_is_used(monkeypatch, li
         keys.add(entry_key(photo="a"))
     runs.versions.cache_clear()
     assert len(keys) == 2
+
+
+def test_a_cache_that_another_process_holds_is_left_as_it_is(file, told, monkeypatch):
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, **(options | {"timeout": 0.01})))
+    cache, other = Cache(file, told.append), connect(file)
+    other.execute("begin exclusive")
+    with pytest.raises(DetguardError, match="locked"):
+        cache.put([("new", b"2")])
+    other.close()
+    assert cache.get("1") == bytes([1]) * 2000
+    assert [one.name for one in file.parent.iterdir()] == [file.name]
+    assert not told

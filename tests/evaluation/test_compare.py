@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from detguard.evaluation.compare import unlike
+from detguard.evaluation.compare import also_unlike, unlike
 from detguard.reports.comparison import difference_cell, differences
 
 FIRST = {
@@ -104,3 +104,25 @@ def test_a_file_that_has_changed_is_another_one_and_a_copy_of_it_is_not():
     changed, moved = ({"patch": FIRST["patch"] | part} for part in ({"content": "2e"}, {"file": "q.png"}))
     assert unlike(FIRST, changed, "patch") == ["content 1f, 2e"]
     assert not unlike(FIRST, moved, "patch")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "same", "other"),
+    [
+        ("blackbox", {"eps": 4, "queries": 200}, {"eps": 8}),
+        ("blackbox", {"eps": 4, "queries": 200}, {"queries": 50}),
+        ("universal", {"eps": 4, "content": "1f"}, {"eps": 8}),
+        ("universal", {"eps": 4, "content": "1f"}, {"content": "2e"}),
+        ("corruption_file", {"content": "1f"}, {"content": "2e"}),
+    ],
+)
+def test_figures_of_other_settings_are_not_alike(protocol, same, other):
+    ((name, value),) = other.items()
+    told = unlike(FIRST | {protocol: same}, FIRST | {protocol: same | other}, protocol)
+    assert told == [f"{name} {same[name]}, {value}"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("imgsz", 640), ("nms", 0.5), ("seed", 1), ("version", "2")])
+def test_each_setting_that_may_differ_is_told(name, value):
+    other = FIRST | {"setting": FIRST["setting"] | {name: value}}
+    assert also_unlike(FIRST, other) == [f"{name} {FIRST['setting'][name]}, {value}"]

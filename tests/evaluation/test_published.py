@@ -96,3 +96,16 @@ def test_a_corruption_of_ours_is_none_that_detectors_are_judged_by(monkeypatch):
     assert Protocols().corruptions == PUBLISHED
     with pytest.raises(DetguardError, match="`corruptions` rain"):
         Protocols(corruptions=("rain",))
+
+
+def test_a_pipeline_of_too_many_transforms_is_refused(tmp_path):
+    many = {"__class_fullname__": "Sequential", "transforms": [{"__class_fullname__": "ToGray", "p": 1}] * 101, "p": 1}
+    (tmp_path / "own.json").write_text(json.dumps({"transform": many}))
+    with pytest.raises(DetguardError, match="over 100 transforms"):
+        read_pipeline(tmp_path / "own.json")
+
+
+def test_a_pipeline_that_gives_no_photo_is_refused(photo, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"transform": {"__class_fullname__": "ToFloat", "p": 1}}))
+    with pytest.raises(DetguardError, match="must leave size and type"):
+        through(read_pipeline(tmp_path / "own.json"), photo, 0)

@@ -9,8 +9,10 @@ import torch
 from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, Faults
+from detguard.detectors.ultralytics import UltralyticsDetector
+from detguard.evaluation import cache
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, kept_photo
-from detguard.evaluation.cache import Cache
+from detguard.evaluation.cache import Cache, entry_key, pack
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.run import Protocols, evaluate, measure_cost
@@ -237,3 +239,54 @@ def test_a_cache_damaged_during_an_evaluation_is_filled_again(subject, tmp_path)
     with pytest.warns(UserWarning, match="set aside as"):
         found = evaluate([subject], Protocols(("clean",)), Run(tmp_path, {"command": "evaluate"}), damage)
     assert found.metrics["bundled"]["clean"]["AP"] > 0.9
+
+
+def test_what_was_found_at_another_size_or_overlap_is_not_used(subject, bundled_model):
+    larger, loose = UltralyticsDetector(bundled_model, "larger", 416), copy.copy(subject.detector)
+    loose.iou = 0.5
+    others = [replace(subject, detector=one) for one in (larger, loose)]
+    assert len({Clean().key(one, 11) for one in (subject, *others)}) == 3
+
+
+def test_attacks_on_other_labels_or_classes_are_made_anew_and_clean_photos_are_not(subject):
+    moved = replace(subject, dataset=copy.deepcopy(subject.dataset))
+    moved.dataset.annotations.imgToAnns[11][0]["bbox"][0] += 5
+    fewer = replace(subject, category_ids=dict(list(subject.category_ids.items())[1:]))
+    assert len({QUICK.key(one, 11) for one in (subject, moved, fewer)}) == 3
+    assert len({Transferred(one, QUICK).key(subject, 11) for one in (subject, moved)}) == 2
+    assert Clean().key(moved, 11) == Clean().key(subject, 11)
+
+
+def test_results_of_an_older_way_to_find_them_are_not_used(monkeypatch):
+    before = entry_key(a=1)
+    monkeypatch.setattr(cache, "RESULTS", cache.RESULTS + 1)
+    assert entry_key(a=1) != before
+
+
+def evaluated(subject, wanted, folder, left):
+    """What is evaluated where all that is labelled is found, or nothing, by the names of view and part."""
+    for view in wanted.views(subject.detector):
+        for image in subject.dataset.files:
+            found = subject.objects(image)
+            subject.cache.put(
+                (view.key(subject, image, part), pack(found if left(view.name, part) else found[:0]))
+                for part in view.parts
+            )
+    return evaluate([subject], wanted, Run(folder, {"command": "evaluate"}))
+
+
+def test_mpc_is_the_mean_over_kinds_and_severities(subject, tmp_path):
+    wanted = Protocols(("clean", "corruptions"), corruptions=("fog", "snow"), severities=(1, 3))
+    found = evaluated(subject, wanted, tmp_path, lambda view, part: view in ("clean", "fog-1"))
+    shown = found.metrics["bundled"]["corruptions"]
+    assert [shown["kinds"][kind]["AP"] for kind in ("fog", "snow")] == pytest.approx([0.5, 0])
+    assert (shown["mPC"], shown["rPC"]) == pytest.approx((0.25, 0.25))
+    assert set(found.draws["bundled"]["corruptions"]) == {0.25}
+
+
+def test_draws_of_the_attack_are_of_the_last_budget_and_of_the_least_figure(subject, tmp_path):
+    wanted = Protocols(("clean", "attack"), eps=(4, 8), attacks=("class", "vanish"), steps=2)
+    found = evaluated(subject, wanted, tmp_path, lambda view, part: "eps8" not in view or part != "vanish-0")
+    attack = found.metrics["bundled"]["attack"]
+    assert (attack["AP"], attack["by"]) == (0, "vanish-0")
+    assert set(found.draws["bundled"]["attack"]) == {0}

@@ -15,7 +15,18 @@ from detguard.detections import suppress
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
 from detguard.detectors.sparse import MeanSparse
-from detguard.hardening.adapt import FEW, Adaptation, adapt, best, check_growth, choose_mode, grow, set_aside
+from detguard.hardening.adapt import (
+    FEW,
+    Adaptation,
+    Counts,
+    adapt,
+    batch_losses,
+    best,
+    check_growth,
+    choose_mode,
+    grow,
+    set_aside,
+)
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.kinds import answers
 from detguard.hardening.losses import label_loss, retention_loss
@@ -324,3 +335,18 @@ def test_of_samples_of_an_attack_those_of_one_photo_stay_together(tmp_path):
 def test_wrong_plans_are_refused(options):
     with pytest.raises(DetguardError, match="`"):
         Adaptation(**options)
+
+
+def test_classes_that_new_photos_are_not_labelled_for_stay_what_the_ensemble_said(network, new):
+    before = copy.deepcopy(network).requires_grad_(False)
+    (batch,) = batches(new, 4, 128, 9, 0, 1)
+    labels = [replace(one, objects=one.objects.of([0]), known=(0,)) for one in batch.labels]
+    batch, plan = replace(batch, labels=labels), replace(PLAN, mode="full", experts=0, keep=0.0)
+    with torch.no_grad():
+        for parameter in network.experts.parameters():
+            parameter.mul_(1.02)
+        told = batch_losses(network, before, batch, None, Counts(4, 0, 0), plan, SETTING)
+        found, said = SETTING.run(network, batch.shown)[0], SETTING.run(before, batch.clean)[0]
+        alone, held = (float(label_loss(found, labels, of).mean()) for of in (None, said))
+    assert held > alone + 0.01
+    assert float(told["new"]) == pytest.approx(held, rel=1e-4)

@@ -15,6 +15,7 @@ from detguard.data.ahead import AheadError
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.hardening.loop import LOG_EVERY, BatchLog, Pace, Validate, diverged, load_made, train
+from detguard.hardening.optimizer import Optimizer
 from detguard.runs import Run
 
 LAST = 2 * LOG_EVERY + 5
@@ -306,3 +307,23 @@ def test_weights_are_written_when_their_card_is_there(bundled_model, tmp_path):
     with pytest.raises(DetguardError, match="cannot be written"):
         save_gated(GatedNetwork(fused(bundled_model), 22), {}, tmp_path / "a.safetensors")
     assert (tmp_path / "a.json").exists()
+
+
+def test_after_a_setback_the_same_batch_is_learned_at_half_the_rate(run, monkeypatch):
+    rates, update = [], Optimizer.update
+    monkeypatch.setattr(Optimizer, "update", lambda self, loss, rate: rates.append(rate) or update(self, loss, rate))
+    trained(run, harm=lambda call: float("nan") if call == LOG_EVERY + 3 else 1.0)
+    assert rates[2 * LOG_EVERY] == pytest.approx(rates[0] / 2)
+
+
+def test_a_resumed_stage_ends_at_the_best_weights_seen_before_it_stopped(run):
+    def judged(*told):
+        left = iter(told)
+        return Validate(LOG_EVERY, lambda: {"attacked": torch.tensor(next(left)), "clean": torch.tensor(0.0)})
+
+    whole = trained(run, validate=judged(1.0, 2.0, 3.0))
+    run.keep([])
+    (run.folder / "last.pt").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, LOG_EVERY + 3, validate=judged(1.0))
+    assert torch.equal(trained(run, validate=judged(2.0, 3.0)).layer.weight, whole.layer.weight)

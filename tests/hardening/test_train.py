@@ -14,7 +14,7 @@ from detguard import DetguardError
 from detguard.data.batches import PhotoSet, batches, draw_frame, read_photos
 from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork, backbone_end
-from detguard.detectors.load import fused
+from detguard.detectors.load import build_model, fused
 from detguard.detectors.ultralytics import decode
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.losses import MAPS, Goal, feature_variances, imitation_loss, label_loss
@@ -24,6 +24,7 @@ from detguard.hardening.train import (
     Setting,
     Stage,
     _losses,
+    _single,
     learned_parameters,
     train_stage,
     worst,
@@ -401,3 +402,21 @@ def test_the_gate_learns_each_kind_alike_however_many_a_batch_has(network, sourc
         for rows in (few, many)
     )
     assert float(of_few) == pytest.approx(float(of_many), abs=1e-5)
+
+
+def test_free_attacks_with_a_margin_fool_the_gate_too(network, undefended, source):
+    told = []
+    for margin in (0.0, 1e5):
+        one = stage(share=(0.0, 0.25, 0.75), gate=0.1, margins=(margin,), adversary=Adversary(32, 2, "free"))
+        (batch,) = batches(source, 4, 64, 0, 0, 1, Layout.of(one, 4).hard)
+        told.append(Lesson(network, undefended, batch, one, SETTING, 0, 1.0).learn(torch.Tensor.backward))
+    assert told[1]["gate adversarial 0"] > told[0]["gate adversarial 0"] + 1e-3
+
+
+@pytest.mark.parametrize(("architecture", "first"), [("yolov6n.yaml", 11), ("yolov8n.yaml", 10)])
+def test_the_neck_begins_where_maps_grow(architecture, first):
+    assert backbone_end(build_model(architecture, ["a"]).model) == first
+
+
+def test_maps_of_layers_that_give_several_are_left_out():
+    assert list(_single({3: torch.zeros(1), 10: (torch.zeros(1), torch.zeros(1))})) == [3]

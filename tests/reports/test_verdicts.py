@@ -1,12 +1,14 @@
 """The sentence on top of each page."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions
 from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import DRIFT, needed
 from detguard.reports import adaptation, attack, comparison, evaluation, hardening, monitoring
-from detguard.reports.attack_tables import survival_table
+from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.judged import judged_table
 from detguard.reports.tables import duration, share
 
@@ -175,3 +177,20 @@ def test_times_are_in_units_that_can_be_read():
 def test_percents_of_few_have_no_more_digits_than_they_tell():
     assert [share(4, 7), share(71, 72), share(1547, 1569)] == ["57 % (4/7)", "99 % (71/72)", "98.6 % (1547/1569)"]
     assert share(0, 0) == "-"
+
+
+def test_the_summary_of_an_attack_counts_objects_detections_budgets_and_quality():
+    whole = {
+        "status": "fooled", "objects": [{"outcome": "kept"}, {"outcome": "vanished"}], "clean": [0, 0, 0],
+        "members": {"photo": {"detections": [{"wrong": True}, {"wrong": False}]}}, "iterations": 3, "queries": 9,
+        "difference": 4, "used": 2.0, "psnr": 40.0, "ssim": 0.98, "seconds": 1.0,
+    }  # fmt: skip
+    failed = whole | {"status": "failed", "used": 4.0, "psnr": 38.0, "ssim": 0.96}
+    options = AttackOptions(budget=Linf(4), steps=20, smallest=True)
+    told = dict(attack_summary([whole, failed], options))
+    assert told["objects"] == "2 vanished, 2 kept"
+    assert told["detections"] == "6 before, 4 after, 2 of them wrong (were not there before)"
+    assert told["PSNR, SSIM"] == "39.0 dB, 0.970"
+    assert told["least budget"] == "median over the whole budget, most 2, not reached by 1 of 2 photos"
+    assert "at most 20 steps for each budget tried" in told["settings"]
+    assert "least budget" not in dict(attack_summary([whole, failed], replace(options, smallest=False)))

@@ -16,7 +16,7 @@ from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.hardening.monitor import MOST_WINDOWS, observe
 from detguard.runs import Run
-from detguard.workflows.living import Living, with_judges
+from detguard.workflows.living import Living, verdict, with_judges
 from detguard.workflows.monitor import film
 
 KEEP = 5
@@ -235,3 +235,28 @@ def test_of_a_camera_nothing_is_gone_on_with(tmp_path):
     )
     with pytest.raises(DetguardError, match="begin a new run"):
         film(run)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "fits"),
+    [
+        ((0.2, 0.5), (0.6, 0.6), True), ((0.2, 0.5), (0.6, 0.592), True), ((0.2, 0.5), (0.6, 0.58), False),
+        ((0.5, 0.5), (0.6, 0.9), False),
+    ],
+)  # fmt: skip
+def test_what_is_deployed_is_better_on_new_photos_and_no_worse_on_old_ones(new, old, fits):
+    before, after = ({"new": {"F1": new[i]}, "old": {"F1": old[i]}} for i in (0, 1))
+    assert verdict(before, after)[0] is fits
+
+
+def test_without_old_photos_nothing_is_deployed():
+    told = verdict({"new": {"F1": 0.1}}, {"new": {"F1": 0.9}})
+    assert told == (False, "there are no old photos to judge it by")
+
+
+@pytest.mark.parametrize("parts", [["--trust"], ["--out=/tmp/x"], ["--model", "evil:make"]])
+def test_a_run_of_a_stranger_gives_adapt_no_options_but_those_a_user_may(tmp_path, bundled, parts):
+    config = {"command": "monitor", "monitor": {"window": 1}, "on_drift": "adapt", "detector": {"model": "m"}}
+    run = Run(tmp_path, config | {"living": {"gather": 3, "keep": KEEP, "adapt": parts}})
+    with pytest.raises(DetguardError, match=r"`adapt` --.*: expected some of"):
+        Living(run, bundled)

@@ -459,3 +459,25 @@ print({HEAVY} & set(sys.modules))
     assert shown.split("\n")[:2] == ["set()", "set()"]
     with pytest.raises(AttributeError, match="nothing"):
         detguard.nothing  # noqa: B018
+
+
+def test_what_the_labels_of_a_stream_cannot_tell_does_not_count(bundled, small):
+    found = bundled.detect([small], 0.25, multi_label=True)[0]
+    line = {"photo": small, "objects": found.of([0]).records(bundled.class_names)}
+    assert len(found.of([0])) < len(found)
+    partly, whole = detguard.monitor(bundled, [line | {"classes": ["person"]}, line], window=8)
+    assert partly["f1"] == 1 > whole["f1"]
+
+
+def test_objects_chosen_by_number_are_those_of_one_detector(bundled, small, tmp_path):
+    hard, chosen = detguard.load_detector("detguard-n-hard"), detguard.Vanish(only=detguard.Selection(objects=(1,)))
+    list(detguard.attack(bundled, [small], objective=chosen, transforms="none", steps=1, out=tmp_path / "run"))
+    with pytest.raises(DetguardError, match="by what its own detector found"):
+        list(detguard.verify(tmp_path / "run", hard))
+    with pytest.raises(DetguardError, match="`objects`: numbers what one detector finds"):
+        list(detguard.attack([bundled, hard], [small], objective=chosen, transforms="none", steps=1))
+
+
+def test_detectors_of_one_name_are_not_attacked_together(bundled, small):
+    with pytest.raises(DetguardError, match="each must have a name of its own"):
+        list(detguard.attack([bundled, bundled], [small], transforms="none", steps=1))
