@@ -163,7 +163,8 @@ def patch(
         class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         out: folder of the run; by default the next of runs/patch/.
         resume: a run's folder, to go on with, instead of all above and of `learning`.
-        device, trust: with `resume`, of its detector, as of `load_detector`.
+        device: with `resume`, what its detector runs on, as of `load_detector`.
+        trust: with `resume`, of its detector, as of `load_detector`.
         on_step: called with the share that is done, 0..1, and every ten steps with the mean loss since (else None);
             returns True to save and stop.
         **learning: the fields of `Learning`: `photos`, `hours`, `rate`, `batch`, `conf` (by default the detector's own)
@@ -214,7 +215,9 @@ def universal(
         split: which split of a data.yaml.
         class_map: as of `patch`.
         out: folder of the run; by default the next of runs/universal/.
-        resume, device, trust: as of `patch`.
+        resume: as of `patch`.
+        device: as of `patch`.
+        trust: as of `patch`.
         on_step: as of `patch`.
         **learning: as of `patch`.
 

@@ -459,7 +459,6 @@ def test_trust_says_in_one_line_what_it_means(tmp_path):
         (("attack", "--eps", 8), "--eps"),
         (("attack", BUS), "PHOTO"),
         (("patch", "--data", "photos"), "--data"),
-        (("patch", "--data", "photos", "--hours", 1, "--photos", 5), "--hours"),
         (("universal", "--eps", 4), "--eps"),
         (("evaluate", "--limit", 3), "--limit"),
         (("harden", "--workers", 1, "--hours", 2), "--hours"),

@@ -114,7 +114,7 @@ def test_a_run_folder_taken_away_is_not_made_anew_and_goes_on_when_it_is_back(co
     if command == "harden":
         return goes_on(tmp_path / "run", whole)
     result = detguard(command, "--resume", "run", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == {"monitor": 3}.get(command, 0), result.stderr  # which has too few photos to judge
     assert (tmp_path / "run/report.html").exists()
 
 
