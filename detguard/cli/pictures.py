@@ -113,15 +113,12 @@ def patch(
     Exit code: 0 done, 2 wrong use or unreadable input, 130 stopped.
     """
     from detguard.attacks.patch import Patch
-    from detguard.attacks.pictures import Learning
 
     if resume:
         return go_on(context, resume, "patch", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
     detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
-    if hours is not None and "photos" in given(context):
-        raise DetguardError("--hours: instead of --photos; leave one of them out")
-    learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
+    learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
         Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split,
         class_map=parse_map(class_map), out=out_folder, exist_ok=exist_ok, print_cm=print_cm,
@@ -169,21 +166,27 @@ def universal(
     universal.png holds 128 + the change of each value. Ctrl-C saves and stops.
     Exit code: 0 done, 2 wrong use or unreadable input, 130 stopped.
     """
-    from detguard.attacks.pictures import Learning
     from detguard.attacks.universal import Universal
 
     if resume:
         return go_on(context, resume, "universal", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
     detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
-    if hours is not None and "photos" in given(context):
-        raise DetguardError("--hours: instead of --photos; leave one of them out")
-    learning = Learning(photos, hours, rate, batch, conf or detector.conf, seed)
+    learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal.of(levels(eps), detector.imgsz)
     return begin(
         kind, detector, data, learning, as_json=as_json, target=target, split=split, class_map=parse_map(class_map),
         out=out_folder, exist_ok=exist_ok,
     )  # fmt: skip
+
+
+def learns(context: typer.Context, photos: int, hours: float | None, *options: Any) -> "Learning":
+    """How the picture is learned, by the options, which are those of `Learning`."""
+    from detguard.attacks.pictures import Learning
+
+    if hours is not None and "photos" in given(context):
+        raise DetguardError("--hours: instead of --photos; leave one of them out")
+    return Learning(photos, hours, *options)
 
 
 def loaded(*options: Any, **flags: Any) -> "Detector":

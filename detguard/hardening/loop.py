@@ -303,7 +303,7 @@ def _back(files: "Checkpoints", at: Progress, loss: float) -> Progress:
     at.setbacks = setbacks
     files.log.means = {"diverged": worst, "setbacks": setbacks}
     files.log.note(at.number, files.log.means)
-    files.save(at)  # or a resumed run would not know
+    files.save(at, older=False)  # or a resumed run would not know
     return at
 
 
@@ -329,8 +329,8 @@ class Checkpoints:
         """Whether there is one to go back to."""
         return self.ranks.given(self.file.exists)
 
-    def save(self, at: Progress) -> None:
-        """Write the state; of those before, the last few stay."""
+    def save(self, at: Progress, *, older: bool = True) -> None:
+        """Write the state; of those before, the last few stay, each one `older` than it was."""
         waiting = self.log.waiting()
         if not self.ranks.first:
             return
@@ -347,7 +347,7 @@ class Checkpoints:
         }
         data = BytesIO()
         torch.save(state, data)
-        for number in range(KEPT - 1, 0, -1):
+        for number in range(KEPT - 1, 0, -1) if older else ():
             before = self._before(number - 1)
             if before.exists():
                 write_file(self._before(number), read_file(before, MAX_BYTES))

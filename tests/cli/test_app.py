@@ -399,6 +399,7 @@ def asked(monkeypatch, tmp_path, bus_file):
         ("harden --data FOLDER --mix .3 --sparse .1 --fusion average:0.3", "harden",
          {"mix": 0.3, "sparse": 0.1, "fusion": "average:0.3"}),
         ("harden --data FOLDER --split backbone --tune-normal", "harden", {"tune_normal": True}),
+        ("harden --data FOLDER --corruptions fog,snow", None, {"corruptions": ["fog", "snow"]}),
         ("adapt --model detguard-n-hard --new DATA --init fresh --expert whole", "adapt", {"init": "fresh"}),
         ("monitor --stream DATA --images IMAGES", "stream", {"images": "IMAGES"}),
         ("monitor --stream DATA --detector adwin", "monitor", {"detector": "adwin"}),

@@ -184,6 +184,16 @@ def test_the_last_few_checkpoints_are_kept(run):
     assert len(list(run.folder.glob("*.pt"))) == 3
 
 
+def test_going_back_takes_no_older_checkpoint_away(run):
+    for stop in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            trained(run, stop, log=False)
+    with pytest.raises(DetguardError, match="out of all bounds"):
+        trained(run, harm=lambda call: float("nan"))
+    numbers = [torch.load(run.folder / name)["progress"]["number"] for name in ("last.pt", "last.1.pt", "last.2.pt")]
+    assert numbers == [3, 2, 0]
+
+
 def as_folder(file, state):
     file.unlink()
     file.mkdir()

@@ -175,6 +175,27 @@ def steps(network, undefended, source, one, samples=None):
     return Lesson(network, undefended, batch, one, SETTING, 0, 1.0).learn(lambda loss: None)
 
 
+def test_a_stage_of_hard_frames_shows_those_of_the_chosen_corruptions(network, undefended, source, tmp_path):
+    one, seen = stage(share=(0.0, 1.0, 0.0), number=1), {network: [], undefended: []}
+    for model, frames in seen.items():
+        first = model.trunk[0] if model.split else model.experts[0][0]
+        first.register_forward_pre_hook(lambda _, given, frames=frames: frames.append(given[0].detach().clone()))
+    setting = replace(SETTING, corruptions=("brightness",))
+    train_stage(network, undefended, source, one, setting, tmp_path / "last.pt")
+    (clean,), (shown,) = seen[undefended], seen[network]
+    inside = (clean * 255 - PADDING_LEVEL).abs().amax(1) > 0.25
+    assert ((shown - clean).mean(1)[inside] > -0.05).float().mean() > 0.99
+    assert all(float((more - less).mean()) > 0.02 for more, less in zip(shown, clean, strict=True))
+
+
+def test_a_lesson_attacks_with_the_budget_and_the_margin_of_its_time(network, undefended, source):
+    one = stage(number=10, ramp=0.5, adversary=Adversary(4), margins=(0.0, 1.0, 10.0))
+    (batch,) = batches(source, 4, 64, 0, 0, 1, Layout.of(one, SETTING.batch).hard)
+    lessons = [Lesson(network, undefended, batch, one, SETTING, number, (number + 1) / 10) for number in range(3)]
+    assert [lesson.adversary.eps for lesson in lessons] == pytest.approx([0.8, 1.6, 2.4])
+    assert [lesson.margin for lesson in lessons] == [0.0, 1.0, 10.0]
+
+
 @pytest.mark.parametrize("route", [None, 1])
 def test_attacks_with_a_margin_fool_the_gate_too(network, undefended, source, route):
     told = [
