@@ -62,7 +62,8 @@ def usable_device(name: "str | int | torch.device") -> str:
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error).partition(". ")[0]  # torch goes on with all that it has
         raise DetguardError(f"`device` {device}: cannot be used ({reason})") from error
-    return device
+    # By number: libraries take the bare word for the first one.
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
 def with_gradients(function: Callable[Given, Result]) -> Callable[Given, Result]:

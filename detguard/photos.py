@@ -9,7 +9,6 @@ import io
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -31,7 +30,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.files import MAX_PHOTO, FileError, is_file, is_folder, open_file, read_file
 
 try:
@@ -40,6 +39,8 @@ except ImportError:  # Pillow before 11.3
     SUPPORTED = False
 
 Photo = NDArray[np.uint8]
+# What a photo may be given as.
+Source = str | Path | Photo | Image.Image | Tensor
 
 SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 MAX_PIXELS = 100_000_000
@@ -163,10 +164,8 @@ def _opened(stream: BinaryIO, file: str | Path) -> Iterator[ImageFile]:
         raise PhotoError(f"{file}: not an image ({', '.join(s[1:] for s in SUFFIXES)} can be read)")
     stream.seek(0)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limits say it better than Pillow's warnings
-            with reader(stream) as image:
-                yield image
+        with reader(stream) as image:
+            yield image
     except DetguardError:
         raise
     except Exception as error:  # of a damaged image, a decoder can raise anything
@@ -250,6 +249,47 @@ def decode_photo(data: bytes | memoryview, file: str | Path = "photo") -> Photo:
     if image is None:
         raise PhotoError(f"{file}: this kind of image cannot be decoded; save it as PNG or JPEG")
     return image.astype(np.uint8, copy=False)
+
+
+def as_photo(photo: Source) -> Photo:
+    """A photo of any kind as `uint8 [H, W, 3]` RGB.
+
+    Raises:
+        DetguardError: its shape or its values are not those of one, or it cannot be read.
+    """
+    if isinstance(photo, str | Path):
+        return read_photo(photo)
+    if isinstance(photo, Image.Image):
+        try:
+            photo.load()  # if it is not yet
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DetguardError(f"photo: an image that cannot be read ({first_line(error)})") from error
+        if photo.mode == "F":
+            raise DetguardError("photo: an image of floats (mode F); expected levels of 8 or 16 bits")
+        if photo.mode[0] == "I":  # more than 8 bits, which files are read with, scaled down
+            levels = np.asarray(photo)
+            if photo.mode == "I" and levels.max() <= 255:
+                raise DetguardError("photo: an image of whole numbers (mode I) that all fit 8 bits; convert it to L")
+            stream = io.BytesIO()
+            Image.fromarray(levels.clip(0, 65535).astype(np.uint16)).save(stream, "PNG")
+            return decode_photo(stream.getvalue())
+        return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
+    if isinstance(photo, Tensor):
+        if photo.ndim != 3 or photo.shape[0] != 3:
+            raise DetguardError(f"photo: a tensor of shape {tuple(photo.shape)}; expected [3, H, W]")
+        if photo.is_floating_point():
+            if not bool(((photo >= 0) & (photo <= 1)).all()):
+                raise DetguardError("photo: a tensor of floats outside 0..1; divide by 255, or give uint8")
+            (photo,) = photos_of(photo[None])
+        else:
+            photo = photo.detach().cpu().permute(1, 2, 0).contiguous().numpy()
+    right = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
+    if not right or not photo.size:
+        shown = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
+        raise DetguardError(
+            f"photo: {shown}; expected a path, a uint8 array [H, W, 3] RGB, a PIL image, or a tensor [3, H, W]"
+        )
+    return np.ascontiguousarray(photo)
 
 
 def encode_png(photo: Photo) -> bytes:

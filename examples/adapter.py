@@ -4,8 +4,6 @@ This one adapts torchvision's SSDlite by what it offers to all: a network that m
 every place that it looks at. Exchange `network`, `candidates` and `class_names` for yours.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
@@ -13,7 +11,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from detguard.detections import Candidates, Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.torchvision import softmax_logits
-from detguard.photos import Letterbox, Photo, read_photo
+from detguard.photos import Letterbox, Source
 
 
 class Mine(Detector):
@@ -42,10 +40,9 @@ class Mine(Detector):
         logits = softmax_logits(raw["cls_logits"])[..., 1:]  # log-odds: what users see is a softmax
         return Candidates(logits, boxes.view(len(frames), -1, 4))
 
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
         """What users of the detector see; yours calls its own public function, so that both ways can be compared."""
-        photo = read_photo(source) if isinstance(source, Path) else source
-        return self.detect([photo], conf, iou)[0]
+        return self.detect([source], conf, iou)[0]
 
 
 def make(device: str) -> Mine:

@@ -6,7 +6,7 @@ other. Tensors are photos of any layout and number: the last three dimensions ar
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
@@ -322,19 +322,19 @@ class Masked(Budget):
     kind = "mask"
 
     @classmethod
-    def of(cls, within: Budget, where: str | tuple[float, ...]) -> "Masked":
+    def of(cls, within: Budget, where: str | Sequence[float] | Sequence[Sequence[float]]) -> "Masked":
         """That part of a budget.
 
         Args:
             within: the budget there, as `Linf(8)`.
-            where: as of the class.
+            where: as of the class, corners also as pairs.
 
         Raises:
             DetguardError: `within` is no budget of whole photos.
         """
         if not isinstance(within, Budget) or isinstance(within, Masked):
             raise DetguardError(f"`within` {within}: expected a budget of whole photos, as in Masked.of(Linf(8), ...)")
-        return cls(within.eps, type(within), where)
+        return cls(within.eps, type(within), where if isinstance(where, str) else tuple(np.ravel(where).tolist()))
 
     @property
     def within(self) -> Budget:

@@ -123,7 +123,7 @@ class AttackOptions:
     def config(self) -> Config:
         """What a run keeps of them, as plain values; `stop` is left out, as every run stops."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("budget", "stop")}
-        weights = list(self.weights) if self.weights else None
+        weights = None if self.weights is None else [float(one) for one in self.weights]
         return self.budget.config() | kept | {"weights": weights}
 
     def check(self, members: int, detectors: int = 1) -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Collection
 from io import TextIOWrapper
 from pathlib import Path
@@ -205,6 +206,7 @@ def main() -> None:
     """Run the command line; errors that the user can mend become one line and exit code 2."""
     keep_freed_memory()
     gc.set_threshold(GARBAGE_AFTER)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # our own limits say it better
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every letter

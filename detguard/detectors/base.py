@@ -17,18 +17,18 @@ from detguard import DetguardError, defaults
 from detguard.classes import meant
 from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.loaded_code import loaded_code, package
-from detguard.photos import Letterbox, Photo, frames_tensor
+from detguard.photos import Letterbox, Source, as_photo, frames_tensor
 
 
 class Detector(ABC):
-    """A frozen detector in eval mode.
+    """A frozen detector in eval mode, for one thread at a time: threads load one each.
 
     Attributes:
         name: what it is called.
         source: the name or file that `load_detector` made it of.
         class_names: class index, from 0 -> name.
         imgsz: longest side of a frame, px.
-        model: the network, its parameters frozen; `state_hash` is of it.
+        model: the network, its parameters frozen; `state_hash` is of it. An empty one where it is elsewhere.
         device: where its frames go.
         iou: overlap over which NMS drops the worse of two boxes, as the family has it.
         conf: confidence over which an object counts as found where nothing else is asked for, as the family has it.
@@ -46,7 +46,7 @@ class Detector(ABC):
     source: str = ""
     class_names: dict[int, str]
     imgsz: int
-    model: nn.Module
+    model: nn.Module = nn.Module()
     device: torch.device
     iou: float = 0.7
     conf: float = defaults.CONF
@@ -81,31 +81,36 @@ class Detector(ABC):
         """
 
     @abstractmethod
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
         """Detections of one file or photo by the family's own public predict path, in photo pixels, best first.
 
         Args:
-            source: a file, or `uint8 [H, W, 3]` RGB.
+            source: a file, `uint8 [H, W, 3]` RGB, or what else `detguard.photos.as_photo` takes.
             conf: confidence over which an object counts as found, 0..1.
             iou: of NMS, 0..1, by default the detector's.
         """
 
     def detect(
-        self, photos: Sequence[Photo], conf: float | None = None, iou: float | None = None, *, multi_label: bool = False
+        self,
+        photos: Sequence[Source],
+        conf: float | None = None,
+        iou: float | None = None,
+        *,
+        multi_label: bool = False,
     ) -> list[Detections]:
         """Detections by the tensor path that attacks use, in photo pixels, best first.
 
         Neighbours of one frame shape share a forward.
 
         Args:
-            photos: `uint8 [H, W, 3]` RGB each.
+            photos: each `uint8 [H, W, 3]` RGB, or what else `detguard.photos.as_photo` takes.
             conf: confidence over which an object counts as found, 0..1, by default the detector's.
             iou: of NMS, 0..1, by default the detector's.
             multi_label: a candidate counts for every class over `conf`, not for its best class only.
         """
         conf, iou = self.conf if conf is None else conf, self.iou if iou is None else iou
         found: list[Detections] = []
-        placed = [(self.letterbox(photo.shape[:2]), photo) for photo in photos]
+        placed = [(self.letterbox(photo.shape[:2]), photo) for photo in map(as_photo, photos)]
         for _, group in groupby(placed, key=lambda pair: pair[0].frame):
             boxes, batch = zip(*group, strict=True)
             with torch.no_grad():

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from detguard.detectors.fusion import Fusion, average, parse_fusion
 from detguard.detectors.shared import HEAD, WHOLE, Shared, unshared
 from detguard.detectors.sparse import add_sparse, drop_sparse, fit_sparse
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
-from detguard.photos import PADDING_LEVEL, Letterbox, Photo, read_photo
+from detguard.photos import PADDING_LEVEL, Letterbox, Source, as_photo
 
 EXPERTS = ("normal", "hard", "adversarial")
 MOST_EXPERTS = 64
@@ -422,8 +421,8 @@ class GatedDetector(Detector):
         return replace(decode(self.model.head, raw, gate), experts=experts)
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
-        photo = read_photo(source) if isinstance(source, Path) else source
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
+        photo = as_photo(source)
         return self.detect([photo], conf, iou)[0]
 
 

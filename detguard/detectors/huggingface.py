@@ -25,7 +25,7 @@ from detguard.detectors.rebuild import MOST_MODULES, most_modules
 from detguard.detectors.recipe import MAX_NAME, MAX_WIDTH, SIZES, class_names
 from detguard.detectors.torchvision import softmax_logits
 from detguard.files import JsonObject, is_file, is_folder, read_json
-from detguard.photos import Letterbox, Photo, read_photo
+from detguard.photos import Letterbox, Source, as_photo
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -155,8 +155,8 @@ class HuggingFaceDetector(Detector):
         return dict(self.processor(images=list(levels), return_tensors="pt", input_data_format="channels_first"))
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
-        photo = read_photo(source) if isinstance(source, Path) else source
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
+        photo = as_photo(source)
         shape = photo.shape[:2]
         box = self.letterbox(shape)
         inputs = self.processor(images=photo, return_tensors="pt", input_data_format="channels_last")

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -13,12 +14,11 @@ from detguard import DetguardError, defaults, first_line
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
-from detguard.engine import usable_device
+from detguard.engine import usable_device, with_gradients
 from detguard.files import JsonObject, is_file, read_json, shipped, write_file
 from detguard.schema import Config, Maybe, Shape, check, real, whole
 
 if TYPE_CHECKING:
-    import torch
     from ultralytics.models import YOLO
 
     from detguard.detectors.base import Detector, Family
@@ -38,6 +38,7 @@ LACKS = {
 }
 
 
+@with_gradients
 def load_detector(
     name: "str | Path | YOLO" = BUNDLED,
     imgsz: int | None = None,
@@ -169,6 +170,7 @@ def load_configured(config: Config, device: str = defaults.DEVICE, *, trust: boo
     return detector
 
 
+@torch.random.fork_rng(devices=[])  # of the caller, whose numbers no first weights are to take
 def load_model(name: str | Path = BUNDLED, *, trust: bool = False) -> tuple[nn.Module, int]:
     """The unfused, trainable network of a detector and the frame size it was made for; see `load_detector`."""
     from detguard.detectors.custom import is_custom
@@ -272,6 +274,7 @@ def _read_safetensors(file: Path) -> tuple[nn.Module, int]:
     return model, frame_size(card)
 
 
+@torch.random.fork_rng(devices=[])
 def build_model(architecture: str, classes: list[str]) -> nn.Module:
     """A network with random weights by the name of one of Ultralytics' own yaml files or of torchvision's builders.
 

@@ -26,7 +26,7 @@ from detguard.detectors.base import Detector, Family
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import MOST_CLASSES, class_names, frame_size
 from detguard.files import read_file
-from detguard.photos import Letterbox, Photo, read_photo
+from detguard.photos import Letterbox, Source, as_photo
 
 if TYPE_CHECKING:
     import onnx
@@ -127,8 +127,8 @@ class OnnxDetector(Detector):
         return Candidates(_logits(scores), boxes, end_to_end=True)
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
-        photo = read_photo(source) if isinstance(source, Path) else source
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
+        photo = as_photo(source)
         threads = torch.get_num_threads()
         if self._yolo is None:
             # A copy under a plain name: the graph that was checked, whatever becomes of the file meanwhile.

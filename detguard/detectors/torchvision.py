@@ -22,7 +22,7 @@ from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.recipe import MOST_CLASSES
 from detguard.files import is_file, read_file
-from detguard.photos import Letterbox, Photo, frames_tensor, read_photo
+from detguard.photos import Letterbox, Source, as_photo, frames_tensor
 
 ARCHITECTURES = (
     "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16",
@@ -129,8 +129,8 @@ class TorchvisionDetector(Detector):
         return logits
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
-        photo = read_photo(source) if isinstance(source, Path) else source
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
+        photo = as_photo(source)
         stage = self.last_stage
         stage.score_thresh, stage.nms_thresh = conf, self.iou if iou is None else iou
         stage.detections_per_img = MAX_DETECTIONS

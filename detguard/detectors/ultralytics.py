@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Container, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
 from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.recipe import MOST_CLASSES, boxes_alone
-from detguard.photos import Letterbox, Photo, read_photo
+from detguard.photos import Letterbox, Source, as_photo
 
 # Of files with other names, Ultralytics may read a pattern, a list of files or streams, a film, or further pages.
 PLAIN = (".png", ".jpg", ".jpeg")
@@ -85,24 +86,28 @@ class UltralyticsDetector(Detector):
         return decode(head, raw)
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
         if self._predictor is None:
             family = RTDETRPredictor if self.stretch else DetectionPredictor
             overrides = {
                 "imgsz": self.imgsz, "device": str(self.device), "save": False, "verbose": False, "mode": "predict",
                 "max_det": MAX_DETECTIONS, "rect": True, "batch": 1,
             }  # fmt: skip
-            self._predictor = family(overrides=overrides | ({"nms": False} if self.end_to_end else {}))
+            predictor = family(overrides=overrides | ({"nms": False} if self.end_to_end else {}))
             threads = torch.get_num_threads()
-            self._predictor.setup_model(model=self.model, verbose=False)
-            torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
+            # Of the whole process, its set-up would change which GPU is the current one, and leave one core idle.
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                predictor.setup_model(model=self.model, verbose=False)
+            torch.set_num_threads(threads)
             # Its warm-up would import torchvision, which takes as long as torch, for the same NMS as its own.
-            self._predictor.done_warmup = True
+            predictor.done_warmup = True
+            self._predictor = predictor
         self._predictor.args.conf, self._predictor.args.iou = conf, self.iou if iou is None else iou
-        if isinstance(source, Path) and (source.suffix not in PLAIN or "*" in str(source.absolute())):
-            source = read_photo(source)
-        bgr_or_file = str(source) if isinstance(source, Path) else source[..., ::-1].copy()
-        result = self._predictor(source=bgr_or_file)[0]
+        file = Path(source) if isinstance(source, str | Path) else None
+        if file is None or file.suffix not in PLAIN or "*" in str(file.absolute()):
+            result = self._predictor(source=as_photo(source)[..., ::-1].copy())[0]
+        else:
+            result = self._predictor(source=str(file))[0]
         boxes = result.boxes.cpu()
         found = Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
         return to_photo(found, Letterbox.whole(result.orig_shape))  # RT-DETR's predictor leaves boxes beyond the photo

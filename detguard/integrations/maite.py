@@ -28,9 +28,8 @@ from detguard.evaluation.coco import metrics_of_photos
 from detguard.evaluation.corruptions import PUBLISHED, corrupt
 from detguard.evaluation.metrics import STATS
 from detguard.evaluation.views import LOWEST_CONFIDENCE
-from detguard.photos import Letterbox, Photo, photo_seed, read_photo
+from detguard.photos import Letterbox, Photo, Source, as_photo, photo_seed, read_photo
 from detguard.schema import check, one_of, whole
-from detguard.workflows.attack import as_photo
 
 Images = Sequence[ArrayLike]
 Batch = tuple[Images, Sequence["Boxes"], Sequence[Mapping[str, object]]]
@@ -267,9 +266,8 @@ class MaiteDetector(Detector):
         return Candidates(logits, boxes, end_to_end=True)
 
     @override
-    def predict(self, source: Path | Photo, conf: float, iou: float | None = None) -> Detections:
-        photo = read_photo(source) if isinstance(source, Path) else source
-        return self.detect([photo], conf)[0]
+    def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
+        return self.detect([source], conf)[0]
 
 
 def to_photo(image: ArrayLike) -> Photo:

@@ -1,6 +1,5 @@
 """Attack photos and judge what was saved, from Python."""
 
-import io
 import json
 import shutil
 import tempfile
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from detguard import DetguardError, defaults, first_line
+from detguard import DetguardError, defaults
 from detguard.attacks.budgets import Budget
 from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
 from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, plan_attack, verify_run
@@ -25,7 +24,7 @@ from detguard.files import write_file
 from detguard.objectives import Vanish
 from detguard.objectives.base import Goal
 from detguard.objectives.parse import parse_goal, read_goal
-from detguard.photos import Photo, decode_photo, encode_png, find_photos, photos_of, read_photo
+from detguard.photos import Photo, Source, as_photo, encode_png, find_photos, read_photo
 from detguard.runs import INPUTS, Record, Run, photo_keys
 from detguard.schema import CONFIGS, Config, check, partly
 from detguard.transforms.base import Transform
@@ -50,8 +49,6 @@ ELSEWHERE = {
     "data": "`photos`, without labels",
     "resume": "on the command line alone: detguard attack --resume RUN",
 } | dict.fromkeys(("split", "map", "class_map", "recursive", "every", "frames"), "on the command line alone")
-# What a photo may be given as.
-Source = str | Path | Photo | Image.Image | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -291,44 +288,6 @@ def _sources(photo: Source) -> Sequence[Path | bytes]:
         return [Path(photo)]
 
 
-def as_photo(photo: Source) -> Photo:
-    """A photo of any kind as `uint8 [H, W, 3]` RGB.
-
-    Raises:
-        DetguardError: its shape or its values are not those of one, or it cannot be read.
-    """
-    if isinstance(photo, str | Path):
-        return read_photo(photo)
-    if isinstance(photo, Image.Image):
-        try:
-            photo.load()  # if it is not yet
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DetguardError(f"photo: an image that cannot be read ({first_line(error)})") from error
-        if photo.mode == "F":
-            raise DetguardError("photo: an image of floats (mode F); expected levels of 8 or 16 bits")
-        if photo.mode[0] == "I":  # more than 8 bits, which files are read with, scaled down
-            stream = io.BytesIO()
-            Image.fromarray(np.asarray(photo).clip(0, 65535).astype(np.uint16)).save(stream, "PNG")
-            return decode_photo(stream.getvalue())
-        return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
-    if isinstance(photo, torch.Tensor):
-        if photo.ndim != 3 or photo.shape[0] != 3:
-            raise DetguardError(f"photo: a tensor of shape {tuple(photo.shape)}; expected [3, H, W]")
-        if photo.is_floating_point():
-            if not bool(((photo >= 0) & (photo <= 1)).all()):
-                raise DetguardError("photo: a tensor of floats outside 0..1; divide by 255, or give uint8")
-            (photo,) = photos_of(photo[None])
-        else:
-            photo = photo.detach().cpu().permute(1, 2, 0).contiguous().numpy()
-    right = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
-    if not right or not photo.size:
-        shown = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
-        raise DetguardError(
-            f"photo: {shown}; expected a path, a uint8 array [H, W, 3] RGB, a PIL image, or a tensor [3, H, W]"
-        )
-    return np.ascontiguousarray(photo)
-
-
 def verify(
     run: str | Path | Result | Iterable[Result],
     detector: Detector,
@@ -361,7 +320,8 @@ def verify(
     if len(folders) != 1:
         raise DetguardError("`run`: expected a run's folder, or results of one attack")
     opened = Run.open(folders.pop(), "attack")
-    if opened.config["object"] and detector.state_hash() != opened.config["detector"]["sha256"]:
+    chosen_by = opened.config["detector"]
+    if opened.config["object"] and detector_config(detector, chosen_by["model"]) != chosen_by:
         raise DetguardError("`detector`: the run chose its objects by what its own detector found (`objects`)")
     more = parse_transforms(as_specs(transforms))
     options = AttackOptions.from_config(opened.config["attack"])

@@ -10,6 +10,7 @@ from typing import Any
 from detguard import DetguardError, defaults
 from detguard.classes import check_map
 from detguard.data.dataset import read_dataset
+from detguard.data.entries import LOST
 from detguard.data.sources import OnData, warn_of
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
@@ -150,6 +151,8 @@ def evaluate(
     if alone := [name for name in ("patch_target", "patch_size") if name in protocols and not protocols.get("patch")]:
         raise DetguardError(f"`{alone[0]}`: goes with `patch`")
     detectors = as_detectors(detector)
+    if protocols.get("save_images") and out is None:
+        raise DetguardError("`save_images`: goes with `out`, the folder where they are kept")
     wanted = plan(protocols | strength(detectors, steps, restarts), len(detectors))
     config: Config = {
         "detectors": [detector_config(one, one.source) for one in detectors],
@@ -166,9 +169,13 @@ def evaluate(
     }
     config = check(config, partly(CONFIGS["evaluate"]))
     subjects = load_subjects(detectors, config["data"], cache=Path(cache))
+    known = subjects[0].dataset.warnings[LOST].total
     for subject in subjects:
         check_pictures(subject, wanted.patches(subject.detector))
     _ = wanted.perturbations  # a wrong file leaves no run behind
     with tempfile.TemporaryDirectory() as temporary:
         run = Run.create("evaluate", Path(out or temporary), config)
-        return run_protocols(subjects, wanted, run, on_progress).metrics
+        metrics = run_protocols(subjects, wanted, run, on_progress).metrics
+    if left_out := subjects[0].dataset.warnings[LOST].total - known:
+        warnings.warn(f"{subjects[0].dataset.name}: {left_out} more {LOST}", stacklevel=2)
+    return metrics

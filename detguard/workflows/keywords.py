@@ -7,6 +7,7 @@ from typing import Any
 
 from detguard import DetguardError
 from detguard.detectors.base import Detector
+from detguard.transforms.base import Transform
 from detguard.transforms.parse import written
 
 # What stands for options of the command line in every function.
@@ -73,12 +74,16 @@ def as_specs(transforms: Any) -> str:
     """Transforms as the specs that a run keeps.
 
     Args:
-        transforms: what a user gave: specs, or transforms and specs one by one.
+        transforms: what a user gave: specs, a transform, transforms and specs one by one, or None.
 
     Raises:
         DetguardError: one cannot be read again.
     """
-    return transforms if isinstance(transforms, str) else written(transforms)
+    if transforms is None:
+        return "none"
+    if isinstance(transforms, str):
+        return transforms
+    return written([transforms] if isinstance(transforms, Transform) else transforms)
 
 
 def only_resumes(function: Callable[..., object], given: Mapping[str, Any]) -> None:

@@ -18,10 +18,9 @@ from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.files import JsonObject
 from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Monitor, latest, observe
-from detguard.photos import encode_png
+from detguard.photos import as_photo, encode_png
 from detguard.runs import INPUTS, Record, Run
 from detguard.schema import CONFIGS, Config, check, partly
-from detguard.workflows.attack import as_photo
 from detguard.workflows.keywords import as_detector
 
 # Of a run, the photos of its drops.

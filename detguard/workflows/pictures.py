@@ -184,6 +184,7 @@ def patch(
     if resume is not None:
         only_resumes(patch, locals())
         return PictureJob.resume(Path(resume), "patch", device, trust=trust).learn(on_step)
+    _with_resume_alone(device, trust=trust)
     return _learned(
         Patch(size, pixels), as_detector(detector), data, out, on_step, learning, target=target, split=split,
         class_map=class_map, print_cm=print_cm,
@@ -234,11 +235,17 @@ def universal(
     if resume is not None:
         only_resumes(universal, locals())
         return PictureJob.resume(Path(resume), "universal", device, trust=trust).learn(on_step)
+    _with_resume_alone(device, trust=trust)
     given = as_detector(detector)
     return _learned(
         Universal.of(eps, given.imgsz), given, data, out, on_step, learning, target=target, split=split,
         class_map=class_map,
     )  # fmt: skip
+
+
+def _with_resume_alone(device: str, *, trust: bool) -> None:
+    if device != defaults.DEVICE or trust:
+        raise DetguardError("`device` and `trust`: go with `resume`; else say them to `load_detector`")
 
 
 def _learned(
@@ -250,6 +257,8 @@ def _learned(
     learning: Config,
     **options: Any,
 ) -> Learned:
+    if {"photos", "hours"} <= learning.keys():
+        raise DetguardError("`hours`: instead of `photos`; leave one of them out")
     search = Learning(**{"conf": detector.conf, **learning})
     begun = PictureJob.begin(kind, detector, listed(data), search, out=None if out is None else Path(out), **options)
     return begun.learn(on_step)

@@ -4,6 +4,8 @@ import io
 import json
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,9 @@ import detguard
 from detguard import DetguardError
 from detguard.data.stream import from_records
 from detguard.hardening.monitor import Deployment, latest, observe
-from detguard.photos import encode_png, read_photo
+from detguard.photos import as_photo, encode_png, read_photo
 from detguard.runs import Run
-from detguard.workflows.attack import as_photo
+from detguard.transforms.parse import parse_transforms
 from detguard.workflows.harden import named as named_file
 
 OPTIONS = {"transforms": "median:3,flip:h", "budget": detguard.Linf(16), "step": 2}
@@ -136,11 +138,58 @@ def test_a_name_and_a_number_are_no_detector_and_no_budget(bundled, bus_file):
     [
         np.zeros((4, 4), np.uint8), np.zeros((8, 8, 3), np.float32), torch.zeros(8, 8, 3), torch.full((3, 8, 8), 2.0),
         torch.full((3, 8, 8), float("nan")), 7, np.zeros((0, 0, 3), np.uint8), Image.new("F", (8, 8)),
+        Image.fromarray(np.full((8, 8), 200, np.int32)),
     ],
 )  # fmt: skip
 def test_what_is_no_photo_is_refused(photo):
     with pytest.raises(DetguardError, match="photo: "):
         as_photo(photo)
+
+
+@pytest.mark.parametrize(
+    "photo", [np.zeros((64, 64), np.uint8), np.zeros((64, 64, 4), np.uint8), np.zeros((64, 64, 3))]
+)
+def test_what_is_no_photo_is_not_detected_on(bundled, photo):
+    for call in (lambda: bundled.predict(photo, 0.25), lambda: bundled.detect([photo])):
+        with pytest.raises(DetguardError, match="photo: "):
+            call()
+
+
+def test_detection_takes_photos_as_attacks_do(bundled, file, small):
+    wanted = bundled.predict(small, 0.25).boxes
+    for photo in (str(file), file, Image.fromarray(small), torch.from_numpy(small).permute(2, 0, 1)):
+        assert torch.equal(bundled.predict(photo, 0.25).boxes, wanted)
+        assert torch.allclose(bundled.detect([photo], 0.25)[0].boxes, wanted, atol=0.1)
+
+
+def test_a_detector_takes_no_random_numbers_and_may_be_loaded_without_gradients(small):
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        detector = detguard.load_detector()
+        assert torch.rand(1) == wanted
+        (result,) = detguard.attack(detector, small, **OPTIONS)
+    assert result.success
+
+
+def test_natural_forms_of_options_are_taken(bundled, small):
+    box = detguard.Selection(box=torch.tensor([0.0, 0.0, 240.0, 320.0]))
+    assert box == detguard.Selection(box=(0.0, 0.0, 240.0, 320.0))
+    corners = [(0, 0), (240, 0), (240, 320)]
+    assert detguard.Masked.of(detguard.Linf(8), corners).config()["mask"] == "0,0,240,0,240,320"
+    options = {"steps": 1, "aggregate": "weighted", "weights": np.array([1, 2])}
+    (result,) = detguard.attack(bundled, small, transforms=parse_transforms("median:3")[0], **options)
+    assert set(result.members) == {"photo", "median:3"}
+    (result,) = detguard.attack(bundled, small, transforms=None, steps=1)
+    assert set(result.members) == {"photo"}
+
+
+def test_threads_that_read_photos_leave_warnings_as_they_were(file):
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read_photo, [file] * 64))
+    assert warnings.filters == before
 
 
 def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_path):
@@ -199,6 +248,20 @@ def test_evaluation_gives_the_metrics_that_it_writes(bundled, small, tmp_path):
     )
     assert metrics["detguard-n"]["attack"]["restarts"] == 1
     assert metrics == json.loads((tmp_path / "run/metrics.json").read_text())
+
+
+def test_an_evaluation_warns_of_photos_that_turn_out_unreadable(bundled, small, tmp_path):
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    for path in (whole, cut):
+        Image.fromarray(small).save(path)
+    cut.write_bytes(cut.read_bytes()[:3000])
+    box = {"category_id": 1, "bbox": [10, 10, 50, 50], "area": 2500, "iscrowd": 0}
+    images = [{"id": i, "file_name": p.name, "width": 240, "height": 320} for i, p in enumerate((whole, cut), 1)]
+    labels = [{"id": i, "image_id": i} | box for i in (1, 2)]
+    data = {"images": images, "annotations": labels, "categories": [{"id": 1, "name": "person"}]}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    with pytest.warns(UserWarning, match=r"1 more photos missing or unreadable, left out"):
+        detguard.evaluate(bundled, tmp_path / "data.json", protocols=("clean",), cache=tmp_path / "c.sqlite")
 
 
 def example(name):
@@ -319,6 +382,10 @@ class Wide(detguard.Linf):
                 ({"patch_target": "persn"}, "`patch_target`: goes with `patch`"),
             ]
         ),
+        (lambda d: detguard.evaluate(d, "coco", save_images=True), "`save_images`: goes with `out`"),
+        (lambda d: detguard.patch(d, "photos", photos=9, hours=1), "`hours`: instead of `photos`"),
+        (lambda d: detguard.patch(d, "photos", device="cpu"), "`device` and `trust`: go with `resume`"),
+        (lambda d: detguard.universal(d, "photos", trust=True), "`device` and `trust`: go with `resume`"),
         (lambda d: detguard.attack(d, "a.png", objective="person"), "`objective` 'person': expected one as Vanish"),
         (lambda d: detguard.attack(d, "a.png", objective=Sly("person")), r"`objective` Sly\(.* of Vanish\("),
         (lambda d: detguard.attack(d, "a.png", budget=Wide(4)), r"`budget` Wide\(.* of Linf\("),
