@@ -7,6 +7,7 @@ What is found on each photo is kept by `evaluate`'s cache; the streams are those
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Annotated
 
 import numpy as np
@@ -35,7 +36,7 @@ def main(
     model: Annotated[str, typer.Option()] = "detguard-n",
     data: str = "../shared/data/coco256/data.yaml",
     imgsz: int = 320,
-    window: int = 32,
+    windows: str = "8,16,32",
     streams: int = 20,
     limit: int | None = None,
 ) -> None:
@@ -60,12 +61,12 @@ def main(
     }
     parts = [found["clean"], found["fog"] + found["low contrast"], found["PGD"]]
     means = ", ".join(f"{name} {np.mean(values):.2f}" for name, values in found.items())
-    table = Table(title=f"{detector.name}, {imgsz} px, window {window}; mean F1: {means}; {streams} orders, seed 0")
+    table = Table(title=f"{detector.name}, {imgsz} px; mean F1: {means}; {streams} orders, seed 0")
     changes = ("first change", "second change", "collapse, 40 + 40", "decay, 200 photos")
     heads = ("false alarms, clean twice over", *(head for change in changes for head in (f"{change}: delay", "missed")))
-    for column in ("detector", *heads):
+    for column in ("detector", "window", *heads):
         table.add_column(column, justify="left" if column == "detector" else "right")
-    for kind in DRIFT:
+    for kind, window in product(DRIFT, map(int, windows.split(","))):
         rng = np.random.default_rng(0)
         false = 0
         delays: tuple[list[int], ...] = ([], [], [], [])
@@ -84,7 +85,9 @@ def main(
             delays[3].extend([number - start for number in told if number > start][:1])
         cells = [f"{np.mean(d):.0f} (most {max(d)})" if d else "-" for d in delays]
         missed = [f"{streams - len(d)} of {streams}" for d in delays]
-        table.add_row(kind, f"{false} in {streams}", *(c for pair in zip(cells, missed, strict=True) for c in pair))
+        table.add_row(
+            kind, str(window), f"{false} in {streams}", *(c for pair in zip(cells, missed, strict=True) for c in pair)
+        )
     Console(width=200).print(table)
 
 

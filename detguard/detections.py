@@ -264,6 +264,8 @@ def _suppress_one(logits: Tensor, boxes: Tensor, conf: float, iou: float, *, mul
         scores = logits.amax(1).sigmoid()
         index = (scores > conf).nonzero()[:, 0]
         scores, classes = scores[index], logits[index].argmax(1)
+    whole = boxes_as(boxes[index], classes).isfinite().all(1)  # of a network that has diverged, or an adapter
+    index, scores, classes = index[whole], scores[whole], classes[whole]
     order = scores.argsort(descending=True, stable=True)
     # What survives NMS depends on better candidates only: the first thousand usually hold all that is kept.
     for best in (order[: 4 * MAX_DETECTIONS], order):

@@ -30,6 +30,8 @@ MAX_LINE = 16 << 20
 PARTIAL = ".partial"
 # A tree may be so deep, and so much larger for the aliases in it, as nobody writes by hand.
 MAX_DEPTH = 64
+# Each takes some hundred bytes when it is read.
+MAX_EVENTS = 5_000_000
 MAX_ALIASED = 4
 
 
@@ -190,7 +192,10 @@ _scalar("float", r"([-+]?[0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?", "-+.0123456
 
 def _parse_yaml(text: str) -> object:
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):  # events are not nested: too deep a tree is seen before it is built
+    # Events are not nested: too deep or too large a tree is seen before it is built.
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        if number > MAX_EVENTS:
+            raise ValueError(f"over {MAX_EVENTS} parts")
         if (tag := getattr(event, "tag", None)) not in (None, "!"):
             raise ValueError(f"names a type, {tag}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

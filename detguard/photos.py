@@ -43,6 +43,7 @@ Photo = NDArray[np.uint8]
 Source = str | Path | Photo | Image.Image | Tensor
 
 SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
+XMP = ("xmp", "XML:com.adobe.xmp")
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
 # Decoders may go so often over the pixels of the largest photo, and oftener over those of a smaller one: a JPEG of 2 kB
@@ -115,15 +116,18 @@ def _photos_in(folder: Path, *, recursive: bool) -> list[Path]:
         return []
 
 
-def read_photo(file: str | Path) -> Photo:
+def read_photo(file: str | Path, sha256: str = "") -> Photo:
     """Read a JPEG, PNG, WebP, AVIF, HEIC, BMP, TIFF or single-frame GIF of any mode as `uint8 [H, W, 3]` RGB, upright.
 
     Pixels come from OpenCV, as in the detectors' own predict path, and of AVIF and HEIC from Pillow. Pillow looks
     first, because OpenCV decodes half a file without a word and believes any size in a header. Of several images in a
     HEIC, it is the primary one, of those in a TIFF the first.
 
+    sha256: of a file that was looked at before, what its bytes had then.
+
     Raises:
-        PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow.
+        PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow, or
+            changed since.
     """
     if (shown := str(file).encode(errors="backslashreplace").decode()) != str(file):  # no record could name it
         raise PhotoError(f"{shown}: its name is not UTF-8; rename it")
@@ -132,6 +136,8 @@ def read_photo(file: str | Path) -> Photo:
     except FileError as error:
         reason = f"{file}: a folder that holds no photos or cannot be listed" if is_folder(file) else str(error)
         raise PhotoError(reason) from error
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise PhotoError(f"{file}: has changed since the run looked at it")
     _check(data, file)
     return decode_photo(data, file)
 
@@ -165,6 +171,8 @@ def _opened(stream: BinaryIO, file: str | Path) -> Iterator[ImageFile]:
     stream.seek(0)
     try:
         with reader(stream) as image:
+            for name in XMP:  # where Pillow looks for an orientation, and nobody else
+                image.info.pop(name, None)
             yield image
     except DetguardError:
         raise

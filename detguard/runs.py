@@ -1,9 +1,12 @@
 """Run folders: claimed by one process, created once, appended when files are safely on disk, resumed after a kill."""
 
+import errno
 import json
 import os
 import re
+import shlex
 import shutil
+import unicodedata
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -55,16 +58,22 @@ def versions() -> Mapping[str, str]:
 
 def photo_keys(files: Sequence[Path]) -> dict[str, Path]:
     """A name for each photo's results: its stem, cut where it is too long, with a number where stems repeat."""
-    keys, numbers = dict[str, Path](), dict[str, int]()
+    keys, numbers, taken = dict[str, Path](), dict[str, int](), set[str]()
     for file in files:
         name = file.stem.encode(errors="surrogatepass")
         stem = file.stem if len(name) <= LONGEST_KEY else name[:LONGEST_KEY].decode(errors="ignore")
         key, number = stem, numbers.get(stem, 1)
-        while key in keys:
+        while _on_disk(key) in taken:
             number += 1
             key = f"{stem}-{number}"
         keys[key], numbers[stem] = file, number
+        taken.add(_on_disk(key))
     return keys
+
+
+def _on_disk(name: str) -> str:
+    """A name as file systems compare it that know no letter case, and no two ways of writing an accent."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 class RunError(DetguardError):
@@ -114,7 +123,7 @@ class Run:
         else:
             refuse_taken(folder, command, "choose another `out`")
         if photos:
-            run.config["photos"] = run._staged(photos)
+            run.config["photos"] = run._staged(photos, replaced=replaced)
         run.config["versions"] = dict(versions())
         if replaced:
             run.clear(but=STAGED)
@@ -132,12 +141,15 @@ class Run:
         run.write(CONFIG, _yaml(run.config))
         return run
 
-    def _staged(self, photos: Callable[[Path], Iterable[Path]]) -> list[str]:
+    def _staged(self, photos: Callable[[Path], Iterable[Path]], *, replaced: bool) -> list[str]:
         """The photos of a run that is being made, by the names that they will have; all or none are there."""
         staged = self.folder / STAGED
         shutil.rmtree(staged, ignore_errors=True)  # of one that was killed
         try:
             found = list(photos(staged))
+            within = (one for one in found if replaced and one.parent != staged)
+            if lost := next((one for one in within if one.resolve().is_relative_to(self.folder.resolve())), None):
+                raise RunError(f"{lost}: is in {self.folder}, which would be replaced; choose another `name`")
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
@@ -213,6 +225,10 @@ class Run:
             # A lock that ends with the process, and that no process forked from it shares: none is ever stale.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                if (length, start) == (0, 0):
+                    return  # a file system without locks, such as some of the network: nothing keeps others out
+                raise RunError(f"{file}: cannot be locked ({error.strerror}), as several processes need it") from error
             owner = self._lock.read(20).decode(errors="replace").strip()
             owner = f"process {owner}" if owner.isdecimal() else "another process"
             raise RunError(f"{self.folder}: {owner} is at work on this run; wait until it is done") from error
@@ -344,7 +360,9 @@ def refuse_taken(folder: Path, command: str, advice: str) -> None:
         RunError: it does.
     """
     if os.path.lexists(folder / CONFIG):
-        go_on = "" if command == "detect" else f", or go on with it: detguard {command} --resume {folder}"
+        go_on = (
+            "" if command == "detect" else f", or go on with it: detguard {command} --resume {shlex.quote(str(folder))}"
+        )
         raise RunError(f"{folder}: already holds a run; {advice}{go_on}")
 
 

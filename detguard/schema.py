@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -115,9 +114,7 @@ def whole(least: int = -MOST, most: int = MOST) -> Kind:
 
 def real(least: float = -1e15, most: float = 1e15) -> Kind:
     """Numbers in a range."""
-    return Kind(
-        f"a number, {least:g} to {most:g}", lambda x: type(x) in (int, float) and isfinite(x) and least <= x <= most
-    )
+    return Kind(f"a number, {least:g} to {most:g}", lambda x: type(x) in (int, float) and least <= x <= most)
 
 
 def one_of(*values: str) -> Kind:
@@ -176,6 +173,7 @@ LEARNED: dict[str, Shape] = {
     "split": text,
     "class_map": {"*": text},
     "target": text,
+    "shown?": text,
     "learning": {
         "photos": whole(1),
         "hours": Maybe(real(0.001, 1e6)),

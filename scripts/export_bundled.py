@@ -33,7 +33,10 @@ Weights = Annotated[Path, typer.Option(help="Where the weights go.")]
 
 @app.command()
 def trained(
-    run: Path = Path("runs/train/detguard-n"), shared: Shared = Path("../shared"), weights: Weights = Path("weights")
+    run: Path = Path("runs/train/detguard-n"),
+    before: Annotated[Path | None, typer.Option(help="Weights that it began with, to go half way from.")] = None,
+    shared: Shared = Path("../shared"),
+    weights: Weights = Path("weights"),
 ) -> None:
     """weights/detguard-n from a run of train_bundled.py."""
     state = torch.load(run / "last.pt", weights_only=True)
@@ -46,6 +49,11 @@ def trained(
         "licence": "AGPL-3.0-or-later",
         "trained": {"by": "scripts/train_bundled.py", "photos seen": state["seen"], "from": "random weights"},
     }
+    if before:  # Izmailov et al. (2018): the mean of two of a run is in the middle of what both are at the rim of
+        seen = read_card(before)["trained"]["photos seen"]
+        card["trained"]["averaged"] = f"half way with the weights after {seen:,} photos"
+        of_before = load_file(before)
+        tensors = {k: v.lerp(of_before[k].to(v), 0.5) if v.is_floating_point() else v for k, v in tensors.items()}
     publish(tensors, card, weights / "detguard-n.safetensors", shared)
 
 

@@ -10,6 +10,8 @@ from ultralytics.utils.nms import non_max_suppression
 
 from detguard import DetguardError
 from detguard.detections import Candidates, Detections, suppress
+from detguard.detectors.base import to_photo
+from detguard.photos import Letterbox
 
 
 def candidates(seed, end_to_end=False, batch=1, boxes=400, classes=7):
@@ -144,3 +146,13 @@ def test_candidates_of_another_precision_are_found_as_floats(end_to_end):
     for kind in (torch.float64, torch.bfloat16):
         (found,) = suppress(Candidates(logits.to(kind), boxes.to(kind), end_to_end=end_to_end), 0.25, 0.7)
         assert found.boxes.dtype == found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("end_to_end", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_box_that_is_none_is_not_found_and_hides_no_other(bundled, end_to_end, value):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [value, 0, 10, 10], [50, 50, 80, 80]])
+    found = Candidates(torch.tensor([[[3.0], [4.0], [2.0]]]), boxes[None], end_to_end)
+    (kept,) = suppress(found, 0.25, 0.7)
+    kept = to_photo(kept, Letterbox.whole((100, 100)))
+    assert torch.equal(kept.boxes, boxes[[0, 2]])

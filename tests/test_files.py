@@ -8,6 +8,7 @@ import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from detguard import DetguardError, files
 from detguard.files import FileError, parse_json, printable, read_file, read_json, read_yaml, write_file
 
 
@@ -164,3 +165,9 @@ def test_what_is_dumped_is_read_back(tmp_path_factory, value):
 
 def test_what_a_terminal_would_obey_is_shown():
     assert printable("é\x1b[31m\u202eb\ud800\x00\n") == "é\\x1b[31m\\u202eb\\ud800\\x00\\n"
+
+
+def test_a_yaml_of_more_parts_than_memory_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_EVENTS", 1000)
+    with pytest.raises(DetguardError, match="over 1000 parts"):
+        read_text_as_yaml(tmp_path, "- a\n" * 1000)

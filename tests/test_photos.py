@@ -405,3 +405,12 @@ def test_resize_adjoint_conserves_the_sum_when_rows_of_weights_add_to_one():
 def test_the_largest_difference_counts_both_ways():
     low, high = np.full((2, 2, 3), 3, np.uint8), np.full((2, 2, 3), 250, np.uint8)
     assert largest_difference(low, high) == largest_difference(high, low) == 247
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+def test_an_orientation_that_xmp_alone_names_turns_neither_photo_nor_size(tmp_path, suffix):
+    file = tmp_path / f"a.{suffix}"
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    Image.new("RGB", (40, 20)).save(file, xmp=xmp)
+    assert photo_size(file) == (40, 20)
+    assert read_photo(file).shape == (20, 40, 3)

@@ -1,3 +1,4 @@
+import errno
 import gc
 import os
 import resource
@@ -14,7 +15,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from detguard import DetguardError
+from detguard import DetguardError, runs
 from detguard.files import write_file
 from detguard.runs import Run, RunError, next_free, photo_keys
 
@@ -348,3 +349,35 @@ def test_what_is_written_is_on_the_disk_before_it_takes_a_name(run, tmp_path, mo
     assert order == ["flushed", "renamed"]
     run.append(record(1))
     assert order == ["flushed", "renamed", "flushed"]
+
+
+def test_photos_whose_names_some_file_systems_take_for_one_get_keys_of_their_own():
+    files = [Path("a/IMG.jpg"), Path("b/img.jpg"), Path("c/caf\u00e9.jpg"), Path("d/cafe\u0301.jpg")]
+    assert [*photo_keys(files)] == ["IMG", "img-2", "caf\u00e9", "cafe\u0301-2"]
+
+
+def test_photos_are_not_removed_with_the_run_that_they_are_in(tmp_path):
+    folder = tmp_path / "run"
+    made = Run.create(
+        "detect", folder, {"detector": CONFIG["detectors"][0], "conf": 0.25, "photos": [], "arguments": []}
+    )
+    made.write("overlays/a.png", b"a")
+    del made
+    gc.collect()
+    (tmp_path / "link").symlink_to(folder / "overlays")
+    for photo in (folder / "overlays/a.png", tmp_path / "link/a.png"):
+        with pytest.raises(RunError, match=r"a\.png: is in .*run, which would be replaced"):
+            Run.create("detect", folder, {}, exist_ok=True, photos=lambda _, photo=photo: [photo])
+        gc.collect()
+    assert (folder / "overlays/a.png").read_bytes() == b"a"
+
+
+def test_where_files_cannot_be_locked_one_process_goes_on_and_several_are_told_why(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "lockf", refuse)
+    run = Run(tmp_path, {})
+    run.claim()
+    with pytest.raises(RunError, match="cannot be locked"):
+        run._claim(1, 1)

@@ -1,8 +1,12 @@
 """`detguard adapt`: parse, call, show."""
 
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -45,6 +49,9 @@ Replay = Annotated[
     list[str] | None,
     typer.Option(help="Photos of kinds that it knows: as --new, or a folder, labelled by what it finds; repeatable."),
 ]
+
+
+T = TypeVar("T")
 
 
 @app.command(
@@ -168,9 +175,40 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
         show_error(message)
     stopped = stop_signals()
     photos = sum(map(len, job.judged.values()))
-    with progress_bar() as progress:
-        judging = progress.add_task("judging", total=photos)
-        before = job.figures(lambda: progress.advance(judging))
+
+    def judge_by(figures: Callable[[Callable[[], None]], T]) -> T:
+        with progress_bar() as progress:
+            judging = progress.add_task("judging", total=photos)
+
+            def on_photo() -> None:
+                if stopped:
+                    raise KeyboardInterrupt
+                progress.advance(judging)
+
+            return figures(on_photo)
+
+    try:
+        before = judge_by(job.figures)
+        made = train_adaptation(job, stopped)
+        judged = judge_by(partial(job.judgement, before))
+    except KeyboardInterrupt:
+        return show_stopped(run)
+    if not job.ranks.first:
+        return 0
+    run.write("report.html", adaptation_page(run, judged, job.learned))
+    show_judgement(verdict(judged), judged_table(judged))
+    judge = f"detguard evaluate --model {shlex.quote(str(made))} --data ..."
+    text = f"results: {made}, open {run.folder / 'report.html'}; judge it: {judge}"
+    show_made(text, as_json=as_json, **asdict(Trained(made, run.folder, job.unread, before, judged.after, judged.by)))
+    return 2 if job.unread else 0
+
+
+def train_adaptation(job: "Adapting", stopped: list[int]) -> Path:
+    """Train with live progress; returns the file of the ensemble.
+
+    Raises:
+        KeyboardInterrupt: a signal was noted in `stopped`.
+    """
     with progress_bar() as progress:
         fitting = progress.add_task("whom to ask", total=1.0, visible=False)
         task = progress.add_task("adapt", total=1.0, visible=False)
@@ -185,17 +223,4 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
             show_setback("adapt", losses, setbacks)
             return bool(stopped)
 
-        try:
-            made = job.train(on_batch, on_fit)
-        except KeyboardInterrupt:
-            return show_stopped(run)
-    with progress_bar() as progress:
-        judging = progress.add_task("judging", total=photos)
-        judged = job.judgement(before, lambda: progress.advance(judging))
-    if not job.ranks.first:
-        return 0
-    run.write("report.html", adaptation_page(run, judged, job.learned))
-    show_judgement(verdict(judged), judged_table(judged))
-    text = f"results: {made}, open {run.folder / 'report.html'}; judge it: detguard evaluate --model {made} --data ..."
-    show_made(text, as_json=as_json, **asdict(Trained(made, run.folder, job.unread, before, judged.after, judged.by)))
-    return 2 if job.unread else 0
+        return job.train(on_batch, on_fit)

@@ -9,8 +9,9 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from io import TextIOWrapper
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +22,12 @@ from rich.status import Status
 from rich.text import Text
 from typing_extensions import override
 
-from detguard import DetguardError, __version__
+from detguard import DetguardError, __version__, first_line
 from detguard.engine import keep_freed_memory
 from detguard.files import printable
 
 if TYPE_CHECKING:
+    from detguard.detectors.base import Detector
     from detguard.ranks import Ranks
     from detguard.runs import Run
 
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
 class Terminal(Console):
     """A console that shows text as it is: no markup, no emoji codes, and nothing that a terminal would obey.
 
-    still: no live lines; rank: of this process among those of a launch.
+    still: no live lines; rank: of this process among those of a launch; lost: whether it has told of photos that could
+    not be read.
     """
 
     still = False
     rank = 0
+    lost = False
 
     @override
     def status(self, *args: Any, **options: Any) -> Status:
@@ -75,6 +79,7 @@ OPTIONS = {
 }  # fmt: skip
 # Options that a resumed run takes anew.
 KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json", "log"}
+SAID_AGAIN = ("--device", "--workers", "--log", "--fail-under")
 # How many new objects make Python look for garbage, by default 700: torch is imported sooner by not finding any.
 GARBAGE_AFTER = 10_000
 # The exit codes where nothing was attacked or judged, neither a success nor a failure; and of what Ctrl-C stopped.
@@ -210,9 +215,14 @@ def main() -> None:
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every letter
-    stopped = raise_noted()
+    stopped, err.lost = raise_noted(), False
     try:
-        code = app(standalone_mode=False)
+        try:
+            code = app(standalone_mode=False)
+        except SystemExit as ended:
+            code = ended.code
+        if err.lost and code in (None, 0, 1, NOTHING):
+            code = 2
         if code == STOPPED:  # by Typer, of a KeyboardInterrupt
             show_error("stopped")
         sys.exit(code)
@@ -220,7 +230,9 @@ def main() -> None:
         if stopped:  # which libraries make errors of: an import cut short, weights that seem damaged
             show_error("stopped")
             sys.exit(STOPPED)
-        if isinstance(error, DetguardError):
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # of torch, of Python and NumPy
+            show_error(f"out of memory ({first_line(error)}); try a smaller `batch` or `imgsz`, or smaller photos")
+        elif isinstance(error, DetguardError):
             show_error(str(error), of_all=not error.told)
         elif not isinstance(error, typer.TyperException):
             raise
@@ -273,6 +285,10 @@ def only_resumes(context: typer.Context) -> None:
         raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
 
 
+# Options of `load_detector` that commands have under the same names.
+LOADING = ("imgsz", "top_k", "fusion", "iou", "trust", "end_to_end")
+
+
 def run_folder(context: typer.Context) -> Path | None:
     """Where a command's new run goes, by its --out or --name; None: to the next number.
 
@@ -301,6 +317,15 @@ def run_folder(context: typer.Context) -> Path | None:
     return folder
 
 
+def loaded(context: typer.Context, *names: str, device: str) -> "list[Detector]":
+    """Detectors by name, by what a command's options say of how to load them."""
+    from detguard.detectors.load import load_detector
+
+    options = {name: context.params[name] for name in LOADING if name in context.params}
+    with err.status("Loading the detector"):
+        return [load_detector(name, device=device, **options) for name in names]
+
+
 def show_error(message: str, *, of_all: bool = False) -> None:
     """Print an error as one line on stderr.
 
@@ -318,8 +343,21 @@ def show_warning(message: str) -> None:
 
 def show_stopped(run: "Run") -> int:
     """Say how a run that was stopped goes on; returns the exit code."""
-    show_error(f"stopped; go on with: detguard {run.config['command']} --resume {shlex.quote(str(run.folder))}")
+    command = ["detguard", run.config["command"], "--resume", str(run.folder), *_said_again(sys.argv)]
+    piped = "... | " if run.config.get("stream", {}).get("source") == "-" else ""
+    show_error(f"stopped; go on with: {piped}{shlex.join(command)}")
     return STOPPED
+
+
+def _said_again(words: Sequence[str]) -> list[str]:
+    """The words of a command line that a run does not keep, which a resumed one needs, too."""
+    kept = list[str]()
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        if word == "--trust" or (word.partition("=")[0] in SAID_AGAIN and "=" in word):
+            kept.append(word)
+        elif word in SAID_AGAIN:
+            kept += [word, following]
+    return kept
 
 
 def show_made(text: str, *, as_json: bool, **made: object) -> None:

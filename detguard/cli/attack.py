@@ -41,6 +41,7 @@ from detguard.cli.app import (
     app,
     err,
     levels,
+    loaded,
     only_resumes,
     only_with,
     out,
@@ -238,9 +239,9 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
-    from detguard.data.inputs import as_photos, find_inputs
+    from detguard.data.inputs import as_photos, find_inputs, is_camera
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
-    from detguard.detectors.load import load_configured, load_detector
+    from detguard.detectors.load import load_configured
     from detguard.objectives.parse import read_goal
     from detguard.photos import find_photos
     from detguard.runs import Run, shared_run
@@ -277,11 +278,7 @@ def attack(
             "goal": goal, "target": target, "to": to, "strict": strict, "object": places(objects),
             "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others, "loss": loss, "count": count,
         })  # fmt: skip
-        with err.status("Loading the detector"):
-            detectors = [
-                load_detector(name, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
-                for name in model or [defaults.MODEL]
-            ]
+        detectors = loaded(context, *(model or [defaults.MODEL]), device=device)
         options = replace(options, conf=conf or detectors[0].conf)
         kept = {}
         if data and unlabelled(data):
@@ -301,7 +298,9 @@ def attack(
             arguments=sys.argv[1:],
         )  # fmt: skip
 
-        shown = partial(as_photos, files, every=every, frames=frames)
+        if not any(map(is_camera, files)):
+            only_with(context, ("frames",), "a camera")
+        shown = partial(as_photos, files, every=every, frames=frames, on_warning=show_warning)
         with err.status("Reading the photos"):
             run = shared_run(
                 ranks, lambda: Run.create("attack", out_folder, config, kept, exist_ok=exist_ok, photos=shown)
@@ -490,8 +489,8 @@ def detect(
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
-    from detguard.data.inputs import as_photos, find_inputs
-    from detguard.detectors.load import detector_config, load_detector
+    from detguard.data.inputs import as_photos, find_inputs, is_camera
+    from detguard.detectors.load import detector_config
     from detguard.overlay import draw_detections
     from detguard.photos import encode_png, read_photo
     from detguard.reports.tables import detections_table
@@ -499,15 +498,16 @@ def detect(
 
     out_folder = run_folder(context)
     sources = find_inputs(photos, recursive=recursive)
-    with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+    if not any(map(is_camera, sources)):
+        only_with(context, ("frames",), "a camera")
+    (detector,) = loaded(context, model, device=device)
     conf = conf or detector.conf
     if detector.nms_inside and conf < detector.nms_inside[0]:
         show_warning(
             f"--conf {conf:g}: the NMS of {model} is inside it, at {detector.nms_inside[0]:g} or so, and gives no less"
         )
     config = {"detector": detector_config(detector, model), "conf": conf, "arguments": sys.argv[1:]}
-    shown = partial(as_photos, sources, every=every, frames=frames)
+    shown = partial(as_photos, sources, every=every, frames=frames, on_warning=show_warning)
     with err.status("Reading the photos"):
         run = Run.create("detect", out_folder, config, exist_ok=exist_ok, photos=shown)
     code = 0

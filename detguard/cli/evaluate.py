@@ -32,6 +32,7 @@ from detguard.cli.app import (
     app,
     err,
     levels,
+    loaded,
     only_resumes,
     only_with,
     out,
@@ -166,7 +167,7 @@ def evaluate(
     Exit code: 0 done, 1 less than --fail-under, 2 wrong use, or photos that could not be read (the rest is still done).
     """
     from detguard.data.entries import LOST
-    from detguard.detectors.load import detector_config, load_configured, load_detector
+    from detguard.detectors.load import detector_config, load_configured
     from detguard.evaluation.corruptions import PUBLISHED
     from detguard.evaluation.floors import read_floors
     from detguard.evaluation.pictures import check_pictures
@@ -196,7 +197,8 @@ def evaluate(
             "detectors": [],
             "data": {
                 "source": data, "split": split, "images": str(images) if images else None,
-                "classes": parse_names(classes) if classes else None, "limit": limit, "class_map": parse_map(class_map),
+                "classes": None if classes is None else parse_names(classes), "limit": limit,
+                "class_map": parse_map(class_map),
             },
             "evaluate": {
                 "protocols": parse_names(protocols), "severities": whole_numbers("--severities", severities),
@@ -211,15 +213,11 @@ def evaluate(
             "arguments": sys.argv[1:],
         }  # fmt: skip
         plan(config["evaluate"], len(models))
-        with err.status("Loading the detectors"):
-            detectors = [
-                load_detector(name, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
-                for name in models
-            ]
+        detectors = loaded(context, *models, device=device)
         config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
-    floors = read_floors(fail_under, wanted.protocols) if fail_under else {}
+    floors = {} if fail_under is None else read_floors(fail_under, wanted.protocols)
     with err.status("Reading the annotations"):
         subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings, ranks=ranks)
     for subject in subjects:  # a wrong patch leaves no run behind
@@ -234,7 +232,7 @@ def evaluate(
     if not err.still:
         err.say(cost_line(cost))
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
-    sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, as_json=as_json))
+    sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, cost.passes, as_json=as_json))
 
 
 def cost_line(cost: "Cost") -> str:
@@ -261,7 +259,10 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def show_warnings(_: str, faults: "Faults") -> None:
-    """What was wrong with data: counted by kind, the first few in full."""
+    """What was wrong with data: counted by kind, the first few in full; photos that are lost count in the exit code."""
+    from detguard.data.entries import LOST
+
+    err.lost = err.lost or LOST in faults
     for kind, where in faults.items():
         show_warning(f"{where.total} {kind}")
         for line in where[:MOST_SHOWN]:
@@ -277,23 +278,24 @@ def run_evaluation(
     warned: int,
     floors: "Floors",
     ranks: "Ranks",
+    passes: int,
     *,
     as_json: bool,
 ) -> int:
     """Evaluate what the cache does not hold yet, write everything out, show the tables; returns the exit code.
 
     warned: how many photos that cannot be read were shown before; as_json: show the metrics instead of tables;
-    ranks: each evaluates its share of the photos, and the first writes and shows.
+    ranks: each evaluates its share of the photos, and the first writes and shows; passes: there are in all.
     """
     from detguard.data.entries import LOST
     from detguard.evaluation.floors import shortfalls
-    from detguard.evaluation.run import evaluate, total_cost
+    from detguard.evaluation.run import evaluate
     from detguard.reports.evaluation import evaluation_page, tables, verdict
     from detguard.reports.tables import terminal_table
 
     dataset = subjects[0].dataset
     with progress_bar() as progress:
-        task = progress.add_task("evaluate", total=total_cost(subjects, wanted))
+        task = progress.add_task("evaluate", total=passes)
         try:
             evaluation = evaluate(
                 subjects, wanted, run, lambda what, done: progress.update(task, description=what, advance=done), ranks
@@ -312,8 +314,8 @@ def run_evaluation(
         for table in (first.turned, *others):
             out.print(terminal_table(table))
         out.say(f"results: {run.folder}, open {run.folder / 'report.html'}")
-        if wanted.save_images:
-            out.say(f"data sets: {run.folder / 'datasets'}")
+        if wanted.save_images and (made := run.folder / "datasets").exists():
+            out.say(f"data sets: {made}")
     short = list(shortfalls(evaluation.metrics, floors))
     for line in short:
         show_error(line)

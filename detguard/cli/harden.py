@@ -1,5 +1,6 @@
 """`detguard harden`: parse, call, show."""
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -216,6 +217,7 @@ def harden(
     with --learn what labels say. One in 20 photos (at most 32) is held out: AP clean and attacked, before and after.
     Ctrl-C saves and stops. Judge the result with `detguard evaluate --protocols clean,corruptions,attack,checks`.
     """
+    from detguard.hardening.run import Plan
     from detguard.hardening.trackers import check_tracker, track
     from detguard.workflows.harden import Hardening
 
@@ -234,14 +236,9 @@ def harden(
             raise DetguardError(
                 "--data: give a folder or pattern of photos, a data.yaml or a COCO json (or --resume RUN)"
             )
-        plan: Config = {
-            "recipe": recipe, "learn": learn, "mode": mode, "split": split, "photos": photos, "hours": hours,
-            "crop": crop, "attack": attack, "eps": levels(eps), "steps": steps, "mix": mix, "tune_normal": tune_normal,
-            "transforms": transforms, "top_k": top_k, "fusion": fusion, "sparse": sparse,
-            "batch": batch, "rate": rate, "seed": seed,
-        }  # fmt: skip
-        on_line = given(context)
-        plan = {name: value for name, value in plan.items() if name in on_line}
+        fields = Plan.__dataclass_fields__.keys() - {"pretrain"}  # of which there are photos
+        plan: Config = {name: context.params[name] for name in given(context) if name in fields}
+        plan |= {"eps": levels(eps)} if "eps" in plan else {}
         ranks = start_ranks(device)
         with err.status("Loading the detector"):
             job = Hardening.begin(
@@ -337,6 +334,6 @@ def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = Fals
         return 0
     run.write("report.html", hardening_page(run, job.judgement))
     show_judgement(verdict(job.judgement, run.config), judged_before_after(job.judgement))
-    page, judge = run.folder / "report.html", f"detguard evaluate --model {made.weights} --data ..."
+    page, judge = run.folder / "report.html", f"detguard evaluate --model {shlex.quote(str(made.weights))} --data ..."
     show_made(f"results: {made.weights}, open {page}; judge it: {judge}", as_json=as_json, **asdict(made))
     return 2 if job.unread else 0

@@ -15,6 +15,7 @@ from detguard.cli.app import (
     NOTHING,
     ClassMap,
     Device,
+    EndToEnd,
     Every,
     ExistOk,
     Frames,
@@ -33,6 +34,7 @@ from detguard.cli.app import (
     app,
     err,
     given,
+    loaded,
     only_resumes,
     only_with,
     out,
@@ -52,6 +54,10 @@ if TYPE_CHECKING:
     from detguard.detectors.base import Detector
     from detguard.runs import Run
     from detguard.schema import Config
+
+
+# Photos that an option may ask for.
+MOST = 10**6
 
 
 @app.command(
@@ -85,13 +91,16 @@ def monitor(
     window: Annotated[
         int,
         typer.Option(
-            min=8, help='Photos before "no drop" is said, and that AP is over; a drop may be told after half of them.'
+            min=8,
+            max=MOST,
+            help='Photos before "no drop" is said, and that AP is over; a drop may be told after half of them.',
         ),
     ] = defaults.Monitor.window,
     imgsz: ImageSize = None,
     top_k: TopK = None,
     fusion: Fusion = None,
     iou: NmsIou = None,
+    end_to_end: EndToEnd = False,
     out_folder: OutFolder = None,
     name: RunName = None,
     exist_ok: ExistOk = False,
@@ -103,10 +112,14 @@ def monitor(
         ),
     ] = "tell",
     gather: Annotated[
-        int, typer.Option(min=1, help="Of --on-drift adapt: photos of the new kind to gather before it is learned.")
+        int,
+        typer.Option(
+            min=1, max=MOST, help="Of --on-drift adapt: photos of the new kind to gather before it is learned."
+        ),
     ] = defaults.Monitor.gather,
     keep: Annotated[
-        int, typer.Option(min=0, help="Of --on-drift adapt: photos before a drop, at random, that are replayed.")
+        int,
+        typer.Option(min=0, max=MOST, help="Of --on-drift adapt: photos before a drop, at random, that are replayed."),
     ] = defaults.Monitor.keep,
     adapt_options: Annotated[
         str,
@@ -128,9 +141,10 @@ def monitor(
     and events.jsonl tells what was deployed when, and why.
     Exit code: 0 no drop, 1 a drop, 2 wrong use or unreadable photos (the rest is still watched), 3 too few to judge.
     """
+    from detguard.data.inputs import is_camera
     from detguard.data.sources import read_labelled, unlabelled
     from detguard.detectors.gated import GatedDetector
-    from detguard.detectors.load import detector_config, load_configured, load_detector, load_model
+    from detguard.detectors.load import detector_config, load_configured, load_model
     from detguard.hardening.adapt import JUDGED_ONE_IN
     from detguard.runs import Run
     from detguard.workflows.monitor import LIVE, is_filmed, open_stream
@@ -146,8 +160,7 @@ def monitor(
         raise DetguardError("--roll-back: goes with --resume")
     if not stream:
         raise DetguardError("--stream: give a COCO json, a data.yaml, or - for JSON lines (or --resume RUN)")
-    with err.status("Loading the detector"):
-        watched = load_detector(model, imgsz, device, trust=trust, top_k=top_k, fusion=fusion, iou=iou)
+    (watched,) = loaded(context, model, device=device)
     if on_drift == "adapt" and not isinstance(watched, GatedDetector):
         raise DetguardError(f"--on-drift adapt: {model} is no gated ensemble; make one of it with detguard harden")
     if on_drift == "adapt":
@@ -165,7 +178,9 @@ def monitor(
     else:
         only_with(context, ("gather", "keep", "replay", "adapt_options"), "--on-drift adapt")
     if not is_filmed(stream):
-        only_with(context, ("every", "frames"), "a video or a camera")
+        only_with(context, ("every",), "a video or a camera")
+    if not is_camera(stream):
+        only_with(context, ("frames",), "a camera")
     parsed = adapting_options(adapt_options, watched.model if on_drift == "adapt" else None, gather)
     renamed = parse_map(class_map)
     for source in replay or []:  # wrong data are an error now, not after a drop

@@ -10,7 +10,6 @@ import typer
 from detguard import DetguardError, defaults
 from detguard.classes import parse_map
 from detguard.cli.app import (
-    STOPPED,
     ClassMap,
     Confidence,
     Device,
@@ -34,11 +33,13 @@ from detguard.cli.app import (
     err,
     given,
     levels,
+    loaded,
     only_resumes,
     out,
     progress_bar,
     run_folder,
     show_made,
+    show_stopped,
     stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
@@ -117,7 +118,7 @@ def patch(
     if resume:
         return go_on(context, resume, "patch", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
-    detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+    (detector,) = loaded(context, model, device=device)
     learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
         Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split,
@@ -171,7 +172,7 @@ def universal(
     if resume:
         return go_on(context, resume, "universal", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
-    detector = loaded(model, imgsz, device, top_k, fusion, iou, trust=trust, end_to_end=end_to_end)
+    (detector,) = loaded(context, model, device=device)
     learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal.of(levels(eps), detector.imgsz)
     return begin(
@@ -187,14 +188,6 @@ def learns(context: typer.Context, photos: int, hours: float | None, *options: A
     if hours is not None and "photos" in given(context):
         raise DetguardError("--hours: instead of --photos; leave one of them out")
     return Learning(photos, hours, *options)
-
-
-def loaded(*options: Any, **flags: Any) -> "Detector":
-    """The detector of the options, which are those of `load_detector`."""
-    from detguard.detectors.load import load_detector
-
-    with err.status("Loading the detector"):
-        return load_detector(*options, **flags)
 
 
 def begin(
@@ -231,11 +224,13 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
     from detguard.reports.pictures import picture_page
 
     out.quiet = out.quiet or as_json
-    stopped, kind, run = stop_signals(), job.kind, job.run
+    stopped, kind, run, ended = stop_signals(), job.kind, job.run, False
     with progress_bar() as progress:
         task = progress.add_task(kind.kind, total=1.0)
 
         def on_step(done: float, loss: float | None) -> bool:
+            nonlocal ended
+            ended = done >= 1
             progress.update(task, completed=done)
             if loss is not None:
                 progress.update(task, description=f"{kind.kind}: loss {loss:.3g}")
@@ -243,13 +238,13 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
 
         learned = job.learn(on_step)
     run.write("report.html", picture_page(run, job.detector, job.objective, job.photos, kind, learned.picture))
-    if stopped:
-        out.say(f"stopped early; go on with: detguard {kind.kind} --resume {shlex.quote(str(run.folder))}")
+    early = bool(stopped) and not ended
     shown = run.config["detector"]
     judged = "" if shown["model"] == defaults.MODEL else f"--model {shlex.quote(shown['model'])} "
     resized = any(word.startswith("--imgsz") for word in run.config["arguments"])
     judged += f"--imgsz {shown['imgsz']} " if resized else ""
     judged += "--end-to-end " if shown["end_to_end"] else ""
+    judged += "--trust " if "--trust" in run.config["arguments"] else ""
     for option in ("top_k", "fusion", "iou"):
         word = f"--{option.replace('_', '-')}"
         judged += f"{word} {shown[option]} " if any(a.startswith(word) for a in run.config["arguments"]) else ""
@@ -264,6 +259,6 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
         judged += f" --classes {shlex.quote(hidden)}"
     text = f"results: {learned.file}, open {run.folder / 'report.html'}; judge it on other photos: "
     text += f"detguard evaluate --protocols clean {judged} --data ..."
-    show_made(text, as_json=as_json, file=learned.file, folder=learned.folder, stopped=bool(stopped))
-    if stopped:
-        sys.exit(STOPPED)
+    show_made(text, as_json=as_json, file=learned.file, folder=learned.folder, stopped=early)
+    if early:
+        sys.exit(show_stopped(run))

@@ -109,12 +109,16 @@ def read_photos(
     broken: list[str] = []
 
     def read(entry: Path | Labelled) -> tuple[bytes, Labelled | None] | str:
+        file = entry.file if isinstance(entry, Labelled) else entry
         try:
-            photo = read_photo(entry.file if isinstance(entry, Labelled) else entry)
+            photo = read_photo(file)
         except DetguardError as error:
             return str(error)
         shown = shrunk(photo, size, plain=plain)
-        data = encode_png(shown) if plain else encode_jpeg(shown, KEPT_QUALITY)
+        try:
+            data = encode_png(shown) if plain else encode_jpeg(shown, KEPT_QUALITY)
+        except DetguardError as error:  # longer than a file of the kind can be
+            return f"{file}: {error}"
         if not isinstance(entry, Labelled):
             return data, None
         return data, as_kept(entry, photo, shown)

@@ -6,7 +6,7 @@ in `KINDS` say where ours differ. Training and attacks use these; detectors are 
 (`evaluation/corruptions.py`).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import albumentations as A
@@ -188,13 +188,13 @@ KINDS: dict[str, Apply] = {
 }
 
 
-def chosen_kinds(names: Sequence[str] | None, known: Collection[str] = KINDS.keys()) -> tuple[str, ...]:
+def chosen_kinds(names: Sequence[str] | None) -> tuple[str, ...]:
     """The kinds of corruptions of these names, by default all that are known.
 
     Raises:
         DetguardError: one of them is not known, or there is none.
     """
-    kinds = tuple(known if names is None else names)
-    if not kinds or not set(kinds) <= set(known):
-        raise DetguardError(f"`corruptions` {','.join(kinds)}: expected some of {', '.join(known)}")
+    kinds = tuple(KINDS if names is None else names)
+    if not kinds or not set(kinds) <= KINDS.keys():
+        raise DetguardError(f"`corruptions` {','.join(kinds)}: expected some of {', '.join(KINDS)}")
     return kinds

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from pycocotools.coco import COCO
 
+from detguard import first_line
 from detguard.classes import left_out
 from detguard.data.coco import read_coco
 from detguard.data.entries import LOST, DataError, Faults, Instances, file_name, inside
@@ -95,11 +96,14 @@ def read_dataset(
     images: Path | None = None,
     limit: int | None = None,
     class_map: Mapping[str, str] | None = None,
+    *,
+    labelled: bool = True,
 ) -> Dataset:
     """A data set by the name of one in `datasets/`, by an Ultralytics data.yaml, or by a COCO instances json.
 
     split: which part of a yaml; images: the folder of a json's photos, found beside it by default; limit: the first
-    so many photos only; class_map: names of classes -> those that they are to be called by, several may be one.
+    so many photos that can be read; class_map: names of classes -> those that they are to be called by, several may be
+    one; labelled: whether it has to have objects.
 
     Raises:
         DataError: no such data, damaged, or its paths lead out of its folder.
@@ -116,7 +120,7 @@ def read_dataset(
         root = _root(config, file)
         if split not in config or config[split] is None:
             parts = ", ".join(k for k in ("train", "val", "test") if config.get(k)) or "none"
-            raise DataError(f"{file}: has no split '{split}' (it has: {parts}); choose one with `split`")
+            raise DataError(f"{file}: has no split '{split}' (it has: {parts})")
         annotations = config.get("annotations") or {}
         if isinstance(annotations, dict) and split in annotations:
             folder, listed = (
@@ -127,7 +131,7 @@ def read_dataset(
             dataset, files = read_yolo(config, root, split, file, faults, limit)
     if not files:
         raise DataError(f"{file}: no photo to evaluate on ({faults.first})")
-    if not dataset["annotations"]:
+    if labelled and not dataset["annotations"]:
         raise DataError(f"{file}: no labelled object to evaluate on ({faults.first})")
     counts = Counter(category["name"] for category in dataset["categories"])
     if twice := [name for name, count in counts.items() if count > 1]:
@@ -167,8 +171,7 @@ def _find(source: str | Path) -> Path:
         file = file / "data.yaml"
     if not is_file(file) and is_file(shipped("datasets") / f"{source}.yaml"):
         file = shipped("datasets") / f"{source}.yaml"
-    # Path.is_dir raises of names that no file can have.
-    if os.path.isdir(file):  # noqa: PTH112
+    if is_folder(file):
         raise DataError(f"{source}: is a folder; photos need labels here: give a data.yaml or a COCO instances json")
     if not is_file(file):
         known = ", ".join(sorted(p.stem for p in shipped("datasets").glob("*.yaml")))
@@ -208,7 +211,7 @@ def _root(config: JsonObject, file: Path) -> Path:
         try:
             return Path(check_det_dataset(str(config["ultralytics"]))["path"])
         except Exception as error:  # whatever the network layers raise, the user's remedy is the same
-            reason = f"; it cannot be downloaded ({str(error).splitlines()[0].strip()})"
+            reason = f"; it cannot be downloaded ({first_line(error)})"
     how = f"; how to get it: {config['get']}" if isinstance(config.get("get"), str) else ""
     raise DataError(f"{file}: its data folder is not here (looked at {', '.join(map(str, roots))}){reason}{how}")
 

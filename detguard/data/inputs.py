@@ -2,10 +2,12 @@
 
 import mimetypes
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 from urllib.request import Request, urlopen
 
@@ -17,6 +19,7 @@ from detguard.files import FileError, open_file, write_file
 from detguard.photos import MAX_PIXELS, MIN_SIDE, Photo, encode_png, find_photos
 from detguard.runs import photo_keys
 
+OnWarning = Callable[[str], object]
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 # Of one file; each becomes a PNG.
 MOST_FRAMES = 10_000
@@ -62,11 +65,13 @@ def download(address: str, folder: Path) -> Path:
     try:
         with urlopen(Request(address, headers={"User-Agent": "detguard"}), timeout=PATIENCE) as answer:
             data = answer.read(MOST_BYTES + 1)
-            kind = answer.headers.get_content_type()
+            kind, length = answer.headers.get_content_type(), answer.headers.get("Content-Length", "")
     except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
         raise DetguardError(f"{address}: cannot be downloaded ({first_line(error)})") from error
     if len(data) > MOST_BYTES:
         raise DetguardError(f"{address}: over {MOST_BYTES >> 30} GiB")
+    if length.isdecimal() and len(data) < int(length):
+        raise DetguardError(f"{address}: cut short, {len(data)} of {length} bytes; try again")
     name = Path(re.sub(r"[^\w.-]", "_", unquote(urlparse(address).path).rpartition("/")[2])[-64:])
     suffix = name.suffix or mimetypes.guess_extension(kind) or ""
     names = (f"{name.stem.strip('.') or 'photo'}{f'-{number}' if number else ''}{suffix}" for number in count())
@@ -76,8 +81,10 @@ def download(address: str, folder: Path) -> Path:
     return file
 
 
-def read_frames(file: Path, every: int = 1) -> Iterator[tuple[int, Photo]]:
+def read_frames(file: Path, every: int = 1, on_warning: OnWarning = warnings.warn) -> Iterator[tuple[int, Photo]]:
     """Every so many frames of a video, and their numbers from 1, `uint8 [H, W, 3]` RGB.
+
+    on_warning: called at the end where damaged parts were left out.
 
     Raises:
         DetguardError: it is no video, cannot be read, or its frames are too large or too many.
@@ -93,7 +100,7 @@ def read_frames(file: Path, every: int = 1) -> Iterator[tuple[int, Photo]]:
         ):
             if video.streams.video[0].frames > every * MOST_FRAMES:  # 0 where the file does not say
                 raise DetguardError(f"{file}: over {MOST_FRAMES} frames; take fewer by `every`")
-            for number, frame in enumerate(video.decode(video.streams.video[0])):
+            for number, frame in enumerate(_decoded(video, file, on_warning)):
                 if not MIN_SIDE**2 <= frame.width * frame.height <= MAX_PIXELS:
                     raise DetguardError(f"{file}: frames of {frame.width} x {frame.height} px; too small or too large")
                 if number % every == 0:
@@ -106,6 +113,33 @@ def read_frames(file: Path, every: int = 1) -> Iterator[tuple[int, Photo]]:
         raise
     except Exception as error:  # of a damaged file, a decoder can raise anything
         raise DetguardError(f"{file}: no video that can be read ({first_line(error)})") from error
+
+
+def _decoded(video: Any, file: Path, on_warning: OnWarning) -> Iterator[Any]:
+    """The frames of a video, without those of damaged parts, as a card that is pulled or a lost connection leaves them.
+
+    Raises:
+        av.error.InvalidDataError: there is nothing else.
+    """
+    from av.error import InvalidDataError
+
+    packets, found, damaged = video.demux(video.streams.video[0]), 0, list[Exception]()
+    while True:
+        try:
+            if (packet := next(packets, None)) is None:
+                break
+            frames = packet.decode()
+        except InvalidDataError as error:
+            damaged.append(error)
+            if len(damaged) > MOST_FRAMES:
+                break
+            continue
+        yield from frames
+        found += len(frames)
+    if damaged and not found:
+        raise damaged[0]
+    if damaged:
+        on_warning(f"{file}: {len(damaged)} damaged parts of the video left out")
 
 
 def camera_frames(camera: cv2.VideoCapture, every: int = 1) -> Iterator[tuple[int, Photo]]:
@@ -126,7 +160,13 @@ def camera_frames(camera: cv2.VideoCapture, every: int = 1) -> Iterator[tuple[in
         raise DetguardError("the camera gives no frames; see that it is there and that nothing else uses it")
 
 
-def as_photos(sources: Iterable[str], folder: Path, every: int = 1, frames: int = MOST_FRAMES) -> Iterator[Path]:
+def as_photos(
+    sources: Iterable[str],
+    folder: Path,
+    every: int = 1,
+    frames: int = MOST_FRAMES,
+    on_warning: OnWarning = warnings.warn,
+) -> Iterator[Path]:
     """Photos of sources by `find_inputs`, one by one: downloads, and frames as NAME-NUMBER.png, go into a folder.
 
     Args:
@@ -134,6 +174,7 @@ def as_photos(sources: Iterable[str], folder: Path, every: int = 1, frames: int 
         folder: made where it is needed.
         every: of videos and cameras, every so many frames.
         frames: of a camera, which never ends, so many.
+        on_warning: called where a video has damaged parts.
 
     Raises:
         DetguardError: as `read_frames`, `camera_frames` and `download`, or a file cannot be written.
@@ -145,7 +186,7 @@ def as_photos(sources: Iterable[str], folder: Path, every: int = 1, frames: int 
         if is_camera(source):
             shown = islice(camera_frames(cv2.VideoCapture(int(source)), every), frames)
         elif is_video(file):
-            shown = read_frames(file, every)
+            shown = read_frames(file, every, on_warning)
         else:
             yield file
             continue

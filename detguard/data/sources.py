@@ -11,7 +11,7 @@ from detguard.classes import check_map, left_out
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import Faults
 from detguard.data.stream import Labelled, as_line, in_order, read_lines, to_lines, unknown_boxes
-from detguard.files import FileError, is_file, read_yaml
+from detguard.files import FileError, is_file, is_folder, read_yaml
 from detguard.photos import SUFFIXES, find_photos
 
 # Of a run, its photos with their labels.
@@ -81,13 +81,15 @@ def unlabelled(source: str) -> bool:
     path = Path(source)
     if attack_run(path):
         return False
-    if path.is_dir():
-        return not (path / "data.yaml").is_file()
-    return path.suffix.lower() in SUFFIXES or (not path.exists() and glob.has_magic(source))
+    if is_folder(path):
+        return not is_file(path / "data.yaml")
+    return path.suffix.lower() in SUFFIXES or (not is_file(path) and glob.has_magic(source))
 
 
-def photo_files(source: str) -> list[Path]:
+def photo_files(source: str, on_data: OnData = warn_of) -> list[Path]:
     """The photos of a folder, a pattern, a file of JSON lines or a data set's training split.
+
+    on_data: called with what was wrong with the data set.
 
     Raises:
         DetguardError: they are of an attack: what a detector says of them is not what is to be learned.
@@ -101,7 +103,9 @@ def photo_files(source: str) -> list[Path]:
         return find_photos([source])
     if Path(source).suffix == ".jsonl":
         return [one.file for one in read_lines(source, {})]
-    return list(read_dataset(source, "train").files.values())
+    dataset = read_dataset(source, "train", labelled=False)
+    on_data(dataset.name, dataset.warnings)
+    return list(dataset.files.values())
 
 
 def read_labelled(

@@ -25,15 +25,17 @@ def read_yolo(
     """
     names = _class_names(config["names"], file)
     ids = official_ids(names)
-    photos = _photos_of_split(config[split], root, file)[:limit]
+    photos = _photos_of_split(config[split], root, file)
     found: Instances = {"images": [], "annotations": [], "categories": []}
     found["categories"] = [{"id": ids[k], "name": v} for k, v in names.items()]
-    files = {}
+    files: dict[int, Path] = {}
     points = _numbers_of_points(config, file)
     # COCO's own photos are named by their id.
     numbers = [int(p.stem) for p in photos if p.stem.isdecimal() and len(p.stem) < 19]
     numbered = len(set(numbers)) == len(photos)
     for number, photo in enumerate(photos, 1):
+        if limit is not None and len(files) >= limit:
+            break
         image_id = int(photo.stem) if numbered else number
         if (size := upright_size(photo)) is None:
             faults.add(LOST, f"{file}: {photo}")

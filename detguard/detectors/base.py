@@ -260,5 +260,6 @@ def _plain(value: object) -> bool:
 
 
 def to_photo(detections: Detections, letterbox: Letterbox) -> Detections:
-    """Detections in frame pixels -> photo pixels."""
+    """Detections in frame pixels -> photo pixels, without boxes that are none."""
+    detections = detections[detections.boxes.isfinite().all(1)]
     return replace(detections, boxes=letterbox.boxes_to_photo(detections.boxes))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from albumentations import Compose
 
 PACKAGE = "imagecorruptions-imaug"
+SEVERITIES = (1, 2, 3, 4, 5)
 PUBLISHED = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",

@@ -1,6 +1,7 @@
 """metrics.json of an evaluate run: by model, each protocol's figures and the settings that they were made with."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict, cast, get_args
 
@@ -245,7 +246,7 @@ def _read(file: Path, shape: Shape) -> object:
 
 
 def _anew(file: Path) -> str:
-    return f"finish the run, or write it anew, with: detguard evaluate --resume {file.parent}"
+    return f"finish the run, or write it anew, with: detguard evaluate --resume {shlex.quote(str(file.parent))}"
 
 
 def _schemas(found: object) -> list[int]:

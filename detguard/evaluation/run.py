@@ -12,7 +12,6 @@ from typing import cast
 import numpy as np
 
 from detguard import DetguardError, __version__, defaults
-from detguard.data.corruptions import SEVERITIES, chosen_kinds
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
@@ -20,7 +19,7 @@ from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import CocoMetrics
 from detguard.evaluation.compare import Compared
-from detguard.evaluation.corruptions import PACKAGE, PUBLISHED
+from detguard.evaluation.corruptions import PACKAGE, PUBLISHED, SEVERITIES
 from detguard.evaluation.metrics import (
     DRAWS,
     METRICS,
@@ -103,24 +102,19 @@ class Protocols:
         for name in SEVERAL:
             if isinstance(given := getattr(self, name), str) or not isinstance(given, Sequence):
                 raise DetguardError(f"`{name}` {given!r}: expected a tuple or list, as {getattr(Protocols, name)[:2]}")
-        for name in self.protocols:
-            if name not in PROTOCOLS:
-                raise DetguardError(f"`protocols` '{name}': expected some of {', '.join(PROTOCOLS)}")
-        for severity in self.severities:
-            if severity not in SEVERITIES:
-                raise DetguardError(f"`severities` {severity}: expected some of 1,2,3,4,5")
+        known = {"protocols": PROTOCOLS, "severities": SEVERITIES, "attacks": ATTACKS, "corruptions": PUBLISHED}
+        for name, some in known.items():
+            for one in getattr(self, name):
+                if one not in some:
+                    raise DetguardError(f"`{name}` {one}: expected some of {', '.join(map(str, some))}")
         for eps in self.eps:
             if eps != int(eps) or not 0 < eps <= 255:
                 raise DetguardError(f"`eps` {eps}: expected whole levels of 1..255")
-        for attack in self.attacks:
-            if attack not in ATTACKS:
-                raise DetguardError(f"`attacks` '{attack}': expected some of {', '.join(ATTACKS)}")
-        chosen_kinds(self.corruptions, PUBLISHED)
         _ = self.own_corruption  # a wrong file leaves no run behind
         for name in SEVERAL:  # what is given twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
-        if not (self.protocols and self.severities and self.eps and self.attacks):
-            raise DetguardError("`protocols`, `severities`, `eps`, `attacks`: each needs at least one value")
+            if not getattr(self, name):
+                raise DetguardError(f"`{name}`: needs at least one value")
 
     def attack_sets(self, detector: Detector) -> list[AttackSet]:
         """The white-box attacks on a detector, by rising budget as given; on a gated one, those that know it too.
@@ -245,11 +239,6 @@ def evaluate(
             views = wanted.views(subject.detector)
             save_views(subject, views, run, lambda what: on_progress(what, 0) if on_progress else None)
     return evaluation
-
-
-def total_cost(subjects: list[Subject], wanted: Protocols) -> int:
-    """What `evaluate` has to show, in forward passes."""
-    return sum(len(s.dataset.files) * sum(view.cost for view in views) for s, views in work(subjects, wanted))
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ def save_view(subject: Subject, view: View, run: Run) -> str:
     made = DatasetWriter(lambda file, data: run.write(f"{folder}/{file}", data), dataset.categories)
     if is_file(run.path(f"{folder}/{LIST}")):
         return folder
-    names = {file: key for key, file in photo_keys(list(dataset.files.values())).items()}
+    names = dict(zip(dataset.files, photo_keys(list(dataset.files.values())), strict=True))
     wanted = [(view, image) for images in subject.batches() for image in images if isinstance(view, Altered)]
     with closing(makers) if (makers := Makers.of(subject, wanted)) else nullcontext():
         for images in subject.batches():
             for image, photo in zip(images, view.show(Batch(subject, images, makers)), strict=True):
                 objects = dataset.annotations.imgToAnns.get(image, [])
                 size = photo.shape[1], photo.shape[0]
-                made.add(f"{names[dataset.files[image]]}.png", encode_png(photo), size, objects, image)
+                made.add(f"{names[image]}.png", encode_png(photo), size, objects, image)
     made.close()
     return folder
 

@@ -6,6 +6,7 @@ shape go through in fixed batches, each written to the cache whole, so that a ki
 
 import hashlib
 import json
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ SHOWN_CONFIDENCE = 0.25
 BATCH = 8
 # From how many altered photos on processes make them, how many at most, what one takes for each pixel, and how long.
 MANY, MOST_WORKERS, PIXEL_BYTES, PATIENCE = 64, 16, 256, 3600.0
+# Fog and frost make squares of the longer side, fog of the next power of two: by the longest, 4 GiB.
+FOG_BYTES, LONGEST_SIDE = 14, 1 << 14
 
 
 @dataclass(eq=False)
@@ -136,15 +139,17 @@ class Batch:
     @cached_property
     def photos(self) -> list[Photo]:
         """The photos of the batch as they are in their files."""
-        return [read_photo(self.subject.dataset.files[image]) for image in self.images]
+        return [self._read(image) for image in self.images]
+
+    def _read(self, image: int) -> Photo:
+        return read_photo(self.subject.dataset.files[image], self.subject.hashes[image])
 
     def drop_unreadable(self) -> set[int]:
         """Take the photos that cannot be read out of the batch and its data set; returns which."""
         photos = {}
         for image in self.images:
-            file = self.subject.dataset.files[image]
             try:
-                photos[image] = read_photo(file)
+                photos[image] = self._read(image)
             except DetguardError as error:
                 self.subject.dataset.drop(image, str(error))
         unreadable = set(self.images) - photos.keys()
@@ -318,7 +323,10 @@ class Makers:
         for kind in {view.kind for view, _ in wanted if isinstance(view, Corrupted)}:
             corrupt(np.zeros((32, 32, 3), np.uint8), kind, 1, 0)  # imports and compiles, once for all processes
         seeds = (Batch(subject, [image]).seeds(view.name, view.seed)[0] for view, image in wanted)
-        jobs = [(view, subject.dataset.files[image], seed) for (view, image), seed in zip(wanted, seeds, strict=True)]
+        jobs = [
+            (view, (subject.dataset.files[image], subject.hashes[image]), seed)
+            for (view, image), seed in zip(wanted, seeds, strict=True)
+        ]
         self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, patience=PATIENCE)
         self._wanted = zip(wanted, self._made, strict=False)
 
@@ -329,7 +337,7 @@ class Makers:
         local: how many processes share the machine by this.
         """
         sizes = [subject.dataset.annotations.imgs[image] for image in {image for _, image in wanted}]
-        each = PIXEL_BYTES * max((entry["height"] * entry["width"] for entry in sizes), default=1)
+        each = max((bytes_of(entry["height"], entry["width"]) for entry in sizes), default=1)
         free = free_memory()
         workers = min(cores() // local, MOST_WORKERS, MOST_WORKERS if free is None else free // each // local)
         few = len(wanted) < MANY or workers < 2
@@ -352,16 +360,21 @@ class Makers:
         self._made.close()
 
 
+def bytes_of(height: int, width: int) -> int:
+    """What a process takes at most that corrupts a photo; fog makes a square map of a power of two."""
+    return max(PIXEL_BYTES * height * width, FOG_BYTES * 4 ** math.ceil(math.log2(max(height, width))))
+
+
 @lru_cache(BATCH)
-def _read(file: Path) -> Photo:
-    return read_photo(file)
+def _read(file: Path, sha256: str) -> Photo:
+    return read_photo(file, sha256)
 
 
-def _made(jobs: Sequence[tuple[Altered, Path, int]], number: int) -> tuple[bytes, tuple[int, ...]] | str:
+def _made(jobs: Sequence[tuple[Altered, tuple[Path, str], int]], number: int) -> tuple[bytes, tuple[int, ...]] | str:
     """An altered photo, as bytes, which need no shared memory, and its shape; or why there is none."""
     view, file, seed = jobs[number]
     try:
-        photo = view.alter(_read(file), seed)
+        photo = view.alter(_read(*file), seed)
     except DetguardError as error:
         return str(error)
     return photo.tobytes(), photo.shape
@@ -381,6 +394,11 @@ def fill(
     Raises:
         DetguardError: no photo can be read.
     """
+    if any(isinstance(view, Corrupted) for view in views):
+        for image, file in list(subject.dataset.files.items()):
+            entry = subject.dataset.annotations.imgs[image]
+            if max(entry["height"], entry["width"]) > LONGEST_SIDE:
+                subject.dataset.drop(image, f"{file}: over {LONGEST_SIDE} px long, too long to be corrupted")
     batches = subject.batches()
 
     def on_own(view: View, photos: int) -> None:

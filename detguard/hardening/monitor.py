@@ -1,7 +1,7 @@
 """Watching a detector's accuracy over a stream of labelled photos: a drop means that they are of a new kind."""
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -329,6 +329,12 @@ def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: 
     return one.of(earlier.photo)
 
 
+def _counted_off(known: Counter[str], name: str) -> bool:
+    """Whether one more of a name is known; it is then counted off."""
+    known[name] -= 1
+    return known[name] >= 0
+
+
 def observe(
     run: Run,
     deployed: Deployment,
@@ -355,13 +361,14 @@ def observe(
     watch = Watch(deployed, kind, window)
     for known in seen:
         watch.again(known)
+    if again and isinstance(photos, Sequence):  # a data set, of which photos may be gone since, or new
+        known_ones = Counter(record["photo"] for record in seen)
+        photos = [one for one in photos if not _counted_off(known_ones, str(one.file))]
+    elif again:
+        photos = islice(photos, watch.count, None)
     del seen  # of a stream that goes on for days
-    if again and isinstance(photos, Sequence) and len(photos) < watch.count:
-        raise DetguardError(
-            f"{run.folder}: the data set has {len(photos)} photos, fewer than were seen; begin a new run"
-        )
     windows = Windows(window)
-    for one in islice(photos, watch.count if again else 0, None):
+    for one in photos:
         earlier = watch.waiting.pop(one.id, None) if isinstance(one, Labels) else None
         number = earlier.number if earlier else watch.count + 1
         watch.count = max(watch.count, number)

@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from detguard.data.corruptions import KINDS, SEVERITIES
 from detguard.detections import Detections
 from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO, AttackSet, attack_name
 from detguard.evaluation.bootstrap import FEWEST, RESAMPLES
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1
 from detguard.evaluation.compare import Compared, ap_of
+from detguard.evaluation.corruptions import PUBLISHED, SEVERITIES
 from detguard.evaluation.metrics import Figure, Metrics, ModelMetrics, OfClass, Spent, Stat, Stats
 from detguard.evaluation.pictures import GREY, Changed
 from detguard.evaluation.run import Evaluation, Protocols
@@ -22,7 +22,7 @@ from detguard.reports.plots import gate_plot, plots
 
 # A photo as a view shows it.
 CHANGED = "changed"
-ALL_KINDS = f"all {len(KINDS)}"
+ALL_KINDS = f"all {len(PUBLISHED)}"
 # Rows over which a table is shown by its title alone.
 FOLDED = 14
 # Why the worst per photo is not the least.
@@ -85,10 +85,10 @@ def corrupted_by(found: ModelMetrics) -> str:
     kinds = found["corruptions"]["kinds"]
     severities = list(next(iter(kinds.values()))["severities"])
     named = ", ".join(kind.replace("_", " ") for kind in kinds)
-    by = named if len(kinds) < 4 else f"{len(kinds)} of {len(KINDS)}"
+    by = named if len(kinds) < 4 else f"{len(kinds)} of {len(PUBLISHED)}"
     if len(severities) < len(SEVERITIES):
         return f"{by} at severity {','.join(severities)}"
-    return ALL_KINDS if len(kinds) == len(KINDS) else by
+    return ALL_KINDS if len(kinds) == len(PUBLISHED) else by
 
 
 def _corrupted(found: ModelMetrics) -> str:
@@ -140,6 +140,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[ModelMetrics], str]], ...] = (
 VERDICT: tuple[tuple[Compared, Callable[[ModelMetrics], str]], ...] = (
     ("clean", lambda m: "clean"),
     ("corruptions", _corrupted),
+    ("corruption_file", lambda m: "corrupted by your own"),
     ("attack", lambda m: f"attacked at {m['attack']['eps']}/255"),
     ("transfer", lambda m: f"by transferred attacks at {m['transfer']['eps']}/255"),
     ("blackbox", _black_box),
@@ -309,11 +310,13 @@ def verdict(metrics: Metrics) -> str:
     """One sentence: the AP of each model as it was measured, and checks that failed."""
     sentences = []
     for name, found in metrics.items():
-        parts = [f"{number(ap_of(found, key))} {words(found)}" for key, words in VERDICT if key in found]
-        if "checks" in found and (failed := _failed(found)):
-            parts.append(f"the attack's own checks FAILED ({', '.join(failed)})")
+        figures = [f"{number(ap_of(found, key))} {words(found)}" for key, words in VERDICT if key in found]
+        parts = [f"AP {', '.join(figures)}"] if figures else []
+        if "checks" in found and ((failed := _failed(found)) or not figures):
+            of_checks = f"FAILED ({', '.join(failed)})" if failed else "hold"
+            parts.append(f"the attack's own checks {of_checks}")
         photos = f" ({found['clean']['photos']} photos)" if "clean" in found else ""
-        sentences.append(f"{name}: " + (f"AP {', '.join(parts)}{photos}" if parts else "nothing was measured"))
+        sentences.append(f"{name}: {', '.join(parts)}{photos}" if parts else f"{name}: nothing was measured")
     return "; ".join(sentences)
 
 

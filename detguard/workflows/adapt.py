@@ -75,7 +75,7 @@ def read_sources(
         raise DetguardError("`replay`: give labelled photos or folders, not both")
     taken = {one.file.resolve() for one in shown}
     old = [one for one in labelled([] if folders else replay) if one.file.resolve() not in taken]
-    files = [file for source in folders for file in photo_files(source) if file.resolve() not in taken]
+    files = [file for source in folders for file in photo_files(source, on_data) if file.resolve() not in taken]
     if replay and not (old or files):
         raise DetguardError(f"`replay` {', '.join(replay)}: no photos there but those that are new")
     return shown, old, files

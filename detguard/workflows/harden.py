@@ -196,7 +196,7 @@ class Hardening:
                 with suppress(DataError):  # none of its classes is known; the teacher answers for its photos, too
                     found = read_labelled(source, "train", names, on_data, class_map=class_map)
             labelled += found
-            photos += [] if learns_labels else [one.file for one in found] or photo_files(source)
+            photos += [] if learns_labels else [one.file for one in found] or photo_files(source, on_data)
         if not learns_labels:  # which then only judge
             of_file = {one.file: one for one in labelled}
             labelled = [of_file[file] for file in hold_out(photos)[1] if file in of_file]
@@ -210,7 +210,7 @@ class Hardening:
             "corruptions": list(kinds),
             "arguments": list(arguments),
             "photos": list(map(str, photos)),
-            "pretrain": [str(file) for source in pretrain for file in photo_files(source)],
+            "pretrain": [str(file) for source in pretrain for file in photo_files(source, on_data)],
             "samples": list(samples),
         }
         config = check(config, partly(CONFIGS["harden"]))

@@ -25,7 +25,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import MOST_EXPERTS
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
-from detguard.files import MAX_PHOTO, is_file, parse_json, read_file, read_json
+from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, FileError, parse_json, read_file, read_json
 from detguard.hardening.adapt import JUDGED_ONE_IN
 from detguard.hardening.judging import FIGURES, Figures
 from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment
@@ -196,8 +196,13 @@ class Living(Deployment):
         again = self.seen.get(number, {}).get("f1") is not None  # as a resumed run sees its last window
         if number in self.seen or first:
             copy = f"{PHOTOS}/{number}{Path(record['photo']).suffix[:8]}"
-            if copied and first and "error" not in record and is_file(Path(record["photo"])):
-                self.run.write(copy, read_file(record["photo"], MAX_PHOTO))
+            if copied and first and "error" not in record:
+                try:
+                    data = read_file(record["photo"], MAX_PHOTO)
+                except FileError:  # the camera has deleted it
+                    pass
+                else:
+                    self.run.write(copy, data)
             kept = {"photo": str(self.run.path(copy))} if self.run.path(copy).exists() else {}
             self.seen[number] = self.seen.get(number, {}) | record | kept
         if record.get("f1") is not None and number in self.seen and not again:
@@ -215,17 +220,18 @@ class Living(Deployment):
         since = self.passed or self.number + 1
         since = min(since, self.last["began"]) if self.last["event"] == "gathering" else since
         waiting = [number for number, known in self.seen.items() if known.get("labelled") is False][-MOST_WAITING:]
-        needed = self.learned.union(self.reservoir, waiting)
+        # While one kind is learned, the next one may come for hours.
+        gathered = [one["number"] for one in self._photos(since, self.number)][-self.options["gather"] :]
+        needed = self.learned.union(self.reservoir, waiting, gathered)
         for number in [n for n in self.seen if n <= recent and n not in needed]:
-            if number < since or self.seen[number].get("f1") is None:
-                file = Path(self.seen.pop(number)["photo"])
-                if file.parent == self.run.path(PHOTOS):
-                    file.unlink(missing_ok=True)
+            file = Path(self.seen.pop(number)["photo"])
+            if file.parent == self.run.path(PHOTOS):
+                file.unlink(missing_ok=True)
 
     def _learned(self) -> set[int]:
         """The numbers of the photos that are being learned."""
         files = [self.run.path(f"{self.last['folder']}.{name}.jsonl") for name in ("new", "replay")]
-        lines = [line for file in files if file.exists() for line in read_file(file).splitlines()]
+        lines = [line for file in files if file.exists() for line in read_file(file, MAX_ANNOTATIONS).splitlines()]
         copies = self.run.path(PHOTOS).resolve()
         try:
             photos = [Path(parse_json(line)["photo"]) for line in lines]

@@ -1,5 +1,7 @@
 """Learn one picture for many photos, from Python: a patch, or a universal perturbation."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,7 +75,7 @@ class PictureJob:
             "learning": asdict(learning), "arguments": list(arguments),
         }  # fmt: skip
         config = check(config, partly(CONFIGS[kind.kind]))
-        objective, photos = _attacked_photos(detector, config, on_data)
+        objective, photos, config["shown"] = _attacked_photos(detector, config, on_data)
         run = Run.create(kind.kind, out, config, exist_ok=exist_ok)
         return cls(run, detector, objective, photos, kind, learning)
 
@@ -90,12 +92,15 @@ class PictureJob:
         """A run to go on with. command: `patch` or `universal`.
 
         Raises:
-            DetguardError: there is none, or its detector is no longer what it was.
+            DetguardError: there is none, or its detector or its photos are no longer what they were.
         """
         run = Run.resume(folder, command)
         detector = load_configured(run.config["detector"], device, trust=trust)
         kind, learning = KINDS[command](**run.config["picture"]), Learning(**run.config["learning"])
-        return cls(run, detector, *_attacked_photos(detector, run.config, on_data), kind, learning)
+        objective, photos, shown = _attacked_photos(detector, run.config, on_data)
+        if run.config.get("shown", shown) != shown:
+            raise DetguardError(f"{folder}: its photos or their labels have changed; restore them, or begin a new run")
+        return cls(run, detector, objective, photos, kind, learning)
 
     def learn(self, on_step: OnPicture | None = None) -> Learned:
         """Learn the picture to its end, or until `on_step` returns True; what is learned is saved either way."""
@@ -117,8 +122,19 @@ class PictureJob:
         return Learned(made, run.path(f"{name}.png"), run.folder)
 
 
-def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tuple[Objective, list[Stage]]:
-    """What is to vanish, and the photos of all sources that have some, by their labels or else by what is found."""
+def _digest(photos: Sequence[tuple[Path, Detections | None]]) -> str:
+    """Of what is learned on: the photos by their names, in order, and their labels."""
+    digest = hashlib.sha256()
+    for file, objects in photos:
+        labels = None if objects is None else [objects.boxes.tolist(), objects.classes.tolist()]
+        digest.update(json.dumps([str(file), labels]).encode())
+    return digest.hexdigest()
+
+
+def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tuple[Objective, list[Stage], str]:
+    """What is to vanish, the photos of all sources that have some, by their labels or else by what is found, and
+    `_digest` of all.
+    """
     if config["class_map"] and all(map(unlabelled, config["data"])):
         raise DetguardError("`class_map`: renames classes of labels, and `data` has none")
     objective = Vanish(parse_names(config["target"])).on(detector)
@@ -129,7 +145,7 @@ def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tup
         else:
             labelled = read_labelled(source, config["split"], names, on_data, class_map=config["class_map"])
             photos += [(one.file, one.objects) for one in labelled]
-    return objective, stages(detector, photos, objective, config["learning"]["conf"])
+    return objective, stages(detector, photos, objective, config["learning"]["conf"]), _digest(photos)
 
 
 def patch(

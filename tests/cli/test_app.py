@@ -4,12 +4,15 @@ import gc
 import io
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import cv2
 import pytest
+import torch
 import typer
 from rich.progress import TextColumn
 from typer.main import get_command
@@ -19,7 +22,9 @@ from detguard.attacks.budgets import BUDGETS
 from detguard.attacks.group import Aggregate, Schedule
 from detguard.attacks.steps import RULES
 from detguard.cli import main
-from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, with_dashes
+from detguard.cli.adapt import run_adaptation
+from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, show_stopped, with_dashes
+from detguard.detectors import load
 from detguard.engine import torch_device
 from detguard.export.run import FORMATS
 from detguard.files import shipped
@@ -425,7 +430,87 @@ def test_options_reach_the_run(monkeypatch, asked, tmp_path, tiny_data, bus_file
 
 @pytest.mark.parametrize("command", ["attack", "detect"])
 def test_folders_in_folders_and_so_many_frames_are_looked_at(monkeypatch, asked, tmp_path, command):
-    run(monkeypatch, command, tmp_path / "photos", "--recursive", "--every", 2, "--frames", 7)
+    run(monkeypatch, command, tmp_path / "photos", "0", "--recursive", "--every", 2, "--frames", 7)
     shown = asked[0][1]["photos"]
-    assert shown.keywords == {"every": 2, "frames": 7}
-    assert [Path(one).name for one in shown.args[0]] == ["b.jpg", "a.jpg"]
+    assert (shown.keywords["every"], shown.keywords["frames"]) == (2, 7)
+    assert [Path(one).name for one in shown.args[0]] == ["b.jpg", "a.jpg", "0"]
+
+
+@pytest.fixture
+def lossy(tiny_data):
+    """A data set of which a photo is gone."""
+    data = json.loads(tiny_data.read_text())
+    data["images"].append({"id": 99, "file_name": "gone.jpg", "width": 9, "height": 9})
+    (tiny_data.parent / "lossy.json").write_text(json.dumps(data))
+    return tiny_data.parent / "lossy.json"
+
+
+@pytest.mark.parametrize(
+    "command", ["monitor --imgsz 64 --stream", "evaluate --imgsz 64 --dry-run --protocols clean --data"]
+)
+def test_photos_that_are_gone_are_told_by_the_exit_code(monkeypatch, capsys, tmp_path, lossy, command):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *command.split(), lossy) == 2
+    assert "1 photos missing or unreadable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys, bus_file, kind):
+    def full(*_, **__):
+        raise kind("Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(load, "load_detector", full)
+    assert run(monkeypatch, "detect", bus_file) == 2
+    assert "out of memory (Tried to allocate 9 GiB); try a smaller --batch or --imgsz" in capsys.readouterr().err
+
+
+def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, capsys, tmp_path):
+    words = "evaluate --data d --fail-under clean.AP=.3 --device=cpu --trust --workers 2 --out x"
+    monkeypatch.setattr(sys, "argv", ["detguard", *words.split()])
+    assert show_stopped(Run(tmp_path / "my run", {"command": "evaluate"})) == 130
+    again = "--fail-under clean.AP=.3 --device=cpu --trust --workers 2"
+    assert f"detguard evaluate --resume '{tmp_path}/my run' {again}\n" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["detguard", "monitor", "--stream", "-"])
+    show_stopped(Run(Path("r"), {"command": "monitor", "stream": {"source": "-"}}))
+    assert "go on with: ... | detguard monitor --resume r\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate --data DATA --fail-under=", "--fail-under"),
+        ("evaluate --data DATA --classes=", "--classes"),
+        ("detect PHOTO --frames 9", "--frames: goes with a camera"),
+        ("attack PHOTO --frames 9", "--frames: goes with a camera"),
+        ("monitor --stream clip.mp4 --frames 9", "--frames: goes with a camera"),
+        ("monitor --stream DATA --window 2000000", "--window"),
+        ("monitor --stream DATA --on-drift adapt --keep 2000000", "--keep"),
+        ("monitor --stream DATA --on-drift adapt --gather 2000000", "--gather"),
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_named(
+    monkeypatch, capsys, tmp_path, tiny_data, bus_file, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    names = {"DATA": tiny_data, "PHOTO": bus_file}
+    assert run(monkeypatch, *(names.get(word, word) for word in arguments.split())) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_while_an_adaptation_is_judged_stops_it(monkeypatch, capsys, tmp_path):
+    def figures(on_photo):
+        signal.raise_signal(signal.SIGINT)
+        on_photo()
+        raise AssertionError("judged on")
+
+    job = SimpleNamespace(
+        run=Run(tmp_path, {"command": "adapt"}), load=lambda _: None, unread=[], judged={}, figures=figures
+    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert run_adaptation(job, None) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "stopped; go on with: detguard adapt --resume" in capsys.readouterr().err

@@ -139,3 +139,10 @@ def test_a_photo_that_is_all_but_a_line_keeps_a_pixel_of_its_width(tmp_path, pla
     assert not broken
     frames, _ = draw_frames(source, 8, 64)
     assert np.max(frames) > PADDING_LEVEL
+
+
+def test_a_photo_too_wide_to_be_kept_is_named_and_the_rest_is_used(bus_file, tmp_path):
+    (tmp_path / "strip.png").write_bytes(encode_png(np.zeros((8, 1_000_000, 3), np.uint8)))
+    found, messages = read_photos([([tmp_path / "strip.png", bus_file], 1.0)], 64)
+    assert len(found) == 1
+    assert [message.startswith(str(tmp_path / "strip.png")) for message in messages] == [True]

@@ -436,3 +436,15 @@ def test_a_data_yaml_that_names_a_coco_json_is_labelled_by_it(photos):
     file = yolo(photos, {"a": "0 .5 .5 .2 .2"}, {"annotations": {"val": "official.json"}})
     (found,) = read_dataset(file).annotations.dataset["annotations"]
     assert (found["image_id"], found["category_id"], found["bbox"]) == (7, 18, [10, 10, 20, 30])
+
+
+@pytest.mark.parametrize("form", [yolo, coco])
+def test_a_limit_takes_photos_that_can_be_read(photos, form):
+    (photos / "images/val/a.jpg").write_bytes(b"")
+    labels = {"b": "0 .5 .5 .2 .2"} if form is yolo else [{}, {"image_id": 9}]
+    assert [file.stem for file in read_dataset(form(photos, labels), limit=1).files.values()] == ["b"]
+
+
+@pytest.mark.parametrize("form", [yolo, coco])
+def test_photos_alone_need_no_label(photos, form):
+    assert len(read_dataset(form(photos, {} if form is yolo else []), labelled=False).files) == 2

@@ -132,3 +132,35 @@ def test_a_download_is_bounded_and_stays_in_its_folder(tmp_path, site, monkeypat
     monkeypatch.setattr(inputs, "MOST_BYTES", 3)
     with pytest.raises(DetguardError, match="over 0 GiB"):
         list(as_photos([f"{address}/a.jpg"], tmp_path / "run"))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_damaged_parts_of_a_video_are_left_out_and_told_of(tmp_path, suffix):
+    file, told = tmp_path / f"drive{suffix}", []
+    write(file, 6)
+    with av.open(str(file)) as video:
+        places = [(packet.pos, packet.size) for packet in video.demux(video.streams.video[0]) if packet.size]
+    data = bytearray(file.read_bytes())
+    at, size = places[2]
+    data[at : at + size] = bytes([0xFF]) * size
+    file.write_bytes(data)
+    assert 3 <= len(list(read_frames(file, on_warning=told.append))) < 6
+    assert [one.startswith(f"{file}: ") and "left out" in one for one in told] == [True]
+
+
+def test_a_download_that_is_cut_short_is_no_photo(tmp_path):
+    class Short(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Short)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(DetguardError, match="cut short, 10 of 1000 bytes"):
+        list(as_photos([f"http://127.0.0.1:{server.server_port}/a.jpg"], tmp_path))
+    server.shutdown()

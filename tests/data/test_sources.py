@@ -10,6 +10,7 @@ import detguard
 from detguard import DetguardError
 from detguard.attacks.samples import kept_samples, load_samples, read_samples, sample_lines, write_samples
 from detguard.data.batches import batches, read_photos
+from detguard.data.entries import LOST
 from detguard.data.sources import photo_files, read_labelled, unlabelled
 from detguard.photos import encode_png
 from detguard.runs import Run
@@ -156,3 +157,17 @@ def test_a_map_names_classes_of_the_detector_in_any_letter_case(tiny_data, bundl
     assert [len(photo.objects) for photo in mapped] == [len(photo.objects) for photo in plain]
     classes = {int(c) for photo in plain for c in photo.objects.classes} - {bundled.class_index("person")}
     assert {int(c) for photo in mapped for c in photo.objects.classes} == classes | {bundled.class_index("bus")}
+
+
+def test_photos_of_a_data_set_need_no_labels_and_those_that_are_gone_are_told(bus, tmp_path):
+    (tmp_path / "bus.png").write_bytes(encode_png(bus))
+    (tmp_path / "train.txt").write_text("./bus.png\n./gone.png\n")
+    (tmp_path / "data.yaml").write_text("path: .\ntrain: train.txt\nnames: [person]\n")
+    told = []
+    assert photo_files(str(tmp_path / "data.yaml"), lambda _, faults: told.append(faults)) == [tmp_path / "bus.png"]
+    assert [len(faults[LOST]) for faults in told] == [1]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "*"])
+def test_a_name_that_no_file_can_have_is_no_traceback(name):
+    assert unlabelled(name) == name.endswith("*")

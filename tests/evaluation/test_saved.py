@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import io
 from dataclasses import replace
 
@@ -118,3 +119,13 @@ def test_processes_that_make_them_ahead_make_the_same(saved, tmp_path, monkeypat
     for image in subject.dataset.files:
         (shown,) = bright.show(Batch(subject, [image]))
         assert np.array_equal(read_photo(tmp_path / folder / f"images/{image}.png"), shown)
+
+
+def test_a_photo_that_is_listed_twice_is_saved_twice(saved, tmp_path, monkeypatch):
+    subject, (_, bright, *_), _ = saved
+    files = {11: subject.dataset.files[11], 12: subject.dataset.files[11]}
+    twice = replace(subject, dataset=replace(subject.dataset, files=files), cache=Cache(tmp_path / "c.sqlite"))
+    images = copy.deepcopy(subject.dataset.annotations.imgs)
+    monkeypatch.setattr(twice.dataset.annotations, "imgs", images | {12: images[11] | {"id": 12}})
+    save_views(twice, [bright], Run(tmp_path, {}))
+    assert {file.name for file in (tmp_path / "datasets/brightness-3/images").iterdir()} == {"11.png", "11-2.png"}

@@ -18,7 +18,7 @@ from detguard.evaluation.coco import value_left
 from detguard.evaluation.run import Protocols, evaluate, measure_cost
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
-from detguard.photos import read_photo
+from detguard.photos import encode_png, read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run
 
@@ -290,3 +290,26 @@ def test_draws_of_the_attack_are_of_the_last_budget_and_of_the_least_figure(subj
     attack = found.metrics["bundled"]["attack"]
     assert (attack["AP"], attack["by"]) == (0, "vanish-0")
     assert set(found.draws["bundled"]["attack"]) == {0}
+
+
+def test_a_photo_that_changes_meanwhile_is_dropped_and_not_kept_as_what_it_was(subject, tmp_path):
+    file, (first, *others) = tmp_path / "changes.png", subject.dataset.files.values()
+    file.write_bytes(first.read_bytes())
+    subject.dataset = replace(subject.dataset, files=subject.dataset.files | {11: file})
+    assert subject.hashes
+    file.write_bytes(others[0].read_bytes())
+    fill(subject, [Clean()])
+    assert list(subject.dataset.files) == [12, 13, 14]
+    assert "has changed" in subject.dataset.warnings[LOST][0]
+
+
+def test_a_photo_that_is_too_long_to_be_corrupted_is_dropped(subject, tmp_path):
+    file = tmp_path / "strip.png"
+    file.write_bytes(encode_png(np.zeros((8, 20_000, 3), np.uint8)))
+    subject.dataset = replace(subject.dataset, files=subject.dataset.files | {11: file})
+    subject.dataset.annotations.imgs[11] |= {"width": 20_000, "height": 8}
+    fill(subject, [Clean()])
+    assert 11 in subject.dataset.files
+    fill(subject, [Clean(), Corrupted("fog", 1, 0)])
+    assert list(subject.dataset.files) == [12, 13, 14]
+    assert "strip.png" in subject.dataset.warnings[LOST][0]

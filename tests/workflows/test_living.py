@@ -260,3 +260,21 @@ def test_a_run_of_a_stranger_gives_adapt_no_options_but_those_a_user_may(tmp_pat
     run = Run(tmp_path, config | {"living": {"gather": 3, "keep": KEEP, "adapt": parts}})
     with pytest.raises(DetguardError, match=r"`adapt` --.*: expected some of"):
         Living(run, bundled)
+
+
+def test_while_one_kind_is_learned_the_next_one_does_not_fill_the_disk(living, tmp_path):
+    photo = tmp_path / "camera.png"
+    photo.write_bytes(b"1")
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    living.passed, last = 1, 3 * MOST_WINDOWS
+    record = {"photo": str(photo), "objects": [], "f1": 1.0, "confidence": 0.5, "entropy": None, "began": None}
+    for number in range(1, last + 1):
+        living._remember(record | {"number": number}, copied=True)
+    copies = {int(file.stem) for file in (living.run.folder / "photos").iterdir()}
+    assert copies == {*range(last - MOST_WINDOWS + 1, last + 1), *living.reservoir}
+
+
+def test_a_photo_that_the_camera_deletes_meanwhile_ends_no_stream(living):
+    record = {"number": 1, "photo": "gone.png", "objects": [], "f1": 1.0, "confidence": 0.5, "entropy": None}
+    living.saw(record | {"began": None})
+    assert living.seen[1]["photo"] == "gone.png"

@@ -17,7 +17,7 @@ from PIL import Image
 
 import detguard
 from detguard import DetguardError
-from detguard.data.stream import from_records
+from detguard.data.stream import Labelled, from_records
 from detguard.hardening.monitor import Deployment, latest, observe
 from detguard.photos import as_photo, encode_png, read_photo
 from detguard.runs import Run
@@ -548,3 +548,33 @@ def test_objects_chosen_by_number_are_those_of_one_detector(bundled, small, tmp_
 def test_detectors_of_one_name_are_not_attacked_together(bundled, small):
     with pytest.raises(DetguardError, match="each must have a name of its own"):
         list(detguard.attack([bundled, bundled], [small], transforms="none", steps=1))
+
+
+def test_a_resumed_monitor_sees_each_photo_once_whatever_has_become_of_the_data_set(bundled, small, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(encode_png(np.roll(small, 8 * number, 1)))
+    shown = [Labelled(tmp_path / f"{number}.png", bundled.detect([small])[0]) for number in range(4)]
+    run = Run.create("monitor", tmp_path / "run", {})
+    run.config["command"] = "monitor"
+    watched = Deployment(bundled)
+    assert len(list(observe(run, watched, shown[:2], "kswin", 8))) == 2
+    records = list(observe(run, watched, shown[1:], "kswin", 2))
+    assert [(one["number"], Path(one["photo"]).name) for one in records] == [(3, "2.png"), (4, "3.png")]
+
+
+def test_classes_may_be_named_in_any_letter_case(bundled, tiny_data, tmp_path):
+    options = {"protocols": ("clean",), "limit": 1, "cache": tmp_path / "c.sqlite"}
+    metrics = detguard.evaluate(bundled, tiny_data, classes=("PERSON",), **options)
+    assert metrics["detguard-n"]["setting"]["classes"] == 1
+    with pytest.raises(DetguardError, match="did you mean 'person'"):
+        detguard.evaluate(bundled, tiny_data, classes=("persn",), **options)
+
+
+def test_a_picture_does_not_go_on_with_other_photos(bundled, small, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(encode_png(small))
+    options = {"photos": 4, "batch": 1, "size": 0.3, "out": tmp_path / "run"}
+    detguard.patch(bundled, tmp_path / "photos", on_step=lambda *_: True, **options)
+    (tmp_path / "photos/b.png").write_bytes(encode_png(small))
+    with pytest.raises(DetguardError, match="photos or their labels have changed"):
+        detguard.patch(resume=tmp_path / "run")
