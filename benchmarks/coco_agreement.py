@@ -4,12 +4,14 @@
 
 Three figures each by both formulas of AP: Ultralytics' detections, detguard's on Ultralytics' validation frames (each
 padded by up to a stride more than its predict path pads), and detguard's on the predict path's frames, which is what
-users run and what `detguard evaluate` prints.
+users run and what `detguard evaluate` prints. Photos a second: of `val` and of what `evaluate` does on clean photos,
+scores and all, each by its second run.
 """
 
 import json
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +34,10 @@ from detguard.detections import Detections, suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
+from detguard.evaluation.cache import Cache
 from detguard.evaluation.coco import Result, coco_metrics, coco_results
+from detguard.evaluation.score import score
+from detguard.evaluation.views import Clean, Subject, fill
 from detguard.photos import read_photo
 
 
@@ -43,7 +48,8 @@ def main(
 ) -> None:
     keep_freed_memory()
     table = Table(title=f"clean AP, {data.name} val")
-    for column in ("model", "px", "Ultralytics val", "", "val's boxes", "val's frames", "detguard evaluate"):
+    figures = ("val's boxes", "val's frames", "detguard evaluate", "photos a second: val", "evaluate")
+    for column in ("model", "px", "Ultralytics val", "", *figures):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(data, folder, dirs_exist_ok=True)  # Ultralytics writes beside the labels
@@ -52,12 +58,21 @@ def main(
         truth = read_dataset(data / "data.yaml")
         for file in models:
             for size in map(int, sizes.split(",")):
-                theirs = YOLO(file).val(
-                    data=config, imgsz=size, save_json=True, plots=False, verbose=False, device="cpu", workers=0,
-                    project=folder, name=f"{file.stem}-{size}", exist_ok=True,
-                )  # fmt: skip
-                detector = load_detector(file, size)
+                yolo, detector = YOLO(file), load_detector(file, size)
+                options = {"plots": False, "verbose": False, "device": "cpu", "workers": 0, "exist_ok": True}
+                named = {"project": folder, "name": f"{file.stem}-{size}"}
                 ids = truth.category_ids(detector.class_names)
+                for _ in range(2):
+                    began = time.perf_counter()
+                    theirs = yolo.val(data=config, imgsz=size, save_json=True, **options, **named)
+                    of_val = time.perf_counter() - began
+                for _ in range(2):
+                    began = time.perf_counter()
+                    cache = Cache(Path(tempfile.mkdtemp(dir=folder)) / "cache.sqlite")
+                    subject = Subject(file.stem, detector, truth, ids, cache)
+                    fill(subject, [Clean()])
+                    score(subject, Clean())
+                    of_evaluate = time.perf_counter() - began
                 boxes = json.loads((Path(folder) / f"{file.stem}-{size}/predictions.json").read_text())
                 boxes = [
                     {key: box[key] for key in ("image_id", "bbox", "score")}
@@ -73,6 +88,7 @@ def main(
                     f"{theirs.box.map:.4f}",
                     "Ultralytics' AP",
                     *(f"{v:.4f}" for v in theirs_formula),
+                    *(f"{len(truth.files) / taken:.1f}" for taken in (of_val, of_evaluate)),
                 )
                 table.add_row("", "", "", "COCO's AP", *(f"{c['AP']:.4f}" for c in coco))
     Console(width=140).print(table)

@@ -151,8 +151,8 @@ def test_candidates_of_another_precision_are_found_as_floats(end_to_end):
 @pytest.mark.parametrize("end_to_end", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_box_that_is_none_is_not_found_and_hides_no_other(bundled, end_to_end, value):
-    boxes = torch.tensor([[0.0, 0, 10, 10], [value, 0, 10, 10], [50, 50, 80, 80]])
-    found = Candidates(torch.tensor([[[3.0], [4.0], [2.0]]]), boxes[None], end_to_end)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [value, 0, 10, 10], [50, 50, 80, 80], [50, 50, 80, 81]])
+    found = Candidates(torch.tensor([[[3.0], [4.0], [2.0], [1.0]]]), boxes[None], end_to_end)
     (kept,) = suppress(found, 0.25, 0.7)
     kept = to_photo(kept, Letterbox.whole((100, 100)))
-    assert torch.equal(kept.boxes, boxes[[0, 2]])
+    assert torch.equal(kept.boxes, boxes[[0, 2, 3] if end_to_end else [0, 2]])  # NMS works on

@@ -27,6 +27,7 @@ from detguard.cli.app import (
     app,
     err,
     given,
+    only_of_splits,
     only_resumes,
     out,
     progress_bar,
@@ -138,6 +139,7 @@ def adapt(
             raise DetguardError(
                 "--new: give labelled photos of the new kind: a data.yaml, a COCO json or a .jsonl file"
             )
+        only_of_splits(context, new)
         plan = {name: context.params[name] for name in given(context) if name in Adaptation.__dataclass_fields__}
         kinds = None if corruptions is None else parse_names(corruptions)
         job = start_adaptation(

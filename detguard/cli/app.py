@@ -275,6 +275,16 @@ def only_with(context: typer.Context, names: Collection[str], other: str) -> Non
         raise DetguardError(f"{alone[0]}: goes with {other}")
 
 
+def only_of_splits(context: typer.Context, sources: Sequence[str]) -> None:
+    """See that --split is not given where none of the data has any.
+
+    Raises:
+        DetguardError: it is.
+    """
+    if all(one == "-" or one.lower().endswith((".json", ".jsonl")) for one in sources):
+        only_with(context, ("split",), "a data.yaml")
+
+
 def only_resumes(context: typer.Context) -> None:
     """See that a command that goes on with a run is given nothing that the run says already.
 

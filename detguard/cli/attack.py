@@ -42,6 +42,7 @@ from detguard.cli.app import (
     err,
     levels,
     loaded,
+    only_of_splits,
     only_resumes,
     only_with,
     out,
@@ -264,6 +265,8 @@ def attack(
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
         if not data:
             only_with(context, ("class_map", "split"), "--data")
+        else:
+            only_of_splits(context, [data])
         if norm == "l2" and "/" in eps:
             raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
         files = find_inputs(photos, recursive=recursive) if photos else []

@@ -33,6 +33,7 @@ from detguard.cli.app import (
     err,
     levels,
     loaded,
+    only_of_splits,
     only_resumes,
     only_with,
     out,
@@ -190,8 +191,7 @@ def evaluate(
             raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
         if not patch:
             only_with(context, ("patch_target", "patch_size"), "--patch")
-        if data.lower().endswith(".json"):
-            only_with(context, ("split",), "a data.yaml")
+        only_of_splits(context, [data])
         models = model or [defaults.MODEL]
         config = {
             "detectors": [],

@@ -35,6 +35,7 @@ from detguard.cli.app import (
     err,
     given,
     loaded,
+    only_of_splits,
     only_resumes,
     only_with,
     out,
@@ -177,6 +178,7 @@ def monitor(
             )
     else:
         only_with(context, ("gather", "keep", "replay", "adapt_options"), "--on-drift adapt")
+    only_of_splits(context, [stream])
     if not is_filmed(stream):
         only_with(context, ("every",), "a video or a camera")
     if not is_camera(stream):

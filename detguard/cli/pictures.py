@@ -34,6 +34,7 @@ from detguard.cli.app import (
     given,
     levels,
     loaded,
+    only_of_splits,
     only_resumes,
     out,
     progress_bar,
@@ -118,6 +119,7 @@ def patch(
     if resume:
         return go_on(context, resume, "patch", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
+    only_of_splits(context, data or [""])
     (detector,) = loaded(context, model, device=device)
     learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
     return begin(
@@ -172,6 +174,7 @@ def universal(
     if resume:
         return go_on(context, resume, "universal", device, trust=trust, as_json=as_json)
     out_folder = run_folder(context)
+    only_of_splits(context, data or [""])
     (detector,) = loaded(context, model, device=device)
     learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
     kind = Universal.of(levels(eps), detector.imgsz)

@@ -64,6 +64,8 @@ class Dataset:
         known = {name: category for category, name in self.categories.items()}
         shared = {index: known[name] for index, name in class_names.items() if name in known}
         if only is not None:
+            if not only:
+                raise DataError("`classes`: expected names of some")
             names = {class_names[index] for index in shared}
             if missing := [name for name in only if name not in names]:
                 raise DataError(f"`classes`: the detector and {self.name} do not both know {', '.join(missing)}")

@@ -265,7 +265,7 @@ def split_layer(model: Any, split: str) -> int:
     named = {"head": last, "neck": backbone_end(model.model), "backbone": 0}
     if split in named:
         return named[split]
-    if not split.isdigit() or int(split) > last:
+    if not split.isdecimal() or int(split) > last:
         raise DetguardError(f"`split` {split}: expected head, neck, backbone or the number of a layer, 0 to {last}")
     return int(split)
 

@@ -124,6 +124,10 @@ class Adapting:
         plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO) | plan
         if plan["mode"] == AUTO:
             plan["mode"], why = choose_mode(count)
+        if "keep" in plan and plan["mode"] == "frozen":
+            if why == "as given":
+                raise DetguardError("`keep`: of `mode` full; in frozen, old experts stay what they are")
+            on_warning("`keep` is without effect: so few photos are learned in `mode` frozen")
         if not replay:
             on_warning("without `replay` nothing tells the gate when not to ask the new experts")
         if network.rule.number and not network.rule.leads:

@@ -185,6 +185,8 @@ class Hardening:
         if wanted.crop is not None and wanted.crop % stride:
             raise DetguardError(f"`crop` {wanted.crop}: expected a multiple of {stride}, the largest stride of {model}")
         learns_labels = wanted.learn != "teacher"
+        if class_map and all(map(unlabelled, data)):
+            raise DetguardError("`class_map`: renames classes of labels, and `data` has none")
         for source in filter(unlabelled, data if learns_labels else []):
             raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
         labelled, photos = list[Labelled](), list[Path]()

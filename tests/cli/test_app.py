@@ -480,6 +480,14 @@ def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, ca
     [
         ("evaluate --data DATA --fail-under=", "--fail-under"),
         ("evaluate --data DATA --classes=", "--classes"),
+        ("evaluate --data DATA --split test", "--split: goes with a data.yaml"),
+        ("attack --data DATA --split test", "--split: goes with a data.yaml"),
+        ("monitor --stream DATA --split test", "--split: goes with a data.yaml"),
+        ("adapt --model detguard-n-hard --new DATA --split test", "--split: goes with a data.yaml"),
+        ("patch --data DATA --split test", "--split: goes with a data.yaml"),
+        ("universal --data DATA --split test", "--split: goes with a data.yaml"),
+        ("adapt --model detguard-n-hard --new DATA --mode frozen --lambda 2", "--lambda: of --mode full"),
+        ("harden --data PHOTO --map a=b", "--map: renames classes of labels"),
         ("detect PHOTO --frames 9", "--frames: goes with a camera"),
         ("attack PHOTO --frames 9", "--frames: goes with a camera"),
         ("monitor --stream clip.mp4 --frames 9", "--frames: goes with a camera"),
@@ -495,7 +503,7 @@ def test_options_without_effect_or_out_of_range_are_named(
     names = {"DATA": tiny_data, "PHOTO": bus_file}
     assert run(monkeypatch, *(names.get(word, word) for word in arguments.split())) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/*/config.yaml"))
 
 
 def test_a_signal_while_an_adaptation_is_judged_stops_it(monkeypatch, capsys, tmp_path):
