@@ -219,13 +219,11 @@ def main() -> None:
     try:
         try:
             code = app(standalone_mode=False)
+            if code == STOPPED:  # by Typer, of a KeyboardInterrupt
+                show_error("stopped")
         except SystemExit as ended:
             code = ended.code
-        if err.lost and code in (None, 0, 1, NOTHING):
-            code = 2
-        if code == STOPPED:  # by Typer, of a KeyboardInterrupt
-            show_error("stopped")
-        sys.exit(code)
+        sys.exit(2 if err.lost and code in (None, 0, 1, NOTHING) else code)
     except Exception as error:
         if stopped:  # which libraries make errors of: an import cut short, weights that seem damaged
             show_error("stopped")

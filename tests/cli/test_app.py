@@ -454,6 +454,13 @@ def test_photos_that_are_gone_are_told_by_the_exit_code(monkeypatch, capsys, tmp
     assert "1 photos missing or unreadable" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 130])
+def test_commands_end_with_their_own_code_and_word(monkeypatch, capsys, bus_file, code):
+    monkeypatch.setattr(load, "load_detector", lambda *_, **__: sys.exit(code))
+    assert run(monkeypatch, "detect", bus_file) == code
+    assert capsys.readouterr().err.splitlines()[1:] == []
+
+
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys, bus_file, kind):
     def full(*_, **__):

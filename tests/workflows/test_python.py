@@ -1,3 +1,4 @@
+import copy
 import gc
 import importlib.util
 import io
@@ -22,6 +23,7 @@ from detguard.hardening.monitor import Deployment, latest, observe
 from detguard.photos import as_photo, encode_png, read_photo
 from detguard.runs import Run
 from detguard.transforms.parse import parse_transforms
+from detguard.workflows.evaluate import strength
 from detguard.workflows.harden import named as named_file
 
 OPTIONS = {"transforms": "median:3,flip:h", "budget": detguard.Linf(16), "step": 2}
@@ -578,3 +580,11 @@ def test_a_picture_does_not_go_on_with_other_photos(bundled, small, tmp_path):
     (tmp_path / "photos/b.png").write_bytes(encode_png(small))
     with pytest.raises(DetguardError, match="photos or their labels have changed"):
         detguard.patch(resume=tmp_path / "run")
+
+
+def test_a_defence_is_judged_by_more_steps_and_starts_than_a_detector(bundled):
+    plain, defence = bundled, copy.copy(bundled)
+    defence.hardened = True
+    assert strength([plain], None, None) == {"steps": 20, "restarts": 1}
+    assert strength([plain, defence], None, None) == {"steps": 40, "restarts": 2}
+    assert strength([defence], 7, 3) == {"steps": 7, "restarts": 3}
