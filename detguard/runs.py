@@ -8,18 +8,19 @@ import shlex
 import shutil
 import unicodedata
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from detguard import DetguardError, __version__
-from detguard.files import MAX_ANNOTATIONS, PARTIAL, FileError, parse_json, read_file, read_yaml, write_file
+from detguard.files import MAX_ANNOTATIONS, MAX_LINE, PARTIAL, FileError, open_file, parse_json, read_yaml, write_file
 from detguard.schema import CONFIGS, EVENTS, RECORDS, Config, misfit
 
 if TYPE_CHECKING:
@@ -320,21 +321,52 @@ class Run:
         Raises:
             RunError: a line before the last is not JSON or no such record.
         """
+        return list(self.each(name, checked=checked, most=MAX_ANNOTATIONS))
+
+    def each(self, name: str = RESULTS, *, checked: bool = True, most: int | None = None) -> Iterator[Record]:
+        """The records of `records`, one by one: a stream of weeks has more of them than memory holds.
+
+        most: bytes that the file may have.
+
+        Raises:
+            RunError: as `records`.
+        """
         file = self.folder / name
         if not os.path.lexists(file):
-            return []
-        records = []
-        for number, line in enumerate(read_file(file, MAX_ANNOTATIONS).split(b"\n")[:-1], 1):
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                raise RunError(f"{file}:{number}: not JSON ({error}); take the line out") from error
-            if not isinstance(record, dict):
-                raise RunError(f"{file}:{number}: expected an object; take the line out")
-            if checked and (wrong := misfit(record, EVENTS if name != RESULTS else RECORDS[self.config["command"]])):
-                raise RunError(f"{file}:{number}: not a line that detguard wrote ({wrong}); take it out")
-            records.append(record)
-        return records
+            return
+        with open_file(file, most) as stream:
+            for number in count(1):
+                if not (line := stream.readline(MAX_LINE)).endswith(b"\n"):
+                    if len(line) == MAX_LINE:
+                        raise RunError(f"{file}:{number}: over {MAX_LINE >> 20} MiB; take the line out")
+                    return
+                try:
+                    record = parse_json(line)
+                except ValueError as error:
+                    raise RunError(f"{file}:{number}: not JSON ({error}); take the line out") from error
+                if not isinstance(record, dict):
+                    raise RunError(f"{file}:{number}: expected an object; take the line out")
+                if checked and (
+                    wrong := misfit(record, EVENTS if name != RESULTS else RECORDS[self.config["command"]])
+                ):
+                    raise RunError(f"{file}:{number}: not a line that detguard wrote ({wrong}); take it out")
+                yield record
+
+    def cut(self, first: int) -> None:
+        """Leave the first so many lines of results.jsonl alone: the start of a resumed stream.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        if not (file := self.path(RESULTS)).exists():
+            return
+        try:
+            with file.open("rb+") as stream:
+                for _ in range(first):
+                    stream.readline()
+                stream.truncate(stream.tell())
+        except OSError as error:
+            raise RunError(f"{file}: cannot be written ({error.strerror or error})") from error
 
     def keep(self, records: list[Record]) -> None:
         """Replace results.jsonl by `records`: the start of a resumed run."""

@@ -381,3 +381,17 @@ def test_where_files_cannot_be_locked_one_process_goes_on_and_several_are_told_w
     run.claim()
     with pytest.raises(RunError, match="cannot be locked"):
         run._claim(1, 1)
+
+
+def test_a_stream_has_more_records_than_are_read_at_once(run, monkeypatch):
+    for number in range(1, 6):
+        run.append(record(number))
+    monkeypatch.setattr(runs, "MAX_ANNOTATIONS", 100)
+    with pytest.raises(DetguardError, match="over the limit"):
+        run.records()
+    assert next(run.each()) == record(1)
+    run.cut(3)
+    assert list(run.each()) == [record(1), record(2), record(3)]
+    with results(run).open("a") as stream:
+        stream.write('{"half": ')
+    assert [one["batch"] for one in run.each()] == [1, 2, 3]

@@ -301,7 +301,7 @@ def watch(
             if not is_camera(source["source"]):
                 return show_stopped(run)
             show_warning("stopped; what a camera showed is gone, so that the run ends here")
-    records = latest(run.records())
+    records = latest(run.each())
     drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living)))
     least = needed(options["detector"], options["window"])

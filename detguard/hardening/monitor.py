@@ -354,19 +354,17 @@ def observe(
     again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, one
     that the detector refuses, and a line of a stream that is none, is a record with its error.
     """
-    seen = run.records()
     if again:  # from the start of a window, for its AP
-        seen = seen[: len(seen) // window * window]
-        run.keep(seen)
-    watch = Watch(deployed, kind, window)
-    for known in seen:
+        run.cut(sum(1 for _ in run.each()) // window * window)
+    watch, names = Watch(deployed, kind, window), Counter[str]()
+    for known in run.each():
         watch.again(known)
+        if again:
+            names[known["photo"]] += 1
     if again and isinstance(photos, Sequence):  # a data set, of which photos may be gone since, or new
-        known_ones = Counter(record["photo"] for record in seen)
-        photos = [one for one in photos if not _counted_off(known_ones, str(one.file))]
+        photos = [one for one in photos if not _counted_off(names, str(one.file))]
     elif again:
         photos = islice(photos, watch.count, None)
-    del seen  # of a stream that goes on for days
     windows = Windows(window)
     for one in photos:
         earlier = watch.waiting.pop(one.id, None) if isinstance(one, Labels) else None

@@ -75,7 +75,7 @@ class Living(Deployment):
         self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
         self.passed = 0  # since which photo a drop is still to be learned; 0: there is none
         if self.run.config["on_drift"] == "adapt":
-            for record in self.run.records():
+            for record in self.run.each():
                 self._pass(record)
                 self._remember(record)
         self._loaded = ("", self.first)

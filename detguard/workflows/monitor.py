@@ -50,13 +50,13 @@ def film(run: Run) -> Iterator[Labelled]:
     """
     stream = run.config["stream"]
     source, every, frames = stream["source"], stream["every"], stream["frames"]
-    if is_camera(source) and run.records():
+    if is_camera(source) and any(run.each()):
         raise DetguardError(f"{run.folder}: what the camera showed is gone; begin a new run")
     files = as_photos([source], run.path(INPUTS), every, frames)
     return (Labelled(file, Detections.none(), id=file.stem, labelled=False) for file in files)
 
 
-def write_dropped(run: Run, records: Sequence[Record]) -> tuple[int, int]:
+def write_dropped(run: Run, records: Iterable[Record]) -> tuple[int, int]:
     """Write the photos of every drop to dropped.jsonl; returns how many drops there are and how many photos."""
     records = latest(records)
     drops = [r for r in records if r.get("began") is not None]
@@ -76,7 +76,7 @@ class Drops:
         self.run, self.lines = run, b""
         self.judged = deque[int](maxlen=MOST_WINDOWS * run.config["monitor"]["window"])
         self.recent, self.written = dict[int, Record](), set[int]()
-        for record in run.records():
+        for record in run.each():
             self.saw(record)
 
     def saw(self, record: Record) -> Record:
@@ -180,7 +180,7 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Pat
             yield record
             if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
                 Path(record["photo"]).unlink(missing_ok=True)
-        write_dropped(run, run.records())
+        write_dropped(run, run.each())
 
 
 def _on_disk(run: Run, number: int, photo: Any) -> JsonObject | DataError:
