@@ -234,7 +234,10 @@ def photo_size(file: str | Path) -> tuple[int, int]:
                 width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
             # Asked for the EXIF of a PNG that has it behind its pixels, Pillow would decode the whole photo.
             known = image.format != "PNG" or "exif" in image.info
-            turned = known and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            exif = image.getexif() if known else Image.Exif()
+            if image.format == "JPEG":  # of which Pillow has looked for an orientation in XMP already
+                (exif := Image.Exif()).load(image.info.get("exif", b""))
+            turned = known and exif.get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return (height, width) if turned else (width, height)
     except FileError as error:
         raise PhotoError(str(error)) from error

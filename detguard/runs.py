@@ -33,7 +33,7 @@ except ImportError:  # not on Windows, where two processes on one run are not no
 
 Record = dict[str, Any]
 
-LOCK = ".lock"
+LOCK, NO_LOCKS = ".lock", "cannot be locked, as several processes on one run need it"
 CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
 # Of a run, what stood for photos without being files of them; and where it is while what was there before still is.
@@ -206,7 +206,10 @@ class Run:
         if ranks.count == 1:
             return
         if ranks.first and fcntl:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN, 0, 1)  # all but the first byte of the lock
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_UN, 0, 1)  # all but the first byte of the lock
+            except OSError as error:
+                raise RunError(f"{self.folder / LOCK}: {NO_LOCKS} ({error.strerror})") from error
         ranks.wait()
         if not ranks.first:
             self._claim(1, ranks.rank)
@@ -229,7 +232,7 @@ class Run:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 if (length, start) == (0, 0):
                     return  # a file system without locks, such as some of the network: nothing keeps others out
-                raise RunError(f"{file}: cannot be locked ({error.strerror}), as several processes need it") from error
+                raise RunError(f"{file}: {NO_LOCKS} ({error.strerror})") from error
             owner = self._lock.read(20).decode(errors="replace").strip()
             owner = f"process {owner}" if owner.isdecimal() else "another process"
             raise RunError(f"{self.folder}: {owner} is at work on this run; wait until it is done") from error
@@ -296,8 +299,9 @@ class Run:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
             with FileIO(os.open(file, flags, 0o666), "a+") as stream:
-                if fcntl:
-                    fcntl.lockf(stream, fcntl.LOCK_EX)  # of several processes of a launch, one after the other
+                with suppress(OSError):  # a file system without locks, where there is one process alone
+                    if fcntl:
+                        fcntl.lockf(stream, fcntl.LOCK_EX)  # of several processes of a launch, one after the other
                 end = _end_of_lines(stream)
                 stream.truncate(end)  # half a line, cut short by a kill
                 try:

@@ -411,6 +411,9 @@ def test_the_largest_difference_counts_both_ways():
 def test_an_orientation_that_xmp_alone_names_turns_neither_photo_nor_size(tmp_path, suffix):
     file = tmp_path / f"a.{suffix}"
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
-    Image.new("RGB", (40, 20)).save(file, xmp=xmp)
-    assert photo_size(file) == (40, 20)
-    assert read_photo(file).shape == (20, 40, 3)
+    exif = Image.Exif()
+    exif[0x0131] = "a program"
+    for options in ({}, {"exif": exif}):
+        Image.new("RGB", (40, 20)).save(file, xmp=xmp, **options)
+        assert photo_size(file) == (40, 20)
+        assert read_photo(file).shape == (20, 40, 3)

@@ -379,8 +379,11 @@ def test_where_files_cannot_be_locked_one_process_goes_on_and_several_are_told_w
     monkeypatch.setattr(runs.fcntl, "lockf", refuse)
     run = Run(tmp_path, {})
     run.claim()
-    with pytest.raises(RunError, match="cannot be locked"):
-        run._claim(1, 1)
+    run.append({"key": "a"})
+    assert list(run.each(checked=False)) == [{"key": "a"}]
+    for refused in (lambda: run._claim(1, 1), lambda: run.share(SimpleNamespace(count=2, first=True))):
+        with pytest.raises(RunError, match="cannot be locked, as several processes"):
+            refused()
 
 
 def test_a_stream_has_more_records_than_are_read_at_once(run, monkeypatch):

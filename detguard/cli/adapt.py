@@ -139,7 +139,7 @@ def adapt(
             raise DetguardError(
                 "--new: give labelled photos of the new kind: a data.yaml, a COCO json or a .jsonl file"
             )
-        only_of_splits(context, new)
+        only_of_splits(context, [*new, *(replay or [])])
         plan = {name: context.params[name] for name in given(context) if name in Adaptation.__dataclass_fields__}
         kinds = None if corruptions is None else parse_names(corruptions)
         job = start_adaptation(
@@ -183,7 +183,7 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
             judging = progress.add_task("judging", total=photos)
 
             def on_photo() -> None:
-                if stopped:
+                if stopped and job.ranks.count == 1:  # others are in the training already, which stops them all
                     raise KeyboardInterrupt
                 progress.advance(judging)
 

@@ -255,7 +255,7 @@ def watch(
     from detguard.classes import left_out
     from detguard.data.inputs import is_camera
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
-    from detguard.hardening.monitor import latest, needed, observe
+    from detguard.hardening.monitor import latest, needed, observe, whole_windows
     from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, when, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
@@ -266,6 +266,8 @@ def watch(
     live, filmed = source["source"] == LIVE, is_filmed(source["source"])
     if photos is None and not live and not filmed:
         photos = open_stream(source, detector, show_warnings)
+    if not live:  # what is seen again is not known before
+        run.cut(whole_windows(run, options["window"]))
     adapts = run.config["on_drift"] == "adapt"
     living, dropping = Living(run, detector, device, out.say), Drops(run)
     if roll_back:
@@ -274,7 +276,7 @@ def watch(
     if live:
         shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names, class_map=source["class_map"])
     else:
-        shown = film(run) if photos is None else photos
+        shown = film(run, show_warning) if photos is None else photos
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:

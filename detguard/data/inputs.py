@@ -123,23 +123,23 @@ def _decoded(video: Any, file: Path, on_warning: OnWarning) -> Iterator[Any]:
     """
     from av.error import InvalidDataError
 
-    packets, found, damaged = video.demux(video.streams.video[0]), 0, list[Exception]()
-    while True:
-        try:
-            if (packet := next(packets, None)) is None:
-                break
-            frames = packet.decode()
-        except InvalidDataError as error:
-            damaged.append(error)
-            if len(damaged) > MOST_FRAMES:
-                break
-            continue
-        yield from frames
-        found += len(frames)
+    found, damaged, rest = 0, list[Exception](), ""
+    try:
+        for packet in video.demux(video.streams.video[0]):
+            try:
+                frames = packet.decode()
+            except InvalidDataError as error:
+                damaged.append(error)
+                continue
+            yield from frames
+            found += len(frames)
+    except InvalidDataError as error:
+        damaged.append(error)
+        rest = ", and all behind the last of them"
     if damaged and not found:
         raise damaged[0]
     if damaged:
-        on_warning(f"{file}: {len(damaged)} damaged parts of the video left out")
+        on_warning(f"{file}: {len(damaged)} damaged parts of the video left out{rest}")
 
 
 def camera_frames(camera: cv2.VideoCapture, every: int = 1) -> Iterator[tuple[int, Photo]]:

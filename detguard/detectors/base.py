@@ -28,7 +28,7 @@ class Detector(ABC):
         source: the name or file that `load_detector` made it of.
         class_names: class index, from 0 -> name.
         imgsz: longest side of a frame, px.
-        model: the network, its parameters frozen; `state_hash` is of it. An empty one where it is elsewhere.
+        model: the network, its parameters frozen; `state_hash` is of it. Not needed where it is elsewhere.
         device: where its frames go.
         iou: overlap over which NMS drops the worse of two boxes, as the family has it.
         conf: confidence over which an object counts as found where nothing else is asked for, as the family has it.
@@ -46,7 +46,7 @@ class Detector(ABC):
     source: str = ""
     class_names: dict[int, str]
     imgsz: int
-    model: nn.Module = nn.Module()
+    model: nn.Module
     device: torch.device
     iou: float = 0.7
     conf: float = defaults.CONF
@@ -122,8 +122,8 @@ class Detector(ABC):
 
     def state_hash(self) -> str:
         """SHA-256 over what each layer is and computes, and over all parameters and buffers, by name."""
-        digest = hashlib.sha256(json.dumps(architecture(self.model)).encode() + self._own_code())
-        for key, value in sorted(self.model.state_dict().items()):
+        digest = hashlib.sha256(json.dumps(architecture(network_of(self))).encode() + self._own_code())
+        for key, value in sorted(network_of(self).state_dict().items()):
             digest.update(key.encode())
             numbers = value.detach().cpu().contiguous().reshape(-1)
             digest.update(numbers.view(torch.uint8).numpy().tobytes())  # NumPy knows no bfloat16
@@ -131,7 +131,7 @@ class Detector(ABC):
 
     def _own_code(self) -> bytes:
         """Of a detector or layers of the user's own, what they and the function that made them are: `loaded_code`."""
-        things: list[object] = [type(layer) for layer in self.model.modules()]
+        things: list[object] = [type(layer) for layer in network_of(self).modules()]
         packages, ours = {package(layer) for layer in things} - KNOWN_LAYERS, package(Detector)
         if package(type(self)) != ours:
             module, _, factory = self.source.rpartition(":")
@@ -159,6 +159,11 @@ class Detector(ABC):
         near = meant(name, self.class_names.values())
         hint = f"did you mean '{near}'?" if near else f"it knows: {', '.join(self.class_names.values())}"
         raise DetguardError(f"class '{name}': {self.name} has no such class; {hint}")
+
+
+def network_of(detector: Detector) -> nn.Module:
+    """The network of a detector; an empty one of a service that has none here."""
+    return getattr(detector, "model", nn.Module())
 
 
 class Family(ABC):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detguard import first_line
 from detguard.detections import Detections
-from detguard.detectors.base import Detector
+from detguard.detectors.base import Detector, network_of
 from detguard.photos import Photo, frames_tensor
 
 # How far two ways to the same detections may be apart: pixels of the photo, and confidence.
@@ -156,7 +156,7 @@ def _state(detector: Detector, photo: Photo, conf: float) -> str:
     if logits.requires_grad:
         logits.sum().backward()
     detector.predict(photo, conf)
-    if any(parameter.grad is not None for parameter in detector.model.parameters()):
+    if any(parameter.grad is not None for parameter in network_of(detector).parameters()):
         raise Broken("parameters got gradients: freeze them with requires_grad_(False)")
     if detector.state_hash() != before:
         raise Broken("weights or buffers changed: is it in eval mode?")

@@ -131,9 +131,10 @@ def _of_network(
 
 def detector_config(detector: "Detector", model: str) -> Config:
     """What a run's config keeps of its detector; `model` is the name or file as the user gave it."""
+    from detguard.detectors.base import network_of
     from detguard.detectors.gated import GatedNetwork
 
-    network: Any = detector.model
+    network: Any = network_of(detector)
     experts = len(network.names) if isinstance(network, GatedNetwork) else None
     return {
         "model": model,

@@ -329,6 +329,11 @@ def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: 
     return one.of(earlier.photo)
 
 
+def whole_windows(run: Run, window: int) -> int:
+    """How many of a run's records are in whole windows, from whose end a resumed one goes on."""
+    return sum(1 for _ in run.each()) // window * window
+
+
 def _counted_off(known: Counter[str], name: str) -> bool:
     """Whether one more of a name is known; it is then counted off."""
     known[name] -= 1
@@ -355,7 +360,7 @@ def observe(
     that the detector refuses, and a line of a stream that is none, is a record with its error.
     """
     if again:  # from the start of a window, for its AP
-        run.cut(sum(1 for _ in run.each()) // window * window)
+        run.cut(whole_windows(run, window))
     watch, names = Watch(deployed, kind, window), Counter[str]()
     for known in run.each():
         watch.again(known)

@@ -125,9 +125,7 @@ class Adapting:
         if plan["mode"] == AUTO:
             plan["mode"], why = choose_mode(count)
         if "keep" in plan and plan["mode"] == "frozen":
-            if why == "as given":
-                raise DetguardError("`keep`: of `mode` full; in frozen, old experts stay what they are")
-            on_warning("`keep` is without effect: so few photos are learned in `mode` frozen")
+            on_warning("`keep` is without effect in `mode` frozen, where old experts stay what they are")
         if not replay:
             on_warning("without `replay` nothing tells the gate when not to ask the new experts")
         if network.rule.number and not network.rule.leads:

@@ -82,8 +82,11 @@ def load_subjects(
     for detector in detectors:
         taken = [s.detector.name for s in subjects].count(detector.name)
         name = f"{detector.name}#{taken + 1}" if taken else detector.name
-        only = source["classes"] and [detector.class_names[detector.class_index(one)] for one in source["classes"]]
-        ids = dataset.category_ids(detector.class_names, only)
+        names = detector.class_names
+        only = source["classes"] and [
+            one if one in names.values() else names[detector.class_index(one)] for one in source["classes"]
+        ]
+        ids = dataset.category_ids(names, only)
         counted = {a["category_id"] for a in dataset.annotations.anns.values() if not a["iscrowd"]}
         if not counted & set(ids.values()):
             raise DetguardError(f"{source['source']}: none of its labelled objects is of a class that is evaluated")

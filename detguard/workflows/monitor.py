@@ -1,7 +1,8 @@
 """Watch a detector's accuracy over labelled photos, from Python."""
 
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,8 +43,10 @@ def is_filmed(source: str) -> bool:
     return is_video(source) or is_camera(source)
 
 
-def film(run: Run) -> Iterator[Labelled]:
+def film(run: Run, on_warning: Callable[[str], object] = warnings.warn) -> Iterator[Labelled]:
     """The frames of the video or camera that a run watches, as photos without labels, kept in the run.
+
+    on_warning: called where a video has damaged parts.
 
     Raises:
         DetguardError: as `as_photos`, or frames of a camera are asked for again.
@@ -52,7 +55,7 @@ def film(run: Run) -> Iterator[Labelled]:
     source, every, frames = stream["source"], stream["every"], stream["frames"]
     if is_camera(source) and any(run.each()):
         raise DetguardError(f"{run.folder}: what the camera showed is gone; begin a new run")
-    files = as_photos([source], run.path(INPUTS), every, frames)
+    files = as_photos([source], run.path(INPUTS), every, frames, on_warning)
     return (Labelled(file, Detections.none(), id=file.stem, labelled=False) for file in files)
 
 

@@ -32,6 +32,7 @@ from detguard.hardening.adversary import METHODS
 from detguard.hardening.monitor import DRIFT
 from detguard.hardening.recipes import RECIPES
 from detguard.objectives.base import LOSSES
+from detguard.ranks import ALONE
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
 from detguard.runs import Run
@@ -458,7 +459,7 @@ def test_photos_that_are_gone_are_told_by_the_exit_code(monkeypatch, capsys, tmp
 def test_commands_end_with_their_own_code_and_word(monkeypatch, capsys, bus_file, code):
     monkeypatch.setattr(load, "load_detector", lambda *_, **__: sys.exit(code))
     assert run(monkeypatch, "detect", bus_file) == code
-    assert capsys.readouterr().err.splitlines()[1:] == []
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
@@ -493,7 +494,6 @@ def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, ca
         ("adapt --model detguard-n-hard --new DATA --split test", "--split: goes with a data.yaml"),
         ("patch --data DATA --split test", "--split: goes with a data.yaml"),
         ("universal --data DATA --split test", "--split: goes with a data.yaml"),
-        ("adapt --model detguard-n-hard --new DATA --mode frozen --lambda 2", "--lambda: of --mode full"),
         ("harden --data PHOTO --map a=b", "--map: renames classes of labels"),
         ("detect PHOTO --frames 9", "--frames: goes with a camera"),
         ("attack PHOTO --frames 9", "--frames: goes with a camera"),
@@ -520,7 +520,7 @@ def test_a_signal_while_an_adaptation_is_judged_stops_it(monkeypatch, capsys, tm
         raise AssertionError("judged on")
 
     job = SimpleNamespace(
-        run=Run(tmp_path, {"command": "adapt"}), load=lambda _: None, unread=[], judged={}, figures=figures
+        run=Run(tmp_path, {"command": "adapt"}), ranks=ALONE, load=lambda _: None, unread=[], judged={}, figures=figures
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
