@@ -427,7 +427,13 @@ def largest_difference(photo: Photo, other: Photo) -> int:
 
 def frames_tensor(frames: Sequence[Photo], device: torch.device | str = "cpu") -> Tensor:
     """Frames of one shape as a detector takes them: float32 [B, 3, H, W], 0..1, RGB, channels last in memory."""
-    return torch.from_numpy(np.stack(frames)).to(device).float().div_(255).permute(0, 3, 1, 2)
+    if torch.device(device).type != "cpu":  # bytes are a quarter to copy
+        return torch.from_numpy(np.stack(frames)).to(device).float().div_(255).permute(0, 3, 1, 2)
+    stacked = np.empty((len(frames), *frames[0].shape), np.float32)
+    for i, frame in enumerate(frames):
+        stacked[i] = frame
+    stacked /= np.float32(255)
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
 def photos_of(frames: Tensor) -> list[Photo]:

@@ -4,7 +4,7 @@ Task-aligned assignment (Feng et al. 2021, TOOD), binary cross-entropy of the cl
 distribution focal loss of their distances (Li et al. 2020), with Ultralytics' gains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,10 @@ def assign(candidates: Candidates, objects: Sequence[Detections]) -> Assignment:
     return Assignment(frames, found, classes, weights, target_boxes[frames, found])
 
 
-def detection_loss(candidates: Candidates, assignment: Assignment, known: Tensor | None = None) -> dict[str, Tensor]:
-    """The parts of the training loss, each [B], times its gain and over the frame's sum of weights: see GAINS.
+def detection_loss(
+    candidates: Candidates, assignment: Assignment, known: Tensor | None = None, parts: Collection[str] = tuple(GAINS)
+) -> dict[str, Tensor]:
+    """Some `parts` of the training loss, each [B], times its gain and over the frame's sum of weights: see GAINS.
 
     "distance" is zero for heads without a distribution of distances. known: float [B, C], 1 for classes of which all
     objects of a frame are labelled; scores of the others, 0, do not count. By default all are.
@@ -83,37 +85,46 @@ def detection_loss(candidates: Candidates, assignment: Assignment, known: Tensor
     def per_frame(values: Tensor) -> Tensor:
         return logits.new_zeros(batch).index_add(0, frames, values)
 
+    def of_classes() -> Tensor:
+        wanted = per_frame(logits[frames, found, assignment.classes] * weights)
+        negatives = binary_cross_entropy(logits)
+        return (negatives if known is None else negatives * known[:, None]).flatten(1).sum(1) - wanted
+
+    def of_boxes() -> Tensor:
+        boxes = boxes_as(candidates.boxes.float()[frames, found], assignment.classes)
+        overlap = bbox_iou(boxes, assignment.boxes, xywh=False, CIoU=True).squeeze(-1)
+        return per_frame((1 - overlap) * weights)
+
+    def of_distances() -> Tensor:
+        return per_frame(_distance_loss(candidates, assignment) * weights)
+
     norm = per_frame(weights).clamp(min=1)
-    wanted = per_frame(logits[frames, found, assignment.classes] * weights)
-    boxes = boxes_as(candidates.boxes.float()[frames, found], assignment.classes)
-    negatives = binary_cross_entropy(logits, torch.zeros(1, device=logits.device))
-    overlap = bbox_iou(boxes, assignment.boxes, xywh=False, CIoU=True).squeeze(-1)
-    losses = {
-        "class": (negatives if known is None else negatives * known[:, None]).flatten(1).sum(1) - wanted,
-        "box": per_frame((1 - overlap) * weights),
-        "distance": per_frame(_distance_loss(candidates, assignment) * weights),
-    }
-    return {name: loss * (GAINS[name] / norm) for name, loss in losses.items()}
+    losses = {"class": of_classes, "box": of_boxes, "distance": of_distances}
+    return {name: losses[name]() * (GAINS[name] / norm) for name in parts}
 
 
 class _BinaryCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor | None) -> Tensor:
         ctx.save_for_backward(logits, wanted)
-        return logits.clamp(min=0) - logits * wanted - logits.abs().sigmoid().log()
+        loss = logits.clamp(min=0)
+        return (loss if wanted is None else loss.sub_(logits * wanted)).sub_(logits.abs().sigmoid_().log_())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, wanted = ctx.saved_tensors
-        return (logits.sigmoid() - wanted) * gradient, None
+        p = logits.sigmoid()
+        return (p if wanted is None else p.sub_(wanted)).mul_(gradient), None
 
 
-def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+def binary_cross_entropy(logits: Tensor, wanted: Tensor | None = None) -> Tensor:
     """Cross-entropy of sigmoid(logits) from the probabilities wanted, elementwise; no gradient reaches the latter.
+
+    wanted: shape as the logits; by default all 0.
 
     That of torch takes log1p, which is not vectorized on CPUs: six times as long, and a quarter of a training step.
     """
-    loss: Tensor = _BinaryCrossEntropy.apply(logits, wanted.detach())
+    loss: Tensor = _BinaryCrossEntropy.apply(logits, None if wanted is None else wanted.detach())
     return loss
 
 

@@ -2,6 +2,7 @@
 
 python scripts/export_bundled.py trained --run runs/train/detguard-n
 python scripts/export_bundled.py averaged BEFORE runs/harden/001/weights/joint.safetensors runs/averaged.safetensors
+python scripts/export_bundled.py renewed weights/detguard-n-hard.safetensors weights/detguard-n.safetensors OUT
 python scripts/export_bundled.py hardened --made runs/averaged.safetensors --judged runs/evaluate/001
 python scripts/export_bundled.py measured weights/detguard-n.safetensors
 """
@@ -19,7 +20,7 @@ from train_bundled import ARCHITECTURE, CLASSES, SIZE, SOURCES, training_files
 from detguard.data.batches import batches, read_photos
 from detguard.data.dataset import read_dataset
 from detguard.detectors.gated import GatedNetwork
-from detguard.detectors.load import load_detector, load_model, read_card, save_gated
+from detguard.detectors.load import fused, load_detector, load_model, read_card, save_gated
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Clean, Subject, fill
@@ -79,6 +80,22 @@ def averaged(
     ours.fusion = theirs.fusion
     ours.sparsen((batch.clean for batch in batches(photos, 32, SIZE, 0, 0, MEASURED)), sparse)
     save_gated(ours, read_card(after), out)
+
+
+@app.command()
+def renewed(
+    before: Annotated[Path, typer.Argument(help="An ensemble of whole networks.")],
+    normal: Annotated[Path, typer.Argument(help="A later state of the detector that it was made from.")],
+    out: Path,
+) -> None:
+    """An ensemble whose normal expert is a later state of its detector; the others stay."""
+    network, later = load_model(before)[0].eval().requires_grad_(False), fused(load_model(normal)[0])
+    assert isinstance(network, GatedNetwork)
+    (expert,) = GatedNetwork(later, 0, ("normal",)).experts
+    for mine, other in zip(network.experts[0].parameters(), expert.parameters(), strict=True):
+        mine.copy_(other)
+    card = read_card(before)
+    save_gated(network, card | {"hardened": card["hardened"] | {"normal expert": normal.stem}}, out)
 
 
 @app.command()

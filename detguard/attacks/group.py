@@ -335,6 +335,8 @@ class Attempt:
     @property
     def levels(self) -> Photo:
         """`x` in whole levels, as it would be saved and as the detector is shown it."""
+        if self.x.dtype == torch.uint8:
+            return self.x.numpy()
         levels = self.rule.budget.levels(self.x, self.original)
         if levels.device.type != "cpu":
             levels = levels.to(torch.uint8)  # a quarter of the bytes to copy; on the CPU NumPy is the faster one
@@ -430,6 +432,7 @@ def _begin(
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original
     rule = options.moves(budget, original, options.length, options.most(len(members)), options.momentum, seed)
+    x = rule.begin(x)
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
     averaged = options.aggregate != "mean" or rule.blind or rule.compares or enough > 1 or not options.stop

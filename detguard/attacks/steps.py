@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from detguard import DetguardError
-from detguard.attacks.budgets import Budget
+from detguard.attacks.budgets import WHITE, Budget, Linf
 
 
 @dataclass
@@ -41,6 +43,10 @@ class Rule(ABC):
     def __post_init__(self) -> None:
         """What is kept from step to step."""
         self._velocity: Tensor | None = None
+
+    def begin(self, x: Tensor) -> Tensor:
+        """The photo that the attack begins with, in the form in which this rule is fastest."""
+        return x
 
     @property
     def length(self) -> float:
@@ -74,10 +80,35 @@ class Steepest(Rule):
     """The step by which the loss falls most, as the budget measures it: by signs in L-inf, along the gradient in L2."""
 
     by_budget = True
+    by_signs: ClassVar[bool] = True  # as L-inf measures it
+
+    @override
+    def begin(self, x: Tensor) -> Tensor:
+        """In bytes where all photos on the way are in whole levels: the same ones in a quarter of the time."""
+        whole = type(self.budget) is Linf and float(self.budget.eps).is_integer() and float(self.length).is_integer()
+        if not (whole and self.by_signs and x.device.type == "cpu" and 0 < self.length <= WHITE):
+            return x
+        low, high = self.original - self.budget.eps, self.original + self.budget.eps
+        self._low, self._high = low.clamp_(min=0).byte().numpy(), high.clamp_(max=WHITE).byte().numpy()
+        return x.byte()
 
     @override
     def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:
-        return self.within(x.sub(self.direction(self.gathered(gradient)), alpha=self.length))
+        gathered = self.gathered(gradient)
+        if x.dtype == torch.uint8:
+            return self._in_bytes(x.numpy(), gathered.numpy())
+        return self.within(x.sub(self.direction(gathered), alpha=self.length))
+
+    def _in_bytes(self, x: np.ndarray, gradient: np.ndarray) -> Tensor:
+        # As gradients lie in memory, channel by channel or pixel by pixel.
+        planes = gradient if gradient.flags.c_contiguous else gradient.transpose(2, 0, 1)
+        down, up = (moves.view(np.uint8) for moves in (planes > 0, planes < 0))
+        if planes is not gradient:
+            down, up = cv2.merge(list(down)), cv2.merge(list(up))
+        if self.length != 1:
+            down, up = (moves * np.uint8(self.length) for moves in (down, up))
+        moved = cv2.add(cv2.subtract(x, down), up)
+        return torch.from_numpy(cv2.min(cv2.max(moved, self._low), self._high))
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The direction of the step, which is `length` times as long; shape as the gradient."""
@@ -97,7 +128,7 @@ class Sign(Steepest):
 class Normalized(Steepest):
     """Along the gradient, values moving by `step` levels on average."""
 
-    by_budget = False
+    by_budget = by_signs = False
 
     @override
     def direction(self, gradient: Tensor) -> Tensor:
@@ -107,7 +138,7 @@ class Normalized(Steepest):
 class Raw(Steepest):
     """Along the gradient as it is, `step` times."""
 
-    evened = False
+    evened = by_signs = False
 
     @override
     def direction(self, gradient: Tensor) -> Tensor:

@@ -38,12 +38,15 @@ def ahead(
     workers: int = 1,
     patience: float = PATIENCE,
     *,
+    depth: int = 2,
+    niceness: int = 0,
     pinned: bool = False,
 ) -> Generator[Thing, None, None]:
     """The things of numbers `first` to `last`, in order, made by `workers` processes while those before are used.
 
     A process that is killed, or whose thing has not come in `patience` seconds, is started again with all others, at
-    the number that is missing. pinned: tensors are in memory that a GPU copies from by itself.
+    the number that is missing. depth: how many things each process makes ahead; niceness: by how much less they are
+    than this process is served; pinned: tensors are in memory that a GPU copies from by itself.
 
     Raises:
         AheadError: it is killed or hangs again and again.
@@ -51,7 +54,7 @@ def ahead(
     with _undisturbed():
         number, failed = first, 0
         while number < last:
-            makers = _Makers(make, number, last, workers, pinned=pinned)
+            makers = _Makers(make, number, last, workers, depth, niceness, pinned=pinned)
             try:
                 while number < last:
                     thing = makers.next(patience)
@@ -111,14 +114,18 @@ class _Things(Dataset[Thing]):
 class _Makers(Generic[Thing]):
     """The processes that make the things from `first` to `last`: those of a DataLoader."""
 
-    def __init__(self, make: Callable[[int], Thing], first: int, last: int, workers: int, *, pinned: bool) -> None:
+    def __init__(
+        self, make: Callable[[int], Thing], first: int, last: int, workers: int, depth: int, niceness: int, *,
+        pinned: bool,
+    ) -> None:  # fmt: skip
         loader = DataLoader(
             _Things(make),
             batch_size=None,
             sampler=range(first, last),
             num_workers=workers,
+            prefetch_factor=depth,
             pin_memory=pinned,
-            worker_init_fn=partial(_settle, os.getpid()),
+            worker_init_fn=partial(_settle, os.getpid(), niceness),
             # A fork shares what `make` knows, such as all photos; elsewhere that is copied.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
             generator=torch.Generator(),  # or it would draw from that of training
@@ -159,9 +166,11 @@ class _Makers(Generic[Thing]):
             process.kill()
 
 
-def _settle(parent: int, _: int) -> None:
-    """Have a process that was just started die with its parent, and leave signals to it."""
+def _settle(parent: int, niceness: int, _: int) -> None:
+    """Have a process that was just started die with its parent, leave signals to it, and stand back behind others."""
     die_with(parent)
+    if niceness and hasattr(os, "nice"):
+        os.nice(niceness)
     # Ctrl-C and the like, which all processes of a group get, are for the parent alone: it saves, then ends us.
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

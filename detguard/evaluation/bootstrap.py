@@ -94,10 +94,15 @@ def _drawn_class(photos: Sequence[Matches], counts: np.ndarray) -> Drawn:
 
 def _aps(times: np.ndarray, objects: np.ndarray, matched: np.ndarray, ignored: np.ndarray) -> np.ndarray:
     """AP in some draws, in which each detection is there so many `times`, [draws, detections], best first."""
+    if not objects.any():
+        return np.full(len(objects), np.nan)
     aps = []
+    counted, left = np.empty(0), np.empty(0)
     for true, left_out in zip(matched, ignored, strict=True):  # at each IoU
+        if not np.array_equal(left_out, left):  # it is the same at most
+            counted, left = np.cumsum(times * ~left_out, 1), left_out
         hits = true.nonzero()[0]  # precision is highest at a true positive
-        ahead = np.cumsum(times * ~left_out, 1)[:, hits]
+        ahead = counted[:, hits]
         right = np.cumsum(times[:, hits], 1)
         precision = np.maximum.accumulate((right / np.maximum(ahead, 1))[:, ::-1], 1)[:, ::-1]
         with np.errstate(invalid="ignore"):

@@ -20,7 +20,7 @@ from detguard.runs import versions
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
 # To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 11
+RESULTS = 12
 TABLE = "entries (key text primary key, value blob)"
 # Bytes of the digest before each blob, of a blob, and of packed detections.
 DIGEST = 16

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -42,6 +43,8 @@ SHOWN_CONFIDENCE = 0.25
 BATCH = 8
 # From how many altered photos on processes make them, how many at most, what one takes for each pixel, and how long.
 MANY, MOST_WORKERS, PIXEL_BYTES, PATIENCE = 64, 16, 256, 3600.0
+# What photos that are made ahead may take in all, and how far these processes stand back behind the model.
+AHEAD_BYTES, NICENESS = 512 << 20, 10
 # Fog and frost make squares of the longer side, fog of the next power of two: by the longest, 4 GiB.
 FOG_BYTES, LONGEST_SIDE = 14, 1 << 14
 
@@ -319,7 +322,7 @@ Wanted = tuple[Altered, int]
 class Makers:
     """Processes that alter photos ahead of `fill`, in the order in which it asks for them."""
 
-    def __init__(self, subject: Subject, wanted: Sequence[Wanted], workers: int) -> None:
+    def __init__(self, subject: Subject, wanted: Sequence[Wanted], workers: int, depth: int = 2) -> None:
         for kind in {view.kind for view, _ in wanted if isinstance(view, Corrupted)}:
             corrupt(np.zeros((32, 32, 3), np.uint8), kind, 1, 0)  # imports and compiles, once for all processes
         seeds = (Batch(subject, [image]).seeds(view.name, view.seed)[0] for view, image in wanted)
@@ -327,7 +330,7 @@ class Makers:
             (view, (subject.dataset.files[image], subject.hashes[image]), seed)
             for (view, image), seed in zip(wanted, seeds, strict=True)
         ]
-        self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, patience=PATIENCE)
+        self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, PATIENCE, depth=depth, niceness=NICENESS)
         self._wanted = zip(wanted, self._made, strict=False)
 
     @classmethod
@@ -336,12 +339,16 @@ class Makers:
 
         local: how many processes share the machine by this.
         """
-        sizes = [subject.dataset.annotations.imgs[image] for image in {image for _, image in wanted}]
-        each = max((bytes_of(entry["height"], entry["width"]) for entry in sizes), default=1)
+        entries = (subject.dataset.annotations.imgs[image] for image in {image for _, image in wanted})
+        sizes = [(entry["height"], entry["width"]) for entry in entries]
+        each = max((bytes_of(*size) for size in sizes), default=1)
         free = free_memory()
         workers = min(cores() // local, MOST_WORKERS, MOST_WORKERS if free is None else free // each // local)
-        few = len(wanted) < MANY or workers < 2
-        return None if few or sys.platform != "linux" else cls(subject, wanted, workers)
+        if len(wanted) < MANY or workers < 2 or sys.platform != "linux":
+            return None
+        largest = max(3 * height * width for height, width in sizes)
+        most = AHEAD_BYTES if free is None else min(AHEAD_BYTES, free // 8 // local)
+        return cls(subject, wanted, workers, max(2, most // largest // workers))
 
     def photo(self, view: Altered, image: int) -> Photo:
         """The next one; those before it that are not asked for, as they cannot be read, are passed over.
@@ -453,14 +460,19 @@ def _show(
         for images, missing in zip(batches, lacking, strict=True):
             batch = Batch(subject, images, makers)
             unreadable = batch.drop_unreadable() if any(missing.values()) else set()
-            for view in views:
+            found, kept = list[tuple[str, bytes]](), time.monotonic()
+            # What is altered last: the processes that do so have as long as the attacks take.
+            for view in sorted(views, key=lambda view: isinstance(view, Altered)):
                 if ids := [i for i in missing[view] if i not in unreadable]:
                     entries = dict(zip(batch.images, view.entries(batch), strict=True))
-                    subject.cache.put(
-                        (view.key(subject, i, part), blob) for i in ids for part, blob in entries[i].items()
-                    )
+                    found += [(view.key(subject, i, part), blob) for i in ids for part, blob in entries[i].items()]
+                if found and time.monotonic() > kept + 1:  # to put each by itself costs more
+                    subject.cache.put(found)
+                    found, kept = [], time.monotonic()
                 if on_batch:
                     on_batch(view, len(images))
+            if found:
+                subject.cache.put(found)
 
 
 def results_of(subject: Subject, view: View, part: str = "") -> Iterator[tuple[int, Detections]]:

@@ -48,8 +48,8 @@ class Degrade(Objective):
             aim if isinstance(aim, Assignment) else self._assign(candidates[i : i + 1], aim)
             for i, aim in enumerate(aims)
         ]
-        losses = detection_loss(candidates, Assignment.stack(assigned))
-        loss = -torch.stack([losses[part] for part in self.parts]).sum(0)
+        losses = detection_loss(candidates, Assignment.stack(assigned), parts=self.parts)
+        loss = -torch.stack([*losses.values()]).sum(0)
         if not self.gate or candidates.gate is None:
             return loss
         # On logits: the weights themselves have no gradient left where the gate is sure.

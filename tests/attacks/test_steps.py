@@ -2,6 +2,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from detguard import DetguardError
 from detguard.attacks.budgets import L2, Linf
@@ -71,3 +73,32 @@ def test_momentum_adds_to_gradients_as_they_are_where_steps_are_as_long_as_these
 def test_an_unknown_rule_is_refused():
     with pytest.raises(DetguardError, match="`rule`"):
         rule_named("lbfgs")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["steepest", "sign"]), st.integers(1, 255), st.integers(1, 255), st.sampled_from([0.0, 0.75]),
+    st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_steps_in_bytes_are_those_in_floats(name, eps, step, momentum, by_channel, seed):
+    generator = torch.Generator().manual_seed(seed)
+    original = torch.randint(256, (5, 4, 3), generator=generator).float()
+    gradients = torch.randn(4, 5, 4, 3, generator=generator)
+    gradients[:, 0] = 0
+    gradients = gradients.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) if by_channel else gradients
+    start = Linf(eps).start(original, seed)
+    rules = [rule_named(name)(Linf(eps), original, step, 4, momentum) for _ in range(2)]
+    exact, fast = start, rules[1].begin(start)
+    assert fast.dtype == torch.uint8
+    for gradient in gradients:
+        exact, fast = rules[0](exact, gradient, 0.0), rules[1](fast, gradient, 0.0)
+        assert torch.equal(fast.float(), exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "step"),
+    [("sign", Linf(4), 0.5), ("normalized", Linf(4), 1), ("raw", Linf(4), 1), ("steepest", L2(2), 1)],
+)
+def test_where_photos_are_not_in_whole_levels_steps_are_in_floats(name, budget, step):
+    photo = torch.full((4, 4, 3), 9.0)
+    assert rule_named(name)(budget, photo, step, 4).begin(photo).is_floating_point()

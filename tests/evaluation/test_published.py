@@ -7,7 +7,8 @@ import pytest
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
-from detguard.evaluation.corruptions import PUBLISHED, SEEDED, corrupt, read_pipeline, through, zoom_blur
+from detguard.evaluation.corruptions import PUBLISHED, SEEDED, corrupt, read_pipeline, through
+from detguard.evaluation.fast_corruptions import FASTER
 from detguard.evaluation.run import Protocols
 
 
@@ -28,11 +29,27 @@ def test_corruptions_are_those_of_the_package_to_the_bit_and_leave_the_random_nu
     assert drawn == np.random.random()
 
 
+def same(kind, photo, severity):
+    np.random.seed(severity)
+    theirs = imagecorruptions.corrupt(photo, severity, kind)
+    np.random.seed(severity)
+    return np.array_equal(FASTER[kind](photo, severity), theirs)
+
+
+@pytest.mark.parametrize("kind", FASTER)
 @pytest.mark.parametrize("severity", SEVERITIES)
 @pytest.mark.parametrize("shape", [(32, 47), (211, 333), (1080, 810)])
-def test_our_zoom_blur_is_that_of_the_package_at_any_size_and_severity(severity, shape, bus):
-    photo = bus[: shape[0], : shape[1]]
-    assert np.array_equal(zoom_blur(photo, severity), imagecorruptions.corrupt(photo, severity, "zoom_blur"))
+def test_our_faster_corruptions_are_those_of_the_package_at_any_size_and_severity(kind, severity, shape, bus):
+    assert same(kind, np.ascontiguousarray(bus[: shape[0], : shape[1]]), severity)
+
+
+@pytest.mark.parametrize("kind", FASTER)
+@pytest.mark.parametrize("severity", [1, 5])
+def test_our_faster_corruptions_are_those_of_the_package_of_any_colours(kind, severity):
+    levels = np.array([0, 1, 2, 100, 127, 128, 200, 253, 254, 255], np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)  # greys, pure hues, black and white
+    noise = np.random.default_rng(0).integers(0, 256, (3096, 3), np.uint8)
+    assert same(kind, np.concatenate([colours, noise]).reshape(64, 64, 3), severity)
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
