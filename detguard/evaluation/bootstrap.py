@@ -97,9 +97,9 @@ def _aps(times: np.ndarray, objects: np.ndarray, matched: np.ndarray, ignored: n
     if not objects.any():
         return np.full(len(objects), np.nan)
     aps = []
-    counted, left = np.empty(0), np.empty(0)
+    left = None
     for true, left_out in zip(matched, ignored, strict=True):  # at each IoU
-        if not np.array_equal(left_out, left):  # it is the same at most
+        if left is None or not np.array_equal(left_out, left):  # it is the same at most of them
             counted, left = np.cumsum(times * ~left_out, 1), left_out
         hits = true.nonzero()[0]  # precision is highest at a true positive
         ahead = counted[:, hits]
