@@ -50,16 +50,12 @@ class CocoMetrics:
 
 def coco_results(image_id: int, detections: Detections, category_ids: dict[int, int]) -> list[Result]:
     """Detections of one photo in COCO's results format, rounded as usual; classes without a category are left out."""
+    corners, scores = detections.boxes.numpy().astype(float), detections.scores.numpy().astype(float)
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+    rounded = (np.round(boxes * 100) / 100).tolist(), (np.round(scores * 1e5) / 1e5).tolist()
     return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[index],
-            "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
-            "score": round(score, 5),
-        }
-        for (x1, y1, x2, y2), score, index in zip(
-            detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True
-        )
+        {"image_id": image_id, "category_id": category_ids[index], "bbox": box, "score": score}
+        for box, score, index in zip(*rounded, detections.classes.tolist(), strict=True)
         if index in category_ids
     ]
 
