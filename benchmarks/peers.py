@@ -1,6 +1,6 @@
 """Seconds per gradient step and per success, beside the Adversarial Robustness Toolbox.
 
-    pip install --no-deps adversarial-robustness-toolbox six scikit-learn joblib threadpoolctl
+    pip install --no-deps adversarial-robustness-toolbox six scikit-learn joblib threadpoolctl cloudpickle
     OMP_NUM_THREADS=1 python benchmarks/peers.py --model ../shared/weights/yolo11n-coco.pt
 
 ART's ProjectedGradientDescent on its PyTorchYolo, and detguard's loop: the same weights, frames that are the photos
