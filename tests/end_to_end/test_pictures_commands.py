@@ -87,7 +87,7 @@ def test_stopped_it_is_gone_on_with(tmp_path, tiny_data):
     process.stop(signal.SIGINT)
     told = process.ended(60)
     assert told.returncode == 130
-    assert "go on with: detguard patch --resume made" in told.stdout
+    assert "go on with: detguard patch --resume made" in told.stderr
     assert "--imgsz 96 --iou 0.6 --patch made/patch.png --patch-target person" in " ".join(told.stdout.split())
     assert (tmp_path / "made/patch.png").exists()
     before = len(records.read_text().splitlines())

@@ -113,7 +113,7 @@ def test_of_a_part_of_the_corruptions_and_of_few_queries_the_verdict_says_so():
     found = {"corruptions": {"AP": 0.7, "kinds": kinds}, "blackbox": {"AP": 0.6, "eps": 4, "queries": 50}}
     told = evaluation.verdict({"a": found})
     assert told == "a: AP .700 corrupted (fog at severity 3), .600 by 50 black-box queries at 4/255"
-    kinds |= {kind: {"severities": dict.fromkeys("12345")} for kind in evaluation.KINDS}
+    kinds |= {kind: {"severities": dict.fromkeys("12345")} for kind in evaluation.PUBLISHED}
     assert evaluation.verdict({"a": found}).startswith("a: AP .700 corrupted, ")
 
 
@@ -194,3 +194,11 @@ def test_the_summary_of_an_attack_counts_objects_detections_budgets_and_quality(
     assert told["least budget"] == "median over the whole budget, most 2, not reached by 1 of 2 photos"
     assert "at most 20 steps for each budget tried" in told["settings"]
     assert "least budget" not in dict(attack_summary([whole, failed], replace(options, smallest=False)))
+
+
+def test_where_the_checks_alone_were_made_it_says_whether_they_hold():
+    found = {"checks": {"more steps": {"passed": True}, "larger budget": {"passed": True}}}
+    assert evaluation.verdict({"m": found}) == "m: the attack's own checks hold"
+    found["checks"]["larger budget"]["passed"] = False
+    assert evaluation.verdict({"m": found}) == "m: the attack's own checks FAILED (larger budget)"
+    assert evaluation.verdict({"m": {"corruption_file": {"AP": 0.25}}}) == "m: AP .250 corrupted by your own"
