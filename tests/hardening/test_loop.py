@@ -14,6 +14,7 @@ from detguard import DetguardError
 from detguard.data.ahead import AheadError
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
+from detguard.hardening import loop
 from detguard.hardening.loop import LOG_EVERY, BatchLog, Pace, Validate, diverged, load_made, train
 from detguard.hardening.optimizer import Optimizer
 from detguard.runs import Run
@@ -337,3 +338,10 @@ def test_a_resumed_stage_ends_at_the_best_weights_seen_before_it_stopped(run):
     with pytest.raises(KeyboardInterrupt):
         trained(run, LOG_EVERY + 3, validate=judged(1.0))
     assert torch.equal(trained(run, validate=judged(2.0, 3.0)).layer.weight, whole.layer.weight)
+
+
+def test_a_checkpoint_too_large_to_be_read_again_ends_a_training_before_it_begins(run, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_BYTES", 1000)
+    with pytest.raises(DetguardError, match=r"last\.pt: a checkpoint of .*`split` neck or head"):
+        trained(run, harm=lambda call: pytest.fail("trained"))
+    assert not (run.folder / "last.pt").exists()
