@@ -350,8 +350,8 @@ class Checkpoints:
         if data.tell() > MAX_BYTES:  # as could not be read again, which is to be known before the training
             size, most = data.tell() / 2**30, MAX_BYTES >> 30
             raise DetguardError(
-                f"{self.file}: a checkpoint of {size:.1f} GiB, over the limit of {most}; train less at once (`split` neck "
-                "or head), or a smaller detector"
+                f"{self.file}: a checkpoint of {size:.1f} GiB, over the limit of {most}; train less at once (`split` "
+                "neck or head), or a smaller detector"
             )
         for number in range(KEPT - 1, 0, -1) if older else ():
             before = self._before(number - 1)
