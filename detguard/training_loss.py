@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from ultralytics.utils.metrics import bbox_iou
@@ -111,6 +112,7 @@ class _BinaryCrossEntropy(torch.autograd.Function):
         return (loss if wanted is None else loss.sub_(logits * wanted)).sub_(logits.abs().sigmoid_().log_())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, wanted = ctx.saved_tensors
         p = logits.sigmoid()

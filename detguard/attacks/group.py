@@ -336,7 +336,7 @@ class Attempt:
     def levels(self) -> Photo:
         """`x` in whole levels, as it would be saved and as the detector is shown it."""
         if self.x.dtype == torch.uint8:
-            return self.x.numpy()
+            return self.x.numpy().copy()  # which transforms and callers may write into
         levels = self.rule.budget.levels(self.x, self.original)
         if levels.device.type != "cpu":
             levels = levels.to(torch.uint8)  # a quarter of the bytes to copy; on the CPU NumPy is the faster one

@@ -80,13 +80,12 @@ class Steepest(Rule):
     """The step by which the loss falls most, as the budget measures it: by signs in L-inf, along the gradient in L2."""
 
     by_budget = True
-    by_signs: ClassVar[bool] = True  # as L-inf measures it
 
     @override
     def begin(self, x: Tensor) -> Tensor:
         """In bytes where all photos on the way are in whole levels: the same ones in a quarter of the time."""
         whole = type(self.budget) is Linf and float(self.budget.eps).is_integer() and float(self.length).is_integer()
-        if not (whole and self.by_signs and x.device.type == "cpu" and 0 < self.length <= WHITE):
+        if not (whole and type(self) in (Steepest, Sign) and x.device.type == "cpu" and 0 < self.length <= WHITE):
             return x
         low, high = self.original - self.budget.eps, self.original + self.budget.eps
         self._low, self._high = low.clamp_(min=0).byte().numpy(), high.clamp_(max=WHITE).byte().numpy()
@@ -128,7 +127,7 @@ class Sign(Steepest):
 class Normalized(Steepest):
     """Along the gradient, values moving by `step` levels on average."""
 
-    by_budget = by_signs = False
+    by_budget = False
 
     @override
     def direction(self, gradient: Tensor) -> Tensor:
@@ -138,7 +137,7 @@ class Normalized(Steepest):
 class Raw(Steepest):
     """Along the gradient as it is, `step` times."""
 
-    evened = by_signs = False
+    evened = False
 
     @override
     def direction(self, gradient: Tensor) -> Tensor:

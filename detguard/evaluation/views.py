@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -322,7 +323,9 @@ Wanted = tuple[Altered, int]
 class Makers:
     """Processes that alter photos ahead of `fill`, in the order in which it asks for them."""
 
-    def __init__(self, subject: Subject, wanted: Sequence[Wanted], workers: int, depth: int = 2) -> None:
+    def __init__(
+        self, subject: Subject, wanted: Sequence[Wanted], workers: int, depth: int = 2, niceness: int = 0
+    ) -> None:
         for kind in {view.kind for view, _ in wanted if isinstance(view, Corrupted)}:
             corrupt(np.zeros((32, 32, 3), np.uint8), kind, 1, 0)  # imports and compiles, once for all processes
         seeds = (Batch(subject, [image]).seeds(view.name, view.seed)[0] for view, image in wanted)
@@ -330,8 +333,9 @@ class Makers:
             (view, (subject.dataset.files[image], subject.hashes[image]), seed)
             for (view, image), seed in zip(wanted, seeds, strict=True)
         ]
-        self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, PATIENCE, depth=depth, niceness=NICENESS)
-        self._wanted = zip(wanted, self._made, strict=False)
+        self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, PATIENCE, depth=depth, niceness=niceness)
+        first = next(self._made)  # they are started by it, and go on while all else is done
+        self._wanted = zip(wanted, chain([first], self._made), strict=False)
 
     @classmethod
     def of(cls, subject: Subject, wanted: Sequence[Wanted], local: int = 1) -> "Makers | None":
@@ -343,12 +347,13 @@ class Makers:
         sizes = [(entry["height"], entry["width"]) for entry in entries]
         each = max((bytes_of(*size) for size in sizes), default=1)
         free = free_memory()
-        workers = min(cores() // local, MOST_WORKERS, MOST_WORKERS if free is None else free // each // local)
+        workers = min(cores() // local, MOST_WORKERS, MOST_WORKERS if free is None else free // 2 // each // local)
         if len(wanted) < MANY or workers < 2 or sys.platform != "linux":
             return None
         largest = max(3 * height * width for height, width in sizes)
         most = AHEAD_BYTES if free is None else min(AHEAD_BYTES, free // 8 // local)
-        return cls(subject, wanted, workers, max(2, most // largest // workers))
+        niceness = NICENESS if local == 1 else 0  # or those of one process would wait for the models of others
+        return cls(subject, wanted, workers, max(2, most // largest // workers), niceness)
 
     def photo(self, view: Altered, image: int) -> Photo:
         """The next one; those before it that are not asked for, as they cannot be read, are passed over.
