@@ -30,9 +30,9 @@ MAX_LINE = 16 << 20
 PARTIAL = ".partial"
 # A tree may be so deep, and so much larger for the aliases in it, as nobody writes by hand.
 MAX_DEPTH = 64
-# Each takes some hundred bytes when it is read.
-MAX_EVENTS = 5_000_000
 MAX_ALIASED = 4
+# Parts of a tree, each of which takes some hundred bytes when it is read.
+MAX_EVENTS = 5_000_000
 
 
 class FileError(DetguardError):

@@ -79,7 +79,10 @@ OPTIONS = {
 }  # fmt: skip
 # Options that a resumed run takes anew.
 KEPT_BY_NO_RUN = {"resume", "trust", "device", "workers", "roll_back", "fail_under", "as_json", "log"}
+# Those of them with a value that change what a run ends with: the command to go on with repeats them, and --trust.
 SAID_AGAIN = ("--device", "--workers", "--log", "--fail-under")
+# Options of `load_detector` that commands have under the same names.
+LOADING = ("imgsz", "top_k", "fusion", "iou", "trust", "end_to_end")
 # How many new objects make Python look for garbage, by default 700: torch is imported sooner by not finding any.
 GARBAGE_AFTER = 10_000
 # The exit codes where nothing was attacked or judged, neither a success nor a failure; and of what Ctrl-C stopped.
@@ -291,10 +294,6 @@ def only_resumes(context: typer.Context) -> None:
     """
     if others := sorted(option for name, option in given(context).items() if name not in KEPT_BY_NO_RUN):
         raise DetguardError(f"--resume: takes all options from the run; leave out {', '.join(others)}")
-
-
-# Options of `load_detector` that commands have under the same names.
-LOADING = ("imgsz", "top_k", "fusion", "iou", "trust", "end_to_end")
 
 
 def run_folder(context: typer.Context) -> Path | None:

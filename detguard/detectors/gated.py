@@ -21,7 +21,7 @@ from detguard.detectors.fusion import Fusion, average, parse_fusion
 from detguard.detectors.shared import HEAD, WHOLE, Shared, unshared
 from detguard.detectors.sparse import add_sparse, drop_sparse, fit_sparse
 from detguard.detectors.ultralytics import decode, head_outputs, run_layers
-from detguard.photos import PADDING_LEVEL, Letterbox, Source, as_photo
+from detguard.photos import PADDING_LEVEL, Letterbox, Source
 
 EXPERTS = ("normal", "hard", "adversarial")
 MOST_EXPERTS = 64
@@ -422,8 +422,7 @@ class GatedDetector(Detector):
 
     @override
     def predict(self, source: Source, conf: float, iou: float | None = None) -> Detections:
-        photo = as_photo(source)
-        return self.detect([photo], conf, iou)[0]
+        return self.detect([source], conf, iou)[0]
 
 
 class Gated(Family):
