@@ -307,7 +307,7 @@ def watch(
     drops, dropped = write_dropped(run, records)
     run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living)))
     least = needed(options["detector"], options["window"])
-    out.say(verdict(records, least), style="bold")
+    out.say(verdict(records, options["detector"], options["window"]), style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     judged = sum(r.get("f1") is not None for r in records)
     calm = "no drop" if judged >= least else "too few to judge"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import fmean as mean
-from statistics import variance
+from statistics import stdev, variance
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,16 @@ DRIFT: dict[str, Callable[[int], Any]] = {
 def needed(kind: str, window: int) -> int:
     """How many photos a judgement by one of DRIFT needs: before them, that no drop was told means nothing."""
     return KSWIN_WINDOWS * window if kind == "kswin" else window
+
+
+def least_told(values: Sequence[float], after: int) -> float:
+    """The least fall of the last `after` of some values that `LikelihoodRatio` tells: a smaller one hides in noise.
+
+    values: of a steady stream, more than `after`, newest last. The inverse of the test in `LikelihoodRatio.update`.
+    """
+    deviation = max(stdev(values), LikelihoodRatio.DEVIATION)
+    errors = math.sqrt(1 / (len(values) - after) + 1 / after)
+    return max(SMALLEST_DROP, LikelihoodRatio.SIGMAS * deviation * errors)
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from detguard import DetguardError
 from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, from_records
 from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
-from detguard.hardening.monitor import Deployment, latest, needed
+from detguard.hardening.monitor import MOST_WINDOWS, Deployment, latest, least_told, needed
 from detguard.photos import read_photo
 from detguard.reports.evaluation import FOLDED, number
 from detguard.reports.marks import marked, of_labels
@@ -81,19 +82,35 @@ def events_table(events: list[Record]) -> Table:
     return Table("Events", ["event", "what"], rows, note)
 
 
-def verdict(records: Sequence[Record], least: int) -> str:
-    """One sentence: whether and since when accuracy has dropped, or that there were not `least` photos to judge by."""
+def verdict(records: Sequence[Record], kind: str, window: int) -> str:
+    """Whether and since when accuracy has dropped, or that there were too few photos to judge by.
+
+    Where it has not, how large a drop would have had to be: that none was told says nothing of smaller ones.
+    """
+    least = needed(kind, window)
     judged = [r for r in records if r.get("f1") is not None]
     alarms = [r for r in judged if r["began"] is not None]
     if not alarms:
         if len(judged) < least:
             return f"Too few to judge: {len(judged)} photos have known objects, {least} are needed"
-        return f"No drop on {len(judged)} photos with known objects: mean F1 {number(mean(r['f1'] for r in judged))}"
+        values = [float(r["f1"]) for r in judged[-MOST_WINDOWS * window :]]
+        calm = f"No drop on {len(judged)} photos with known objects: mean F1 {number(mean(values))}"
+        return f"{calm}. {unseen(values, window)}" if kind == "likelihood-ratio" and len(values) > window else calm
     first, more = drops(records)[0], f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
     return (
         f"F1 dropped from {number(first.before)} ({first.photos_before} photos) to {number(first.after)} "
         f"({first.photos_after}) since about photo {when(first.began)}, detected at photo {when(first.alarm)}{more}"
     )
+
+
+def unseen(values: Sequence[float], window: int) -> str:
+    """What `LikelihoodRatio` would not have told of the photos whose F1 these are, more than a window of them."""
+    last, half = least_told(values, window), least_told(values, len(values) // 2)
+    if (level := fmean(values)) <= half:
+        return "They are too few, and F1 is too low, for any drop to show"
+    if level <= last or len(values) < 3 * window:
+        return f"One by less than {number(half)} over half of them would not show"
+    return f"One by less than {number(last)} in the last {window}, or {number(half)} over half of them, would not show"
 
 
 def when(record: Record) -> str:
@@ -197,7 +214,7 @@ def monitor_page(run: Run, records: list[Record], events: list[Record], items: S
     title = f"Monitor: {run.config['detector']['model']}"
     tables = [drops_table(drops(records))] * bool(alarms) + [events_table(events)] * bool(events)
     tables.append(timeline_table(rows))
-    summary = verdict(records, needed(options["detector"], options["window"]))
+    summary = verdict(records, options["detector"], options["window"])
     command = ["detguard", *run.config["arguments"]]
     left_out = len(dropped(records)) - len(items) if items else 0
     gallery = "From where each drop began to its alarm, the least F1 first."

@@ -8,7 +8,17 @@ from detguard import DetguardError
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
 from detguard.evaluation.coco import metrics_of_photos
-from detguard.hardening.monitor import DRIFT, Deployment, LikelihoodRatio, Monitor, Numbered, Watch, Windows, quality
+from detguard.hardening.monitor import (
+    DRIFT,
+    Deployment,
+    LikelihoodRatio,
+    Monitor,
+    Numbered,
+    Watch,
+    Windows,
+    least_told,
+    quality,
+)
 
 
 def stream(seed, *parts):
@@ -52,6 +62,16 @@ def test_a_weak_detector_that_collapses_is_told_of_within_two_windows(known, sha
         after = np.where(rng.random(within) < 0.03, 0.8, 0)
         told = alarms("likelihood-ratio", [*map(float, before), *map(float, after)])
         assert [known < number for number, _ in told] == [True]
+
+
+@pytest.mark.parametrize("after", [8, 32, 128])
+@pytest.mark.parametrize("scattered", [0.0, 0.1, 0.3])
+def test_a_drop_is_told_if_it_is_larger_than_noise_hides(after, scattered):
+    steady = [0.6 + scattered * (-1) ** number for number in range(128 + after)]
+    least = least_told(steady, after)
+    for share, told in ((0.95, False), (1.05, True)):
+        fallen = [value - share * least * (number >= 128) for number, value in enumerate(steady)]
+        assert bool(alarms("likelihood-ratio", fallen)) is told
 
 
 def test_slow_decay_is_told_of():

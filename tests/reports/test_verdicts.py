@@ -131,12 +131,27 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
 
     records = [{"number": n, **one} for n, one in enumerate([seen(1.0)] * 8 + [seen(0.5)] * 3 + [seen(0.5, 9)], 1)]
     records[8]["time"] = "07:15"
-    assert monitoring.verdict(records, 8) == (
+    assert monitoring.verdict(records, "adwin", 8) == (
         "F1 dropped from 1.000 (8 photos) to .500 (4) since about photo 9 (07:15), detected at photo 12"
     )
-    assert monitoring.verdict([*records, {"number": 13, "f1": 0.0, "began": 13}], 8).endswith(", and 1 more later")
-    assert monitoring.verdict(records[:8], 8) == "No drop on 8 photos with known objects: mean F1 1.000"
-    assert monitoring.verdict(records[:3], 8).startswith("Too few to judge: 3 photos")
+    assert monitoring.verdict([*records, {"number": 13, "f1": 0.0, "began": 13}], "adwin", 8).endswith(
+        ", and 1 more later"
+    )
+    assert (
+        monitoring.verdict(records[:8], "likelihood-ratio", 8)
+        == "No drop on 8 photos with known objects: mean F1 1.000"
+    )
+    assert monitoring.verdict(records[:3], "adwin", 8).startswith("Too few to judge: 3 photos")
+    steady = [seen(0.6 + 0.1 * (-1) ** n) | {"number": n} for n in range(64)]
+    assert monitoring.verdict(steady, "likelihood-ratio", 8) == (
+        "No drop on 64 photos with known objects: mean F1 .600. "
+        "One by less than .190 in the last 8, or .126 over half of them, would not show"
+    )
+    assert monitoring.verdict(steady[:16], "likelihood-ratio", 8).endswith(
+        ". One by less than .258 over half of them would not show"
+    )
+    weak = [r | {"f1": float(r["number"] % 8 == 0)} for r in steady[:32]]
+    assert monitoring.verdict(weak, "likelihood-ratio", 8).endswith("too few, and F1 is too low, for any drop to show")
     assert {kind: needed(kind, 32) for kind in DRIFT} == dict.fromkeys(DRIFT, 32) | {"kswin": 128}
 
 
