@@ -1,6 +1,7 @@
 import errno
 import gc
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from detguard import DetguardError, runs
 from detguard.files import write_file
 from detguard.runs import Run, RunError, next_free, photo_keys
+from detguard.schema import EVENTS, RECORDS
 
 CONFIG = {
     "model": "a.pt",
@@ -398,3 +400,19 @@ def test_a_stream_has_more_records_than_are_read_at_once(run, monkeypatch):
     with results(run).open("a") as stream:
         stream.write('{"half": ')
     assert [one["batch"] for one in run.each()] == [1, 2, 3]
+
+
+def names_of(shape):
+    """The fields of records of a shape, with those of what is in them."""
+    if isinstance(shape, dict):
+        return {key.rstrip("?") for key in shape} | set().union(*(names_of(one) for one in shape.values()))
+    inner = getattr(shape, "shapes", None) or [getattr(shape, "shape", None)]
+    return set().union(*(names_of(one) for one in inner if one is not None))
+
+
+@pytest.mark.parametrize("command", [*RECORDS, "events"])
+def test_the_page_of_records_has_every_field(command):
+    page = (Path(__file__).parents[1] / "docs/reference/records.md").read_text()
+    thresholds = {"0.05", "0.1", "0.25", "0.5"}
+    fields = names_of(RECORDS.get(command, EVENTS)) - {"*"} - thresholds
+    assert [field for field in sorted(fields) if not re.search(rf"`{field}\??`", page)] == []

@@ -57,7 +57,7 @@ class Result:
 
     Attributes:
         key: its name in the run.
-        record: all that is known of it, as in results.jsonl of a run.
+        record: all that is known of it, as in results.jsonl of a run (docs/reference/records.md).
         folder: of the run; where `out` names none it is gone with the last of the results.
     """
 

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import shutil
 import signal
 import sys
@@ -32,11 +33,13 @@ from detguard.hardening.adversary import METHODS
 from detguard.hardening.monitor import DRIFT
 from detguard.hardening.recipes import RECIPES
 from detguard.objectives.base import LOSSES
+from detguard.objectives.parse import GOALS
 from detguard.ranks import ALONE
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
 from detguard.runs import Run
 from detguard.transforms.base import GradientRule
+from detguard.transforms.parse import KINDS
 
 # Clears the screen, colours, turns the line around, begins another, is markup, an emoji, and no UTF-8.
 HOSTILE = "a\x1b[2J\x9b31m\u202egnp\nerror: [red]b[/nosuch] :smile: \udcff"
@@ -368,6 +371,12 @@ def test_all_that_there_is_can_be_chosen_on_the_command_line(command, option, kn
     """The help names them itself, so as not to import what they do."""
     (parameter,) = [one for one in get_command(app).commands[command].params if one.name == option]
     assert set(get_args(parameter.type_descriptor.annotation)) == set(known)
+
+
+@pytest.mark.parametrize(("option", "known"), [("goal", GOALS), ("transforms", KINDS)])
+def test_the_help_of_attack_names_all_goals_and_transforms(option, known):
+    (parameter,) = [one for one in get_command(app).commands["attack"].params if one.name == option]
+    assert [name for name in known if not re.search(rf"\b{name}\b", parameter.help)] == []
 
 
 FUSED = ("--model", "detguard-n-hard", "--fusion", "average:0.3", "--iou", "0.6", "--top-k", "2")
