@@ -15,6 +15,8 @@ from detguard.files import printable
 from detguard.photos import Photo, largest_difference
 
 DIFFERENCE_GAIN = 10
+# Relative, of a colour under white letters: contrast is then 4.5 : 1 or more (WCAG 2.2, success criterion 1.4.3).
+LUMINANCE = 0.18
 
 
 @cache
@@ -31,7 +33,12 @@ def class_colour(name: str) -> tuple[int, int, int]:
     """The colour of a class, RGB 0..255, dark enough for white letters; the same in every picture and page."""
     # By the name, which all that is kept of a detection has; its hash spreads alike names over the circle.
     hue = crc32(printable(name).encode()) * 0.618034 % 1
-    r, g, b = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.42, 0.75))
+    for lightness in range(42, 0, -1):
+        parts = colorsys.hls_to_rgb(hue, lightness / 100, 0.75)
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        if 0.2126 * red + 0.7152 * green + 0.0722 * blue <= LUMINANCE:
+            break
+    r, g, b = (round(255 * part) for part in parts)
     return r, g, b
 
 

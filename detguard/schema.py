@@ -367,6 +367,7 @@ SHOWN: dict[str, Shape] = {
     "unknown?": texts,
     "time?": text,
     "AP50?": Maybe(real()),
+    "levels?": {"before": real(0, 1), "photos_before": whole(1), "after": real(0, 1), "photos_after": whole(1)},
 }
 # Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed.
 SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1)}

@@ -344,7 +344,8 @@ def compare(
     """
     from detguard.evaluation.metrics import DRAWS, METRICS, read_draws, read_metrics
     from detguard.files import write_file
-    from detguard.reports.comparison import comparison_page, comparison_tables, differences, short_names
+    from detguard.reports.comparison import comparison_page, comparison_tables, differences
+    from detguard.reports.page import short_names
     from detguard.reports.tables import terminal_table
     from detguard.runs import Run
 

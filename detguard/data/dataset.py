@@ -80,12 +80,11 @@ class Dataset:
             self.warnings.count(message, sum(boxes.values()))
         return shared
 
-    def objects(self, image_id: int, category_ids: dict[int, int]) -> Detections:
-        """The labelled objects of one photo as detections of score 1, in the detector's class indices; no crowds."""
+    def objects(self, image_id: int, category_ids: dict[int, int], *, crowds: bool = False) -> Detections:
+        """The labelled objects of one photo as detections of score 1, in the detector's class indices, or crowds."""
         index = {category: k for k, category in category_ids.items()}
-        found = [
-            a for a in self.annotations.imgToAnns.get(image_id, []) if not a["iscrowd"] and a["category_id"] in index
-        ]
+        labelled = self.annotations.imgToAnns.get(image_id, [])
+        found = [a for a in labelled if bool(a["iscrowd"]) is crowds and a["category_id"] in index]
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         classes = torch.tensor([index[a["category_id"]] for a in found], dtype=torch.int64)

@@ -131,8 +131,9 @@ def read_labelled(
         return photos
     dataset = read_dataset(source, split, images, class_map=class_map)
     ids = dataset.category_ids(class_names)
+    photos = list(in_order(dataset, ids))
     on_data(dataset.name, dataset.warnings)
-    return list(in_order(dataset, ids))
+    return photos
 
 
 def as_lines(photos: Sequence[Labelled], class_names: dict[int, str]) -> bytes:

@@ -5,9 +5,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from detguard.classes import check_map
@@ -66,9 +68,15 @@ class Labels:
 def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelled]:
     """The photos of a data set by the time that its json gives all of them, or else in its own order."""
     images = list(dataset.files)
-    times = [dataset.annotations.imgs[image].get(TIME) for image in images]
-    if all(isinstance(time, str) and time for time in times):
-        images = [image for _, image in sorted(zip(times, images, strict=True))]
+    times = [_moment(dataset.annotations.imgs[image].get(TIME)) for image in images]
+    known = [time for time in times if time is not None]
+    if len(known) == len(images):
+        # Those of one moment keep their order.
+        images = [images[i] for i in np.argsort(known, kind="stable")]
+    elif wrong := sum(bool(dataset.annotations.imgs[image].get(TIME)) for image in images) - len(known):
+        dataset.warnings.count(
+            f"'{TIME}' that are no times (as 2026-01-31 10:00:00), photos stay as they are listed", wrong
+        )
     left_out = {
         category: name for category, name in dataset.categories.items() if category not in category_ids.values()
     }
@@ -78,6 +86,15 @@ def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelle
         time = str(dataset.annotations.imgs[image].get(TIME, ""))[:MOST_LETTERS]
         objects = dataset.objects(image, category_ids)
         yield Labelled(dataset.files[image], objects, tuple(category_ids), unknown, time=time)
+
+
+def _moment(time: object) -> float | None:
+    """A time as ISO 8601 has it (2013-11-14 11:18:45), as seconds; one without a zone is of UTC; None: it is none."""
+    try:
+        moment = datetime.fromisoformat(str(time))
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def unknown_boxes(unknown: Iterable[Iterable[str]]) -> dict[str, int]:

@@ -46,5 +46,7 @@ def shortfalls(metrics: Metrics, floors: Floors) -> Iterator[str]:
         for (protocol, stat), floor in floors.items():
             value = found[protocol][stat]
             if value is None or value < floor:
-                shown = "not measured" if value is None else f"{value:.3f}"
-                yield f"{model}: {protocol} {stat} {shown}, expected {floor:.3f} or more"
+                # As many digits as a floor may have, where fewer would make the two look the same.
+                digits = 3 if round(floor, 3) == floor and (value is None or value < floor - 0.001) else 6
+                shown = "not measured" if value is None else f"{value:.{digits}f}"
+                yield f"{model}: {protocol} {stat} {shown}, expected {floor:.{digits}f} or more"

@@ -192,7 +192,7 @@ def checkable(subjects: Iterable[Subject]) -> list[Subject]:
     return [subject for subject in subjects if subject.detector.differentiable]
 
 
-def transfers(subject: Subject, subjects: list[Subject], wanted: Protocols) -> list[Transferred]:
+def transfers(subject: Subject, subjects: Sequence[Subject], wanted: Protocols) -> list[Transferred]:
     """The other detectors' adversarial photos, as views."""
     return [Transferred(other, wanted.attack_sets(other.detector)[-1]) for other in subjects if other is not subject]
 

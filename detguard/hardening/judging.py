@@ -23,7 +23,7 @@ LABELS = "labels"
 
 
 class OfKind(Figure):
-    """COCO's figures of photos of a kind, and their mean F1 at IoU .50 and confidence .25."""
+    """COCO's figures of photos of a kind, and the mean F1 at IoU .50 and confidence .25 of those with objects."""
 
     F1: float
 
@@ -97,7 +97,12 @@ def judge(
     for one, photo in zip(labelled, photos, strict=True):
         on_step()
         found.append(one.counted(detector.detect([photo], LOWEST_CONFIDENCE, multi_label=True)[0]))
-    scores = [f1(one.objects, seen.above(SHOWN_CONFIDENCE)) for one, seen in zip(labelled, found, strict=True)]
+    # As in `monitor`, where nothing is labelled, to find nothing proves nothing.
+    scores = [
+        f1(one.objects, seen.above(SHOWN_CONFIDENCE))
+        for one, seen in zip(labelled, found, strict=True)
+        if len(one.objects)
+    ]
     stats = metrics_of_photos([one.objects for one in labelled], found, drawn=True).stats
     mean = sum(scores) / max(len(scores), 1)
     return {"F1": mean, "AP": stats["AP"], "AP_error": stats.get("AP_error"), "AP50": stats["AP50"]}

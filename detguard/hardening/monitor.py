@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev, variance
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -106,11 +106,21 @@ def least_told(values: Sequence[float], after: int) -> float:
     return max(SMALLEST_DROP, LikelihoodRatio.SIGMAS * deviation * errors)
 
 
+class Levels(TypedDict):
+    """The mean F1 of the photos that a drop was told by, before it and from there on, and how many they are."""
+
+    before: float
+    photos_before: int
+    after: float
+    photos_after: int
+
+
 @dataclass
 class Monitor:
     """Told the quality of one photo after the other, in order; says where it has clearly dropped.
 
     kind: one of DRIFT; window: photos that a judgement needs. After a change, up or down, it starts anew from there.
+    levels: of the last drop that it told.
 
     Raises:
         DetguardError: no such kind.
@@ -119,6 +129,7 @@ class Monitor:
     kind: str = defaults.Monitor.drift
     window: int = defaults.Monitor.window
     values: list[float] = field(default_factory=list)
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in DRIFT:
@@ -137,7 +148,11 @@ class Monitor:
             began = self._changed()
         before, after = self.values[:-began], self.values[-began:]
         dropped = bool(before) and mean(before) - mean(after) >= max(SMALLEST_DROP, SIGMAS * _error(before, after))
-        self.values = after if dropped else self.values
+        if dropped:
+            self.levels = Levels(
+                before=mean(before), photos_before=len(before), after=mean(after), photos_after=len(after)
+            )
+            self.values = after
         if len(self.values) == seen and isinstance(self._drift, LikelihoodRatio):
             # It has just that past; a lasting change too small to tell would cost it again with every photo.
             return None
@@ -280,7 +295,8 @@ class Watch:
         values, counts = quality(photo.objects, found), self._counts(number)
         began = self.accuracy.add(number, values.f1) if counts and values.f1 is not None else None
         hint = self.hints.add(number, values.confidence) if counts and not photo.labelled else None
-        return {**asdict(values), "began": began} | ({} if hint is None else {"hint": hint})
+        levels = {} if began is None else {"levels": self.accuracy.monitor.levels}
+        return {**asdict(values), "began": began} | levels | ({} if hint is None else {"hint": hint})
 
 
 class Windows:

@@ -13,7 +13,7 @@ from detguard.objectives.base import ALL, SEPARATOR
 from detguard.objectives.parse import GOALS, wanted
 from detguard.photos import read_photo
 from detguard.reports.attack_tables import attack_summary, judged, least_budgets, survival_table
-from detguard.reports.page import MOST_PHOTOS, Item, Table, linked, pair, panel, render_page
+from detguard.reports.page import MOST_PHOTOS, Item, Table, linked, pair, panel, render_page, short_names
 from detguard.reports.plots import least_budget_plot
 from detguard.runs import Record, Run
 from detguard.schema import Config
@@ -81,7 +81,9 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     tables = [rate, Table("Result", ["", ""], attack_summary(records, options))]
     if rows := [[record["key"], left] for record in attacked if (left := _left_in(record, run.config, options.conf))]:
         tables.append(Table("Not fooled", ["photo", "by what is left in"], rows, folded=len(rows) > 2 * MOST_NAMED))
-    items = [item for record in _shown(attacked) if (item := _item(run, record, options))]
+    shown = _shown(attacked)
+    named = short_names([Path(record["photo"]) for record in shown])
+    items = [item for record, name in zip(shown, named, strict=True) if (item := _item(run, record, options, name))]
     also = "".join(f" and {Path(one['model']).stem} at {one['imgsz']} px" for one in run.config["also"])
     subtitle = f"{detector.name} at {detector.imgsz} px{also}, budget {options.budget}, confidence {options.conf}"
     if options.black_box:
@@ -107,7 +109,7 @@ def _shown(attacked: Sequence[Record]) -> list[Record]:
     return (failed[:room] + fooled)[:MOST_PHOTOS]
 
 
-def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
+def _item(run: Run, record: Record, options: AttackOptions, name: str) -> Item | None:
     members, files = record["members"], record["files"]
     try:
         before, after = read_photo(record["photo"]), read_photo(run.path(files[PHOTO]))
@@ -138,7 +140,9 @@ def _item(run: Run, record: Record, options: AttackOptions) -> Item | None:
     )
     overlay = {"before and after, full size": linked(f"overlays/{record['key']}.png")}
     links = overlay | {"png" if name == PHOTO else name: linked(file) for name, file in files.items()}
-    return Item(record["key"], record["status"], ", ".join(reached), [shown], copies, links)
+    return Item(
+        record["key"] if "/" not in name else name, record["status"], ", ".join(reached), [shown], copies, links
+    )
 
 
 def _judged(name: str, member: Record) -> str:

@@ -1,7 +1,5 @@
 """What `compare` shows: figures of several evaluate runs, and how much each is over the first one's."""
 
-from pathlib import Path
-
 from detguard.evaluation.compare import (
     Compared,
     Difference,
@@ -24,16 +22,6 @@ FIGURES: dict[Compared, str] = {
 }  # fmt: skip
 # By model, figure -> how much more it is than the first model's.
 Changes = dict[str, dict[str, Difference]]
-
-
-def short_names(folders: list[Path]) -> list[str]:
-    """The folders by their last parts, as many as tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-count:]) for one in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return [str(folder) for folder in folders]
 
 
 def differences(metrics: Metrics, draws: Draws) -> tuple[Changes, list[str]]:

@@ -8,16 +8,16 @@ from detguard.detections import Detections
 from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO, AttackSet, attack_name
 from detguard.evaluation.bootstrap import FEWEST, RESAMPLES
 from detguard.evaluation.checks import PHOTOS
-from detguard.evaluation.coco import f1
+from detguard.evaluation.coco import f1, outside
 from detguard.evaluation.compare import Compared, ap_of
 from detguard.evaluation.corruptions import PUBLISHED, SEVERITIES
 from detguard.evaluation.metrics import Figure, Metrics, ModelMetrics, OfClass, Spent, Stat, Stats
 from detguard.evaluation.pictures import GREY, Changed
-from detguard.evaluation.run import Evaluation, Protocols
+from detguard.evaluation.run import Evaluation, Protocols, transfers
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
 from detguard.reports.marks import marked, of_labels
-from detguard.reports.page import MOST_PHOTOS, Item, Pair, Table, pair, panel, render_page
+from detguard.reports.page import MOST_PHOTOS, Item, Pair, Table, pair, panel, render_page, short_names
 from detguard.reports.plots import gate_plot, plots
 
 # A photo as a view shows it.
@@ -52,9 +52,20 @@ NUMBERS: dict[Stat, str] = {
 }
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """Like ".444", as the field prints AP; "-" of nothing."""
-    return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+    if value is None:
+        return "-"
+    shown = f"{value:.{digits}f}"
+    return shown.replace("0.", ".", 1) if abs(value) < 1 else shown
+
+
+def apart(value: float | None, limit: float | None) -> tuple[str, str]:
+    """Two figures with as many digits as tell them apart, three or more: what misses a limit does not look like it."""
+    if value is None or limit is None or value == limit:
+        return number(value), number(limit)
+    digits = next(n for n in range(3, 18) if f"{value:.{n}f}" != f"{limit:.{n}f}" or n == 17)
+    return number(value, digits), number(limit, digits)
 
 
 def with_error(stats: Figure | None) -> str:
@@ -177,12 +188,17 @@ def headline(metrics: Metrics, title: str) -> Table:
         note += f" ±: half of the 95 % interval, by {RESAMPLES} draws of as many of the photos, with replacement."
     elif any("AP_error" in m.get("clean", {}) for m in metrics.values()):
         note += f" Fewer than {FEWEST} photos: too few to say how far AP may be off."
+    if lost := max((m["setting"]["left_out"] for m in metrics.values()), default=0):
+        note += f" {lost} more photos of the data could not be read and are left out."
     for name, m in metrics.items():
         if unknown := m["setting"]["unknown_classes"]:
             boxes = f"{sum(unknown.values())} boxes of {len(unknown)} classes"
             note += f" Left out for {name}: {boxes} that it does not know."
     if any("attack" in m for m in metrics.values()):
-        note += f" Attacked: the least of each attack alone and of the {WORST_PER_PHOTO}; eps in levels of 255."
+        note += (
+            f" Attacked: the least of each attack alone and of the {WORST_PER_PHOTO}, of AP50 that of its own; eps in "
+            f"levels of 255."
+        )
     if blind := [name for name, m in metrics.items() if "queries" in m.get("attack", {})]:
         note += f" {', '.join(blind)}: no gradient, so that no white-box attack is made; Square goes by scores alone."
     if any("corruptions" in m for m in metrics.values()):
@@ -278,8 +294,7 @@ def _checked(metrics: Metrics) -> Iterator[Table]:
         [
             f"{name}: {check}",
             "passed" if c["passed"] else "FAILED",
-            number(c["value"]),
-            number(c["limit"]),
+            *apart(c["value"], c["limit"]),
             c["what"] if c["passed"] else f"{c['what']}: {c['meaning']}. What to do: {c['remedy']}.",
         ]
         for name, m in metrics.items()
@@ -302,7 +317,8 @@ def gate_by_kind(shares: dict[str, list[float]]) -> dict[str, list[float]]:
     for label, weights in shares.items():
         if label.startswith("attack") and not label.endswith(WORST):
             continue
-        kinds.setdefault(re.sub(r" \d$", "", label).replace("_", " "), []).append(weights)
+        kind = re.fullmatch(rf"({'|'.join(PUBLISHED)}) \d", label)
+        kinds.setdefault(kind[1].replace("_", " ") if kind else label, []).append(weights)
     return {kind: [sum(w) / len(w) for w in zip(*rows, strict=True)] for kind, rows in kinds.items()}
 
 
@@ -331,9 +347,12 @@ def numbers_table(metrics: Metrics) -> Table:
             eps, by = found["attack"]["eps"], found["attack"]["by"]
             columns[f"{label}eps {eps}, {attack_name(by)}"] = found["attack"]["budgets"][str(eps)]["attacks"][by]
     rows = [[words, *(number(stats.get(stat)) for stats in columns.values())] for stat, words in NUMBERS.items()]
-    note = "- where there are no objects of that size. Sizes are of boxes in the photo's own pixels."
+    note = (
+        "- where there are no objects of that size. Sizes are the labels' own areas (of COCO those of masks), else of "
+        "boxes, in the photo's own pixels."
+    )
     if any("attack" in found for found in metrics.values()):
-        note += " Attacked: by the attack of least AP, the headline's."
+        note += " Attacked: by the attack of least AP, the headline's; another one may leave less AP50."
     return Table("COCO's 12 numbers: by size, and recall", ["", *columns], rows if columns else [], note)
 
 
@@ -376,7 +395,8 @@ def evaluation_page(
 ) -> bytes:
     """Render report.html of an evaluate run."""
     data, metrics = subjects[0].dataset, evaluation.metrics
-    items = _gallery(subjects, [_shown_view(subject, wanted) for subject in subjects], MOST_PHOTOS // len(subjects))
+    views = [_shown_view(subject, subjects, wanted) for subject in subjects]
+    items = _gallery(subjects, views, MOST_PHOTOS // len(subjects))
     title = f"Evaluation of {', '.join(s.name for s in subjects)}"
     made = plots(metrics, evaluation.curves)
     for name, found in metrics.items():
@@ -389,14 +409,16 @@ def evaluation_page(
     return render_page(title, verdict(metrics), shown, command, [first, *more, *others], made, items, left_out, GALLERY)
 
 
-def _shown_view(subject: Subject, wanted: Protocols) -> View | None:
+def _shown_view(subject: Subject, subjects: Sequence[Subject], wanted: Protocols) -> View | None:
     """What the gallery shows beside the clean photos, if anything."""
     if wanted.patch is not None:
         return wanted.patches(subject.detector)[-1]
     if wanted.universal is not None:
         return wanted.perturbations[-1]
-    if {"attack", "transfer"} & set(wanted.protocols):
+    if "attack" in wanted.protocols:
         return wanted.attack_sets(subject.detector)[-1]
+    if "transfer" in wanted.protocols:
+        return transfers(subject, subjects, wanted)[-1]
     return wanted.corrupted[-1] if "corruptions" in wanted.protocols else None
 
 
@@ -426,7 +448,8 @@ def _seen(subject: Subject, view: View | None, image: int) -> Seen:
     after = None
     if view is not None:
         after = view.load(subject, image, WORST if WORST in view.parts else "").above(SHOWN_CONFIDENCE).of(scored)
-    return Seen(subject.objects(image), clean, after)
+    objects, crowds = subject.objects(image), subject.dataset.objects(image, subject.category_ids, crowds=True)
+    return Seen(objects, outside(crowds, objects, clean), None if after is None else outside(crowds, objects, after))
 
 
 def _gallery(subjects: Sequence[Subject], views: Sequence[View | None], count: int) -> list[Item]:
@@ -436,10 +459,12 @@ def _gallery(subjects: Sequence[Subject], views: Sequence[View | None], count: i
     loss = {image: max(_seen(subject, view, image).loss for subject, view in pairs) for image in files}
     objects = {image: len(subjects[0].objects(image)) for image in files}
     ranked = sorted(files, key=lambda image: (loss[image], objects[image]), reverse=True)
-    return [_item(pairs, image) for image in ranked[:count]]
+    shown = ranked[:count]
+    titles = short_names([files[image] for image in shown])
+    return [_item(pairs, image, title) for image, title in zip(shown, titles, strict=True)]
 
 
-def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
+def _item(pairs: Sequence[tuple[Subject, View | None]], image: int, title: str) -> Item:
     file = pairs[0][0].dataset.files[image]
     photo, made, worst, whose = read_photo(file), list[Pair](), None, ""
     for subject, view in pairs:
@@ -468,7 +493,7 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int) -> Item:
         outcome = "nothing to find" if worst.scores[1] else "false alarms only"
     outcome += f" ({whose})" if len(pairs) > 1 else ""
     how = "".join(f"; {CHANGED}: {view.name}" for view in {view.name: view for _, view in pairs if view}.values())
-    return Item(file.name, outcome, f"{_count(worst.objects)} labelled{how}", made)
+    return Item(title, outcome, f"{_count(worst.objects)} labelled{how}", made)
 
 
 def _heaviest(found: Detections, names: Sequence[str]) -> str:
@@ -493,4 +518,6 @@ def _outcome(before: float, after: float) -> str:
         return "wrong before"
     if after == 0:
         return "nothing right left"
-    return "worse" if after < 0.9 * before else "unharmed"
+    if after < before:
+        return "worse" if after < 0.9 * before else "a little worse"
+    return "unharmed"

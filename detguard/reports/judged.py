@@ -27,7 +27,7 @@ def judged_table(judged: Judgement, note: str = "") -> Table:
     ]
     notes = [
         "Of photos that were not trained on; ± is half of the 95 % interval, of 10 photos or more. F1 at IoU .50 and "
-        "confidence .25."
+        "confidence .25, of photos with objects."
     ]
     for name in dict.fromkeys(judged.by.values()):
         kinds = " and ".join(kind for kind, of in judged.by.items() if of == name)

@@ -10,7 +10,7 @@ from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, from_records
 from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
-from detguard.hardening.monitor import MOST_WINDOWS, Deployment, latest, least_told, needed
+from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Levels, latest, least_told, needed
 from detguard.photos import read_photo
 from detguard.reports.evaluation import FOLDED, number
 from detguard.reports.marks import marked, of_labels
@@ -96,10 +96,11 @@ def verdict(records: Sequence[Record], kind: str, window: int) -> str:
         values = [float(r["f1"]) for r in judged[-MOST_WINDOWS * window :]]
         calm = f"No drop on {len(judged)} photos with known objects: mean F1 {number(mean(values))}"
         return f"{calm}. {unseen(values, window)}" if kind == "likelihood-ratio" and len(values) > window else calm
-    first, more = drops(records)[0], f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
+    (first, *_), more = drops(records), f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
+    before, photos_before, after, photos_after = first.cells
     return (
-        f"F1 dropped from {number(first.before)} ({first.photos_before} photos) to {number(first.after)} "
-        f"({first.photos_after}) since about photo {when(first.began)}, detected at photo {when(first.alarm)}{more}"
+        f"F1 dropped from {before} ({photos_before} photos) to {after} ({photos_after}) since about photo "
+        f"{when(first.began)}, detected at photo {when(first.alarm)}{more}"
     )
 
 
@@ -120,30 +121,28 @@ def when(record: Record) -> str:
 
 @dataclass(frozen=True)
 class Drop:
-    """A drop: the photo since which accuracy has dropped, as is estimated, the one at which it was detected, and the
-    mean F1 of the photos with known objects before, since the drop before it, and from there to the alarm.
+    """A drop: the photo since which accuracy has dropped, as is estimated, the one at which it was detected, and what
+    it was told by.
     """
 
     began: Record
     alarm: Record
-    before: float | None
-    photos_before: int
-    after: float | None
-    photos_after: int
+    levels: Levels | None
+
+    @property
+    def cells(self) -> list[str]:
+        """F1 before, of how many photos, and the same of after."""
+        if self.levels is None:
+            return ["-"] * 4
+        told = self.levels
+        return [number(told["before"]), str(told["photos_before"]), number(told["after"]), str(told["photos_after"])]
 
 
 def drops(records: Sequence[Record]) -> list[Drop]:
     """Those of a stream, of which there is one record of each photo."""
-    found, since = list[Drop](), 0
     by_number = {r["number"]: r for r in records}
-    for alarm in (r for r in records if r.get("began") is not None):
-        began = alarm["began"]
-        judged = [r for r in records if r.get("f1") is not None and since <= r["number"] <= alarm["number"]]
-        before, after = ([r["f1"] for r in judged if (r["number"] < began) is early] for early in (True, False))
-        first = by_number.get(began, {"number": began, "photo": ""})
-        found.append(Drop(first, alarm, mean(before), len(before), mean(after), len(after)))
-        since = began
-    return found
+    alarms = [r for r in records if r.get("began") is not None]
+    return [Drop(by_number.get(r["began"], {"number": r["began"], "photo": ""}), r, r.get("levels")) for r in alarms]
 
 
 def drops_table(found: Sequence[Drop]) -> Table:
@@ -153,10 +152,7 @@ def drops_table(found: Sequence[Drop]) -> Table:
             when(drop.began),
             Path(drop.began["photo"]).name,
             when(drop.alarm),
-            number(drop.before),
-            str(drop.photos_before),
-            number(drop.after),
-            str(drop.photos_after),
+            *drop.cells,
         ]
         for drop in found
     ]

@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import quote
 
 import cv2
@@ -123,6 +124,16 @@ class Table:
             for head, *column in zip(self.head, *self.rows, strict=True)
         ]
         return len(widths) > 2 and sum(2 + min(width, LONG) for width in widths) > WIDE
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Files or folders by their last parts, as many as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(path) for path in paths]
 
 
 def panel(caption: str, photo: Photo, found: Sequence[Found] = (), file: str = "") -> Panel:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any, Literal, TypedDict
 
 import matplotlib as mpl
@@ -20,6 +21,10 @@ from detguard.photos import Photo, encode_png
 from detguard.runs import Record
 
 COLOURS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b8860b", "#be185d")
+# Of more models or experts than colours: those after them have another marker, and bars are hatched.
+LOOKS = [
+    (colour, marker, hatch) for marker, hatch in zip("osD^", ("", "//", "xx", ".."), strict=True) for colour in COLOURS
+]
 FEW = 20
 INK = "#16202c"
 # Colours of the page, which change with its light or dark mode.
@@ -105,11 +110,18 @@ def corruption_plot(metrics: Metrics) -> str:
         for axis in axes[len(kinds) :]:
             axis.set_axis_off()
         for axis, kind in zip(axes, kinds, strict=False):
-            for colour, (model, rows) in zip(COLOURS * 9, found.items(), strict=False):
+            for (colour, marker, _), (model, rows) in zip(cycle(LOOKS), found.items(), strict=False):
                 if kind not in rows:
                     continue
                 points = {int(s): r["AP"] for s, r in rows[kind]["severities"].items()}
-                axis.plot(list(points), list(points.values()), "o-", ms=3.5, lw=1.6, color=colour, label=_text(model))
+                axis.plot(
+                    *zip(*sorted(points.items()), strict=True),
+                    f"{marker}-",
+                    ms=3.5,
+                    lw=1.6,
+                    color=colour,
+                    label=_text(model),
+                )
                 if (clean := _clean_ap(metrics[model])) is not None:
                     axis.axhline(clean, color=colour, ls="--", lw=0.9)
             axis.set_title(kind.replace("_", " "), fontsize=10)
@@ -138,7 +150,7 @@ def budget_plot(metrics: Metrics) -> str:
     """AP over the budget: the least of all attacks drawn strong, each attack alone and the worst per photo thin."""
     with _figure(6.4, 3.8) as figure:
         axis = figure.subplots()
-        for colour, (model, found) in zip(COLOURS * 9, metrics.items(), strict=False):
+        for (colour, marker, _), (model, found) in zip(cycle(LOOKS), metrics.items(), strict=False):
             if "attack" not in found:
                 continue
             budgets = found["attack"]["budgets"]
@@ -149,7 +161,11 @@ def budget_plot(metrics: Metrics) -> str:
                 axis.plot(*zip(*sorted(points), strict=True), ":", lw=0.8, alpha=0.5, color=colour)
             points = start + [(int(e), b["AP"]) for e, b in budgets.items()]
             axis.plot(
-                *zip(*sorted(points), strict=True), "o:", lw=2.2, color=colour, label=_text(f"{model}, least of all")
+                *zip(*sorted(points), strict=True),
+                f"{marker}:",
+                lw=2.2,
+                color=colour,
+                label=_text(f"{model}, least of all"),
             )
         axis.plot([], [], ":", lw=0.8, color="grey", label="each attack alone, and the worst of them per photo")
         axis.set_xlabel("budget (levels of 255); dots are measured, lines only join them")
@@ -180,9 +196,9 @@ def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
     with _figure(7.5, 0.9 + 0.26 * len(shares)) as figure:
         axis = figure.subplots()
         kinds, left = list(map(_text, shares)), [0.0] * len(shares)
-        for number, (colour, name) in enumerate(zip(COLOURS * 11, experts, strict=False)):
+        for number, ((colour, _, hatch), name) in enumerate(zip(cycle(LOOKS), experts, strict=False)):
             widths = [weights[number] for weights in shares.values()]
-            axis.barh(kinds, widths, left=left, color=colour, label=_text(name), height=0.75)
+            axis.barh(kinds, widths, left=left, color=colour, hatch=hatch, label=_text(name), height=0.75)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
@@ -262,10 +278,13 @@ def precision_plot(curves: dict[str, dict[str, list[float]]]) -> str:
     with _figure(min(5.2 * len(curves), 15), 4.2) as figure:
         row = figure.subplots(1, len(curves), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (model, lines) in zip(row, curves.items(), strict=True):
-            for colour, (label, curve) in zip(COLOURS * 9, lines.items(), strict=False):
+            for (colour, marker, _), (label, curve) in zip(cycle(LOOKS), lines.items(), strict=False):
                 if curve:
-                    width = 2.2 if label == "clean" else 1.5
-                    axis.plot([i / 100 for i in range(101)], curve, lw=width, color=colour, label=label)
+                    width, marked = (2.2 if label == "clean" else 1.5), marker if marker != LOOKS[0][1] else ""
+                    axis.plot(
+                        [i / 100 for i in range(101)], curve, lw=width, marker=marked, ms=3, markevery=10, color=colour,
+                        label=label,
+                    )  # fmt: skip
             axis.set_title(_text(model), fontsize=10)
             axis.set_xlabel("recall")
             axis.set_xlim(0, 1)

@@ -8,6 +8,7 @@ import torch
 from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import DataError
+from detguard.data.sources import read_labelled
 from detguard.data.stream import Labelled, Labels, as_line, from_lines, in_order, lines_of, read_lines
 from detguard.detections import Detections
 
@@ -30,6 +31,24 @@ def test_photos_come_by_the_time_that_the_json_gives(tiny_data, tmp_path, bundle
     assert order([]) == ["11", "12", "13", "14"]
     assert order(["2026-01-04", "2026-01-02", "2026-01-03", "2026-01-01"]) == ["14", "12", "13", "11"]
     assert order(["2026-01-04", "2026-01-02"]) == ["11", "12", "13", "14"]
+    hours = ["2026-01-04 10:00:00", "2026-01-04 09:30:00+00:00", "2026-01-04 09:00:00-02:00", "2026-01-04T10:00:00Z"]
+    assert order(hours) == ["12", "11", "14", "13"]  # of one moment as they are listed
+
+
+def test_times_that_are_none_change_no_order_and_are_told(tiny_data, tmp_path, bundled):
+    data = json.loads(tiny_data.read_text())
+    for entry, time in zip(data["images"], ["12/31/2025", "01/01/2026", "2026-01-01", "x"], strict=True):
+        entry["date_captured"] = time
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    said = []
+    images = tiny_data.parent / "images"
+    shown = read_labelled(
+        str(tmp_path / "instances.json"), "", bundled.class_names, lambda *of: said.append(of), images
+    )
+    assert [one.file.stem for one in shown] == ["11", "12", "13", "14"]
+    assert "3 'date_captured' that are no times" in "".join(
+        f"{places.total} {kind}" for kind, places in said[0][1].items()
+    )
 
 
 def test_lines_are_photos_with_their_objects():

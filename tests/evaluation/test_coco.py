@@ -9,7 +9,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detguard.data.dataset import read_dataset
 from detguard.detections import Detections
-from detguard.evaluation.coco import STATS, coco_metrics, coco_results, f1, matches, value_left
+from detguard.evaluation.coco import STATS, coco_metrics, coco_results, f1, matches, outside, value_left
 
 IDS = {0: 1, 1: 6}
 
@@ -74,6 +74,22 @@ def test_crowds_are_no_objects_to_find(annotations):
     annotations.dataset["annotations"][2]["iscrowd"] = 1
     annotations.createIndex()
     assert coco_metrics(annotations, [], [1, 6]).per_class["person"]["objects"] == 1
+
+
+def test_of_what_lies_in_a_crowd_only_what_is_of_no_object_is_left_out():
+    objects, crowds = found((0, 1, 0, 0, 50, 50)), found((0, 1, 100, 0, 200, 100), (1, 1, 0, 0, 60, 60))
+    shown = found(
+        (0, 0.9, 0, 0, 48, 50),  # the object
+        (0, 0.8, 90, 10, 108, 20),  # 8 of 18 px in the crowd
+        (0, 0.7, 92, 10, 112, 20),  # 12 of 20
+        (0, 0.6, 20, 20, 40, 40),  # in the crowd of another class
+        (1, 0.5, 20, 20, 40, 40),
+        (1, 0.4, 120, 20, 140, 40),
+    )
+    assert outside(crowds, objects, shown).scores.tolist() == pytest.approx([0.9, 0.8, 0.6, 0.4])
+    inside = found((0, 1, 110, 10, 150, 50))
+    assert len(outside(crowds, inside, found((0, 0.9, 110, 10, 150, 50), (0, 0.8, 110, 10, 150, 50)))) == 1
+    assert len(outside(found(), objects, shown)) == len(outside(crowds, found(), shown)) + 2 == len(shown)
 
 
 def test_without_sizes_the_numbers_are_the_same(annotations):

@@ -26,6 +26,13 @@ def test_what_is_lower_or_not_there_falls_short():
     ]
 
 
+def test_what_is_short_by_little_does_not_look_as_if_it_reached_its_floor():
+    found = {"a": {"clean": {"AP": 0.39996, "AP50": 0.6}}}
+    assert list(shortfalls(found, {("clean", "AP"): 0.4, ("clean", "AP50"): 0.6})) == [
+        "a: clean AP 0.399960, expected 0.400000 or more"
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "AP", "AP=2", "AP=nan", "mAP=.2", "AP=.2,", "transfer.AP=.2", "checks.AP=.2"])
 def test_what_is_no_figure_that_is_measured_is_refused(text):
     with pytest.raises(DetguardError, match="`fail_under`"):

@@ -41,6 +41,22 @@ def test_a_drop_is_told_within_two_windows_and_where_it_began(kind):
     assert abs(told[0][1] - 129) <= 12
 
 
+def test_a_drop_is_told_with_the_photos_that_it_was_told_by():
+    watch = Watch(Deployment(None), "likelihood-ratio", 8)
+    records = []
+    for number, share in enumerate([3] * 40 + [8] * 24 + [4] * 24, 1):  # of ten objects found: a rise, then a drop
+        boxes = torch.arange(10.0)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
+        objects = Detections(boxes, torch.ones(10), torch.zeros(10, dtype=torch.int64))
+        photo = Labelled(Path("a.jpg"), objects)
+        found = Detections(boxes[:share], torch.ones(share), torch.zeros(share, dtype=torch.int64))
+        records.append(watch.judged(number, photo, found))
+    (alarm,) = [r for r in records if r["began"] is not None]
+    assert alarm["began"] == 65
+    levels = alarm["levels"]
+    assert (levels["before"], levels["after"]) == pytest.approx((16 / 18, 8 / 14))
+    assert (levels["photos_before"], levels["photos_after"]) == (24, records.index(alarm) + 1 - 64)
+
+
 @pytest.mark.parametrize("kind", DRIFT)
 def test_a_rise_is_no_alarm_and_a_second_drop_is_one(kind):
     told = alarms(kind, stream(1, (0.3, 96), (0.75, 128), (0.2, 96)))

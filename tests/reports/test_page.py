@@ -16,7 +16,7 @@ from detguard.overlay import before_after, class_colour, draw_detections
 from detguard.reports.evaluation import with_error
 from detguard.reports.marks import of_labels
 from detguard.reports.page import Item, Table, linked, pair, panel, render_page
-from detguard.reports.plots import budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
+from detguard.reports.plots import LOOKS, budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
 
 CHROMIUM = shutil.which("chromium")
 METRICS = {
@@ -269,7 +269,7 @@ def test_names_on_the_page_are_shown_and_not_obeyed():
     name = "a\x1b\u202egnp.exe\udcff<b>"
     table = Table(name, [name, "b"], [[name, name]], name)
     page = render_page(name, name, name, [name], [table], {name: "<svg/>"}).decode()
-    assert page.count(r"a\x1b\u202egnp.exe\udcff&lt;b&gt;") == 12
+    assert page.count(r"a\x1b\u202egnp.exe\udcff&lt;b&gt;") == 13
     assert "<svg/>" in page
 
 
@@ -312,6 +312,27 @@ def test_a_class_has_one_colour_in_page_and_picture():
     (box,) = panel("", photo, found.records({0: "person"})).boxes
     assert box.colour == f"rgb({red} {green} {blue})"
     assert class_colour("person") != class_colour("car")
+
+
+def test_white_letters_can_be_read_on_the_colour_of_any_class():
+    for name in ("person", "bicycle", "dog", "cat", "airplane", "truck", *map(str, range(300))):
+        parts = [value / 255 for value in class_colour(name)]
+        light = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        assert 1.05 / (0.05 + 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]) > 4.5, name
+
+
+def test_severities_are_joined_in_their_order_and_models_beyond_the_colours_differ():
+    def of(order):
+        severities = {str(s): {"AP": 0.5 - s / 20} for s in order}
+        return {"a": {"clean": {"AP": 0.5}, "corruptions": {"kinds": {"fog": {"AP": 0.3, "severities": severities}}}}}
+
+    assert corruption_plot(of((3, 1, 5))) == corruption_plot(of((1, 3, 5)))
+    looks = {(colour, marker) for colour, marker, _ in LOOKS}
+    assert len(looks) == len(LOOKS) == 24
+    (curve,) = of((1, 3))["a"]["corruptions"]["kinds"].values()
+    models = {f"net {i}": {"corruptions": {"kinds": {"fog": curve}}} for i in range(7)}
+    same = {f"net {i}": {"corruptions": {"kinds": {"fog": curve}}} for i in range(6)}
+    assert corruption_plot(models).count('id="m') > corruption_plot(same).count('id="m')
 
 
 def test_a_strip_of_a_photo_is_shown_at_least_a_pixel_wide():

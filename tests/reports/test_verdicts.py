@@ -7,9 +7,10 @@ from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions
 from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import DRIFT, needed
-from detguard.reports import adaptation, attack, comparison, evaluation, hardening, monitoring
+from detguard.reports import adaptation, attack, evaluation, hardening, monitoring
 from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.judged import judged_table
+from detguard.reports.page import short_names
 from detguard.reports.tables import duration, share
 
 
@@ -108,6 +109,32 @@ def test_an_evaluation_tells_ap_and_checks_that_failed():
     )
 
 
+def test_what_misses_a_limit_by_little_does_not_look_like_it():
+    assert evaluation.apart(0.0104, 0.01) == (".0104", ".0100")
+    assert evaluation.apart(0.3, 0.01) == (".300", ".010")
+    assert evaluation.apart(0.01, 0.01) == (".010", ".010")
+    assert evaluation.apart(None, 0.01) == ("-", ".010")
+
+
+def test_a_photo_that_lost_an_object_is_not_called_unharmed():
+    assert [evaluation._outcome(1.0, after) for after in (1.0, 0.95, 0.5, 0.0)] == [
+        "unharmed", "a little worse", "worse", "nothing right left",
+    ]  # fmt: skip
+
+
+def test_names_of_models_are_no_severities_in_the_table_of_the_gate():
+    shares = {
+        "fog 1": [1.0],
+        "fog 3": [0.0],
+        "glass_blur 2": [0.5],
+        "transfer from net 1": [0.1],
+        "transfer from my_net": [0],
+    }
+    assert evaluation.gate_by_kind(shares) == {
+        "fog": [0.5], "glass blur": [0.5], "transfer from net 1": [0.1], "transfer from my_net": [0],
+    }  # fmt: skip
+
+
 def test_of_a_part_of_the_corruptions_and_of_few_queries_the_verdict_says_so():
     kinds = {"fog": {"AP": 0.7, "severities": {"3": {"AP": 0.7}}}}
     found = {"corruptions": {"AP": 0.7, "kinds": kinds}, "blackbox": {"AP": 0.6, "eps": 4, "queries": 50}}
@@ -127,12 +154,13 @@ def test_the_attack_of_the_headline_is_the_one_that_is_shown_by_size():
 
 def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     def seen(f1, began=None):
-        return {"f1": f1, "began": began}
+        levels = {"before": 0.8, "photos_before": 6, "after": 0.5, "photos_after": 4}
+        return {"f1": f1, "began": began} | ({} if began is None else {"levels": levels})
 
     records = [{"number": n, **one} for n, one in enumerate([seen(1.0)] * 8 + [seen(0.5)] * 3 + [seen(0.5, 9)], 1)]
     records[8]["time"] = "07:15"
     assert monitoring.verdict(records, "adwin", 8) == (
-        "F1 dropped from 1.000 (8 photos) to .500 (4) since about photo 9 (07:15), detected at photo 12"
+        "F1 dropped from .800 (6 photos) to .500 (4) since about photo 9 (07:15), detected at photo 12"
     )
     assert monitoring.verdict([*records, {"number": 13, "f1": 0.0, "began": 13}], "adwin", 8).endswith(
         ", and 1 more later"
@@ -181,8 +209,8 @@ def test_training_tells_what_was_held_out_and_by_what_it_was_judged():
 
 
 def test_runs_are_named_by_as_little_as_tells_them_apart():
-    assert comparison.short_names([Path("runs/evaluate/001"), Path("runs/evaluate/002")]) == ["001", "002"]
-    assert comparison.short_names([Path("a/001"), Path("b/001")]) == ["a/001", "b/001"]
+    assert short_names([Path("runs/evaluate/001"), Path("runs/evaluate/002")]) == ["001", "002"]
+    assert short_names([Path("a/001"), Path("b/001")]) == ["a/001", "b/001"]
 
 
 def test_times_are_in_units_that_can_be_read():
