@@ -32,10 +32,10 @@ def logit(confidence: float) -> float:
 def _load_operators() -> None:
     """Have torch know torchvision's operators, without its Python package, which takes as long to import as torch."""
     found = find_spec("torchvision")
-    folder = Path(found.origin).parent if found and found.origin else Path()
-    for suffix in EXTENSION_SUFFIXES:
-        for file in folder.glob(f"_C*{suffix}"):
-            torch.ops.load_library(file)
+    if found and found.origin:
+        for suffix in EXTENSION_SUFFIXES:
+            for file in Path(found.origin).parent.glob(f"_C*{suffix}"):
+                torch.ops.load_library(file)
     if not hasattr(torch.ops.torchvision, "nms"):
         import torchvision  # noqa: F401
 
@@ -209,6 +209,12 @@ def nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """
     kept: Tensor = torch.ops.torchvision.nms(boxes, scores, iou)
     return kept
+
+
+def scaled(points: Tensor, across: float, down: float) -> Tensor:
+    """Points or boxes, [..., 2 or 4] xy, by factors of their own for x and y; no device is waited for."""
+    factors = (across, down) * (points.shape[-1] // 2)
+    return torch.stack([one * factor for one, factor in zip(points.unbind(-1), factors, strict=True)], -1)
 
 
 def box_area(boxes: Tensor) -> Tensor:

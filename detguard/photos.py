@@ -277,14 +277,18 @@ def as_photo(photo: Source) -> Photo:
             raise DetguardError(f"photo: an image that cannot be read ({first_line(error)})") from error
         if photo.mode == "F":
             raise DetguardError("photo: an image of floats (mode F); expected levels of 8 or 16 bits")
+        upright = photo.copy()
+        for name in XMP:  # as of files, an orientation that XMP alone names is none
+            upright.info.pop(name, None)
+        ImageOps.exif_transpose(upright, in_place=True)
         if photo.mode[0] == "I":  # more than 8 bits, which files are read with, scaled down
-            levels = np.asarray(photo)
+            levels = np.asarray(upright)
             if photo.mode == "I" and levels.max() <= 255:
                 raise DetguardError("photo: an image of whole numbers (mode I) that all fit 8 bits; convert it to L")
             stream = io.BytesIO()
             Image.fromarray(levels.clip(0, 65535).astype(np.uint16)).save(stream, "PNG")
             return decode_photo(stream.getvalue())
-        return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
+        return np.asarray(upright.convert("RGB"))
     if isinstance(photo, Tensor):
         if photo.ndim != 3 or photo.shape[0] != 3:
             raise DetguardError(f"photo: a tensor of shape {tuple(photo.shape)}; expected [3, H, W]")

@@ -18,6 +18,7 @@ from detguard.photos import (
     READERS,
     Letterbox,
     PhotoError,
+    as_photo,
     encode_png,
     find_photos,
     largest_difference,
@@ -417,3 +418,17 @@ def test_an_orientation_that_xmp_alone_names_turns_neither_photo_nor_size(tmp_pa
         Image.new("RGB", (40, 20)).save(file, xmp=xmp, **options)
         assert photo_size(file) == (40, 20)
         assert read_photo(file).shape == (20, 40, 3)
+
+
+def test_an_image_of_pillow_lies_as_its_file_does(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    levels = np.arange(40 * 20, dtype=np.uint16).reshape(20, 40) * 80
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(levels).save(tmp_path / "deep.png", exif=exif)
+    Image.fromarray((levels // 256).astype(np.uint8)).convert("RGB").save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGB", (40, 20)).save(tmp_path / "xmp.jpg", xmp=xmp)
+    for name, shape in (("deep.png", (40, 20, 3)), ("turned.png", (40, 20, 3)), ("xmp.jpg", (20, 40, 3))):
+        with Image.open(tmp_path / name) as image:
+            assert as_photo(image).shape == shape
+            assert np.array_equal(as_photo(image), read_photo(tmp_path / name))

@@ -113,7 +113,8 @@ class Detector(ABC):
         placed = [(self.letterbox(photo.shape[:2]), photo) for photo in map(as_photo, photos)]
         for _, group in groupby(placed, key=lambda pair: pair[0].frame):
             boxes, batch = zip(*group, strict=True)
-            with torch.no_grad():
+            # Not in a caller's inference mode: of what a network keeps, no gradient could be taken later.
+            with torch.inference_mode(False), torch.no_grad():
                 frames = [box(photo) for box, photo in zip(boxes, batch, strict=True)]
                 candidates = self.candidates(frames_tensor(frames, self.device))
             detections = suppress(candidates, conf, iou, multi_label=multi_label)

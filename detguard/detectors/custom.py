@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from detguard import DetguardError, first_line
@@ -32,15 +33,17 @@ def load_custom(name: str, device: str = "cpu", *, trust: bool) -> Detector:
     if not trust:
         raise DetguardError(f"{name}: would run code of yours; if you wrote it or trust it, give `trust`")
     module, _, factory = name.rpartition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())  # which their code may change
+    sys.path.insert(0, here)
     try:
         made = getattr(importlib.import_module(module), factory)(device)
     except Exception as error:  # it is the user's own code that runs here
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        where = f"; looked in the working folder, {Path.cwd()}, and among what is installed" if missing else ""
+        where = f"; looked in the working folder, {here}, and among what is installed" if missing else ""
         raise DetguardError(f"{name}: cannot be made ({type(error).__name__}: {first_line(error)}){where}") from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        with suppress(ValueError):
+            sys.path.remove(here)
     if not isinstance(made, Detector):
         raise DetguardError(f"{name}: returned {type(made).__name__}; expected a detguard.detectors.base.Detector")
     return made

@@ -417,7 +417,8 @@ class GatedDetector(Detector):
         if self.route is None:
             experts = self.model.log_weights(gate).exp()
         else:
-            experts = torch.zeros_like(gate).index_fill(1, torch.tensor(self.route, device=gate.device), 1)
+            experts = torch.zeros_like(gate)
+            experts[:, self.route] = 1
         return replace(decode(self.model.head, raw, gate), experts=experts)
 
     @override

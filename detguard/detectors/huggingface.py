@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from detguard import DetguardError, first_line
-from detguard.detections import MAX_DETECTIONS, Candidates, Detections
+from detguard.detections import MAX_DETECTIONS, Candidates, Detections, scaled
 from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.rebuild import MOST_MODULES, most_modules
@@ -139,7 +139,7 @@ class HuggingFaceDetector(Detector):
         logits = softmax_logits(found.logits) if self.kind.softmax else found.logits
         height, width = frames.shape[2:]
         boxes = box_convert(found.pred_boxes, "cxcywh", "xyxy")
-        boxes = boxes * boxes.new_tensor([width, height] * 2)
+        boxes = scaled(boxes, width, height)
         return Candidates(logits[..., self.outputs], boxes, end_to_end=True, multi_label=not self.kind.softmax)
 
     def _inputs(self, frames: Tensor) -> dict[str, Tensor]:
@@ -159,8 +159,9 @@ class HuggingFaceDetector(Detector):
         photo = as_photo(source)
         shape = photo.shape[:2]
         box = self.letterbox(shape)
-        inputs = self.processor(images=photo, return_tensors="pt", input_data_format="channels_last")
-        with torch.no_grad():
+        # Not in a caller's inference mode: of what is kept from call to call, no gradient could be taken later.
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = self.processor(images=photo, return_tensors="pt", input_data_format="channels_last")
             outputs = self.model(**{key: value.to(self.device) for key, value in inputs.items()})
         most = dict.fromkeys(self.kind.most, min(MAX_DETECTIONS, outputs.logits.shape[1]))
         (found,) = self.processor.post_process_object_detection(outputs, conf, [shape], **most)

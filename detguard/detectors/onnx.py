@@ -8,6 +8,7 @@ import ast
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,14 +85,20 @@ class OnnxDetector(Detector):
         options.log_severity_level = 4  # what it has to say comes as an error, too
         providers = _providers(device)
         try:
-            self._session = onnxruntime.InferenceSession(network.graph, options, providers=providers)
+            # Without going back to the CPU, which it would not say.
+            self._session = onnxruntime.InferenceSession(network.graph, options, providers=providers, enable_fallback=0)
         except Exception as error:  # whatever it raises of a graph that it does not know
             raise DetguardError(f"{name}: cannot be run by onnxruntime ({first_line(error)})") from error
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if wanted not in (used := self._session.get_providers()):
+            raise DetguardError(f"{name}: onnxruntime cannot run it on {device}, but by {', '.join(used)} alone")
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type not in DTYPES or len(inputs[0].shape) != 4:
             raise DetguardError(
                 f"{name}: expected one input of frames and one output, as Ultralytics exports have them"
             )
+        if isinstance(count := inputs[0].shape[0], int) and count != 1:
+            raise DetguardError(f"{name}: was exported for {count} frames at once; expected an export with batch=1")
         self._input, self._dtype = inputs[0].name, DTYPES[inputs[0].type]
         # As Ultralytics' predictor tells it.
         self.dynamic = isinstance(outputs[0].shape[0], str)
@@ -136,11 +143,13 @@ class OnnxDetector(Detector):
             copy = Path(self._folder.name) / "model.onnx"
             copy.write_bytes(self.model.graph)
             self._yolo = YOLO(copy, task="detect")
-        found = self._yolo.predict(
-            photo[..., ::-1].copy(), conf=conf, iou=self.iou if iou is None else iou, imgsz=self.imgsz, rect=True,
-            device=str(self.device), max_det=MAX_DETECTIONS, save=False, verbose=False,
-        )  # fmt: skip
-        torch.set_num_threads(threads)  # the predictor's set-up leaves one core idle, for the whole process
+        # Of the whole process, its set-up would change which GPU is the current one, and leave one core idle.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            found = self._yolo.predict(
+                photo[..., ::-1].copy(), conf=conf, iou=self.iou if iou is None else iou, imgsz=self.imgsz, rect=True,
+                device=str(self.device), max_det=MAX_DETECTIONS, save=False, verbose=False,
+            )  # fmt: skip
+        torch.set_num_threads(threads)
         boxes = found[0].boxes.cpu()
         return Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
 

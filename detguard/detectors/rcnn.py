@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from detguard.detections import Candidates
+from detguard.detections import Candidates, scaled
 from detguard.detectors.torchvision import Torchvision, TorchvisionDetector, softmax_logits
 
 ARCHITECTURES = (
@@ -40,6 +40,11 @@ class RcnnDetector(TorchvisionDetector):
 
     @property
     @override
+    def one_of_all(self) -> bool:
+        return True
+
+    @property
+    @override
     def last_stage(self) -> Any:
         return self.model.roi_heads
 
@@ -58,7 +63,7 @@ class RcnnDetector(TorchvisionDetector):
         small = ((boxes[..., 2:] - boxes[..., :2]) < SMALLEST).any(2)
         logits = softmax_logits(raw)[:, self.outputs].masked_fill(small, NOTHING)
         (height, width), (tall, wide) = frames.shape[2:], size
-        boxes = boxes * boxes.new_tensor([width / wide, height / tall] * 2)
+        boxes = scaled(boxes, width / wide, height / tall)
         # As many for every photo: what one gives is not to depend on the others of its batch.
         counts, number = [len(found) for found in proposals], self.model.rpn.post_nms_top_n()
         return Candidates(

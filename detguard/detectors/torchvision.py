@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from detguard import DetguardError, first_line
-from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
+from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections, scaled
 from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.recipe import MOST_CLASSES
@@ -29,8 +29,8 @@ ARCHITECTURES = (
     "ssdlite320_mobilenet_v3_large",
 )  # fmt: skip
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-# Outputs of torchvision's networks that stand for no class.
-NO_CLASS = ("__background__", "no person", "N/A")
+# Outputs of torchvision's networks that stand for no class; of those that say one of all classes, the first does.
+NO_CLASS = ("__background__", "N/A")
 
 
 def check_published(file: Path) -> None:
@@ -72,7 +72,8 @@ class TorchvisionDetector(Detector):
         self.model: Any = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.iou = float(self.last_stage.nms_thresh)
-        classes = [(number, text) for number, text in enumerate(model.outputs) if text not in NO_CLASS]
+        real = model.outputs[int(self.one_of_all) :]
+        classes = [(number, text) for number, text in enumerate(real, int(self.one_of_all)) if text not in NO_CLASS]
         self.class_names = dict(enumerate(text for _, text in classes))
         self.outputs = torch.tensor([number for number, _ in classes], device=self.device)
         resize = self.model.transform
@@ -81,6 +82,13 @@ class TorchvisionDetector(Detector):
         if imgsz != frame_size(model):
             resize.min_size, resize.max_size = (imgsz,), imgsz
         self.imgsz = imgsz
+
+    @property
+    def one_of_all(self) -> bool:
+        """Whether outputs exclude each other: the first then stands for background, whatever it is called."""
+        from torchvision.models.detection.ssd import SSD
+
+        return isinstance(self.model, SSD)
 
     @property
     def last_stage(self) -> Any:
@@ -93,6 +101,8 @@ class TorchvisionDetector(Detector):
 
     @override
     def candidates(self, frames: Tensor) -> Candidates:
+        from torchvision.ops import clip_boxes_to_image
+
         images, _ = self.model.transform(list(frames))
         features = list(self.model.backbone(images.tensors).values())
         raw = self.model.head(features)
@@ -101,15 +111,15 @@ class TorchvisionDetector(Detector):
         boxes = decode(raw["bbox_regression"].flatten(0, 1), places.repeat(len(frames), 1)).view(len(frames), -1, 4)
         # From the network's pixels to the frame's; what reaches over its sides is cut off, as users see it.
         (height, width), (tall, wide) = frames.shape[2:], images.image_sizes[0]
-        gain = boxes.new_tensor([width / wide, height / tall] * 2)
-        boxes = (boxes * gain).clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        across, down = width / wide, height / tall
+        boxes = clip_boxes_to_image(scaled(boxes, across, down), (height, width))
         per_cell = self.model.anchor_generator.num_anchors_per_location()
         levels = [images.tensors.shape[2] * height / tall / level.shape[2] for level in features]
         strides = [
             places.new_full((level[0, 0].numel() * count, 1), stride)
             for level, count, stride in zip(features, per_cell, levels, strict=True)
         ]
-        points = (places[:, :2] + places[:, 2:]) / 2 * gain[:2]
+        points = scaled((places[:, :2] + places[:, 2:]) / 2, across, down)
         anchors = Anchors(points, torch.cat(strides), levels=tuple(levels))
         logits = self._logits(raw)[..., self.outputs]
         return Candidates(logits, boxes, anchors=anchors, multi_label=True)
@@ -117,10 +127,9 @@ class TorchvisionDetector(Detector):
     def _logits(self, raw: dict[str, Tensor]) -> Tensor:
         """Logits of the confidences that users see, [B, N, outputs], from the head's own."""
         from torchvision.models.detection.fcos import FCOS
-        from torchvision.models.detection.ssd import SSD
 
         logits = raw["cls_logits"]
-        if isinstance(self.model, SSD):
+        if self.one_of_all:
             return softmax_logits(logits)
         if isinstance(self.model, FCOS):
             # The confidence is the geometric mean of class probability and centerness.
@@ -188,8 +197,14 @@ class Torchvision(Family):
 
     @override
     def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
-        if architecture not in self.architectures or not 1 < len(classes) <= MOST_CLASSES:
+        if architecture not in self.architectures:
             return None
+        # RetinaNet and FCOS ask of each class by itself: one without a background will do.
+        if not (1 if architecture.startswith(("retinanet", "fcos")) else 2) <= len(classes) <= MOST_CLASSES:
+            raise DetguardError(
+                f"`classes`: {len(classes)}; expected the outputs of {architecture}, at most {MOST_CLASSES}, the "
+                f"background first"
+            )
         from torchvision.models import get_model
 
         model: Any = get_model(architecture, weights=None, weights_backbone=None, num_classes=len(classes))

@@ -21,10 +21,10 @@ from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import dist2bbox
 
 from detguard import DetguardError, first_line
-from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections
+from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections, scaled
 from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.recipe import MOST_CLASSES, boxes_alone
-from detguard.photos import Letterbox, Source, as_photo
+from detguard.photos import Letterbox, Source, as_photo, read_photo
 
 # Of files with other names, Ultralytics may read a pattern, a list of files or streams, a film, or further pages.
 PLAIN = (".png", ".jpg", ".jpeg")
@@ -81,7 +81,7 @@ class UltralyticsDetector(Detector):
         if isinstance(head, RTDETRDecoder):
             boxes, logits = raw[0].squeeze(0), raw[1].squeeze(0)
             height, width = frames.shape[2:]
-            boxes = xywh2xyxy(boxes) * boxes.new_tensor([width, height] * 2)
+            boxes = scaled(xywh2xyxy(boxes), width, height)
             return Candidates(logits, boxes, end_to_end=True, multi_label=True)
         return decode(head, raw)
 
@@ -104,10 +104,14 @@ class UltralyticsDetector(Detector):
             self._predictor = predictor
         self._predictor.args.conf, self._predictor.args.iou = conf, self.iou if iou is None else iou
         file = Path(source) if isinstance(source, str | Path) else None
-        if file is None or file.suffix not in PLAIN or "*" in str(file.absolute()):
+        if file is None or file.suffix not in PLAIN or "*" in str(file.absolute()) or not file.is_file():
             result = self._predictor(source=as_photo(source)[..., ::-1].copy())[0]
         else:
-            result = self._predictor(source=str(file))[0]
+            try:
+                result = self._predictor(source=str(file))[0]
+            except Exception:
+                read_photo(file)  # which says what is wrong with the file, if it is the file
+                raise
         boxes = result.boxes.cpu()
         found = Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
         return to_photo(found, Letterbox.whole(result.orig_shape))  # RT-DETR's predictor leaves boxes beyond the photo
@@ -199,8 +203,10 @@ class Ultralytics(Family):
         shipped = {p.name: p for p in (ROOT / "cfg" / "models").rglob("*.yaml")}
         scale = guess_model_scale(architecture)
         generic = architecture if architecture in shipped else re.sub(rf"(\d+){scale}", r"\1", architecture, count=1)
-        if generic not in shipped or not 0 < len(classes) <= MOST_CLASSES:
+        if generic not in shipped:
             return None
+        if not 0 < len(classes) <= MOST_CLASSES:
+            raise DetguardError(f"`classes`: {len(classes)}; expected 1 to {MOST_CLASSES}")
         kind = RTDETRDetectionModel if "rtdetr" in architecture else DetectionModel
         recipe = boxes_alone(YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture})
         model = kind(recipe, nc=len(classes), verbose=False)

@@ -257,6 +257,11 @@ class MaiteDetector(Detector):
     def candidates(self, frames: Tensor) -> Candidates:
         images = (frames * 255).round().to(torch.uint8).cpu().numpy()
         found = [detections(one)[:MAX_DETECTIONS] for one in self._maite(list(images))]
+        if len(found) != len(images):
+            raise DetguardError(f"{self.name}: answers for {len(found)} of {len(images)} images; expected one for each")
+        if undeclared := {int(label) for one in found for label in one.classes} - set(self.class_names):
+            labels = ", ".join(map(str, sorted(undeclared)))
+            raise DetguardError(f"{self.name}: finds labels that its index2label does not name: {labels}")
         # As many for every image, whatever its neighbours in the batch are.
         logits = torch.full((len(found), MAX_DETECTIONS, max(self.class_names) + 1), NONE)
         boxes = torch.zeros(len(found), MAX_DETECTIONS, 4)

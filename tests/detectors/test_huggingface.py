@@ -362,3 +362,14 @@ def test_commands_attack_and_verify_and_do_not_harden(tmp_path, folders, photo, 
     code, shown = run("harden", "--model", folder, "--data", tmp_path)
     assert code == 2
     assert "only Ultralytics' YOLO families can be hardened" in shown.err
+
+
+@pytest.mark.parametrize("kind", ["detr", "rt_detr"])
+def test_what_was_kept_in_a_callers_inference_mode_bears_gradients(folders, photo, kind):
+    detector = load_detector(str(folders(kind)))
+    with torch.inference_mode():
+        detector.detect([photo])
+        detector.predict(photo, 0.5)
+    frames = frames_tensor([photo], detector.device).requires_grad_()
+    detector.candidates(frames).logits.sum().backward()
+    assert frames.grad.abs().sum() > 0

@@ -340,3 +340,12 @@ def test_of_other_objects_it_says_what_it_takes():
 def test_training_does_not_begin_with_a_function_of_ones_own():
     with pytest.raises(DetguardError, match="adapter:make: is made by your own function; training begins with"):
         load_model("adapter:make")
+
+
+def test_a_function_of_ones_own_may_change_the_working_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moves_away.py").write_text("import os\n\ndef make(device):\n    os.chdir('/')\n    return None\n")
+    before = list(sys.path)
+    with pytest.raises(DetguardError, match="returned NoneType"):
+        load_detector("moves_away:make", trust=True)
+    assert sys.path == before

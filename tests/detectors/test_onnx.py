@@ -249,3 +249,23 @@ def test_whether_nms_comes_after_it_is_told_by_what_the_graph_gives(files, kind,
     detector, dataset = load_detector(files[kind]), read_dataset(tiny_data)
     ids = dataset.category_ids(detector.class_names)
     assert Subject("exported", detector, dataset, ids, Cache(tmp_path / "cache.sqlite")).listed is listed
+
+
+def test_an_export_for_several_frames_at_once_is_told_what_to_do(files, tmp_path):
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    frames = helper.make_tensor_value_info("images", kind, [4, 3, 320, 320])
+    found = helper.make_tensor_value_info("found", kind, [4, 17, 1])
+    value = helper.make_tensor("value", kind, [4, 17, 1], [0.0] * 68)
+    node = helper.make_node("Constant", [], ["found"], value=value)
+    known = onnx.load(files["fixed"])
+    graph = helper.make_model(helper.make_graph([node], "four", [frames], [found]), ir_version=known.ir_version)
+    graph.metadata_props.extend(known.metadata_props)
+    onnx.save(graph, tmp_path / "four.onnx")
+    with pytest.raises(DetguardError, match="four: was exported for 4 frames at once; expected an export with batch=1"):
+        load_detector(tmp_path / "four.onnx")
+
+
+def test_a_device_that_onnxruntime_gives_up_on_is_an_error(files, monkeypatch):
+    monkeypatch.setattr("detguard.detectors.onnx._providers", lambda _: ["CUDAExecutionProvider"])
+    with pytest.raises(DetguardError, match=r"any: (cannot be run by onnxruntime|onnxruntime cannot run it)"):
+        load_detector(files["any"])

@@ -190,3 +190,18 @@ def test_published_weights_cannot_run_code_either(published, tmp_path):
     with pytest.raises(DetguardError, match="cannot be downloaded or read"):
         load_detector("ssdlite320_mobilenet_v3_large")
     assert not (tmp_path / "ran").exists()
+
+
+def test_outputs_of_which_one_alone_is_true_begin_with_the_background_whatever_it_is_called():
+    ssd = build_model("ssdlite320_mobilenet_v3_large", ["background", "person", "car"])
+    assert TorchvisionDetector(ssd, "ssd", 320).class_names == {0: "person", 1: "car"}
+    alone = build_model("retinanet_resnet50_fpn", ["person"])
+    assert TorchvisionDetector(alone, "retinanet", 160).class_names == {0: "person"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count"), [("ssd300_vgg16", 1), ("fcos_resnet50_fpn", 0), ("yolo11n.yaml", 0)]
+)
+def test_too_few_classes_are_said_to_be_that(architecture, count):
+    with pytest.raises(DetguardError, match=f"`classes`: {count}; expected"):
+        build_model(architecture, ["a"] * count)

@@ -1,3 +1,6 @@
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from detguard import DetguardError
 from detguard.detectors.load import build_model
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.objectives import Vanish
-from detguard.photos import encode_png, frames_tensor, read_photo
+from detguard.photos import PhotoError, encode_png, frames_tensor, read_photo
 
 ARCHITECTURES = [
     "yolov3-tiny.yaml", "yolov5n.yaml", "yolov6n.yaml", "yolov8n.yaml", "yolov9t.yaml", "yolov10n.yaml",
@@ -120,3 +123,19 @@ def test_a_file_of_any_name_is_read_as_the_photo_that_it_is(bundled, bus, tmp_pa
     ours, theirs = bundled.predict(tmp_path / name, 0.01), bundled.predict(bus[:400:4, ::4].copy(), 0.01)
     assert len(theirs) > 0
     assert torch.equal(ours.boxes, theirs.boxes)
+
+
+@pytest.mark.parametrize("content", [b"", b"no photo", None])
+def test_a_file_that_is_no_photo_is_an_error_that_names_it(bundled, tmp_path, content):
+    file = tmp_path / "a.jpg"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(PhotoError, match=re.escape(str(file))):
+        bundled.predict(file, 0.25)
+
+
+def test_a_folder_that_is_called_like_a_photo_is_none(bundled, tmp_path, bus_file):
+    (tmp_path / "a.jpg").mkdir()
+    shutil.copy(bus_file, tmp_path / "a.jpg" / "b.jpg")
+    with pytest.raises(PhotoError):
+        bundled.predict(tmp_path / "a.jpg", 0.25)

@@ -1,5 +1,7 @@
 """MAITE's own tasks on what is ours, with every call checked against its protocols."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,22 @@ def test_a_model_without_class_names_and_a_detector_without_a_gradient_are_refus
         MaiteDetector(Nameless())
     with pytest.raises(DetguardError, match="no gradient"):
         Attack(MaiteDetector(Model(bundled)))
+
+
+def test_answers_that_a_model_does_not_declare_are_refused(bundled, bus):
+    class Model:
+        metadata = {"id": "odd", "index2label": {0: "person", 2: "bus"}}  # noqa: RUF012
+
+        def __init__(self, label, count=1):
+            self.label, self.count = label, count
+
+        def __call__(self, images):
+            one = SimpleNamespace(boxes=np.zeros((1, 4)), labels=np.array([self.label]), scores=np.array([0.9]))
+            return [one] * self.count
+
+    assert len(MaiteDetector(Model(2)).predict(bus, 0.25)) == 1
+    for label in (1, 3):
+        with pytest.raises(DetguardError, match=f"odd: finds labels that its index2label does not name: {label}"):
+            MaiteDetector(Model(label)).predict(bus, 0.25)
+    with pytest.raises(DetguardError, match="odd: answers for 2 of 1 images"):
+        MaiteDetector(Model(2, 2)).predict(bus, 0.25)
