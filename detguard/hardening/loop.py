@@ -67,11 +67,12 @@ class Validate:
     """Now and then, how good the average of the weights is on photos that nothing is learned from.
 
     every: batches between; losses: this rank's summands of what is recorded, the first of which chooses the best
-    weights.
+    weights; start: whether those that a training starts from are among these, as where they are robust already.
     """
 
     every: int
     losses: Callable[[], dict[str, Tensor]]
+    start: bool = False
 
 
 @dataclass
@@ -218,6 +219,8 @@ def train(
     began = time.monotonic() - at.spent
     saved, batches = time.monotonic(), made(at.number)
     if not files.exist():  # what to go back to
+        if validate and validate.start:
+            _judge(validate, files, at)
         files.save(at)
 
     while (done := pace.done(at.number, at.spent)) < 1:
@@ -288,13 +291,13 @@ def _judge(validate: "Validate", files: "Checkpoints", at: Progress) -> None:
 
 
 def _back(files: "Checkpoints", at: Progress, loss: float) -> Progress:
-    """Go back to the last checkpoint, from where training goes on at half the rate.
+    """Go back to the last checkpoint, again and again to one before, from where training goes on at half the rate.
 
     Raises:
         DetguardError: that has been done too often.
     """
     worst, setbacks = at.number, at.setbacks + 1
-    at = files.restore() or Progress()
+    at = files.restore(setbacks - 1) or Progress()
     if setbacks > SETBACKS:
         raise DetguardError(
             f"{files.log.stage}: the loss grew out of all bounds at batch {worst} ({loss:.3g}), after going back "
@@ -362,11 +365,17 @@ class Checkpoints:
     def _before(self, number: int) -> Path:
         return self.file.with_suffix(f".{number}.pt") if number else self.file
 
-    def restore(self) -> Progress | None:
-        """Have all ranks take up the first one's state, if there is one; returns where it is."""
-        state = self.ranks.given(lambda: self._read() if self.file.exists() else None)
+    def restore(self, back: int = 0) -> Progress | None:
+        """Have all ranks take up the first one's state, if there is one; returns where it is.
+
+        back: how many checkpoints before the newest, if so many were kept.
+        """
+        back = min(back, KEPT - 1)
+        state = self.ranks.given(
+            lambda: next((self._read(file) for n in range(back, -1, -1) if (file := self._before(n)).exists()), None)
+        )
         if state is None:
-            self.log.begin(0, [], torch.zeros(0, 0))
+            self.log.begin(-1, [], torch.zeros(0, 0))
             return None
         self.network.load_state_dict(state["network"])
         device = self.ranks.device
@@ -378,9 +387,9 @@ class Checkpoints:
         self.log.begin(at.number, state["names"], state["waiting"] * self.ranks.first)
         return at
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, file: Path) -> dict[str, Any]:
         try:
-            state = read_state(self.file)
+            state = read_state(file)
         except DetguardError as error:
             raise DetguardError(f"{error}; delete it to begin the stage again") from error
         state = state if isinstance(state, dict) else {}
@@ -398,7 +407,7 @@ class Checkpoints:
             and same_form(waiting, torch.zeros(len(waiting) if waiting.ndim else 0, len(names)))
         )
         if not whole:
-            raise DetguardError(f"{self.file}: not a state of this stage; delete it to begin the stage again")
+            raise DetguardError(f"{file}: not a state of this stage; delete it to begin the stage again")
         return state
 
     def _fits(self, at: Any) -> bool:

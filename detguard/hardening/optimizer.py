@@ -48,7 +48,9 @@ class Optimizer:
         rest = [p for p in learned if id(p) not in chosen]
         self.sizes = {id(p): (fixed_size if id(p) in of_fixed else _size(p)) * shares.get(p, 1.0) for p in self.learned}
         groups: list[dict[str, Any]] = [
-            {"params": [p], "weight_decay": 0.0 if id(p) in of_fixed else DECAY} for p in rest
+            # Nothing says that biases should be small, least of all those of classes, which say that most are absent.
+            {"params": [p], "weight_decay": 0.0 if id(p) in of_fixed or p.ndim < 2 else DECAY}
+            for p in rest
         ]
         self.adam = torch.optim.AdamW(groups, fused=True) if rest else None
 

@@ -43,6 +43,8 @@ GATE, JOINT_RATE, APART_RATE = 0.3, 0.1, 0.3
 AGAIN_RATE = 1 / 3
 # Of a backbone that was made robust first: its rate beside that of the rest, and what a pass costs of a whole one.
 BACKBONE_RATE, BACKBONE_COST = 0.1, 0.45
+# What a photo costs where three whole networks answer: 10.1 a second were learned, and 17.1 by one of them alone.
+JOINT_COST = 1.7
 STRIDE = 32
 # Batches of clean photos on which means and deviations of channels are measured.
 MEASURED = 8
@@ -195,9 +197,13 @@ class Plan:
         if self.hours is None:
             return stages
         # As many photos of each stage as they would be by number: hours go by what they cost.
-        costs = [shares[stage.name] * passes(stage, self.crop or 1) for stage in stages]
+        costs = [shares[stage.name] * self._cost(stage) for stage in stages]
         seconds = [3600 * self.hours * cost / sum(costs) for cost in costs]
         return [replace(stage, number=None, seconds=s) for stage, s in zip(stages, seconds, strict=True)]
+
+    def _cost(self, stage: Stage) -> float:
+        """What a photo of a stage costs; where whole networks answer together, all of them run."""
+        return passes(stage, self.crop or 1) * (JOINT_COST if stage.route is None and self.apart else 1)
 
     def stage(self, name: str, photos: float) -> Stage:
         """One stage of a recipe, of so many photos."""
@@ -397,7 +403,8 @@ def harden(
             return bool(on_batch and on_batch(name, done, losses))
 
         if every := held.every(stage, setting, passes(stage, setting.size)):
-            validate = Validate(every, partial(held.losses, network, undefended, stage, setting))
+            start = again and stage.name == "adversarial"  # which may only lose, where they are robust already
+            validate = Validate(every, partial(held.losses, network, undefended, stage, setting), start)
         log = BatchLog(run, stage.name, stage.number, setting.batch, ranks)
         shown = first if stage.learn == MAPS and first else source
         train_stage(network, undefended, shown, stage, setting, checkpoint, on_stage, log, validate, samples)

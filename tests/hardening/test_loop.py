@@ -192,7 +192,7 @@ def test_going_back_takes_no_older_checkpoint_away(run):
     with pytest.raises(DetguardError, match="out of all bounds"):
         trained(run, harm=lambda call: float("nan"))
     numbers = [torch.load(run.folder / name)["progress"]["number"] for name in ("last.pt", "last.1.pt", "last.2.pt")]
-    assert numbers == [3, 2, 0]
+    assert numbers == [0, 2, 0]  # of the newest no good came, three times
 
 
 def as_folder(file, state):
@@ -338,6 +338,25 @@ def test_a_resumed_stage_ends_at_the_best_weights_seen_before_it_stopped(run):
     with pytest.raises(KeyboardInterrupt):
         trained(run, LOG_EVERY + 3, validate=judged(1.0))
     assert torch.equal(trained(run, validate=judged(2.0, 3.0)).layer.weight, whole.layer.weight)
+
+
+def test_weights_that_a_training_starts_from_may_be_its_best(run):
+    def judged(*told, start):
+        left = iter(told)
+        return Validate(LOG_EVERY, lambda: {"attacked": torch.tensor(next(left)), "clean": torch.tensor(0.0)}, start)
+
+    last = trained(run, validate=judged(1.0, 2.0, 3.0, 4.0, start=True))
+    assert all(torch.equal(value, last.state_dict()[key]) for key, value in Network().state_dict().items())
+    assert [r["batch"] for r in run.records() if "attacked" in r] == [0, LOG_EVERY, 2 * LOG_EVERY, LAST]
+    (run.folder / "last.pt").unlink()  # killed before there was one: it is judged again
+    trained(run, validate=judged(4.0, 3.0, 2.0, 1.0, start=True))
+    assert [r["attacked"] for r in run.records() if "attacked" in r] == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_a_second_setback_goes_back_further(run):
+    pace = Pace(LAST, 1e-2, 1e-2, 0.0)  # a checkpoint after every batch
+    trained(run, harm=lambda call: float("nan") if call in (8, 10) else 1.0, pace=pace)
+    assert [(r["batch"], r["diverged"]) for r in run.records() if "diverged" in r] == [(7, 8), (7, 9)]
 
 
 def test_a_checkpoint_too_large_to_be_read_again_ends_a_training_before_it_begins(run, monkeypatch):

@@ -53,6 +53,13 @@ def test_steps_of_matrices_go_in_directions_that_the_gradient_hardly_has(network
     assert step.max() / step.min() < 0.2 * gradient.max() / gradient.min()
 
 
+def test_weights_decay_where_no_gradient_is_and_biases_do_not(network):
+    before = [p.detach().clone() for p in network.parameters()]
+    Optimizer(list(network.parameters()), []).update(0 * loss_of(network), 1e-1)
+    for now, was in zip(network.parameters(), before, strict=True):
+        assert (now.abs() < was.abs()).all() if was.ndim > 1 else torch.equal(now, was)
+
+
 def test_the_loss_falls(network):
     optimizer, first = Optimizer(list(network.parameters()), []), loss_of(network).item()
     for _ in range(20):

@@ -126,6 +126,19 @@ def test_hours_are_shared_among_stages_by_what_their_photos_cost():
     assert all(stage.number is None for stage in timed)
 
 
+def test_of_hours_the_joint_stage_of_whole_networks_has_as_many_photos_for_more_of_them():
+    hours, photos = (
+        {split: {s.name: s for s in Plan(split=split, **of).stages()} for split in ("backbone", "neck")}
+        for of in ({"hours": 2}, {"photos": 1000 * 32})
+    )
+
+    def cost(split):
+        one, other = ((hours[split][n].seconds, photos[split][n].number) for n in ("joint", "adversarial"))
+        return (one[0] / one[1]) / (other[0] / other[1])
+
+    assert cost("backbone") == pytest.approx(1.7 * cost("neck"), rel=0.01)
+
+
 def test_what_goes_on_learns_at_a_third_of_the_rate_unless_told(bundled):
     ensemble, single = GatedNetwork(bundled.model, 11), GatedNetwork(bundled.model, 0, ("pgd",))
     rates = [Plan.of({}, model).rate for model in (None, bundled.model, single)]
