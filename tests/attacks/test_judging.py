@@ -16,7 +16,7 @@ from detguard.attacks.budgets import Linf, parse_budget
 from detguard.attacks.group import AttackOptions, Member, Victim, attack_group
 from detguard.attacks.run import Job, attack_photos, judge, plan_attack, save_attempt, verify_run
 from detguard.detections import Detections
-from detguard.objectives import Fabricate, Flood, Vanish
+from detguard.objectives import Fabricate, Flood, Outrank, Vanish
 from detguard.objectives.base import Selection
 from detguard.photos import encode_png, frames_tensor, read_photo
 from detguard.reports.attack import attack_page
@@ -305,3 +305,13 @@ def test_how_much_a_photo_changed_is_what_others_measure(bundled, bus, tmp_path)
     )
     assert record["psnr"] == pytest.approx(10 * math.log10(255**2 / apart), abs=0.01)
     assert record["ssim"] == pytest.approx(theirs, abs=0.005)
+
+
+def test_a_photo_that_fools_one_detector_of_two_has_failed(attacked, bundled, tmp_path):
+    photo = read_photo(attacked[1]["photo"])
+    clean = bundled.predict(photo, 0.05)
+    (attempt,) = attack_group(bundled, [("bus", photo, clean.above(0.25))], PERSONS, [], OPTIONS)
+    job = Job(bundled, PERSONS, [], OPTIONS, Run(tmp_path, {}), [Victim(bundled, Outrank((0,)))])
+    saved = save_attempt(job, attempt, tmp_path / "bus.png", [clean, clean])
+    assert saved["members"]["photo"]["fooled"]
+    assert saved["status"] == "failed"

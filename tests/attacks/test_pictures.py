@@ -1,5 +1,7 @@
 import io
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,11 +13,12 @@ from PIL import Image
 
 from detguard import DetguardError
 from detguard.attacks.patch import Patch, printable_png, total_variation
-from detguard.attacks.pictures import Learning, learn_picture, picture_loss, stages
+from detguard.attacks.pictures import Learning, Stage, learn_picture, picture_loss, stages
 from detguard.attacks.universal import Universal, largest_change, stretched
+from detguard.detections import Detections
 from detguard.detectors.load import load_detector
 from detguard.objectives import Mislabel, Untargeted, Vanish
-from detguard.photos import largest_difference
+from detguard.photos import Letterbox, largest_difference
 
 SMALL = Learning(photos=24, batch=2, rate=0.1)
 PATCH = Patch(size=0.5, pixels=32)
@@ -150,3 +153,47 @@ def test_total_variation_is_the_mean_difference_of_neighbours():
 def test_it_is_printed_in_its_size():
     image = Image.open(io.BytesIO(printable_png(np.zeros((128, 128, 3), np.uint8), 20)))
     assert 128 / image.info["dpi"][0] * 2.54 == pytest.approx(20, rel=1e-3)
+
+
+@dataclass(frozen=True)
+class Toned(Patch):
+    """One whose roughness is its distance from a tone."""
+
+    tone: float = 0.5
+
+    def roughness(self, picture):
+        return 1e6 * (picture - self.tone).square().mean()
+
+
+def test_what_a_picture_costs_by_itself_is_learned_too(small, photos):
+    dark, light = (
+        learn_picture(small, photos, goal_of(small), Toned(0.5, 32, tone), SMALL).mean() for tone in (0.1, 0.9)
+    )
+    assert light - dark > 100
+
+
+def test_a_patch_lies_on_what_is_attacked_alone_and_each_time_otherwise():
+    boxes = torch.tensor([[8.0, 8, 40, 40], [56, 56, 88, 88]])
+    objects = Detections(boxes, torch.ones(2), torch.tensor([0, 4]))
+    one = Stage(Path(), Letterbox.whole((96, 96)), objects, torch.tensor([True, False]))
+    rng = np.random.default_rng(0)
+    seen = [PATCH.change(torch.zeros(3, 96, 96), torch.full((3, 32, 32), 0.5), one, rng) for _ in range(2)]
+    covered = [(frame != 0).any(0) for frame in seen]
+    assert covered[0].any()
+    assert not covered[0][48:].any()
+    assert not torch.equal(*covered)
+
+
+def test_the_loss_of_a_photo_is_per_object(small, photos):
+    goal = SimpleNamespace(aim=lambda *_: None, loss=lambda *_: torch.tensor([6.0]))
+    of_one = [replace(photos[0], attacked=torch.ones(2, dtype=torch.bool))]
+    assert picture_loss(small, of_one, goal, NOISE, torch.zeros(3, 96, 96), 0.1, np.random.default_rng(0)) == 3
+
+
+def test_steps_of_a_picture_shrink_to_the_end(small, photos, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *of: rates.append(self.param_groups[0]["lr"]) or step(self, *of)
+    )
+    learn_picture(small, photos, goal_of(small), PATCH, Learning(photos=8, batch=2, rate=0.1))
+    assert rates == pytest.approx([0.09 * (1 - number / 4) for number in range(4)])

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 from typing import get_args
 
 import cv2
+import numpy as np
 import pytest
 import torch
 import typer
 from rich.progress import TextColumn
 from typer.main import get_command
 
+import detguard
 from detguard import DetguardError
 from detguard.attacks.budgets import BUDGETS
 from detguard.attacks.group import Aggregate, Schedule
@@ -25,21 +27,25 @@ from detguard.attacks.steps import RULES
 from detguard.cli import main
 from detguard.cli.adapt import run_adaptation
 from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, show_stopped, with_dashes
+from detguard.cli.harden import run_hardening
 from detguard.detectors import load
 from detguard.engine import torch_device
 from detguard.export.run import FORMATS
 from detguard.files import shipped
 from detguard.hardening.adversary import METHODS
+from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import DRIFT
 from detguard.hardening.recipes import RECIPES
 from detguard.objectives.base import LOSSES
 from detguard.objectives.parse import GOALS
+from detguard.photos import encode_png
 from detguard.ranks import ALONE
 from detguard.reports.page import Table
 from detguard.reports.tables import terminal_list, terminal_table
 from detguard.runs import Run
 from detguard.transforms.base import GradientRule
 from detguard.transforms.parse import KINDS
+from detguard.workflows.harden import Trained
 
 # Clears the screen, colours, turns the line around, begins another, is markup, an emoji, and no UTF-8.
 HOSTILE = "a\x1b[2J\x9b31m\u202egnp\nerror: [red]b[/nosuch] :smile: \udcff"
@@ -406,13 +412,19 @@ def asked(monkeypatch, tmp_path, bus_file):
          {"margin": 0.2, "momentum": 0.5, "gradient": "exact", "schedule": "group", "smallest": True}),
         ("attack PHOTO --loss confidence", None, {"loss": "confidence"}),
         ("attack PHOTO --goal fabricate --count 3", None, {"count": 3}),
+        ("attack PHOTO --norm l2 --eps 3 --seed 7 --random-start --step 2 --steps 9 --batch 2", "attack",
+         {"norm": "l2", "eps": 3, "seed": 7, "random_start": True, "step": 2, "steps": 9, "batch": 2}),
+        ("attack PHOTO --keep-others", None, {"keep_others": True}),
         ("attack PHOTO FUSED", "detector", KEPT),
         ("detect PHOTO FUSED", "detector", KEPT),
         ("evaluate --data DATA --images IMAGES", "data", {"images": "IMAGES"}),
         ("evaluate --data DATA --restarts 3", "evaluate", {"restarts": 3}),
+        ("evaluate --data DATA --seed 7", "evaluate", {"seed": 7}),
+        ("evaluate --data DATA --limit 2 --classes person", "data", {"limit": 2, "classes": ["person"]}),
         ("evaluate --data DATA FUSED", "detectors", KEPT),
         ("harden --data FOLDER --mix .3 --sparse .1 --fusion average:0.3", "harden",
          {"mix": 0.3, "sparse": 0.1, "fusion": "average:0.3"}),
+        ("harden --data FOLDER --seed 7 --eps 6 --rate .001", "harden", {"seed": 7, "eps": 6, "rate": 0.001}),
         ("harden --data FOLDER --split backbone --tune-normal", "harden", {"tune_normal": True}),
         ("harden --data FOLDER --corruptions fog,snow", None, {"corruptions": ["fog", "snow"]}),
         ("adapt --model detguard-n-hard --new DATA --init fresh --expert whole", "adapt", {"init": "fresh"}),
@@ -421,6 +433,8 @@ def asked(monkeypatch, tmp_path, bus_file):
         ("monitor --stream DATA FUSED", "detector", KEPT),
         ("monitor --stream 0 --every 2 --frames 7", "stream", {"every": 2, "frames": 7}),
         ("patch --data FOLDER --print-cm 12", None, {"print_cm": 12}),
+        ("patch --data FOLDER --seed 7 --rate .05 --batch 3 --conf .2", "learning",
+         {"seed": 7, "rate": 0.05, "batch": 3, "conf": 0.2}),
         ("patch --data FOLDER FUSED", "detector", KEPT),
         ("universal --data FOLDER FUSED", "detector", KEPT),
     ],
@@ -538,3 +552,27 @@ def test_a_signal_while_an_adaptation_is_judged_stops_it(monkeypatch, capsys, tm
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert "stopped; go on with: detguard adapt --resume" in capsys.readouterr().err
+
+
+def test_verify_tells_of_a_photo_over_the_budget_though_it_fools(monkeypatch, bundled, bus, tmp_path):
+    small = cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+    list(detguard.attack(bundled, small, transforms="none", steps=1, out=tmp_path / "run"))
+    (tmp_path / "run/adversarial/photo-001.png").write_bytes(encode_png(np.zeros_like(small)))  # hides all
+    assert run(monkeypatch, "verify", tmp_path / "run") == 1
+
+
+def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("detguard.reports.hardening.hardening_page", lambda *_: b"")
+    unread = ["a.jpg: damaged"]
+    job = SimpleNamespace(
+        run=Run(tmp_path, {"command": "harden"}), ranks=ALONE, load=lambda _: None, unread=unread,
+        cost=lambda: (0, 0.0), judgement=Judgement(),
+        train=lambda _: Trained(tmp_path / "a.safetensors", tmp_path, unread, {}, {}, {}),
+    )  # fmt: skip
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert run_hardening(job, None) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "a.jpg: damaged" in capsys.readouterr().err

@@ -92,3 +92,8 @@ def test_what_has_no_gradient_is_attacked_by_square_alone(bundled, bundled_model
     assert "blind: no gradient" in result.note
     assert attacks.title == "Attacks without a gradient"
     assert "PGD" not in attacks.note
+
+
+def test_the_order_of_one_expert_is_attacked_through_it(gated):
+    for i in range(3):
+        assert np.array_equal(photos(gated, f"rank:{i}"), photos(gated, "rank", gated.detector.through(i)))

@@ -1,3 +1,6 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -114,3 +117,10 @@ def test_a_perturbation_that_changes_nothing_is_refused(tmp_path):
     (tmp_path / "u.png").write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))
     with pytest.raises(DetguardError, match=r"u\.png: changes by up to 128 levels; expected one that"):
         perturbed(str(tmp_path / "u.png"), 0)
+
+
+def test_another_size_target_or_label_is_another_entry_of_the_cache(subject, file):
+    moved = replace(subject, dataset=copy.deepcopy(subject.dataset))
+    moved.dataset.annotations.imgToAnns[11][0]["bbox"][0] += 5
+    views = [patched(file, target, size, 0)[-1] for target in (0, 4) for size in (0.3, 0.5)]
+    assert len({view.key(one, 11) for view in views for one in (subject, moved)}) == 8

@@ -1,7 +1,9 @@
 import copy
 import sqlite3
 from dataclasses import replace
+from itertools import combinations
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,16 @@ import torch
 from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, Faults
+from detguard.detections import Candidates
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.evaluation import cache
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, kept_photo
 from detguard.evaluation.cache import Cache, entry_key, pack
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import value_left
-from detguard.evaluation.run import Protocols, evaluate, measure_cost
+from detguard.evaluation.run import Protocols, evaluate, measure_cost, transfers
 from detguard.evaluation.score import score
-from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, results_of
+from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, piped, results_of
 from detguard.photos import encode_png, read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run
@@ -313,3 +316,53 @@ def test_a_photo_that_is_too_long_to_be_corrupted_is_dropped(subject, tmp_path):
     fill(subject, [Clean(), Corrupted("fog", 1, 0)])
     assert list(subject.dataset.files) == [12, 13, 14]
     assert "strip.png" in subject.dataset.warnings[LOST][0]
+
+
+def test_every_class_of_a_candidate_counts_down_to_a_thousandth(subject, bus):
+    two = copy.copy(subject.detector)
+    logits = torch.full((1, 1, len(two.class_names)), -20.0)
+    logits[0, 0, :2] = torch.tensor([2.0, -6.0])  # .88 and .0025
+    two.candidates = lambda frames: Candidates(logits, torch.tensor([[[10.0, 10, 60, 60]]]))
+    (found,) = replace(subject, detector=two).detect([bus])
+    assert found.classes.tolist() == [0, 1]
+
+
+def test_what_was_found_under_another_pipeline_or_seed_is_not_used(subject, tmp_path):
+    keys = set()
+    for number, transform in enumerate((A.ToGray(p=1), A.InvertImg(p=1))):
+        A.save(A.Compose([transform]), tmp_path / f"{number}.json", data_format="json")
+        keys |= {piped(str(tmp_path / f"{number}.json"), seed).key(subject, 11) for seed in (0, 1)}
+    assert len(keys) == 4
+
+
+def test_photos_of_another_source_are_not_taken_for_those_of_the_first(subject, bundled_model):
+    larger = replace(subject, name="larger", detector=UltralyticsDetector(bundled_model, "larger", 416))
+    assert len({Transferred(one, QUICK).key(subject, 11) for one in (subject, larger)}) == 2
+
+
+def test_figures_are_of_the_same_only_with_the_same_photos_labels_and_classes(subject):
+    moved = replace(subject, dataset=copy.deepcopy(subject.dataset))
+    moved.dataset.annotations.imgToAnns[11][0]["bbox"][0] += 5
+    fewer = replace(subject, category_ids=dict(list(subject.category_ids.items())[1:]))
+    files = subject.dataset.files
+    other = replace(subject, dataset=replace(subject.dataset, files=files | {12: files[11]}))
+    assert len({one.photos_sha256 for one in (subject, moved, fewer, other)}) == 4
+    assert replace(subject).photos_sha256 == subject.photos_sha256
+
+
+def test_transferred_photos_are_those_of_the_budget_that_leads_and_of_the_others(subject):
+    other = replace(subject, name="other")
+    (view,) = transfers(subject, [subject, other], Protocols(("transfer",), eps=(4, 8)))
+    assert view.source is other
+    assert view.attacks.eps == 8
+
+
+def test_every_start_and_every_seed_is_another(subject):
+    once, batch = replace(QUICK, attacks=("class",), steps=1), Batch(subject, [11])
+    shown = [of.attack(batch, "class", start)[0] for of, start in ((once, 1), (once, 2), (replace(once, seed=5), 1))]
+    assert not any(np.array_equal(one, other) for one, other in combinations(shown, 2))
+
+
+def test_all_that_is_random_is_drawn_by_the_seed_that_is_asked_for(bundled):
+    views = Protocols(("corruptions", "attack", "blackbox"), seed=7).views(bundled)
+    assert {view.seed for view in views if not isinstance(view, Clean)} == {7}

@@ -350,3 +350,15 @@ def test_classes_that_new_photos_are_not_labelled_for_stay_what_the_ensemble_sai
         alone, held = (float(label_loss(found, labels, of).mean()) for of in (None, said))
     assert held > alone + 0.01
     assert float(told["new"]) == pytest.approx(held, rel=1e-4)
+
+
+def test_a_third_of_the_old_photos_is_learned_under_attack(train, monkeypatch):
+    attacked = []
+
+    def noted(frames, harm, adversary, among):
+        attacked.append((len(frames), adversary.eps))
+        return frames
+
+    monkeypatch.setattr("detguard.hardening.adapt.perturb", noted)
+    train(replace(PLAN, mode="full", photos=6, eps=3.0))
+    assert attacked == [(1, 3.0)]

@@ -364,3 +364,11 @@ def test_a_checkpoint_too_large_to_be_read_again_ends_a_training_before_it_begin
     with pytest.raises(DetguardError, match=r"last\.pt: a checkpoint of .*`split` neck or head"):
         trained(run, harm=lambda call: pytest.fail("trained"))
     assert not (run.folder / "last.pt").exists()
+
+
+def test_each_batch_is_learned_at_the_rate_of_the_schedule(run, monkeypatch):
+    rates, update = [], Optimizer.update
+    monkeypatch.setattr(Optimizer, "update", lambda self, loss, rate: rates.append(rate) or update(self, loss, rate))
+    trained(run)
+    assert rates == pytest.approx([1e-2 * PACE.share(number, number / LAST) for number in range(LAST)])
+    assert rates[0] < max(rates) > rates[-1]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from detguard.hardening.optimizer import Optimizer, orthogonal
+from detguard.hardening.optimizer import CLIP, MOMENTUM, Optimizer, orthogonal
 
 
 @pytest.fixture
@@ -88,3 +88,10 @@ def test_an_orthogonal_step_keeps_the_directions_of_a_matrix_and_evens_their_len
     assert lengths.min() > 0
     assert 0.6 < lengths.median() < 1.3
     assert (made - u @ lengths.diag() @ v).abs().max() < 0.05
+
+
+def test_a_gradient_out_of_all_bounds_does_not_fill_the_momentum(network):
+    optimizer = Optimizer(list(network.parameters()), [])
+    optimizer.update(1e6 * loss_of(network), 1e-3)
+    kept = sum(float(momentum.square().sum()) for momentum in optimizer.momenta) ** 0.5
+    assert 0 < kept <= 1.001 * (1 - MOMENTUM) * CLIP

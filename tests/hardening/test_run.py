@@ -1,14 +1,19 @@
+import copy
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from detguard import DetguardError
-from detguard.data.batches import read_photos
+from detguard.data.batches import Samples, read_photos
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import build_model
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.hardening.run import Plan, check_teacher, harden, narrowed, passes
 from detguard.hardening.train import ADVERSARIAL, Setting
+from detguard.hardening.validation import Validation
 from detguard.runs import Run
 
 
@@ -205,3 +210,77 @@ def test_an_ensemble_goes_on_with_the_whole_budget_and_only_with_its_own_experts
     assert [stage.name for stage in Plan().stages(single)] == ["hard", "joint"]
     with pytest.raises(DetguardError, match="experts a, b"):
         check_teacher(GatedNetwork(bundled.model, 11, ("a", "b")), bundled, "a.pt")
+
+
+def test_budget_steps_crop_and_transforms_are_those_of_every_stage():
+    stages = Plan(eps=8.0, steps=3, crop=64, transforms="median:3", tune_normal=True).stages()
+    assert {(s.adversary.eps, s.adversary.steps, s.size) for s in stages} == {(8.0, 3, 64)}
+    assert [[str(t) for t in s.transforms] for s in stages] == [["median:3"]] * 4
+    methods = {s.name: s.adversary.method for s in stages}
+    assert methods == {"adversarial": "free", "normal": "pgd", "hard": "pgd", "joint": "free"}
+
+
+def test_multi_task_attacks_aim_at_classes_and_at_boxes():
+    (stage,) = Plan.of({"recipe": "mtd"}).stages()
+    assert (stage.aims, stage.adversary.method) == (("class", "box"), "pgd")
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What each stage is given, with the weights at that time; the last expert changes as if it had learned."""
+    given = {}
+
+    def noted(network, teacher, source, stage, setting, checkpoint, on_stage, log, validate, samples):
+        given[stage.name] = SimpleNamespace(
+            stage=stage, weights=copy.deepcopy(network.state_dict()), validate=validate, samples=samples
+        )
+        with torch.no_grad():
+            for parameter in network.experts[-1].parameters():
+                parameter.mul_(2)
+
+    monkeypatch.setattr("detguard.hardening.run.train_stage", noted)
+    monkeypatch.setattr("detguard.hardening.run._check_memory", lambda *_: None)
+    return given
+
+
+def grown_apart(bundled):
+    ensemble = GatedNetwork(bundled.model, 11)
+    with torch.no_grad():
+        for number, expert in enumerate(ensemble.experts):
+            for parameter in expert.parameters():
+                parameter.mul_(1 + number / 10)
+    return ensemble
+
+
+def test_an_ensemble_goes_on_from_its_own_experts_and_gate(begun, bundled, tmp_path):
+    ensemble = grown_apart(bundled)
+    plan = Plan.of({"photos": 8, "batch": 4, "sparse": 0.0}, ensemble)
+    harden(ensemble, {}, bundled, None, plan, Setting(4, 64), Run(tmp_path, {"command": "harden"}))
+    weights = begun["adversarial"].weights
+    assert all(torch.equal(weights[key], value) for key, value in ensemble.state_dict().items())
+
+
+def test_photos_of_attacks_are_a_quarter_of_the_adversarial_frames(begun, bundled_model, bundled, tmp_path):
+    samples, run = Samples(None, None), Run(tmp_path, {"command": "harden"})
+    plan = Plan("pgd", photos=4, batch=4, sparse=0.0)
+    harden(bundled_model, {}, bundled, None, plan, Setting(4, 64), run, samples=samples)
+    assert begun["adversarial"].stage.sampled == 0.25
+    assert begun["adversarial"].samples is samples
+
+
+def test_on_a_shared_trunk_the_others_start_from_the_adversarial_expert(begun, bundled_model, bundled, tmp_path):
+    plan, run = Plan(split="neck", photos=8, batch=4, sparse=0.0), Run(tmp_path, {"command": "harden"})
+    harden(bundled_model, {}, bundled, None, plan, Setting(4, 64), run)
+    for number, name in enumerate(("normal", "hard")):
+        weights, own = begun[name].weights, f"experts.{number}."
+        keys = [key for key in weights if key.startswith(own)]
+        assert keys
+        assert all(torch.equal(weights[key], weights[key.replace(own, "experts.2.")]) for key in keys)
+
+
+def test_what_is_attacked_is_validated_and_robust_weights_compete_from_the_start(begun, bundled, tmp_path):
+    ensemble, held = grown_apart(bundled), Validation([np.zeros((64, 64, 3), np.uint8)])
+    plan = Plan.of({"photos": 8, "batch": 4, "sparse": 0.0}, ensemble)
+    harden(ensemble, {}, bundled, None, plan, Setting(4, 64), Run(tmp_path, {"command": "harden"}), held=held)
+    assert begun["adversarial"].validate.start
+    assert begun["hard"].validate is None

@@ -441,3 +441,41 @@ def test_the_neck_begins_where_maps_grow(architecture, first):
 
 def test_maps_of_layers_that_give_several_are_left_out():
     assert list(_single({3: torch.zeros(1), 10: (torch.zeros(1), torch.zeros(1))})) == [3]
+
+
+def test_each_kind_teaches_the_gate_its_own_expert_by_the_weight_of_the_stage():
+    right = torch.tensor([[0.0, 9, 0], [9, 0, 0], [0, 0, 9]])  # of a hard frame, a normal and an attacked one
+    kinds = Layout(3, 1, 1).kinds(ALONE)
+    good, bad = (_losses(torch.ones(3), logits, kinds, 3, 0.3) for logits in (right, right.flip(1)))
+    assert good["gate"] < 0.01 < 1 < bad["gate"]
+    assert float(bad["loss"]) == pytest.approx(1 + 0.3 * float(bad["gate"]))
+
+
+def test_the_error_of_feature_maps_is_learned_by_its_weight(network, undefended, source):
+    one = {"share": (0.5, 0.5, 0.0), "route": 1}
+    without, told = (steps(network, undefended, source, stage(**one, features=weight)) for weight in (0.0, 5.0))
+    assert told["features"] > 0
+    assert float(told["loss"]) == pytest.approx(float(without["loss"] + 5 * told["features"]), rel=1e-4)
+
+
+def test_crops_are_made_at_the_scale_of_whole_frames(network, undefended, source, tmp_path, monkeypatch):
+    asked = []
+
+    def noted(*given):
+        asked.append(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detguard.hardening.train.batches", noted)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(network, undefended, source, stage(size=32), SETTING, tmp_path / "last.pt")
+    assert [(given[2], given[7]) for given in asked] == [(32, 2.0)]
+
+
+def test_all_experts_learn_whatever_top_k_which_is_what_it_was_afterwards(bundled_model, undefended, source, tmp_path):
+    network, asked = GatedNetwork(fused(bundled_model), split=22, top_k=1), []
+    train_stage(
+        network, undefended, source, stage(number=1), SETTING, tmp_path / "last.pt",
+        lambda *_: asked.append(network.top_k),
+    )  # fmt: skip
+    assert asked == [None]
+    assert network.top_k == 1

@@ -278,3 +278,15 @@ def test_a_photo_that_the_camera_deletes_meanwhile_ends_no_stream(living):
     record = {"number": 1, "photo": "gone.png", "objects": [], "f1": 1.0, "confidence": 0.5, "entropy": None}
     living.saw(record | {"began": None})
     assert living.seen[1]["photo"] == "gone.png"
+
+
+def test_no_photo_of_the_new_kind_is_replayed_as_an_old_one(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    for number in range(1, 9):
+        show(living, number, began=5 if number == 6 else None)
+    new, old = (
+        [int(Path(json.loads(line)["photo"]).stem) for line in (tmp_path / f"adapted/001.{of}.jsonl").open()]
+        for of in ("new", "replay")
+    )
+    assert old == [1, 2, 3, 4]
+    assert min(new) == 5
