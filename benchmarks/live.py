@@ -153,7 +153,7 @@ def main(
 
     def deployed() -> Detector:
         made = [e["model"] for e in watched.records("events.jsonl") if e["event"] == "deployed"]
-        name = made[-1] if made else model
+        name = str(watched.run / made[-1]) if made else model
         if name not in loaded:
             loaded[name] = detguard.load_detector(name)
         return loaded[name]

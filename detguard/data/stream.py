@@ -22,6 +22,8 @@ from detguard.files import MAX_ANNOTATIONS, MAX_LINE, JsonObject, parse_json, re
 # Objects that one photo may have, bytes of its id, and pixels from its corner that a box may lie.
 MOST_OBJECTS, LONGEST_ID = 10_000, 200
 MOST_PIXELS = 1e9
+# Bytes of the name of a file, as systems have them.
+LONGEST_NAME = 4096
 # Of the name of a class that is not known, and of a time, which are only shown.
 MOST_LETTERS = 100
 
@@ -227,6 +229,8 @@ def _read(record: object, index: dict[str, int]) -> Labelled | Labels:
     name = record["photo"]
     if b"\0" in os.fsencode(name):  # which no file can be called, as is what cannot be encoded
         raise ValueError("a name with a null byte")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ValueError(f"photo: a name of over {LONGEST_NAME} bytes; give a file")
     objects, known, unknown = _objects(record if labelled else {"objects": []}, index)
     time = str(record["time"])[:MOST_LETTERS] if isinstance(record.get("time"), str | int | float) else ""
     judges = record["judges"] if isinstance(record.get("judges"), bool) else None

@@ -411,6 +411,9 @@ def fill(
             entry = subject.dataset.annotations.imgs[image]
             if max(entry["height"], entry["width"]) > LONGEST_SIDE:
                 subject.dataset.drop(image, f"{file}: over {LONGEST_SIDE} px long, too long to be corrupted")
+    if ranks.count > 1:  # with others to show, processes would wait for each other in different places
+        data, photos = subject.dataset.name, len(subject.hashes)
+        ranks.must_agree([f"{data}: {photos} photos, of which SHA-256 begins with {subject.photos_sha256[:8]}"])
     batches = subject.batches()
 
     def on_own(view: View, photos: int) -> None:

@@ -347,8 +347,10 @@ def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: 
         raise one
     if isinstance(one, Labelled):
         if not one.labelled and one.id in watch.waiting:
-            number = watch.waiting[one.id].number
-            raise DataError(f"photo '{one.id}': photo {number} waits for labels by the same id; give each its own")
+            number = watch.waiting.pop(one.id).number  # or labels of the one would be taken for the other's
+            raise DataError(
+                f"photo '{one.id}': photo {number} waits for labels by the same id, no more; give each its own"
+            )
         return one
     if earlier is None:
         raise DataError(f"labels of '{one.id}': none of the last {MOST_WAITING} photos without labels is that")
@@ -412,7 +414,7 @@ def observe(
                 shown = read_photo(deployed.file(number, photo.file))
                 (found,) = detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)
         except DetguardError as error:  # of a detector, too, which may refuse a shape
-            record["error"] = str(error)
+            record |= {"error": str(error)} | ({"id": one.id} if isinstance(one, Labelled) and one.id else {})
         else:
             found_known = photo.counted(found)
             if not photo.labelled:

@@ -175,9 +175,9 @@ def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
     """
     items = []
     for record in dropped(records)[:MOST_SHOWN]:
-        detector = deployed.at(record["number"])
-        (labelled,) = from_records([record], detector.class_names)
         try:
+            detector = deployed.at(record["number"])
+            (labelled,) = from_records([record], detector.class_names)
             if not isinstance(labelled, Labelled):
                 raise labelled if isinstance(labelled, DataError) else DetguardError("labels without a photo")
             photo = read_photo(deployed.file(record["number"], labelled.file))

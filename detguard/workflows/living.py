@@ -5,20 +5,24 @@ made takes the ensemble's place only where it is better on photos of the new kin
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from typing_extensions import override
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.data.sources import as_lines, read_labelled, unlabelled
 from detguard.data.stream import to_lines
 from detguard.detectors.base import Detector
@@ -30,6 +34,7 @@ from detguard.hardening.adapt import JUDGED_ONE_IN
 from detguard.hardening.judging import FIGURES, Figures
 from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment
 from detguard.runs import Record, Run
+from detguard.workflows.monitor import LIVE, MOST_RECENT
 
 EVENTS = "events.jsonl"
 # Of a run, copies of the photos that may still be learned from.
@@ -42,6 +47,9 @@ DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
 GOLDEN = 2654435761
 # Of the processes that adapt: the stream comes first.
 NICENESS = 5
+# Seconds: between looks at it, or for it to save and end; and without a file that it has written, though it saves every
+# three minutes and judges in the end.
+PATIENCE, STALLED = 60, 2 * 3600
 # Options of `detguard adapt` that a user may give; where it reads and writes is up to the monitor.
 OPTIONS = (
     "--experts", "--expert", "--mode", "--init", "--lambda", "--max-experts", "--photos", "--corruptions", "--batch",
@@ -58,20 +66,27 @@ class Living(Deployment):
 
     Of photos, those are remembered, and kept as copies in the run, that a drop may reach back to, those that wait for
     labels, those of a reservoir of `keep` judged ones of all that came (Vitter 1985, algorithm R), and those that are
-    being gathered or learned.
+    being gathered or learned. A drop may reach back as far as `Monitor` remembers: so many photos with known objects.
+
+    failures: how often what adapts has ended without a verdict; waits: the photo at which it is tried again.
     """
+
+    RETRIES: ClassVar[int] = 3
 
     run: Run
     first: Detector
     device: str = "cpu"
     report: Callable[[str], object] = print
     child: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    failures: int = field(default=0, init=False)
+    waits: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.options = self.run.config["living"]
         check_options(self.options["adapt"])
         self.events = self.run.records(name=EVENTS)
         self.seen, self.reservoir, self.judged, self.number = dict[int, Record](), list[int](), 0, 0
+        self.remembered = deque[int](maxlen=MOST_WINDOWS * self.run.config["monitor"]["window"])
         self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
         self.passed = 0  # since which photo a drop is still to be learned; 0: there is none
         if self.run.config["on_drift"] == "adapt":
@@ -91,7 +106,11 @@ class Living(Deployment):
 
     def model(self, number: int) -> str:
         """The file of the ensemble that sees a photo, or the name of the first one."""
-        return str(self._change(number)["model"])
+        return self._found(str(self._change(number)["model"]))
+
+    def _found(self, model: str) -> str:
+        """Where an ensemble of an event is: events name those of the run as they lie in it, wherever that is now."""
+        return model if model == self.run.config["detector"]["model"] else str(self.run.path(model).absolute())
 
     @override
     def at(self, number: int) -> Detector:
@@ -99,6 +118,7 @@ class Living(Deployment):
         if model == self.run.config["detector"]["model"]:
             return self.first
         if self._loaded[0] != model:
+            self._loaded = "", self.first  # before there is room for the next one
             network: Any = self.first.model  # its rule may be one that was asked for, not that of its card
             top_k, fusion = network.top_k or MOST_EXPERTS, network.fusion
             made = load_detector(model, self.first.imgsz, self.device, top_k, fusion, self.first.iou)
@@ -107,8 +127,24 @@ class Living(Deployment):
 
     @override
     def file(self, number: int, photo: Path) -> Path:
-        """The run's copy of a photo, where it has one: the camera may have deleted its own."""
-        return Path(self.seen.get(number, {"photo": photo})["photo"])
+        """The run's copy of a photo, where there is one to be: the camera may delete its own, or write the next one
+        over it, and what is learned from is to be what was judged.
+        """
+        if number in self.seen:
+            return Path(self.seen[number]["photo"])
+        if self.run.config["on_drift"] != "adapt" or number <= self.number:
+            return photo
+        copy = self._copy(number, photo)
+        self.run.path(copy).unlink(missing_ok=True)  # of a photo of that number which a kill left without a record
+        try:
+            self.run.write(copy, read_file(photo, MAX_PHOTO))
+        except FileError:  # as whoever reads it is told
+            return photo
+        return self.run.path(copy)
+
+    @staticmethod
+    def _copy(number: int, photo: Path) -> str:
+        return f"{PHOTOS}/{number}{photo.suffix[:8]}"
 
     @property
     def last(self) -> Record:
@@ -132,10 +168,13 @@ class Living(Deployment):
         self._pass(record)
         self._remember(record, copied=True)
         if self.last["event"] == "adapting":
-            if self.child is None:  # stopped before it was over
-                self._start(self.last)
+            if self.child is None:  # stopped before it was over, or to be tried again
+                if self.number >= self.waits:
+                    self._start(self.last)
             elif self.child.poll() is not None:
                 self._judge()
+            elif self._stalled():
+                self.child.kill()
         elif self.last["event"] == "gathering":
             if len(self._photos(self.last["began"], self.number)) >= self.options["gather"]:
                 self._adapt()
@@ -149,24 +188,49 @@ class Living(Deployment):
         """
         while self.passed or self.last["event"] in ("gathering", "adapting"):
             if self.last["event"] == "gathering":
-                self._adapt()
+                count = len(self._photos(self.last["began"], self.number))
+                if count < JUDGED_ONE_IN:  # one of which would be judged by, and the others be nothing to learn from
+                    few = f"{count} photos of the new kind are too few"
+                    if self.run.config["stream"].get("source") == LIVE:
+                        self.report(f"photo {self.number}: {few}; a resumed run goes on gathering")
+                        return
+                    self._close(KEPT, self.last_model, few)
+                else:
+                    self._adapt()
             if self.last["event"] != "adapting":
                 if self.passed:
                     self._gather()
                 continue
             if self.child is None:
                 self._start(self.last)
-            assert self.child is not None
+            if self.child is None:
+                self._failed("it could not be started")
+                continue
             if wait:
                 wait(self.child)
-            self.child.wait()
+            while self.child.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    self.child.wait(PATIENCE)
+                if self._stalled():
+                    self.child.kill()
             self._judge()
 
     def stop(self) -> None:
         """Have the process that adapts save and end; a resumed run goes on with it."""
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(signal.SIGINT)
-            self.child.wait()
+            try:
+                self.child.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.child.kill()  # what it saved last is there
+                self.child.wait()
+
+    def _stalled(self) -> bool:
+        """Whether the process that adapts has written nothing for so long that it never will: it saves in minutes."""
+        folder = self.run.path(self.last["folder"])
+        files = [Path(f"{folder}.log"), folder / "results.jsonl", *(folder / "state").glob("*")]
+        written = [file.stat().st_mtime for file in files if file.exists()]
+        return bool(written) and time.time() - max(written) > STALLED
 
     def roll_back(self) -> None:
         """Have the ensemble before the last one deployed see the photos that follow.
@@ -184,8 +248,8 @@ class Living(Deployment):
             raise DetguardError("`roll_back`: the run has deployed nothing that could be taken back")
         if self.last["event"] in ("gathering", "adapting"):  # by what is taken back
             self.stop()
-            self.child, self.learned = None, set()
-            self._close(KEPT, self.model(self.number + 1), "rolled back")
+            self.child = None
+            self._close(KEPT, self.last_model, "rolled back")
         self._close(ROLLED_BACK, models[-2])
         self.passed = 0  # that was of what is taken back
 
@@ -195,17 +259,18 @@ class Living(Deployment):
         first, self.number = number > self.number, max(number, self.number)
         again = self.seen.get(number, {}).get("f1") is not None  # as a resumed run sees its last window
         if number in self.seen or first:
-            copy = f"{PHOTOS}/{number}{Path(record['photo']).suffix[:8]}"
-            if copied and first and "error" not in record:
+            copy = self._copy(number, Path(record["photo"]))
+            if copied and first and "error" not in record and not self.run.path(copy).exists():
                 try:
                     data = read_file(record["photo"], MAX_PHOTO)
                 except FileError:  # the camera has deleted it
                     pass
                 else:
                     self.run.write(copy, data)
-            kept = {"photo": str(self.run.path(copy))} if self.run.path(copy).exists() else {}
+            kept = {"photo": str(self.run.path(copy).absolute())} if self.run.path(copy).exists() else {}
             self.seen[number] = self.seen.get(number, {}) | record | kept
         if record.get("f1") is not None and number in self.seen and not again:
+            self.remembered.append(number)
             self.judged += 1
             place = self.judged - 1
             if place >= self.options["keep"]:
@@ -216,7 +281,8 @@ class Living(Deployment):
 
     def _forget(self) -> None:
         """Let go of the photos that nothing can be learned from any more, and of their copies."""
-        recent = self.number - MOST_WINDOWS * self.run.config["monitor"]["window"]
+        recent = min(self.remembered) - 1 if len(self.remembered) == self.remembered.maxlen else 0
+        recent = max(recent, self.number - MOST_RECENT)
         since = self.passed or self.number + 1
         since = min(since, self.last["began"]) if self.last["event"] == "gathering" else since
         waiting = [number for number, known in self.seen.items() if known.get("labelled") is False][-MOST_WAITING:]
@@ -225,8 +291,9 @@ class Living(Deployment):
         needed = self.learned.union(self.reservoir, waiting, gathered)
         for number in [n for n in self.seen if n <= recent and n not in needed]:
             file = Path(self.seen.pop(number)["photo"])
-            if file.parent == self.run.path(PHOTOS):
-                file.unlink(missing_ok=True)
+            if file.parent == self.run.path(PHOTOS).absolute():
+                with suppress(OSError):  # it takes room, and nothing else
+                    file.unlink(missing_ok=True)
 
     def _learned(self) -> set[int]:
         """The numbers of the photos that are being learned."""
@@ -235,7 +302,10 @@ class Living(Deployment):
         copies = self.run.path(PHOTOS).resolve()
         try:
             photos = [Path(parse_json(line)["photo"]) for line in lines]
-            return {int(photo.stem) for photo in photos if photo.resolve().parent == copies}
+            # By their names: the run may lie elsewhere now.
+            return {
+                int(photo.stem) for photo in photos if photo.parent.name == PHOTOS and (copies / photo.name).exists()
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise DetguardError(f"{self.run.folder}: not photos that detguard wrote there ({error})") from error
 
@@ -255,14 +325,12 @@ class Living(Deployment):
         try:
             renamed = self._renamed()
         except DetguardError as error:  # they were there when the run began
-            self._close(KEPT, self.model(number + 1), str(error))
+            self._close(KEPT, self.last_model, str(error))
             return
         self.learned = {one["number"] for one in (*new, *replayed)}
         self.run.write(f"{folder}.new.jsonl", to_lines(with_judges(new)))
         self.run.write(f"{folder}.replay.jsonl", to_lines(with_judges(replayed)) + renamed)
-        self._note(
-            {"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.model(number + 1)}
-        )
+        self._note({"event": "adapting", "number": number, "began": began, "folder": folder, "model": self.last_model})
         self._start(self.last)
 
     @property
@@ -282,46 +350,81 @@ class Living(Deployment):
         folder = self.run.path(event["folder"])
         command = [sys.executable, "-m", "detguard", "adapt", "--device", self.device]
         if (folder / "config.yaml").exists():
-            command += ["--resume", str(folder)]
+            command += ["--resume", str(folder), *self._workers]
         else:
-            command += ["--model", event["model"], "--new", f"{folder}.new.jsonl", "--out", str(folder)]
+            command += ["--model", self._found(event["model"]), "--new", f"{folder}.new.jsonl", "--out", str(folder)]
             replayed = [s for s in map(str, self.run.config["replay"]) if unlabelled(s) or not self._class_map]
             if Path(f"{folder}.replay.jsonl").stat().st_size:
                 replayed.append(f"{folder}.replay.jsonl")
             command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
-        with Path(f"{folder}.log").open("ab") as log:
-            # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; and never left behind.
-            self.child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=partial(die_with, os.getpid()) if os.name == "posix" else None,
-            )
+        try:
+            with Path(f"{folder}.log").open("ab") as log:
+                # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; never left behind.
+                self.child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=partial(die_with, os.getpid()) if os.name == "posix" else None,
+                )
+            Path(f"{folder}.log").touch()  # from where on it is waited for
+        except OSError as error:  # no memory or no room just now
+            self.waits = self.number + self.run.config["monitor"]["window"]
+            self.report(f"photo {self.number}: adapting could not be started ({error}); it is tried again")
+            return
         if hasattr(os, "setpriority"):
             own = os.getpriority(os.PRIO_PROCESS, 0)  # over which nobody but root may go back
             os.setpriority(os.PRIO_PROCESS, self.child.pid, max(NICENESS, own))
 
+    @property
+    def _workers(self) -> list[str]:
+        """Of the options of `detguard adapt`, that which no run keeps."""
+        given = self.options["adapt"]
+        places = [i for i, part in enumerate(given) if part.partition("=")[0] == "--workers"]
+        return [part for i in places for part in given[i : i + 1 + ("=" not in given[i])]]
+
+    @property
+    def last_model(self) -> str:
+        """The ensemble that sees the next photo, as events name it."""
+        return str(self._change(self.number + 1)["model"])
+
     def _judge(self) -> None:
         assert self.child is not None
-        code, event, self.child, self.learned = self.child.returncode, self.last, None, set()
+        code, event, self.child = self.child.returncode, self.last, None
         folder = self.run.path(event["folder"])
-        found: dict[str, Figures] = {}
-        if code in (0, 2) and (folder / FIGURES).exists():  # 2: some photos could not be read
-            found = read_json(folder / FIGURES)
-            fits, why = verdict(found["before"], found["after"])
-        else:
+        if not (code in (0, 2) and (folder / FIGURES).exists()):  # 2: some photos could not be read
             log = Path(f"{folder}.log")
             said = [line for line in read_file(log).decode(errors="replace").splitlines() if line.startswith("error: ")]
-            fits, why = False, f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else "")
-        made = str(folder / "weights" / "adapted.safetensors") if fits else event["model"]
-        self._close(DEPLOYED if fits else KEPT, made, why, found)
+            self._failed(f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else ""))
+            return
+        found: dict[str, Figures] = read_json(folder / FIGURES)
+        fits, why = verdict(found["before"], found["after"])
+        made = f"{event['folder']}/weights/adapted.safetensors"
+        if fits:
+            self._loaded = "", self.first
+            try:
+                load_detector(self._found(made), self.first.imgsz, self.device)
+            except (DetguardError, MemoryError, RuntimeError) as error:  # as of a device that is full
+                fits, why = False, f"{why}, but it cannot be loaded ({first_line(error)})"
+        self._close(DEPLOYED if fits else KEPT, made if fits else event["model"], why, found)
+        for name in ["state"] if fits else ["state", "weights"]:  # or what is not used would fill the disk in a year
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+    def _failed(self, why: str) -> None:
+        """What adapts has ended without a verdict: it is tried again, later each time, and in the end given up."""
+        self.failures += 1
+        if self.failures > self.RETRIES:
+            self._close(KEPT, self.last["model"], why)
+            return
+        self.waits = self.number + self.failures * self.run.config["monitor"]["window"]
+        self.report(f"photo {self.number}: {why}; it is tried again")
 
     def _close(
         self, event: str, model: str, why: str = "", found: Mapping[str, Figures] = MappingProxyType({})
     ) -> None:
         figures = {when: found.get(when, {}) for when in ("before", "after")}
+        self.learned, self.failures, self.waits = set(), 0, 0
         self._note({"event": event, "number": self.number, "model": model, "why": why} | figures)
 
     def _note(self, event: Record) -> None:

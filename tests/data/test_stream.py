@@ -169,3 +169,9 @@ def test_labels_that_come_later_are_joined_by_their_id(tmp_path):
 def test_classes_of_one_name_cannot_be_told_apart_by_labels():
     with pytest.raises(DataError, match="several classes of one name"):
         list(from_lines([PLAIN], {0: "dog", 1: "cat", 2: "dog"}))
+
+
+def test_a_name_too_long_for_any_file_is_an_error_of_its_line():
+    (one,) = from_lines([as_bytes({"photo": "data:image/png;base64," + "A" * 5000, "objects": []})], NAMES)
+    assert isinstance(one, DataError)
+    assert "a name of over 4096 bytes" in str(one)

@@ -1,20 +1,23 @@
 """What a monitor that learns remembers of a stream without an end."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from typing_extensions import override
 
 from detguard import DetguardError
-from detguard.data.stream import Labelled, Labels
+from detguard.data.stream import Labelled, Labels, to_lines
 from detguard.detections import Detections
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.hardening.monitor import MOST_WINDOWS, observe
+from detguard.photos import encode_png, read_photo
 from detguard.runs import Run
 from detguard.workflows.living import Living, verdict, with_judges
 from detguard.workflows.monitor import film
@@ -106,7 +109,7 @@ def test_each_roll_back_goes_to_what_was_there_before_and_never_to_what_was_take
     assert living.model(1) == "first"
     note(living, "deployed", "b")
     note(living, "deployed", "c")
-    for expected in ("b", "first"):
+    for expected in (str(living.run.folder / "b"), "first"):
         living.roll_back()
         assert living.model(1) == expected
     with pytest.raises(DetguardError, match="nothing that could be taken back"):
@@ -128,6 +131,8 @@ def test_what_is_deployed_answers_by_the_rule_that_was_asked_for(living, tmp_pat
 
 class Unlucky(Living):
     """Whatever it adapts to fails at once."""
+
+    RETRIES = 0
 
     @override
     def _start(self, event):
@@ -175,7 +180,140 @@ def test_a_drop_that_was_recorded_before_a_kill_is_learned_after_it(tmp_path, bu
     show(living, 11)
     assert [event["began"] for event in living.events] == [9]
     living.end()
+    assert [event["event"] for event in living.events] == ["gathering", "kept"]
+    assert living.events[-1]["why"] == "2 photos of the new kind are too few"
+
+
+def test_a_stream_that_is_cut_off_gathers_on_when_it_is_piped_in_again(tmp_path, bundled):
+    said = []
+    living = unlucky(tmp_path, bundled, stream={"class_map": {}, "source": "-"})
+    living.report = said.append
+    show(living, 10, began=9)
+    living.end()
+    assert [event["event"] for event in living.events] == ["gathering"]
+    assert "1 photos of the new kind are too few; a resumed run goes on gathering" in said[-1]
+
+
+def test_what_fails_is_tried_again_later_each_time_before_it_is_given_up(tmp_path, bundled, monkeypatch):
+    monkeypatch.setattr(Unlucky, "RETRIES", 2)
+    tried, start = [], Unlucky._start
+    monkeypatch.setattr(Unlucky, "_start", lambda self, event: tried.append(self.number) or start(self, event))
+    living = unlucky(tmp_path, bundled)
+    for number in range(1, 60):
+        show(living, number, began=5 if number == 6 else None)
+    assert tried == [7, 16, 33]  # a window of 8 photos after the first failure was seen, two after the second
     assert [event["event"] for event in living.events] == ["gathering", "adapting", "kept"]
+    assert "exit code 2" in living.events[-1]["why"]
+
+
+def test_what_cannot_be_started_is_tried_again(tmp_path, bundled, monkeypatch):
+    living = unlucky(tmp_path, bundled)
+    monkeypatch.setattr(Unlucky, "_start", Living._start)
+
+    def popen(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    for number in range(1, 30):
+        show(living, number, began=5 if number == 6 else None)
+    assert living.last["event"] == "adapting"
+    assert living.waits > 20
+    living.end()
+    assert living.last["event"] == "kept"
+
+
+def test_what_writes_nothing_for_hours_is_ended(tmp_path, bundled, monkeypatch):
+    living = unlucky(tmp_path, bundled)
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    log = living.run.folder / "adapted/001.log"
+    log.parent.mkdir()
+    log.touch()
+    living.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    show(living, 1)
+    assert living.child.poll() is None
+    os.utime(log, (0, 0))
+    show(living, 2)
+    assert living.child.wait(30) != 0
+
+
+def test_what_is_learned_from_is_what_was_judged_though_the_camera_writes_over_it(tmp_path, bundled):
+    photo = tmp_path / "latest.png"
+    photo.write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))
+    (tmp_path / "run").mkdir()
+    living = unlucky(tmp_path / "run", bundled)
+    (record,) = observe(living.run, living, [Labelled(photo, Detections.none())], "kswin", 8)
+    photo.write_bytes(encode_png(np.full((64, 64, 3), 255, np.uint8)))  # the next one
+    living.saw(record)
+    assert read_photo(living.seen[1]["photo"]).max() == 0
+
+
+def test_a_run_that_lies_elsewhere_now_goes_on(tmp_path, bundled, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    living = unlucky(Path("run"), bundled)
+    for number in range(1, 4):
+        (tmp_path / "a.png").write_bytes(b"1")
+        record = {"number": number, "photo": "a.png", "objects": [], "f1": 0.5, "confidence": 0.5, "entropy": None}
+        living.run.append(record | {"began": None})
+        living.saw(record | {"began": None})
+    assert all(Path(one["photo"]).is_absolute() for one in living.seen.values())
+    living.run.write("adapted/001.new.jsonl", to_lines(living.seen.values()))
+    living.number = 1
+    note(living, "deployed", "adapted/000/weights/adapted.safetensors")
+    living._note({"event": "adapting", "number": 3, "began": 1, "folder": "adapted/001", "model": "first"})
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    again = unlucky(tmp_path / "moved", bundled)
+    assert again.learned == {1, 2, 3}
+    assert again.model(4) == str(tmp_path / "moved/adapted/000/weights/adapted.safetensors")
+
+
+def test_a_drop_may_reach_back_over_photos_without_objects(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    for number in range(1, 2 * MOST_WINDOWS * 8 + 1):
+        f1 = 0.5 if number % 2 else None
+        record = {"number": number, "photo": "gone.png", "objects": [], "f1": f1, "confidence": 0.5, "entropy": None}
+        living.saw(record | {"began": None})
+    assert min(living.seen) == 1
+    for later in range(number + 1, number + 5):
+        living.saw(record | {"number": later, "f1": 0.5, "began": None})
+    assert min(n for n in living.seen if n not in living.reservoir) > 5
+
+
+def test_of_an_adaptation_that_is_not_deployed_its_records_alone_stay(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    kinds = {"new": {"F1": 0.5}, "old": {"F1": 0.5}}
+    living.run.write("adapted/001/figures.json", json.dumps({"before": kinds, "after": kinds}).encode())
+    living.run.write("adapted/001/state/adapt.pt", b"large")
+    living.run.write("adapted/001/weights/adapted.safetensors", b"large")
+    living.child = subprocess.Popen([sys.executable, "-c", ""])
+    living.child.wait()
+    show(living, 1)
+    assert living.last["event"] == "kept"
+    assert [file.name for file in (tmp_path / "adapted/001").iterdir()] == ["figures.json"]
+
+
+def test_what_is_better_and_cannot_be_loaded_is_not_deployed(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "m"})
+    before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
+    living.run.write("adapted/001/figures.json", json.dumps({"before": before, "after": after}).encode())
+    living.run.write("adapted/001/weights/adapted.safetensors", b"damaged")
+    living.child = subprocess.Popen([sys.executable, "-c", ""])
+    living.child.wait()
+    show(living, 1)
+    assert living.last["event"] == "kept"
+    assert "but it cannot be loaded" in living.last["why"]
+
+
+def test_workers_are_those_that_were_asked_for_when_an_adaptation_goes_on(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    for given in (["--rate", ".1", "--workers", "1"], ["--workers=1", "--rate", ".1"]):
+        living.options = living.options | {"adapt": given}
+        assert living._workers in (["--workers", "1"], ["--workers=1"])
+    living.options = living.options | {"adapt": ["--rate", ".1"]}
+    assert living._workers == []
 
 
 def test_classes_are_renamed_once(tmp_path, bundled, bus_file):
@@ -226,6 +364,22 @@ def test_labels_that_come_after_a_stop_find_the_copy_of_their_photo(tmp_path, bu
     again = unlucky(tmp_path / "run", bundled)
     (late,) = observe(again.run, again, [Labels("7", Detections.none(), None, ())], "kswin", 8, again=False)
     assert "error" not in late
+
+
+def test_labels_of_an_id_that_two_photos_have_are_given_to_neither(tmp_path, bundled):
+    photo = tmp_path / "camera.png"
+    photo.write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))
+    (tmp_path / "run").mkdir()
+    first = Labelled(photo, Detections.none(), id="7", labelled=False)
+    shown = [first, first, Labels("7", Detections.none(), None, ())]
+    living = unlucky(tmp_path / "run", bundled)
+    one, two, labels = observe(living.run, living, shown, "kswin", 8)
+    assert "error" not in one
+    assert "photo 1 waits for labels by the same id" in two["error"]
+    assert "none of the last" in labels["error"]
+    again = unlucky(tmp_path / "run", bundled)  # nor after a stop
+    (later,) = observe(again.run, again, shown[2:], "kswin", 8, again=False)
+    assert "none of the last" in later["error"]
 
 
 def test_of_a_camera_nothing_is_gone_on_with(tmp_path):
