@@ -373,7 +373,7 @@ def test_labels_of_an_id_that_two_photos_have_are_given_to_neither(tmp_path, bun
     first = Labelled(photo, Detections.none(), id="7", labelled=False)
     shown = [first, first, Labels("7", Detections.none(), None, ())]
     living = unlucky(tmp_path / "run", bundled)
-    one, two, labels = observe(living.run, living, shown, "kswin", 8)
+    one, two, labels = observe(living.run, living, shown, "kswin", 8, again=False)
     assert "error" not in one
     assert "photo 1 waits for labels by the same id" in two["error"]
     assert "none of the last" in labels["error"]
