@@ -291,7 +291,6 @@ class Attempt:
     enough: int = 1
     failed: bool = False
     best: Photo | None = None
-    best_members: list[Member] = field(default_factory=list)
     best_rank: tuple[int, float] = (-1, 0.0)
 
     @property
@@ -306,9 +305,8 @@ class Attempt:
 
     @property
     def drawn(self) -> list[Transform]:
-        """The transforms of the group as they were drawn for `adversarial`."""
-        members = self.members if self.best is None or self.done else self.best_members
-        return [member.transform for member in members[: self.group] if member.transform]
+        """The transforms of the group as they were drawn last."""
+        return [member.transform for member in self.members[: self.group] if member.transform]
 
     @property
     def group(self) -> int:
@@ -408,6 +406,8 @@ def attack_group(
         for attempt in active:
             if attempt.done or attempt.failed:
                 queue.remove(attempt)
+                if attempt.failed:  # the best photo is that of the luckiest draws: it is not to be judged by these
+                    _draw(attempt, transforms, options.conf)
                 yield attempt
         if not queue:
             del waiting[shape]
@@ -508,7 +508,7 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
         if attempt.alone is None:
             rank = (sum(attempt.fooled), -(fmean(attempt.losses) if attempt.in_turn else told[i]))
             if attempt.best is None or rank > attempt.best_rank:
-                attempt.best, attempt.best_rank, attempt.best_members = shown[i], rank, list(attempt.members)
+                attempt.best, attempt.best_rank = shown[i], rank
     ends = list(accumulate(counts))
     running = [i for i in running if not attempts[i].failed]
     stepped = {i: _stepped(attempts[i], range(ends[i] - counts[i], ends[i])) for i in running}

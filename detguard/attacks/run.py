@@ -22,7 +22,7 @@ from detguard.overlay import before_after
 from detguard.photos import MIN_SIDE, Photo, encode_png, frames_tensor, largest_difference, photo_seed, read_photo
 from detguard.runs import Record, Run, RunError
 from detguard.schema import ATTACKED, Config, misfit
-from detguard.transforms.base import Transform
+from detguard.transforms.base import Drawn, Transform
 from detguard.transforms.parse import parse_transforms
 
 THRESHOLDS = (0.05, 0.1, 0.25, 0.5)
@@ -100,11 +100,14 @@ def attack_photos(
             try:
                 photo = read_photo(file)
                 for transform in job.transforms:  # in the midst of a group, an error would end those of others, too
-                    height, width = transform.draw(np.random.default_rng(0))(photo).shape[:2]
-                    if min(height, width) < MIN_SIDE:
-                        raise DetguardError(
-                            f"{file}: after {transform} it has {width} x {height} px, too few to detect on"
-                        )
+                    for end in (transform.low, transform.high) if isinstance(transform, Drawn) else (transform,):
+                        shape = height, width = end.draw(np.random.default_rng(0))(photo).shape[:2]
+                        if min(shape) < MIN_SIDE:
+                            raise DetguardError(
+                                f"{file}: after {end} it has {width} x {height} px, too few to detect on"
+                            )
+                        for victim in victims:  # of which one may refuse a shape
+                            victim.detector.letterbox(shape)
                 begin = time.perf_counter()
                 # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
                 clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in victims]

@@ -315,3 +315,14 @@ def test_a_photo_that_fools_one_detector_of_two_has_failed(attacked, bundled, tm
     saved = save_attempt(job, attempt, tmp_path / "bus.png", [clean, clean])
     assert saved["members"]["photo"]["fooled"]
     assert saved["status"] == "failed"
+
+
+def test_a_photo_that_one_end_of_a_range_makes_too_small_ends_no_other(bundled, bus, tmp_path):
+    small = cv2.resize(bus, (48, 64), interpolation=cv2.INTER_AREA)
+    files = {name: tmp_path / f"{name}.png" for name in ("small", "bus")}
+    files["small"].write_bytes(encode_png(small))
+    files["bus"].write_bytes(encode_png(cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)))
+    job = Job(bundled, PERSONS, parse_transforms("crop:0.1..1"), AttackOptions(steps=1), Run(tmp_path, {}))
+    small_one, other = sorted(attack_photos(job, files), key=lambda record: record["key"], reverse=True)
+    assert "after crop:0.1 it has" in small_one["error"]
+    assert other["status"] in ("fooled", "failed")
