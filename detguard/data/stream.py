@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,9 +92,13 @@ def in_order(dataset: Dataset, category_ids: dict[int, int]) -> Iterator[Labelle
 
 
 def _moment(time: object) -> float | None:
-    """A time as ISO 8601 has it (2013-11-14 11:18:45), as seconds; one without a zone is of UTC; None: it is none."""
+    """A time as ISO 8601 or Exif has it (2013-11-14 11:18:45, 2013:11:14 11:18:45), as seconds; None: it is none.
+
+    One without a zone is of UTC.
+    """
+    text = re.sub(r"^(\d{4})[:/](\d\d)[:/](\d\d)", r"\1-\2-\3", str(time))
     try:
-        moment = datetime.fromisoformat(str(time))
+        moment = datetime.fromisoformat(text)
     except ValueError:
         return None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -21,7 +21,7 @@ from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
-from detguard.photos import read_photo
+from detguard.photos import Photo, PhotoError, read_photo
 from detguard.runs import Record, Run
 
 # Of the levels before and after, so much must be lost: a change too small to matter is no alarm.
@@ -346,7 +346,7 @@ def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: 
     if isinstance(one, DataError):
         raise one
     if isinstance(one, Labelled):
-        if not one.labelled and one.id in watch.waiting:
+        if one.id in watch.waiting:
             number = watch.waiting.pop(one.id).number  # or labels of the one would be taken for the other's
             raise DataError(
                 f"photo '{one.id}': photo {number} waits for labels by the same id, no more; give each its own"
@@ -355,6 +355,14 @@ def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: 
     if earlier is None:
         raise DataError(f"labels of '{one.id}': none of the last {MOST_WAITING} photos without labels is that")
     return one.of(earlier.photo)
+
+
+def _read(photo: Path, copy: Path) -> Photo:
+    """A photo from its copy; errors name the photo itself."""
+    try:
+        return read_photo(copy)
+    except PhotoError as error:
+        raise PhotoError(str(error).replace(str(copy), str(photo))) from error
 
 
 def whole_windows(run: Run, window: int) -> int:
@@ -411,7 +419,7 @@ def observe(
             photo = _joined(one, earlier, watch)
             record |= as_line(photo, deployed.first.class_names)
             if found is None:
-                shown = read_photo(deployed.file(number, photo.file))
+                shown = _read(photo.file, deployed.file(number, photo.file))
                 (found,) = detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)
         except DetguardError as error:  # of a detector, too, which may refuse a shape
             record |= {"error": str(error)} | ({"id": one.id} if isinstance(one, Labelled) and one.id else {})
@@ -426,4 +434,5 @@ def observe(
         if (ap50 := windows.ap50(number, pair, waiting, late=earlier is not None)) is not None:
             record["AP50"] = ap50
         run.append(record)
+        detector = deployed.first  # one that is replaced is not kept until the next photo comes
         yield record

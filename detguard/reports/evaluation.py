@@ -189,7 +189,7 @@ def headline(metrics: Metrics, title: str) -> Table:
     elif any("AP_error" in m.get("clean", {}) for m in metrics.values()):
         note += f" Fewer than {FEWEST} photos: too few to say how far AP may be off."
     if lost := max((m["setting"]["left_out"] for m in metrics.values()), default=0):
-        note += f" {lost} more photos of the data could not be read and are left out."
+        note += f" {lost} more photos of the data could not be read, or not be shown, and are left out."
     for name, m in metrics.items():
         if unknown := m["setting"]["unknown_classes"]:
             boxes = f"{sum(unknown.values())} boxes of {len(unknown)} classes"

@@ -45,7 +45,8 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
         least = min(of_stage, key=lambda record: record[ATTACKED], default=None)
         return [str(least["batch"]), number(least[ATTACKED])] if least else ["", ""]
 
-    setbacks = [sum("setbacks" in r and r["stage"] == stage for r in found) for stage in stages]
+    # Going back further takes the records of earlier ones away, and counts them.
+    setbacks = [max((r.get("setbacks", 0) for r in found if r["stage"] == stage), default=0) for stage in stages]
     rows = [
         [stage, str(last[stage][-1]["batch"]), f"{at_end(stage, 'photos_per_second'):.1f}"]
         + [number(at_end(stage, kind)) for kind in EXPERTS]

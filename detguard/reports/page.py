@@ -128,8 +128,8 @@ class Table:
 
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Files or folders by their last parts, as many as tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(one[-count:]) for one in parts]
         if len(set(names)) == len(set(parts)):
             return names

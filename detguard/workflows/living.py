@@ -48,8 +48,8 @@ GOLDEN = 2654435761
 # Of the processes that adapt: the stream comes first.
 NICENESS = 5
 # Seconds: between looks at it, or for it to save and end; and without a file that it has written, though it saves every
-# three minutes and judges in the end.
-PATIENCE, STALLED = 60, 2 * 3600
+# three minutes while it learns.
+PATIENCE, STALLED = 60, 6 * 3600
 # Options of `detguard adapt` that a user may give; where it reads and writes is up to the monitor.
 OPTIONS = (
     "--experts", "--expert", "--mode", "--init", "--lambda", "--max-experts", "--photos", "--corruptions", "--batch",
@@ -94,6 +94,7 @@ class Living(Deployment):
                 self._pass(record)
                 self._remember(record)
         self._loaded = ("", self.first)
+        self._written = -1.0, 0.0
 
     def _change(self, number: int) -> Record:
         """The event by which the ensemble that sees a photo was deployed; of the first one, the beginning."""
@@ -205,6 +206,8 @@ class Living(Deployment):
                 self._start(self.last)
             if self.child is None:
                 self._failed("it could not be started")
+                if self._given_up_for_now():
+                    return
                 continue
             if wait:
                 wait(self.child)
@@ -214,6 +217,17 @@ class Living(Deployment):
                 if self._stalled():
                     self.child.kill()
             self._judge()
+            if self._given_up_for_now():
+                return
+
+    def _given_up_for_now(self) -> bool:
+        """At the end of a stream, whether what has failed is left to a resumed run; else the next try has to wait."""
+        if not self.failures:
+            return False
+        if self.run.config["stream"].get("source") == LIVE:
+            return True
+        time.sleep(self.failures * PATIENCE)
+        return False
 
     def stop(self) -> None:
         """Have the process that adapts save and end; a resumed run goes on with it."""
@@ -227,10 +241,14 @@ class Living(Deployment):
 
     def _stalled(self) -> bool:
         """Whether the process that adapts has written nothing for so long that it never will: it saves in minutes."""
-        folder = self.run.path(self.last["folder"])
-        files = [Path(f"{folder}.log"), folder / "results.jsonl", *(folder / "state").glob("*")]
-        written = [file.stat().st_mtime for file in files if file.exists()]
-        return bool(written) and time.time() - max(written) > STALLED
+        folder, times = self.run.path(self.last["folder"]), list[float]()
+        for file in (Path(f"{folder}.log"), folder / "results.jsonl", *(folder / "state").glob("*.pt")):
+            with suppress(OSError):  # it is just being replaced
+                times.append(file.stat().st_mtime)
+        # By a clock of its own: that of files may be another machine's, or be set.
+        if self._written[0] != (last := max(times, default=0.0)):
+            self._written = last, time.monotonic()
+        return time.monotonic() - self._written[1] > STALLED
 
     def roll_back(self) -> None:
         """Have the ensemble before the last one deployed see the photos that follow.
@@ -289,7 +307,9 @@ class Living(Deployment):
         # While one kind is learned, the next one may come for hours.
         gathered = [one["number"] for one in self._photos(since, self.number)][-self.options["gather"] :]
         needed = self.learned.union(self.reservoir, waiting, gathered)
-        for number in [n for n in self.seen if n <= recent and n not in needed]:
+        # Of photos without known objects nothing can be learned, unless their labels come.
+        gone = [n for n, known in self.seen.items() if n <= recent or known.get("f1") is None]
+        for number in [n for n in gone if n not in needed]:
             file = Path(self.seen.pop(number)["photo"])
             if file.parent == self.run.path(PHOTOS).absolute():
                 with suppress(OSError):  # it takes room, and nothing else
@@ -369,7 +389,7 @@ class Living(Deployment):
                     preexec_fn=partial(die_with, os.getpid()) if os.name == "posix" else None,
                 )
             Path(f"{folder}.log").touch()  # from where on it is waited for
-        except OSError as error:  # no memory or no room just now
+        except (OSError, subprocess.SubprocessError) as error:  # no memory or no room just now
             self.waits = self.number + self.run.config["monitor"]["window"]
             self.report(f"photo {self.number}: adapting could not be started ({error}); it is tried again")
             return
@@ -400,16 +420,16 @@ class Living(Deployment):
             return
         found: dict[str, Figures] = read_json(folder / FIGURES)
         fits, why = verdict(found["before"], found["after"])
-        made = f"{event['folder']}/weights/adapted.safetensors"
-        if fits:
+        made, better = f"{event['folder']}/weights/adapted.safetensors", fits
+        if better:
             self._loaded = "", self.first
             try:
                 load_detector(self._found(made), self.first.imgsz, self.device)
             except (DetguardError, MemoryError, RuntimeError) as error:  # as of a device that is full
                 fits, why = False, f"{why}, but it cannot be loaded ({first_line(error)})"
         self._close(DEPLOYED if fits else KEPT, made if fits else event["model"], why, found)
-        for name in ["state"] if fits else ["state", "weights"]:  # or what is not used would fill the disk in a year
-            shutil.rmtree(folder / name, ignore_errors=True)
+        if not better:
+            shutil.rmtree(folder / "weights", ignore_errors=True)
 
     def _failed(self, why: str) -> None:
         """What adapts has ended without a verdict: it is tried again, later each time, and in the end given up."""
@@ -424,13 +444,16 @@ class Living(Deployment):
         self, event: str, model: str, why: str = "", found: Mapping[str, Figures] = MappingProxyType({})
     ) -> None:
         figures = {when: found.get(when, {}) for when in ("before", "after")}
+        if self.last["event"] == "adapting":  # or what is not used would fill the disk in a year
+            shutil.rmtree(self.run.path(self.last["folder"]) / "state", ignore_errors=True)
         self.learned, self.failures, self.waits = set(), 0, 0
         self._note({"event": event, "number": self.number, "model": model, "why": why} | figures)
 
     def _note(self, event: Record) -> None:
         self.run.append(event, EVENTS)
         self.events.append(event)
-        self.report(event_line(event))
+        own = "model" in event and event["model"] != self.run.config["detector"]["model"]
+        self.report(event_line(event | ({"model": str(self.run.folder / event["model"])} if own else {})))
 
 
 def with_judges(records: Sequence[Record]) -> list[Record]:

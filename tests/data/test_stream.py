@@ -33,6 +33,12 @@ def test_photos_come_by_the_time_that_the_json_gives(tiny_data, tmp_path, bundle
     assert order(["2026-01-04", "2026-01-02"]) == ["11", "12", "13", "14"]
     hours = ["2026-01-04 10:00:00", "2026-01-04 09:30:00+00:00", "2026-01-04 09:00:00-02:00", "2026-01-04T10:00:00Z"]
     assert order(hours) == ["12", "11", "14", "13"]  # of one moment as they are listed
+    assert order(["2026:01:04 10:00:00", "2026/01/02", "2026:01:03", "2026-01-01"]) == [
+        "14",
+        "12",
+        "13",
+        "11",
+    ]  # Exif's
 
 
 def test_times_that_are_none_change_no_order_and_are_told(tiny_data, tmp_path, bundled):

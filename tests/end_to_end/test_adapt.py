@@ -246,7 +246,7 @@ def test_while_the_stream_goes_on_what_it_needs_is_learned_and_deployed(lived):
     assert sum(after) / len(after) > sum(before) / len(before) + 0.1
     assert deployed["after"]["new"]["F1"] > deployed["before"]["new"]["F1"]
     page = (run / "report.html").read_text()
-    assert f"deployed watched/adapted/001/weights/adapted.safetensors: {deployed['why']}".replace(">", "&gt;") in page
+    assert f"deployed adapted/001/weights/adapted.safetensors: {deployed['why']}".replace(">", "&gt;") in page
     assert "another detector" in page
 
 

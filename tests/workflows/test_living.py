@@ -1,7 +1,6 @@
 """What a monitor that learns remembers of a stream without an end."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,7 +230,7 @@ def test_what_writes_nothing_for_hours_is_ended(tmp_path, bundled, monkeypatch):
     living.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     show(living, 1)
     assert living.child.poll() is None
-    os.utime(log, (0, 0))
+    monkeypatch.setattr("detguard.workflows.living.STALLED", -1)
     show(living, 2)
     assert living.child.wait(30) != 0
 
@@ -292,6 +291,42 @@ def test_of_an_adaptation_that_is_not_deployed_its_records_alone_stay(tmp_path, 
     show(living, 1)
     assert living.last["event"] == "kept"
     assert [file.name for file in (tmp_path / "adapted/001").iterdir()] == ["figures.json"]
+
+
+def test_of_a_camera_that_sees_nothing_no_copies_are_kept(living, tmp_path):
+    photo = tmp_path / "camera.png"
+    photo.write_bytes(b"1")
+    record = {"photo": str(photo), "objects": [], "f1": None, "confidence": 0.5, "entropy": None, "began": None}
+    for number in range(1, 50):
+        living._remember(record | {"number": number}, copied=True)
+    assert not list((living.run.folder / "photos").iterdir())
+    assert not living.seen
+
+
+def test_at_the_end_what_fails_is_tried_again_or_of_a_piped_stream_left_to_a_resumed_run(
+    tmp_path, bundled, monkeypatch
+):
+    monkeypatch.setattr(Unlucky, "RETRIES", 2)
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for name, source in (("a", "day.json"), ("b", "-")):
+        (tmp_path / name).mkdir()
+        living = unlucky(tmp_path / name, bundled, stream={"class_map": {}, "source": source})
+        for number in range(1, 9):
+            show(living, number, began=2 if number == 8 else None)
+        living.end()
+        assert living.last["event"] == ("kept" if source != "-" else "adapting")
+    assert waited == [60, 120]
+
+
+def test_an_error_names_the_photo_and_not_its_copy(tmp_path, bundled):
+    photo = tmp_path / "camera.png"
+    photo.write_bytes(b"no photo")
+    (tmp_path / "run").mkdir()
+    living = unlucky(tmp_path / "run", bundled)
+    (record,) = observe(living.run, living, [Labelled(photo, Detections.none())], "kswin", 8)
+    assert str(photo) in record["error"]
+    assert "photos/1" not in record["error"]
 
 
 def test_what_is_better_and_cannot_be_loaded_is_not_deployed(tmp_path, bundled):
