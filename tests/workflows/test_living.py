@@ -235,12 +235,12 @@ def test_what_writes_nothing_for_hours_is_ended(tmp_path, bundled, monkeypatch):
     assert living.child.wait(30) != 0
 
 
-def test_what_is_learned_from_is_what_was_judged_though_the_camera_writes_over_it(tmp_path, bundled):
+def test_what_is_learned_from_is_what_was_judged_though_the_camera_writes_over_it(tmp_path, bundled, bus):
     photo = tmp_path / "latest.png"
     photo.write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))
     (tmp_path / "run").mkdir()
     living = unlucky(tmp_path / "run", bundled)
-    (record,) = observe(living.run, living, [Labelled(photo, Detections.none())], "kswin", 8)
+    (record,) = observe(living.run, living, [Labelled(photo, bundled.detect([bus], 0.25)[0])], "kswin", 8)
     photo.write_bytes(encode_png(np.full((64, 64, 3), 255, np.uint8)))  # the next one
     living.saw(record)
     assert read_photo(living.seen[1]["photo"]).max() == 0
@@ -303,9 +303,7 @@ def test_of_a_camera_that_sees_nothing_no_copies_are_kept(living, tmp_path):
     assert not living.seen
 
 
-def test_at_the_end_what_fails_is_tried_again_or_of_a_piped_stream_left_to_a_resumed_run(
-    tmp_path, bundled, monkeypatch
-):
+def test_at_the_end_what_fails_is_tried_again_or_left_to_a_resumed_run(tmp_path, bundled, monkeypatch):
     monkeypatch.setattr(Unlucky, "RETRIES", 2)
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
