@@ -66,8 +66,9 @@ class Pace:
 class Validate:
     """Now and then, how good the average of the weights is on photos that nothing is learned from.
 
-    every: batches between; losses: this rank's summands of what is recorded, the first of which chooses the best
-    weights; start: whether those that a training starts from are among these, as where they are robust already.
+    every: batches between; losses: this rank's summands of what is recorded, whose sum chooses the best weights: of
+    attacked photos alone, chance would choose among weights that are as robust; start: whether those that a training
+    starts from are among these, as where they are robust already.
     """
 
     every: int
@@ -284,8 +285,8 @@ def _judge(validate: "Validate", files: "Checkpoints", at: Progress) -> None:
     files.average.swap()
     losses = validate.losses()
     values = files.ranks.total(torch.stack(list(losses.values()))).tolist()
-    if math.isfinite(values[0]) and values[0] < at.best:
-        at.best, at.kept = values[0], [p.detach().clone() for p in files.average.parameters]
+    if math.isfinite(sum(values)) and sum(values) < at.best:
+        at.best, at.kept = sum(values), [p.detach().clone() for p in files.average.parameters]
     files.average.swap()
     files.log.note(at.number, {name: round(value, 4) for name, value in zip(losses, values, strict=True)})
 

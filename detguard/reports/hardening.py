@@ -42,7 +42,7 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
 
     def best(stage: str) -> list[str]:
         of_stage = [record for record in validated if record["stage"] == stage]
-        least = min(of_stage, key=lambda record: record[ATTACKED], default=None)
+        least = min(of_stage, key=lambda record: record[ATTACKED] + record[CLEAN], default=None)
         return [str(least["batch"]), number(least[ATTACKED])] if least else ["", ""]
 
     # Going back further takes the records of earlier ones away, and counts them.
@@ -59,7 +59,7 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
         "clean photo, or by --learn that of labels."
     )
     if validated:
-        note += " Its weights are those that were best on photos held out, under PGD, at the batch named."
+        note += " Its weights are those that were best on photos held out, under PGD and without, at the batch named."
     tables = [judged_before_after(judged)] if judged.photos else []
     tables.append(
         Table(

@@ -340,6 +340,17 @@ def test_a_resumed_stage_ends_at_the_best_weights_seen_before_it_stopped(run):
     assert torch.equal(trained(run, validate=judged(2.0, 3.0)).layer.weight, whole.layer.weight)
 
 
+def test_of_weights_that_are_as_robust_those_are_best_that_are_better_on_clean_photos(run):
+    def ended(*told):
+        left = iter(told)
+        losses = lambda: dict(zip(("attacked", "clean"), map(torch.tensor, next(left)), strict=True))  # noqa: E731
+        (run.folder / "last.pt").unlink(missing_ok=True)
+        return trained(run, validate=Validate(LOG_EVERY, losses)).layer.weight
+
+    second = ended((2.0, 2.0), (1.0, 1.0), (2.0, 2.0))
+    assert torch.equal(ended((1.0, 0.9), (1.01, 0.5), (1.3, 0.4)), second)
+
+
 def test_weights_that_a_training_starts_from_may_be_its_best(run):
     def judged(*told, start):
         left = iter(told)
