@@ -15,8 +15,8 @@ BUS := .venv/lib/python*/site-packages/ultralytics/assets/bus.jpg
 
 # An attack that fails is exit code 1; of the hardened detector, it is what the demo shows.
 demo: $(READY)
-	.venv/bin/detguard attack $(BUS) --target person --eps 3
-	.venv/bin/detguard attack $(BUS) --target person --eps 3 --steps 50 --model detguard-n-hard || test $$? -eq 1
+	.venv/bin/detguard attack $(BUS) --target person --eps 4
+	.venv/bin/detguard attack $(BUS) --target person --eps 4 --steps 50 --model detguard-n-hard || test $$? -eq 1
 
 # A thread for each of several processes: most tests start programs, or wait for one core. Each file by one of them:
 # what its tests share is made once.
