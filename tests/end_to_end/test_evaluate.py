@@ -166,7 +166,7 @@ def test_of_an_ensemble_it_tells_which_expert_spoke(tmp_path, tiny_data, bundled
     assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in found["gate"]["shares"].values())
     assert {"clean", "attack eps 4 worst"} <= found["gate"]["shares"].keys()
     page = (tmp_path / "run/report.html").read_text()
-    assert page.count("Expert weights: three") == 2
+    assert page.count("Expert weights: three") == 3
     assert "most weight: " in page
 
 
