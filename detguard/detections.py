@@ -222,6 +222,12 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
 
 
+def intersections(boxes: Tensor, others: Tensor) -> Tensor:
+    """The areas that all pairs of boxes share, [N, M]; boxes, others: float [N, 4] and [M, 4] xyxy."""
+    lower, upper = torch.maximum(boxes[:, None, :2], others[:, :2]), torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    return (upper - lower).clamp(min=0).prod(2)
+
+
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of all pairs, [N, M], digit by digit that of `torchvision.ops.box_iou`.
 
@@ -229,8 +235,7 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
         boxes: float [N, 4] xyxy.
         others: float [M, 4] xyxy.
     """
-    lower, upper = torch.maximum(boxes[:, None, :2], others[:, :2]), torch.minimum(boxes[:, None, 2:], others[:, 2:])
-    both = (upper - lower).clamp(min=0).prod(2)
+    both = intersections(boxes, others)
     area, area_of_others = ((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, others))
     return both / (area[:, None] + area_of_others - both)
 

@@ -171,8 +171,7 @@ def _opened(stream: BinaryIO, file: str | Path) -> Iterator[ImageFile]:
     stream.seek(0)
     try:
         with reader(stream) as image:
-            for name in XMP:  # where Pillow looks for an orientation, and nobody else
-                image.info.pop(name, None)
+            _forget_xmp(image)
             yield image
     except DetguardError:
         raise
@@ -262,6 +261,12 @@ def decode_photo(data: bytes | memoryview, file: str | Path = "photo") -> Photo:
     return image.astype(np.uint8, copy=False)
 
 
+def _forget_xmp(image: Image.Image) -> None:
+    """Leave out where Pillow looks for an orientation, and nobody else."""
+    for name in XMP:
+        image.info.pop(name, None)
+
+
 def as_photo(photo: Source) -> Photo:
     """A photo of any kind as `uint8 [H, W, 3]` RGB.
 
@@ -278,8 +283,7 @@ def as_photo(photo: Source) -> Photo:
         if photo.mode == "F":
             raise DetguardError("photo: an image of floats (mode F); expected levels of 8 or 16 bits")
         upright = photo.copy()
-        for name in XMP:  # as of files, an orientation that XMP alone names is none
-            upright.info.pop(name, None)
+        _forget_xmp(upright)
         ImageOps.exif_transpose(upright, in_place=True)
         if photo.mode[0] == "I":  # more than 8 bits, which files are read with, scaled down
             levels = np.asarray(upright)

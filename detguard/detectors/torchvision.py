@@ -72,8 +72,8 @@ class TorchvisionDetector(Detector):
         self.model: Any = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.iou = float(self.last_stage.nms_thresh)
-        real = model.outputs[int(self.one_of_all) :]
-        classes = [(number, text) for number, text in enumerate(real, int(self.one_of_all)) if text not in NO_CLASS]
+        first = int(self.one_of_all)
+        classes = [(n, text) for n, text in enumerate(model.outputs) if n >= first and text not in NO_CLASS]
         self.class_names = dict(enumerate(text for _, text in classes))
         self.outputs = torch.tensor([number for number, _ in classes], device=self.device)
         resize = self.model.transform

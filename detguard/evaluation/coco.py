@@ -16,7 +16,7 @@ from torch import Tensor
 
 from detguard.data.dataset import indexed
 from detguard.data.entries import Annotation, annotation
-from detguard.detections import Detections, box_area, box_iou
+from detguard.detections import Detections, box_area, box_iou, intersections
 from detguard.evaluation.bootstrap import drawn_classes, draws, error_95, mean_ap
 from detguard.evaluation.metrics import STATS, OfClass, Stats
 
@@ -201,14 +201,7 @@ def matches(objects: Detections, found: Detections) -> Tensor:
 
 def outside(crowds: Detections, objects: Detections, found: Detections) -> Detections:
     """Those of `found`, best first, that COCO counts: not those of no object that lie by half or more in a crowd."""
-    corners = torch.cat(
-        [
-            torch.maximum(found.boxes[:, None, :2], crowds.boxes[None, :, :2]),
-            torch.minimum(found.boxes[:, None, 2:], crowds.boxes[None, :, 2:]),
-        ],
-        2,
-    )
-    inside = (corners[..., 2:] - corners[..., :2]).clamp(min=0).prod(2) >= MATCH_IOU * box_area(found.boxes)[:, None]
+    inside = intersections(found.boxes, crowds.boxes) >= MATCH_IOU * box_area(found.boxes)[:, None]
     ignored = (inside & (found.classes[:, None] == crowds.classes[None])).any(1) & ~matches(objects, found)
     return found[~ignored]
 

@@ -119,12 +119,15 @@ class Living(Deployment):
         if model == self.run.config["detector"]["model"]:
             return self.first
         if self._loaded[0] != model:
-            self._loaded = "", self.first  # before there is room for the next one
-            network: Any = self.first.model  # its rule may be one that was asked for, not that of its card
-            top_k, fusion = network.top_k or MOST_EXPERTS, network.fusion
-            made = load_detector(model, self.first.imgsz, self.device, top_k, fusion, self.first.iou)
-            self._loaded = model, made
+            self._load(model)
         return self._loaded[1]
+
+    def _load(self, model: str) -> None:
+        self._loaded = "", self.first  # before there is room for the next one
+        network: Any = self.first.model  # its rule may be one that was asked for, not that of its card
+        top_k, fusion = network.top_k or MOST_EXPERTS, network.fusion
+        made = load_detector(model, self.first.imgsz, self.device, top_k, fusion, self.first.iou)
+        self._loaded = model, made
 
     @override
     def file(self, number: int, photo: Path) -> Path:
@@ -135,17 +138,23 @@ class Living(Deployment):
             return Path(self.seen[number]["photo"])
         if self.run.config["on_drift"] != "adapt" or number <= self.number:
             return photo
-        copy = self._copy(number, photo)
-        self.run.path(copy).unlink(missing_ok=True)  # of a photo of that number which a kill left without a record
-        try:
-            self.run.write(copy, read_file(photo, MAX_PHOTO))
-        except FileError:  # as whoever reads it is told
-            return photo
-        return self.run.path(copy)
+        copy = self.run.path(self._copy(number, photo))
+        copy.unlink(missing_ok=True)  # of a photo of that number which a kill left without a record
+        with suppress(FileError):  # of a full disk, too: `_remember` will say so, once what was found is recorded
+            self._keep(number, photo)
+        return copy if copy.exists() else photo
 
     @staticmethod
     def _copy(number: int, photo: Path) -> str:
         return f"{PHOTOS}/{number}{photo.suffix[:8]}"
+
+    def _keep(self, number: int, photo: Path) -> None:
+        """Copy a photo into the run, unless the camera has deleted it: whoever reads it is told."""
+        try:
+            data = read_file(photo, MAX_PHOTO)
+        except FileError:
+            return
+        self.run.write(self._copy(number, photo), data)
 
     @property
     def last(self) -> Record:
@@ -206,17 +215,15 @@ class Living(Deployment):
                 self._start(self.last)
             if self.child is None:
                 self._failed("it could not be started")
-                if self._given_up_for_now():
-                    return
-                continue
-            if wait:
-                wait(self.child)
-            while self.child.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    self.child.wait(PATIENCE)
-                if self._stalled():
-                    self.child.kill()
-            self._judge()
+            else:
+                if wait:
+                    wait(self.child)
+                while self.child.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        self.child.wait(PATIENCE)
+                    if self._stalled():
+                        self.child.kill()
+                self._judge()
             if self._given_up_for_now():
                 return
 
@@ -279,12 +286,7 @@ class Living(Deployment):
         if number in self.seen or first:
             copy = self._copy(number, Path(record["photo"]))
             if copied and first and "error" not in record and not self.run.path(copy).exists():
-                try:
-                    data = read_file(record["photo"], MAX_PHOTO)
-                except FileError:  # the camera has deleted it
-                    pass
-                else:
-                    self.run.write(copy, data)
+                self._keep(number, Path(record["photo"]))
             kept = {"photo": str(self.run.path(copy).absolute())} if self.run.path(copy).exists() else {}
             self.seen[number] = self.seen.get(number, {}) | record | kept
         if record.get("f1") is not None and number in self.seen and not again:
@@ -422,9 +424,8 @@ class Living(Deployment):
         fits, why = verdict(found["before"], found["after"])
         made, better = f"{event['folder']}/weights/adapted.safetensors", fits
         if better:
-            self._loaded = "", self.first
             try:
-                load_detector(self._found(made), self.first.imgsz, self.device)
+                self._load(self._found(made))
             except (DetguardError, MemoryError, RuntimeError) as error:  # as of a device that is full
                 fits, why = False, f"{why}, but it cannot be loaded ({first_line(error)})"
         self._close(DEPLOYED if fits else KEPT, made if fits else event["model"], why, found)

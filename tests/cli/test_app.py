@@ -536,7 +536,16 @@ def test_options_without_effect_or_out_of_range_are_named(
     assert not list(tmp_path.glob("runs/*/*/config.yaml"))
 
 
-def test_a_signal_while_an_adaptation_is_judged_stops_it(monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def signals():
+    """What a training does with signals ends with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_while_an_adaptation_is_judged_stops_it(signals, monkeypatch, capsys, tmp_path):
     def figures(on_photo):
         signal.raise_signal(signal.SIGINT)
         on_photo()
@@ -545,12 +554,7 @@ def test_a_signal_while_an_adaptation_is_judged_stops_it(monkeypatch, capsys, tm
     job = SimpleNamespace(
         run=Run(tmp_path, {"command": "adapt"}), ranks=ALONE, load=lambda _: None, unread=[], judged={}, figures=figures
     )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert run_adaptation(job, None) == 130
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert run_adaptation(job, None) == 130
     assert "stopped; go on with: detguard adapt --resume" in capsys.readouterr().err
 
 
@@ -561,7 +565,7 @@ def test_verify_tells_of_a_photo_over_the_budget_though_it_fools(monkeypatch, bu
     assert run(monkeypatch, "verify", tmp_path / "run") == 1
 
 
-def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(monkeypatch, capsys, tmp_path):
+def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(signals, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("detguard.reports.hardening.hardening_page", lambda *_: b"")
     unread = ["a.jpg: damaged"]
     job = SimpleNamespace(
@@ -569,10 +573,5 @@ def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(monkeyp
         cost=lambda: (0, 0.0), judgement=Judgement(),
         train=lambda _: Trained(tmp_path / "a.safetensors", tmp_path, unread, {}, {}, {}),
     )  # fmt: skip
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert run_hardening(job, None) == 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert run_hardening(job, None) == 2
     assert "a.jpg: damaged" in capsys.readouterr().err

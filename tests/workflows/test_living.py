@@ -327,8 +327,7 @@ def test_an_error_names_the_photo_and_not_its_copy(tmp_path, bundled):
     assert "photos/1" not in record["error"]
 
 
-def test_what_is_better_and_cannot_be_loaded_is_not_deployed(tmp_path, bundled):
-    living = unlucky(tmp_path, bundled)
+def test_what_is_better_and_cannot_be_loaded_is_not_deployed(living):
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "m"})
     before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
     living.run.write("adapted/001/figures.json", json.dumps({"before": before, "after": after}).encode())
