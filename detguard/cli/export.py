@@ -91,8 +91,6 @@ def export(
         show_made(text, as_json=as_json, file=file, passed=verdict.passed, **verdict.record())
     if not verdict.passed:
         why = f"expected scores within {SCORES:g} and boxes within {BOXES:g} px"
-        why += ", but for a few that thresholds of sparse layers move" * verdict.jumps
-        why += "; joint.safetensors of a run of detguard harden is the same without them" * verdict.jumps
         why = why if verdict.compared else "nothing was found to compare; give --photos of what it was made for"
         show_error(f"{file}: check failed, do not use it ({why})")
         sys.exit(1)

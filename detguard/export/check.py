@@ -14,16 +14,11 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from detguard.detections import Candidates, suppress
 from detguard.detectors.base import Detector
-from detguard.detectors.gated import GatedDetector
 from detguard.export.base import Deployment, Runtime
 from detguard.photos import PADDING_LEVEL, Photo, frames_tensor, read_photo
 
 # How far scores and boxes, px, may be from detguard's own.
 SCORES, BOXES = 1e-3, 0.5
-# The same where sparse layers set values under a threshold to their mean: rounding, another in each runtime, lifts some
-# over it. In ONNX Runtime 3 % of the boxes of detguard-n-hard differ by more than the above, by up to .011 and 4.7 px;
-# where one value jumps, many boxes of its photo do.
-JUMP_SCORES, JUMP_BOXES, MOST_JUMPS = 0.05, 8.0, 0.05
 # Over which a candidate's box counts, as in evaluation: nobody is shown those of others.
 SEEN = 0.001
 PHOTOS = 8
@@ -34,26 +29,18 @@ class Verdict:
     """What the check saw.
 
     scores, boxes: the largest differences, probability and frame pixels; infinite where one finds what the other does
-    not. compared: how many candidates or detections had a box to compare; beyond: of these, those that differ by more
-    than SCORES or BOXES; shares: the share of them in each frame that had enough of them to tell MOST_JUMPS. jumps:
-    whether the detector has sparse layers. milliseconds: per photo, by what ran it.
+    not. compared: how many candidates or detections had a box to compare. milliseconds: per photo, by what ran it.
     """
 
     scores: float = 0.0
     boxes: float = 0.0
     compared: int = 0
-    beyond: int = 0
-    shares: list[float] = field(default_factory=list)
-    jumps: bool = False
     milliseconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether both are small, of sparse layers nearly everywhere in most frames; and something was compared."""
-        if not self.compared or not self.jumps:
-            return self.compared > 0 and self.scores <= SCORES and self.boxes <= BOXES
-        few = not self.shares or median(self.shares) <= MOST_JUMPS
-        return few and self.scores <= JUMP_SCORES and self.boxes <= JUMP_BOXES
+        """Whether both are small, and something was compared."""
+        return self.compared > 0 and self.scores <= SCORES and self.boxes <= BOXES
 
     def record(self) -> dict[str, object]:
         """What it saw, as JSON has it: null for what is infinite."""
@@ -67,16 +54,7 @@ class Verdict:
         self.boxes = max(
             self.boxes, boxes.abs().amax().nan_to_num(torch.inf, torch.inf).item() if boxes.numel() else 0.0
         )
-        if not (counted and len(boxes)):
-            return
-        beyond = max(
-            int((x.abs() > most).reshape(-1, x.shape[-1] if x.ndim > 1 else 1).any(1).sum())
-            for x, most in ((scores, SCORES), (boxes, BOXES))
-        )
-        self.compared += len(boxes)
-        self.beyond += beyond
-        if len(boxes) * MOST_JUMPS >= 1:  # of three detections, one that jumps is a third
-            self.shares.append(beyond / len(boxes))
+        self.compared += counted * len(boxes)
 
 
 def default_photos() -> list[Photo]:
@@ -104,7 +82,7 @@ def frames_of(detector: Detector, photos: Sequence[Photo], *, square: bool) -> l
 def check(wanted: Deployment, run: Runtime) -> Verdict:
     """Compare a file that was read back with the detector that it was written from, on the frames of `wanted`."""
     detector = wanted.detector
-    verdict = Verdict(jumps=isinstance(detector, GatedDetector) and bool(detector.model.sparse))
+    verdict = Verdict()
     compare = compare_listed if wanted.graph.listed else compare_candidates
     with torch.no_grad():
         for frames in wanted.frames:
@@ -139,7 +117,7 @@ def compare_listed(found: Tensor, ours: Candidates, wanted: Deployment, verdict:
     rows = found[0][found[0, :, 4] > wanted.conf]
     listed = torch.cat([known.boxes, known.scores[:, None], known.classes[:, None].float()], 1)
     for some, others in ((listed, rows), (rows, listed)):
-        sure = some[some[:, 4] > wanted.conf + (JUMP_SCORES if verdict.jumps else SCORES)]
+        sure = some[some[:, 4] > wanted.conf + SCORES]
         if not len(sure):
             continue
         if not len(others):

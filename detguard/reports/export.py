@@ -10,7 +10,6 @@ def verdict_table(verdict: Verdict, photos: int) -> Table:
         ["largest difference of a score", f"{verdict.scores:.2g}"],
         ["largest difference of a box, px", f"{verdict.boxes:.2g}"],
         ["boxes compared", str(verdict.compared)],
-        *([["of these further apart than usual, by sparse layers", str(verdict.beyond)]] if verdict.jumps else []),
         *([f"ms per photo, {name}", f"{value:.1f}"] for name, value in verdict.milliseconds.items()),
     ]
     return Table(f"check on {photos} photos", ("", "result"), rows)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from detguard import DetguardError
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import load_detector, save_gated
-from detguard.detectors.sparse import MeanSparse
+from detguard.detectors.sparse import FREE, HELD, MeanSparse
 
 
 @settings(max_examples=30, deadline=None)
@@ -20,12 +20,21 @@ def test_values_near_the_mean_of_their_channel_are_set_to_it_and_the_gradient_do
     layer.mean.copy_(torch.tensor([0.0, 1.0, -2.0]))
     layer.limit.copy_(torch.tensor([0.0, reach, 1.0]))
     mean, limit = (value[:, None, None].expand_as(x) for value in (layer.mean, layer.limit))
-    near = (x - mean).abs() <= limit
+    away = (x - mean).abs()
     made = layer(x)
-    assert torch.allclose(made[near], mean[near], atol=1e-6)
-    assert torch.equal(made[~near], x[~near])
+    assert torch.allclose(made[away <= HELD * limit], mean[away <= HELD * limit], atol=1e-6)
+    assert torch.equal(made[away >= FREE * limit], x[away >= FREE * limit])
+    between = (made - mean).abs()
+    assert (between <= away + 1e-6).all()
     (gradient,) = torch.autograd.grad(made.sum(), x)
     assert (gradient == 1).all()
+
+
+def test_rounding_does_not_jump_over_a_threshold():
+    layer, x = MeanSparse(1), torch.linspace(-2, 2, 4001).view(1, 1, 1, -1)
+    layer.limit.fill_(1.0)
+    assert layer(x).diff().max() < 7 * x.diff().max()
+    assert (layer(x).diff() >= 0).all()
 
 
 @pytest.fixture
