@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from detguard.data.entries import DataError
     from detguard.data.stream import Labelled, Labels
     from detguard.detectors.base import Detector
-    from detguard.runs import Run
+    from detguard.runs import Record, Run
     from detguard.schema import Config
 
 
@@ -255,11 +256,11 @@ def watch(
     from detguard.classes import left_out
     from detguard.data.inputs import is_camera
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
-    from detguard.hardening.monitor import latest, needed, observe, whole_windows
+    from detguard.hardening.monitor import needed, observe, whole_windows
     from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, when, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
-    from detguard.workflows.monitor import DROPPED, LIVE, Drops, film, is_filmed, open_stream, write_dropped
+    from detguard.workflows.monitor import DROPPED, LIVE, Drops, film, is_filmed, open_stream, recent
 
     out.quiet = out.quiet or as_json
     source, options = run.config["stream"], run.config["monitor"]
@@ -270,6 +271,12 @@ def watch(
         run.cut(whole_windows(run, options["window"]))
     adapts = run.config["on_drift"] == "adapt"
     living, dropping = Living(run, detector, device, out.say), Drops(run)
+
+    def tell() -> "list[Record]":
+        records = recent(run)
+        run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living)))
+        return records
+
     if roll_back:
         living.roll_back()
     shown: Iterable[Labelled | Labels | DataError]
@@ -277,6 +284,7 @@ def watch(
         shown = from_lines(lines_of(sys.stdin.buffer), detector.class_names, class_map=source["class_map"])
     else:
         shown = film(run, show_warning) if photos is None else photos
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a service or a container is stopped
     with progress_bar() as progress:
         task = progress.add_task("monitor", total=None if photos is None else len(photos))
         try:
@@ -294,18 +302,22 @@ def watch(
                         f"photo {record['number']}: a hint, without labels: confidence has dropped since photo "
                         f"{record['hint']}; labels would tell"
                     )
+                happened = len(living.events)
                 if adapts:
                     living.saw(record)
+                if record.get("began") is not None or len(living.events) > happened:  # a live stream may never end
+                    tell()
             if adapts:
                 living.end(lambda _: progress.update(task, description="the stream is over; adapting"))
         except KeyboardInterrupt:
             living.stop()
             if not is_camera(source["source"]):
+                tell()
                 return show_stopped(run)
             show_warning("stopped; what a camera showed is gone, so that the run ends here")
-    records = latest(run.each())
-    drops, dropped = write_dropped(run, records)
-    run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living)))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    records, drops, dropped = tell(), len(dropping.spans), len(dropping.written)
     least = needed(options["detector"], options["window"])
     out.say(verdict(records, options["detector"], options["window"]), style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))

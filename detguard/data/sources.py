@@ -86,6 +86,19 @@ def unlabelled(source: str) -> bool:
     return path.suffix.lower() in SUFFIXES or (not is_file(path) and glob.has_magic(source))
 
 
+def refuse_attack(source: str) -> None:
+    """See that photos are clean.
+
+    Raises:
+        DetguardError: they are of an attack.
+    """
+    if run := attack_run(Path(source)):
+        raise DetguardError(
+            f"{source}: photos of an attack, {run}, which fool whoever labels them; give clean ones here, "
+            f"and to detguard harden the attack as `samples` {run}"
+        )
+
+
 def photo_files(source: str, on_data: OnData = warn_of) -> list[Path]:
     """The photos of a folder, a pattern, a file of JSON lines or a data set's training split.
 
@@ -94,11 +107,7 @@ def photo_files(source: str, on_data: OnData = warn_of) -> list[Path]:
     Raises:
         DetguardError: they are of an attack: what a detector says of them is not what is to be learned.
     """
-    if run := attack_run(Path(source)):
-        raise DetguardError(
-            f"{source}: photos of an attack, {run}, which fool whoever labels them; give clean ones here, "
-            f"and to detguard harden the attack as `samples` {run}"
-        )
+    refuse_attack(source)
     if unlabelled(source):
         return find_photos([source])
     if Path(source).suffix == ".jsonl":

@@ -314,7 +314,9 @@ def _back(files: "Checkpoints", at: Progress, loss: float) -> Progress:
 def diverged(loss: float, healthy: Sequence[float]) -> bool:
     """Whether a loss is none, or far over the mean of those before; an imitation that is exact begins at none."""
     mean = sum(healthy) / len(healthy) if healthy else math.inf
-    return not math.isfinite(loss) or loss > OUT_OF_BOUNDS * max(mean, 1.0)
+    # Feature maps, which are learned first, are told by losses under 1.
+    least = 0.1 if len(healthy) == HEALTHY else 1.0
+    return not math.isfinite(loss) or loss > OUT_OF_BOUNDS * max(mean, least)
 
 
 @dataclass(frozen=True)

@@ -228,9 +228,19 @@ class Numbered:
     def add(self, number: int, value: float) -> int | None:
         """Take the quality of the next photo; where it dropped, the number of the photo since which it has."""
         self.numbers.append(number)
-        began = self.monitor.add(value)
-        # Labels may come in another order than photos.
-        return None if began is None else min(list(self.numbers)[-began:])
+        count = self.monitor.add(value)
+        return None if count is None else first_of(list(self.numbers), count)
+
+
+def first_of(numbers: Sequence[int], count: int) -> int:
+    """The number of the first photo of the last `count` that were judged, whose labels may come in another order.
+
+    That from which on fewest of those before lie, and fewest of the last do not: one old photo whose labels come late
+    is not the beginning.
+    """
+    before, after = np.sort(numbers[:-count]), np.sort(numbers[-count:])
+    wrong = len(before) - np.searchsorted(before, after) + np.searchsorted(after, after)
+    return int(after[wrong.argmin()])
 
 
 @dataclass(frozen=True)

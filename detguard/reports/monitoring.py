@@ -201,7 +201,10 @@ def monitor_page(run: Run, records: list[Record], events: list[Record], items: S
     rows = windows(records, options["window"])
     records = latest(records)
     alarms = [r for r in records if r.get("began") is not None]
-    subtitle = f"{len(records)} photos, {len(alarms)} alarm(s); {options['detector']}, windows of {options['window']}"
+    photos = f"{len(records)} photos"
+    if records and records[0]["number"] > 1:  # of a longer stream
+        photos = f"the last {photos}"
+    subtitle = f"{photos}, {len(alarms)} alarm(s); {options['detector']}, windows of {options['window']}"
     deployed = [event["number"] for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]
     plots = {}
     if rows:

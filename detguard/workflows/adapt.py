@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from detguard import DetguardError, defaults
+from detguard.attacks.samples import read_samples
 from detguard.data.batches import PhotoSet, read_photos
 from detguard.data.corruptions import chosen_kinds
-from detguard.data.sources import OnData, Sources, as_lines, listed, photo_files, read_labelled, unlabelled, warn_of
+from detguard.data.sources import (
+    OnData,
+    Sources,
+    as_lines,
+    attack_run,
+    has_samples,
+    listed,
+    photo_files,
+    read_labelled,
+    unlabelled,
+    warn_of,
+)
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector, GatedNetwork
@@ -58,12 +70,20 @@ def read_sources(
 ) -> tuple[list[Labelled], list[Labelled], list[Path]]:
     """New photos, and old ones with labels or without, each once; a photo that is new is not replayed.
 
+    Labels of an attack that was made without any are what was found in its clean photos.
+
     Raises:
         DetguardError: there are none of a kind, or sources with labels and without.
     """
 
+    def of(source: str) -> list[Labelled]:
+        run = attack_run(Path(source))
+        if run and not has_samples(run):
+            return [one.attacked for one in read_samples(source, class_names, on_data)]
+        return read_labelled(source, split, class_names, on_data, class_map=class_map)
+
     def labelled(sources: Sequence[str]) -> list[Labelled]:
-        of_each = (read_labelled(one, split, class_names, on_data, class_map=class_map) for one in sources)
+        of_each = map(of, sources)
         # Each once: one that is held out by one line would not be by another.
         return list({one.file.resolve(): one for photos in of_each for one in photos}.values())
 

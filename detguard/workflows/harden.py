@@ -21,10 +21,10 @@ from detguard.data.sources import (
     OnData,
     Sources,
     as_lines,
-    attack_run,
     listed,
     photo_files,
     read_labelled,
+    refuse_attack,
     unlabelled,
     warn_of,
 )
@@ -191,10 +191,11 @@ class Hardening:
             raise DetguardError(f"`learn` {wanted.learn}: {source} has no labels; give a data.yaml or a COCO json")
         labelled, photos = list[Labelled](), list[Path]()
         for source in data:
+            refuse_attack(source)
             found = list[Labelled]()
             if learns_labels:
                 found = read_labelled(source, "train", names, on_data, class_map=class_map)
-            elif not (unlabelled(source) or attack_run(Path(source))):
+            elif not unlabelled(source):
                 with suppress(DataError):  # none of its classes is known; the teacher answers for its photos, too
                     found = read_labelled(source, "train", names, on_data, class_map=class_map)
             labelled += found

@@ -418,25 +418,26 @@ class Living(Deployment):
         if not (code in (0, 2) and (folder / FIGURES).exists()):  # 2: some photos could not be read
             log = Path(f"{folder}.log")
             said = [line for line in read_file(log).decode(errors="replace").splitlines() if line.startswith("error: ")]
-            self._failed(f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else ""))
+            why = f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else "")
+            # What it does not take, as growth over its limit, it will not take later.
+            self._failed(why, for_good=bool(said) and not (folder / "config.yaml").exists())
             return
         found: dict[str, Figures] = read_json(folder / FIGURES)
         fits, why = verdict(found["before"], found["after"])
-        made, better = f"{event['folder']}/weights/adapted.safetensors", fits
-        if better:
+        made = f"{event['folder']}/weights/adapted.safetensors"
+        if fits:
             try:
                 self._load(self._found(made))
             except (DetguardError, MemoryError, RuntimeError) as error:  # as of a device that is full
-                fits, why = False, f"{why}, but it cannot be loaded ({first_line(error)})"
+                self._failed(f"{why}, but it cannot be loaded ({first_line(error)})", found)
+                return
         self._close(DEPLOYED if fits else KEPT, made if fits else event["model"], why, found)
-        if not better:
-            shutil.rmtree(folder / "weights", ignore_errors=True)
 
-    def _failed(self, why: str) -> None:
-        """What adapts has ended without a verdict: it is tried again, later each time, and in the end given up."""
+    def _failed(self, why: str, found: Mapping[str, Figures] = MappingProxyType({}), *, for_good: bool = False) -> None:
+        """What adapts has come to no good end: it is tried again, later each time, and in the end given up."""
         self.failures += 1
-        if self.failures > self.RETRIES:
-            self._close(KEPT, self.last["model"], why)
+        if for_good or self.failures > self.RETRIES:
+            self._close(KEPT, self.last["model"], why, found)
             return
         self.waits = self.number + self.failures * self.run.config["monitor"]["window"]
         self.report(f"photo {self.number}: {why}; it is tried again")
@@ -446,7 +447,8 @@ class Living(Deployment):
     ) -> None:
         figures = {when: found.get(when, {}) for when in ("before", "after")}
         if self.last["event"] == "adapting":  # or what is not used would fill the disk in a year
-            shutil.rmtree(self.run.path(self.last["folder"]) / "state", ignore_errors=True)
+            for part in ("state", *(["weights"] if event == KEPT else [])):
+                shutil.rmtree(self.run.path(self.last["folder"]) / part, ignore_errors=True)
         self.learned, self.failures, self.waits = set(), 0, 0
         self._note({"event": event, "number": self.number, "model": model, "why": why} | figures)
 

@@ -28,6 +28,8 @@ from detguard.workflows.keywords import as_detector
 DROPPED = "dropped.jsonl"
 # Photos without known objects may lie between those of a drop: of all together so many are remembered.
 MOST_RECENT = 100_000
+# Of a stream of months, the photos that a page tells of.
+MOST_TOLD = 20_000
 # Instead of a data set: photos as they come.
 LIVE = "-"
 
@@ -59,28 +61,27 @@ def film(run: Run, on_warning: Callable[[str], object] = warnings.warn) -> Itera
     return (Labelled(file, Detections.none(), id=file.stem, labelled=False) for file in files)
 
 
-def write_dropped(run: Run, records: Iterable[Record]) -> tuple[int, int]:
-    """Write the photos of every drop to dropped.jsonl; returns how many drops there are and how many photos."""
-    records = latest(records)
-    drops = [r for r in records if r.get("began") is not None]
-    seen = [r for r in records if "f1" in r and r.get("labelled", True)]
-    dropped = {r["number"]: r for drop in drops for r in seen if drop["began"] <= r["number"] <= drop["number"]}
-    run.write(DROPPED, to_lines(dropped.values()))
-    return len(drops), len(dropped)
+def recent(run: Run) -> list[Record]:
+    """One record of each of a run's last photos, from the start of a window: of months, memory would not hold all."""
+    window, records = run.config["monitor"]["window"], latest(deque(run.each(), maxlen=2 * MOST_TOLD))
+    last = max((record["number"] for record in records), default=0)
+    return [record for record in records if record["number"] > max(0, last - MOST_TOLD) // window * window]
 
 
 class Drops:
     """Has the photos of each drop in dropped.jsonl as soon as it is told, without reading all records of days again.
 
-    Of the photos that were seen, those are remembered that a drop may reach back to.
+    Of the photos that were seen, those are remembered that a drop may reach back to; those whose labels come later are
+    added then. spans: the first and last photo of each drop.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.lines = run, b""
+        self.run, self.lines, self.spans = run, b"", list[tuple[int, int]]()
         self.judged = deque[int](maxlen=MOST_WINDOWS * run.config["monitor"]["window"])
         self.recent, self.written = dict[int, Record](), set[int]()
         for record in run.each():
             self.saw(record)
+        run.write(DROPPED, self.lines)  # of a run that is gone on with, what was cut off is gone
 
     def saw(self, record: Record) -> Record:
         """Take the next record; where it tells of a drop, that of the photo which it began with is returned."""
@@ -92,13 +93,18 @@ class Drops:
         oldest = min(self.judged) if len(self.judged) == self.judged.maxlen else 0
         while len(self.recent) > MOST_RECENT or (self.recent and next(iter(self.recent)) < oldest):
             del self.recent[next(iter(self.recent))]
-        if began is None:
-            return record
-        new = [n for n in sorted(self.recent) if began <= n <= number and n not in self.written]
-        self.written.update(new)
-        self.lines += to_lines(self.recent[n] for n in new)
-        self.run.write(DROPPED, self.lines)
-        return self.recent.get(began, {"number": began})
+        if began is not None:
+            self.spans.append((began, number))
+        new = [n for n in sorted(self.recent) if began <= n <= number] if began is not None else [number]
+        new = [n for n in new if n in self.recent and n not in self.written and self._dropped(n)]
+        if new:
+            self.written.update(new)
+            self.lines += to_lines(self.recent[n] for n in new)
+            self.run.write(DROPPED, self.lines)
+        return record if began is None else self.recent.get(began, {"number": began})
+
+    def _dropped(self, number: int) -> bool:
+        return any(began <= number <= told for began, told in self.spans)
 
 
 def monitor(
@@ -183,7 +189,6 @@ def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Pat
             yield record
             if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
                 Path(record["photo"]).unlink(missing_ok=True)
-        write_dropped(run, run.each())
 
 
 def _on_disk(run: Run, number: int, photo: Any) -> JsonObject | DataError:

@@ -14,6 +14,7 @@ from detguard.data.entries import LOST
 from detguard.data.sources import photo_files, read_labelled, unlabelled
 from detguard.photos import encode_png
 from detguard.runs import Run
+from detguard.workflows.adapt import read_sources
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,21 @@ def test_an_attack_is_learned_from_by_its_samples_and_the_labels_of_clean_photos
 def test_parts_of_an_attack_without_labels_are_refused(attack, bundled, part):
     with pytest.raises(DetguardError, match=r"is a part of an attack, without the labels .*; give the run, .*sampled"):
         read_labelled(str(attack / "sampled" / part), "train", bundled.class_names)
+
+
+@pytest.mark.parametrize("learn", ["teacher", "labels", "both"])
+@pytest.mark.parametrize("run", ["sampled", "plain"])
+def test_hardening_is_not_shown_an_attack_as_clean_photos(attack, tmp_path, learn, run):
+    with pytest.raises(DetguardError, match=r"photos of an attack, .*, which fool whoever labels them"):
+        detguard.harden("detguard-n", [attack / run], learn=learn, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_attack_without_samples_is_adapted_to_by_what_was_found_in_its_clean_photos(attack, bundled):
+    new, _, _ = read_sources([str(attack / "plain")], [], "train", bundled.class_names, lambda *_: None)
+    (record,) = Run.open(attack / "plain", "attack").records()
+    assert [one.file.parent.name for one in new] == ["adversarial", "bus"]
+    assert len(new[0].objects) == len(record["clean"]) > 0
 
 
 def test_an_attack_without_samples_says_how_to_make_some(attack, bundled):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import av
 import cv2
@@ -83,13 +84,18 @@ def test_a_live_stream_goes_on_behind_a_line_that_a_kill_cut_short(stream):
     assert [json.loads(line)["number"] for line in results.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_photos_of_a_drop_are_there_before_the_stream_ends(stream):
+def test_a_drop_has_its_photos_and_its_page_before_the_stream_ends_and_a_service_may_be_stopped(stream):
     process = Started("monitor", "--stream", "-", *OPTIONS, "--out", "cut", cwd=stream, stdin="-")
     process.write((stream / "stream.jsonl").read_text() + "no photo\n")
     process.wait_for(lambda: "line 49" in process.told)
     assert (stream / "cut/dropped.jsonl").read_text().count("photo") >= 3
-    process.stop()
-    process.ended()
+    page = stream / "cut/report.html"
+    assert "49 photos, 1 alarm(s)" not in page.read_text()
+    process.stop(signal.SIGTERM)
+    stopped = process.ended()
+    assert stopped.returncode == 130
+    assert "stopped; go on with: ... | detguard monitor --resume cut" in stopped.stderr
+    assert "49 photos, 1 alarm(s)" in page.read_text()
 
 
 def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):

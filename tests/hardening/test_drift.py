@@ -167,6 +167,13 @@ def test_a_drop_begins_with_the_first_of_its_photos_in_whatever_order_their_labe
     assert began == min(n for n in added if n > 30)
 
 
+def test_an_old_photo_whose_labels_come_late_is_not_where_a_drop_begins():
+    watching = Numbered("likelihood-ratio", 8)
+    order = [*range(1, 5), *range(6, 36), 5, *range(36, 60)]
+    (began,) = filter(None, (watching.add(number, 0.9 if 5 < number < 31 or number < 5 else 0.0) for number in order))
+    assert began == 31
+
+
 FOUND = Detections(torch.tensor([[0.0, 0, 9, 9]]), torch.ones(1), torch.tensor([0]))
 
 

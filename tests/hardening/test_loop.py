@@ -15,7 +15,7 @@ from detguard.data.ahead import AheadError
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.hardening import loop
-from detguard.hardening.loop import LOG_EVERY, BatchLog, Pace, Validate, diverged, load_made, train
+from detguard.hardening.loop import HEALTHY, LOG_EVERY, BatchLog, Pace, Validate, diverged, load_made, train
 from detguard.hardening.optimizer import Optimizer
 from detguard.runs import Run
 
@@ -117,6 +117,12 @@ def test_a_loss_that_grows_tenfold_has_diverged_and_one_that_begins_at_none_has_
     assert not diverged(19.0, [2.0, 2.0])
     assert not diverged(5.0, [0.001])
     assert not diverged(1e6, [])
+
+
+def test_the_small_losses_of_feature_maps_diverge_as_well():
+    assert diverged(2.1, [0.2] * HEALTHY)
+    assert not diverged(1.9, [0.2] * HEALTHY)
+    assert not diverged(0.9, [0.001] * HEALTHY)
 
 
 def test_one_that_diverges_again_and_again_is_an_error(run):

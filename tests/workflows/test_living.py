@@ -129,13 +129,14 @@ def test_what_is_deployed_answers_by_the_rule_that_was_asked_for(living, tmp_pat
 
 
 class Unlucky(Living):
-    """Whatever it adapts to fails at once."""
+    """Whatever it adapts to fails as soon as it has begun."""
 
     RETRIES = 0
 
     @override
     def _start(self, event):
-        Path(f"{self.run.path(event['folder'])}.log").write_text("error: --max-experts 3: no more\n")
+        self.run.write(f"{event['folder']}/config.yaml", b"")
+        Path(f"{self.run.path(event['folder'])}.log").write_text("error: no memory\n")
         self.child = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
         self.child.wait()
 
@@ -166,7 +167,7 @@ def test_a_drop_while_another_is_learned_is_learned_next_and_each_once(tmp_path,
         ("adapting", 11),
         ("kept", None),
     ]
-    assert "(error: --max-experts 3: no more)" in living.events[2]["why"]
+    assert "(error: no memory)" in living.events[2]["why"]
     again = unlucky(tmp_path, bundled)
     show(again, 12, began=11)  # resumed, a run goes through its last window once more
     assert len(again.events) == len(told)
@@ -327,16 +328,32 @@ def test_an_error_names_the_photo_and_not_its_copy(tmp_path, bundled):
     assert "photos/1" not in record["error"]
 
 
-def test_what_is_better_and_cannot_be_loaded_is_not_deployed(living):
+def test_what_is_better_and_cannot_be_loaded_is_tried_again_before_it_is_given_up(living, monkeypatch):
+    monkeypatch.setattr(Living, "RETRIES", 1)
+    monkeypatch.setattr(Living, "_start", lambda self, event: setattr(self, "child", subprocess.Popen(["true"])))
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "m"})
     before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
     living.run.write("adapted/001/figures.json", json.dumps({"before": before, "after": after}).encode())
     living.run.write("adapted/001/weights/adapted.safetensors", b"damaged")
-    living.child = subprocess.Popen([sys.executable, "-c", ""])
+    for number in range(1, 60):
+        show(living, number)
+        assert living.child is None or living.child.wait() == 0
+        if living.failures == 1:
+            assert (living.run.folder / "adapted/001/weights/adapted.safetensors").exists()
+    assert living.last["event"] == "kept"
+    assert "but it cannot be loaded" in living.last["why"]
+    assert not (living.run.folder / "adapted/001/weights").exists()
+
+
+def test_what_refuses_to_adapt_is_not_asked_again(tmp_path, bundled, monkeypatch):
+    living = unlucky(tmp_path, bundled)
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    living.run.write("adapted/001.log", b"error: `max_experts` 3: the ensemble has 3\n")
+    living.child = subprocess.Popen([sys.executable, "-c", "exit(2)"])
     living.child.wait()
     show(living, 1)
     assert living.last["event"] == "kept"
-    assert "but it cannot be loaded" in living.last["why"]
+    assert "`max_experts` 3" in living.last["why"]
 
 
 def test_workers_are_those_that_were_asked_for_when_an_adaptation_goes_on(tmp_path, bundled):
