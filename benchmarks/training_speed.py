@@ -17,38 +17,48 @@ from rich.console import Console
 from rich.table import Table
 
 from detguard.data.batches import read_photos
+from detguard.data.corruptions import KINDS
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_model
-from detguard.engine import bf16_helps, cores, keep_freed_memory
+from detguard.engine import keep_freed_memory
 from detguard.hardening.run import Plan, split_layer
 from detguard.hardening.train import ADVERSARIAL, Setting, Stage, learned_parameters, train_stage
 from detguard.photos import find_photos
+from detguard.ranks import Ranks
 
 
 def bare(network: GatedNetwork, teacher: GatedNetwork, stage: Stage, setting: Setting, batches: int) -> float:
     """Seconds per photo of the passes of a stage alone."""
     learned = learned_parameters(network, stage)
     size = stage.size or setting.size
-    frames = torch.rand(setting.batch, 3, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    frames = torch.rand(setting.batch, 3, size, size, device=setting.ranks.device)
+    frames = frames.contiguous(memory_format=torch.channels_last).requires_grad_()
     attacked = round(stage.share[ADVERSARIAL] * setting.batch)
     free = stage.adversary.method == "free"
 
     def passes(x: torch.Tensor, wanted: list[torch.Tensor]) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+        with setting.precision():
             raw, _ = network(x, stage.route)
         torch.autograd.grad(raw["scores"].float().sum() + raw["boxes"].float().sum(), wanted, allow_unused=True)
 
-    began = time.perf_counter()
+    began = now(setting)
     for number in range(-2, batches):
         if number == 0:
-            began = time.perf_counter()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            began = now(setting)
+        with torch.no_grad(), setting.precision():
             teacher(frames, 0)
         for _ in range(0 if free else stage.adversary.steps * (attacked > 0)):
             passes(frames[:attacked], [frames])
         for _ in range(stage.adversary.updates):
             passes(frames, [*learned, frames] if free else list(learned))
-    return (time.perf_counter() - began) / batches / setting.batch
+    return (now(setting) - began) / batches / setting.batch
+
+
+def now(setting: Setting) -> float:
+    """The time when the device has done all that it was given."""
+    if setting.ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main(
@@ -59,23 +69,26 @@ def main(
     batch: int = 16,
     batches: int = 10,
     attack: str = "free",
+    device: str = "cpu",
 ) -> None:
     keep_freed_memory()
     source, _ = read_photos([(find_photos([str(photos)]), 1.0)], imgsz)
-    undefended = fused(load_model(model)[0])
+    ranks = Ranks.start(device)
+    undefended = fused(load_model(model)[0]).to(ranks.device)
     teacher = GatedNetwork(undefended, 0, ("undefended",)).requires_grad_(False)
     plan = Plan(photos=400 * batch, crop=crop, attack=attack, batch=batch)
-    setting = Setting(batch, imgsz, 0, bf16_helps(), workers=cores())
-    table = Table(title=f"{Path(model).stem}, {imgsz} px (crops {crop}), batch {batch}, {batches} batches, {attack}")
+    setting = Setting.on(ranks, None, batch, imgsz, 0, tuple(KINDS))
+    title = f"{Path(model).stem}, {imgsz} px (crops {crop}), batch {batch}, {batches} batches, {attack}, {ranks.device}"
+    table = Table(title=title)
     for column in ("stage", "photos/s", "bare photos/s", "share in the model"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in plan.stages():
         network = GatedNetwork(undefended, split_layer(undefended, plan.split), plan.experts)
-        network = network.to(memory_format=torch.channels_last)
+        network = network.to(ranks.device).to(memory_format=torch.channels_last)
         ticks: list[float] = []
 
         def told(number: int, done: float, losses: dict[str, float], ticks: list[float] = ticks) -> bool:
-            ticks.append(time.perf_counter())
+            ticks.append(now(setting))
             return number == batches + 1
 
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
