@@ -36,13 +36,13 @@ OF_FRAME = 1.0
 class PhotoSet:
     """Photos as bytes of image files, and how likely each is drawn.
 
-    data: all of them, one after the other: as objects of their own, each would be copied for every process that reads
-    it. ends: int64 [N], where each ends there; probability: float64 [N], sums to 1. labels: of each photo, boxes in its
+    data: uint8, all of them, one after the other: as objects of their own, each would be copied for every process that
+    reads it; as a tensor, processes share it also where they are no forks. ends: int64 [N], where each ends there; probability: float64 [N], sums to 1. labels: of each photo, boxes in its
     pixels as it is kept here; empty where photos have none. plain: photos are shown at the size at which a detector
     sees them, padded to squares and mirrored at random: an attack, for one, does not outlast being resized.
     """
 
-    data: bytearray
+    data: Tensor
     ends: NDArray[np.int64]
     probability: NDArray[np.float64]
     labels: Sequence[Labelled] = ()
@@ -63,7 +63,7 @@ class PhotoSet:
             data += photo
             ends.append(len(data))
         p = np.array(probability, np.float64)
-        return cls(data, np.array(ends, np.int64), p / p.sum(), labels, plain)
+        return cls(torch.frombuffer(data, dtype=torch.uint8), np.array(ends, np.int64), p / p.sum(), labels, plain)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -71,7 +71,7 @@ class PhotoSet:
     def photo(self, number: int) -> Photo:
         """One of the photos, decoded."""
         start = int(self.ends[number - 1]) if number else 0
-        return decode_photo(memoryview(self.data)[start : int(self.ends[number])])
+        return decode_photo(memoryview(self.data[start : int(self.ends[number])].numpy()))
 
     def draw(self, rng: np.random.Generator) -> int:
         """The number of a photo, drawn by its probability."""

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import cv2
@@ -146,3 +147,8 @@ def test_a_photo_too_wide_to_be_kept_is_named_and_the_rest_is_used(bus_file, tmp
     found, messages = read_photos([([tmp_path / "strip.png", bus_file], 1.0)], 64)
     assert len(found) == 1
     assert [message.startswith(str(tmp_path / "strip.png")) for message in messages] == [True]
+
+
+def test_processes_that_are_no_forks_share_the_photos():
+    source = PhotoSet.of([bytes(1_000_000)], [1.0])
+    assert len(ForkingPickler.dumps(source)) < 10_000
