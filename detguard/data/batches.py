@@ -37,9 +37,10 @@ class PhotoSet:
     """Photos as bytes of image files, and how likely each is drawn.
 
     data: uint8, all of them, one after the other: as objects of their own, each would be copied for every process that
-    reads it; as a tensor, processes share it also where they are no forks. ends: int64 [N], where each ends there; probability: float64 [N], sums to 1. labels: of each photo, boxes in its
-    pixels as it is kept here; empty where photos have none. plain: photos are shown at the size at which a detector
-    sees them, padded to squares and mirrored at random: an attack, for one, does not outlast being resized.
+    reads it; as a tensor, processes share it also where they are no forks. ends: int64 [N], where each ends there;
+    probability: float64 [N], sums to 1. labels: of each photo, boxes in its pixels as it is kept here; empty where
+    photos have none. plain: photos are shown at the size at which a detector sees them, padded to squares and mirrored
+    at random: an attack, for one, does not outlast being resized.
     """
 
     data: Tensor
@@ -71,7 +72,7 @@ class PhotoSet:
     def photo(self, number: int) -> Photo:
         """One of the photos, decoded."""
         start = int(self.ends[number - 1]) if number else 0
-        return decode_photo(memoryview(self.data[start : int(self.ends[number])].numpy()))
+        return decode_photo(self.data[start : int(self.ends[number])].numpy().data)
 
     def draw(self, rng: np.random.Generator) -> int:
         """The number of a photo, drawn by its probability."""
