@@ -166,8 +166,7 @@ def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "R
 
 def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = False) -> int:
     """Grow and train what the run has not finished, with live progress; returns the exit code."""
-    from detguard.reports.adaptation import adaptation_page, verdict
-    from detguard.reports.judged import judged_table
+    from detguard.reports.adaptation import adaptation_page, judged_before_after, verdict
     from detguard.workflows.harden import Trained
 
     run = job.run
@@ -176,11 +175,10 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
     for message in job.unread:
         show_error(message)
     stopped = stop_signals()
-    photos = sum(map(len, job.judged.values()))
 
     def judge_by(figures: Callable[[Callable[[], None]], T]) -> T:
         with progress_bar() as progress:
-            judging = progress.add_task("judging", total=photos)
+            judging = progress.add_task("judging", total=job.looks)
 
             def on_photo() -> None:
                 if stopped and job.ranks.count == 1:  # others are in the training already, which stops them all
@@ -198,7 +196,7 @@ def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = Fals
     if not job.ranks.first:
         return 0
     run.write("report.html", adaptation_page(run, judged, job.learned))
-    show_judgement(verdict(judged), judged_table(judged))
+    show_judgement(verdict(judged), judged_before_after(judged, run.config))
     judge = f"detguard evaluate --model {shlex.quote(str(made))} --data ..."
     text = f"results: {made}, open {run.folder / 'report.html'}; judge it: {judge}"
     show_made(text, as_json=as_json, **asdict(Trained(made, run.folder, job.unread, before, judged.after, judged.by)))

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from detguard.hardening.judging import Judgement
+from detguard.hardening.judging import ATTACKED, Judgement, judged_eps
+from detguard.hardening.validation import STEPS
 from detguard.reports.judged import before_after, judged_table
-from detguard.reports.page import render_page
+from detguard.reports.page import Table, render_page
 from detguard.reports.plots import training_plot
 from detguard.runs import Run
+from detguard.schema import Config
 
 
 def verdict(judged: Judgement) -> str:
@@ -17,6 +19,13 @@ def verdict(judged: Judgement) -> str:
         by = f" (no labels: agreement with {judged.answers[kind]})" if kind in judged.answers else ""
         parts.append(f"{count} {kind} photos held out{by}: {before_after(judged, kind)}")
     return "; ".join(parts) or "No photos were held out to judge by: judge it by detguard evaluate"
+
+
+def judged_before_after(judged: Judgement, config: Config) -> Table:
+    """Figures before and after of each kind of photos; config: of the run."""
+    eps = judged_eps(config["adapt"]["eps"])
+    note = f"Attacked are the first of the old ones, at {eps} of 255 levels, by PGD of {STEPS} steps on the loss."
+    return judged_table(judged, note if ATTACKED in judged.photos else "")
 
 
 def adaptation_page(run: Run, judged: Judgement, learned: Mapping[str, int]) -> bytes:
@@ -34,5 +43,5 @@ def adaptation_page(run: Run, judged: Judgement, learned: Mapping[str, int]) -> 
     )
     command = ["detguard", *run.config["arguments"]]
     title = f"Adapting {Path(run.config['model']).stem}"
-    tables = [judged_table(judged)] if judged.photos else []
+    tables = [judged_before_after(judged, run.config)] if judged.photos else []
     return render_page(title, verdict(judged), subtitle, command, tables, plots)

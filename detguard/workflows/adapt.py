@@ -30,10 +30,20 @@ from detguard.detectors.load import detector_config, load_configured, load_detec
 from detguard.engine import with_gradients
 from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, set_aside
 from detguard.hardening.adapt import adapt as train_experts
-from detguard.hardening.judging import Figures, Judgement, answered, judge, readable
+from detguard.hardening.judging import (
+    ATTACKED,
+    MOST_ATTACKED,
+    Figures,
+    Judgement,
+    answered,
+    judge,
+    judged_eps,
+    readable,
+)
 from detguard.hardening.kinds import OnShare
 from detguard.hardening.loop import OnBatch
 from detguard.hardening.train import Setting
+from detguard.hardening.validation import STEPS
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, Config, check, partly
@@ -212,7 +222,8 @@ class Adapting:
         self.network.to(self.ranks.device)
         if asked and self.ranks.first:
             self.judged["old"] = answered(self._detector(), asked, names)
-            self.answers["old"] = Path(config["model"]).stem
+            self.answers |= dict.fromkeys(("old", ATTACKED), Path(config["model"]).stem)
+        self.judged[ATTACKED] = self.judged["old"][:MOST_ATTACKED]
 
     def _detector(self) -> GatedDetector:
         """The ensemble as it is now, to be looked through."""
@@ -221,12 +232,21 @@ class Adapting:
     def figures(self, on_photo: Callable[[], None] = lambda: None) -> Figures:
         """How good the ensemble is as it is now, on photos that it does not learn from; known to the first rank.
 
-        on_photo: called before each of them.
+        on_photo: called before each of them, and before each step of the attack.
         """
         if not self.ranks.first:
             return {}
-        detector = self._detector()
-        return {kind: judge(detector, photos, on_step=on_photo) for kind, photos in self.judged.items() if photos}
+        detector, eps = self._detector(), judged_eps(self.plan.eps)
+        return {
+            kind: judge(detector, photos, eps if kind == ATTACKED else 0, on_photo)
+            for kind, photos in self.judged.items()
+            if photos
+        }
+
+    @property
+    def looks(self) -> int:
+        """How often `figures` calls `on_photo`."""
+        return sum(map(len, self.judged.values())) + STEPS * bool(self.judged[ATTACKED])
 
     def judgement(self, before: Figures, on_photo: Callable[[], None] = lambda: None) -> Judgement:
         """What the ensemble knew `before`, and what it knows now, which the run keeps; on_photo: as of `figures`."""

@@ -44,7 +44,7 @@ from detguard.detectors.load import (
 )
 from detguard.engine import with_gradients
 from detguard.files import JsonObject
-from detguard.hardening.judging import Figures, Judgement, answered, judge, judged_eps, readable
+from detguard.hardening.judging import ATTACKED, Figures, Judgement, answered, judge, judged_eps, readable
 from detguard.hardening.run import Plan, check_teacher, passes, same_layers, split_layer
 from detguard.hardening.run import harden as train_stages
 from detguard.hardening.trackers import check_tracker, track
@@ -372,10 +372,10 @@ class Hardening:
         What is to be found is what labels say, where photos have some, or else what the teacher shows.
         """
         photos = [one for one in self.held_out if isinstance(one, Labelled)]
-        answers = {} if photos else dict.fromkeys(("clean", "attacked"), self.teacher.name)
+        answers = {} if photos else dict.fromkeys(("clean", ATTACKED), self.teacher.name)
         photos = photos or answered(self.teacher, self.held_out, known_classes(self.network))
         hardened = load_detector(made, self.given.imgsz, device=str(self.ranks.device))
-        attacks = {"clean": 0, "attacked": judged_eps(self.plan.eps)}
+        attacks = {"clean": 0, ATTACKED: judged_eps(self.plan.eps)}
         before, after = (
             {kind: judge(detector, photos, eps, on_step) for kind, eps in attacks.items()}
             for detector in (self.given, hardened)

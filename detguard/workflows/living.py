@@ -31,7 +31,7 @@ from detguard.detectors.load import load_detector
 from detguard.engine import die_with
 from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, FileError, parse_json, read_file, read_json
 from detguard.hardening.adapt import JUDGED_ONE_IN
-from detguard.hardening.judging import FIGURES, Figures
+from detguard.hardening.judging import ATTACKED, FIGURES, Figures
 from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment
 from detguard.runs import Record, Run
 from detguard.workflows.monitor import LIVE, MOST_RECENT
@@ -39,8 +39,8 @@ from detguard.workflows.monitor import LIVE, MOST_RECENT
 EVENTS = "events.jsonl"
 # Of a run, copies of the photos that may still be learned from.
 PHOTOS = "photos"
-# What may be lost of the F1 of old kinds: as much as chance moves it.
-LOST = 0.01
+# What may be lost of the F1 of old kinds, as they are and attacked, of which there are few: as much as chance moves it.
+LOST, LOST_ATTACKED = 0.01, 0.05
 # What becomes of an adaptation, and of a detector that it replaced.
 DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
 # Multiples of it are evenly spread, whichever of them there are (Knuth 1973, 6.4).
@@ -483,14 +483,19 @@ def check_options(parts: Sequence[str]) -> None:
 def verdict(before: Figures, after: Figures) -> tuple[bool, str]:
     """Whether what was made by adapting is to take the place of what it was made from, and why.
 
-    before, after: figures of photos that were not learned from, by kind, new and old.
+    before, after: figures of photos that were not learned from, by kind: new, old, and old ones attacked.
     """
     if not {"new", "old"} <= before.keys() & after.keys():
         missing = " and ".join(kind for kind in ("new", "old") if kind not in before)
         return False, f"there are no {missing} photos to judge it by"
     new, old = ((before[kind]["F1"] or 0.0, after[kind]["F1"] or 0.0) for kind in ("new", "old"))
     why = f"F1 {new[0]:.3f} -> {new[1]:.3f} on new photos, {old[0]:.3f} -> {old[1]:.3f} on old ones"
-    return new[1] > new[0] and old[1] >= old[0] - LOST, why
+    fits = new[1] > new[0] and old[1] >= old[0] - LOST
+    if ATTACKED in before and ATTACKED in after:
+        resists = [of[ATTACKED]["F1"] or 0.0 for of in (before, after)]
+        why += f", {resists[0]:.3f} -> {resists[1]:.3f} on attacked ones"
+        fits = fits and resists[1] >= resists[0] - LOST_ATTACKED
+    return fits, why
 
 
 def event_line(event: Record) -> str:

@@ -56,7 +56,7 @@ def adapted(place):
 
 
 def figures(text, kind):
-    rows = re.findall(rf"\d+ {kind} photos │ (\w+) +│ +([.\d]+) +│ +([.\d]+) ", text)
+    rows = re.findall(rf"\d+ {kind} photos +│ (\w+) +│ +([.\d]+) +│ +([.\d]+) ", text)
     return {figure: (float(before), float(after)) for figure, before, after in rows}
 
 
@@ -80,7 +80,9 @@ def test_the_adapted_ensemble_loads_like_any_detector_and_says_where_it_is_from(
     for text in ("Adapting ensemble<", "Before and after", "Losses", "Learned from 8 new and 8 old photos"):
         assert text in page
     kept = json.loads((place / "run/figures.json").read_text())
-    assert kept["photos"] == {"new": 2, "old": 2}
+    assert kept["photos"] == {"new": 2, "old": 2, "attacked": 2}
+    assert kept["before"]["attacked"]["AP"] < kept["before"]["old"]["AP"]
+    assert "at 2 of 255 levels, by PGD of 10 steps" in page
     assert f"2 old photos held out: AP {shown_as(kept['before']['old']['AP'])} before" in page
 
 
@@ -176,7 +178,7 @@ def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):
     assert result.returncode == 0, result.stderr
     assert "2 old photos held out (no labels: agreement with ensemble): AP 1.000 before" in result.stdout
     kept = json.loads((place / "folder/figures.json").read_text())
-    assert kept["answers"] == {"old": "ensemble"}
+    assert kept["answers"] == {"old": "ensemble", "attacked": "ensemble"}
     assert "agreement with it, not accuracy" in (place / "folder/report.html").read_text()
     card = json.loads((place / "folder/weights/adapted.json").read_text())
     assert card["gated"]["shared"]["3"]["form"] == "head"  # by default

@@ -452,6 +452,16 @@ def test_what_is_deployed_is_better_on_new_photos_and_no_worse_on_old_ones(new, 
     assert verdict(before, after)[0] is fits
 
 
+@pytest.mark.parametrize(("attacked", "fits"), [((0.3, 0.26), True), ((0.3, 0.24), False)])
+def test_what_resists_attacks_less_is_not_deployed(attacked, fits):
+    before, after = (
+        {"new": {"F1": f1}, "old": {"F1": 0.6}, "attacked": {"F1": attacked[f1 > 0.3]}} for f1 in (0.2, 0.5)
+    )
+    told = verdict(before, after)
+    assert told[0] is fits
+    assert told[1].endswith(f"0.300 -> {attacked[1]:.3f} on attacked ones")
+
+
 def test_without_old_photos_nothing_is_deployed():
     told = verdict({"new": {"F1": 0.1}}, {"new": {"F1": 0.9}})
     assert told == (False, "there are no old photos to judge it by")
