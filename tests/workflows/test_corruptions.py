@@ -29,7 +29,9 @@ def test_adapting_shows_the_kinds_that_were_asked_for_or_those_of_hardening(bund
         lines = []
         for number in range(6):
             (tmp_path / f"{name}{number}.png").write_bytes(encode_png(bus[::8, ::8]))
-            lines.append({"photo": f"{name}{number}.png", "objects": [{"class": "bus", "box": [1, 1, 50, 50]}]})
+            lines.append(
+                {"photo": str(tmp_path / f"{name}{number}.png"), "objects": [{"class": "bus", "box": [1, 1, 50, 50]}]}
+            )
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number, (asked, shown) in enumerate([(["fog"], ("fog",)), (None, ("frost",))]):
         options = {"replay": [str(tmp_path / "old.jsonl")], "corruptions": asked, "out": tmp_path / str(number)}
