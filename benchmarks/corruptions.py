@@ -2,7 +2,8 @@
 
     python benchmarks/corruptions.py --model ../shared/weights/yolo11n-coco.pt --model ../shared/weights/yolov8n-coco.pt
 
-Training and attacks have detguard's own, since they take a fifth of the time; detectors are judged under the published.
+Training and attacks have detguard's own, since they took a fifth of the package's time; detectors are judged under
+the published.
 """
 
 from collections.abc import Collection

@@ -2,7 +2,7 @@
 
 The published ones are those of the package of Michaelis et al. (2019), after Hendrycks and Dietterich (2019),
 kept for today's numpy as `imagecorruptions-imaug`: mPC can be set beside that of papers. Training and attacks have
-detguard's own (`data/corruptions.py`), which take a fifth of the time.
+detguard's own (`data/corruptions.py`).
 """
 
 import re
@@ -27,8 +27,6 @@ PUBLISHED = (
 )  # fmt: skip
 # The package refuses smaller photos.
 LEAST_SIDE = 32
-# Those that draw otherwise than by numpy's global generator.
-SEEDED = ("glass_blur", "impulse_noise")
 # Of a pipeline's file: transforms, one within the other, and the largest number.
 MOST_TRANSFORMS, DEEPEST, LARGEST = 100, 8, 20_000
 CONTAINERS = {"Compose": ("p",), "Sequential": ("p",), "OneOf": ("p",), "SomeOf": ("p", "n", "replace")}
@@ -50,16 +48,15 @@ def corrupt(photo: Photo, kind: str, severity: int, seed: int) -> Photo:
     height, width = photo.shape[:2]
     missing = [(0, max(LEAST_SIDE - side, 0)) for side in (height, width)]
     padded = np.pad(photo, [*missing, (0, 0)], mode="symmetric")
-    given = {"seed": seed} if kind in SEEDED else {}
-    state = np.random.get_state()
-    try:
-        np.random.seed(seed)
-        if kind in FASTER:
-            corrupted = FASTER[kind](padded, severity)
-        else:
-            corrupted = imagecorruptions.corrupt(padded, severity, kind, **given)
-    finally:
-        np.random.set_state(state)
+    if kind in FASTER:
+        corrupted = FASTER[kind](padded, severity, seed)
+    else:
+        state = np.random.get_state()
+        try:
+            np.random.seed(seed)
+            corrupted = imagecorruptions.corrupt(padded, severity, kind)
+        finally:
+            np.random.set_state(state)
     return np.ascontiguousarray(corrupted[:height, :width])
 
 

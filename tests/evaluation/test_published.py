@@ -7,7 +7,7 @@ import pytest
 
 from detguard import DetguardError
 from detguard.data.corruptions import KINDS, SEVERITIES
-from detguard.evaluation.corruptions import PUBLISHED, SEEDED, corrupt, read_pipeline, through
+from detguard.evaluation.corruptions import PUBLISHED, corrupt, read_pipeline, through
 from detguard.evaluation.fast_corruptions import FASTER
 from detguard.evaluation.run import Protocols
 
@@ -17,10 +17,15 @@ def photo(bus):
     return np.ascontiguousarray(bus[300:460, 150:310])
 
 
+def published(kind, photo, severity, seed):
+    np.random.seed(seed)
+    given = {"seed": seed} if kind in ("glass_blur", "impulse_noise") else {}  # these draw from generators of their own
+    return imagecorruptions.corrupt(photo, severity, kind, **given)
+
+
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_corruptions_are_those_of_the_package_to_the_bit_and_leave_the_random_numbers_of_others(kind, photo):
-    np.random.seed(3)
-    theirs = imagecorruptions.corrupt(photo, 3, kind, **({"seed": 3} if kind in SEEDED else {}))
+    theirs = published(kind, photo, 3, 3)
     np.random.seed(7)
     ours = corrupt(photo, kind, 3, 3)
     assert np.array_equal(ours, theirs)
@@ -30,15 +35,13 @@ def test_corruptions_are_those_of_the_package_to_the_bit_and_leave_the_random_nu
 
 
 def same(kind, photo, severity):
-    np.random.seed(severity)
-    theirs = imagecorruptions.corrupt(photo, severity, kind)
-    np.random.seed(severity)
-    return np.array_equal(FASTER[kind](photo, severity), theirs)
+    return np.array_equal(FASTER[kind](photo, severity, severity), published(kind, photo, severity, severity))
 
 
+# Streaks of motion are longer than (900, 33) is wide; rounding takes zooms of (139, 285) beyond the last line.
 @pytest.mark.parametrize("kind", FASTER)
 @pytest.mark.parametrize("severity", SEVERITIES)
-@pytest.mark.parametrize("shape", [(32, 47), (211, 333), (1080, 810)])
+@pytest.mark.parametrize("shape", [(32, 47), (900, 33), (139, 285), (480, 640)])
 def test_our_faster_corruptions_are_those_of_the_package_at_any_size_and_severity(kind, severity, shape, bus):
     assert same(kind, np.ascontiguousarray(bus[: shape[0], : shape[1]]), severity)
 
