@@ -24,6 +24,8 @@ from detguard.engine import die_with
 Thing = TypeVar("Thing")
 # Seconds in which a thing must come, and how often in a row processes are started for one thing.
 PATIENCE, ATTEMPTS = 60.0, 3
+# Seconds after which a DataLoader that waits looks whether its processes live; by itself it does so every five.
+GLANCE = 0.2
 _depth = 0  # of `_undisturbed`
 
 
@@ -125,6 +127,7 @@ class _Makers(Generic[Thing]):
             num_workers=workers,
             prefetch_factor=depth,
             pin_memory=pinned,
+            timeout=GLANCE,
             worker_init_fn=partial(_settle, os.getpid(), niceness),
             # A fork shares what `make` knows, such as all photos; elsewhere that is copied.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
@@ -140,16 +143,18 @@ class _Makers(Generic[Thing]):
         Raises:
             _Lost: one of the processes is no more.
         """
-        if self._died(0):
-            raise _Lost
         watch = Timer(patience, self._kill)
         watch.start()
         try:
-            return next(self._things)
-        except (RuntimeError, OSError, EOFError):  # the latter of things that a dead process had still to hand over
-            if self._died(1):
-                raise _Lost from None
-            raise
+            while not self._died(0):
+                try:
+                    return next(self._things)
+                except (RuntimeError, OSError, EOFError) as error:  # the latter of things that a dead process had still
+                    if str(error).startswith("DataLoader timed out"):  # after `GLANCE`
+                        continue
+                    if not self._died(1):
+                        raise
+            raise _Lost
         finally:
             watch.cancel()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data._utils import signal_handling
 
-from detguard.data.ahead import AheadError, ahead
+from detguard.data.ahead import GLANCE, AheadError, ahead
 
 
 def torch_handler():
@@ -75,6 +75,23 @@ def test_one_that_hangs_is_started_again():
 def test_one_that_is_always_killed_is_an_error():
     with pytest.raises(AheadError, match="3 times at number 1; "):
         list(ahead(lambda n: os.kill(os.getpid(), signal.SIGKILL), 0, 2))
+
+
+def test_a_death_is_noticed_sooner_than_by_the_loader_itself():
+    began = time.monotonic()
+    with pytest.raises(AheadError):
+        list(ahead(lambda n: os.kill(os.getpid(), signal.SIGKILL), 0, 2))
+    assert time.monotonic() - began < 10  # it looks every five seconds, for each of three starts
+
+
+def test_what_takes_longer_than_a_glance_is_waited_for():
+    def slow(number):
+        time.sleep(2.5 * GLANCE * (number == 1))
+        return numbers(number)
+
+    found = list(ahead(slow, 0, 3))
+    assert [number for number, _ in found] == [0, 1, 2]
+    assert len({maker for _, maker in found}) == 1
 
 
 def test_what_goes_wrong_in_it_goes_wrong_here():
