@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # Not detguard.cli, whose consoles read the environment of a command when they are made.
@@ -86,6 +88,24 @@ class Started:
 def detguard(*arguments, timeout=600, **options):
     """Its exit code and what it has printed."""
     return Started(*arguments, **options).ended(timeout)
+
+
+def refusal(*arguments, cwd):
+    """What it says of a command that it refuses: by a call in this process, which is sooner than to start one."""
+    from detguard.cli import main
+
+    argv, handler = sys.argv, signal.getsignal(signal.SIGINT)
+    sys.argv = ["detguard", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # that a program would print, too
+        try:
+            main()
+        except SystemExit as ended:
+            return subprocess.CompletedProcess(sys.argv, ended.code, out.getvalue(), err.getvalue())
+        finally:
+            sys.argv = argv
+            signal.signal(signal.SIGINT, handler)
 
 
 def launched(*arguments, folders, local=None):

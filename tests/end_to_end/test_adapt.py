@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from program import Started, detguard, together
+from program import Started, detguard, refusal, together
 from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
@@ -313,7 +313,7 @@ def test_what_was_deployed_can_be_taken_back(lived, place):
 def test_wrong_use_is_one_line_that_names_the_option(place, arguments, message):
     (place / "wrong.jsonl").write_text("{}\n")
     (place / "empty.jsonl").write_text("")
-    result = detguard("adapt", *arguments, cwd=place)
+    result = refusal("adapt", *arguments, cwd=place)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -341,7 +341,7 @@ def test_only_an_ensemble_can_adapt_on_drift(place):
 )
 def test_what_would_fail_after_a_drop_is_refused_before(place, arguments, message):
     watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--on-drift", "adapt", *arguments)
-    result = detguard(*watched, cwd=place, stdin="")
+    result = refusal(*watched, cwd=place)
     assert result.returncode == 2
     assert message in result.stderr
     assert not (place / "runs").exists()

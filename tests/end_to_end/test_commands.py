@@ -277,7 +277,7 @@ def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, arguments, reason):
-    result = detguard(*arguments, cwd=tmp_path)
+    result = program.refusal(*arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert reason in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -467,7 +467,7 @@ def test_trust_says_in_one_line_what_it_means(tmp_path):
     ],
 )
 def test_a_run_that_goes_on_takes_no_options_that_it_has_already(tmp_path, arguments, named):
-    result = detguard(*arguments, "--resume", "run", cwd=tmp_path)
+    result = program.refusal(*arguments, "--resume", "run", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: --resume: takes all options from the run; leave out {named}")
     assert len(result.stderr.splitlines()) == 1

@@ -12,7 +12,7 @@ import albumentations as A
 import program
 import pytest
 import torch
-from program import Started
+from program import Started, refusal
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -236,7 +236,7 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
 def test_wrong_use_is_one_line_that_names_the_option(tmp_path, tiny_data, arguments, message):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("command: evaluate\n")
-    result = detguard("evaluate", *(tiny_data if a == "DATA" else a for a in arguments), cwd=tmp_path)
+    result = refusal("evaluate", *(tiny_data if a == "DATA" else a for a in arguments), cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -13,7 +13,7 @@ import pytest
 import torch
 import ultralytics
 import yaml
-from program import Started, detguard, launched
+from program import Started, detguard, launched, refusal
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from ultralytics import YOLO
@@ -340,7 +340,7 @@ def test_resumed_it_learns_the_labels_and_samples_that_the_run_keeps(tmp_path, t
     ],
 )
 def test_wrong_use_is_one_line_that_names_the_option(tmp_path, arguments, message):
-    result = detguard("harden", *arguments, cwd=tmp_path)
+    result = refusal("harden", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
