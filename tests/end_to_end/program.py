@@ -108,21 +108,29 @@ def refusal(*arguments, cwd):
             signal.signal(signal.SIGINT, handler)
 
 
-def launched(*arguments, folders, local=None):
+def hurried():
+    """Have whom to ask be found out by two batches instead of sixteen: a `preexec_fn` where that is not looked at."""
+    from detguard.hardening import adapt, kinds
+
+    adapt.BATCHES = kinds.BATCHES = 2
+
+
+def launched(*arguments, folders, local=None, **options):
     """Processes of one launch, as torchrun starts them: one in each folder, `local` of them on each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     count, local = len(folders), local or len(folders)
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    places = [shared | {"RANK": rank, "LOCAL_RANK": rank % local} for rank in range(count)]
-    environments = [{name: str(value) for name, value in place.items()} for place in places]
-    return [Started(*arguments, cwd=cwd, environment=one) for cwd, one in zip(folders, environments, strict=True)]
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank % local} for rank in range(count)]
+    environments = [{name: str(value) for name, value in rank.items()} for rank in ranks]
+    places = zip(folders, environments, strict=True)
+    return [Started(*arguments, cwd=cwd, environment=one, **options) for cwd, one in places]
 
 
-def together(*arguments, folders, local=None):
+def together(*arguments, **options):
     """What they have printed."""
-    return [process.ended(240) for process in launched(*arguments, folders=folders, local=local)]
+    return [process.ended(240) for process in launched(*arguments, **options)]
 
 
 def run(arguments, cwd, environment, streams, preexec_fn):

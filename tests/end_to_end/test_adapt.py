@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from program import Started, detguard, refusal, together
+from program import Started, detguard, hurried, refusal, together
 from safetensors.torch import load_file
 
 from detguard.detectors.gated import GatedNetwork
@@ -94,7 +94,9 @@ def test_old_experts_and_their_gate_are_bit_identical(adapted, place):
 
 def test_an_adapted_ensemble_can_be_adapted_again_and_refuses_beyond_its_limit(adapted, place):
     model = "run/weights/adapted.safetensors"
-    again = detguard("adapt", "--model", model, *OPTIONS, "--photos", 8, "--out", "again", cwd=place)
+    again = detguard(
+        "adapt", "--model", model, *OPTIONS, "--photos", 8, "--out", "again", cwd=place, preexec_fn=hurried
+    )
     assert again.returncode == 0, again.stderr
     card = json.loads((place / "again/weights/adapted.json").read_text())
     assert card["gated"]["experts"][3:] == ["adapted 1", "adapted 2"]
@@ -119,8 +121,8 @@ def test_resumed_it_tells_the_same_from_the_photos_that_the_run_keeps(adapted, p
 
 def test_two_processes_end_near_the_weights_of_one(place):
     options = ("adapt", "--model", "ensemble.safetensors", *OPTIONS, "--photos", 16, "--workers", 1)
-    alone = detguard(*options, "--out", "alone", cwd=place)
-    first, other = together(*options, "--out", "both", folders=[place] * 2)
+    alone = detguard(*options, "--out", "alone", cwd=place, preexec_fn=hurried)
+    first, other = together(*options, "--out", "both", folders=[place] * 2, preexec_fn=hurried)
     assert (alone.returncode, first.returncode) == (0, 0), first.stderr
     assert figures(first.stdout, "new").keys() == figures(alone.stdout, "new").keys() != set()
     assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
@@ -174,6 +176,7 @@ def test_a_folder_is_replayed_by_what_the_ensemble_finds_there(place):
     result = detguard(
         "adapt", "--model", "ensemble.safetensors", "--new", "dark.jsonl", "--replay", "photos", "--mode", "full",
         "--batch", 6, "--photos", 12, "--corruptions", "fog,snow", "--out", "folder", cwd=place,
+        preexec_fn=hurried,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "2 old photos held out (no labels: agreement with ensemble): AP 1.000 before" in result.stdout
@@ -191,7 +194,7 @@ def test_unreadable_photos_are_named_and_the_rest_is_learned(place):
     broken = json.dumps({"photo": "photos/broken.png", "objects": []}) + "\n"
     (place / "some.jsonl").write_text((broken + lines + broken).replace('"person"', '"pedestrian"'))
     options = ("--new", "some.jsonl", "--map", "pedestrian=person", "--photos", 8, "--batch", 4, "--out", "some")
-    result = detguard("adapt", "--model", "ensemble.safetensors", *options, cwd=place)
+    result = detguard("adapt", "--model", "ensemble.safetensors", *options, cwd=place, preexec_fn=hurried)
     (place / "photos/broken.png").unlink()
     assert result.returncode == 2
     assert "broken.png" in result.stderr

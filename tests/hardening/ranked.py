@@ -5,9 +5,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from ultralytics.utils import ASSETS
 
+import detguard.hardening.adapt as adapting
+import detguard.hardening.kinds as kinds
 from detguard import DetguardError
 from detguard.data.batches import read_photos
 from detguard.data.stream import Labelled
@@ -57,8 +60,11 @@ def train(ranks, folder):
     new = read_photos([(labelled, 1.0)], SIZE, plain=True)[0]
     plan = Adaptation(photos=2 * BATCH, batch=BATCH, mode="full", expert="whole")
     old = read_photos([(cuts, 1.0)], SIZE)[0]
-    adapt(network, {}, new, old, plan, setting, Run(folder, {"command": "adapt"}))
-    # What tells kinds apart is fitted to either's own weights, by attacks whose steps are signs.
+    with pytest.MonkeyPatch.context() as patch:
+        # What tells kinds apart is fitted to either's own weights, by attacks whose steps are signs: not compared.
+        patch.setattr(adapting, "BATCHES", 2)
+        patch.setattr(kinds, "BATCHES", 2)
+        adapt(network, {}, new, old, plan, setting, Run(folder, {"command": "adapt"}))
     weights["adapt"] = {name: value for name, value in network.state_dict().items() if not name.startswith("kinds")}
     start["adapt"] = weights["adapt"] | before
     return {"start": start, "weights": weights, "losses": told}
