@@ -35,7 +35,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
 from detguard.evaluation.cache import Cache
-from detguard.evaluation.coco import Result, coco_metrics, coco_results
+from detguard.evaluation.coco import coco_metrics
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Clean, Subject, fill
 from detguard.photos import read_photo
@@ -73,14 +73,9 @@ def main(
                     fill(subject, [Clean()])
                     score(subject, Clean())
                     of_evaluate = time.perf_counter() - began
-                boxes = json.loads((Path(folder) / f"{file.stem}-{size}/predictions.json").read_text())
-                boxes = [
-                    {key: box[key] for key in ("image_id", "bbox", "score")}
-                    | {"category_id": ids[box["category_id"] - 1]}  # without COCO's own paths it counts from 1
-                    for box in boxes
-                ]
-                rows = [boxes, on_val_frames(detector, config, truth, ids), on_photos(detector, truth, ids)]
-                coco = [coco_metrics(truth.annotations, r, ids.values(), sizes=False).stats for r in rows]
+                boxes = vals_boxes(Path(folder) / f"{file.stem}-{size}/predictions.json", truth)
+                rows = [boxes, on_val_frames(detector, config, truth), on_photos(detector, truth)]
+                coco = [coco_metrics(truth.annotations, r.items(), ids, sizes=False).stats for r in rows]
                 theirs_formula = [ultralytics_ap(truth, ids, r) for r in rows]
                 table.add_row(
                     file.stem,
@@ -94,14 +89,25 @@ def main(
     Console(width=140).print(table)
 
 
-def on_photos(detector: Detector, truth: Dataset, ids: dict[int, int]) -> list[Result]:
-    found = []
-    for image, file in truth.files.items():
-        found += coco_results(image, detector.detect([read_photo(file)], 0.001, 0.7, multi_label=True)[0], ids)
-    return found
+def vals_boxes(file: Path, truth: Dataset) -> dict[int, Detections]:
+    """What Ultralytics' validation has written, by image id."""
+    rows: dict[int, list[list[float]]] = {image: [] for image in truth.files}
+    for box in json.loads(file.read_text()):
+        x, y, width, height = box["bbox"]
+        # Without COCO's own paths it counts classes from 1.
+        rows[box["image_id"]].append([x, y, x + width, y + height, box["score"], box["category_id"] - 1])
+    tables = {image: torch.tensor(some, dtype=torch.float32).reshape(-1, 6) for image, some in rows.items()}
+    return {image: Detections(table[:, :4], table[:, 4], table[:, 5].long()) for image, table in tables.items()}
 
 
-def on_val_frames(detector: Detector, config: Path, truth: Dataset, ids: dict[int, int]) -> list[Result]:
+def on_photos(detector: Detector, truth: Dataset) -> dict[int, Detections]:
+    return {
+        image: detector.detect([read_photo(file)], 0.001, 0.7, multi_label=True)[0]
+        for image, file in truth.files.items()
+    }
+
+
+def on_val_frames(detector: Detector, config: Path, truth: Dataset) -> dict[int, Detections]:
     """detguard's network, NMS and scoring, on the frames that Ultralytics' validation makes."""
     from ultralytics.cfg import get_cfg
 
@@ -109,7 +115,7 @@ def on_val_frames(detector: Detector, config: Path, truth: Dataset, ids: dict[in
     settings = get_cfg(overrides={"imgsz": detector.imgsz, "rect": True, "task": "detect"})
     dataset = build_yolo_dataset(settings, data["val"], 16, data, mode="val", rect=True, stride=32)
     images = {file.name: image for image, file in truth.files.items()}
-    found = []
+    found = {}
     for batch in build_dataloader(dataset, 16, 0, shuffle=False):
         with torch.no_grad():
             candidates = detector.candidates(batch["img"].float() / 255)
@@ -118,26 +124,22 @@ def on_val_frames(detector: Detector, config: Path, truth: Dataset, ids: dict[in
                 batch["img"].shape[2:], detections.boxes, batch["ori_shape"][i], ratio_pad=batch["ratio_pad"][i]
             )
             placed = Detections(boxes, detections.scores, detections.classes)
-            found += coco_results(images[Path(batch["im_file"][i]).name], placed, ids)
+            found[images[Path(batch["im_file"][i]).name]] = placed
     return found
 
 
-def ultralytics_ap(truth: Dataset, ids: dict[int, int], results: list[Result]) -> float:
+def ultralytics_ap(truth: Dataset, ids: dict[int, int], found: dict[int, Detections]) -> float:
     """AP by Ultralytics' own formula: its matching and its integral of the precision."""
     judge = BaseValidator.__new__(BaseValidator)
     judge.iouv = torch.linspace(0.5, 0.95, 10)
-    index = {category: k for k, category in ids.items()}
     stats = []
     for image in truth.files:
-        objects = truth.objects(image, ids)
-        found = sorted((r for r in results if r["image_id"] == image), key=lambda r: -r["score"])
-        boxes = torch.tensor([r["bbox"] for r in found], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        classes = torch.tensor([index[r["category_id"]] for r in found], dtype=torch.int64)
-        true = np.zeros((len(found), 10), bool)
-        if len(found) and len(objects):
-            true = judge.match_predictions(classes, objects.classes, box_iou(objects.boxes, boxes)).numpy()
-        stats.append((true, np.array([r["score"] for r in found]), classes.numpy(), objects.classes.numpy()))
+        objects, one = truth.objects(image, ids), found[image]
+        one = one[one.scores.argsort(descending=True, stable=True)]
+        true = np.zeros((len(one), 10), bool)
+        if len(one) and len(objects):
+            true = judge.match_predictions(one.classes, objects.classes, box_iou(objects.boxes, one.boxes)).numpy()
+        stats.append((true, one.scores.numpy(), one.classes.numpy(), objects.classes.numpy()))
     return float(ap_per_class(*(np.concatenate(s) for s in zip(*stats, strict=True)))[5].mean())
 
 

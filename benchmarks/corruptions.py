@@ -25,7 +25,7 @@ from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.coco import CocoMetrics
 from detguard.evaluation.run import figure, mean
-from detguard.evaluation.score import metrics_of, results
+from detguard.evaluation.score import metrics_of
 from detguard.evaluation.views import Clean, Corrupted, Subject, View, fill, results_of
 from detguard.photos import Photo
 from detguard.reports.evaluation import number, with_error
@@ -42,7 +42,7 @@ class Own(Corrupted):
 
 def judged(subject: Subject, view: View) -> CocoMetrics:
     """The figures of a view, with those in each draw of the photos."""
-    return metrics_of(subject, results(subject, results_of(subject, view)), drawn=True)
+    return metrics_of(subject, results_of(subject, view), drawn=True)
 
 
 def shown(some: Collection[CocoMetrics], photos: int) -> str:

@@ -57,7 +57,6 @@ def main(
     Makers.photo = timed("corruptions ahead", Makers.photo)
     detguard.evaluation.views.read_photo = timed("reading photos", detguard.evaluation.views.read_photo)
     detguard.evaluation.run.metrics_of = timed("COCO metrics", detguard.evaluation.run.metrics_of)
-    detguard.evaluation.run.results = timed("reading results", detguard.evaluation.run.results)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         dataset = read_dataset(data, limit=limit)

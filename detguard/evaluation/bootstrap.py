@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypedDict, cast
 
 import numpy as np
@@ -78,11 +79,13 @@ def mean_ap(classes: Iterable[Drawn]) -> np.ndarray:
 def _drawn_class(photos: Sequence[Matches], counts: np.ndarray) -> Drawn:
     place = np.array([one["image_id"] for one in photos])
     labelled = np.array([sum(one["gtInDenominator"]) for one in photos], np.float32)
-    scores = [np.array(one["dtScores"], float) for one in photos]
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    of_photo = np.repeat(place, [len(one) for one in scores])[order]
+    if not labelled.any():
+        return Drawn(np.full(len(counts), np.nan), 0)
+    scores = [one["dtScores"] for one in photos]
+    order = np.argsort(-np.fromiter(chain.from_iterable(scores), float), kind="stable")
+    of_photo = np.repeat(place, list(map(len, scores)))[order]
     matched, ignored = (
-        np.concatenate([np.array(rows, bool).reshape(len(rows), -1) for rows in of_photos], 1)[:, order]
+        np.stack([np.fromiter(chain.from_iterable(rows), bool) for rows in zip(*of_photos, strict=True)])[:, order]
         for of_photos in ([one["dtMatched"] for one in photos], [one["dtIgnore"] for one in photos])
     )
     aps = [
@@ -94,20 +97,24 @@ def _drawn_class(photos: Sequence[Matches], counts: np.ndarray) -> Drawn:
 
 def _aps(times: np.ndarray, objects: np.ndarray, matched: np.ndarray, ignored: np.ndarray) -> np.ndarray:
     """AP in some draws, in which each detection is there so many `times`, [draws, detections], best first."""
-    if not objects.any():
-        return np.full(len(objects), np.nan)
-    aps = []
-    left = None
+    aps: list[np.ndarray] = []
+    left = before = None
     for true, left_out in zip(matched, ignored, strict=True):  # at each IoU
-        if left is None or not np.array_equal(left_out, left):  # it is the same at most of them
-            counted, left = np.cumsum(times * ~left_out, 1), left_out
+        # Most of them are as the one before.
+        if left is None or not np.array_equal(left_out, left):
+            counted, left, before = np.cumsum(times * ~left_out, 1), left_out, None
+        if before is not None and np.array_equal(true, before):
+            aps.append(aps[-1])
+            continue
+        before = true
         hits = true.nonzero()[0]  # precision is highest at a true positive
         ahead = counted[:, hits]
         right = np.cumsum(times[:, hits], 1)
         precision = np.maximum.accumulate((right / np.maximum(ahead, 1))[:, ::-1], 1)[:, ::-1]
         with np.errstate(invalid="ignore"):
             reached = np.searchsorted(RECALLS, right.astype(float) / objects[:, None], "right")
-        aps.append((precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS))
+        reached[:, 1:] -= reached[:, :-1].copy()
+        aps.append((precision * reached).sum(1) / len(RECALLS))
     return np.where(objects > 0, np.mean(aps, 0), np.nan)
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypedDict, cast
@@ -15,7 +16,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from detguard.data.dataset import indexed
-from detguard.data.entries import Annotation, annotation
+from detguard.data.entries import annotation
 from detguard.detections import Detections, box_area, box_iou, intersections
 from detguard.evaluation.bootstrap import drawn_classes, draws, error_95, mean_ap
 from detguard.evaluation.metrics import STATS, OfClass, Stats
@@ -48,11 +49,9 @@ class CocoMetrics:
     drawn_classes: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def coco_results(image_id: int, detections: Detections, category_ids: dict[int, int]) -> list[Result]:
+def coco_results(image_id: int, detections: Detections, category_ids: Mapping[int, int]) -> list[Result]:
     """Detections of one photo in COCO's results format, rounded as usual; classes without a category are left out."""
-    corners, scores = detections.boxes.numpy().astype(float), detections.scores.numpy().astype(float)
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    rounded = (np.round(boxes * 100) / 100).tolist(), (np.round(scores * 1e5) / 1e5).tolist()
+    rounded = (part.tolist() for part in _rounded(detections))
     return [
         {"image_id": image_id, "category_id": category_ids[index], "bbox": box, "score": score}
         for box, score, index in zip(*rounded, detections.classes.tolist(), strict=True)
@@ -60,24 +59,31 @@ def coco_results(image_id: int, detections: Detections, category_ids: dict[int, 
     ]
 
 
+def _rounded(detections: Detections) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes, [N, 4] x, y, width, height, and scores, [N], to the digits of COCO's results format."""
+    corners, scores = detections.boxes.numpy().astype(float), detections.scores.numpy().astype(float)
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+    return np.round(boxes * 100) / 100, np.round(scores * 1e5) / 1e5
+
+
 def coco_metrics(
     annotations: COCO,
-    results: Iterable[Result],
-    categories: Iterable[int],
+    found: Iterable[tuple[int, Detections]],
+    category_ids: Mapping[int, int],
     images: Sequence[int] | None = None,
     *,
     sizes: bool = True,
     drawn: bool = False,
 ) -> CocoMetrics:
-    """The 12 COCO numbers at maxDets 1, 10, 100 over `categories`, and AP and AP50 of each that has objects.
+    """The 12 COCO numbers at maxDets 1, 10, 100 over all categories, and AP and AP50 of each that has objects.
 
-    images: only these; without `sizes` the small, medium and large objects are not told apart: AP and AP50 only;
-    `drawn`: AP of photos drawn anew, too, and AP_error among the numbers, half of the 95 % interval about AP; of a
-    class, by the photos that have an object of it.
+    found: by image id; category_ids: class index -> category; images: only these; without `sizes` the small, medium
+    and large objects are not told apart: AP and AP50 only; `drawn`: AP of photos drawn anew, too, and AP_error among
+    the numbers, half of the 95 % interval about AP; of a class, by the photos that have an object of it.
     """
-    categories = sorted(categories)
+    categories = sorted(category_ids.values())
     images = sorted(annotations.imgs if images is None else images)
-    judge = _judge(annotations, results, categories, images, sizes=sizes)
+    judge = _judge(annotations, found, category_ids, images, sizes=sizes)
     judge.accumulate()
     if sizes:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -87,14 +93,13 @@ def coco_metrics(
     precision = judge.eval["precision"][:, :, :, 0, -1]
     stats = list(map(float, judge.stats)) if sizes else [_mean(precision), _mean(precision[0])]
     wanted = set(images)
+    labelled = (a for a in annotations.anns.values() if not a["iscrowd"] and a["image_id"] in wanted)
+    objects = Counter(a["category_id"] for a in labelled)
     per_class: dict[str, OfClass] = {
         annotations.cats[category]["name"]: {
             "AP": _mean(precision[:, :, i]),
             "AP50": _mean(precision[0, :, i]),
-            "objects": sum(
-                not a["iscrowd"] and a["image_id"] in wanted
-                for a in map(annotations.anns.__getitem__, annotations.getAnnIds(catIds=[category]))
-            ),
+            "objects": objects[category],
         }
         for i, category in enumerate(categories)
         if (precision[:, :, i] > -1).any()
@@ -121,18 +126,20 @@ def _with_errors(metrics: CocoMetrics, judge: COCOeval, names: Sequence[str]) ->
 
 
 def _judge(
-    annotations: COCO, results: Iterable[Result], categories: list[int], images: list[int], *, sizes: bool
+    annotations: COCO,
+    found: Iterable[tuple[int, Detections]],
+    category_ids: Mapping[int, int],
+    images: list[int],
+    *,
+    sizes: bool,
 ) -> COCOeval:
-    """hotcoco, which has matched the results; categories and images are numbered by their places in the lists."""
-    category_at, image_at = ({one: place for place, one in enumerate(ids)} for ids in (categories, images))
-
-    def known(entry: Annotation | Result) -> bool:
-        return entry["image_id"] in image_at and entry["category_id"] in category_at
-
+    """hotcoco, which has matched what is found; categories and images are numbered by their places in order."""
+    category_at = {category: place for place, category in enumerate(sorted(category_ids.values()))}
+    image_at = {image: place for place, image in enumerate(images)}
     labelled = [
         {**entry, "image_id": image_at[entry["image_id"]], "category_id": category_at[entry["category_id"]]}
         for entry in annotations.dataset["annotations"]
-        if known(entry)
+        if entry["image_id"] in image_at and entry["category_id"] in category_at
     ]
     truth = hotcoco.COCO(
         {
@@ -141,15 +148,21 @@ def _judge(
             "categories": [{"id": place, "name": str(place)} for place in category_at.values()],
         }
     )
-    rows = (
-        (image_at[r["image_id"]], *r["bbox"], r["score"], category_at[r["category_id"]]) for r in results if known(r)
-    )
-    judge = COCOeval(truth, truth.load_res(np.fromiter(rows, np.dtype((float, 7)))), "bbox")
+    class_at = {index: category_at[category] for index, category in category_ids.items()}
+    rows = [_rows(image_at[image], one, class_at) for image, one in found if image in image_at]
+    judge = COCOeval(truth, truth.load_res(np.concatenate([np.zeros((0, 7)), *rows])), "bbox")
     judge.params.cat_ids, judge.params.img_ids = list(category_at.values()), list(image_at.values())
     if not sizes:
         judge.params.area_rng, judge.params.area_rng_lbl = judge.params.area_rng[:1], ["all"]
     judge.evaluate()
     return judge
+
+
+def _rows(image: int, detections: Detections, class_at: Mapping[int, int]) -> np.ndarray:
+    """Detections of one photo as hotcoco takes them, float [N, 7]; Python objects take ten times as long."""
+    boxes, scores = _rounded(detections)
+    classes = np.array([class_at.get(index, -1) for index in detections.classes.tolist()])
+    return np.column_stack([np.full(len(boxes), image), boxes, scores, classes])[classes >= 0]
 
 
 def metrics_of_photos(
@@ -169,8 +182,7 @@ def metrics_of_photos(
     names = [{"id": category, "name": str(category)} for category in categories]
     annotations = indexed({"images": images, "annotations": labelled, "categories": names})
     same = {category: category for category in categories}
-    results = [r for image, d in enumerate(found) for r in coco_results(image, d, same)]
-    return coco_metrics(annotations, results, categories, sizes=sizes, drawn=drawn)
+    return coco_metrics(annotations, enumerate(found), same, sizes=sizes, drawn=drawn)
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -17,7 +17,7 @@ from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
 from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
-from detguard.evaluation.coco import CocoMetrics
+from detguard.evaluation.coco import CocoMetrics, coco_results
 from detguard.evaluation.compare import Compared
 from detguard.evaluation.corruptions import PACKAGE, PUBLISHED, SEVERITIES
 from detguard.evaluation.metrics import (
@@ -43,7 +43,7 @@ from detguard.evaluation.metrics import (
 )  # fmt: skip
 from detguard.evaluation.pictures import PATCH, UNIVERSAL, Changed, patched, perturbed
 from detguard.evaluation.saved import save_views
-from detguard.evaluation.score import expert_shares, metrics_of, results
+from detguard.evaluation.score import expert_shares, metrics_of
 from detguard.evaluation.views import Altered, Batch, Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
@@ -349,9 +349,11 @@ class Scorer:
         seen = list(results_of(self.subject, view, part))
         name = self.subject.name
         if write:
-            lines = (json.dumps(one).encode() for one in results(self.subject, seen))
+            # Photo by photo: all as Python objects at once would be ten times as large.
+            photos = (coco_results(image, one, self.subject.category_ids) for image, one in seen)
+            lines = (json.dumps(some)[1:-1].encode() for some in photos if some)
             self.run.write(f"detections/{name}/{label.replace(' ', '-')}.json", b"[" + b", ".join(lines) + b"]")
-        metrics = metrics_of(self.subject, results(self.subject, seen), sizes=sizes, drawn=True)
+        metrics = metrics_of(self.subject, seen, sizes=sizes, drawn=True)
         if self.subject.detector.experts:
             self.gate[label] = expert_shares(seen)
         self.evaluation.classes += [(name, label, of_class, row) for of_class, row in metrics.per_class.items()]

@@ -1,33 +1,25 @@
 """From what a view shows to COCO metrics."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
 from detguard.detections import Detections
-from detguard.evaluation.coco import CocoMetrics, Result, coco_metrics, coco_results
+from detguard.evaluation.coco import CocoMetrics, coco_metrics
 from detguard.evaluation.views import Subject, View, results_of
 
 
-def results(subject: Subject, found: Iterable[tuple[int, Detections]]) -> Iterator[Result]:
-    """COCO results of photos of the subject, by image id, as they are scored and written.
-
-    One by one: all of them as Python objects are ten times as large.
-    """
-    return (r for image, detections in found for r in coco_results(image, detections, subject.category_ids))
-
-
-def metrics_of(subject: Subject, found: Iterable[Result], *, sizes: bool = False, drawn: bool = False) -> CocoMetrics:
-    """COCO metrics of results of the subject's photos; see `coco_metrics`."""
+def metrics_of(
+    subject: Subject, found: Iterable[tuple[int, Detections]], *, sizes: bool = False, drawn: bool = False
+) -> CocoMetrics:
+    """COCO metrics of what was found in the subject's photos, by image id; see `coco_metrics`."""
     images = list(subject.dataset.files)
-    return coco_metrics(
-        subject.dataset.annotations, found, subject.category_ids.values(), images, sizes=sizes, drawn=drawn
-    )
+    return coco_metrics(subject.dataset.annotations, found, subject.category_ids, images, sizes=sizes, drawn=drawn)
 
 
 def score(subject: Subject, view: View, part: str = "", *, sizes: bool = False) -> CocoMetrics:
     """COCO metrics of one part of a view."""
-    return metrics_of(subject, results(subject, results_of(subject, view, part)), sizes=sizes)
+    return metrics_of(subject, results_of(subject, view, part), sizes=sizes)
 
 
 def expert_shares(found: Iterable[tuple[int, Detections]]) -> list[float]:

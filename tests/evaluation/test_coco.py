@@ -37,9 +37,8 @@ def found(*rows):
 
 
 def test_perfect_detections_have_an_ap_of_one(annotations):
-    results = coco_results(1, found((0, 0.9, 10, 10, 60, 90), (1, 0.8, 100, 20, 190, 80)), IDS)
-    results += coco_results(2, found((0, 0.7, 5, 5, 45, 95)), IDS)
-    metrics = coco_metrics(annotations, results, IDS.values())
+    shown = [(1, found((0, 0.9, 10, 10, 60, 90), (1, 0.8, 100, 20, 190, 80))), (2, found((0, 0.7, 5, 5, 45, 95)))]
+    metrics = coco_metrics(annotations, shown, IDS)
     assert metrics.stats["AP"] == metrics.stats["AR100"] == pytest.approx(1)
     assert metrics.stats["APs"] is None  # no small objects
     assert metrics.per_class == {
@@ -50,30 +49,36 @@ def test_perfect_detections_have_an_ap_of_one(annotations):
 
 
 def test_a_loose_box_counts_at_half_overlap_only(annotations):
-    results = coco_results(1, found((1, 0.8, 100, 20, 155, 80)), IDS)
-    row = coco_metrics(annotations, results, [6]).per_class["bus"]
+    row = coco_metrics(annotations, [(1, found((1, 0.8, 100, 20, 155, 80)))], {1: 6}).per_class["bus"]
     assert row["AP50"] == pytest.approx(1)
     assert row["AP"] == pytest.approx(0.3)  # IoU 0.61: found at .50, .55 and .60 of the ten thresholds
 
 
 def test_nothing_found_is_an_ap_of_zero(annotations):
     for sizes in (True, False):
-        stats = coco_metrics(annotations, [], [1, 6], sizes=sizes).stats
+        stats = coco_metrics(annotations, [], IDS, sizes=sizes).stats
         assert (stats["AP"], stats["AP50"]) == (0, 0)
 
 
 def test_only_the_wanted_images_count(annotations):
-    results = coco_results(1, found((0, 0.9, 10, 10, 60, 90), (1, 0.8, 100, 20, 190, 80)), IDS)
-    assert coco_metrics(annotations, results, IDS.values()).stats["AP"] < 1
-    metrics = coco_metrics(annotations, results, IDS.values(), [1])
+    shown = [(1, found((0, 0.9, 10, 10, 60, 90), (1, 0.8, 100, 20, 190, 80))), (2, found((0, 0.95, 0, 0, 9, 9)))]
+    assert coco_metrics(annotations, shown, IDS).stats["AP"] < 1
+    metrics = coco_metrics(annotations, shown, IDS, [1])
     assert metrics.stats["AP"] == pytest.approx(1)
     assert metrics.per_class["person"]["objects"] == 1
+
+
+def test_classes_that_the_data_do_not_know_are_left_out(annotations):
+    unknown = found((2, 0.95, 100, 20, 190, 80), (0, 0.9, 10, 10, 60, 90))
+    person = coco_metrics(annotations, [(1, unknown)], IDS, [1]).per_class["person"]
+    assert person["AP"] == pytest.approx(1)
+    assert [row["category_id"] for row in coco_results(1, unknown, IDS)] == [1]
 
 
 def test_crowds_are_no_objects_to_find(annotations):
     annotations.dataset["annotations"][2]["iscrowd"] = 1
     annotations.createIndex()
-    assert coco_metrics(annotations, [], [1, 6]).per_class["person"]["objects"] == 1
+    assert coco_metrics(annotations, [], IDS).per_class["person"]["objects"] == 1
 
 
 def test_of_what_lies_in_a_crowd_only_what_is_of_no_object_is_left_out():
@@ -93,8 +98,8 @@ def test_of_what_lies_in_a_crowd_only_what_is_of_no_object_is_left_out():
 
 
 def test_without_sizes_the_numbers_are_the_same(annotations):
-    results = coco_results(1, found((0, 0.9, 12, 10, 60, 80), (1, 0.8, 110, 20, 190, 80)), IDS)
-    full, quick = (coco_metrics(annotations, results, [1, 6], sizes=sizes).stats for sizes in (True, False))
+    shown = [(1, found((0, 0.9, 12, 10, 60, 80), (1, 0.8, 110, 20, 190, 80)))]
+    full, quick = (coco_metrics(annotations, shown, IDS, sizes=sizes).stats for sizes in (True, False))
     assert list(quick) == ["AP", "AP50"]
     assert [quick[k] for k in quick] == pytest.approx([full[k] for k in quick], abs=1e-12)
 
@@ -105,9 +110,11 @@ def test_the_numbers_are_pycocotools_own_on_real_detections(val_photos, yolo11n,
     ids = dataset.category_ids(yolo11n.class_names)
     from detguard.photos import read_photo
 
-    results = []
-    for image, file in dataset.files.items():
-        results += coco_results(image, yolo11n.detect([read_photo(file)], 0.001, 0.7, multi_label=True)[0], ids)
+    shown = [
+        (image, yolo11n.detect([read_photo(file)], 0.001, 0.7, multi_label=True)[0])
+        for image, file in dataset.files.items()
+    ]
+    results = [result for image, one in shown for result in coco_results(image, one, ids)]
     (tmp_path / "results.json").write_text(json.dumps(results))
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(root / "instances_val.json"))
@@ -116,7 +123,7 @@ def test_the_numbers_are_pycocotools_own_on_real_detections(val_photos, yolo11n,
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-    ours = coco_metrics(dataset.annotations, results, ids.values(), list(dataset.files)).stats
+    ours = coco_metrics(dataset.annotations, shown, ids, list(dataset.files)).stats
     assert ours["AP"] > 0.3
     assert [ours[name] for name in STATS] == judge.stats.tolist()
 

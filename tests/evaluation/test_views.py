@@ -1,4 +1,5 @@
 import copy
+import json
 import sqlite3
 from dataclasses import replace
 from itertools import combinations
@@ -11,13 +12,13 @@ import torch
 from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, Faults
-from detguard.detections import Candidates
+from detguard.detections import Candidates, Detections
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.evaluation import cache
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, kept_photo
 from detguard.evaluation.cache import Cache, entry_key, pack
 from detguard.evaluation.checks import zero_gradient_share
-from detguard.evaluation.coco import value_left
+from detguard.evaluation.coco import coco_results, value_left
 from detguard.evaluation.run import Protocols, evaluate, measure_cost, transfers
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, piped, results_of
@@ -125,6 +126,16 @@ def test_attacked_photos_are_8_bit_within_the_budget_and_what_was_scored(subject
         again = subject.detect([adversarial])[0]
         # The batch rounds differently from the photo alone.
         assert torch.allclose(again.scores[:5], found.scores[:5], atol=1e-3)
+
+
+def test_what_is_found_is_written_whole_where_nothing_is_found_in_some_photo(subject, tmp_path, monkeypatch):
+    original, nothing = Subject.detect, Detections.none()
+    monkeypatch.setattr(Subject, "detect", lambda self, photos: [*original(self, photos)[:-1], nothing])
+    evaluate([subject], Protocols(protocols=("clean",)), Run.create("evaluate", tmp_path / "run", {}))
+    written = json.loads((tmp_path / "run/detections/bundled/clean.json").read_text())
+    found = [coco_results(image, one, subject.category_ids) for image, one in results_of(subject, Clean())]
+    assert [] in found
+    assert written == [row for rows in found for row in rows] != []
 
 
 def test_an_attack_takes_ap_away(subject):
