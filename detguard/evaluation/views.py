@@ -15,6 +15,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import chain
+from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -321,10 +322,13 @@ Wanted = tuple[Altered, int]
 
 
 class Makers:
-    """Processes that alter photos ahead of `fill`, in the order in which it asks for them."""
+    """Processes that alter photos ahead of `fill`, in the order in which it asks for them.
+
+    largest: bytes of the largest photo; depth, niceness: as of `ahead`.
+    """
 
     def __init__(
-        self, subject: Subject, wanted: Sequence[Wanted], workers: int, depth: int = 2, niceness: int = 0
+        self, subject: Subject, wanted: Sequence[Wanted], workers: int, largest: int, depth: int, niceness: int
     ) -> None:
         for kind in {view.kind for view, _ in wanted if isinstance(view, Corrupted)}:
             corrupt(np.zeros((32, 32, 3), np.uint8), kind, 1, 0)  # imports and compiles, once for all processes
@@ -333,7 +337,11 @@ class Makers:
             (view, (subject.dataset.files[image], subject.hashes[image]), seed)
             for (view, image), seed in zip(wanted, seeds, strict=True)
         ]
-        self._made = ahead(partial(_made, jobs), 0, len(jobs), workers, PATIENCE, depth=depth, niceness=niceness)
+        # A place for each that is made ahead, and one for that which is taken. Through pipes photos took four times as
+        # long; a map of no file needs none of the shared memory that containers have little of.
+        self._places = np.frombuffer(mmap(-1, (workers * depth + 1) * largest), np.uint8).reshape(-1, largest)
+        make = partial(_made, jobs, self._places)
+        self._made = ahead(make, 0, len(jobs), workers, PATIENCE, depth=depth, niceness=niceness)
         first = next(self._made)  # they are started by it, and go on while all else is done
         self._wanted = zip(wanted, chain([first], self._made), strict=False)
 
@@ -353,7 +361,7 @@ class Makers:
         largest = max(3 * height * width for height, width in sizes)
         most = AHEAD_BYTES if free is None else min(AHEAD_BYTES, free // 8 // local)
         niceness = NICENESS if local == 1 else 0  # or those of one process would wait for the models of others
-        return cls(subject, wanted, workers, max(2, most // largest // workers), niceness)
+        return cls(subject, wanted, workers, largest, max(2, most // largest // workers), niceness)
 
     def photo(self, view: Altered, image: int) -> Photo:
         """The next one; those before it that are not asked for, as they cannot be read, are passed over.
@@ -364,8 +372,8 @@ class Makers:
         made = next(made for wanted, made in self._wanted if wanted == (view, image))
         if isinstance(made, str):
             raise DetguardError(made)
-        data, shape = made
-        return np.frombuffer(data, np.uint8).reshape(shape).copy()
+        place, shape = made
+        return self._places[place, : math.prod(shape)].reshape(shape).copy()
 
     def close(self) -> None:
         """End the processes that make photos ahead."""
@@ -382,14 +390,18 @@ def _read(file: Path, sha256: str) -> Photo:
     return read_photo(file, sha256)
 
 
-def _made(jobs: Sequence[tuple[Altered, tuple[Path, str], int]], number: int) -> tuple[bytes, tuple[int, ...]] | str:
-    """An altered photo, as bytes, which need no shared memory, and its shape; or why there is none."""
+def _made(
+    jobs: Sequence[tuple[Altered, tuple[Path, str], int]], places: np.ndarray, number: int
+) -> tuple[int, tuple[int, ...]] | str:
+    """The place to which an altered photo was written, and its shape; or why there is none."""
     view, file, seed = jobs[number]
     try:
         photo = view.alter(_read(*file), seed)
     except DetguardError as error:
         return str(error)
-    return photo.tobytes(), photo.shape
+    place = number % len(places)
+    places[place, : photo.size] = photo.ravel()
+    return place, photo.shape
 
 
 def fill(

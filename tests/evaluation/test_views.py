@@ -1,6 +1,9 @@
 import copy
 import json
 import sqlite3
+import sys
+import time
+from contextlib import closing
 from dataclasses import replace
 from itertools import combinations
 
@@ -21,7 +24,7 @@ from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import coco_results, value_left
 from detguard.evaluation.run import Protocols, evaluate, measure_cost, transfers
 from detguard.evaluation.score import score
-from detguard.evaluation.views import Batch, Clean, Corrupted, Subject, View, fill, piped, results_of
+from detguard.evaluation.views import Batch, Clean, Corrupted, Makers, Subject, View, fill, piped, results_of
 from detguard.photos import encode_png, read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run
@@ -229,6 +232,22 @@ def test_photos_that_processes_corrupt_ahead_are_those_that_one_makes(subject, t
         assert len(here) == (6 if many == 100 or local == 2 else 0)
         found.append([(view.name, i, d.scores.tolist()) for view in views for i, d in results_of(one, view)])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere none are made ahead")
+def test_what_is_made_ahead_is_not_written_over_what_is_taken(subject, monkeypatch):
+    def slowly(things):
+        for thing in things:
+            time.sleep(0.1)  # in which all is made that may be
+            yield thing
+
+    monkeypatch.setattr(Corrupted, "alter", lambda view, photo, seed: np.full_like(photo, view.severity))
+    wanted = [(Corrupted("brightness", level, 0), 11) for level in range(12)]
+    largest = read_photo(subject.dataset.files[11]).size
+    with closing(Makers(subject, wanted, workers=2, largest=largest, depth=2, niceness=0)) as makers:
+        makers._wanted = slowly(makers._wanted)
+        made = [makers.photo(*one) for one in wanted]
+    assert [np.unique(photo).tolist() for photo in made] == [[level] for level in range(12)]
 
 
 def test_an_undefended_detector_has_its_gradient_everywhere(subject):
