@@ -451,6 +451,8 @@ def photos_of(frames: Tensor) -> list[Photo]:
 
 def resize_adjoint(gradient: Tensor, source: tuple[int, int]) -> Tensor:
     """Adjoint of the bilinear resize from `source` (height, width): gradient [3, h, w] -> gradient [3, *source]."""
+    if source == (2 * gradient.shape[1], 2 * gradient.shape[2]):  # to means of four: the same in half of the time
+        return interpolate((gradient / 4).contiguous()[None], source, mode="nearest")[0]
     return torch.ops.aten.upsample_bilinear2d_backward(
         gradient.contiguous()[None], list(gradient.shape[1:]), [1, 3, *source], False, None, None
     )[0]

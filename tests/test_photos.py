@@ -403,6 +403,16 @@ def test_resize_adjoint_conserves_the_sum_when_rows_of_weights_add_to_one():
     assert torch.isclose(resize_adjoint(gradient, (31, 7)).sum(), gradient.sum(), rtol=1e-5)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))
+def test_resize_adjoint_to_twice_the_sides_is_that_of_torch_to_the_bit(height, width, seed):
+    frames = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed)) - 0.5
+    photo = torch.zeros(1, 3, 2 * height, 2 * width, requires_grad=True)
+    interpolate(photo, (height, width), mode="bilinear").backward(frames)
+    adjoint = resize_adjoint(frames.contiguous(memory_format=torch.channels_last)[0], (2 * height, 2 * width))
+    assert torch.equal(adjoint, photo.grad[0])
+
+
 def test_the_largest_difference_counts_both_ways():
     low, high = np.full((2, 2, 3), 3, np.uint8), np.full((2, 2, 3), 250, np.uint8)
     assert largest_difference(low, high) == largest_difference(high, low) == 247
