@@ -619,11 +619,13 @@ def photo_gradient(
     gradients: Sequence[Tensor], photo: Photo, members: Sequence[Member], options: AttackOptions
 ) -> Tensor:
     """The members' gradients at their frames, [3, H', W'] each, as one gradient at the photo, [3, H, W]."""
+    if len(members) == 1:
+        return members[0].pull_back(photo, gradients[0], options)
     if options.aggregate == "max":
         back = [m.pull_back(photo, g, options) for m, g in zip(members, gradients, strict=True)]
         stacked = torch.stack(back)
         return stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
-    weights = options.weights if options.weights and len(members) > 1 else (1.0,)
+    weights = options.weights or (1.0,)
     weights = weights * (len(members) // len(weights))  # the same before each detector
     alone: list[tuple[Member, Tensor]] = []
     alike: dict[Letterbox, tuple[Member, list[Tensor]]] = {}

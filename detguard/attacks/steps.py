@@ -105,9 +105,10 @@ class Steepest(Rule):
         if planes is not gradient:
             down, up = cv2.merge(list(down)), cv2.merge(list(up))
         if self.length != 1:
-            down, up = (moves * np.uint8(self.length) for moves in (down, up))
-        moved = cv2.add(cv2.subtract(x, down), up)
-        return torch.from_numpy(cv2.min(cv2.max(moved, self._low), self._high))
+            for moves in (down, up):
+                moves *= np.uint8(self.length)
+        moved = cv2.add(cv2.subtract(x, down, dst=down), up, dst=down)
+        return torch.from_numpy(cv2.min(cv2.max(moved, self._low, dst=moved), self._high, dst=moved))
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The direction of the step, which is `length` times as long; shape as the gradient."""
