@@ -87,9 +87,9 @@ class Steepest(Rule):
         whole = type(self.budget) is Linf and float(self.budget.eps).is_integer() and float(self.length).is_integer()
         if not (whole and type(self) in (Steepest, Sign) and x.device.type == "cpu" and 0 < self.length <= WHITE):
             return x
-        low, high = self.original - self.budget.eps, self.original + self.budget.eps
-        self._low, self._high = low.clamp_(min=0).byte().numpy(), high.clamp_(max=WHITE).byte().numpy()
-        return x.byte()
+        original, eps = self.original.numpy().astype(np.uint8), np.uint8(min(self.budget.eps, WHITE))
+        self._low, self._high = np.maximum(original, eps) - eps, np.minimum(original, np.uint8(WHITE) - eps) + eps
+        return torch.from_numpy(x.numpy().astype(np.uint8))
 
     @override
     def __call__(self, x: Tensor, gradient: Tensor, loss: float) -> Tensor:

@@ -486,7 +486,7 @@ def _show(
                 if ids := [i for i in missing[view] if i not in unreadable]:
                     entries = dict(zip(batch.images, view.entries(batch), strict=True))
                     found += [(view.key(subject, i, part), blob) for i in ids for part, blob in entries[i].items()]
-                if found and time.monotonic() > kept + 1:  # to put each by itself costs more
+                if found and time.monotonic() > kept + 5:  # to put each by itself costs more
                     subject.cache.put(found)
                     found, kept = [], time.monotonic()
                 if on_batch:
