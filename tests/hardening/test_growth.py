@@ -60,16 +60,15 @@ def network(bundled_model):
 
 
 @pytest.fixture(autouse=True)
-def hurried(request, monkeypatch):
-    """Whom to ask is found out by two batches instead of sixteen, but where that is what is tested."""
-    if "thoroughly" not in request.fixturenames:
+def fit_by(monkeypatch):
+    """Has whom to ask be found out by so many batches: outside of tests sixteen, and two where that is not tested."""
+
+    def chosen(count):
         for module in ("adapt", "kinds"):
-            monkeypatch.setattr(f"detguard.hardening.{module}.BATCHES", 2)
+            monkeypatch.setattr(f"detguard.hardening.{module}.BATCHES", count)
 
-
-@pytest.fixture
-def thoroughly():
-    """As it is outside of tests."""
+    chosen(2)
+    return chosen
 
 
 @pytest.fixture
@@ -136,9 +135,8 @@ def test_lambda_keeps_old_experts_what_they_were(network, train, old, new):
     assert moved(30.0, "kept") < 0.7 * moved(0.0, "free")
 
 
-def test_the_gate_asks_the_new_expert_about_new_photos_and_old_ones_about_the_rest(
-    thoroughly, network, train, old, new
-):
+def test_the_gate_asks_the_new_expert_about_new_photos_and_old_ones_about_the_rest(fit_by, network, train, old, new):
+    fit_by(4)
     train(replace(PLAN, eps=1.0))
     with torch.no_grad():
         shares = [network(next(batches(s, 6, 128, 5, 0, 1)).shown)[1].softmax(1)[:, 3].mean() for s in (new, old)]
@@ -155,7 +153,8 @@ def test_stopped_and_resumed_it_gives_the_same_weights(network, train, tmp_path)
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_finding_whom_to_ask_tells_how_far_it_is_and_can_be_stopped(thoroughly, network, train):
+def test_finding_whom_to_ask_tells_how_far_it_is_and_can_be_stopped(fit_by, network, train):
+    fit_by(4)
     first, shares = copy.deepcopy(network), list[float]()
     with pytest.raises(KeyboardInterrupt):
         train(folder="stopped", of=first, on_fit=lambda share: share > 0.5)
@@ -244,9 +243,8 @@ def test_where_the_robust_expert_leads_the_new_one_leads_with_it(network, train,
     assert harm[0] < harm[1] - 0.2
 
 
-def test_a_corruption_that_the_ensemble_has_not_learned_is_not_kept_from_the_new_expert(
-    thoroughly, network, old, tmp_path
-):
+def test_a_corruption_that_the_ensemble_has_not_learned_is_not_kept_from_the_new_expert(fit_by, network, old, tmp_path):
+    fit_by(16)
     fog = PhotoSet.of([encode_png(corrupt(old.photo(0), "fog", 5, i)) for i in range(4)], [1.0] * 4, [*old.labels] * 4)
     setting, plan = replace(SETTING, corruptions=("fog",)), replace(PLAN, eps=1.0, photos=6)
     adapt(network, {}, fog, old, plan, setting, Run(tmp_path, {"command": "adapt"}))
@@ -256,8 +254,10 @@ def test_a_corruption_that_the_ensemble_has_not_learned_is_not_kept_from_the_new
 
 
 def test_old_photos_are_not_led_to_new_experts_by_an_attack_that_knows_whom_the_gate_asks(
-    thoroughly, network, train, old, monkeypatch
+    fit_by, network, train, old, monkeypatch
 ):
+    fit_by(4)
+
     def asked(rounds, sure, folder):
         monkeypatch.setattr("detguard.hardening.kinds.ROUNDS", rounds)
         monkeypatch.setattr("detguard.hardening.kinds.SURE", sure)
@@ -274,8 +274,10 @@ def test_old_photos_are_not_led_to_new_experts_by_an_attack_that_knows_whom_the_
 
 
 def test_new_photos_are_led_to_the_new_expert_though_attacked_known_ones_come_near_to_them(
-    thoroughly, network, train, old, new, monkeypatch
+    fit_by, network, train, old, new, monkeypatch
 ):
+    fit_by(8)
+
     def asked(steepest, folder):
         monkeypatch.setattr("detguard.hardening.kinds.STEEPEST", steepest)
         grown = copy.deepcopy(network)
