@@ -1,6 +1,6 @@
-"""Training steps on a device that only pretends; tells as JSON what went wrong in each, or "" where nothing did.
+"""Training steps on a device that only pretends.
 
-A program of its own: for the rest of its process, there is such a device.
+For a process of its own: for the rest of it, there is such a device.
 """
 
 import copy
@@ -175,7 +175,8 @@ def what_went_wrong(step, *arguments):
     return ""
 
 
-if __name__ == "__main__":
+def tell(file):
+    """Write as JSON what went wrong in each step, or "" where nothing did."""
     losses.assign, kinds.suppress, training_loss.TaskAlignedAssigner = assigned, surest, Asked.raised
     module._size = lambda parameter: 1.0
     errors = {name: what_went_wrong(harden, name) for name in STAGES}
@@ -187,4 +188,4 @@ if __name__ == "__main__":
         "a loss that is read": what_went_wrong(read),
         "a tensor on the CPU": what_went_wrong(leave),
     }
-    print(json.dumps(errors))
+    file.write_text(json.dumps(errors))
