@@ -306,15 +306,14 @@ def test_a_detector_is_hardened_watched_and_taught(hardened):
 def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
     folder, _ = hardened
     told = []
-    drawn = set()
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        again = detguard.harden(resume=folder / "hardened", workers=1, on_stage=lambda *what: told.append(what))
-        assert again.weights == folder / "hardened/weights/sparse.safetensors"
-        assert told == []
-        assert detguard.adapt(resume=folder / "adapted", workers=1).weights.parent.parent == folder / "adapted"
-        drawn.add(float(torch.rand(1)))
-    assert len(drawn) == 2  # the caller's random numbers are its own
+    torch.manual_seed(1)
+    following = torch.rand(1)
+    torch.manual_seed(1)
+    again = detguard.harden(resume=folder / "hardened", workers=1, on_stage=lambda *what: told.append(what))
+    assert again.weights == folder / "hardened/weights/sparse.safetensors"
+    assert told == []
+    assert detguard.adapt(resume=folder / "adapted", workers=1).weights.parent.parent == folder / "adapted"
+    assert torch.rand(1) == following  # the caller's random numbers are its own
     options = {"imgsz": 64, "photos": 8, "batch": 4, "steps": 1, "recipe": "pgd", "workers": 1}
     with pytest.raises(KeyboardInterrupt):
         detguard.harden("detguard-n", folder / "photos", out=tmp_path / "run", on_stage=lambda *_: True, **options)
