@@ -17,6 +17,7 @@ from pathlib import Path
 SLOW_TO_IMPORT = [
     "torch", "torchvision", "ultralytics", "ultralytics.models", "kornia", "cv2", "pycocotools.mask", "accelerate",
     "albumentations", "imagecorruptions", "matplotlib.pyplot", "river.drift", "scipy.optimize",
+    "rich.progress", "typer.main", *(f"detguard.reports.{name}" for name in ("attack", "evaluation", "hardening")),
     *(f"detguard.workflows.{name}" for name in ("attack", "evaluate", "harden", "adapt", "monitor")),
 ]  # fmt: skip
 
