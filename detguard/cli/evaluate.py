@@ -242,7 +242,7 @@ def cost_line(cost: "Cost") -> str:
     if not cost.left:
         return f"{cost.passes:,} forward passes, all of them known already"
     known = f", {cost.passes - cost.left:,} of them known already" if cost.left < cost.passes else ""
-    more = f", and the time to corrupt {cost.altered:,} photos, about .07 s of a core each" if cost.altered else ""
+    more = f", and the time to corrupt {cost.altered:,} photos, about .02 s of a core each" if cost.altered else ""
     return f"{cost.passes:,} forward passes{known}: about {duration(cost.seconds)}, as measured on one batch{more}"
 
 
