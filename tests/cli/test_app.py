@@ -552,7 +552,7 @@ def test_a_signal_while_an_adaptation_is_judged_stops_it(signals, monkeypatch, c
         raise AssertionError("judged on")
 
     job = SimpleNamespace(
-        run=Run(tmp_path, {"command": "adapt"}), ranks=ALONE, load=lambda _: None, unread=[], judged={}, figures=figures
+        run=Run(tmp_path, {"command": "adapt"}), ranks=ALONE, load=lambda _: None, unread=[], looks=1, figures=figures
     )
     assert run_adaptation(job, None) == 130
     assert "stopped; go on with: detguard adapt --resume" in capsys.readouterr().err
