@@ -18,8 +18,6 @@ from detguard.runs import Run
 
 # Of a run, what it knew of photos before and after.
 FIGURES = "figures.json"
-# A kind of photos: those that were attacked first. Of adapting, as many as tell of a collapse.
-ATTACKED, MOST_ATTACKED = "attacked", 8
 # What photos are judged by, where it is no detector.
 LABELS = "labels"
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from detguard.hardening.judging import ATTACKED, Judgement, judged_eps
-from detguard.hardening.validation import STEPS
+from detguard.hardening.judging import Judgement, judged_eps
+from detguard.hardening.validation import ATTACKED, STEPS
 from detguard.reports.judged import before_after, judged_table
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import training_plot

@@ -31,8 +31,6 @@ from detguard.engine import with_gradients
 from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, set_aside
 from detguard.hardening.adapt import adapt as train_experts
 from detguard.hardening.judging import (
-    ATTACKED,
-    MOST_ATTACKED,
     Figures,
     Judgement,
     answered,
@@ -43,7 +41,7 @@ from detguard.hardening.judging import (
 from detguard.hardening.kinds import OnShare
 from detguard.hardening.loop import OnBatch
 from detguard.hardening.train import Setting
-from detguard.hardening.validation import STEPS
+from detguard.hardening.validation import ATTACKED, STEPS
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, Config, check, partly
@@ -54,6 +52,8 @@ from detguard.workflows.keywords import only_resumes, refuse_unknown
 # Photos seen by default: so many for each new one, and at most.
 VIEWS, MOST_VIEWS = 50, 5_000
 AUTO = defaults.Adapt.mode
+# Old photos that are judged under attack, at most: as many as tell of a collapse.
+MOST_ATTACKED = 8
 # Of a run, its new photos and the old ones that are labelled.
 KEPT = ("new.jsonl", "replay.jsonl")
 

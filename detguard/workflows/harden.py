@@ -44,12 +44,12 @@ from detguard.detectors.load import (
 )
 from detguard.engine import with_gradients
 from detguard.files import JsonObject
-from detguard.hardening.judging import ATTACKED, Figures, Judgement, answered, judge, judged_eps, readable
+from detguard.hardening.judging import Figures, Judgement, answered, judge, judged_eps, readable
 from detguard.hardening.run import Plan, check_teacher, passes, same_layers, split_layer
 from detguard.hardening.run import harden as train_stages
 from detguard.hardening.trackers import check_tracker, track
 from detguard.hardening.train import Setting, Stage
-from detguard.hardening.validation import Validation, file_of, hold_out
+from detguard.hardening.validation import ATTACKED, Validation, file_of, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, Config, check, partly

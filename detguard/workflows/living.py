@@ -31,8 +31,9 @@ from detguard.detectors.load import load_detector
 from detguard.engine import die_with
 from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, FileError, parse_json, read_file, read_json
 from detguard.hardening.adapt import JUDGED_ONE_IN
-from detguard.hardening.judging import ATTACKED, FIGURES, Figures
+from detguard.hardening.judging import FIGURES, Figures
 from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment
+from detguard.hardening.validation import ATTACKED
 from detguard.runs import Record, Run
 from detguard.workflows.monitor import LIVE, MOST_RECENT
 
