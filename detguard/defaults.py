@@ -41,6 +41,7 @@ class Evaluate:
     attacks: Final = ("class", "box", "all", "vanish", "rank")
     queries: Final = 200
     seed: Final = 0
+    batch: Final = 8
     patch_target: Final = "person"
     patch_size: Final = 0.3
 

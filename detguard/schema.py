@@ -243,6 +243,7 @@ CONFIGS: dict[str, dict[str, Shape]] = {
             "attacks": texts,
             "queries": whole(1),
             "seed": seed,
+            "batch?": whole(1),
             "patch": Maybe(text),
             "patch_target": text,
             "patch_size": real(0.01, 2),

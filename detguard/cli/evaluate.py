@@ -150,6 +150,9 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json instead of tables.")] = False,
     seed: Seed = defaults.Evaluate.seed,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Photos of one shape that go through a detector together; more on a GPU.")
+    ] = defaults.Evaluate.batch,
     out_folder: OutFolder = None,
     name: RunName = None,
     exist_ok: ExistOk = False,
@@ -205,6 +208,7 @@ def evaluate(
                 "eps": [levels(one) for one in parse_names(eps)],
                 "steps": steps or STEPS[0], "restarts": restarts or RESTARTS[0],
                 "attacks": parse_names(attacks), "queries": queries, "seed": seed,
+                "batch": batch,
                 "patch": str(patch) if patch else None, "patch_target": patch_target, "patch_size": patch_size,
                 "universal": str(universal) if universal else None, "save_images": save_images,
                 "corruption_file": str(corruption_file) if corruption_file else None,
@@ -219,7 +223,9 @@ def evaluate(
     wanted = plan(config["evaluate"], len(detectors))
     floors = {} if fail_under is None else read_floors(fail_under, wanted.protocols)
     with err.status("Reading the annotations"):
-        subjects = load_subjects(detectors, config["data"], show_warning, on_data=show_warnings, ranks=ranks)
+        subjects = load_subjects(
+            detectors, config["data"], wanted.batch, show_warning, on_data=show_warnings, ranks=ranks
+        )
     for subject in subjects:  # a wrong patch leaves no run behind
         check_pictures(subject, wanted.patches(subject.detector))
     lost = len(subjects[0].dataset.warnings[LOST])

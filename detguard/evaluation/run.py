@@ -70,6 +70,8 @@ class Protocols:
         attacks: white-box ones: some of class, box, all, vanish and rank.
         queries: forwards per photo of the Square attack.
         seed: of all that is random.
+        batch: photos of one frame shape that go through the detector together; on a GPU, more are faster. Figures by
+            another batch differ as rounding does.
         patch: file of a patch, to be judged on the labelled objects of the class `patch_target`.
         patch_target: name of that class.
         patch_size: side of the patch, as a share of the root of the area of an object's box.
@@ -90,6 +92,7 @@ class Protocols:
     attacks: tuple[str, ...] = defaults.Evaluate.attacks
     queries: int = defaults.Evaluate.queries
     seed: int = defaults.Evaluate.seed
+    batch: int = defaults.Evaluate.batch
     patch: str | None = None
     patch_target: str = defaults.Evaluate.patch_target
     patch_size: float = defaults.Evaluate.patch_size
@@ -110,6 +113,8 @@ class Protocols:
         for eps in self.eps:
             if eps != int(eps) or not 0 < eps <= 255:
                 raise DetguardError(f"`eps` {eps}: expected whole levels of 1..255")
+        if self.batch < 1:
+            raise DetguardError(f"`batch` {self.batch}: expected 1 or more photos")
         _ = self.own_corruption  # a wrong file leaves no run behind
         for name in SEVERAL:  # what is given twice is done once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from detguard import DetguardError
+from detguard import DetguardError, defaults
 from detguard.data.ahead import ahead
 from detguard.data.dataset import Dataset
 from detguard.detections import Detections
@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 LOWEST_CONFIDENCE = 0.001
 # Boxes that a user would see.
 SHOWN_CONFIDENCE = 0.25
-BATCH = 8
 # From how many altered photos on processes make them, how many at most, what one takes for each pixel, and how long.
 MANY, MOST_WORKERS, PIXEL_BYTES, PATIENCE = 64, 16, 256, 3600.0
+# Photos that a process that alters them has at hand, each to be altered in many ways.
+READ = 8
 # What photos that are made ahead may take in all, and how far these processes stand back behind the model.
 AHEAD_BYTES, NICENESS = 512 << 20, 10
 # Fog and frost make squares of the longer side, fog of the next power of two: by the longest, 4 GiB.
@@ -53,13 +54,17 @@ FOG_BYTES, LONGEST_SIDE = 14, 1 << 14
 
 @dataclass(eq=False)
 class Subject:
-    """One detector on one data set, with its name in tables; category_ids: the detector's class index -> category."""
+    """One detector on one data set, with its name in tables.
+
+    category_ids: the detector's class index -> category; batch: photos that go through it together.
+    """
 
     name: str
     detector: Detector
     dataset: Dataset
     category_ids: dict[int, int]
     cache: Cache
+    batch: int = defaults.Evaluate.batch
 
     @cached_property
     def state(self) -> list[object]:
@@ -127,7 +132,8 @@ class Subject:
                 self.dataset.drop(image, f"{self.dataset.files[image]}: {error}")
             else:
                 shapes.setdefault(frame, []).append(image)
-        return [ids[i : i + BATCH] for _, ids in sorted(shapes.items()) for i in range(0, len(ids), BATCH)]
+        batch = self.batch
+        return [ids[i : i + batch] for _, ids in sorted(shapes.items()) for i in range(0, len(ids), batch)]
 
 
 @dataclass
@@ -385,7 +391,7 @@ def bytes_of(height: int, width: int) -> int:
     return max(PIXEL_BYTES * height * width, FOG_BYTES * 4 ** math.ceil(math.log2(max(height, width))))
 
 
-@lru_cache(BATCH)
+@lru_cache(READ)
 def _read(file: Path, sha256: str) -> Photo:
     return read_photo(file, sha256)
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from detguard import defaults
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.metrics import Figure
-from detguard.evaluation.views import BATCH, LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.validation import STEPS, Entry, file_of
 from detguard.photos import Photo, PhotoError, read_photo
 from detguard.runs import Run
@@ -111,6 +112,7 @@ def judge(
 def _attacked(detector: Detector, labelled: Sequence[Labelled], eps: int, on_step: Callable[[], None]) -> list[Photo]:
     """The photos after PGD on the whole training loss, as `detguard evaluate` attacks them."""
     known = {index for one in labelled for index in (detector.class_names if one.known is None else one.known)}
-    objective, options = attack_objective("all", sorted(known), detector), pgd_options(eps, STEPS, BATCH)
+    objective = attack_objective("all", sorted(known), detector)
+    options = pgd_options(eps, STEPS, defaults.Evaluate.batch)
     photos = ((str(i), read_photo(one.file), one.objects) for i, one in enumerate(labelled))
     return attacked(detector, photos, objective, options, lambda _: on_step())

@@ -63,6 +63,7 @@ def strength(detectors: Sequence[Detector], steps: int | None, restarts: int | N
 def load_subjects(
     detectors: Sequence[Detector],
     source: Config,
+    batch: int,
     on_warning: Callable[[str], object] = warnings.warn,
     cache: Path = DEFAULT,
     on_data: OnData = warn_of,
@@ -70,7 +71,8 @@ def load_subjects(
 ) -> list[Subject]:
     """The detectors on the data set that a run's config names, each with a name of its own.
 
-    on_warning: called with what is no error; on_data: called with what was wrong with the data; ranks: share the cache.
+    batch: photos that go through a detector together; on_warning: called with what is no error; on_data: called with
+    what was wrong with the data; ranks: share the cache.
     """
     images = Path(source["images"]) if source["images"] else None
     known = (name for one in detectors for name in one.class_names.values())
@@ -95,7 +97,7 @@ def load_subjects(
                 f"{name}: its NMS is inside, at a confidence of {least:g} or so: what is less sure is missing from its "
                 "AP; compare it with none that was exported without"
             )
-        subjects.append(Subject(name, detector, dataset, ids, kept))
+        subjects.append(Subject(name, detector, dataset, ids, kept, batch))
     on_data(dataset.name, dataset.warnings)
     if len({tuple(sorted(s.category_ids.values())) for s in subjects}) > 1:
         counts = ", ".join(f"{s.name} {len(s.category_ids)}" for s in subjects)
@@ -136,7 +138,7 @@ def evaluate(
             the working folder.
         on_progress: called with what is being shown and how many forward passes are done.
         **protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
-            `seed`, `patch`, `patch_target`, `patch_size`, `universal`, `corruptions`, `corruption_file`,
+            `seed`, `batch`, `patch`, `patch_target`, `patch_size`, `universal`, `corruptions`, `corruption_file`,
             `save_images`.
 
     Raises:
@@ -172,7 +174,7 @@ def evaluate(
         "arguments": [],
     }
     config = check(config, partly(CONFIGS["evaluate"]))
-    subjects = load_subjects(detectors, config["data"], cache=Path(cache))
+    subjects = load_subjects(detectors, config["data"], wanted.batch, cache=Path(cache))
     known = subjects[0].dataset.warnings[LOST].total
     for subject in subjects:
         check_pictures(subject, wanted.patches(subject.detector))

@@ -12,6 +12,7 @@ import albumentations as A
 import program
 import pytest
 import torch
+import yaml
 from program import Started, refusal
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -20,7 +21,7 @@ from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.evaluation.metrics import read_metrics
 
-OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5)
+OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5, "--batch", 3)
 OPTIONS += ("--corruptions", "fog,contrast", "--corruption-file", "OWN", "--save-images")
 ALL = ("--protocols", "clean,corruptions,attack,transfer,blackbox,checks")
 detguard = partial(program.detguard, columns=250)
@@ -45,6 +46,7 @@ def done(tmp_path_factory, tiny_data):
 def test_metrics_hold_every_protocol_of_every_model(done):
     folder, _ = done
     metrics = json.loads((folder / "run/metrics.json").read_text())
+    assert yaml.safe_load((folder / "run/config.yaml").read_text())["evaluate"]["batch"] == 3
     assert list(metrics) == ["detguard-n", "detguard-n#2"]
     assert read_metrics(folder / "run/metrics.json") == metrics
     for found in metrics.values():

@@ -252,6 +252,19 @@ def test_evaluation_gives_the_metrics_that_it_writes(bundled, small, tmp_path):
     assert metrics == json.loads((tmp_path / "run/metrics.json").read_text())
 
 
+@pytest.mark.parametrize(("options", "most"), [({}, 2), ({"batch": 1}, 1)])
+def test_an_evaluation_shows_so_many_photos_of_one_shape_together(
+    bundled, tiny_data, tmp_path, monkeypatch, options, most
+):
+    shown, candidates = [], type(bundled).candidates
+    monkeypatch.setattr(
+        type(bundled), "candidates", lambda self, frames: shown.append(len(frames)) or candidates(self, frames)
+    )
+    options |= {"protocols": ("attack",), "attacks": ("vanish",), "steps": 1, "cache": tmp_path / "c.sqlite"}
+    detguard.evaluate(bundled, tiny_data, **options)
+    assert max(shown) == most
+
+
 def test_an_evaluation_warns_of_photos_that_turn_out_unreadable(bundled, small, tmp_path):
     whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
     for path in (whole, cut):
