@@ -3,7 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,40 +14,49 @@ OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", 
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The folder of packages that a wheel was installed into, and nothing else was."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
-    subprocess.run(build, check=True, capture_output=True)
+def programs(tmp_path_factory):
+    """The programs of a new environment: detguard by the wheel of its sdist, beside what it needs."""
+    folder = tmp_path_factory.mktemp("package")
+
+    def run(*command, cwd=folder):
+        subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, check=True, capture_output=True)
+
+    run("hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT)
+    (sdist,) = folder.glob("detguard-*.tar.gz")
+    run("pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist)
     (wheel,) = folder.glob("detguard-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site"
+    run("venv", "--without-pip", "venv")
+    run("pip", "--python", folder / "venv", "install", "--no-deps", "--no-index", wheel)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    # What lies there alone, and not this checkout, which a .pth there names.
+    (packages / "needed.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "venv/bin"
 
 
-def run(site, *command):
-    """What Python says of a command, with the packages of the wheel before those of this checkout."""
+def run(program, *arguments):
+    """What a program prints, outside of the checkout and without a network."""
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=site, env=os.environ | OFFLINE, check=True, capture_output=True, text=True,
+        [program, *map(str, arguments)],
+        cwd=program.parents[2], env=os.environ | OFFLINE, check=True, capture_output=True, text=True,
     )  # fmt: skip
     return done.stdout
 
 
-def test_the_wheel_brings_the_bundled_detector(site):
-    names = {str(file.relative_to(site)) for file in site.rglob("*")}
+def test_the_wheel_brings_the_bundled_detector(programs):
+    show = "import detguard as d, detguard.files as f; print(f.shipped('weights'), d.load_detector().class_names[0])"
+    folder, _, name = run(programs / "python", "-c", show).splitlines()[-1].rpartition(" ")
+    site = Path(folder).parents[1]
+    assert site.is_relative_to(programs.parent)
+    assert name == "person"
+    names = {str(file.relative_to(site)) for file in (site / "detguard").rglob("*")}
     assert {"detguard/weights/detguard-n.safetensors", "detguard/weights/detguard-n.json"} <= names
     assert {"detguard/reports/report.html.j2", "detguard/datasets/coco128.yaml", "detguard/py.typed"} <= names
     assert not any(name.endswith(".pt") for name in names)
-    show = "import detguard as d, detguard.files as f; print(f.shipped('weights'), d.load_detector().class_names[0])"
-    folder, _, name = run(site, "-c", show).splitlines()[-1].rpartition(" ")
-    assert Path(folder) == site / "detguard" / "weights"
-    assert name == "person"
 
 
-def test_the_wheel_attacks_and_evaluates_offline_and_its_pages_open(site, bus_file, tmp_path):
+def test_the_wheel_attacks_and_evaluates_offline_and_its_pages_open(programs, bus_file, tmp_path):
     attack = ("attack", bus_file, "--target", "person", "--eps", "8", "--imgsz", "320", "--out", tmp_path / "attack")
-    assert "1 of 1 photos fooled" in run(site, "-m", "detguard", *attack)
+    assert "1 of 1 photos fooled" in run(programs / "detguard", *attack)
     found = json.loads((tmp_path / "attack/results.jsonl").read_text())["clean"]
     width, height = 810, 1080
     boxes = [one["box"] for one in found if one["class"] == "person"]
@@ -62,7 +71,7 @@ def test_the_wheel_attacks_and_evaluates_offline_and_its_pages_open(site, bus_fi
     (tmp_path / "data.json").write_text(json.dumps(data))
     asked = ("--images", bus_file.parent, "--protocols", "clean,attack", "--attacks", "vanish", "--steps", "3")
     made = ("--imgsz", "320", "--out", tmp_path / "evaluate")
-    assert "AP 1.000 clean" in run(site, "-m", "detguard", "evaluate", "--data", tmp_path / "data.json", *asked, *made)
+    assert "AP 1.000 clean" in run(programs / "detguard", "evaluate", "--data", tmp_path / "data.json", *asked, *made)
     if (chromium := shutil.which("chromium")) is None:
         pytest.skip("needs Debian's chromium")
     for name, said in {"attack": "fooled", "evaluate": "AP"}.items():
