@@ -30,6 +30,8 @@ ROUNDS, STEPS = 2, 5
 MOST_ASKED = 4 * MAX_DETECTIONS
 # Batches by which new kinds are told from known ones; all are gone through once, and once for each attack.
 BATCHES = 16
+# Old frames that are corrupted, and look newer than so many of the new ones, are of the new kind themselves.
+ALIKE = 0.1
 # Of known frames, attacked or not, so many shall be given to new experts with a weight of no more than e^-3; of new
 # ones half with at least 1 - e^-3, where a slope of up to so many times that of the regression does it.
 SURE, UNASKED, STEEPEST = 0.98, 3.0, 10.0
@@ -51,8 +53,8 @@ def fit_kinds(
     that threshold. Several experts differ a little, or all would learn the same.
 
     pairs: BATCHES of new frames and of old ones. Old ones are known but for those whose corruption takes from `before`
-    more than half of what the new kind does: what it was shown and has not learned is no loss. on_share: called with
-    the share that is over; returns True to stop.
+    more than half of what the new kind does: what it was shown and has not learned is no loss; and for those whose
+    corruption is the new kind, or looks like it. on_share: called with the share that is over; returns True to stop.
 
     Raises:
         KeyboardInterrupt: `on_share` returned True.
@@ -64,7 +66,8 @@ def fit_kinds(
             raise KeyboardInterrupt
 
     count = len(network.names) - len(before.names)
-    new, harm_of_new, old, harm, harm_of_clean = [], [], list[Tensor](), list[Tensor](), list[Tensor]()
+    new, harm_of_new, harm_of_clean = list[Tensor](), list[Tensor](), list[Tensor]()
+    old, seen, harm, hard = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for done, (fresh, replayed) in enumerate(pairs, 1):
             new.append(network.kind_features(fresh.shown))
@@ -72,18 +75,21 @@ def fit_kinds(
                 clean = setting.run(before, replayed.clean)[0]
                 labels = answers(replayed, clean)
                 old.append(replayed.shown)
+                seen.append(network.kind_features(replayed.shown))
+                hard.append(torch.arange(len(replayed.shown), device=replayed.shown.device) < replayed.hard)
                 harm_of_new.append(label_loss(setting.run(before, fresh.shown)[0], fresh.labels))
                 harm.append(label_loss(setting.run(before, replayed.shown)[0], labels))
                 harm_of_clean.append(label_loss(clean, labels))
             over(0, done, BATCHES)
-    known = list[Tensor]()
+    x = torch.cat(new)
+    known, features = list[Tensor](), list[Tensor]()
     if old:
         most = (torch.cat(harm_of_new).median() - torch.cat(harm_of_clean).median()).clamp(min=0) / 2
-        known = [f[shown - clean <= most] for f, shown, clean in zip(old, harm, harm_of_clean, strict=True)]
-        known = [frames for frames in known if len(frames)]
-    with torch.no_grad():
-        features = [network.kind_features(frames) for frames in known]
-    x = torch.cat(new)
+        less = [shown - clean <= most for shown, clean in zip(harm, harm_of_clean, strict=True)]
+        unlike = _unlike(network, count, x, seen, hard)
+        kept = [one & other for one, other in zip(less, unlike, strict=True)]
+        known = [frames[rows] for frames, rows in zip(old, kept, strict=True) if rows.any()]
+        features = [found[rows] for found, rows in zip(seen, kept, strict=True) if rows.any()]
     weight, bias = _told_apart(network, count, x, features)
     for number in range(ROUNDS if known else 0):
         on_done = partial(over, 1 + number)
@@ -108,6 +114,22 @@ def fit_kinds(
         spread = SPREAD * (count > 1) * torch.randn(count, len(weight), device=weight.device)
         kinds.weight[-count:] = weight + spread * weight.std()
         kinds.bias[-count:] = bias - math.log(count)
+
+
+def _unlike(
+    network: GatedNetwork, count: int, new: Tensor, seen: Sequence[Tensor], hard: Sequence[Tensor]
+) -> list[Tensor]:
+    """Which old frames are not of the new kind, bool [B] of each batch: clean ones all, corrupted ones by their looks.
+
+    Else a single frame in fog among the old ones would be the newest of all, and keep photos in fog from new experts.
+    """
+    clean = [found[~rows] for found, rows in zip(seen, hard, strict=True)]
+    if not sum(map(len, clean)):
+        return [torch.ones_like(rows) for rows in hard]
+    weight, bias = _told_apart(network, count, new, clean)
+    least = _kind_logit(network, count, new, weight, bias).quantile(ALIKE)
+    newness = [_kind_logit(network, count, found, weight, bias) for found in seen]
+    return [~rows | (found < least) for found, rows in zip(newness, hard, strict=True)]
 
 
 def answers(batch: Batch, clean: Candidates) -> list[Labelled]:

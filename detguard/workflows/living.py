@@ -341,7 +341,9 @@ class Living(Deployment):
         count = 1 + sum(e["event"] == "adapting" for e in self.events)
         folder = f"adapted/{count:03d}"
         new, known = self._photos(began, number), [one["number"] for one in self._photos(1, began - 1)]
-        drawn = [n for n in self.reservoir if n < began]
+        # When it began is an estimate, and few photos of the new kind among old ones keep new experts from being asked.
+        known = known[: -self.run.config["monitor"]["window"] // 2] or known
+        drawn = [n for n in self.reservoir if n in set(known)]
         # Where the reservoir has since taken in new ones, recent ones make up for them.
         drawn += [n for n in np.random.default_rng(count).permutation(known).tolist() if n not in set(drawn)]
         replayed = [self.seen[n] for n in sorted(drawn[: self.options["keep"]])]

@@ -28,7 +28,7 @@ from detguard.hardening.adapt import (
     set_aside,
 )
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.kinds import answers
+from detguard.hardening.kinds import answers, fit_kinds
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
 from detguard.hardening.validation import _has_samples, hold_out
@@ -141,6 +141,21 @@ def test_the_gate_asks_the_new_expert_about_new_photos_and_old_ones_about_the_re
     with torch.no_grad():
         shares = [network(next(batches(s, 6, 128, 5, 0, 1)).shown)[1].softmax(1)[:, 3].mean() for s in (new, old)]
     assert shares[0] > 0.5 > 0.4 > shares[1]
+
+
+def test_old_photos_corrupted_as_the_new_ones_are_do_not_keep_these_from_the_new_expert(network, old, new, tmp_path):
+    before = copy.deepcopy(network)
+    grow(network, PLAN, new, SETTING, Run(tmp_path, {}))
+
+    def pairs():
+        for fresh, known in zip(batches(new, 6, 128, 1, 0, 4), batches(old, 6, 128, 2, 0, 4), strict=True):
+            shown = torch.cat([known.clean[:1] * 0.08, known.clean[1:]])  # dark, but not too dark for what there was
+            yield fresh, replace(known, shown=shown, hard=1)
+
+    fit_kinds(network, before, pairs(), Adversary(1.0), SETTING)
+    with torch.no_grad():
+        shares = [network(next(batches(s, 6, 128, 5, 0, 1)).shown)[1].softmax(1)[:, 3].mean() for s in (new, old)]
+    assert shares[0] > 0.7 > 0.1 > shares[1]
 
 
 def test_stopped_and_resumed_it_gives_the_same_weights(network, train, tmp_path):

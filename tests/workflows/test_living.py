@@ -503,3 +503,12 @@ def test_no_photo_of_the_new_kind_is_replayed_as_an_old_one(tmp_path, bundled):
     )
     assert old == [1, 2, 3, 4]
     assert min(new) == 5
+
+
+def test_photos_just_before_a_drop_which_may_be_of_the_new_kind_are_not_replayed_either(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    for number in range(1, 18):
+        show(living, number, began=11 if number == 15 else None)
+    lines = (tmp_path / "adapted/001.replay.jsonl").read_text().splitlines()
+    assert len(lines) == KEEP
+    assert max(int(Path(json.loads(line)["photo"]).stem) for line in lines) <= 6
