@@ -414,6 +414,8 @@ class GatedDetector(Detector):
     @override
     def candidates(self, frames: Tensor) -> Candidates:
         raw, gate = self.model(frames, self.route)
+        if len(self.model.names) == 1:
+            return decode(self.model.head, raw, gate)
         if self.route is None:
             experts = self.model.log_weights(gate).exp()
         else:

@@ -472,10 +472,10 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int, title: str) 
         if worst is None or seen.loss > worst.loss:
             worst, whose = seen, subject.name
         before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, marked(seen.objects, seen.clean, names))
-        heaviest = [
-            _heaviest(found, subject.detector.experts) for found in (seen.clean, seen.after) if found is not None
-        ]
-        weighed = f"most weight: {', then '.join(heaviest)}" if subject.detector.experts else ""
+        weighed = ""
+        if experts := subject.detector.experts:
+            heaviest = [_heaviest(found, experts) for found in (seen.clean, seen.after) if found is not None]
+            weighed = f"most weight: {', then '.join(heaviest)}"
         name = "; ".join(part for part in (subject.name if len(pairs) > 1 else "", weighed) if part)
         if view is None or seen.after is None:
             there = panel(f"labelled: {_count(seen.objects)}", photo, of_labels(seen.objects, names))

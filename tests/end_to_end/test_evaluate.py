@@ -202,6 +202,19 @@ def test_compare_shows_runs_side_by_side(done):
     assert "attacked AP" not in last["difference"]
 
 
+def test_a_hardened_network_of_one_expert_is_evaluated_as_any_detector(tmp_path, tiny_data, bundled_model):
+    network = GatedNetwork(fused(bundled_model), 11, ["adversarial"])
+    card = {"architecture": "yolo11n.yaml", "classes": list(bundled_model.names.values()), "imgsz": 320}
+    save_gated(network, card, tmp_path / "one.safetensors")
+    options = ("--protocols", "clean,attack", "--attacks", "vanish", "--steps", 1, "--restarts", 1, "--out", "run")
+    result = detguard("evaluate", "--model", "one.safetensors", "--data", tiny_data, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert "gate" not in metrics["one"]
+    assert list(metrics["one"]["attack"]["budgets"]["4"]["attacks"]) == ["worst", "vanish-0"]
+    assert "most weight" not in (tmp_path / "run/report.html").read_text()
+
+
 def test_compare_names_a_run_that_is_not_done(done, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(done[0] / "run/config.yaml", tmp_path / "run")
