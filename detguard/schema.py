@@ -374,7 +374,14 @@ SHOWN: dict[str, Shape] = {
 SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1)}
 TRAINED: dict[str, Shape] = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
-VALIDATED: dict[str, Shape] = {"stage": text, "batch": whole(0), "attacked": measured, "clean": measured}
+VALIDATED: dict[str, Shape] = {
+    "stage": text,
+    "batch": whole(0),
+    "attacked": measured,
+    "clean": measured,
+    "AP50 attacked?": real(0, 1),
+    "AP50 clean?": real(0, 1),
+}
 SET_BACK: dict[str, Shape] = {"stage": text, "batch": whole(0), "diverged": whole(1), "setbacks": whole(1)}
 LEARNT: dict[str, Shape] = {"stage": text, "batch": whole(1), "photos": whole(1), "loss": measured}
 FIGURES: dict[str, Shape] = {"*": {"*": Maybe(real())}}

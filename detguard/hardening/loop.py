@@ -67,12 +67,14 @@ class Validate:
     """Now and then, how good the average of the weights is on photos that nothing is learned from.
 
     every: batches between; losses: this rank's summands of what is recorded, whose sum chooses the best weights: of
-    attacked photos alone, chance would choose among weights that are as robust; start: whether those that a training
-    starts from are among these, as where they are robust already.
+    attacked photos alone, chance would choose among weights that are as robust, and AP of few photos is rough; and what
+    was found in this rank's photos; figures: of what was found in all; start: whether those that a training starts from
+    are among these, as where they are robust already.
     """
 
     every: int
-    losses: Callable[[], dict[str, Tensor]]
+    losses: Callable[[], tuple[dict[str, Tensor], list[Any]]]
+    figures: Callable[[list[Any]], dict[str, float]] = lambda _: {}
     start: bool = False
 
 
@@ -281,14 +283,15 @@ def _next(batches: Iterator[Shown], files: "Checkpoints", at: Progress) -> Shown
 
 
 def _judge(validate: "Validate", files: "Checkpoints", at: Progress) -> None:
-    """Validate the average, record its losses, and keep it if it is the best so far."""
+    """Validate the average, record what is told, and keep it if it is the best so far."""
     files.average.swap()
-    losses = validate.losses()
+    losses, found = validate.losses()
     values = files.ranks.total(torch.stack(list(losses.values()))).tolist()
     if math.isfinite(sum(values)) and sum(values) < at.best:
         at.best, at.kept = sum(values), [p.detach().clone() for p in files.average.parameters]
     files.average.swap()
-    files.log.note(at.number, {name: round(value, 4) for name, value in zip(losses, values, strict=True)})
+    told = dict(zip(losses, values, strict=True)) | validate.figures(files.ranks.gathered(found))
+    files.log.note(at.number, {name: round(value, 4) for name, value in told.items()})
 
 
 def _back(files: "Checkpoints", at: Progress, loss: float) -> Progress:

@@ -25,7 +25,7 @@ from detguard.hardening.members import parse_members
 from detguard.hardening.memory import check_memory
 from detguard.hardening.recipes import RECIPES, Recipe
 from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL, Setting, Stage, learned_parameters, train_stage
-from detguard.hardening.validation import Validation
+from detguard.hardening.validation import Validation, figures
 from detguard.runs import Run
 from detguard.schema import CONFIGS, check, partly
 
@@ -404,7 +404,8 @@ def harden(
 
         if every := held.every(stage, setting, passes(stage, setting.size)):
             start = again and stage.name == "adversarial"  # which may only lose, where they are robust already
-            validate = Validate(every, partial(held.losses, network, undefended, stage, setting), start)
+            losses = partial(held.losses, network, undefended, stage, setting)
+            validate = Validate(every, losses, figures, start)
         log = BatchLog(run, stage.name, stage.number, setting.batch, ranks)
         shown = first if stage.learn == MAPS and first else source
         train_stage(network, undefended, shown, stage, setting, checkpoint, on_stage, log, validate, samples)

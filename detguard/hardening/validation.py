@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from torch import Tensor
 from detguard import DetguardError
 from detguard.data.sources import attack_run
 from detguard.data.stream import Labelled
+from detguard.detections import Detections, suppress
+from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
+from detguard.evaluation.coco import metrics_of_photos
+from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import LOG_EVERY
 from detguard.hardening.losses import MAPS, Goal
@@ -28,6 +32,8 @@ HELD_OUT, ONE_IN = 32, 20
 STEPS, SHARE = 10, 0.03
 # What its records hold of each stage: the losses under attack, by which the best weights are chosen, and without.
 ATTACKED, CLEAN = "attacked", "clean"
+# And how much of what is there is found.
+AP50 = {ATTACKED: "AP50 attacked", CLEAN: "AP50 clean"}
 
 Entry = TypeVar("Entry", Path, Labelled)
 
@@ -60,6 +66,26 @@ def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     held = set(distinct[: min(HELD_OUT, len(distinct) // ONE_IN)])
     first = {name: photo for name, photo in zip(reversed(names), reversed(photos), strict=True) if name in held}
     return [photo for name, photo in zip(names, photos, strict=True) if name not in held], list(first.values())
+
+
+class Found(NamedTuple):
+    """What is there in a photo, by its number, and what was found in it, in pixels of the frame."""
+
+    number: int
+    there: Detections
+    attacked: Detections
+    clean: Detections
+
+
+def figures(found: Sequence[Found]) -> dict[str, float]:
+    """AP50 of some photos, attacked and clean; none where nothing is there."""
+    ordered = sorted(found, key=lambda one: one.number)
+    there = [one.there for one in ordered]
+    told = {
+        ATTACKED: metrics_of_photos(there, [one.attacked for one in ordered]).stats["AP50"],
+        CLEAN: metrics_of_photos(there, [one.clean for one in ordered]).stats["AP50"],
+    }
+    return {AP50[name]: value for name, value in told.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -101,11 +127,15 @@ class Validation:
         batches = len(self.frames) * (STEPS + 1) / (SHARE * setting.batch * passes)
         return LOG_EVERY * math.ceil(batches / LOG_EVERY)
 
-    def losses(self, network: GatedNetwork, teacher: GatedNetwork, stage: Stage, setting: Setting) -> dict[str, Tensor]:
-        """This rank's summands of the mean loss that the stage learns by, under PGD and without.
+    def losses(
+        self, network: GatedNetwork, teacher: GatedNetwork, stage: Stage, setting: Setting
+    ) -> tuple[dict[str, Tensor], list[Found]]:
+        """This rank's summands of the mean loss that the stage learns by, under PGD and without, and what was found.
 
-        teacher: the undefended detector as a network of one expert, shown clean photos.
+        teacher: the undefended detector as a network of one expert, shown clean photos. What it shows of these is what
+        is there, or what labels say where they are learned.
         """
+        shown: list[Found] = []
         ranks, adversary = setting.ranks, Adversary(stage.adversary.eps, STEPS)
         sums = {ATTACKED: torch.zeros((), device=ranks.device), CLEAN: torch.zeros((), device=ranks.device)}
         torch.manual_seed(setting.seed)  # of the noise
@@ -119,13 +149,22 @@ class Validation:
             clean = frames_tensor([self.frames[i] for i in rows], ranks.device)
             with torch.no_grad():
                 reference = setting.run(teacher, clean, 0)[0]
-            goal = Goal.of(stage.learn, reference, self.labels[rows.start : rows.stop : rows.step])
+            labels = self.labels[rows.start : rows.stop : rows.step]
+            goal = Goal.of(stage.learn, reference, labels)
 
             def harm(x: Tensor, goal: Goal = goal) -> Tensor:
                 return goal.loss(setting.run(network, x, stage.route)[0])
 
             moved = perturb(clean, harm, adversary, range(rows.start - start, end - start, ranks.count))
-            with torch.no_grad():
-                sums[ATTACKED] += harm(moved).sum() / len(self.frames)
-                sums[CLEAN] += harm(clean).sum() / len(self.frames)
-        return sums
+            found = dict[str, list[Detections]]()
+            for name, frames in ((ATTACKED, moved), (CLEAN, clean)):
+                with torch.no_grad():
+                    candidates = setting.run(network, frames, stage.route)[0]
+                    sums[name] += goal.loss(candidates).sum() / len(self.frames)
+                found[name] = suppress(candidates, LOWEST_CONFIDENCE, Detector.iou, multi_label=True)
+            there = suppress(reference, SHOWN_CONFIDENCE, Detector.iou)
+            for i, number in enumerate(rows):
+                known = Labelled(Path(), there[i]) if goal.assigned is None else labels[i]
+                attacked, unattacked = (known.counted(of_kind[i]) for of_kind in (found[ATTACKED], found[CLEAN]))
+                shown.append(Found(number, known.objects, attacked, unattacked))
+        return sums, shown

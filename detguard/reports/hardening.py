@@ -8,7 +8,7 @@ from detguard.evaluation.run import mean
 from detguard.hardening.judging import Judgement, judged_eps
 from detguard.hardening.recipes import RECIPES
 from detguard.hardening.run import Plan
-from detguard.hardening.validation import ATTACKED, CLEAN, ONE_IN, STEPS
+from detguard.hardening.validation import AP50, ATTACKED, CLEAN, ONE_IN, STEPS
 from detguard.reports.evaluation import number
 from detguard.reports.judged import before_after, judged_table
 from detguard.reports.page import Table, render_page
@@ -43,7 +43,7 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
     def best(stage: str) -> list[str]:
         of_stage = [record for record in validated if record["stage"] == stage]
         least = min(of_stage, key=lambda record: record[ATTACKED] + record[CLEAN], default=None)
-        return [str(least["batch"]), number(least[ATTACKED])] if least else ["", ""]
+        return [str(least["batch"]), number(least[ATTACKED]), number(least.get(AP50[ATTACKED]))] if least else [""] * 3
 
     # Going back further takes the records of earlier ones away, and counts them.
     setbacks = [max((r.get("setbacks", 0) for r in found if r["stage"] == stage), default=0) for stage in stages]
@@ -59,12 +59,15 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
         "clean photo, or by --learn that of labels."
     )
     if validated:
-        note += " Its weights are those that were best on photos held out, under PGD and without, at the batch named."
+        note += (
+            " Its weights are those whose losses were least on photos held out, under PGD and without, at the batch "
+            "named. AP50: of what the undefended detector shows there, or by --learn of labels; of few photos, rough."
+        )
     tables = [judged_before_after(judged)] if judged.photos else []
     tables.append(
         Table(
             "Stages",
-            ["stage", "batches", "photos/s", *EXPERTS, "best batch", "held out, attacked", "went back"],
+            ["stage", "batches", "photos/s", *EXPERTS, "best batch", "held out, attacked: loss", "AP50", "went back"],
             rows,
             note,
         )
@@ -72,6 +75,8 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
     made = {"Losses": training_plot(records)} if records else {}
     if validated:
         made["On photos held out, under PGD and without"] = training_plot(validated, (ATTACKED, CLEAN))
+    if found_in := [record for record in validated if AP50[ATTACKED] in record]:
+        made["AP50 of photos held out, under PGD and without"] = training_plot(found_in, tuple(AP50.values()), "AP50")
     experts = Plan(**run.config["harden"]).experts
     shares = {
         kind: [at_end("joint", f"gate {kind} {i}") or 0.0 for i in range(len(experts))]

@@ -208,8 +208,8 @@ def gate_plot(experts: list[str], shares: dict[str, list[float]]) -> str:
         return _svg(figure)
 
 
-def training_plot(records: list[Record], kinds: Sequence[str] = EXPERTS) -> str:
-    """Losses of all stages of a training over its batches, one panel per stage, a line per kind of photos."""
+def training_plot(records: list[Record], kinds: Sequence[str] = EXPERTS, what: str = "loss") -> str:
+    """Losses, or what else, of all stages of a training over its batches: a panel per stage, a line per kind."""
     stages = list(dict.fromkeys(record["stage"] for record in records))
     with _figure(max(5.0, min(3.4 * len(stages), 14)), 3.6) as figure:
         row = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
@@ -226,7 +226,7 @@ def training_plot(records: list[Record], kinds: Sequence[str] = EXPERTS) -> str:
             axis.set_xlim(0, 1.05 * max(1, *(record["batch"] for record in of_stage)))
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         row[0].set_ylim(0, 1.05 * row[0].get_ylim()[1])
-        row[0].set_ylabel("loss")
+        row[0].set_ylabel(what)
         _legend(figure)
         return _svg(figure)
 

@@ -207,6 +207,8 @@ def assert_what_was_held_out_is_judged(result, run, bundled):
     assert told in result.stdout
     assert told in (run / "report.html").read_text()
     assert [r["batch"] for r in records(run) if "loss" in r] == [1, 2, 3]
+    assert all(0 <= r["AP50 attacked"] <= r["AP50 clean"] <= 1 for r in records(run) if "attacked" in r)
+    assert "AP50 of photos held out, under PGD and without" in (run / "report.html").read_text()
     job = Hardening.resume(run, ALONE)
     job.load(1)
     (held,) = job.held_out

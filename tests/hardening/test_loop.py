@@ -154,7 +154,7 @@ def test_the_best_average_on_photos_held_out_is_what_a_stage_ends_at(run):
     told = iter([3.0, 1.0, 2.0])
 
     def losses():
-        return {"attacked": torch.tensor(next(told)), "clean": torch.tensor(0.0)}
+        return {"attacked": torch.tensor(next(told)), "clean": torch.tensor(0.0)}, []
 
     last = trained(run, validate=Validate(LOG_EVERY, losses))
     assert [(r["batch"], r["attacked"]) for r in run.records() if "attacked" in r] == [(20, 3), (40, 1), (LAST, 2)]
@@ -336,7 +336,7 @@ def test_after_a_setback_the_same_batch_is_learned_at_half_the_rate(run, monkeyp
 def test_a_resumed_stage_ends_at_the_best_weights_seen_before_it_stopped(run):
     def judged(*told):
         left = iter(told)
-        return Validate(LOG_EVERY, lambda: {"attacked": torch.tensor(next(left)), "clean": torch.tensor(0.0)})
+        return Validate(LOG_EVERY, lambda: ({"attacked": torch.tensor(next(left)), "clean": torch.tensor(0.0)}, []))
 
     whole = trained(run, validate=judged(1.0, 2.0, 3.0))
     run.keep([])
@@ -349,7 +349,7 @@ def test_a_resumed_stage_ends_at_the_best_weights_seen_before_it_stopped(run):
 def test_of_weights_that_are_as_robust_those_are_best_that_are_better_on_clean_photos(run):
     def ended(*told):
         left = iter(told)
-        losses = lambda: dict(zip(("attacked", "clean"), map(torch.tensor, next(left)), strict=True))  # noqa: E731
+        losses = lambda: (dict(zip(("attacked", "clean"), map(torch.tensor, next(left)), strict=True)), [])  # noqa: E731
         (run.folder / "last.pt").unlink(missing_ok=True)
         return trained(run, validate=Validate(LOG_EVERY, losses)).layer.weight
 
@@ -360,7 +360,8 @@ def test_of_weights_that_are_as_robust_those_are_best_that_are_better_on_clean_p
 def test_weights_that_a_training_starts_from_may_be_its_best(run):
     def judged(*told, start):
         left = iter(told)
-        return Validate(LOG_EVERY, lambda: {"attacked": torch.tensor(next(left)), "clean": torch.tensor(0.0)}, start)
+        losses = lambda: ({"attacked": torch.tensor(next(left)), "clean": torch.tensor(0.0)}, [])  # noqa: E731
+        return Validate(LOG_EVERY, losses, start=start)
 
     last = trained(run, validate=judged(1.0, 2.0, 3.0, 4.0, start=True))
     assert all(torch.equal(value, last.state_dict()[key]) for key, value in Network().state_dict().items())
@@ -368,6 +369,22 @@ def test_weights_that_a_training_starts_from_may_be_its_best(run):
     (run.folder / "last.pt").unlink()  # killed before there was one: it is judged again
     trained(run, validate=judged(4.0, 3.0, 2.0, 1.0, start=True))
     assert [r["attacked"] for r in run.records() if "attacked" in r] == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_figures_of_photos_held_out_are_told_and_choose_nothing(run):
+    left = iter([(1.0, 0.1), (2.0, 0.9), (3.0, 0.5)])
+
+    def losses():
+        loss, figure = next(left)
+        return {"attacked": torch.tensor(loss), "clean": torch.tensor(0.0)}, [figure]
+
+    at = trained(run, validate=Validate(LOG_EVERY, losses, lambda found: {"AP50 attacked": sum(found)}))
+    told = [(r["attacked"], r["AP50 attacked"]) for r in run.records() if "attacked" in r]
+    assert told == [(1.0, 0.1), (2.0, 0.9), (3.0, 0.5)]
+    (run.folder / "last.pt").unlink()
+    falling = iter([1.0, 2.0, 3.0])
+    alone = lambda: ({"attacked": torch.tensor(next(falling)), "clean": torch.tensor(0.0)}, [])  # noqa: E731
+    assert torch.equal(trained(run, validate=Validate(LOG_EVERY, alone)).layer.weight, at.layer.weight)
 
 
 def test_a_second_setback_goes_back_further(run):

@@ -10,7 +10,7 @@ from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import LOG_EVERY
 from detguard.hardening.losses import MAPS
 from detguard.hardening.train import Setting, Stage
-from detguard.hardening.validation import ATTACKED, CLEAN, HELD_OUT, ONE_IN, Validation, hold_out
+from detguard.hardening.validation import AP50, ATTACKED, CLEAN, HELD_OUT, ONE_IN, Validation, figures, hold_out
 from detguard.photos import read_photo
 from detguard.ranks import Ranks
 
@@ -44,7 +44,7 @@ def test_of_few_photos_at_most_one_in_twenty_is_held_out():
 
 
 def test_what_is_told_is_the_divergence_from_the_teacher_with_and_without_an_attack(held, networks):
-    told = held.losses(*networks, STAGE, SETTING)
+    told, _ = held.losses(*networks, STAGE, SETTING)
     assert len(held.frames) == 3
     assert told[CLEAN] == pytest.approx(0, abs=1e-4)
     assert told[ATTACKED] > 1
@@ -58,17 +58,35 @@ def test_where_labels_are_learned_they_are_what_photos_held_out_are_judged_by(ne
         objects = [replace(one, boxes=one.boxes + moved) for one in found]
         labelled = [Labelled(*pair) for pair in zip(files, [*objects, objects[0]], strict=True)]
         held = Validation.of(hold_out(labelled)[0], SETTING.size)
-        told.append({name: float(loss) for name, loss in held.losses(*networks, stage, SETTING).items()})
+        told.append({name: float(loss) for name, loss in held.losses(*networks, stage, SETTING)[0].items()})
     assert told[0][CLEAN] < 0.8 * min(told[1][CLEAN], told[0][ATTACKED])
 
 
 def test_several_processes_tell_the_same(held, networks):
-    alone = held.losses(*networks, STAGE, SETTING)
-    parts = [
-        held.losses(*networks, STAGE, Setting(batch=2, size=96, ranks=Ranks(rank=rank, count=2))) for rank in range(2)
-    ]
+    alone, found = held.losses(*networks, STAGE, SETTING)
+    several = [Setting(batch=2, size=96, ranks=Ranks(rank=rank, count=2)) for rank in range(2)]
+    parts, found_apart = zip(*(held.losses(*networks, STAGE, setting) for setting in several), strict=True)
     for name, value in alone.items():
         assert float(sum(part[name] for part in parts)) == pytest.approx(float(value), rel=0.02, abs=1e-4)
+    assert figures([*found_apart[0], *found_apart[1]]) == pytest.approx(figures(found), abs=0.02)
+
+
+def test_what_is_found_of_what_the_teacher_shows_is_told(held, networks):
+    told = figures(held.losses(*networks, STAGE, SETTING)[1])
+    assert told[AP50[CLEAN]] > 0.9  # it is the teacher itself
+    assert told[AP50[ATTACKED]] < 0.5 * told[AP50[CLEAN]]
+    assert figures([]) == {}
+
+
+def test_of_labels_those_classes_alone_are_judged_that_are_labelled(networks, bundled, bus_file):
+    (found,) = bundled.detect([read_photo(bus_file)], 0.3)
+    person = found[found.classes == 0]
+    told = []
+    for known in (None, (0,)):
+        held = Validation.of([Labelled(bus_file, person, known)], 320)
+        losses = held.losses(*networks, replace(STAGE, learn="labels"), Setting(batch=2, size=320))
+        told.append({int(c) for c in losses[1][0].clean.classes})
+    assert told[1] == {0} < told[0]
 
 
 def test_it_costs_a_few_per_cent_and_only_where_a_stage_is_attacked(held):
@@ -88,7 +106,7 @@ def test_photos_lie_in_frames_as_large_as_they_are_asked_for(held):
 def test_whole_frames_are_no_more_at_once_than_take_what_a_batch_of_crops_does(held, networks):
     sizes = list[int]()
     hook = networks[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    told = held.losses(*networks, replace(STAGE, size=64), Setting(batch=6, size=96))
+    told, _ = held.losses(*networks, replace(STAGE, size=64), Setting(batch=6, size=96))
     hook.remove()
     assert max(sizes) == 2  # of frames of 9/4 the area
     assert told[CLEAN] == pytest.approx(0, abs=1e-4)
