@@ -27,6 +27,7 @@ class MeanSparse(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.ramp = (HELD, FREE)  # part of what `state_hash` says
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("limit", torch.zeros(channels))
 
@@ -35,8 +36,9 @@ class MeanSparse(nn.Module):
         mean, limit = (value[:, None, None] for value in (self.mean, self.limit))
         with torch.no_grad():
             away = x - mean
-            slope = 1 / ((FREE - HELD) * limit.clamp(min=TINY))  # of a channel without a limit, nothing is held
-            held = (FREE / (FREE - HELD) - slope * away.abs()).clamp(0, 1) * away
+            slope = -1 / ((FREE - HELD) * limit.clamp(min=TINY))  # of a channel without a limit, nothing is held
+            # In place: these passes over memory are a quarter of the time of a small network.
+            held = away.abs().mul_(slope).add_(FREE / (FREE - HELD)).clamp_(0, 1).mul_(away)
         return x - held
 
 

@@ -19,8 +19,8 @@ from detguard.files import MAX_PHOTO, is_file
 from detguard.runs import versions
 
 DEFAULT = Path("runs/evaluate/cache.sqlite")
-# To be raised with every change of ours that changes what is found: attacks, corruptions, NMS.
-RESULTS = 12
+# To be raised with every change of ours that changes what is found: attacks, corruptions, NMS, layers, fusion.
+RESULTS = 13
 TABLE = "entries (key text primary key, value blob)"
 # Bytes of the digest before each blob, of a blob, and of packed detections.
 DIGEST = 16

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError
+from detguard.detectors import sparse
 from detguard.detectors.gated import GatedDetector, GatedNetwork
-from detguard.detectors.load import load_detector, save_gated
+from detguard.detectors.load import fused, load_detector, save_gated
 from detguard.detectors.sparse import FREE, HELD, MeanSparse
 
 
@@ -45,6 +46,15 @@ def network(bundled):
 @pytest.fixture
 def frames():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_its_ramp_is_part_of_what_a_detector_is(monkeypatch, bundled_model):
+    hashes = set()
+    for free in (FREE, FREE + 0.1):
+        monkeypatch.setattr(sparse, "FREE", free)
+        ensemble = GatedNetwork(fused(bundled_model), 11, sparse=(2,))
+        hashes.add(GatedDetector(ensemble, "a", 320).state_hash())
+    assert len(hashes) == 2
 
 
 def test_it_changes_the_robust_expert_alone_by_how_far_it_reaches(network, frames):

@@ -16,6 +16,7 @@ from detguard import DetguardError
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, Faults
 from detguard.detections import Candidates, Detections
+from detguard.detectors.load import load_detector
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.evaluation import cache
 from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, kept_photo
@@ -24,7 +25,18 @@ from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import coco_results, value_left
 from detguard.evaluation.run import Protocols, evaluate, measure_cost, transfers
 from detguard.evaluation.score import score
-from detguard.evaluation.views import Batch, Clean, Corrupted, Makers, Subject, View, fill, piped, results_of
+from detguard.evaluation.views import (
+    LOWEST_CONFIDENCE,
+    Batch,
+    Clean,
+    Corrupted,
+    Makers,
+    Subject,
+    View,
+    fill,
+    piped,
+    results_of,
+)
 from detguard.photos import encode_png, read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run
@@ -288,6 +300,19 @@ def test_attacks_on_other_labels_or_classes_are_made_anew_and_clean_photos_are_n
     assert len({QUICK.key(one, 11) for one in (subject, moved, fewer)}) == 3
     assert len({Transferred(one, QUICK).key(subject, 11) for one in (subject, moved)}) == 2
     assert Clean().key(moved, 11) == Clean().key(subject, 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [
+        ("detguard-n", [0.8001, 0.7049, 0.4049, 0.3693, 0.3013]),
+        ("detguard-n-hard", [0.7975, 0.6944, 0.5408, 0.3426, 0.2962]),
+    ],
+)
+def test_what_is_found_is_what_it_was_or_older_results_are_not_used(name, scores, bus):
+    """Where other weights are bundled, these figures are others; where they are the same, RESULTS is to be raised."""
+    (found,) = load_detector(name).detect([bus], LOWEST_CONFIDENCE, multi_label=True)
+    assert found.scores[:5].tolist() == pytest.approx(scores, abs=3e-4)
 
 
 def test_results_of_an_older_way_to_find_them_are_not_used(monkeypatch):
