@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import cv2
 import numpy as np
@@ -26,6 +26,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffTags import SHORT
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -220,7 +221,7 @@ def _nested(data: bytes) -> bool:
 
 
 def photo_size(file: str | Path) -> tuple[int, int]:
-    """Width and height of a photo as `read_photo` gives it, from its header alone.
+    """Width and height of a photo as `read_photo` gives it, from its header alone where that leaves no doubt.
 
     Raises:
         PhotoError: there is no readable image.
@@ -231,15 +232,53 @@ def photo_size(file: str | Path) -> tuple[int, int]:
             width, height = image.size
             if isinstance(image, TiffImageFile):  # newer Pillows turn its size, older ones do not
                 width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
-            # Asked for the EXIF of a PNG that has it behind its pixels, Pillow would decode the whole photo.
-            known = image.format != "PNG" or "exif" in image.info
-            exif = image.getexif() if known else Image.Exif()
-            if image.format == "JPEG":  # of which Pillow has looked for an orientation in XMP already
-                (exif := Image.Exif()).load(image.info.get("exif", b""))
-            turned = known and exif.get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
+            turned = _turned(image, stream)
     except FileError as error:
         raise PhotoError(str(error)) from error
+    if turned is None:
+        height, width, _ = read_photo(file).shape
+        return width, height
+    return (height, width) if turned else (width, height)
+
+
+def _turned(image: ImageFile, stream: BinaryIO) -> bool | None:
+    """Whether a photo lies on its side; None: only who decodes it knows, as readers disagree on such a header."""
+    if image.format == "PNG":  # which may have its EXIF behind its pixels
+        return None if "exif" in image.info or _has_chunk(stream, b"eXIf") else False
+    if image.format not in ("JPEG", "WEBP"):
+        return image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    told = _orientations(image.info.get("exif", b""))
+    if told is None or [of for of, _ in told] not in ([], [(SHORT, 1)]):
+        return None
+    return any(orientation in (5, 6, 7, 8) for _, orientation in told)
+
+
+def _has_chunk(stream: BinaryIO, kind: bytes) -> bool:
+    """Whether a PNG has a chunk of a kind."""
+    stream.seek(8)
+    while len(header := stream.read(8)) == 8:
+        if header[4:] == kind:
+            return True
+        stream.seek(int.from_bytes(header[:4]) + 4, io.SEEK_CUR)
+    return False
+
+
+def _orientations(exif: bytes) -> list[tuple[tuple[int, int], int]] | None:
+    """The orientations in EXIF, each with its type and count, of which 2.32 has one SHORT (4.6.2, 4.6.4); None: it is
+    not EXIF.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    if exif and exif[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(exif[at : at + size], order)
+
+    start = number(4, 4)
+    entries = [start + 2 + 12 * i for i in range(number(start, 2))]
+    of_tag = [at for at in entries if number(at, 2) == EXIF_ORIENTATION]
+    return [((number(at + 2, 2), number(at + 4, 4)), number(at + 8, 2)) for at in of_tag]
 
 
 def decode_photo(data: bytes | memoryview, file: str | Path = "photo") -> Photo:

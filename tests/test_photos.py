@@ -81,6 +81,36 @@ def test_the_size_in_the_header_is_that_of_the_photo(tmp_path, gradient_image, o
     assert photo_size(file) == read_photo(file).shape[1::-1]
 
 
+def exif_bytes(order, kind, count=1, orientation=6):
+    """EXIF of one entry, the orientation, of a type that may not be that of the specification."""
+    end = "<" if order == "II" else ">"
+    value = struct.pack(end + {1: "Bxxx", 3: "Hxx", 4: "I"}[kind], orientation)
+    entry = struct.pack(end + "HHI", 0x0112, kind, count) + value
+    return (b"II*\0" if order == "II" else b"MM\0*") + struct.pack(end + "IH", 8, 1) + entry + bytes(4)
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize("order", ["II", "MM"])
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("place", ["jpg", "webp", "png", "png, behind the pixels"])
+def test_where_readers_disagree_on_a_header_the_size_is_that_of_the_photo(
+    tmp_path, gradient_image, order, kind, count, place
+):
+    exif, stream = exif_bytes(order, kind, count), io.BytesIO()
+    if place == "png, behind the pixels":  # as ImageMagick writes it
+        gradient_image.save(stream, "PNG")
+        data, chunk = stream.getvalue(), b"eXIf" + exif
+        end = data.rindex(b"IEND") - 4
+        chunk = struct.pack(">I", len(exif)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        data = data[:end] + chunk + data[end:]
+    else:
+        gradient_image.save(stream, {"jpg": "JPEG"}.get(place, place.upper()), exif=b"Exif\0\0" + exif)
+        data = stream.getvalue()
+    file = tmp_path / f"a.{place[:4].rstrip(',')}"
+    file.write_bytes(data)
+    assert photo_size(file) == read_photo(file).shape[1::-1]
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_avif_files_are_read_upright(tmp_path, gradient_image, orientation):
     exif = Image.Exif()

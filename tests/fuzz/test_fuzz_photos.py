@@ -8,7 +8,6 @@ def test_photos(tmp_path, fuzz):
 
     def read(data):
         file.write_bytes(data)
-        height, width = read_photo(file).shape[:2]
-        assert photo_size(file) in ((width, height), (height, width))
+        assert read_photo(file).shape[1::-1] == photo_size(file)
 
     fuzz(odd_images(), read)
