@@ -184,10 +184,11 @@ class Detections:
         if detections.class_id is None:
             raise DetguardError("detections: have no class_id; expected supervision.Detections with classes")
         scores = np.ones(len(detections)) if detections.confidence is None else detections.confidence
+        best_first = np.argsort(-scores, kind="stable")
         return cls(
-            torch.tensor(detections.xyxy, dtype=torch.float32).reshape(-1, 4),
-            torch.tensor(scores, dtype=torch.float32),
-            torch.tensor(detections.class_id, dtype=torch.int64),
+            torch.tensor(detections.xyxy[best_first], dtype=torch.float32).reshape(-1, 4),
+            torch.tensor(scores[best_first], dtype=torch.float32),
+            torch.tensor(detections.class_id[best_first], dtype=torch.int64),
         )
 
 

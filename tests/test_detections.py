@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import supervision as sv
 import torch
@@ -119,6 +120,15 @@ def test_they_go_to_supervision_and_back(bus, bundled):
     kept = found.above(0.5)
     assert 0 < len(kept) == len(back)
     assert all(torch.equal(getattr(kept, name), getattr(back, name)) for name in ("boxes", "scores", "classes"))
+
+
+def test_those_of_supervision_come_best_first():
+    boxes = np.array([[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]])
+    found = sv.Detections(boxes, confidence=np.array([0.2, 0.9, 0.2]), class_id=np.arange(3))
+    back = Detections.from_supervision(found)
+    assert back.classes.tolist() == [1, 0, 2]
+    assert back.boxes[:, 3].tolist() == [2, 1, 3]
+    assert back.scores.tolist() == pytest.approx([0.9, 0.2, 0.2])
 
 
 def test_none_go_to_supervision_and_back():

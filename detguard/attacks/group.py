@@ -431,7 +431,8 @@ def _begin(
     original = torch.from_numpy(photo).to(victims[0].detector.device).float()
     seed = photo_seed(key, options.seed)
     x = budget.start(original, seed) if options.random_start else original
-    rule = options.moves(budget, original, options.length, options.most(len(members)), options.momentum, seed)
+    asked = len(members) + _looks(victims, transforms)
+    rule = options.moves(budget, original, options.length, options.most(asked), options.momentum, seed)
     x = rule.begin(x)
     rng = np.random.default_rng(seed)
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
@@ -442,6 +443,11 @@ def _begin(
     return Attempt(
         key, photo, found, original, x, rule, rng, members, aims, losses=losses, enough=enough, in_turn=in_turn
     )
+
+
+def _looks(victims: Sequence[Victim], transforms: Sequence[Transform]) -> int:
+    """How often detectors are shown a copy of the clean photo at every draw, to compare with that."""
+    return sum(victim.objective.compares for victim in victims) * sum(transform.random for transform in transforms)
 
 
 def _draw(attempt: Attempt, transforms: Sequence[Transform], conf: float) -> None:
@@ -470,6 +476,7 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     sure = 1 - (1 - options.conf) * (1 - options.margin)
     for attempt in attempts:
         _draw(attempt, transforms, options.conf)
+        attempt.queries += _looks([member.victim for member in attempt.members[:: attempt.group]], transforms)
     shown = [attempt.levels for attempt in attempts]
     evaluated = [(i, number) for i, attempt in enumerate(attempts) for number in attempt.evaluated]
     members = [(attempts[i].members[number], shown[i]) for i, number in evaluated]

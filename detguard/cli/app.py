@@ -231,7 +231,8 @@ def main() -> None:
         if stopped:  # which libraries make errors of: an import cut short, weights that seem damaged
             show_error("stopped")
             sys.exit(STOPPED)
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # of torch, of Python and NumPy
+        # Of torch on GPUs, of Python and NumPy; of torch on CPUs, it is one of many.
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error):
             show_error(f"out of memory ({first_line(error)}); try a smaller `batch` or `imgsz`, or smaller photos")
         elif isinstance(error, DetguardError):
             show_error(str(error), of_all=not error.told)

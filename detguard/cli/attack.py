@@ -1,6 +1,7 @@
 """`detguard attack`, `detect` and `verify`: parse, call, show."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -598,7 +599,8 @@ def verify(
         else:
             records.append(record)
             if as_json:
-                print(json.dumps(record))
+                used = record["used"]  # without bound where it changed what it must not
+                print(json.dumps(record | {"used": used if math.isfinite(used) else None}))
     if without:
         show_warning(f"{without} photos left out: {detector.name} finds no target in them before the attack")
     if records:

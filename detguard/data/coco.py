@@ -5,7 +5,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from detguard.data.entries import LOST, DataError, Faults, Image, Instances, annotation, clip, inside, upright_size
+from detguard.data.entries import (
+    CROWDED,
+    LOST,
+    MOST_OBJECTS,
+    DataError,
+    Faults,
+    Image,
+    Instances,
+    annotation,
+    clip,
+    inside,
+    upright_size,
+)
 from detguard.files import MAX_ANNOTATIONS, FileError, JsonObject, read_json
 from detguard.photos import MAX_PIXELS
 
@@ -39,6 +51,7 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
     known = {c["id"] for c in categories}
     found: Instances = {"images": images, "annotations": [], "categories": []}
     found["categories"] = [{"id": c["id"], "name": c["name"]} for c in categories]
+    objects = Counter[int]()
     for i, entry in enumerate(_entries(data, "annotations", ("image_id", "category_id", "bbox"), file)):
         where = f"{file}: annotations[{i}]"
         if entry["image_id"] not in sizes:
@@ -53,6 +66,10 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
             x, y, w, h = box
         except (TypeError, ValueError, OverflowError):
             faults.add("boxes of no size or not a number, left out", where)
+            continue
+        objects[entry["image_id"]] += 1
+        if objects[entry["image_id"]] > MOST_OBJECTS:
+            faults.add(CROWDED, where)
             continue
         if (cut := clip((x, y, w, h), *sizes[entry["image_id"]], where, faults)) is not None:
             crowd = int(entry.get("iscrowd") in (1, "1"))

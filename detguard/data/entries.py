@@ -11,6 +11,9 @@ from detguard.photos import PhotoError, photo_size
 
 # Of faults of one kind, so many places are kept.
 MOST_PLACES = 1000
+# Objects of one photo that are taken: attacks and trainings hold each beside every candidate.
+MOST_OBJECTS = 10_000
+CROWDED = f"objects beyond the first {MOST_OBJECTS:,} of a photo, left out"
 # The kind of warning that means that the figures are of fewer photos than the data set has.
 LOST = "photos missing or unreadable, left out"
 

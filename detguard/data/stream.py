@@ -16,12 +16,12 @@ import torch
 from detguard.classes import check_map
 from detguard.data.coco import TIME
 from detguard.data.dataset import Dataset
-from detguard.data.entries import DataError
+from detguard.data.entries import MOST_OBJECTS, DataError
 from detguard.detections import Detections
 from detguard.files import MAX_ANNOTATIONS, MAX_LINE, JsonObject, parse_json, read_file
 
 # Objects that one photo may have, bytes of its id, and pixels from its corner that a box may lie.
-MOST_OBJECTS, LONGEST_ID = 10_000, 200
+LONGEST_ID = 200
 MOST_PIXELS = 1e9
 # Bytes of the name of a file, as systems have them.
 LONGEST_NAME = 4096

@@ -6,7 +6,19 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from detguard.data.entries import LOST, DataError, Faults, Instances, annotation, clip, file_name, inside, upright_size
+from detguard.data.entries import (
+    CROWDED,
+    LOST,
+    MOST_OBJECTS,
+    DataError,
+    Faults,
+    Instances,
+    annotation,
+    clip,
+    file_name,
+    inside,
+    upright_size,
+)
 from detguard.files import FileError, JsonObject, is_file, is_folder, read_file
 from detguard.photos import SUFFIXES
 
@@ -166,6 +178,9 @@ def _read_labels(
             x, y, w, h = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
         if (one := (values[0], x, y, w, h)) in given:
             faults.add("boxes given twice, left out once", where)
+            continue
+        if len(given) >= MOST_OBJECTS:
+            faults.add(CROWDED, where)
             continue
         given.add(one)
         box = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)

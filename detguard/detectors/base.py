@@ -6,10 +6,12 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from detguard import DetguardError, defaults
 from detguard.classes import meant
 from detguard.detections import Candidates, Detections, suppress
 from detguard.detectors.loaded_code import loaded_code, package
-from detguard.photos import Letterbox, Source, as_photo, frames_tensor
+from detguard.photos import PADDING_LEVEL, Letterbox, Source, as_photo, frames_tensor
 
 
 class Detector(ABC):
@@ -61,6 +63,14 @@ class Detector(ABC):
     def variants(self) -> dict[str, "Detector"]:
         """What an attack should also go through, by name: ways in which the same detector gives other gradients."""
         return {}
+
+    @cached_property
+    def listed(self) -> bool:
+        """Whether it lists its detections itself, so that there is no NMS after it."""
+        grey = np.full((self.imgsz, self.imgsz, 3), PADDING_LEVEL, np.uint8)
+        frames = frames_tensor([self.letterbox(grey.shape[:2])(grey)], self.device)
+        with torch.no_grad():
+            return self.candidates(frames).end_to_end
 
     @abstractmethod
     def letterbox(self, photo_shape: tuple[int, int]) -> Letterbox:

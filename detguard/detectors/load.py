@@ -95,6 +95,8 @@ def load_detector(
     detector.source = str(name)
     if detector.nms_inside and iou not in (None, detector.iou):
         raise DetguardError(f"`iou` {iou}: the NMS of {name} is inside it, at {detector.iou}; export it without")
+    if iou not in (None, detector.iou) and detector.listed:
+        raise DetguardError(f"`iou` {iou}: {name} lists its detections itself, without NMS; leave it out")
     detector.iou = detector.iou if iou is None else iou
     return detector
 

@@ -191,7 +191,7 @@ def square_photos(batch: Batch, eps: int, queries: int, seed: int) -> list[Photo
     """
     subject = batch.subject
     # By the training loss, an object that is no longer told of would count for the attacker no more.
-    kind = "rank" if subject.listed and not subject.detector.differentiable else "all"
+    kind = "rank" if subject.detector.listed and not subject.detector.differentiable else "all"
     objective = attack_objective(kind, sorted(subject.category_ids), subject.detector)
     # Neither loss asks for a confidence; one under what an NMS inside tells would be refused.
     conf = max(AttackOptions.conf, (subject.detector.nms_inside or (0.0,))[0])

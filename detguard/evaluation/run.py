@@ -117,7 +117,8 @@ class Protocols:
             raise DetguardError(f"`batch` {self.batch}: expected 1 or more photos")
         _ = self.own_corruption  # a wrong file leaves no run behind
         for name in SEVERAL:  # what is given twice is done once
-            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+            # By its last place: the last budget leads.
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name)[::-1]))[::-1])
             if not getattr(self, name):
                 raise DetguardError(f"`{name}`: needs at least one value")
 
@@ -390,7 +391,7 @@ class Scorer:
             "unknown_classes": dataset.unknown(detector.class_names),
             "imgsz": detector.imgsz,
             "end_to_end": detector.end_to_end,
-            "nms": None if self.subject.listed else detector.iou,
+            "nms": None if detector.listed else detector.iou,
             "seed": self.wanted.seed,
             "sha256": detector.state_hash(),
             "left_out": dataset.warnings[LOST].total,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from typing_extensions import override
 
 from detguard import DetguardError, defaults
@@ -32,7 +31,7 @@ from detguard.engine import cores, free_memory
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
 from detguard.evaluation.corruptions import corrupt, read_pipeline, through
 from detguard.files import MAX_PHOTO, FileError, read_file
-from detguard.photos import PADDING_LEVEL, Photo, frames_tensor, photo_seed, read_photo
+from detguard.photos import Photo, photo_seed, read_photo
 from detguard.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -71,15 +70,6 @@ class Subject:
         """All that its detections depend on but the photo."""
         detector = self.detector
         return [detector.state_hash(), detector.imgsz, detector.end_to_end, detector.device.type, detector.iou]
-
-    @cached_property
-    def listed(self) -> bool:
-        """Whether the detector lists its detections itself, so that there is no NMS after it."""
-        side = self.detector.imgsz
-        grey = np.full((side, side, 3), PADDING_LEVEL, np.uint8)
-        frames = frames_tensor([self.detector.letterbox((side, side))(grey)], self.detector.device)
-        with torch.no_grad():
-            return self.detector.candidates(frames).end_to_end
 
     @cached_property
     def hashes(self) -> dict[int, str]:

@@ -13,7 +13,7 @@ from detguard.attacks.group import STEADY, AttackOptions, Victim, attack_group
 from detguard.attacks.square import Square, share
 from detguard.detections import Detections
 from detguard.detectors.ultralytics import UltralyticsDetector
-from detguard.objectives import Degrade, Vanish
+from detguard.objectives import Degrade, Fabricate, Vanish
 from detguard.photos import frames_tensor
 from detguard.transforms.parse import parse_transforms
 
@@ -76,6 +76,18 @@ def test_it_ends_where_its_queries_do(blind, small):
     attempt = attack(blind, small, "median:3,jpeg:75", budget=Linf(1), queries=20)
     assert attempt.failed
     assert attempt.queries == blind.asked == 18
+
+
+def test_looks_at_copies_of_the_clean_photo_count_where_they_are_compared_with_at_every_draw(blind, small, monkeypatch):
+    looks = []
+    predict = Blind.predict
+    monkeypatch.setattr(Blind, "predict", lambda self, *rest: looks.append(1) or predict(self, *rest))
+    spec, objective = "rotate:-5..5,brightness:-0.2..0.2", Fabricate((0,), 50)
+    attempt = attack(blind, small, spec, objective, budget=Linf(1), queries=30)
+    assert attempt.failed
+    drawn = 2 * (attempt.steps + 1)
+    assert attempt.queries == blind.asked + drawn <= 30
+    assert len(looks) == 1 + drawn + 2  # the clean photo first, and the draws that it is judged by
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "max", "weighted"])

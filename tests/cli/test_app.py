@@ -485,14 +485,25 @@ def test_commands_end_with_their_own_code_and_word(monkeypatch, capsys, bus_file
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
-def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys, bus_file, kind):
-    def full(*_, **__):
-        raise kind("Tried to allocate 9 GiB")
+def too_much(*_, **__):
+    raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
 
+
+def too_much_of_numpy(*_, **__):
+    np.empty(1 << 50, np.uint8)
+
+
+def too_much_of_a_cpu(*_, **__):
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("full", [too_much, too_much_of_numpy, too_much_of_a_cpu])
+def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys, bus_file, full):
     monkeypatch.setattr(load, "load_detector", full)
     assert run(monkeypatch, "detect", bus_file) == 2
-    assert "out of memory (Tried to allocate 9 GiB); try a smaller --batch or --imgsz" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("error: out of memory (")
+    assert "); try a smaller --batch or --imgsz" in told
 
 
 def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, capsys, tmp_path):

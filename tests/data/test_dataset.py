@@ -9,7 +9,7 @@ from PIL import Image
 
 from detguard.classes import left_out, meant
 from detguard.data.dataset import read_dataset
-from detguard.data.entries import LOST, DataError
+from detguard.data.entries import CROWDED, LOST, DataError
 
 WIDE = {"width": 100, "height": 80}
 CALLED = [{"id": 1, "name": "pedestrian"}, {"id": 18, "name": "dog"}]
@@ -63,6 +63,16 @@ def test_both_formats_give_the_same_boxes_and_official_category_ids(photos):
 def test_classes_that_are_not_cocos_are_numbered_from_one(photos):
     dataset = read_dataset(yolo(photos, {"a": "1 .5 .5 .2 .2"}, {"names": ["helmet", "person"]}))
     assert dataset.categories == {1: "helmet", 2: "person"}
+
+
+@pytest.mark.parametrize("form", [yolo, coco])
+def test_of_one_photo_only_so_many_objects_are_taken(photos, form, monkeypatch):
+    for module in ("yolo", "coco"):
+        monkeypatch.setattr(f"detguard.data.{module}.MOST_OBJECTS", 2)
+    lines = "0 .5 .5 .2 .2\n0 .4 .5 .2 .2\n0 .3 .5 .2 .2\n0 .2 .5 .2 .2\n"
+    dataset = read_dataset(yolo(photos, {"a": lines}) if form is yolo else coco(photos, [{}] * 4))
+    assert len(dataset.annotations.anns) == 2
+    assert dataset.warnings[CROWDED].total == 2
 
 
 def test_a_line_that_is_there_twice_is_one_object_and_a_mark_of_the_byte_order_is_none(photos):

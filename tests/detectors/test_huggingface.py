@@ -257,6 +257,12 @@ def test_pickled_weights_are_not_read(folders, tmp_path):
         load_detector(folder)
 
 
+def test_an_overlap_for_nms_is_refused_where_there_is_none(folders):
+    with pytest.raises(DetguardError, match=r"`iou` 0\.2: .* lists its detections itself, without NMS"):
+        load_detector(folders("detr"), iou=0.2)
+    assert load_detector(folders("detr"), iou=0.7).listed  # as a run keeps it
+
+
 def test_a_folder_of_something_else_is_told(tmp_path):
     with pytest.raises(DetguardError, match=r"without config\.json"):
         load_detector(tmp_path)

@@ -405,6 +405,10 @@ def test_figures_are_of_the_same_only_with_the_same_photos_labels_and_classes(su
     assert replace(subject).photos_sha256 == subject.photos_sha256
 
 
+def test_the_budget_that_is_given_last_leads_though_it_was_given_before():
+    assert Protocols(eps=(4, 2, 4)).eps == (2, 4)
+
+
 def test_transferred_photos_are_those_of_the_budget_that_leads_and_of_the_others(subject):
     other = replace(subject, name="other")
     (view,) = transfers(subject, [subject, other], Protocols(("transfer",), eps=(4, 8)))
