@@ -291,8 +291,10 @@ class Hardening:
         """Forward and backward passes of whole frames in all stages, and the seconds that they take at least.
 
         As measured on a batch; updates, validation and what waits for photos come on top. A plan in hours says the
-        seconds itself, and no passes.
+        seconds itself, and no passes. The first rank alone says it: others may not see the run.
         """
+        if not self.ranks.first:
+            return 0, 0.0
         if self.plan.hours is not None:
             return 0, 3600 * self.plan.hours
         size, ranks = self.setting.size, self.ranks

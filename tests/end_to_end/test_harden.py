@@ -129,7 +129,8 @@ def test_killed_and_resumed_it_gives_the_same_weights(hardened, tmp_path):
 
 def test_two_processes_write_one_run_stop_together_and_another_goes_on(tmp_path):
     options = (*OPTIONS[:-4], "--photos", 80, "--steps", 1, "--recipe", "pgd", "--workers", 1)
-    processes = launched("harden", *options, "--out", "run", folders=[tmp_path] * 2)
+    (tmp_path / "elsewhere").mkdir()  # another machine, which does not see the run
+    processes = launched("harden", *options, "--out", "run", folders=[tmp_path, tmp_path / "elsewhere"], local=1)
     processes[0].wait_for((tmp_path / "run/state/adversarial.pt").exists)
     processes[1].stop(signal.SIGTERM)
     first, second = (process.ended(60) for process in processes)
@@ -141,6 +142,7 @@ def test_two_processes_write_one_run_stop_together_and_another_goes_on(tmp_path)
     assert result.returncode == 0, result.stderr
     assert [r["batch"] for r in records(tmp_path / "run")] == list(range(1, 21))
     assert (tmp_path / "run/report.html").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def records(run):
