@@ -329,8 +329,8 @@ def set_aside(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
         trained, judging = set_aside([p for p in photos if _judges(p) is None])
         sure = [p for p in told if _judges(p)]
         return trained + [p for p in told if not _judges(p)], judging + sure[:: math.ceil(len(sure) / MOST_JUDGED) or 1]
-    if len(photos) < JUDGED_ONE_IN:
-        return list(photos), []
     distinct = list(dict.fromkeys(map(photo_of, photos)))
+    if len(distinct) < JUDGED_ONE_IN:
+        return list(photos), []
     judged = set(distinct[:: max(JUDGED_ONE_IN, math.ceil(len(photos) / MOST_JUDGED))])
     return [p for p in photos if photo_of(p) not in judged], [p for p in photos if photo_of(p) in judged]

@@ -44,15 +44,23 @@ def file_of(entry: Path | Labelled) -> Path:
 
 
 def photo_of(entry: Path | Labelled) -> Path:
-    """What is one photo in several files: samples of `detguard attack`, KEY--NAME, have their key in common."""
+    """What is one photo in several files: what `detguard attack` makes of one has its key in common.
+
+    That is samples/images/KEY--NAME, adversarial/KEY.png and group/KEY/NAME.
+    """
     file = file_of(entry)
-    key = file.stem.rpartition("--")[0]
-    return file.with_name(key) if key and _has_samples(file.parent) else file
+    folder = file.absolute().parent
+    if (run := _run_of(folder)) is None:
+        return file
+    if folder == run / "adversarial":
+        return run / file.stem
+    key = folder.name if folder.parent == run / "group" else file.stem.rpartition("--")[0]
+    return run / key if key else file
 
 
 @cache
-def _has_samples(folder: Path) -> bool:
-    return attack_run(folder) is not None
+def _run_of(folder: Path) -> Path | None:
+    return attack_run(folder)
 
 
 def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:

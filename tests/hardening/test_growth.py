@@ -31,7 +31,7 @@ from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.kinds import answers, fit_kinds
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
-from detguard.hardening.validation import _has_samples, hold_out
+from detguard.hardening.validation import _run_of, hold_out
 from detguard.photos import encode_png, frames_tensor
 from detguard.ranks import Ranks
 from detguard.runs import Run
@@ -352,14 +352,14 @@ def test_of_samples_of_an_attack_those_of_one_photo_stay_together(tmp_path):
     files = [tmp_path / "samples" / name for name in names]
     for command, parts in (("attack", 3), ("detect", 1)):
         (tmp_path / "config.yaml").write_text(f"command: {command}\n")
-        _has_samples.cache_clear()
+        _run_of.cache_clear()
         for split in (set_aside, hold_out):
             trained, held = split(files)
             shared = {file.name[:2] for file in trained} & {file.name[:2] for file in held}
             assert held
             assert bool(shared) is (parts == 1)
         assert len(set_aside(files)[1]) == 24
-    _has_samples.cache_clear()
+    _run_of.cache_clear()
 
 
 @pytest.mark.parametrize(

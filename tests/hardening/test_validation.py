@@ -6,11 +6,22 @@ import pytest
 from detguard.data.stream import Labelled
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused
+from detguard.hardening.adapt import set_aside
 from detguard.hardening.adversary import Adversary
 from detguard.hardening.loop import LOG_EVERY
 from detguard.hardening.losses import MAPS
 from detguard.hardening.train import Setting, Stage
-from detguard.hardening.validation import AP50, ATTACKED, CLEAN, HELD_OUT, ONE_IN, Validation, figures, hold_out
+from detguard.hardening.validation import (
+    AP50,
+    ATTACKED,
+    CLEAN,
+    HELD_OUT,
+    ONE_IN,
+    Validation,
+    figures,
+    hold_out,
+    photo_of,
+)
 from detguard.photos import read_photo
 from detguard.ranks import Ranks
 
@@ -41,6 +52,25 @@ def test_of_few_photos_at_most_one_in_twenty_is_held_out():
     files = [Path(f"{number}.jpg") for number in range(2 * ONE_IN + 1)]
     assert len(hold_out(files)[1]) == 2
     assert hold_out(files[: ONE_IN - 1]) == (files[: ONE_IN - 1], [])
+
+
+def test_of_an_attack_without_samples_those_of_one_photo_stay_together(tmp_path):
+    (tmp_path / "config.yaml").write_text("command: attack\n")
+    names = [f"{number:02d}" for number in range(40)]
+    files = [tmp_path / f"adversarial/{name}.png" for name in names]
+    files += [tmp_path / f"group/{name}/{kind}.png" for name in names for kind in ("median-3", "jpeg-75")]
+    for split in (set_aside, hold_out):
+        trained, held = split(files)
+        keys = [{photo_of(file).name for file in part} for part in (trained, held)]
+        assert keys[1]
+        assert keys[0] | keys[1] == set(names)
+        assert not keys[0] & keys[1]
+
+
+def test_one_photo_in_many_files_is_trained_on(tmp_path):
+    (tmp_path / "config.yaml").write_text("command: attack\n")
+    files = [tmp_path / f"group/bus/jpeg-{quality}.jpg" for quality in range(50, 60)]
+    assert set_aside(files) == (files, [])
 
 
 def test_what_is_told_is_the_divergence_from_the_teacher_with_and_without_an_attack(held, networks):
