@@ -371,7 +371,7 @@ SHOWN: dict[str, Shape] = {
     "levels?": {"before": real(0, 1), "photos_before": whole(1), "after": real(0, 1), "photos_after": whole(1)},
 }
 # Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed.
-SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1)}
+SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1), "judges?": flag}
 TRAINED: dict[str, Shape] = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
 VALIDATED: dict[str, Shape] = {

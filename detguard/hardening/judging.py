@@ -24,9 +24,9 @@ LABELS = "labels"
 
 
 class OfKind(Figure):
-    """COCO's figures of photos of a kind, and the mean F1 at IoU .50 and confidence .25 of those with objects."""
+    """COCO's figures of photos of a kind, and the mean F1, at IoU .50 and confidence .25, of those with objects."""
 
-    F1: float
+    F1: float | None
 
 
 # By kind of photos.
@@ -78,9 +78,10 @@ def readable(photos: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 def answered(detector: Detector, files: Sequence[Path], class_names: Mapping[int, str]) -> list[Labelled]:
     """Photos with what a detector shows of them as their labels, in the classes of another one."""
-    found = (detector.detect([read_photo(file)], SHOWN_CONFIDENCE)[0].records(detector.class_names) for file in files)
-    objects = (Detections.from_records(of_one, class_names) for of_one in found)
-    return [Labelled(file, of_one) for file, of_one in zip(files, objects, strict=True)]
+    found = [detector.detect([read_photo(file)], SHOWN_CONFIDENCE)[0] for file in files]
+    if detector.class_names != class_names:  # by their names, of which several may be the same
+        found = [Detections.from_records(of_one.records(detector.class_names), class_names) for of_one in found]
+    return [Labelled(file, of_one) for file, of_one in zip(files, found, strict=True)]
 
 
 def judge(
@@ -105,7 +106,7 @@ def judge(
         if len(one.objects)
     ]
     stats = metrics_of_photos([one.objects for one in labelled], found, drawn=True).stats
-    mean = sum(scores) / max(len(scores), 1)
+    mean = sum(scores) / len(scores) if scores else None
     return {"F1": mean, "AP": stats["AP"], "AP_error": stats.get("AP_error"), "AP50": stats["AP50"]}
 
 

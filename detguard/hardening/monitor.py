@@ -295,8 +295,8 @@ class Watch:
         if judged and "confidence" in known and known.get("labelled") is False:
             self.hints.add(number, known["confidence"])
         if known.get("labelled") is False and "error" not in known:
-            photo = Labelled(Path(known["photo"]), Detections.none(), id=known.get("id", ""), labelled=False)
-            self.wait(Waiting(number, photo))
+            told = {"id": known.get("id", ""), "time": known.get("time", ""), "judges": known.get("judges")}
+            self.wait(Waiting(number, Labelled(Path(known["photo"]), Detections.none(), labelled=False, **told)))
         else:
             self.waiting.pop(known.get("id", ""), None)
 

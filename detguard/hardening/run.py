@@ -375,7 +375,7 @@ def harden(
     again = plan.goes_on(model)
     if again and plan.made_by.gated:
         network.load_state_dict(model.state_dict())
-    elif plan.apart and isinstance(model, GatedNetwork):  # a robust network, and what it was made from
+    elif plan.apart and _robust(model):  # and what it was made from
         for expert in range(len(plan.experts) - 1):
             network.experts[expert] = copy.deepcopy(undefended.experts[0])
     network.to(ranks.device).to(memory_format=torch.channels_last)

@@ -100,6 +100,9 @@ def read_sources(
     shown = labelled(new)
     if not shown:
         raise DetguardError(f"`new` {', '.join(new)}: no photos there")
+    if not any(len(one.objects) for one in shown):  # new experts would learn to find nothing
+        known = f"{', '.join(class_names.values()):.200}"
+        raise DetguardError(f"`new` {', '.join(new)}: no object there is of a class that the ensemble knows: {known}")
     folders = [source for source in replay if unlabelled(source)]
     if folders and len(folders) < len(replay):
         raise DetguardError("`replay`: give labelled photos or folders, not both")

@@ -200,6 +200,8 @@ class Hardening:
                     found = read_labelled(source, "train", names, on_data, class_map=class_map)
             labelled += found
             photos += [] if learns_labels else [one.file for one in found] or photo_files(source, on_data)
+        if learns_labels and not any(len(one.objects) for one in labelled):
+            raise DetguardError(f"`learn` {wanted.learn}: no object in `data` is of a class that {model} knows")
         if not learns_labels:  # which then only judge
             of_file = {one.file: one for one in labelled}
             labelled = [of_file[file] for file in hold_out(photos)[1] if file in of_file]

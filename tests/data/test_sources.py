@@ -60,6 +60,15 @@ def test_an_attack_without_samples_is_adapted_to_by_what_was_found_in_its_clean_
     assert len(new[0].objects) == len(record["clean"]) > 0
 
 
+def test_labels_of_no_class_that_is_known_are_refused(bundled, bus_file, tmp_path):
+    dark = tmp_path / "dark.jsonl"
+    dark.write_text(json.dumps({"photo": str(bus_file), "objects": [{"class": "persn", "box": [1, 2, 30, 40]}]}) + "\n")
+    with pytest.raises(DetguardError, match=r"`new` .*: no object there is of a class that the ensemble knows: person"):
+        read_sources([str(dark)], [], "train", bundled.class_names, lambda *_: None)
+    with pytest.raises(DetguardError, match=r"`learn` labels: no object in `data` is of a class that detguard-n knows"):
+        detguard.harden("detguard-n", dark, learn="labels", out=tmp_path / "run")
+
+
 def test_an_attack_without_samples_says_how_to_make_some(attack, bundled):
     with pytest.raises(DetguardError, match="make one with: detguard attack --data"):
         read_labelled(str(attack / "plain"), "train", bundled.class_names)

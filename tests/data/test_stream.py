@@ -11,6 +11,7 @@ from detguard.data.entries import DataError
 from detguard.data.sources import read_labelled
 from detguard.data.stream import Labelled, Labels, as_line, from_lines, in_order, lines_of, read_lines
 from detguard.detections import Detections
+from detguard.schema import RECORDS, check
 
 NAMES = {0: "person", 1: "bus"}
 
@@ -55,6 +56,12 @@ def test_times_that_are_none_change_no_order_and_are_told(tiny_data, tmp_path, b
     assert "3 'date_captured' that are no times" in "".join(
         f"{places.total} {kind}" for kind, places in said[0][1].items()
     )
+
+
+def test_a_monitor_takes_what_it_writes_of_photos_that_judge(tmp_path):
+    photo = Labelled(tmp_path / "a.png", Detections.none(), judges=True)
+    figures = {"number": 1, "f1": None, "confidence": 0.5, "entropy": None, "began": None}
+    check(as_line(photo, {}) | figures, RECORDS["monitor"])
 
 
 def test_lines_are_photos_with_their_objects():

@@ -41,6 +41,13 @@ def test_a_drop_is_told_within_two_windows_and_where_it_began(kind):
     assert abs(told[0][1] - 129) <= 12
 
 
+def test_a_photo_whose_labels_come_after_a_resume_keeps_its_time_and_whether_it_judges():
+    watch = Watch(Deployment(None), "likelihood-ratio", 8)
+    record = {"number": 1, "photo": "a.png", "objects": [], "id": "a", "labelled": False, "confidence": 0.5}
+    watch.again(record | {"time": "noon", "judges": True})
+    assert (watch.waiting["a"].photo.time, watch.waiting["a"].photo.judges) == ("noon", True)
+
+
 def test_a_drop_is_told_with_the_photos_that_it_was_told_by():
     watch = Watch(Deployment(None), "likelihood-ratio", 8)
     records = []

@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 
 from detguard.data.stream import Labelled
+from detguard.detections import Detections
 from detguard.hardening.judging import answered, judge, judged_eps, readable
 from detguard.photos import read_photo
 
@@ -27,6 +30,17 @@ def test_a_teacher_answers_in_the_classes_of_its_pupil(bundled, bus_file):
     (by_one,) = answered(bundled, [bus_file], {7: "person"})
     people = bundled.detect([read_photo(bus_file)], 0.25)[0].of([bundled.class_index("person")])
     assert by_one.objects.classes.tolist() == [7] * len(people)
+
+
+def test_a_teacher_of_the_same_classes_answers_by_their_numbers_also_where_several_have_one_name(bus_file, bundled):
+    named = copy.copy(bundled)
+    named.class_names = dict.fromkeys(bundled.class_names, "thing")
+    (by_one,) = answered(named, [bus_file], named.class_names)
+    assert set(by_one.objects.classes.tolist()) == set(bundled.detect([read_photo(bus_file)], 0.25)[0].classes.tolist())
+
+
+def test_of_photos_without_objects_there_are_no_figures(bundled, bus_file):
+    assert judge(bundled, [Labelled(bus_file, Detections.none())])["F1"] is None
 
 
 def test_photos_that_cannot_be_read_are_named(bus_file, tmp_path):
