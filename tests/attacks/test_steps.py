@@ -63,6 +63,64 @@ def test_auto_pgd_counts_the_times_that_the_loss_fell():
         assert (rule._size < size) is halved
 
 
+def auto_pgd(original, eps, losses, gradients):
+    """Algorithm 1 of Croce & Hein (2020), down in L-inf and of 100 steps: its photos, and the steps that it halves at.
+
+    It is told `losses` and `gradients` of its photos; from a best photo it goes on without momentum, as the rule does.
+    """
+    way, sizes, lowest, halved = [original], [2.0 * eps], [losses[0]], []
+    x = before = original
+    periods = dict((k, since) for since, k in pairwise([0, 22, 41, 57, 70, 80, 87, 93, 99]))
+    for k in range(100):
+        size, gradient, momentum = sizes[k], gradients[k], k > 0
+        if (since := periods.get(k)) is not None:
+            oscillates = sum(losses[i + 1] < losses[i] for i in range(since, k)) < 0.75 * (k - since)
+            stuck = sizes[since] == sizes[k] and lowest[since] == lowest[k]
+            if oscillates or stuck:
+                best = losses.index(lowest[k])
+                x, gradient, size, momentum = way[best], gradients[best], size / 2, False
+                halved.append(k)
+        moved = (x - size * gradient.sign()).clamp(original - eps, original + eps)
+        if momentum:
+            moved = (x + 0.75 * (moved - x) + 0.25 * (x - before)).clamp(original - eps, original + eps)
+        before, x = x, moved
+        way.append(moved)
+        sizes.append(size)
+        lowest.append(min(losses[: k + 2]))
+    return way, halved
+
+
+def test_auto_pgd_goes_the_way_of_its_paper():
+    steadily, stuck = [-float(i) for i in range(23)], [99.0 - i for i in range(19)]
+    astray = [99.0, -50.0] * 5  # the best of all is among them
+    losses = [*steadily, *stuck, *stuck[:16], *stuck[:13], *astray, *astray[:7], *stuck[:6], *stuck[:6]]
+    gradients = torch.randn(100, 2, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    original = torch.full((2, 2, 3), 128.0).double()
+    wanted, halved = auto_pgd(original, 4, losses, gradients)
+    assert halved == [41, 70, 80, 87, 99]  # of being stuck not at 57 and 93, as steps are halved just before
+    rule, way = RULES["apgd"](Linf(4), original, 1, 100), [original]
+    for gradient, loss in zip(gradients, losses, strict=True):
+        way.append(rule(way[-1], gradient, loss))
+    assert torch.allclose(torch.stack(way), torch.stack(wanted), rtol=0, atol=1e-9)
+
+
+def test_gradients_have_one_mean_size_before_momentum_adds_them():
+    rule = RULES["normalized"](Linf(9), torch.full((1, 1, 3), 128.0), 1, 2, 0.5)
+    x = rule(rule.original, torch.tensor([[[4.0, -4.0, 4.0]]]), 0.0)
+    moved = rule(x, torch.tensor([[[-0.03, 0.0, 0.06]]]), 0.0) - x
+    together = torch.tensor([0.5 - 1, -0.5, 0.5 + 2])
+    assert moved.flatten().tolist() == pytest.approx((-together / together.abs().mean()).tolist(), abs=1e-4)
+
+
+def test_adam_moves_alike_however_large_gradients_are():
+    gradients = torch.randn(4, 1, 1, 3, generator=torch.Generator().manual_seed(0))
+    alike, varied = (RULES["adam"](Linf(99), torch.full((1, 1, 3), 128.0), 0.5, 4) for _ in range(2))
+    x = other = alike.original
+    for gradient, size in zip(gradients, (2.0**-40, 2.0**-30, 1.0, 2.0**20), strict=True):
+        x, other = alike(x, gradient, 0.0), varied(other, size * gradient, 0.0)
+        assert torch.equal(x, other)
+
+
 def test_momentum_adds_to_gradients_as_they_are_where_steps_are_as_long_as_these():
     rules = (RULES["raw"](Linf(20), torch.full((1, 1, 3), 128.0), 0.05, 5, momentum) for momentum in (0, 0.01, 0.9))
     plain, little, much = (follow(rule, 5)[-1][0] for rule in rules)
