@@ -1,3 +1,4 @@
+import pytest
 import torch
 from scenes import BUS, CLEAN, PERSON, TRAIN, detections
 
@@ -27,6 +28,24 @@ def test_rank_counts_a_candidate_whose_box_left_the_object_as_false():
     loss = Outrank((PERSON,)).loss(Candidates(logits, boxes), [person], 0.25)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient[0, 0, PERSON] < 0
+
+
+@pytest.mark.parametrize(("logit", "lowered"), [(-6.5, True), (-7.5, False)])
+def test_rank_lowers_nothing_that_is_hardly_found_any_more(logit, lowered):
+    logits, boxes, person = ranked()
+    logits.data[0, :, PERSON] = torch.tensor([logit, -3.0, -20.0])
+    loss = Outrank((PERSON,)).loss(Candidates(logits, boxes), [person], 0.25)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert (gradient[0, 0, PERSON] > 0) == lowered
+
+
+@pytest.mark.parametrize(("logit", "raised"), [(3.9, True), (4.1, False)])
+def test_rank_raises_nothing_that_is_nearly_certain(logit, raised):
+    logits, boxes, person = ranked()
+    logits.data[0, 1, PERSON] = logit
+    loss = Outrank((PERSON,)).loss(Candidates(logits, boxes), [person], 0.25)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert (gradient[0, 1, PERSON] < 0) == raised
 
 
 def test_rank_of_a_photo_without_objects_raises_any_target():
