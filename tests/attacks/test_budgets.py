@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from detguard import DetguardError
 from detguard.attacks.budgets import BUDGETS, L2, WHITE, Linf, Masked, parse_budget
+from detguard.detections import Detections
 
 SIZES = st.sampled_from([0.0, 0.5, 1.0, 4.0, 255.0])
 
@@ -144,6 +145,15 @@ def test_a_masked_budget_is_spent_in_its_part_only(mask, norm):
     saved[tuple(where)] ^= 1
     assert budget.used(saved, original) == float("inf")
     assert parse_budget(**budget.config()).config() == budget.config() == {"norm": norm, "eps": 4, "mask": mask}
+
+
+@pytest.mark.parametrize("mask", ["inside", "outside"])
+def test_a_mask_is_the_same_by_boxes_as_they_were_found_and_as_records_keep_them(mask):
+    found = Detections(torch.tensor([[1.96, 2.96, 5.04, 6.04]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    kept = torch.tensor([record["box"] for record in found.records({0: "person"})])
+    assert not torch.equal(kept, found.boxes)
+    budget = parse_budget("linf", 4, mask)
+    assert torch.equal(budget.on((9, 7), found.boxes).mask, budget.on((9, 7), kept).mask)
 
 
 @pytest.mark.parametrize("mask", ["", "middle", "1,2,3", "1,2,3,4,5,x", "-1,0,4,4,5,5"])
