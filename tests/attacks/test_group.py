@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -247,6 +247,15 @@ def test_a_margin_has_the_attack_go_on_until_confidence_is_that_share_lower(bund
     assert left[0.8] == 0
 
 
+@pytest.mark.parametrize(("sure", "fooled"), [(0.59, True), (0.61, False)])
+def test_a_member_is_fooled_by_what_is_found_where_it_is_found_surely_enough(sure, fooled):
+    victim: Any = Victim(None, Flood((0,), 1))
+    (member,) = plain_members(Letterbox.fit((64, 64), 64))
+    member = replace(member, victim=victim, clean=Detections.none(), attacked=torch.zeros(0, dtype=torch.bool))
+    found = Detections(torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([0.6]), torch.tensor([0]))
+    assert member.fooled(found, sure) is fooled
+
+
 def test_momentum_takes_part_of_earlier_gradients_from_the_second_step_on(bundled, small):
     with_it, without = (
         [attack(bundled, small, spec="none", momentum=m, steps=n, stop=False) for n in (1, 4)] for m in (0.9, 0.0)
@@ -367,7 +376,12 @@ def test_the_worst_member_alone_is_stepped_against_until_it_is_fooled(bundled, s
 
 
 def test_members_in_turn_are_looked_at_together_when_steps_run_out(bundled, small):
-    attempt = attack(bundled, small, schedule="worst", budget=Linf(1), step=0.1, steps=3)
+    def bounded(active):
+        assert active[0].steps <= 3
+
+    source = [("bus", small, bundled.predict(small, 0.25))]
+    options = AttackOptions(schedule="worst", budget=Linf(1), step=0.1, steps=3)
+    (attempt,) = attack_group(bundled, source, Vanish((0,)), parse_transforms("median:3,jpeg:75"), options, bounded)
     assert attempt.failed
     assert attempt.steps == 3
     assert len(attempt.fooled) == 3
