@@ -123,6 +123,12 @@ class Run:
             cls.open(folder, command)  # nothing but a run is removed
         else:
             refuse_taken(folder, command, "choose another `out`")
+            # All of them would be taken for parts of the run.
+            from detguard.photos import SUFFIXES
+
+            held = [p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES or p.name == "data.yaml"]
+            if held:
+                raise RunError(f"{folder}: holds photos or data of yours ({held[0]}); choose another `out`")
         if photos:
             run.config["photos"] = run._staged(photos, replaced=replaced)
         run.config["versions"] = dict(versions())

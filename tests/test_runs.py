@@ -410,6 +410,15 @@ def names_of(shape):
     return set().union(*(names_of(one) for one in inner if one is not None))
 
 
+@pytest.mark.parametrize("name", ["bus.JPG", "data.yaml"])
+def test_no_run_is_made_among_photos_which_would_be_taken_for_parts_of_it(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RunError, match=rf"holds photos or data of yours \({name}\); choose another `out`"):
+        Run.create("attack", tmp_path, {})
+    assert not (tmp_path / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("command", [*RECORDS, "events"])
 def test_the_page_of_records_has_every_field(command):
     page = (Path(__file__).parents[1] / "docs/reference/records.md").read_text()

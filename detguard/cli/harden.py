@@ -306,16 +306,11 @@ def show_judgement(verdict: str, table: "Table") -> None:
 def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = False) -> int:
     """Train what the run has not finished, with live progress; returns the exit code."""
     from detguard.reports.hardening import hardening_page, judged_before_after, verdict
-    from detguard.reports.tables import duration
 
     run = job.run
     load(job, workers)
-    with err.status("Measuring a batch"):
-        passes, seconds = job.cost()
-    if passes and not err.still:
-        err.say(
-            f"{passes:,} forward and backward passes in all: at least {duration(seconds)}, as measured on one batch"
-        )
+    if (passes := job.passes()) and not err.still:
+        err.say(f"{passes:,} forward and backward passes of whole frames; --dry-run measures how long they take")
     stopped = stop_signals()
     with progress_bar() as progress:
         setbacks = dict[str, list[float]]()

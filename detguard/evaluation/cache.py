@@ -83,6 +83,11 @@ class Cache:
     def _unusable(self, error: Exception) -> DetguardError:
         if _code(error) in DISK:
             return DetguardError(f"{self.file}: cannot be written ({error}); free some space, what is in it is kept")
+        if not self.file.exists():
+            return DetguardError(
+                f"{self.file}: cannot be made, and what is found is kept there ({error}); start detguard in a folder "
+                "that can be written, results go where `out` says"
+            )
         return DetguardError(f"{self.file}: cannot be used as a cache ({error}); delete it or make it writable")
 
     def _anew(self, error: Exception) -> sqlite3.Connection:

@@ -23,7 +23,7 @@ SAME: dict[Compared, tuple[str, ...]] = {
     "universal": ("eps", "content"),
 }
 # What may differ, since it is a part of the model or may be what is compared, but must be said.
-ALSO: tuple[Literal["imgsz", "nms", "seed", "version"], ...] = ("imgsz", "nms", "seed", "version")
+ALSO = ("imgsz", "nms", "nms_inside", "seed", "version")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _setting(row: ModelMetrics, protocol: Compared, name: str) -> object:
 
 def also_unlike(first: ModelMetrics, other: ModelMetrics) -> list[str]:
     """Settings that differ and leave figures comparable, like "imgsz 320, 640"."""
-    pairs = [(name, first["setting"][name], other["setting"][name]) for name in ALSO]
+    pairs = [(name, dict(first["setting"]).get(name), dict(other["setting"]).get(name)) for name in ALSO]
     return [f"{name} {a}, {b}" for name, a, b in pairs if a != b]
 
 

@@ -56,7 +56,9 @@ class OfClass(Figure):
 
 
 class Setting(TypedDict):
-    """What figures are of. nms: IoU, None of a detector without; unknown_classes: name -> boxes left out."""
+    """What figures are of. nms: IoU, None of a detector without; nms_inside: of an export that has its NMS inside, the
+    confidence down to which it lists what it finds; unknown_classes: name -> boxes left out.
+    """
 
     schema: Annotated[int, whole(1)]
     version: str
@@ -68,6 +70,7 @@ class Setting(TypedDict):
     imgsz: Annotated[int, whole(1)]
     end_to_end: bool
     nms: float | None
+    nms_inside: NotRequired[float]
     seed: int
     sha256: str
     left_out: Count

@@ -44,7 +44,19 @@ from detguard.evaluation.metrics import (
 from detguard.evaluation.pictures import PATCH, UNIVERSAL, Changed, patched, perturbed
 from detguard.evaluation.saved import save_views
 from detguard.evaluation.score import expert_shares, metrics_of
-from detguard.evaluation.views import Altered, Batch, Clean, Corrupted, Piped, Subject, View, fill, piped, results_of
+from detguard.evaluation.views import (
+    LOWEST_CONFIDENCE,
+    Altered,
+    Batch,
+    Clean,
+    Corrupted,
+    Piped,
+    Subject,
+    View,
+    fill,
+    piped,
+    results_of,
+)
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
 
@@ -381,7 +393,7 @@ class Scorer:
     def setting(self) -> Setting:
         """The setting that the figures belong to: data, photos, seed, steps, NMS and versions."""
         dataset, detector = self.subject.dataset, self.subject.detector
-        return {
+        setting: Setting = {
             "schema": SCHEMA,
             "version": __version__,
             "data": dataset.name,
@@ -396,6 +408,9 @@ class Scorer:
             "sha256": detector.state_hash(),
             "left_out": dataset.warnings[LOST].total,
         }
+        if detector.nms_inside and detector.nms_inside[0] > LOWEST_CONFIDENCE:
+            setting["nms_inside"] = detector.nms_inside[0]
+        return setting
 
     def corruptions(self, clean: float | None) -> Corruptions:
         """The figures under each kind of corruption at each severity, with mPC and rPC."""

@@ -81,13 +81,19 @@ def difference_cell(found: Difference) -> str:
 
 def verdict(metrics: Metrics, changes: Changes) -> str:
     """One sentence: what each model has gained or lost against the first."""
-    first = next(iter(metrics))
+    first = _called(next(iter(metrics)))
     sentences = [
-        f"{name}: {', '.join(f'{figure} {difference_cell(one)}' for figure, one in found.items())}"
+        f"{_called(name)} has {', '.join(f'{figure} {difference_cell(one)}' for figure, one in found.items())}"
         for name, found in changes.items()
         if found
     ]
-    return f"Against {first}: {'; '.join(sentences)}" if sentences else f"{first}: nothing to compare with"
+    return f"Against {first}, {'; '.join(sentences)}" if sentences else f"{first}: nothing to compare with"
+
+
+def _called(name: str) -> str:
+    """A model as it is called in a sentence; name: after its run, as "001: detguard-n"."""
+    run, _, model = name.rpartition(": ")
+    return f"{model} ({run})" if run else model
 
 
 def comparison_page(metrics: Metrics, changes: Changes, warnings: list[str], command: list[str]) -> bytes:

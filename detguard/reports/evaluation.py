@@ -194,6 +194,9 @@ def headline(metrics: Metrics, title: str) -> Table:
         if unknown := m["setting"]["unknown_classes"]:
             boxes = f"{sum(unknown.values())} boxes of {len(unknown)} classes"
             note += f" Left out for {name}: {boxes} that it does not know."
+    for name, m in metrics.items():
+        if inside := m["setting"].get("nms_inside"):
+            note += f" {name}: its NMS is inside; its AP misses what is less sure than {number(inside)} or so."
     if any("attack" in m for m in metrics.values()):
         note += (
             f" Attacked: the least of each attack alone and of the {WORST_PER_PHOTO}, of AP50 that of its own; eps in "
@@ -466,11 +469,12 @@ def _gallery(subjects: Sequence[Subject], views: Sequence[View | None], count: i
 
 def _item(pairs: Sequence[tuple[Subject, View | None]], image: int, title: str) -> Item:
     file = pairs[0][0].dataset.files[image]
-    photo, made, worst, whose = read_photo(file), list[Pair](), None, ""
+    photo, made, worst, outcomes = read_photo(file), list[Pair](), None, dict[str, str]()
     for subject, view in pairs:
         seen, names = _seen(subject, view, image), subject.detector.class_names
+        outcomes[subject.name] = _outcome_of(seen)
         if worst is None or seen.loss > worst.loss:
-            worst, whose = seen, subject.name
+            worst = seen
         before = panel(f"clean: F1 {f1(seen.objects, seen.clean):.2f}", photo, marked(seen.objects, seen.clean, names))
         weighed = ""
         if experts := subject.detector.experts:
@@ -487,13 +491,18 @@ def _item(pairs: Sequence[tuple[Subject, View | None]], image: int, title: str) 
         small = isinstance(view, AttackSet) or (isinstance(view, Changed) and not view.targets)
         made.append(pair(before, after, (photo, shown) if small else None, name))
     assert worst is not None
-    if len(worst.objects):
-        outcome = _quality(worst.scores[1]) if worst.after is None else _outcome(*worst.scores)
-    else:  # where F1 is all or nothing
-        outcome = "nothing to find" if worst.scores[1] else "false alarms only"
-    outcome += f" ({whose})" if len(pairs) > 1 else ""
+    outcome = _outcome_of(worst)
+    if len(pairs) > 1:
+        outcome += f" ({', '.join(name for name, one in outcomes.items() if one == outcome)})"
     how = "".join(f"; {CHANGED}: {view.name}" for view in {view.name: view for _, view in pairs if view}.values())
     return Item(title, outcome, f"{_count(worst.objects)} labelled{how}", made)
+
+
+def _outcome_of(seen: Seen) -> str:
+    """What became of a photo before one detector, in a few words to filter by."""
+    if len(seen.objects):
+        return _quality(seen.scores[1]) if seen.after is None else _outcome(*seen.scores)
+    return "nothing to find" if seen.scores[1] else "false alarms only"  # where F1 is all or nothing
 
 
 def _heaviest(found: Detections, names: Sequence[str]) -> str:

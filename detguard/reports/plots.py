@@ -139,11 +139,11 @@ def _clean_ap(found: ModelMetrics) -> float | None:
     return found["clean"]["AP"] if "clean" in found else None
 
 
-def _legend(figure: Figure) -> None:
+def _legend(figure: Figure, columns: int = 4) -> None:
     """Above all panels, of what any of them shows."""
     shown = [axis.get_legend_handles_labels() for axis in figure.axes]
     lines = {label: line for of_axis in shown for line, label in zip(*of_axis, strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=4, frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 
 def budget_plot(metrics: Metrics) -> str:
@@ -173,7 +173,7 @@ def budget_plot(metrics: Metrics) -> str:
         axis.set_ylabel("AP")
         axis.set_xlim(0)
         axis.set_ylim(0)
-        axis.legend(frameon=False)
+        _legend(figure, 1)
         return _svg(figure)
 
 

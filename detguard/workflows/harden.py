@@ -289,31 +289,18 @@ class Hardening:
             },
         }
 
-    def cost(self) -> tuple[int, float]:
-        """Forward and backward passes of whole frames in all stages, and the seconds that they take at least.
+    def passes(self) -> int:
+        """Forward and backward passes of whole frames in all stages that are left; 0 of a plan in hours.
 
-        As measured on a batch; updates, validation and what waits for photos come on top. A plan in hours says the
-        seconds itself, and no passes. The first rank alone says it: others may not see the run.
+        The first rank alone says it: others may not see the run.
         """
-        if not self.ranks.first:
-            return 0, 0.0
-        if self.plan.hours is not None:
-            return 0, 3600 * self.plan.hours
-        size, ranks = self.setting.size, self.ranks
+        if not self.ranks.first or self.plan.hours is not None:
+            return 0
         stages = [
             s for s in self.plan.stages(self.network) if not self.run.path(f"weights/{s.name}.safetensors").exists()
         ]
-        number = self.plan.batch * sum(passes(stage, size) * (stage.number or 0) for stage in stages)
-        shape = (min(self.plan.batch, MEASURED), 3, size, size)
-        frames = torch.full(shape, 0.5, device=ranks.device, requires_grad=True)
-        for _ in range(2):  # the first takes longer
-            begin = time.perf_counter()
-            with self.setting.precision():
-                logits = self.teacher.candidates(frames).logits
-            (gradient,) = torch.autograd.grad(logits.sum(), frames)
-            float(gradient.sum())  # waits for the device
-            seconds = (time.perf_counter() - begin) / len(frames)
-        return round(number), number * seconds / ranks.count
+        size = self.setting.size
+        return round(self.plan.batch * sum(passes(stage, size) * (stage.number or 0) for stage in stages))
 
     def trial(self) -> dict[str, Cost]:
         """What each stage takes, by a batch that is trained on as it would be, after `load`; the run is then spent.

@@ -581,7 +581,7 @@ def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(signals
     unread = ["a.jpg: damaged"]
     job = SimpleNamespace(
         run=Run(tmp_path, {"command": "harden"}), ranks=ALONE, load=lambda _: None, unread=unread,
-        cost=lambda: (0, 0.0), judgement=Judgement(),
+        passes=lambda: 0, judgement=Judgement(),
         train=lambda _: Trained(tmp_path / "a.safetensors", tmp_path, unread, {}, {}, {}),
     )  # fmt: skip
     assert run_hardening(job, None) == 2

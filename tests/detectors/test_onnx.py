@@ -13,6 +13,8 @@ from detguard.attacks.group import AttackOptions
 from detguard.detectors.contract import check_contract
 from detguard.detectors.load import load_detector
 from detguard.detectors.onnx import _providers
+from detguard.evaluation.compare import also_unlike
+from detguard.reports.evaluation import headline
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -234,10 +236,13 @@ def test_an_nms_inside_says_at_what_and_takes_no_other(files, tmp_path):
 
 
 def test_ap_of_an_nms_inside_is_told_to_miss_what_is_less_sure(files, tiny_data, tmp_path, recwarn):
+    made = {}
     for kind in ("any", "nms"):
-        detguard.evaluate(
+        made |= detguard.evaluate(
             load_detector(files[kind]), tiny_data, protocols=("clean",), limit=1, cache=tmp_path / "c.sqlite"
         )
+    assert headline(made, "").note.count("its NMS is inside; its AP misses what is less sure than .04") == 1
+    assert also_unlike(*made.values())[1:] == ["nms_inside None, 0.04"]
     assert ["NMS is inside, at a confidence of 0.04" in str(one.message) for one in recwarn].count(True) == 1
 
 

@@ -113,6 +113,7 @@ def test_the_report_is_one_file_with_gallery_and_plots(done):
     assert page.count('class="card item"') == 4
     assert page.count('class="pair"') == page.count('class="layer difference"') == 8  # of both models
     assert page.count("<svg") == 3
+    assert re.search(r"\w \(detguard-n, detguard-n#2\)", page)  # what became of a photo before both
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "report.html" in result.stdout
     assert "Checks of the attack itself" in page
@@ -194,7 +195,9 @@ def test_compare_shows_runs_side_by_side(done):
     assert re.search(r"attacked AP +│ [^│]+│ - +│", result.stdout.partition("Difference")[2])
     assert "again: detguard-n: attacked AP not compared with run: detguard-n: eps 8, 9" in result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert "again: detguard-n: clean AP -.250, too few photos to tell" in (folder / "c.html").read_text()
+    told = "Against detguard-n (run), detguard-n#2 (run) has"
+    assert told in (folder / "c.html").read_text()
+    assert "detguard-n (again) has clean AP -.250, too few photos to tell" in (folder / "c.html").read_text()
     result = detguard("compare", "run", "again", "--json", cwd=folder)
     *_, last = map(json.loads, result.stdout.splitlines())
     assert last["name"] == "again: detguard-n"

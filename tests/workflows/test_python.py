@@ -414,7 +414,7 @@ class Wide(detguard.Linf):
 def test_wrong_options_are_refused_by_name_before_anything_is_made(call, named, bundled, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new = tmp_path / "new.jsonl"
-    new.write_text(json.dumps({"photo": str(file), "objects": []}) + "\n")
+    new.write_text(json.dumps({"photo": str(file), "objects": [{"class": "person", "box": [1, 1, 9, 9]}]}) + "\n")
     monkeypatch.setattr(bundled, "weights", new, raising=False)
     with pytest.raises(DetguardError, match=named):
         call(bundled)
