@@ -406,3 +406,13 @@ def test_each_batch_is_learned_at_the_rate_of_the_schedule(run, monkeypatch):
     trained(run)
     assert rates == pytest.approx([1e-2 * PACE.share(number, number / LAST) for number in range(LAST)])
     assert rates[0] < max(rates) > rates[-1]
+
+
+def test_after_a_setback_losses_are_judged_by_the_records_that_are_left(run):
+    def harm(call):
+        if call == LOG_EVERY + 3:
+            return math.nan
+        return 1.0 if call <= 2 * LOG_EVERY else 1e4  # of all that is learned after the setback
+
+    trained(run, harm=harm)
+    assert [r["setbacks"] for r in run.records() if "diverged" in r] == [1]
