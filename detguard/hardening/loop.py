@@ -242,6 +242,8 @@ def train(
         loss = losses_now["loss"] if not log.rows else log.now() if late else None
         if loss is not None and diverged(loss, healthy):
             at = _back(files, at, loss)
+            if stop:
+                raise KeyboardInterrupt
             healthy = deque(ranks.given(log.recent), maxlen=HEALTHY)  # or a resumed run would judge by others
             began = time.monotonic() - at.spent
             batches = made(at.number)

@@ -416,3 +416,16 @@ def test_after_a_setback_losses_are_judged_by_the_records_that_are_left(run):
 
     trained(run, harm=harm)
     assert [r["setbacks"] for r in run.records() if "diverged" in r] == [1]
+
+
+def test_a_stop_at_a_batch_that_diverged_is_not_forgotten(run):
+    calls = []
+
+    def harm(call):
+        calls.append(call)
+        return math.nan if call == LOG_EVERY + 3 else 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, LOG_EVERY + 2, harm=harm)
+    progress = torch.load(run.folder / "last.pt")["progress"]
+    assert (calls[-1], progress["number"], progress["setbacks"]) == (LOG_EVERY + 3, 0, 1)
