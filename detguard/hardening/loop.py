@@ -245,7 +245,8 @@ def train(
             if stop:
                 raise KeyboardInterrupt
             healthy = deque(ranks.given(log.recent), maxlen=HEALTHY)  # or a resumed run would judge by others
-            began = time.monotonic() - at.spent
+            saved = time.monotonic()
+            began = saved - at.spent
             batches = made(at.number)
             continue
         if loss is not None and not log.rows:

@@ -429,3 +429,16 @@ def test_a_stop_at_a_batch_that_diverged_is_not_forgotten(run):
         trained(run, LOG_EVERY + 2, harm=harm)
     progress = torch.load(run.folder / "last.pt")["progress"]
     assert (calls[-1], progress["number"], progress["setbacks"]) == (LOG_EVERY + 3, 0, 1)
+
+
+def test_after_a_setback_at_a_checkpoint_the_next_one_is_as_far_away_as_ever(run, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def harm(call):
+        clock[0] += 1
+        return math.nan if call == 2 * 11 else 1.0
+
+    trained(run, harm=harm, pace=Pace(LAST, 1e-2, 1e-2, 10.0))
+    numbers = [torch.load(run.folder / name)["progress"]["number"] for name in ("last.pt", "last.1.pt", "last.2.pt")]
+    assert numbers == [44, 33, 22]
