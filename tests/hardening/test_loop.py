@@ -442,3 +442,10 @@ def test_after_a_setback_at_a_checkpoint_the_next_one_is_as_far_away_as_ever(run
     trained(run, harm=harm, pace=Pace(LAST, 1e-2, 1e-2, 10.0))
     numbers = [torch.load(run.folder / name)["progress"]["number"] for name in ("last.pt", "last.1.pt", "last.2.pt")]
     assert numbers == [44, 33, 22]
+
+
+def test_what_has_diverged_since_the_last_record_is_no_checkpoint(run):
+    pace = Pace(LAST, 1e-2, 1e-2, 0.0)  # a checkpoint after every batch
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, 7, harm=lambda call: math.nan if call == 6 else 1.0, pace=pace)
+    assert [(r["batch"], r["diverged"]) for r in run.records() if "diverged" in r] == [(5, 6)]
