@@ -158,12 +158,15 @@ def test_old_photos_corrupted_as_the_new_ones_are_do_not_keep_these_from_the_new
     assert shares[0] > 0.7 > 0.1 > shares[1]
 
 
-def test_stopped_and_resumed_it_gives_the_same_weights(network, train, tmp_path):
+@pytest.mark.parametrize(
+    "plan", [replace(PLAN, photos=18), replace(PLAN, mode="full", experts=0, photos=18)], ids=lambda plan: plan.mode
+)
+def test_stopped_and_resumed_it_gives_the_same_weights(network, train, plan):
     first, second = copy.deepcopy(network), copy.deepcopy(network)
-    train(folder="whole")
+    train(plan, folder="whole")
     with pytest.raises(KeyboardInterrupt):
-        train(folder="stopped", of=first, on_batch=lambda number, *_: number == 1)
-    train(folder="stopped", of=second)
+        train(plan, folder="stopped", of=first, on_batch=lambda number, *_: number == 1)
+    train(plan, folder="stopped", of=second)
     ours, whole = second.state_dict(), network.state_dict()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
