@@ -399,3 +399,23 @@ def test_a_third_of_the_old_photos_is_learned_under_attack(train, monkeypatch):
     monkeypatch.setattr("detguard.hardening.adapt.perturb", noted)
     train(replace(PLAN, mode="full", photos=6, eps=3.0))
     assert attacked == [(1, 3.0)]
+
+
+def test_classes_that_photos_are_not_labelled_for_stay_so_in_old_photos_and_in_new_experts(network, new, old):
+    before = copy.deepcopy(network).requires_grad_(False)
+    network.grow(["adapted 1"], 2)
+    pair = [next(batches(source, 2, 128, 9, 0, 1)) for source in (new, old)]
+    fresh, known = (
+        replace(batch, labels=[replace(one, objects=one.objects.of([0]), known=(0,)) for one in batch.labels])
+        for batch in pair
+    )
+    with torch.no_grad():
+        for parameter in network.experts.parameters():
+            parameter.mul_(1.02)
+        plan = replace(PLAN, mode="full", keep=0.0)
+        told = batch_losses(network, before, fresh, known, Counts(2, 2, 0), plan, SETTING)
+        for name, batch, route in (("new, grown", fresh, 3), ("old", known, None)):
+            found, said = SETTING.run(network, batch.shown, route)[0], SETTING.run(before, batch.clean)[0]
+            alone, held = (float(label_loss(found, batch.labels, of).mean()) for of in (None, said))
+            assert held > alone + 0.01
+            assert float(told[name]) == pytest.approx(held, rel=1e-4)
