@@ -319,10 +319,11 @@ def test_what_is_found_in_unlabelled_photos_is_what_the_detector_finds(bundled, 
     assert torch.equal(label.objects.classes, wanted.classes)
 
 
-def test_top_k_is_what_it_was_afterwards(network, train):
-    network.top_k = 1
-    train(replace(PLAN, photos=6))
+def test_top_k_is_what_it_was_afterwards_and_leaves_no_expert_out_of_what_is_learned(network, train):
+    network.top_k, told = 1, []
+    train(replace(PLAN, mode="full", experts=0, photos=6), on_batch=lambda *said: told.append(said[2]["moved"]))
     assert network.top_k == 1
+    assert told == [0]  # of the first batch: all answer, and are what they were
 
 
 def test_the_mode_goes_by_the_number_of_new_photos():
