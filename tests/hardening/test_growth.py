@@ -420,3 +420,11 @@ def test_classes_that_photos_are_not_labelled_for_stay_so_in_old_photos_and_in_n
             alone, held = (float(label_loss(found, batch.labels, of).mean()) for of in (None, said))
             assert held > alone + 0.01
             assert float(told[name]) == pytest.approx(held, rel=1e-4)
+
+
+def test_several_new_experts_are_asked_a_little_differently(network, new):
+    before = copy.deepcopy(network)
+    network.grow(["adapted 1", "adapted 2"], 2, "head")
+    fit_kinds(network, before, [(next(batches(new, 4, 128, 9, 0, 1)), None)], Adversary(), SETTING)
+    first, second = network.kinds.weight
+    assert 0.05 < (first - second).std() / (first + second).std() < 0.1
