@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from detguard.hardening.adapt import (
     set_aside,
 )
 from detguard.hardening.adversary import Adversary, perturb
-from detguard.hardening.kinds import answers, fit_kinds
+from detguard.hardening.kinds import UNASKED, answers, fit_kinds
 from detguard.hardening.losses import label_loss, retention_loss
 from detguard.hardening.train import Setting
 from detguard.hardening.validation import _run_of, hold_out
@@ -428,3 +429,18 @@ def test_several_new_experts_are_asked_a_little_differently(network, new):
     fit_kinds(network, before, [(next(batches(new, 4, 128, 9, 0, 1)), None)], Adversary(), SETTING)
     first, second = network.kinds.weight
     assert 0.05 < (first - second).std() / (first + second).std() < 0.1
+
+
+def test_known_photos_leave_a_new_expert_unasked_also_where_an_earlier_one_is_asked(network, new, old):
+    network.grow(["adapted 1"], 2, "head")
+    with torch.no_grad():
+        network.kinds.bias.fill_(10.0)
+    before = copy.deepcopy(network)
+    network.grow(["adapted 2"], 2, "head")
+    alike = PhotoSet.of([encode_png((old.photo(0) * 0.062).astype(np.uint8))], [1.0], old.labels)
+    fresh, known = (next(batches(source, 4, 128, 9, 0, 1)) for source in (new, alike))
+    fit_kinds(network, before, [(fresh, known)], Adversary(0.0), SETTING)
+    with torch.no_grad():
+        of_new, of_known = (network(batch.shown)[1].softmax(1)[:, 4] for batch in (fresh, known))
+    assert of_new.median() > 0.9
+    assert of_known.max() < math.exp(-UNASKED)
