@@ -89,7 +89,7 @@ class Living(Deployment):
         self.seen, self.reservoir, self.judged, self.number = dict[int, Record](), list[int](), 0, 0
         self.remembered = deque[int](maxlen=MOST_WINDOWS * self.run.config["monitor"]["window"])
         self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
-        self.passed = 0  # since which photo a drop is still to be learned; 0: there is none
+        self.passed = set[int]()  # since which photos there are drops that are still to be learned
         if self.run.config["on_drift"] == "adapt":
             for record in self.run.each():
                 self._pass(record)
@@ -167,11 +167,12 @@ class Living(Deployment):
         ends = {"gathering": "began", ROLLED_BACK: "number"}
         over = max((event[ends[event["event"]]] for event in self.events if event["event"] in ends), default=0)
         if (record.get("began") or 0) > over:
-            self.passed = record["began"]
+            self.passed.add(record["began"])
 
     def _gather(self) -> None:
-        """Begin to gather photos since the last drop."""
-        began, self.passed = self.passed, 0
+        """Begin to gather photos since the first of the drops that wait: those since are learned after it."""
+        began = min(self.passed)
+        self.passed.remove(began)
         self._note({"event": "gathering", "number": self.number, "began": began})
 
     def saw(self, record: Record) -> None:
@@ -277,7 +278,7 @@ class Living(Deployment):
             self.child = None
             self._close(KEPT, self.last_model, "rolled back")
         self._close(ROLLED_BACK, models[-2])
-        self.passed = 0  # that was of what is taken back
+        self.passed.clear()  # they were of what is taken back
 
     def _remember(self, record: Record, *, copied: bool = False) -> None:
         """Take what is known of a photo; copied: while it can still be read, a copy of it."""
@@ -304,7 +305,7 @@ class Living(Deployment):
         """Let go of the photos that nothing can be learned from any more, and of their copies."""
         recent = min(self.remembered) - 1 if len(self.remembered) == self.remembered.maxlen else 0
         recent = max(recent, self.number - MOST_RECENT)
-        since = self.passed or self.number + 1
+        since = min(self.passed, default=self.number + 1)
         since = min(since, self.last["began"]) if self.last["event"] == "gathering" else since
         waiting = [number for number, known in self.seen.items() if known.get("labelled") is False][-MOST_WAITING:]
         # While one kind is learned, the next one may come for hours.

@@ -68,13 +68,13 @@ def test_a_roll_back_gives_up_what_is_being_learned(living, unfinished):
 
 def test_a_drop_of_what_is_taken_back_is_not_learned_by_what_is_gone_back_to(living):
     note(living, "deployed", "second")
-    living.passed = 25
+    living.passed = {25}
     living.number = 39
     living.roll_back()
     living._pass({"began": 25})
     assert not living.passed
     living._pass({"began": 40})
-    assert living.passed == 40
+    assert living.passed == {40}
 
 
 def test_copies_of_photos_wait_as_long_as_their_labels_may_come(living, tmp_path):
@@ -171,6 +171,25 @@ def test_a_drop_while_another_is_learned_is_learned_next_and_each_once(tmp_path,
     again = unlucky(tmp_path, bundled)
     show(again, 12, began=11)  # resumed, a run goes through its last window once more
     assert len(again.events) == len(told)
+
+
+def test_of_drops_that_come_while_another_is_learned_none_is_passed_over(tmp_path, bundled, monkeypatch):
+    monkeypatch.setattr(Unlucky, "_judge", lambda self: self.number > 24 and Living._judge(self))  # it takes so long
+    living, drops = unlucky(tmp_path, bundled), {10: 9, 16: 15, 22: 21}
+    for number in range(1, 24):
+        show(living, number, began=drops.get(number))
+    assert [event["event"] for event in living.events] == ["gathering", "adapting"]
+    assert living.passed == unlucky(tmp_path, bundled).passed == {15, 21}
+    for number in range(24, 27):
+        show(living, number)
+    assert [event["began"] for event in living.events if event["event"] == "gathering"] == [9, 15]
+    assert living.passed == unlucky(tmp_path, bundled).passed == {21}  # also of a run that is resumed meanwhile
+    for number in range(27, 40):
+        show(living, number)
+    assert [event["began"] for event in living.events if event["event"] == "adapting"] == [9, 15, 21]
+    assert living.passed == unlucky(tmp_path, bundled).passed == set()
+    replayed = (tmp_path / "adapted/002.replay.jsonl").read_text().splitlines()
+    assert max(int(Path(json.loads(line)["photo"]).stem) for line in replayed) < 15
 
 
 def test_a_drop_that_was_recorded_before_a_kill_is_learned_after_it(tmp_path, bundled):
@@ -479,7 +498,7 @@ def test_while_one_kind_is_learned_the_next_one_does_not_fill_the_disk(living, t
     photo = tmp_path / "camera.png"
     photo.write_bytes(b"1")
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
-    living.passed, last = 1, 3 * MOST_WINDOWS
+    living.passed, last = {1}, 3 * MOST_WINDOWS
     record = {"photo": str(photo), "objects": [], "f1": 1.0, "confidence": 0.5, "entropy": None, "began": None}
     for number in range(1, last + 1):
         living._remember(record | {"number": number}, copied=True)
