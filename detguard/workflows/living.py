@@ -32,7 +32,7 @@ from detguard.engine import die_with
 from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, FileError, parse_json, read_file, read_json
 from detguard.hardening.adapt import JUDGED_ONE_IN
 from detguard.hardening.judging import FIGURES, Figures
-from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment
+from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment, Monitor
 from detguard.hardening.validation import ATTACKED
 from detguard.runs import Record, Run
 from detguard.workflows.monitor import LIVE, MOST_RECENT
@@ -46,6 +46,8 @@ LOST, LOST_ATTACKED = 0.01, 0.05
 DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
 # Multiples of it are evenly spread, whichever of them there are (Knuth 1973, 6.4).
 GOLDEN = 2654435761
+# While photos are gathered, it is seen whether F1 has risen again whenever there are so many more.
+LOOK_EVERY = 8
 # Of the processes that adapt: the stream comes first.
 NICENESS = 5
 # Seconds: between looks at it, or for it to save and end; and without a file that it has written, though it saves every
@@ -188,8 +190,10 @@ class Living(Deployment):
             elif self._stalled():
                 self.child.kill()
         elif self.last["event"] == "gathering":
-            if len(self._photos(self.last["began"], self.number)) >= self.options["gather"]:
-                self._adapt()
+            count = len(self._photos(self.last["began"], self.number))
+            rose = self._rose() if count % LOOK_EVERY == 0 or count >= self.options["gather"] else None
+            if rose is not None or count >= self.options["gather"]:
+                self._adapt(rose)
         elif self.passed:
             self._gather()
 
@@ -200,15 +204,11 @@ class Living(Deployment):
         """
         while self.passed or self.last["event"] in ("gathering", "adapting"):
             if self.last["event"] == "gathering":
-                count = len(self._photos(self.last["began"], self.number))
-                if count < JUDGED_ONE_IN:  # one of which would be judged by, and the others be nothing to learn from
-                    few = f"{count} photos of the new kind are too few"
-                    if self.run.config["stream"].get("source") == LIVE:
-                        self.report(f"photo {self.number}: {few}; a resumed run goes on gathering")
-                        return
-                    self._close(KEPT, self.last_model, few)
-                else:
-                    self._adapt()
+                count, rose = len(self._photos(self.last["began"], self.number)), self._rose()
+                if rose is None and count < JUDGED_ONE_IN and self.run.config["stream"].get("source") == LIVE:
+                    self.report(f"photo {self.number}: {too_few(count)}; a resumed run goes on gathering")
+                    return
+                self._adapt(rose)
             if self.last["event"] != "adapting":
                 if self.passed:
                     self._gather()
@@ -308,8 +308,8 @@ class Living(Deployment):
         since = min(self.passed, default=self.number + 1)
         since = min(since, self.last["began"]) if self.last["event"] == "gathering" else since
         waiting = [number for number, known in self.seen.items() if known.get("labelled") is False][-MOST_WAITING:]
-        # While one kind is learned, the next one may come for hours.
-        gathered = [one["number"] for one in self._photos(since, self.number)][-self.options["gather"] :]
+        # While one kind is learned, the next one may come for hours, and be over.
+        gathered = [one["number"] for one in self._photos(since, self.number)][: self.options["gather"]]
         needed = self.learned.union(self.reservoir, waiting, gathered)
         # Of photos without known objects nothing can be learned, unless their labels come.
         gone = [n for n, known in self.seen.items() if n <= recent or known.get("f1") is None]
@@ -337,11 +337,34 @@ class Living(Deployment):
         """Those with known objects of a part of the stream."""
         return [r for n, r in self.seen.items() if began <= n <= number and r.get("f1") is not None]
 
-    def _adapt(self) -> None:
+    def _rose(self) -> int | None:
+        """Of the photos since a drop, the first one of those on which F1 has risen again: they are of an old kind.
+
+        By the likelihood ratio, whichever test tells of drops: of the others some want more photos than are gathered.
+        """
+        window = min(self.run.config["monitor"]["window"], self.options["gather"])
+        watching, photos = Monitor(window=window), self._photos(self.last["began"], self.number)
+        for count, one in enumerate(photos, 1):
+            if (ago := watching.add(1 - one["f1"])) is not None:  # where F1 rises, what it lacks drops
+                return int(photos[count - ago]["number"])
+        return None
+
+    def _adapt(self, rose: int | None) -> None:
+        """Begin to learn what was gathered, or give it up: of few photos one would judge, and none be left to learn.
+
+        rose: since which photo F1 has risen again, so that those from there on are not of the new kind.
+        """
         number, began = self.number, self.last["began"]
         count = 1 + sum(e["event"] == "adapting" for e in self.events)
         folder = f"adapted/{count:03d}"
-        new, known = self._photos(began, number), [one["number"] for one in self._photos(1, began - 1)]
+        new = self._photos(began, number if rose is None else rose - 1)
+        known = [one["number"] for one in self._photos(1, began - 1)]
+        again = "" if rose is None else f"accuracy has risen again since photo {rose}; "
+        if len(new) < min(JUDGED_ONE_IN, self.options["gather"]):
+            self._close(KEPT, self.last_model, again + too_few(len(new)))
+            return
+        if rose is not None:
+            self.report(f"photo {number}: {again}{len(new)} photos of the new kind came before")
         # When it began is an estimate, and few photos of the new kind among old ones keep new experts from being asked.
         known = known[: -self.run.config["monitor"]["window"] // 2] or known
         drawn = [n for n in self.reservoir if n in set(known)]
@@ -471,6 +494,11 @@ def with_judges(records: Sequence[Record]) -> list[Record]:
     judges = {one["number"] for one in records if one["number"] * GOLDEN % 2**32 < 2**32 / JUDGED_ONE_IN}
     judges = judges or {one["number"] for one in records[-1:]}
     return [one | {"judges": one["number"] in judges} for one in records]
+
+
+def too_few(count: int) -> str:
+    """Why so many photos are not learned from."""
+    return f"{count} photos of the new kind are too few"
 
 
 def check_options(parts: Sequence[str]) -> None:

@@ -141,17 +141,68 @@ class Unlucky(Living):
         self.child.wait()
 
 
-def unlucky(folder, bundled, **config):
+def unlucky(folder, bundled, gather=3, **config):
     config = {"command": "monitor", "monitor": {"window": 8}, "on_drift": "adapt", "replay": []} | config
-    config |= {"detector": {"model": "m"}, "living": {"gather": 3, "keep": KEEP, "adapt": []}}
+    config |= {"detector": {"model": "m"}, "living": {"gather": gather, "keep": KEEP, "adapt": []}}
     return Unlucky(Run(folder, {"stream": {"class_map": {}}} | config), bundled)
 
 
-def show(living, number, began=None):
+def show(living, number, began=None, f1=0.5):
     """A photo of the stream that is judged, and since when accuracy has dropped."""
-    record = {"number": number, "photo": f"{number}.png", "objects": [], "f1": 0.5, "confidence": 0.5, "entropy": None}
+    record = {"number": number, "photo": f"{number}.png", "objects": [], "f1": f1, "confidence": 0.5, "entropy": None}
     living.run.append(record | {"began": began})
     living.saw(record | {"began": began})
+
+
+def photos_of(file):
+    """The numbers of photos that are learned, of files as `show` names them."""
+    return [int(Path(json.loads(line)["photo"]).stem) for line in file.read_text().splitlines()]
+
+
+def show_weather(living, fog, last=200):
+    """Clear photos, fog from 51 on on so many, of which is told at the tenth or where it ends, and clear ones again."""
+    rng, told = np.random.default_rng(0), 50 + min(fog, 10)
+    for number in range(1, last + 1):
+        level = 0.2 if 51 <= number < 51 + fog else 0.8
+        show(living, number, began=51 if number == told else None, f1=float(rng.normal(level, 0.1)))
+
+
+def test_when_accuracy_rises_again_photos_since_then_are_not_learned_as_the_new_kind(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled, gather=64)
+    show_weather(living, fog=20)
+    gathering, adapting, _ = living.events
+    assert (gathering["number"], adapting["event"]) == (60, "adapting")
+    assert adapting["number"] < 51 + 40  # and it is not waited for more, which may never come
+    assert photos_of(tmp_path / "adapted/001.new.jsonl") == [*range(51, 71)]
+
+
+def test_what_is_over_before_there_is_enough_to_learn_from_is_given_up_with_the_reason(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled, gather=64)
+    show_weather(living, fog=4)
+    assert [event["event"] for event in living.events] == ["gathering", "kept"]
+    why = "accuracy has risen again since photo 55; 4 photos of the new kind are too few"
+    assert living.events[-1]["why"] == why
+    assert living.events[-1]["number"] < 51 + 40
+
+
+@pytest.mark.parametrize("fog", [10, 20])
+def test_a_stream_that_ends_after_accuracy_rose_again_learns_what_came_before(tmp_path, bundled, fog):
+    living = unlucky(tmp_path, bundled, gather=64, stream={"class_map": {}, "source": "-"})
+    show_weather(living, fog, last=50 + fog + 11)
+    living.end()
+    assert [event["event"] for event in living.events] == ["gathering", "adapting", "kept"]
+    assert photos_of(tmp_path / "adapted/001.new.jsonl") == [*range(51, 51 + fog)]
+
+
+def test_what_is_steadily_worse_is_gathered_to_the_end(tmp_path, bundled):
+    for seed in range(5):
+        (tmp_path / str(seed)).mkdir()
+        living = unlucky(tmp_path / str(seed), bundled, gather=64, monitor={"window": 32})
+        rng = np.random.default_rng(seed)
+        for number in range(1, 76):
+            f1 = rng.beta(2.4, 0.6) if number <= 10 else rng.beta(0.6, 2.4)  # widely scattered
+            show(living, number, began=11 if number == 20 else None, f1=float(f1))
+        assert len(photos_of(tmp_path / f"{seed}/adapted/001.new.jsonl")) == 64
 
 
 def test_a_drop_while_another_is_learned_is_learned_next_and_each_once(tmp_path, bundled):
@@ -503,7 +554,7 @@ def test_while_one_kind_is_learned_the_next_one_does_not_fill_the_disk(living, t
     for number in range(1, last + 1):
         living._remember(record | {"number": number}, copied=True)
     copies = {int(file.stem) for file in (living.run.folder / "photos").iterdir()}
-    assert copies == {*range(last - MOST_WINDOWS + 1, last + 1), *living.reservoir}
+    assert copies == {1, 2, 3, *range(last - MOST_WINDOWS + 1, last + 1), *living.reservoir}  # 3 to gather, its first
 
 
 def test_a_photo_that_the_camera_deletes_meanwhile_ends_no_stream(living):
