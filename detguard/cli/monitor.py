@@ -274,7 +274,9 @@ def watch(
 
     def tell() -> "list[Record]":
         records = recent(run)
-        run.write("report.html", monitor_page(run, records, living.events, drop_items(records, living)))
+        items = drop_items(records, living)
+        page = monitor_page(run, records, living.events, items, dropping.told, dropping.known)
+        run.write("report.html", page)
         return records
 
     if roll_back:
@@ -319,17 +321,17 @@ def watch(
             signal.signal(signal.SIGTERM, before)
     records, drops, dropped = tell(), len(dropping.spans), len(dropping.written)
     least = needed(options["detector"], options["window"])
-    out.say(verdict(records, options["detector"], options["window"]), style="bold")
+    known = dropping.known
+    out.say(verdict(records, options["detector"], options["window"], dropping.told, known), style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
-    judged = sum(r.get("f1") is not None for r in records)
-    calm = "no drop" if judged >= least else "too few to judge"
+    calm = "no drop" if known >= least else "too few to judge"
     summary = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
-    summary = f"{summary}; {judged} of {len(records)} photos have objects of classes that the detector knows"
-    if unlabelled := sum(r.get("labelled") is False for r in records):
-        summary = f"{summary}, {unlabelled} have no labels yet and gave hints alone"
+    summary = f"{summary}; {known} of {dropping.count} photos have objects of classes that the detector knows"
+    if dropping.bare:
+        summary = f"{summary}, {dropping.bare} have no labels yet and gave hints alone"
     if boxes := unknown_boxes(r.get("unknown", ()) for r in records):
         show_warning(f"{sum(boxes.values())} {left_out(boxes, detector.class_names.values())}")
     out.say(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}")
-    if any("error" in r for r in records):
+    if dropping.errors:
         return 2
-    return 1 if drops else NOTHING if judged < least else 0
+    return 1 if drops else NOTHING if known < least else 0

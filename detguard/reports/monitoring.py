@@ -82,19 +82,24 @@ def events_table(events: list[Record]) -> Table:
     return Table("Events", ["event", "what"], rows, note)
 
 
-def verdict(records: Sequence[Record], kind: str, window: int) -> str:
+def verdict(
+    records: Sequence[Record], kind: str, window: int, told: Sequence[Record] = (), known: int | None = None
+) -> str:
     """Whether and since when accuracy has dropped, or that there were too few photos to judge by.
 
     Where it has not, how large a drop would have had to be: that none was told says nothing of smaller ones.
+    told, known: where the records are the end of a longer stream, those of all drops, as `Drops` has them, and how
+    many of its photos have known objects.
     """
-    least = needed(kind, window)
+    least, records = needed(kind, window), latest([*told, *records])
     judged = [r for r in records if r.get("f1") is not None]
     alarms = [r for r in judged if r["began"] is not None]
     if not alarms:
-        if len(judged) < least:
-            return f"Too few to judge: {len(judged)} photos have known objects, {least} are needed"
+        known = len(judged) if known is None else known
+        if known < least:
+            return f"Too few to judge: {known} photos have known objects, {least} are needed"
         values = [float(r["f1"]) for r in judged[-MOST_WINDOWS * window :]]
-        calm = f"No drop on {len(judged)} photos with known objects: mean F1 {number(mean(values))}"
+        calm = f"No drop on {known} photos with known objects: mean F1 {number(mean(values))}"
         return f"{calm}. {unseen(values, window)}" if kind == "likelihood-ratio" and len(values) > window else calm
     (first, *_), more = drops(records), f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
     before, photos_before, after, photos_after = first.cells
@@ -195,8 +200,17 @@ def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
     return items
 
 
-def monitor_page(run: Run, records: list[Record], events: list[Record], items: Sequence[Item] = ()) -> bytes:
-    """report.html of a monitor run; events: of one whose detector learns; items: photos of its drops."""
+def monitor_page(
+    run: Run,
+    records: list[Record],
+    events: list[Record],
+    items: Sequence[Item] = (),
+    told: Sequence[Record] = (),
+    known: int | None = None,
+) -> bytes:
+    """report.html of a monitor run; events: of one whose detector learns; items: photos of its drops; told, known: as
+    in `verdict`.
+    """
     options = run.config["monitor"]
     rows = windows(records, options["window"])
     records = latest(records)
@@ -213,7 +227,7 @@ def monitor_page(run: Run, records: list[Record], events: list[Record], items: S
     title = f"Monitor: {run.config['detector']['model']}"
     tables = [drops_table(drops(records))] * bool(alarms) + [events_table(events)] * bool(events)
     tables.append(timeline_table(rows))
-    summary = verdict(records, options["detector"], options["window"])
+    summary = verdict(records, options["detector"], options["window"], told, known)
     command = ["detguard", *run.config["arguments"]]
     left_out = len(dropped(records)) - len(items) if items else 0
     gallery = "From where each drop began to its alarm, the least F1 first."

@@ -30,6 +30,8 @@ DROPPED = "dropped.jsonl"
 MOST_RECENT = 100_000
 # Of a stream of months, the photos that a page tells of.
 MOST_TOLD = 20_000
+# Of records of drops, what is told of them.
+TOLD = ("number", "photo", "time", "f1", "began", "levels")
 # Instead of a data set: photos as they come.
 LIVE = "-"
 
@@ -72,11 +74,15 @@ class Drops:
     """Has the photos of each drop in dropped.jsonl as soon as it is told, without reading all records of days again.
 
     Of the photos that were seen, those are remembered that a drop may reach back to; those whose labels come later are
-    added then. spans: the first and last photo of each drop.
+    added then. spans: the first and last photo of each drop; told: what verdicts say of these two.
+
+    Of the whole stream, of which memory would not hold all records: count: its photos; known: those with known
+    objects; bare: those whose labels have not come; errors: those that could not be read, and lines that are none.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.lines, self.spans = run, b"", list[tuple[int, int]]()
+        self.run, self.lines, self.spans, self.told = run, b"", list[tuple[int, int]](), list[Record]()
+        self.count = self.known = self.bare = self.errors = 0
         self.judged = deque[int](maxlen=MOST_WINDOWS * run.config["monitor"]["window"])
         self.recent, self.written = dict[int, Record](), set[int]()
         for record in run.each():
@@ -86,6 +92,10 @@ class Drops:
     def saw(self, record: Record) -> Record:
         """Take the next record; where it tells of a drop, that of the photo which it began with is returned."""
         number, began = record["number"], record.get("began")
+        self.errors += "error" in record
+        self.known += record.get("f1") is not None
+        self.bare += 1 if record.get("labelled") is False else -1 if number <= self.count else 0  # labels that came
+        self.count = max(self.count, number)
         if "f1" in record and record.get("labelled", True):
             self.recent[number] = self.recent.pop(number, {}) | record
         if record.get("f1") is not None:
@@ -101,7 +111,11 @@ class Drops:
             self.written.update(new)
             self.lines += to_lines(self.recent[n] for n in new)
             self.run.write(DROPPED, self.lines)
-        return record if began is None else self.recent.get(began, {"number": began})
+        if began is None:
+            return record
+        first = self.recent.get(began, {"number": began, "photo": ""})
+        self.told += [{key: one[key] for key in TOLD if key in one} for one in (first, record)]
+        return first
 
     def _dropped(self, number: int) -> bool:
         return any(began <= number <= told for began, told in self.spans)

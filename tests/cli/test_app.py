@@ -478,6 +478,43 @@ def test_photos_that_are_gone_are_told_by_the_exit_code(monkeypatch, capsys, tmp
     assert "1 photos missing or unreadable" in capsys.readouterr().err
 
 
+def test_a_long_stream_is_told_of_as_a_whole_though_its_end_is_quiet(monkeypatch, capsys, tmp_path):
+    def watch(*arguments):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        return run(monkeypatch, "monitor", *arguments), " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.setattr("detguard.workflows.monitor.MOST_TOLD", 8)
+    made = ("--stream", "-", "--imgsz", 64, "--window", 8, "--out", tmp_path)
+    assert watch(*made)[0] == 3
+    plain = {"photo": "a.png", "objects": [], "f1": 0.5, "confidence": 0.5, "entropy": None, "began": None}
+    broken = {"photo": "a.png", "objects": [], "error": "a.png: no photo"}
+    levels = {"before": 0.8, "photos_before": 6, "after": 0.5, "photos_after": 4}
+    drop = plain | {"began": 8, "levels": levels}
+    bare = plain | {"f1": None, "id": "1", "labelled": False}
+    late = bare | {"number": 10, "labelled": True}
+    quiet = [plain | {"f1": None}] * 20  # no objects that are known
+    for early, code, *told in (
+        (
+            [*[plain] * 9, bare, bare, late],
+            0,
+            "No drop on 9 photos",
+            "no drop; 9 of 32 photos",
+            ", 1 have no labels yet",
+        ),
+        (
+            [*[plain] * 7, drop, drop],
+            1,
+            "dropped from .800 (6 photos) to .500 (4) since about photo 8",
+            "and 1 more later",
+        ),
+        ([broken, *[plain] * 8], 2, "no drop; 8 of 29 photos"),
+    ):
+        lines = [json.dumps({"number": number} | one) + "\n" for number, one in enumerate([*early, *quiet], 1)]
+        (tmp_path / "results.jsonl").write_text("".join(lines))
+        got, said = watch("--resume", tmp_path)
+        assert (got, [one in said for one in told]) == (code, [True] * len(told))
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 130])
 def test_commands_end_with_their_own_code_and_word(monkeypatch, capsys, bus_file, code):
     monkeypatch.setattr(load, "load_detector", lambda *_, **__: sys.exit(code))
