@@ -180,8 +180,13 @@ def monitor(
     else:
         only_with(context, ("gather", "keep", "replay", "adapt_options"), "--on-drift adapt")
     only_of_splits(context, [stream])
-    if not is_filmed(stream):
+    if is_filmed(stream):
+        only_with(context, ("split",), "a data.yaml")
+        only_with(context, ("class_map",), "photos with labels")
+    else:
         only_with(context, ("every",), "a video or a camera")
+    if stream == LIVE or is_filmed(stream) or stream.lower().endswith(".jsonl"):
+        only_with(context, ("images",), "a COCO json")
     if not is_camera(stream):
         only_with(context, ("frames",), "a camera")
     parsed = adapting_options(adapt_options, watched.model if on_drift == "adapt" else None, gather)

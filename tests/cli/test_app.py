@@ -569,6 +569,11 @@ def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, ca
         ("detect PHOTO --frames 9", "--frames: goes with a camera"),
         ("attack PHOTO --frames 9", "--frames: goes with a camera"),
         ("monitor --stream clip.mp4 --frames 9", "--frames: goes with a camera"),
+        ("monitor --stream clip.mp4 --split test", "--split: goes with a data.yaml"),
+        ("monitor --stream 0 --map a=person", "--map: goes with photos with labels"),
+        ("monitor --stream clip.mp4 --images FOLDER", "--images: goes with a COCO json"),
+        ("monitor --stream - --images FOLDER", "--images: goes with a COCO json"),
+        ("monitor --stream day.jsonl --images FOLDER", "--images: goes with a COCO json"),
         ("monitor --stream DATA --window 2000000", "--window"),
         ("monitor --stream DATA --on-drift adapt --keep 2000000", "--keep"),
         ("monitor --stream DATA --on-drift adapt --gather 2000000", "--gather"),
@@ -578,7 +583,7 @@ def test_options_without_effect_or_out_of_range_are_named(
     monkeypatch, capsys, tmp_path, tiny_data, bus_file, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    names = {"DATA": tiny_data, "PHOTO": bus_file}
+    names = {"DATA": tiny_data, "PHOTO": bus_file, "FOLDER": tmp_path}
     assert run(monkeypatch, *(names.get(word, word) for word in arguments.split())) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/*/*/config.yaml"))
