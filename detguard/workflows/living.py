@@ -93,9 +93,12 @@ class Living(Deployment):
         self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
         self.passed = set[int]()  # since which photos there are drops that are still to be learned
         if self.run.config["on_drift"] == "adapt":
-            for record in self.run.each():
+            for count, record in enumerate(self.run.each(), 1):
                 self._pass(record)
-                self._remember(record)
+                self._take(record)
+                if count % MOST_WAITING == 0:  # with each of them, months would take hours; with none, all memory
+                    self._forget()
+            self._forget()
         self._loaded = ("", self.first)
         self._written = -1.0, 0.0
 
@@ -281,6 +284,11 @@ class Living(Deployment):
         self.passed.clear()  # they were of what is taken back
 
     def _remember(self, record: Record, *, copied: bool = False) -> None:
+        """Take what is known of a photo, and let go of what is no longer needed; copied: as `_take`."""
+        self._take(record, copied=copied)
+        self._forget()
+
+    def _take(self, record: Record, *, copied: bool = False) -> None:
         """Take what is known of a photo; copied: while it can still be read, a copy of it."""
         number = record["number"]
         first, self.number = number > self.number, max(number, self.number)
@@ -299,7 +307,6 @@ class Living(Deployment):
                 place = int(np.random.default_rng(self.judged).integers(self.judged))
             if place < self.options["keep"]:
                 self.reservoir[place : place + 1] = [number]
-        self._forget()
 
     def _forget(self) -> None:
         """Let go of the photos that nothing can be learned from any more, and of their copies."""

@@ -46,6 +46,21 @@ def test_photos_that_may_be_learned_from_outlast_the_camera_and_are_bounded(tmp_
     assert (again.judged, again.reservoir) == (living.judged, living.reservoir)
 
 
+def test_a_long_run_that_goes_on_looks_seldom_for_what_it_may_forget(tmp_path, bundled, monkeypatch):
+    first = unlucky(tmp_path, bundled)
+    record = {"photo": "gone.png", "objects": [], "f1": 1.0, "confidence": 0.5, "entropy": None, "began": None}
+    records = [record | {"number": number} for number in range(1, 2 * MOST_WINDOWS * 8 + 1)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    for one in records:
+        first._remember(one)
+    sizes, forget = [], Living._forget
+    monkeypatch.setattr(Living, "_forget", lambda self: sizes.append(len(self.seen)) or forget(self))
+    monkeypatch.setattr("detguard.workflows.living.MOST_WAITING", 300)
+    again = unlucky(tmp_path, bundled)
+    assert (again.seen, again.reservoir, again.remembered) == (first.seen, first.reservoir, first.remembered)
+    assert (len(sizes), sizes[0]) == (2, 300)
+
+
 @pytest.fixture
 def living(tmp_path, bundled_model):
     network = GatedNetwork(fused(bundled_model), split=11, fusion="bounded:0.25")
