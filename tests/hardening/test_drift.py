@@ -10,10 +10,12 @@ from detguard.detections import Detections
 from detguard.evaluation.coco import metrics_of_photos
 from detguard.hardening.monitor import (
     DRIFT,
+    MOST_WAITING,
     Deployment,
     LikelihoodRatio,
     Monitor,
     Numbered,
+    Waiting,
     Watch,
     Windows,
     least_told,
@@ -125,6 +127,32 @@ def test_the_quality_of_a_photo_needs_labels_and_its_hints_do_not():
     assert quality(objects, found[[1]]).confidence == 0
 
 
+class Replaced(Deployment):
+    """Another detector sees the photos from 41 on."""
+
+    def since(self, number):
+        return 40 if number > 40 else 0
+
+
+def test_a_detector_that_is_deployed_is_judged_by_itself_from_then_on():
+    watch, boxes, told = Watch(Replaced(None), "likelihood-ratio", 8), torch.arange(10.0)[:, None] * 20, []
+    boxes = boxes + torch.tensor([0.0, 0, 10, 10])
+    objects = Detections(boxes, torch.ones(10), torch.zeros(10, dtype=torch.int64))
+    for number, share in enumerate([9] * 40 + [5] * 40 + [1] * 24, 1):  # of ten objects found
+        photo = Labelled(Path("a.jpg"), objects)
+        told.append(watch.judged(number, photo, objects[list(range(share))])["began"])
+    assert [began for began in told if began] == [81]  # that it finds less than the one before it is no drop
+    watch.judged(40, photo, objects)  # of the one before, whose labels come late
+    assert 40 not in watch.accuracy.numbers
+
+
+def test_of_very_many_photos_without_labels_the_oldest_are_given_up():
+    watch = Watch(Deployment(None), "likelihood-ratio", 8)
+    for number in range(1, MOST_WAITING + 3):
+        watch.wait(Waiting(number, Labelled(Path("a"), Detections.none(), id=str(number), labelled=False)))
+    assert [*watch.waiting] == [str(number) for number in range(3, MOST_WAITING + 3)]
+
+
 @pytest.mark.parametrize("labelled", range(3))
 def test_hints_are_told_where_some_photos_have_labels(labelled):
     watching = Watch(Deployment(None), "likelihood-ratio", 8)
@@ -200,3 +228,10 @@ def test_a_window_of_which_only_the_end_was_seen_has_no_ap():
     windows = Windows(4)  # as a live stream is resumed at photo 3
     given = [windows.ap50(n, (FOUND, FOUND), [], late=False) for n in range(3, 9)]
     assert given == [None] * 5 + [pytest.approx(1)]
+
+
+def test_of_windows_whose_labels_never_come_few_are_kept():
+    windows = Windows(512)
+    for number in range(1, 40 * 512 + 1):
+        windows.ap50(number, None, [], late=False)
+    assert [*windows.open] == [*range(40 - MOST_WAITING // 512 - 2, 40)]

@@ -1,6 +1,7 @@
 """What a monitor that learns remembers of a stream without an end."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from detguard.detectors.load import fused, save_gated
 from detguard.hardening.monitor import MOST_WINDOWS, observe
 from detguard.photos import encode_png, read_photo
 from detguard.runs import Run
-from detguard.workflows.living import Living, verdict, with_judges
-from detguard.workflows.monitor import film
+from detguard.workflows.living import NICENESS, Living, verdict, with_judges
+from detguard.workflows.monitor import Drops, film
 
 KEEP = 5
 
@@ -377,6 +378,32 @@ def test_of_an_adaptation_that_is_not_deployed_its_records_alone_stay(tmp_path, 
     show(living, 1)
     assert living.last["event"] == "kept"
     assert [file.name for file in (tmp_path / "adapted/001").iterdir()] == ["figures.json"]
+
+
+def test_between_photos_of_a_drop_so_many_without_objects_may_lie(tmp_path, bundled, monkeypatch):
+    monkeypatch.setattr("detguard.workflows.living.MOST_RECENT", 20)
+    monkeypatch.setattr("detguard.workflows.monitor.MOST_RECENT", 20)
+    living, drops = unlucky(tmp_path, bundled), Drops(unlucky(tmp_path, bundled).run)
+    for number in range(1, 51):
+        show(living, number)
+        drops.saw({"number": number, "photo": f"{number}.png", "objects": [], "f1": None, "began": None})
+    assert living.seen.keys() == {*range(31, 51), *living.reservoir}
+    assert [*drops.recent] == [*range(31, 51)]
+
+
+def test_the_stream_comes_before_what_adapts(living, tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    living.run.config |= {"replay": [], "stream": {"class_map": {}}}
+    living.run.write("adapted/001.replay.jsonl", b"")
+    living._start({"folder": "adapted/001", "model": "m"})
+    try:
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, living.child.pid) == max(NICENESS, own)
+    finally:
+        living.child.kill()
+        living.child.wait()
 
 
 def test_of_a_camera_that_sees_nothing_no_copies_are_kept(living, tmp_path):
