@@ -524,14 +524,14 @@ def verdict(before: Figures, after: Figures) -> tuple[bool, str]:
 
     before, after: figures of photos that were not learned from, by kind: new, old, and old ones attacked.
     """
-    if not {"new", "old"} <= before.keys() & after.keys():
-        missing = " and ".join(kind for kind in ("new", "old") if kind not in before)
-        return False, f"there are no {missing} photos to judge it by"
-    new, old = ((before[kind]["F1"] or 0.0, after[kind]["F1"] or 0.0) for kind in ("new", "old"))
+    known = {of: (before[of]["F1"], after[of]["F1"]) for of in before.keys() & after.keys()}
+    judged = {of: (was, now) for of, (was, now) in known.items() if was is not None and now is not None}
+    if missing := " and ".join(kind for kind in ("new", "old") if kind not in judged):
+        return False, f"there are no {missing} photos with objects to judge it by"
+    new, old = judged["new"], judged["old"]
     why = f"F1 {new[0]:.3f} -> {new[1]:.3f} on new photos, {old[0]:.3f} -> {old[1]:.3f} on old ones"
     fits = new[1] > new[0] and old[1] >= old[0] - LOST
-    if ATTACKED in before and ATTACKED in after:
-        resists = [of[ATTACKED]["F1"] or 0.0 for of in (before, after)]
+    if resists := judged.get(ATTACKED):
         why += f", {resists[0]:.3f} -> {resists[1]:.3f} on attacked ones"
         fits = fits and resists[1] >= resists[0] - LOST_ATTACKED
     return fits, why

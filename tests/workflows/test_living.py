@@ -575,8 +575,9 @@ def test_what_resists_attacks_less_is_not_deployed(attacked, fits):
 
 
 def test_without_old_photos_nothing_is_deployed():
-    told = verdict({"new": {"F1": 0.1}}, {"new": {"F1": 0.9}})
-    assert told == (False, "there are no old photos to judge it by")
+    refused = False, "there are no old photos with objects to judge it by"
+    assert verdict({"new": {"F1": 0.1}}, {"new": {"F1": 0.9}}) == refused
+    assert verdict({"new": {"F1": 0.1}, "old": {"F1": None}}, {"new": {"F1": 0.9}, "old": {"F1": None}}) == refused
 
 
 @pytest.mark.parametrize("parts", [["--trust"], ["--out=/tmp/x"], ["--model", "evil:make"]])
