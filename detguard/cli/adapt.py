@@ -58,9 +58,10 @@ T = TypeVar("T")
 @app.command(
     epilog="""Examples:
 
-`detguard adapt --model hard.safetensors --new runs/monitor/001/dropped.jsonl --replay day/data.yaml`
+`detguard adapt --model runs/harden/001/weights/sparse.safetensors --new dropped.jsonl --replay day/data.yaml`
 
-`detguard adapt --model hard.safetensors --new fog/data.yaml --replay photos/ --experts 2 --mode full --lambda 10`
+`detguard adapt --model ensemble.safetensors --new fog/data.yaml --replay photos/ --experts 2 --mode full --lambda 10`:
+of a copy of it and its json
 
 `detguard adapt --resume runs/adapt/001`: go on with a run that was stopped"""
 )

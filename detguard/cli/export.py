@@ -29,7 +29,7 @@ from detguard.cli.app import (
 
 `detguard export detguard-n-hard`: ONNX of the ensemble, for ONNX Runtime, TensorRT or `YOLO(file)`
 
-`detguard export hard.safetensors --nms --out street.onnx`: with NMS inside
+`detguard export runs/harden/001/weights/sparse.safetensors --nms --out street.onnx`: with NMS inside
 
 `detguard export runs/harden/001/weights/adversarial.safetensors --format pt`: one network, for `YOLO(file)`"""
 )

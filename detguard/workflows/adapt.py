@@ -298,8 +298,9 @@ def adapt(
     """Teach a gated ensemble a new kind of photos by new experts, as `detguard adapt` does.
 
     Args:
-        detector: the ensemble that `harden` made: its file, or by `load_detector`. Training begins with what its file
-            holds: one that was changed since is to be saved first.
+        detector: the ensemble that `harden` made: its file, `weights/sparse.safetensors` of the run or a copy of it and
+            its json, or by `load_detector`. Training begins with what its file holds: one that was changed since is to
+            be saved first.
         new: labelled photos of the new kind: data.yaml, COCO json or JSON lines, as `monitor` writes them.
         replay: photos of kinds that it knows, as `new`, or folders of them; by default none.
         split: of a data.yaml.
@@ -324,7 +325,7 @@ def adapt(
 
     Examples:
         >>> import detguard
-        >>> made = detguard.adapt("hard.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
+        >>> made = detguard.adapt("ensemble.safetensors", "dropped.jsonl", replay="day/data.yaml")  # doctest: +SKIP
         >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP
     """
     arguments = locals()

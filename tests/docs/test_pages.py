@@ -87,6 +87,25 @@ def test_commands_of_the_pages_are_understood(words):
     command.make_context(name, rest)
 
 
+def test_no_page_or_help_takes_the_stage_of_hard_photos_alone_for_the_ensemble():
+    texts = (
+        [page.read_text() for page in PAGES]
+        + [
+            str(command.epilog) + str(command.callback.__doc__)
+            for command in typer.main.get_group(app).commands.values()
+        ]
+        + [str(detguard.adapt.__doc__)]
+    )
+    assert [text for text in texts if re.search(r"(--model|export|adapt\() ?\"?hard\.safetensors", text)] == []
+
+
+def test_what_is_exported_has_the_nms_that_the_snippet_of_the_page_needs():
+    page = ROOT / "docs/deploying.md"
+    (command,) = [line for block in blocks(page, "sh") for line in block.splitlines() if "detguard export" in line]
+    assert "--nms" in command
+    assert any("for x1, y1, x2, y2, confidence, number in" in code for code in blocks(page, "python"))
+
+
 def test_the_python_of_the_readme_runs(bus_file, tmp_path, monkeypatch, capsys):
     (code,) = blocks(ROOT / "README.md", "python")
     shutil.copy(bus_file, tmp_path)
