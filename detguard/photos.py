@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -47,6 +48,8 @@ SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", "
 XMP = ("xmp", "XML:com.adobe.xmp")
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
+# Looked into for photos to suggest, where a folder holds none itself.
+MOST_FOLDERS = 1000
 # Decoders may go so often over the pixels of the largest photo, and oftener over those of a smaller one: a JPEG of 2 kB
 # can have thousands of scans. Pillow decodes run lengths in Python, which takes as long as so many.
 MAX_PASSES = 12
@@ -83,11 +86,12 @@ class PhotoError(DetguardError):
     """A photo that cannot be read or written; the message starts with its path."""
 
 
-def find_photos(sources: Iterable[str | Path], *, recursive: bool = False) -> list[Path]:
+def find_photos(sources: Iterable[str | Path], *, recursive: bool | None = None) -> list[Path]:
     """Expand files, folders and glob patterns to a list of files, each once, folders and patterns in sorted order.
 
     A source that holds no photos or cannot be listed stays in the list as it is, so that `read_photo` says so in
-    its turn and the others are done. recursive: folders with all that is in their folders, too.
+    its turn and the others are done. recursive: folders with all that is in their folders, too; None: no, and whoever
+    asks has no such option.
 
     Raises:
         PhotoError: no source exists.
@@ -95,10 +99,26 @@ def find_photos(sources: Iterable[str | Path], *, recursive: bool = False) -> li
     found: dict[Path, None] = {}
     for source in sources:
         for match in _matching(str(source)) or [Path(source)]:
-            found |= dict.fromkeys(_photos_in(match, recursive=recursive) or [match])
+            found |= dict.fromkeys(_photos_in(match, recursive=bool(recursive)) or [match])
     if not any(map(is_file, found)):
-        raise PhotoError(f"{', '.join(map(str, found))}: no photos here (looked for {' '.join(SUFFIXES)})")
+        gone = [str(one) for one in found if not os.path.lexists(one) and not glob.has_magic(str(one))]
+        if gone:
+            raise PhotoError(f"{', '.join(gone)}: no such file or folder")
+        reason = f"{', '.join(map(str, found))}: no photos here (looked for {' '.join(SUFFIXES)})"
+        if deeper := next(filter(None, map(_deeper, found)), None):
+            also = "" if recursive is None else ", or give `recursive`"
+            reason = f"{reason}; there are some in {deeper}{os.sep}: name that{also}"
+        raise PhotoError(reason)
     return list(found)
+
+
+def _deeper(folder: Path) -> Path | None:
+    """A folder with photos somewhere in a folder, if one of the first is such; hidden ones are not looked into."""
+    for parent, inside, files in islice(os.walk(folder), MOST_FOLDERS):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if any(name.lower().endswith(SUFFIXES) for name in files):
+            return Path(parent)
+    return None
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -348,6 +348,27 @@ def test_find_photos_says_when_there_is_nothing_at_all(tmp_path):
         find_photos([tmp_path, str(tmp_path / "*.jpg")])
 
 
+def test_a_path_that_does_not_exist_is_not_called_a_place_without_photos(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PhotoError, match=r"gone: no such file or folder$"):
+        find_photos([tmp_path / "empty", tmp_path / "gone"])
+
+
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [({}, "name that$"), ({"recursive": False}, "name that, or give `recursive`$"), ({"recursive": True}, None)],
+)
+def test_a_folder_whose_photos_lie_in_another_one_says_in_which(tmp_path, options, end):
+    for name in (".hidden/a.jpg", "images/train/b.JPG"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    if end is None:
+        assert len(find_photos([tmp_path], **options)) == 2
+        return
+    with pytest.raises(PhotoError, match=rf"no photos here .*; there are some in {tmp_path}/images/train/: {end}"):
+        find_photos([tmp_path], **options)
+
+
 def test_a_source_without_photos_does_not_stop_the_others(tmp_path):
     (tmp_path / "a.jpg").touch()
     (tmp_path / "empty").mkdir()

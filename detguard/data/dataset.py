@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -175,8 +176,13 @@ def _find(source: str | Path) -> Path:
     if is_folder(file):
         raise DataError(f"{source}: is a folder; photos need labels here: give a data.yaml or a COCO instances json")
     if not is_file(file):
-        known = ", ".join(sorted(p.stem for p in shipped("datasets").glob("*.yaml")))
-        raise DataError(f"{source}: no such data; give a data.yaml, a COCO instances json or a known name ({known})")
+        named = Path(source).name == str(source)
+        known = sorted(p.stem for p in shipped("datasets").glob("*.yaml"))
+        reason = "no such data" if named and not file.suffix else "no such file or folder"
+        if named and file.suffix != ".json" and (near := get_close_matches(file.stem.lower(), known, n=1, cutoff=0.65)):
+            raise DataError(f"{source}: {reason}; did you mean {near[0]}?")
+        names = ", ".join(known)
+        raise DataError(f"{source}: {reason}; give a data.yaml, a COCO instances json or a known name ({names})")
     if file.suffix not in (".json", ".yaml", ".yml"):
         raise DataError(f"{file}: expected a data.yaml or a COCO instances json")
     return file

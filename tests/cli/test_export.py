@@ -94,7 +94,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(run, monke
         (("detguard-n", "--end-to-end"), "--end-to-end: detguard-n has no head"),
         (("detguard-n", "--top-k", "1"), "--top-k: detguard-n is no gated ensemble"),
         (("detguard-n-hard", "--format", "pt"), "detguard-n-hard is an ensemble of 3 experts"),
-        (("detguard-n", "--photos", "nowhere"), "nowhere: no photos here"),
+        (("detguard-n", "--photos", "nowhere"), "nowhere: no such file or folder"),
         (("detguard-n", "--iou", "nan"), "'--iou'"),
         (("detguard-n", "--imgsz", "8"), "'--imgsz'"),
     ],

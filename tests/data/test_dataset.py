@@ -367,7 +367,24 @@ def test_an_odd_path_of_a_yaml_is_one_line(photos, path):
 
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b.yaml", "\ud800.json"])
 def test_a_source_that_no_file_is_called_is_one_line(source):
-    with pytest.raises(DataError, match="no such data"):
+    with pytest.raises(DataError, match=r"no such (data|file or folder)"):
+        read_dataset(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("my/photos", "my/photos: no such file or folder; give a"),
+        ("data.yml", "data.yml: no such file or folder; give a"),
+        ("coco.json", "coco.json: no such file or folder; give a"),
+        ("street", "street: no such data; give a"),
+        ("coco127", r"coco127: no such data; did you mean coco128\?"),
+        ("COCO128.yaml", r"COCO128.yaml: no such file or folder; did you mean coco128\?"),
+    ],
+)
+def test_data_that_are_not_there_are_a_path_or_nearly_a_name(tmp_path, monkeypatch, source, reason):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=reason):
         read_dataset(source)
 
 

@@ -230,7 +230,7 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
     ("arguments", "message"),
     [
         ((), "--data"),
-        (("--data", "nowhere.json"), "nowhere.json: no such data"),
+        (("--data", "nowhere.json"), "nowhere.json: no such file or folder; give a"),
         (("--data", "run"), "run: is a folder; photos need labels here"),
         (
             ("--data", "DATA", "--map", "walker=persom"),

@@ -101,7 +101,7 @@ def test_another_than_the_first_says_what_ends_it_and_whose_error_it_is(tiny_dat
     first.ended()
     assert (ended.returncode, ended.stdout) == (2, "")
     (told,) = ended.stderr.splitlines()
-    assert told.startswith("error: rank 1: data/instances.json: no such data")
+    assert told.startswith("error: rank 1: data/instances.json: no such file or folder")
     (folders[0] / "run").mkdir(exist_ok=True)
     (folders[0] / "run/config.yaml").write_text("")
     refused, other = together(*line, folders=[folders[0]] * 2)
