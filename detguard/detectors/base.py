@@ -190,8 +190,18 @@ class Family(ABC):
 
     @property
     def known(self) -> str:
-        """Its official names, or some of them, for errors."""
+        """What its official names are like, for errors."""
         return ""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Official names, to suggest the nearest one for what is none; of several as near, the first."""
+        return ()
+
+    @property
+    def built(self) -> str:
+        """What architectures `build` knows, for errors; by default `known`."""
+        return self.known
 
     @abstractmethod
     def owns(self, network: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ OPTIONS: Shape = {
     "top_k": Maybe(whole(1)),
     "iou": Maybe(real(0, 1)),
 }
+# How much of a name, of 1, is as in the official one that it is taken for.
+ALIKE = 0.8
 # What a detector is that does not take an option.
 LACKS = {
     "end_to_end": "has no head that works without NMS",
@@ -221,17 +223,24 @@ def _find(name: str | Path) -> "tuple[Path, Family | None]":
     stems = sorted(p.stem for p in shipped("weights").glob("*.safetensors"))
     if near := get_close_matches(str(name), stems, n=1):
         raise DetguardError(f"{name}: no such detector; did you mean {near[0]}?")
+    if file.name == str(name) and (nearest := _nearest(file.name.removesuffix(".pt"))):
+        raise DetguardError(f"{name}: no such {'file' if file.suffix else 'detector'}; did you mean {nearest}?")
     if file.suffix in (".pt", ".safetensors", ".onnx"):
         raise DetguardError(f"{name}: no such file; without one there are the bundled {' and '.join(stems) or 'none'}")
     bundled_names = ", ".join(stems) or "none"
-    raise DetguardError(f"{name}: no such file, bundled detector ({bundled_names}) or official name ({_known()})")
+    official = ", ".join(family.known for family in FAMILIES if family.known)
+    raise DetguardError(
+        f"{name}: no such file, bundled detector ({bundled_names}) or official name (such as {official})"
+    )
 
 
-def _known() -> str:
-    """The official names, as errors tell them."""
+def _nearest(name: str) -> str | None:
+    """The official name that is nearly so, the first of several that are as near."""
     from detguard.detectors.families import FAMILIES
 
-    return ", ".join(family.known for family in FAMILIES if family.known)
+    alike = {one: SequenceMatcher(None, name, one).ratio() for family in FAMILIES for one in family.names}
+    best = max(alike, key=lambda one: alike[one])
+    return best if alike[best] > ALIKE else None
 
 
 def read_card(name: str | Path) -> JsonObject:
@@ -291,7 +300,8 @@ def build_model(architecture: str, classes: list[str]) -> nn.Module:
     for family in FAMILIES:
         if (model := family.build(architecture, classes)) is not None:
             return model
-    raise DetguardError(f"{architecture}: not an architecture that is known: {_known()}")
+    known = ", ".join(family.built for family in FAMILIES if family.built)
+    raise DetguardError(f"{architecture}: not an architecture that is known: {known}")
 
 
 def fused(model: nn.Module) -> Any:

@@ -184,6 +184,16 @@ class Torchvision(Family):
     @property
     @override
     def known(self) -> str:
+        return self.architectures[0]
+
+    @property
+    @override
+    def names(self) -> tuple[str, ...]:
+        return self.architectures
+
+    @property
+    @override
+    def built(self) -> str:
         return ", ".join(self.architectures)
 
     @override

@@ -185,6 +185,18 @@ class Ultralytics(Family):
     @property
     @override
     def known(self) -> str:
+        return "yolo11n and others of Ultralytics"
+
+    @property
+    @override
+    def names(self) -> list[str]:
+        """Those of detectors; the smallest first."""
+        files = (re.fullmatch(r"(yolov?\d+\w*|rtdetr-\w)\.pt", name) for name in GITHUB_ASSETS_NAMES)
+        return sorted((file[1] for file in files if file), key=lambda name: (name.rstrip("u")[-1] not in "nt", name))
+
+    @property
+    @override
+    def built(self) -> str:
         return "yolo11n (in a json yolo11n.yaml) and others of Ultralytics"
 
     @override

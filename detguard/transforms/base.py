@@ -147,6 +147,10 @@ class Geometric(Transform):
         return self.warp(photo.shape[:2]).pull_back(gradient)
 
 
+class SwappedError(ValueError):
+    """Of two numbers, the larger comes first."""
+
+
 @dataclass(frozen=True)
 class Drawn(Transform):
     """A transform with a parameter drawn anew each time between two ends, like `rotate:-5..5`."""
@@ -165,7 +169,7 @@ class Drawn(Transform):
 
     @classmethod
     def between(cls, kind: type[Transform], low: str, high: str) -> "Drawn":
-        """A kind between two parameters; raises ValueError with what was expected."""
+        """A kind between two parameters; raises ValueError with what was expected, SwappedError without."""
         if not (low and high):
             raise ValueError("expected numbers on both sides of ..")
         ends = kind.parse(low), kind.parse(high)
@@ -173,8 +177,10 @@ class Drawn(Transform):
             numbers = float(low), float(high)
         except ValueError:
             raise ValueError("expected numbers on both sides of ..") from None
-        if numbers[0] >= numbers[1]:
-            raise ValueError("expected the smaller number first")
+        if numbers[0] == numbers[1]:
+            raise ValueError("expected two different numbers, or one alone")
+        if numbers[0] > numbers[1]:
+            raise SwappedError
         return cls(*ends, numbers)
 
     @override

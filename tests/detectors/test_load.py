@@ -87,6 +87,25 @@ def test_unknown_names_are_errors_that_list_what_there_is(name):
         load_detector(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("yolo11", "yolo11n"), ("yolov11s", "yolo11s"), ("yolo8m.pt", "yolov8m"), ("rtdetr", "rtdetr-l"),
+     ("retinanet_resnet50", "retinanet_resnet50_fpn")],
+)  # fmt: skip
+def test_a_name_that_is_nearly_official_is_answered_by_that_one(name, meant):
+    with pytest.raises(DetguardError, match=rf"^{name}: no such \w+; did you mean {meant}\?$"):
+        load_detector(name)
+
+
+def test_only_an_architecture_in_a_json_is_told_how_it_is_written_there():
+    with pytest.raises(DetguardError) as named:
+        load_detector("nowhere")
+    assert "in a json" not in str(named.value)
+    assert len(str(named.value)) < 300
+    with pytest.raises(DetguardError, match=r"in a json yolo11n\.yaml"):
+        build_model("nowhere", ["a"])
+
+
 def as_ultralytics_saves(model, file, size=320):
     """Write a model as Ultralytics' trainer does: its half-precision average alone, without the optimizer."""
     model.args, model.task = {"imgsz": size, "task": "detect"}, "detect"

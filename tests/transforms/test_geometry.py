@@ -92,3 +92,10 @@ def test_a_range_draws_within_its_ends_and_names_what_it_drew():
 def test_what_is_no_transform_is_refused(spec):
     with pytest.raises(DetguardError, match=f"transform '{spec}'"):
         parse_transforms(spec)
+
+
+def test_two_numbers_the_wrong_way_round_are_shown_the_right_way():
+    with pytest.raises(DetguardError, match=r"expected the smaller number first, as in rotate:-8\.\.8$"):
+        parse_transforms("rotate:8..-8")
+    with pytest.raises(DetguardError, match=r"expected two different numbers, or one alone, as in rotate:"):
+        parse_transforms("rotate:8..8")
