@@ -452,7 +452,8 @@ def parse_budget(norm: str, eps: float, mask: str | None = None) -> Budget:
     if norm not in BUDGETS:
         raise DetguardError(f"`norm` {norm}: expected one of {', '.join(BUDGETS)}")
     if not isinstance(eps, Real) or not 0 <= eps < math.inf:
-        raise DetguardError(f"`eps` {eps}: expected a number of 0 or more")
+        shown = eps if isinstance(eps, Real) else repr(eps)
+        raise DetguardError(f"`eps` {shown}: expected a number of 0 or more")
     if norm == Linf.kind and (eps != round(eps) or eps > WHITE):
         raise DetguardError(f"`eps` {eps:g}: expected whole levels of 0..255, as files hold no others")
     budget = BUDGETS[norm](eps)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from detguard import DetguardError, defaults
@@ -117,7 +118,13 @@ class Detector(ABC):
             conf: confidence over which an object counts as found, 0..1, by default the detector's.
             iou: of NMS, 0..1, by default the detector's.
             multi_label: a candidate counts for every class over `conf`, not for its best class only.
+
+        Raises:
+            DetguardError: it is a single photo, or one cannot be read.
         """
+        if isinstance(photos, str | Path | Image) or (isinstance(photos, np.ndarray | Tensor) and photos.ndim < 4):
+            shown = f" {photos}" if isinstance(photos, str | Path) else ""
+            raise DetguardError(f"photos{shown}: a single one; give a list of photos")
         conf, iou = self.conf if conf is None else conf, self.iou if iou is None else iou
         found: list[Detections] = []
         placed = [(self.letterbox(photo.shape[:2]), photo) for photo in map(as_photo, photos)]

@@ -228,6 +228,8 @@ class Goal(Objective):
     measure: str = field(default=defaults.Attack.measure, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.only, Selection):
+            raise DetguardError("`only`: expected a Selection, as in Selection(objects=(3,))")
         if not self.needs_target and not self.only.all:
             raise DetguardError(f"`only`: {self.kind} attacks no objects that could be selected")
         if self.measure not in LOSSES:

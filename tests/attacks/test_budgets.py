@@ -115,6 +115,11 @@ def test_what_is_no_budget_is_refused(norm, eps):
         parse_budget(norm, eps)
 
 
+def test_a_text_that_reads_as_a_number_is_shown_as_the_text_that_it_is():
+    with pytest.raises(DetguardError, match=r"^`eps` '8': expected a number"):
+        parse_budget("linf", "8")
+
+
 def test_a_part_is_that_of_a_budget_of_whole_photos():
     for within in (8, Masked.of(Linf(8), "inside")):
         with pytest.raises(DetguardError, match="`within`"):

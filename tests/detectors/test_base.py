@@ -1,6 +1,9 @@
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from detguard import DetguardError
 
@@ -29,3 +32,9 @@ def test_what_counts_as_found_is_the_detectors_own_where_nothing_is_said(bundled
     (found,), (asked,) = detector.detect([bus]), bundled.detect([bus], 0.4)
     assert 0 < len(found) < len(bundled.detect([bus], 0.25)[0])
     assert found.scores.tolist() == asked.scores.tolist()
+
+
+@pytest.mark.parametrize("kind", [str, Path, np.asarray, Image.open], ids=["str", "Path", "array", "image"])
+def test_a_single_photo_is_not_taken_for_many(bundled, bus_file, bus, kind):
+    with pytest.raises(DetguardError, match=r"^photos.*: a single one; give a list of photos$"):
+        bundled.detect(kind(bus if kind is np.asarray else bus_file))

@@ -131,6 +131,7 @@ def test_names_and_indices_mean_the_same_classes(classes):
         (lambda: Vanish([]), "`targets`: name"),
         (lambda: Vanish(measure="odd"), "`measure` odd"),
         (lambda: Fabricate(only=Selection((1,))), "`only`: fabricate"),
+        (lambda: Vanish("person", only=(3,)), r"`only`: expected a Selection, as in Selection\(objects=\(3,\)\)"),
         (lambda: Mislabel("bus"), "give `to`"),
         (lambda: Mislabel(["bus", "person"], ["train"]), "`to`: expected one class"),
         (lambda: Mislabel({"bus": "train"}, "person"), "`to`: the targets say"),
