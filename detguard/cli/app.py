@@ -129,14 +129,12 @@ Model = Annotated[str, typer.Option(help=f"{MODELS}.")]
 ImageSize = Annotated[
     int | None, typer.Option(min=32, max=4096, help="Longest side of a frame, px; default: the model's own.")
 ]
-Confidence = Annotated[
+CONFIDENCE = "Confidence over which an object counts as found; default: the family's own, 0.25, of transformers 0.5"
+Confidence = Annotated[float | None, typer.Option(min=0.001, max=0.999, help=f"{CONFIDENCE}.")]
+# Of commands that take several detectors.
+ConfidenceOfAll = Annotated[
     float | None,
-    typer.Option(
-        min=0.001,
-        max=0.999,
-        help="Confidence over which an object counts as found; default: the family's own, 0.25, of transformers 0.5 "
-        "(of several detectors, the first's for all).",
-    ),
+    typer.Option(min=0.001, max=0.999, help=f"{CONFIDENCE} (of several detectors, the first's for all)."),
 ]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Folders with the folders in them, too.")]
 Every = Annotated[int, typer.Option("--every", min=1, help="Of videos and cameras, every so many frames.")]

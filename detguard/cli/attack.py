@@ -21,6 +21,7 @@ from detguard.cli.app import (
     PHOTOS,
     ClassMap,
     Confidence,
+    ConfidenceOfAll,
     Device,
     EndToEnd,
     Every,
@@ -140,7 +141,7 @@ def attack(
         typer.Option(help=f"{MODELS}; repeatable: the same photo must fool all of them; default: detguard-n."),
     ] = None,
     imgsz: ImageSize = None,
-    conf: Confidence = None,
+    conf: ConfidenceOfAll = None,
     eps: Annotated[
         str,
         typer.Option(
@@ -241,7 +242,7 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
-    from detguard.data.inputs import as_photos, find_inputs, is_camera
+    from detguard.data.inputs import as_photos, find_inputs
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured
     from detguard.objectives.parse import read_goal
@@ -302,8 +303,7 @@ def attack(
             arguments=sys.argv[1:],
         )  # fmt: skip
 
-        if not any(map(is_camera, files)):
-            only_with(context, ("frames",), "a camera")
+        only_of_films(context, files)
         shown = partial(as_photos, files, every=every, frames=frames, on_warning=show_warning)
         with err.status("Reading the photos"):
             run = shared_run(
@@ -312,6 +312,20 @@ def attack(
     run.share(ranks)
     out.quiet = out.quiet or as_json
     sys.exit(run_attack(attack_job(run, detectors), ranks, as_json=as_json))
+
+
+def only_of_films(context: typer.Context, sources: Sequence[str]) -> None:
+    """See that --every and --frames are not given where no source has frames; an address may be of a video.
+
+    Raises:
+        DetguardError: they are.
+    """
+    from detguard.data.inputs import is_address, is_camera, is_video
+
+    if not any(is_camera(one) or is_video(one) or is_address(one) for one in sources):
+        only_with(context, ("every",), "a video or a camera")
+    if not any(map(is_camera, sources)):
+        only_with(context, ("frames",), "a camera")
 
 
 def numbers(option: str, text: str | None, example: str, count: int | None = None) -> list[float] | None:
@@ -493,7 +507,7 @@ def detect(
     trust: Trust = False,
 ) -> None:
     """Show what a detector finds in photos: as a table or JSON, and drawn on the photo."""
-    from detguard.data.inputs import as_photos, find_inputs, is_camera
+    from detguard.data.inputs import as_photos, find_inputs
     from detguard.detectors.load import detector_config
     from detguard.overlay import draw_detections
     from detguard.photos import encode_png, read_photo
@@ -502,8 +516,7 @@ def detect(
 
     out_folder = run_folder(context)
     sources = find_inputs(photos, recursive=recursive)
-    if not any(map(is_camera, sources)):
-        only_with(context, ("frames",), "a camera")
+    only_of_films(context, sources)
     (detector,) = loaded(context, model, device=device)
     conf = conf or detector.conf
     if detector.nms_inside and conf < detector.nms_inside[0]:
@@ -529,7 +542,10 @@ def detect(
         if as_json:
             print(json.dumps(record))
         else:
-            out.print(detections_table(str(file), found, detector.class_names))
+            if len(found):
+                out.print(detections_table(str(file), found, detector.class_names))
+            else:
+                out.say(f"{file}: nothing found over confidence {conf:g}")
     if not as_json:
         out.say(f"results: {run.folder}")
     sys.exit(code)
@@ -611,7 +627,9 @@ def verify(
             out.print(f"most of the budget used: {used:.4g} of {budget}")
         fooled = [all(r["members"][name]["fooled"] for name in r["group"]) for r in records]
         if not as_json:
-            told = f"{sum(fooled)} of {len(records)} photos still fool {detector.name}, with every saved copy"
+            attacked = {one["sha256"] for one in (run.config["detector"], *run.config["also"])}
+            fool = "fool" if other and other.state_hash() not in attacked else "still fool"
+            told = f"{sum(fooled)} of {len(records)} photos {fool} {detector.name}, with every saved copy"
             out.say(told, style="bold")
         code = code or int(used > budget.eps or not all(fooled))
     elif not code:

@@ -568,6 +568,9 @@ def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, ca
         ("harden --data PHOTO --map a=b", "--map: renames classes of labels"),
         ("detect PHOTO --frames 9", "--frames: goes with a camera"),
         ("attack PHOTO --frames 9", "--frames: goes with a camera"),
+        ("attack PHOTO --every 3", "--every: goes with a video or a camera"),
+        ("attack --data DATA --every 3", "--every: goes with a video or a camera"),
+        ("detect PHOTO --every 3", "--every: goes with a video or a camera"),
         ("monitor --stream clip.mp4 --frames 9", "--frames: goes with a camera"),
         ("monitor --stream clip.mp4 --split test", "--split: goes with a data.yaml"),
         ("monitor --stream 0 --map a=person", "--map: goes with photos with labels"),
@@ -616,6 +619,35 @@ def test_verify_tells_of_a_photo_over_the_budget_though_it_fools(monkeypatch, bu
     list(detguard.attack(bundled, small, transforms="none", steps=1, out=tmp_path / "run"))
     (tmp_path / "run/adversarial/photo-001.png").write_bytes(encode_png(np.zeros_like(small)))  # hides all
     assert run(monkeypatch, "verify", tmp_path / "run") == 1
+
+
+def test_verify_says_still_only_of_a_detector_that_was_attacked(monkeypatch, capsys, bundled, bus, tmp_path):
+    small = cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)
+    list(detguard.attack(bundled, small, transforms="none", steps=1, out=tmp_path / "run"))
+    for line, told in (
+        ([], "photos still fool detguard-n,"),
+        (["--model", "detguard-n"], "photos still fool detguard-n,"),
+        (["--model", "detguard-n-hard"], "photos fool detguard-n-hard,"),
+    ):
+        run(monkeypatch, "verify", tmp_path / "run", *line)
+        assert f"of 1 {told}" in capsys.readouterr().out
+
+
+def test_detect_says_where_nothing_is_found(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("grey.png").write_bytes(encode_png(np.full((64, 64, 3), 128, np.uint8)))
+    assert run(monkeypatch, "detect", "grey.png", "--imgsz", 64) == 0
+    shown = capsys.readouterr().out
+    assert "grey.png: nothing found over confidence 0.25\n" in shown
+    assert "class" not in shown
+
+
+def test_only_commands_of_several_detectors_say_of_which_the_confidence_is():
+    told = {
+        name: any("first's for all" in str(getattr(one, "help", "")) for one in command.params)
+        for name, command in get_command(app).commands.items()
+    }
+    assert [name for name, does in told.items() if does] == ["attack"]
 
 
 def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(signals, monkeypatch, capsys, tmp_path):
