@@ -60,8 +60,7 @@ T = TypeVar("T")
 
 `detguard adapt --model runs/harden/001/weights/sparse.safetensors --new dropped.jsonl --replay day/data.yaml`
 
-`detguard adapt --model ensemble.safetensors --new fog/data.yaml --replay photos/ --experts 2 --mode full --lambda 10`: \
-the same file, copied with its json
+`detguard adapt --model ensemble.safetensors --new fog/data.yaml --replay photos/ --experts 2 --mode full --lambda 10`
 
 `detguard adapt --resume runs/adapt/001`: go on with a run that was stopped"""
 )
