@@ -288,8 +288,10 @@ def test_a_missing_split_names_those_that_there_are(photos):
 def test_a_known_name_that_is_not_here_says_how_to_get_it():
     with pytest.raises(DataError, match=r"val2017\.zip"):
         read_dataset("coco")
-    with pytest.raises(DataError, match="known name"):
+    with pytest.raises(DataError, match=r"cocoo: no such data; did you mean coco\?"):
         read_dataset("cocoo")
+    with pytest.raises(DataError, match="known name"):
+        read_dataset("openimages")
 
 
 def test_photos_of_the_same_number_stay_apart(photos):

@@ -145,8 +145,11 @@ def test_a_cache_that_cannot_be_opened_is_one_line_that_names_it(tmp_path):
     with pytest.raises(DetguardError, match=r"folder\.sqlite: not a regular file"):
         Cache(tmp_path / "folder.sqlite")
     (tmp_path / "file").touch()
-    with pytest.raises(DetguardError, match="cannot be used as a cache"):
+    with pytest.raises(DetguardError, match=r"cache\.sqlite: cannot be made, .*; start detguard in a folder"):
         Cache(tmp_path / "file" / "cache.sqlite")
+    (tmp_path / "odd.sqlite").write_bytes(b"odd")
+    with pytest.raises(DetguardError, match=r"odd\.sqlite: cannot be used as a cache .*; delete it or"):
+        Cache(tmp_path / "odd.sqlite", alone=False)
 
 
 def test_a_full_disk_costs_no_entry_and_says_what_to_do(tmp_path):
