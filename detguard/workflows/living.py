@@ -374,9 +374,11 @@ class Living(Deployment):
             self.report(f"photo {number}: {again}{len(new)} photos of the new kind came before")
         # When it began is an estimate, and few photos of the new kind among old ones keep new experts from being asked.
         known = known[: -self.run.config["monitor"]["window"] // 2] or known
-        drawn = [n for n in self.reservoir if n in set(known)]
+        old = set(known)
+        drawn = [n for n in self.reservoir if n in old]
         # Where the reservoir has since taken in new ones, recent ones make up for them.
-        drawn += [n for n in np.random.default_rng(count).permutation(known).tolist() if n not in set(drawn)]
+        others = old - set(drawn)
+        drawn += [n for n in np.random.default_rng(count).permutation(known).tolist() if n in others]
         replayed = [self.seen[n] for n in sorted(drawn[: self.options["keep"]])]
         try:
             renamed = self._renamed()
