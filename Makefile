@@ -3,7 +3,7 @@
 # make test-quick: those without programs, trainings and browsers, after an edit.
 # make docs: the site, into site/.
 # make faults: the tests of what docs/promises.md says of kills and faults, then fifty kills at random moments.
-# make fuzz: ten minutes of odd files for every reader, other ones each time.
+# make fuzz: ten minutes of odd files for every reader, other ones each time; then ten of such as reach other code.
 # All make .venv and install into it when needed.
 
 PYTHON ?= python3
@@ -41,6 +41,8 @@ faults: $(READY)
 
 fuzz: $(READY)
 	DETGUARD_FUZZ_SECONDS=600 .venv/bin/python -m pytest tests/fuzz --tb=line --show-capture=no
+	.venv/bin/pip install --quiet atheris
+	PYTHONPATH=tests/fuzz DETGUARD_FUZZ_SECONDS=600 .venv/bin/python -m pytest -p guided tests/fuzz --tb=line --show-capture=no
 
 $(READY): pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv

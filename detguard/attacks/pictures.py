@@ -93,6 +93,10 @@ class Picture(ABC):
     def image(self, picture: Tensor) -> Photo:
         """The picture as it is saved, `uint8 [S, S, 3]`."""
 
+    def shown(self, picture: Photo) -> tuple[Photo, str]:
+        """The saved picture as a page shows it, and what was done for that, if anything."""
+        return picture, ""
+
     def roughness(self, picture: Tensor) -> Tensor:
         """Scalar: what is added to the loss of the photos."""
         return picture.new_zeros(())

@@ -73,6 +73,13 @@ class Universal(Picture):
         levels = (picture * 255).round() + NOTHING
         return levels.byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
+    @override
+    def shown(self, picture: Photo) -> tuple[Photo, str]:
+        """Changes as large as levels allow: a few of them are an even grey to the eye."""
+        times = LARGEST // self.eps
+        levels = NOTHING + times * (picture.astype(np.int16) - NOTHING)
+        return levels.astype(np.uint8), f", changes {times} times as large" if times > 1 else ""
+
 
 def stretched(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """A picture [3, S, S] over a photo of `size` (height, width): bilinear, so that no value leaves its range."""

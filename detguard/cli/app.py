@@ -48,6 +48,11 @@ class Terminal(Console):
         shown = super().status(*args, **options)
         return Status(shown.status, console=Console(quiet=True)) if self.still else shown
 
+    @property
+    def moves(self) -> bool:
+        """Whether live lines are shown: of a progress that cannot, rich leaves an empty line behind."""
+        return self.is_interactive and not self.still
+
     def say(self, text: str, **options: Any) -> None:
         """Print a line in one piece, and of one colour whatever it says."""
         self.print(text, highlight=False, soft_wrap=True, **options)
@@ -431,5 +436,5 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
         TimeRemainingColumn(),
         console=err,
         transient=True,
-        disable=err.still,
+        disable=not err.moves,
     )

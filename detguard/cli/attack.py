@@ -606,7 +606,7 @@ def verify(
     budget = options.budget
     records, code, without = [], 0, 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
-    for record in track(judged, "verify", total, console=err, transient=True, disable=err.still):
+    for record in track(judged, "verify", total, console=err, transient=True, disable=not err.moves):
         if "error" in record:
             show_error(f"{folder}: {record['key']}: {record['error']}")
             code = 2

@@ -77,8 +77,8 @@ def monitor(
     stream: Annotated[
         str | None,
         typer.Option(
-            help="A COCO json or data.yaml, or - for JSON lines: {photo, objects: [{class, box}], time}; or, without "
-            "labels and for hints alone, a video or the number of a camera."
+            help="A COCO json, a data.yaml or a .jsonl file, or - for JSON lines as they come: {photo, objects: "
+            "[{class, box}], time}; or, without labels and for hints alone, a video or the number of a camera."
         ),
     ] = None,
     every: Every = 1,
@@ -334,7 +334,7 @@ def watch(
     summary = f"{summary}; {known} of {dropping.count} photos have objects of classes that the detector knows"
     if dropping.bare:
         summary = f"{summary}, {dropping.bare} have no labels yet and gave hints alone"
-    if boxes := unknown_boxes(r.get("unknown", ()) for r in records):
+    if live and (boxes := unknown_boxes(r.get("unknown", ()) for r in records)):  # of a file it was said at first
         show_warning(f"{sum(boxes.values())} {left_out(boxes, detector.class_names.values())}")
     out.say(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}")
     if dropping.errors:

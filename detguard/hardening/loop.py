@@ -227,7 +227,7 @@ def train(
         files.save(at)
 
     while (done := pace.done(at.number, at.spent)) < 1:
-        batch = _next(batches, files, at)
+        batch = _next(batches, files, at, healthy)
         rate = pace.rate * pace.share(at.number, done) * 0.5**at.setbacks
 
         def update(loss: Tensor, step: float = rate) -> None:
@@ -272,15 +272,19 @@ def train(
     return network
 
 
-def _next(batches: Iterator[Shown], files: "Checkpoints", at: Progress) -> Shown:
-    """The next batch; where one of the ranks has none all of them stop, or the others would wait."""
+def _next(batches: Iterator[Shown], files: "Checkpoints", at: Progress, healthy: Sequence[float]) -> Shown:
+    """The next batch; where one of the ranks has none all of them stop, or the others would wait.
+
+    What was learned is saved then, but if the loss has grown out of all bounds since it was told last.
+    """
     lost, batch = None, None
     try:
         batch = next(batches)
     except AheadError as error:
         lost = error
     if files.ranks.any(lost is not None):
-        files.save(at)
+        if not (files.log.rows and diverged(files.log.now(), healthy)):
+            files.save(at)
         raise lost or AheadError("another of the processes that train can make no more batches")
     assert batch is not None
     return batch

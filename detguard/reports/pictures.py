@@ -21,7 +21,8 @@ def picture_page(
     config = run.config
     records = run.records()
     printed = f", {config['print_cm']:g} x {config['print_cm']:g} cm when printed" if "print_cm" in config else ""
-    plots = {f"The {kind.kind} picture{printed}": plotted(picture)}
+    shown, done = kind.shown(picture)
+    plots = {f"The {kind.kind} picture{printed}{done}": plotted(shown)}
     if records:
         plots["Loss per object"] = training_plot(records, ("loss",))
     items = [_item(run, detector, objective, photo, kind, picture) for photo in photos[:MOST_SHOWN]]

@@ -141,7 +141,7 @@ def monitor(
         drift: what tells a drop from chance: likelihood-ratio, adwin, page-hinkley or kswin.
         window: photos that a judgement needs, and that AP is over, 8 or more.
         split: of a data.yaml.
-        images: folder of the photos of a COCO json, by default beside it.
+        images: folder of the photos of a COCO json, by default beside it; of no other photos.
         class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
         out: folder of a run as `detguard monitor` writes it, with the photos of every drop in dropped.jsonl, which
             `adapt` takes; by default a temporary one, in which photos from memory stay until the next one comes.
@@ -166,6 +166,8 @@ def monitor(
     """
     detector = as_detector(detector)
     check_map(class_map or {}, detector.class_names.values())
+    if images is not None and not (isinstance(photos, str | Path) and Path(photos).suffix == ".json"):
+        raise DetguardError("`images`: is for a COCO json alone, whose photos may lie elsewhere; leave it out")
     source = {
         "source": str(photos) if isinstance(photos, str | Path) else LIVE,
         "split": split,

@@ -95,6 +95,13 @@ def test_a_universal_perturbation_reaches_all_of_the_photo_and_no_padding(small,
     assert torch.equal((changed != frame).all(0), inside)
 
 
+@pytest.mark.parametrize(("eps", "told"), [(8, ", changes 15 times as large"), (100, "")])
+def test_a_page_shows_small_changes_larger(eps, told):
+    change = np.array([[[-eps, 0, eps]]])
+    picture, done = Universal(eps=eps, pixels=1).shown((128 + change).astype(np.uint8))
+    assert (picture.tolist(), done) == ((128 + change * (127 // eps)).tolist(), told)
+
+
 @given(st.integers(1, 127), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
 def test_no_photo_is_changed_by_more_than_the_budget(eps, height, width, seed):

@@ -83,6 +83,12 @@ def test_what_a_live_line_says_is_shown_and_not_obeyed(console, monkeypatch):
     assert "\x1b[2J" not in console.file.getvalue()
 
 
+def test_in_a_pipe_a_progress_leaves_nothing_behind(capsys):
+    with progress_bar() as progress:
+        progress.update(progress.add_task("photos", total=2), completed=1)
+    assert capsys.readouterr().err == ""
+
+
 def run(monkeypatch, *arguments):
     """The command line in this process; returns the exit code."""
     monkeypatch.setattr(sys, "argv", ["detguard", *map(str, arguments)])

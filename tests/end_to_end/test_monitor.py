@@ -112,6 +112,9 @@ def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
     assert [record.get("f1") == records[0]["f1"] for record in records] == [True, False, True, False]
     assert re.search(r"boxes of classes that the detector does not know, left out: persn \(\d\); ", result.stderr)
     assert "say so: --map persn=person" in result.stderr
+    (stream / "few.jsonl").write_text("".join(lines))  # of which it is known before
+    listed = detguard("monitor", "--stream", "few.jsonl", *options[:-1], "listed", cwd=stream)
+    assert listed.stderr.count("left out: persn") == 1
 
 
 def test_odd_lines_are_told_and_the_watch_goes_on(stream):

@@ -71,6 +71,7 @@ def test_a_universal_perturbation_is_made_and_judged(tmp_path, tiny_data):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {"file": "made/universal.png", "folder": "made", "stopped": False}
     assert "Universal: all not found any more" in (tmp_path / "made/report.html").read_text()
+    assert "changes 10 times as large" in (tmp_path / "made/report.html").read_text()
     options = ("--imgsz", 96, "--protocols", "clean", "--universal", "made/universal.png")
     judged = detguard("evaluate", "--data", tiny_data, *options, "--out", "judged", cwd=tmp_path)
     assert judged.returncode == 0, judged.stderr

@@ -2,9 +2,10 @@
 
 A fuzzer is a test that takes `fuzz` and calls it once, with a strategy of inputs and the reader of one. Together they
 take DETGUARD_FUZZ_SECONDS, 30 by default with the same inputs in every run; where the variable is set, the inputs are
-others each time, unless DETGUARD_FUZZ_SEED is too.
+others each time, unless DETGUARD_FUZZ_SEED is too. With `-p guided` they are chosen for the code that they reach.
 """
 
+import json
 import os
 import random
 import resource
@@ -14,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,13 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[SearchStra
         )
         previous = signal.signal(signal.SIGALRM, over_time)
         try:
-            for number in count(first):
-                options(seed(number)(given(inputs)(one)))()
+            if guided := sys.modules.get("guided"):
+                fuzz_one = options(given(inputs)(one)).hypothesis.fuzz_one_input
+                told = guided.search(fuzz_one, TimeIsUp, lambda: json.dumps(asdict(outcome)).encode())
+                vars(outcome).update(json.loads(told))
+            else:
+                for number in count(first):
+                    options(seed(number)(given(inputs)(one)))()
         except TimeIsUp:
             pass
         finally:

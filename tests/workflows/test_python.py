@@ -407,6 +407,8 @@ class Wide(detguard.Linf):
         (lambda d: detguard.universal(d, "photos", eps=128), "`eps` 128: expected whole levels of 1..127"),
         (lambda d: detguard.patch(d, "photos", hours=0), "`hours`: expected a number"),
         (lambda d: detguard.monitor(d, [], class_map={"rider": "persn"}), "did you mean rider=person"),
+        (lambda d: detguard.monitor(d, [], images="photos"), "`images`: is for a COCO json alone"),
+        (lambda d: detguard.monitor(d, "a.jsonl", images="photos"), "`images`: is for a COCO json alone"),
         (lambda d: detguard.adapt("detguard-n-hard", d.weights, rate=0), "`rate`: expected a number"),
         (lambda d: detguard.adapt("detguard-n-hard", d.weights, seed=-1), "`seed`: expected a whole number"),
     ],
