@@ -48,26 +48,41 @@ def difference(before: Photo, after: Photo) -> Photo:
 
 
 def draw_detections(photo: Photo, detections: Detections, class_names: dict[int, str]) -> Photo:
-    """The photo, `uint8 [H, W, 3]`, with a labelled box for each detection, best on top."""
+    """The photo, `uint8 [H, W, 3]`, with a labelled box for each detection, best on top; no label lies on another."""
     image = Image.fromarray(photo)
     draw = ImageDraw.Draw(image)
     unit = max(photo.shape[:2]) / 640
     line, font = max(2, round(2.5 * unit)), _font(max(11, round(14 * unit)))
-    for box, score, index in reversed(
-        list(zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True))
+    shown, taken = [], list[tuple[float, float, float, float]]()
+    for box, score, index in zip(
+        detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True
     ):
         if not (box[0] <= box[2] and box[1] <= box[3] and all(map(math.isfinite, box))):
             continue  # a stranger's network gives what it likes
-        colour = class_colour(class_names[index])
-        draw.rectangle(box, outline=colour, width=line)
         label = f" {printable(class_names[index])} {score:.2f} "
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
-        x = min(max(0, box[0]), max(0, photo.shape[1] - (right - left)))
-        y = box[1] - (bottom - top) - 2 * line
-        y = box[1] if y < 0 else y
-        draw.rectangle((x, y, x + right - left, y + bottom - top + 2 * line), fill=colour)
-        draw.text((x - left, y + line - top), label, fill="white", font=font, stroke_width=1, stroke_fill=(0, 0, 0))
+        width, height = right - left, bottom - top + 2 * line
+        x = min(max(0, box[0]), max(0, photo.shape[1] - width))
+        first = box[1] - height if box[1] >= height else box[1]
+        y = _under(taken, x, first, width, height)
+        y = first if y + height > photo.shape[0] else y
+        taken.append((x, y, width, height))
+        shown.append((box, class_colour(class_names[index]), label, (x, y, x + width, y + height), (left, top)))
+    for box, colour, *_ in reversed(shown):
+        draw.rectangle(box, outline=colour, width=line)
+    for _, colour, label, place, (left, top) in reversed(shown):
+        draw.rectangle(place, fill=colour)
+        at = (place[0] - left, place[1] + line - top)
+        draw.text(at, label, fill="white", font=font, stroke_width=1, stroke_fill=(0, 0, 0))
     return np.asarray(image)
+
+
+def _under(taken: list[tuple[float, float, float, float]], x: float, y: float, width: float, height: float) -> float:
+    """The first y from `y` down at which a label lies on none of those that are there, (x, y, width, height)."""
+    for left, top, wide, high in sorted(taken, key=lambda one: one[1]):
+        if x < left + wide and left < x + width and y < top + high and top < y + height:
+            y = top + high
+    return y
 
 
 def before_after(

@@ -177,6 +177,20 @@ def test_labels_lie_in_the_part_of_a_photo_that_is_seen(opened):
     assert label["x"] >= photo["x"] + photo["width"] / 2 - 1
 
 
+def test_labels_of_boxes_that_coincide_lie_under_each_other(browser, tmp_path):
+    photo = np.full((240, 320, 3), 90, np.uint8)
+    boxes = [{"class": one, "confidence": 0.9, "box": [20, 40, 120, 200]} for one in ("person", "rider", "car")]
+    items = [Item("photo", "failed", "", [pair(panel("before", photo, boxes), panel("after", photo, []))])]
+    (tmp_path / "report.html").write_bytes(render_page("a", "b", "c", ["detguard"], [], {}, items, left_out=0))
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    first, second, third = (label.bounding_box() for label in page.locator(".before .box span").all())
+    page.close()
+    assert first["x"] == second["x"] == third["x"]
+    assert first["y"] + first["height"] == pytest.approx(second["y"], abs=1)
+    assert second["y"] + second["height"] == pytest.approx(third["y"], abs=1)
+
+
 def test_a_press_zooms_and_another_closes(opened):
     page, _, _ = opened
     page.locator(".difference").first.click()
