@@ -22,5 +22,5 @@ def test_labels_of_boxes_that_coincide_lie_under_each_other():
     photo, names = np.zeros((120, 160, 3), np.uint8), {0: "person", 1: "car"}
     boxes, scores = torch.tensor([[10.0, 40, 90, 100]] * 2), torch.tensor([0.9, 0.5])
     drawn = draw_detections(photo, Detections(boxes, scores, torch.tensor([0, 1])), names)
-    heights = [np.count_nonzero((drawn == class_colour(one)).all(2)[:, 13]) for one in names.values()]
+    heights = [np.count_nonzero((drawn == class_colour(one)).all(2)[:, 12]) for one in names.values()]
     assert min(heights) > 8  # more than an edge of a box
