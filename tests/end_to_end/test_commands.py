@@ -207,6 +207,19 @@ def test_verify_notices_a_file_that_no_longer_fools(attacked, tmp_path):
     assert "jpeg-75.jpg" in missing.stderr
 
 
+def test_verify_tells_of_a_change_where_none_was_allowed(tmp_path):
+    options = ("--imgsz", 160, "--mask", "inside", "--eps", 8, "--steps", 2, "--out", "run")
+    assert detguard("attack", BUS, *options, cwd=tmp_path).returncode in (0, 1)
+    within = detguard("verify", "run", "--json", cwd=tmp_path)
+    assert 0 < json.loads(within.stdout)["used"] <= 8
+    (file,) = (tmp_path / "run/adversarial").iterdir()
+    photo = np.array(Image.open(file))
+    photo[0, 0] ^= 1
+    Image.fromarray(photo).save(file)
+    beyond = detguard("verify", "run", "--json", cwd=tmp_path)
+    assert (json.loads(beyond.stdout)["used"], beyond.returncode) == (None, 1)
+
+
 def test_verify_does_not_follow_names_out_of_the_run(attacked, tmp_path):
     run, _ = attacked
     copy = tmp_path / "run"
