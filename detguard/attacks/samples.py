@@ -9,6 +9,7 @@ import torch
 
 from detguard import DetguardError
 from detguard.attacks.run import PHOTO, drawn_transforms
+from detguard.classes import check_map
 from detguard.data.batches import PhotoSet, Samples, as_kept, shrunk
 from detguard.data.sources import OnData, attack_run, has_samples, read_labelled, warn_of, whole_run
 from detguard.data.stream import Labelled, as_line, read_lines
@@ -26,19 +27,21 @@ KEPT = "samples.jsonl"
 
 
 def write_samples(
-    run: Run, records: Iterable[Record], labels: Mapping[str, Detections], class_names: dict[int, str]
+    run: Run, records: Iterable[Record], labels: Mapping[str, Labelled], class_names: dict[int, str]
 ) -> int:
     """Write the attacked photos of a run and their groups as `samples/`: YOLO labels, data.yaml and a COCO json.
 
-    labels: key of a photo -> its objects, photo pixels; what was found in the clean photo where it has none.
-    class_names: all that the data set is to have. Returns how many images it has.
+    labels: key of a photo -> what is labelled in it; what was found in the clean photo where it has none.
+    class_names: all that was looked for. The data set has those of them that are labelled in every photo, as in others
+    it would say that there are none. Returns how many images it has.
     """
-    made = DatasetWriter(lambda name, data: run.write(f"{FOLDER}/{name}", data), class_names)
+    known = set(class_names).intersection(*(one.known for one in labels.values() if one.known is not None))
+    names = {index: name for index, name in class_names.items() if index in known}
+    made = DatasetWriter(lambda name, data: run.write(f"{FOLDER}/{name}", data), names)
     for record in records:
         key, files = record["key"], record["files"]
-        objects = labels.get(key)
-        if objects is None:
-            objects = Detections.from_records(record["clean"], class_names)
+        objects = labels[key].objects if key in labels else Detections.from_records(record["clean"], class_names)
+        objects = objects.of(list(names))
         drawn = drawn_transforms(record)
         for name, file in files.items():
             here = _there(drawn.get(name), run.path(files[PHOTO]), objects)
@@ -85,11 +88,17 @@ class Sample:
         return attacked, clean
 
 
-def read_samples(source: str, class_names: dict[int, str], on_data: OnData = warn_of) -> list[Sample]:
+def read_samples(
+    source: str,
+    class_names: dict[int, str],
+    on_data: OnData = warn_of,
+    class_map: Mapping[str, str] | None = None,
+) -> list[Sample]:
     """The photos of an attack, all members of their groups, beside the clean ones.
 
     source: the run's folder, its `samples` or their data.yaml. Labels are those of its samples, or else what was found
-    in the clean photo.
+    in the clean photo, of the classes that were found in any: others its detector may not know. class_map: names of
+    its classes -> those of `class_names`.
 
     Raises:
         DetguardError: it is no attack or a part of one, or holds no photos.
@@ -98,18 +107,24 @@ def read_samples(source: str, class_names: dict[int, str], on_data: OnData = war
     if folder is None:
         raise DetguardError(f"`samples` {source}: expected a run of detguard attack; give other photos as `data`")
     run = Run.open(whole_run(source, folder), "attack")
-    labelled = read_labelled(str(folder), "train", class_names, on_data) if has_samples(folder) else []
-    known = {one.file.stem: one for one in labelled}
+    labelled = has_samples(folder)
+    photos = read_labelled(str(folder), "train", class_names, on_data, class_map=class_map) if labelled else []
+    known = {one.file.stem: one for one in photos}
+    called = check_map(class_map, class_names.values())
+    records = [one for one in run.records() if "files" in one]
+    clean = [[a | {"class": called.get(a["class"], a["class"])} for a in one["clean"]] for one in records]
+    index = {name: number for number, name in class_names.items()}
+    found_of = tuple(sorted({index[a["class"]] for one in clean for a in one if a["class"] in index}))
     samples = []
-    for record in (one for one in run.records() if "files" in one):
+    for record, objects in zip(records, clean, strict=True):
         drawn = drawn_transforms(record)
         for name, file in record["files"].items():
             path, transform = run.path(file), drawn.get(name)
             label = known.get(_stem(record["key"], name, path))
             if label is None:
-                found = Detections.from_records(record["clean"], class_names)
+                found = Detections.from_records(objects, class_names)
                 here = _there(transform, run.path(record["files"][PHOTO]), found)
-                label = Labelled(path, replace(here, scores=torch.ones(len(here))))
+                label = Labelled(path, replace(here, scores=torch.ones(len(here))), found_of)
             samples.append(Sample(replace(label, file=path), Path(record["photo"]), str(transform or "none")))
     if not samples:
         raise DetguardError(f"`samples` {source}: no attacked photos there")

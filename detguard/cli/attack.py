@@ -468,7 +468,7 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
     names, labels = job.detector.class_names, {}
     kept = job.run.folder / LABELLED
     if kept.is_file():
-        by_file = {str(one.file): one.objects for one in read_lines(kept, names)}
+        by_file = {str(one.file): one for one in read_lines(kept, names)}
         labels = {key: by_file[str(file)] for key, file in files.items() if str(file) in by_file}
     count = write_samples(job.run, attacked, labels, names)
     out.say(

@@ -37,7 +37,8 @@ def warn_of(name: str, faults: Faults) -> None:
 
 def attack_run(path: Path) -> Path | None:
     """The folder of the run of `detguard attack` that a path is, or is in."""
-    for folder in (path.absolute(), *path.absolute().parents)[:DEEPEST]:
+    ways = (path.absolute(), path.resolve())  # a link may lead into one
+    for folder in dict.fromkeys(one for way in ways for one in (way, *way.parents)[:DEEPEST]):
         if is_file(config := folder / "config.yaml"):
             with suppress(FileError):  # of another program
                 found = read_yaml(config)
@@ -99,6 +100,12 @@ def refuse_attack(source: str) -> None:
         )
 
 
+def refuse_attacks(files: Sequence[Path]) -> None:
+    """See that photos are clean whatever named them: one of each folder is looked at."""
+    for file in {file.parent: file for file in files}.values():
+        refuse_attack(str(file))
+
+
 def photo_files(source: str, on_data: OnData = warn_of) -> list[Path]:
     """The photos of a folder, a pattern, a file of JSON lines or a data set's training split.
 
@@ -109,12 +116,15 @@ def photo_files(source: str, on_data: OnData = warn_of) -> list[Path]:
     """
     refuse_attack(source)
     if unlabelled(source):
-        return find_photos([source])
-    if Path(source).suffix == ".jsonl":
-        return [one.file for one in read_lines(source, {})]
-    dataset = read_dataset(source, "train", labelled=False)
-    on_data(dataset.name, dataset.warnings)
-    return list(dataset.files.values())
+        files = find_photos([source])
+    elif Path(source).suffix == ".jsonl":
+        files = [one.file for one in read_lines(source, {})]
+    else:
+        dataset = read_dataset(source, "train", labelled=False)
+        on_data(dataset.name, dataset.warnings)
+        files = list(dataset.files.values())
+    refuse_attacks(files)
+    return files
 
 
 def read_labelled(

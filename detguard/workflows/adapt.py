@@ -89,7 +89,7 @@ def read_sources(
     def of(source: str) -> list[Labelled]:
         run = attack_run(Path(source))
         if run and not has_samples(run):
-            return [one.attacked for one in read_samples(source, class_names, on_data)]
+            return [one.attacked for one in read_samples(source, class_names, on_data, class_map)]
         return read_labelled(source, split, class_names, on_data, class_map=class_map)
 
     def labelled(sources: Sequence[str]) -> list[Labelled]:

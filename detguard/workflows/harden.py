@@ -25,6 +25,7 @@ from detguard.data.sources import (
     photo_files,
     read_labelled,
     refuse_attack,
+    refuse_attacks,
     unlabelled,
     warn_of,
 )
@@ -196,6 +197,7 @@ class Hardening:
             elif not unlabelled(source):
                 with suppress(DataError):  # none of its classes is known; the teacher answers for its photos, too
                     found = read_labelled(source, "train", names, on_data, class_map=class_map)
+            refuse_attacks([one.file for one in found])
             labelled += found
             photos += [] if learns_labels else [one.file for one in found] or photo_files(source, on_data)
         if learns_labels and not any(len(one.objects) for one in labelled):

@@ -1,6 +1,7 @@
 """What users name as photos, and what they must not."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from detguard.attacks.samples import kept_samples, load_samples, read_samples, s
 from detguard.data.batches import batches, read_photos
 from detguard.data.entries import LOST
 from detguard.data.sources import photo_files, read_labelled, unlabelled
+from detguard.data.stream import Labelled
+from detguard.detections import Detections
 from detguard.photos import encode_png
 from detguard.runs import Run
 from detguard.workflows.adapt import read_sources
@@ -58,6 +61,49 @@ def test_an_attack_without_samples_is_adapted_to_by_what_was_found_in_its_clean_
     (record,) = Run.open(attack / "plain", "attack").records()
     assert [one.file.parent.name for one in new] == ["adversarial", "bus"]
     assert len(new[0].objects) == len(record["clean"]) > 0
+
+
+def test_samples_have_the_classes_alone_that_their_photos_are_labelled_for(attack, bundled, tmp_path):
+    (record,) = Run.open(attack / "plain", "attack").records()
+    shutil.copytree(attack / "plain", tmp_path / "run")
+    names = bundled.class_names
+    found = Detections.from_records(record["clean"], names)
+    assert set(found.classes.tolist()) > {0}
+    write_samples(
+        Run(tmp_path / "run", {}), [record], {record["key"]: Labelled(attack / "bus.png", found, (0,))}, names
+    )
+    new, _, _ = read_sources([str(tmp_path / "run")], [], "train", names, lambda *_: None)
+    assert {one.known for one in new} == {(0,)}
+    assert {number for one in new for number in one.objects.classes.tolist()} == {0}
+
+
+def test_what_was_found_before_an_attack_tells_of_no_class_that_its_detector_may_not_know(attack, bundled):
+    more = bundled.class_names | {99: "zebra"}
+    new, _, _ = read_sources([str(attack / "plain")], [], "train", more, lambda *_: None)
+    assert {one.known for one in new} == {tuple(sorted(set(new[0].objects.classes.tolist())))}
+
+
+def test_classes_of_an_attack_without_samples_are_renamed(attack, bundled):
+    others = {0: "pedestrian", 1: "coach"}
+    new, _, _ = read_sources(
+        [str(attack / "plain")], [], "train", others, lambda *_: None, {"person": "pedestrian", "bus": "coach"}
+    )
+    assert set(new[0].objects.classes.tolist()) <= {0, 1}
+    assert len(new[0].objects)
+
+
+@pytest.mark.parametrize("way", ["pattern", "link", "lines"])
+@pytest.mark.parametrize("part", ["adversarial", "group/bus"])
+def test_no_way_leads_to_attacked_photos_as_clean_ones(attack, tmp_path, way, part):
+    folder = attack / "plain" / part
+    (tmp_path / "link").symlink_to(folder)
+    lines = "".join(json.dumps({"photo": str(file), "objects": []}) + "\n" for file in folder.iterdir())
+    (tmp_path / "lines.jsonl").write_text(lines)
+    sources = {"pattern": f"{folder}/*.png", "link": tmp_path / "link", "lines": tmp_path / "lines.jsonl"}
+    with pytest.raises(DetguardError, match=r"photos of an attack, .*, which fool whoever labels them"):
+        photo_files(str(sources[way]))
+    with pytest.raises(DetguardError, match=r"photos of an attack, .*, which fool whoever labels them"):
+        detguard.harden("detguard-n", [str(sources[way])], out=tmp_path / "run")
 
 
 def test_labels_of_no_class_that_is_known_are_refused(bundled, bus_file, tmp_path):
