@@ -252,6 +252,11 @@ class Waiting:
     found: Detections | None = None
 
 
+def alarmed(alarm: Record) -> int:
+    """The number of the last photo of a drop: the one that raised the alarm, or the last that was judged by then."""
+    return int(alarm["through"] if "through" in alarm else alarm["number"])
+
+
 def latest(records: Iterable[Record]) -> list[Record]:
     """One record of each photo, with the labels that came later."""
     photos: dict[int, Record] = {}
@@ -305,8 +310,10 @@ class Watch:
         values, counts = quality(photo.objects, found), self._counts(number)
         began = self.accuracy.add(number, values.f1) if counts and values.f1 is not None else None
         hint = self.hints.add(number, values.confidence) if counts and not photo.labelled else None
-        levels = {} if began is None else {"levels": self.accuracy.monitor.levels}
-        return {**asdict(values), "began": began} | levels | ({} if hint is None else {"hint": hint})
+        told: Record = {} if began is None else {"levels": self.accuracy.monitor.levels}
+        if began is not None and (last := max(self.accuracy.numbers)) > number:  # by labels that came late
+            told["through"] = last
+        return {**asdict(values), "began": began} | told | ({} if hint is None else {"hint": hint})
 
 
 class Windows:

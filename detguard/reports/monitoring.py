@@ -10,7 +10,7 @@ from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, from_records
 from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
-from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Levels, latest, least_told, needed
+from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Levels, alarmed, latest, least_told, needed
 from detguard.photos import read_photo
 from detguard.reports.evaluation import FOLDED, number
 from detguard.reports.marks import marked, of_labels
@@ -69,7 +69,10 @@ def timeline_table(rows: list[Window]) -> Table:
         ]
         for row in rows
     ]
-    note = "F1 at IoU .50 and confidence .25, of photos with known objects. Hints need no labels and are no alarm."
+    note = (
+        "F1 at IoU .50 and confidence .25, of photos with known objects; AP50 of those whose labels are there when the "
+        "window ends. Hints need no labels and are no alarm."
+    )
     return Table("Windows", head, cells, note, folded=len(cells) > FOLDED)
 
 
@@ -100,6 +103,7 @@ def verdict(
             return f"Too few to judge: {known} photos have known objects, {least} are needed"
         values = [float(r["f1"]) for r in judged[-MOST_WINDOWS * window :]]
         calm = f"No drop on {known} photos with known objects: mean F1 {number(mean(values))}"
+        calm += f" of the last {len(values)}" if len(values) < known else ""
         return f"{calm}. {unseen(values, window)}" if kind == "likelihood-ratio" and len(values) > window else calm
     (first, *_), more = drops(records), f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
     before, photos_before, after, photos_after = first.cells
@@ -120,7 +124,9 @@ def unseen(values: Sequence[float], window: int) -> str:
 
 
 def when(record: Record) -> str:
-    """The number of a photo, with its time where it has one."""
+    """The number of a photo, with its time where it has one; of an alarm by late labels, of the drop's last photo."""
+    if "through" in record:
+        return str(record["through"])
     return f"{record['number']} ({record['time']})" if record.get("time") else str(record["number"])
 
 
@@ -168,7 +174,7 @@ def drops_table(found: Sequence[Drop]) -> Table:
 
 def dropped(records: Sequence[Record]) -> list[Record]:
     """The photos of every drop that have known objects, the least F1 first."""
-    spans = [(r["began"], r["number"]) for r in records if r.get("began") is not None]
+    spans = [(r["began"], alarmed(r)) for r in records if r.get("began") is not None]
     found = [r for r in records if r.get("f1") is not None and any(a <= r["number"] <= b for a, b in spans)]
     return sorted(found, key=lambda r: r["f1"])
 
@@ -222,7 +228,7 @@ def monitor_page(
     deployed = [event["number"] for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]
     plots = {}
     if rows:
-        line = timeline_plot(rows, [(r["began"], r["number"]) for r in alarms], deployed)
+        line = timeline_plot(rows, [(r["began"], alarmed(r)) for r in alarms], deployed)
         plots["Accuracy over the stream"] = line
     title = f"Monitor: {run.config['detector']['model']}"
     tables = [drops_table(drops(records))] * bool(alarms) + [events_table(events)] * bool(events)

@@ -44,7 +44,7 @@ PHOTOS = "photos"
 LOST, LOST_ATTACKED = 0.01, 0.05
 # What becomes of an adaptation, and of a detector that it replaced.
 DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
-# Multiples of it are evenly spread, whichever of them there are (Knuth 1973, 6.4).
+# Multiples of it one after the other are evenly spread (Knuth 1973, 6.4).
 GOLDEN = 2654435761
 # While photos are gathered, it is seen whether F1 has risen again whenever there are so many more.
 LOOK_EVERY = 8
@@ -71,7 +71,8 @@ class Living(Deployment):
     labels, those of a reservoir of `keep` judged ones of all that came (Vitter 1985, algorithm R), and those that are
     being gathered or learned. A drop may reach back as far as `Monitor` remembers: so many photos with known objects.
 
-    failures: how often what adapts has ended without a verdict; waits: the photo at which it is tried again.
+    failures: how often what adapts has ended without a verdict; waits: the photo at which it is tried again; over:
+    whether the stream is.
     """
 
     RETRIES: ClassVar[int] = 3
@@ -82,6 +83,7 @@ class Living(Deployment):
     report: Callable[[str], object] = print
     child: subprocess.Popen[bytes] | None = field(default=None, init=False)
     failures: int = field(default=0, init=False)
+    over: bool = field(default=False, init=False)
     waits: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,7 @@ class Living(Deployment):
         check_options(self.options["adapt"])
         self.events = self.run.records(name=EVENTS)
         self.seen, self.reservoir, self.judged, self.number = dict[int, Record](), list[int](), 0, 0
+        self.turns = 0  # of those that were judged, among them photos of which nothing is known any more
         self.remembered = deque[int](maxlen=MOST_WINDOWS * self.run.config["monitor"]["window"])
         self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
         self.passed = set[int]()  # since which photos there are drops that are still to be learned
@@ -193,9 +196,10 @@ class Living(Deployment):
             elif self._stalled():
                 self.child.kill()
         elif self.last["event"] == "gathering":
-            count = len(self._photos(self.last["began"], self.number))
-            rose = self._rose() if count % LOOK_EVERY == 0 or count >= self.options["gather"] else None
-            if rose is not None or count >= self.options["gather"]:
+            photos = self._photos(self.last["began"], self.number)
+            enough = len(photos) >= self.options["gather"] and any(map(judges, photos))
+            rose = self._rose() if len(photos) % LOOK_EVERY == 0 or enough else None
+            if rose is not None or enough:
                 self._adapt(rose)
         elif self.passed:
             self._gather()
@@ -205,10 +209,11 @@ class Living(Deployment):
 
         wait: is shown the process first.
         """
+        self.over = True
         while self.passed or self.last["event"] in ("gathering", "adapting"):
             if self.last["event"] == "gathering":
                 count, rose = len(self._photos(self.last["began"], self.number)), self._rose()
-                if rose is None and count < JUDGED_ONE_IN and self.run.config["stream"].get("source") == LIVE:
+                if rose is None and count < JUDGED_ONE_IN and self._live:
                     self.report(f"photo {self.number}: {too_few(count)}; a resumed run goes on gathering")
                     return
                 self._adapt(rose)
@@ -226,8 +231,6 @@ class Living(Deployment):
                 while self.child.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         self.child.wait(PATIENCE)
-                    if self._stalled():
-                        self.child.kill()
                 self._judge()
             if self._given_up_for_now():
                 return
@@ -236,7 +239,7 @@ class Living(Deployment):
         """At the end of a stream, whether what has failed is left to a resumed run; else the next try has to wait."""
         if not self.failures:
             return False
-        if self.run.config["stream"].get("source") == LIVE:
+        if self._live:
             return True
         time.sleep(self.failures * PATIENCE)
         return False
@@ -250,6 +253,11 @@ class Living(Deployment):
             except subprocess.TimeoutExpired:
                 self.child.kill()  # what it saved last is there
                 self.child.wait()
+
+    @property
+    def _live(self) -> bool:
+        """Whether photos come as JSON lines, of which others may follow when the run is resumed."""
+        return bool(self.run.config["stream"].get("source") == LIVE)
 
     def _stalled(self) -> bool:
         """Whether the process that adapts has written nothing for so long that it never will: it saves in minutes."""
@@ -299,6 +307,10 @@ class Living(Deployment):
                 self._keep(number, Path(record["photo"]))
             kept = {"photo": str(self.run.path(copy).absolute())} if self.run.path(copy).exists() else {}
             self.seen[number] = self.seen.get(number, {}) | record | kept
+        if record.get("f1") is not None and not again:
+            self.turns += 1
+            if number in self.seen:
+                self.seen[number]["turn"] = self.turns
         if record.get("f1") is not None and number in self.seen and not again:
             self.remembered.append(number)
             self.judged += 1
@@ -367,7 +379,7 @@ class Living(Deployment):
         new = self._photos(began, number if rose is None else rose - 1)
         known = [one["number"] for one in self._photos(1, began - 1)]
         again = "" if rose is None else f"accuracy has risen again since photo {rose}; "
-        if len(new) < min(JUDGED_ONE_IN, self.options["gather"]):
+        if len(new) < min(JUDGED_ONE_IN, self.options["gather"]) or not any(map(judges, new)):
             self._close(KEPT, self.last_model, again + too_few(len(new)))
             return
         if rose is not None:
@@ -379,6 +391,9 @@ class Living(Deployment):
         # Where the reservoir has since taken in new ones, recent ones make up for them.
         others = old - set(drawn)
         drawn += [n for n in np.random.default_rng(count).permutation(known).tolist() if n in others]
+        if judging := next((n for n in drawn if judges(self.seen[n])), None):  # of few none may
+            drawn.remove(judging)
+            drawn.insert(0, judging)
         replayed = [self.seen[n] for n in sorted(drawn[: self.options["keep"]])]
         try:
             renamed = self._renamed()
@@ -476,7 +491,8 @@ class Living(Deployment):
             self._close(KEPT, self.last["model"], why, found)
             return
         self.waits = self.number + self.failures * self.run.config["monitor"]["window"]
-        self.report(f"photo {self.number}: {why}; it is tried again")
+        by = "a resumed run tries it again" if self.over and self._live else "it is tried again"
+        self.report(f"photo {self.number}: {why}; {by}")
 
     def _close(
         self, event: str, model: str, why: str = "", found: Mapping[str, Figures] = MappingProxyType({})
@@ -495,14 +511,17 @@ class Living(Deployment):
         self.report(event_line(event | ({"model": str(self.run.folder / event["model"])} if own else {})))
 
 
-def with_judges(records: Sequence[Record]) -> list[Record]:
-    """Photos of a stream with whether they judge what is learned: one in JUDGED_ONE_IN, in each adaptation the same.
+def judges(photo: Record) -> bool:
+    """Whether a photo judges what is learned: one in JUDGED_ONE_IN, in each adaptation the same.
 
-    Of few there may be none by their numbers; then the last one does.
+    By their turns, not their numbers: of those that are judged each third or each 55th may have been labelled.
     """
-    judges = {one["number"] for one in records if one["number"] * GOLDEN % 2**32 < 2**32 / JUDGED_ONE_IN}
-    judges = judges or {one["number"] for one in records[-1:]}
-    return [one | {"judges": one["number"] in judges} for one in records]
+    return bool(photo["turn"] * GOLDEN % 2**32 < 2**32 / JUDGED_ONE_IN)
+
+
+def with_judges(records: Sequence[Record]) -> list[Record]:
+    """Photos of a stream with whether they judge what is learned."""
+    return [one | {"judges": judges(one)} for one in records]
 
 
 def too_few(count: int) -> str:

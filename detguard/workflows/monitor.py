@@ -18,7 +18,7 @@ from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.files import JsonObject
-from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Monitor, latest, observe
+from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Monitor, alarmed, latest, observe
 from detguard.photos import as_photo, encode_png
 from detguard.runs import INPUTS, Record, Run
 from detguard.schema import CONFIGS, Config, check, partly
@@ -31,7 +31,7 @@ MOST_RECENT = 100_000
 # Of a stream of months, the photos that a page tells of.
 MOST_TOLD = 20_000
 # Of records of drops, what is told of them.
-TOLD = ("number", "photo", "time", "f1", "began", "levels")
+TOLD = ("number", "photo", "time", "f1", "began", "levels", "through")
 # Instead of a data set: photos as they come.
 LIVE = "-"
 
@@ -76,13 +76,14 @@ class Drops:
     Of the photos that were seen, those are remembered that a drop may reach back to; those whose labels come later are
     added then. spans: the first and last photo of each drop; told: what verdicts say of these two.
 
-    Of the whole stream, of which memory would not hold all records: count: its photos; known: those with known
-    objects; bare: those whose labels have not come; errors: those that could not be read, and lines that are none.
+    Of the whole stream, of which memory would not hold all records: last: the number of its last line; count: its
+    photos; known: those with known objects; bare: those whose labels have not come; errors: those that could not be
+    read, and lines that are none.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.lines, self.spans, self.told = run, b"", list[tuple[int, int]](), list[Record]()
-        self.count = self.known = self.bare = self.errors = 0
+        self.last = self.count = self.known = self.bare = self.errors = 0
         self.judged = deque[int](maxlen=MOST_WINDOWS * run.config["monitor"]["window"])
         self.recent, self.written = dict[int, Record](), set[int]()
         for record in run.each():
@@ -94,8 +95,12 @@ class Drops:
         number, began = record["number"], record.get("began")
         self.errors += "error" in record
         self.known += record.get("f1") is not None
-        self.bare += 1 if record.get("labelled") is False else -1 if number <= self.count else 0  # labels that came
-        self.count = max(self.count, number)
+        if number <= self.last:  # labels that came
+            self.bare -= 1
+        else:
+            self.count += bool(record["photo"])
+            self.bare += record.get("labelled") is False and "error" not in record
+        self.last = max(self.last, number)
         if "f1" in record and record.get("labelled", True):
             self.recent[number] = self.recent.pop(number, {}) | record
         if record.get("f1") is not None:
@@ -104,8 +109,8 @@ class Drops:
         while len(self.recent) > MOST_RECENT or (self.recent and next(iter(self.recent)) < oldest):
             del self.recent[next(iter(self.recent))]
         if began is not None:
-            self.spans.append((began, number))
-        new = [n for n in sorted(self.recent) if began <= n <= number] if began is not None else [number]
+            self.spans.append((began, alarmed(record)))
+        new = [n for n in sorted(self.recent) if began <= n <= alarmed(record)] if began is not None else [number]
         new = [n for n in new if n in self.recent and n not in self.written and self._dropped(n)]
         if new:
             self.written.update(new)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from detguard.hardening.monitor import (
     Waiting,
     Watch,
     Windows,
+    alarmed,
     least_told,
     quality,
 )
@@ -144,6 +146,21 @@ def test_a_detector_that_is_deployed_is_judged_by_itself_from_then_on():
     assert [began for began in told if began] == [81]  # that it finds less than the one before it is no drop
     watch.judged(40, photo, objects)  # of the one before, whose labels come late
     assert 40 not in watch.accuracy.numbers
+    watch.judged(40, replace(photo, labelled=False), objects)
+    watch.judged(105, replace(photo, labelled=False), objects)
+    assert [*watch.hints.numbers] == [105]
+
+
+def test_an_alarm_by_late_labels_tells_up_to_where_photos_were_judged():
+    watch, box = Watch(Deployment(None), "likelihood-ratio", 8), torch.tensor([[0.0, 0, 10, 10]])
+    objects, told = Detections(box, torch.ones(1), torch.tensor([0])), []
+    for number in [*range(1, 31), *range(60, 30, -1)]:
+        found = objects if number <= 30 else objects[[]]
+        told += [record] if (record := watch.judged(number, Labelled(Path("a"), objects), found))["began"] else []
+    (alarm,) = told
+    assert alarm["through"] == 60
+    assert alarmed(alarm | {"number": alarm["began"]}) == 60
+    assert alarmed({"number": 7}) == 7
 
 
 def test_of_very_many_photos_without_labels_the_oldest_are_given_up():

@@ -6,7 +6,7 @@ from pathlib import Path
 from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions
 from detguard.hardening.judging import Judgement
-from detguard.hardening.monitor import DRIFT, needed
+from detguard.hardening.monitor import DRIFT, MOST_WINDOWS, needed
 from detguard.reports import adaptation, attack, evaluation, hardening, monitoring
 from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.judged import judged_table
@@ -178,6 +178,12 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     assert monitoring.verdict(steady[:16], "likelihood-ratio", 8).endswith(
         ". One by less than .258 over half of them would not show"
     )
+    month = [seen(0.6) | {"number": n} for n in range(MOST_WINDOWS * 8 + 20)]
+    assert f"No drop on {len(month)} photos with known objects: mean F1 .600 of the last {MOST_WINDOWS * 8}. One" in (
+        monitoring.verdict(month, "likelihood-ratio", 8)
+    )
+    late = [*records[:-1], records[-1] | {"through": 14}]
+    assert monitoring.verdict(late, "adwin", 8).endswith("detected at photo 14")
     weak = [r | {"f1": float(r["number"] % 8 == 0)} for r in steady[:32]]
     assert monitoring.verdict(weak, "likelihood-ratio", 8).endswith("too few, and F1 is too low, for any drop to show")
     assert {kind: needed(kind, 32) for kind in DRIFT} == dict.fromkeys(DRIFT, 32) | {"kswin": 128}

@@ -19,7 +19,7 @@ from detguard.detectors.load import fused, save_gated
 from detguard.hardening.monitor import MOST_WINDOWS, observe
 from detguard.photos import encode_png, read_photo
 from detguard.runs import Run
-from detguard.workflows.living import NICENESS, Living, verdict, with_judges
+from detguard.workflows.living import NICENESS, Living, judges, verdict, with_judges
 from detguard.workflows.monitor import Drops, film
 
 KEEP = 5
@@ -105,11 +105,11 @@ def test_copies_of_photos_wait_as_long_as_their_labels_may_come(living, tmp_path
 
 
 def test_of_the_photos_that_judge_none_is_ever_learned_from():
-    shown = [{"number": number} for number in range(1, 1001)]
+    shown = [{"turn": turn} for turn in range(1, 1001)]
     by_parts = [one["judges"] for first in range(0, 1000, 50) for one in with_judges(shown[first : first + 50])]
     assert by_parts == [one["judges"] for one in with_judges(shown)]
     assert 195 <= sum(by_parts) <= 205
-    assert [one["judges"] for one in with_judges(shown[:2])] == [False, True]
+    assert all(any(by_parts[first : first + 8]) for first in range(990))
 
 
 def note(living, event, model):
@@ -418,16 +418,19 @@ def test_of_a_camera_that_sees_nothing_no_copies_are_kept(living, tmp_path):
 
 def test_at_the_end_what_fails_is_tried_again_or_left_to_a_resumed_run(tmp_path, bundled, monkeypatch):
     monkeypatch.setattr(Unlucky, "RETRIES", 2)
-    waited = []
+    waited, said = [], []
     monkeypatch.setattr("time.sleep", waited.append)
     for name, source in (("a", "day.json"), ("b", "-")):
         (tmp_path / name).mkdir()
         living = unlucky(tmp_path / name, bundled, stream={"class_map": {}, "source": source})
+        living.report = lambda line: said.append(line) if "exit code" in line else None
         for number in range(1, 9):
             show(living, number, began=2 if number == 8 else None)
         living.end()
         assert living.last["event"] == ("kept" if source != "-" else "adapting")
     assert waited == [60, 120]
+    assert said[0].endswith("it is tried again")
+    assert said[-1].endswith("a resumed run tries it again")
 
 
 def test_an_error_names_the_photo_and_not_its_copy(tmp_path, bundled):
@@ -495,6 +498,97 @@ def test_photos_to_replay_that_are_gone_end_no_stream(tmp_path, bundled):
     assert [event["event"] for event in living.events] == ["gathering", "kept"]
     assert "gone.jsonl" in living.events[-1]["why"]
     living.end()
+
+
+@pytest.mark.parametrize("kept", [b"", b"{}\n"])
+def test_the_command_that_adapts_replays_what_the_user_gave_too_on_the_streams_device(living, monkeypatch, kept):
+    living.run.config |= {"replay": ["old.jsonl", "clear/"], "stream": {"class_map": {}}}
+    living.device = "cuda:1"
+    living.run.write("adapted/001.replay.jsonl", kept)
+    commands = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        living._start({"folder": "adapted/001", "model": "first"})
+    replayed = [commands[0][i + 1] for i, part in enumerate(commands[0]) if part == "--replay"]
+    assert replayed == ["old.jsonl", "clear/", *[f"{living.run.path('adapted/001')}.replay.jsonl"][: len(kept)]]
+    assert commands[0][commands[0].index("--device") + 1] == "cuda:1"
+
+
+def test_an_ensemble_is_judged_from_the_photo_on_that_it_was_deployed_after(living):
+    living.number = 7
+    note(living, "deployed", "a")
+    assert [living.since(number) for number in (7, 8, 9)] == [0, 7, 7]
+
+
+def test_what_is_deployed_sees_frames_and_boxes_as_the_first_does(living, monkeypatch):
+    asked = []
+    monkeypatch.setattr("detguard.workflows.living.load_detector", lambda *given: asked.append(given))
+    living.first.imgsz, living.first.iou = 96, 0.55
+    living._load("made.safetensors")
+    assert [given[:2] + given[-1:] for given in asked] == [("made.safetensors", 96, 0.55)]
+
+
+def test_a_copy_that_a_kill_left_without_a_record_is_not_the_next_photo_of_its_number(living, tmp_path):
+    living.run.write("photos/1.png", b"of before the kill")
+    photo = tmp_path / "camera.png"
+    assert living.file(1, photo) == photo  # which is gone
+    photo.write_bytes(b"now")
+    assert living.file(1, photo).read_bytes() == b"now"
+
+
+@pytest.mark.parametrize("code", [0, 2])  # 2: some photos could not be read
+def test_of_what_is_deployed_the_weights_stay_and_the_state_goes(living, monkeypatch, code):
+    monkeypatch.setattr(Living, "_load", lambda *_: None)
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
+    living.run.write("adapted/001/figures.json", json.dumps({"before": before, "after": after}).encode())
+    for name in ("state/adapt.pt", "weights/adapted.safetensors"):
+        living.run.write(f"adapted/001/{name}", b"large")
+    living.child = subprocess.Popen([sys.executable, "-c", f"exit({code})"])
+    living.child.wait()
+    show(living, 1)
+    assert living.last["event"] == "deployed"
+    assert {file.name for file in (living.run.folder / "adapted/001").iterdir()} == {"figures.json", "weights"}
+
+
+def test_where_few_photos_are_gathered_a_rise_is_looked_for_by_as_few(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled, gather=8, monitor={"window": 32})
+    living._note({"event": "gathering", "number": 0, "began": 1})
+    for number in range(1, 15):
+        living._take({"number": number, "photo": "a.png", "f1": 0.1 if number <= 7 else 0.9})
+    assert living._rose() == 8
+
+
+def test_at_the_end_of_a_stream_what_writes_nothing_for_hours_is_ended(tmp_path, bundled, monkeypatch):
+    monkeypatch.setattr("detguard.workflows.living.PATIENCE", 0.01)
+    living = unlucky(tmp_path, bundled)
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    living.run.write("adapted/001.log", b"")
+    living.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr("detguard.workflows.living.STALLED", -1)
+    living.end()
+    assert "exit code -9" in living.last["why"]
+
+
+@pytest.mark.parametrize(("step", "last"), [(1, 8), (3, 24), (55, 440), (144, 1152)])
+def test_whichever_photos_are_labelled_one_of_a_few_judges(tmp_path, bundled, step, last):
+    living = unlucky(tmp_path, bundled)
+    for number in range(1, last + 1):
+        living._take({"number": number, "photo": "a.png", "f1": None if number % step else 0.5})
+    assert 1 <= sum(map(judges, living._photos(1, last))) <= 3
+
+
+def test_of_few_photos_of_which_none_judges_more_are_gathered(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled, gather=5)
+    began = next(n for n in range(10, 99) if not any(judges({"turn": n + i}) for i in range(6)))
+    for number in range(1, began + 20):
+        show(living, number, began=began if number == began + 1 else None)
+    (new,) = (tmp_path / "adapted").glob("*.new.jsonl")
+    judging = [json.loads(line)["judges"] for line in new.read_text().splitlines()]
+    assert judging == [False] * (len(judging) - 1) + [True]
+    assert len(judging) > 5
+    replayed = (tmp_path / "adapted/001.replay.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["judges"] for line in replayed)
 
 
 def test_the_command_that_adapts_renames_nothing_again(tmp_path, bundled, monkeypatch):

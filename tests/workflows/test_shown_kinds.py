@@ -6,6 +6,7 @@ import pytest
 
 from detguard.detectors.gated import EXPERTS, GatedNetwork
 from detguard.detectors.load import save_gated
+from detguard.hardening import adapt
 from detguard.photos import encode_png
 from detguard.ranks import ALONE
 from detguard.workflows.adapt import Adapting
@@ -20,7 +21,7 @@ def test_hardening_shows_the_kinds_that_were_asked_for(tiny_data, tmp_path, aske
     assert sorted(job.setting.corruptions) == sorted(asked)
 
 
-def test_adapting_shows_the_kinds_that_were_asked_for_or_those_of_hardening(bundled, bus, tmp_path):
+def test_adapting_shows_the_kinds_that_were_asked_for_or_those_of_hardening(bundled, bus, tmp_path, monkeypatch):
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled.class_names.values()), "imgsz": 64}
     card["hardened"] = {"eps": 2.0, "corruptions": ["frost"]}
     model = tmp_path / "ensemble.safetensors"
@@ -33,6 +34,7 @@ def test_adapting_shows_the_kinds_that_were_asked_for_or_those_of_hardening(bund
                 {"photo": str(tmp_path / f"{name}{number}.png"), "objects": [{"class": "bus", "box": [1, 1, 50, 50]}]}
             )
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = adapt.batches
     for number, (asked, shown) in enumerate([(["fog"], ("fog",)), (None, ("frost",))]):
         options = {"replay": [str(tmp_path / "old.jsonl")], "corruptions": asked, "out": tmp_path / str(number)}
         job = Adapting.begin(
@@ -40,3 +42,15 @@ def test_adapting_shows_the_kinds_that_were_asked_for_or_those_of_hardening(bund
         )
         job.load(1)
         assert job.setting.corruptions == shown
+        drawn = []
+
+        def batches(*given, kinds=None, drawn=drawn, **options):
+            if kinds is None:  # of new photos
+                return made(*given, **options)
+            drawn.append(kinds)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("detguard.hardening.adapt.batches", batches)
+        with pytest.raises(KeyboardInterrupt):
+            job.train()
+        assert drawn == [shown]
