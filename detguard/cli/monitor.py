@@ -262,7 +262,7 @@ def watch(
     from detguard.data.inputs import is_camera
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
     from detguard.hardening.monitor import needed, observe, whole_windows
-    from detguard.reports.monitoring import drop_items, monitor_page, timeline_table, verdict, when, windows
+    from detguard.reports.monitoring import drop_items, hides, monitor_page, timeline_table, verdict, when, windows
     from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
     from detguard.workflows.monitor import DROPPED, LIVE, Drops, film, is_filmed, open_stream, recent
@@ -275,7 +275,7 @@ def watch(
     if not live:  # what is seen again is not known before
         run.cut(whole_windows(run, options["window"]))
     adapts = run.config["on_drift"] == "adapt"
-    living, dropping = Living(run, detector, device, out.say), Drops(run)
+    living, dropping, reached = Living(run, detector, device, out.say), Drops(run), False
 
     def tell() -> "list[Record]":
         records = recent(run)
@@ -309,6 +309,12 @@ def watch(
                         f"photo {record['number']}: a hint, without labels: confidence has dropped since photo "
                         f"{record['hint']}; labels would tell"
                     )
+                if record.get("outside") and not reached:
+                    reached = True
+                    show_warning(
+                        f"photo {record['number']}: {record['outside']} labelled boxes reach out of it; were they made "
+                        "at another resolution? (later ones are counted in results.jsonl, `outside`)"
+                    )
                 happened = len(living.events)
                 if adapts:
                     living.saw(record)
@@ -329,7 +335,8 @@ def watch(
     known = dropping.known
     out.say(verdict(records, options["detector"], options["window"], dropping.told, known), style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
-    calm = "no drop" if known >= least else "too few to judge"
+    told = known >= least and not hides(records, options["detector"], options["window"])
+    calm = "no drop" if told else "too few to judge"
     summary = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
     summary = f"{summary}; {known} of {dropping.count} photos have objects of classes that the detector knows"
     if dropping.bare:
@@ -339,4 +346,4 @@ def watch(
     out.say(f"{summary}; results: {run.folder}, open {run.folder / 'report.html'}")
     if dropping.errors:
         return 2
-    return 1 if drops else NOTHING if known < least else 0
+    return 1 if drops else 0 if told else NOTHING

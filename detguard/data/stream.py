@@ -209,7 +209,8 @@ def _labelled(one: bytes | Mapping[str, object], index: dict[str, int], where: s
     try:
         return _read(_parsed(one) if isinstance(one, bytes) else one, index)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        why = f"no {error!s:.50}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error!s:.150}"
+        why = f"no {error!s:.50}" if isinstance(error, KeyError) else f"{error!s:.150}"
+        why = "no JSON" if isinstance(error, json.JSONDecodeError) else why
         return DataError(
             f'{where}: expected {{"photo": "a.jpg", "objects": [{{"class": "person", '
             f'"box": [x1, y1, x2, y2]}}]}}, or an "id" by which the objects come later ({why})'

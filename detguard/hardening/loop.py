@@ -226,7 +226,20 @@ def train(
             _judge(validate, files, at)
         files.save(at)
 
-    while (done := pace.done(at.number, at.spent)) < 1:
+    def back(loss: float) -> None:
+        nonlocal at, healthy, saved, began, batches
+        at = _back(files, at, loss)
+        healthy = deque(ranks.given(log.recent), maxlen=HEALTHY)  # or a resumed run would judge by others
+        saved = time.monotonic()
+        began = saved - at.spent
+        batches = made(at.number)
+
+    while True:
+        if (done := pace.done(at.number, at.spent)) >= 1:
+            if not (log.rows and diverged(grown := log.now(), healthy)):
+                break
+            back(grown)  # of batches after the last record
+            continue
         batch = _next(batches, files, at, healthy)
         rate = pace.rate * pace.share(at.number, done) * 0.5**at.setbacks
 
@@ -241,13 +254,9 @@ def train(
         late = stop or ranks.any(time.monotonic() - saved > pace.save_every)
         loss = losses_now["loss"] if not log.rows else log.now() if late else None
         if loss is not None and diverged(loss, healthy):
-            at = _back(files, at, loss)
+            back(loss)
             if stop:
                 raise KeyboardInterrupt
-            healthy = deque(ranks.given(log.recent), maxlen=HEALTHY)  # or a resumed run would judge by others
-            saved = time.monotonic()
-            began = saved - at.spent
-            batches = made(at.number)
             continue
         if loss is not None and not log.rows:
             healthy.append(loss)
@@ -260,10 +269,6 @@ def train(
             saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
-    if log.rows and diverged(loss := log.now(), healthy):  # of batches after the last record
-        raise DetguardError(
-            f"the loss has grown out of all bounds in the last batches ({loss:.3g}); resume or lower `rate`"
-        )
     log.end(at.number)
     if validate:
         _judge(validate, files, at)

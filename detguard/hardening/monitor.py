@@ -245,11 +245,14 @@ def first_of(numbers: Sequence[int], count: int) -> int:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A photo whose labels have not come; found: on it by the detector of its time, None where a run was resumed."""
+    """A photo whose labels have not come; found: on it by the detector of its time, None where a run was resumed; size:
+    its height and width, px.
+    """
 
     number: int
     photo: Labelled
     found: Detections | None = None
+    size: tuple[int, int] | None = None
 
 
 def alarmed(alarm: Record) -> int:
@@ -353,6 +356,12 @@ class Windows:
         return metrics_of_photos(*zip(*pairs, strict=True)).stats["AP50"]
 
 
+def reaching_out(objects: Detections, size: tuple[int, int]) -> int:
+    """How many boxes reach out of a photo of (height, width) by more than a pixel, which rounding may do."""
+    low, high = objects.boxes[:, :2].amin(1), (objects.boxes[:, 2:] - torch.tensor(size[::-1])).amax(1)
+    return int(((low < -1) | (high > 1)).sum())
+
+
 def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: Watch) -> Labelled:
     """A photo, with the labels that came after it.
 
@@ -410,7 +419,8 @@ def observe(
     confidence has dropped as accuracy would have to, its `hint` is the number of the photo since which it has.
 
     again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, one
-    that the detector refuses, and a line of a stream that is none, is a record with its error.
+    that the detector refuses, and a line of a stream that is none, is a record with its error. `outside`: how many
+    labelled boxes reach out of the photo, as those of another resolution do.
     """
     if again:  # from the start of a window, for its AP
         run.cut(whole_windows(run, window))
@@ -430,22 +440,25 @@ def observe(
         watch.count = max(watch.count, number)
         record: Record = {"number": number, "photo": "", "objects": []}
         pair: tuple[Detections, Detections] | None = None
-        found = earlier.found if earlier else None
+        found, size = (earlier.found, earlier.size) if earlier else (None, None)
         detector = deployed.at(number) if found is None else deployed.first  # without whose file no photo can be seen
         try:
             photo = _joined(one, earlier, watch)
             record |= as_line(photo, deployed.first.class_names)
             if found is None:
                 shown = _read(photo.file, deployed.file(number, photo.file))
+                size = (shown.shape[0], shown.shape[1])
                 (found,) = detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)
         except DetguardError as error:  # of a detector, too, which may refuse a shape
             record |= {"error": str(error)} | ({"id": one.id} if isinstance(one, Labelled) and one.id else {})
         else:
             found_known = photo.counted(found)
             if not photo.labelled:
-                watch.wait(Waiting(number, photo, found))
+                watch.wait(Waiting(number, photo, found, size))
             else:
                 pair = photo.objects, found_known
+                if size and (outside := reaching_out(photo.objects, size)):
+                    record["outside"] = outside
             record |= watch.judged(number, photo, found_known)
         waiting = (other.number for other in watch.waiting.values())
         if (ap50 := windows.ap50(number, pair, waiting, late=earlier is not None)) is not None:

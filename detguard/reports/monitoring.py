@@ -101,7 +101,10 @@ def verdict(
         known = len(judged) if known is None else known
         if known < least:
             return f"Too few to judge: {known} photos have known objects, {least} are needed"
-        values = [float(r["f1"]) for r in judged[-MOST_WINDOWS * window :]]
+        values = judged_last(records, window)
+        if hides(records, kind, window):
+            few = f"{known} photos with known objects are too few, and their mean F1, {number(mean(values))}, too low"
+            return f"Too few to judge: {few}, for any drop to show"
         calm = f"No drop on {known} photos with known objects: mean F1 {number(mean(values))}"
         calm += f" of the last {len(values)}" if len(values) < known else ""
         return f"{calm}. {unseen(values, window)}" if kind == "likelihood-ratio" and len(values) > window else calm
@@ -113,12 +116,23 @@ def verdict(
     )
 
 
+def judged_last(records: Sequence[Record], window: int) -> list[float]:
+    """F1 of the last photos with known objects, as many as a drop is looked for in."""
+    return [float(r["f1"]) for r in records if r.get("f1") is not None][-MOST_WINDOWS * window :]
+
+
+def hides(records: Sequence[Record], kind: str, window: int) -> bool:
+    """Whether accuracy is so low, or so scattered, that no drop of as many photos could be told."""
+    values = judged_last(latest(records), window)
+    if kind != "likelihood-ratio" or len(values) <= window:
+        return False
+    return fmean(values) <= least_told(values, len(values) // 2)
+
+
 def unseen(values: Sequence[float], window: int) -> str:
     """What `LikelihoodRatio` would not have told of the photos whose F1 these are, more than a window of them."""
     last, half = least_told(values, window), least_told(values, len(values) // 2)
-    if (level := fmean(values)) <= half:
-        return "They are too few, and F1 is too low, for any drop to show"
-    if level <= last or len(values) < 3 * window:
+    if fmean(values) <= last or len(values) < 3 * window:
         return f"One by less than {number(half)} over half of them would not show"
     return f"One by less than {number(last)} in the last {window}, or {number(half)} over half of them, would not show"
 

@@ -183,6 +183,10 @@ class Hardening:
         stride = int(base.model[-1].stride.max())
         if wanted.crop is not None and wanted.crop % stride:
             raise DetguardError(f"`crop` {wanted.crop}: expected a multiple of {stride}, the largest stride of {model}")
+        if wanted.crop is not None and wanted.crop > given.imgsz:
+            raise DetguardError(
+                f"`crop` {wanted.crop}: expected at most the {given.imgsz} px of the frames it is cut from"
+            )
         learns_labels = wanted.learn != "teacher"
         if class_map and all(map(unlabelled, data)):
             raise DetguardError("`class_map`: renames classes of labels, and `data` has none")
@@ -275,6 +279,7 @@ class Hardening:
     def card(self) -> JsonObject:
         """What the json beside the weights is to say."""
         config = self.run.config
+        timed = {"photos"} if self.plan.hours is not None else set()  # which nobody has counted
         return {
             "architecture": architecture_of(config["model"], self.network),
             "classes": list(known_classes(self.network).values()),
@@ -285,7 +290,7 @@ class Hardening:
                 "teacher": self.teacher.name,
                 "corruptions": config["corruptions"],
                 "samples": 0 if self.samples is None else len(self.samples.clean),
-                **config["harden"],
+                **{name: value for name, value in config["harden"].items() if name not in timed},
             },
         }
 

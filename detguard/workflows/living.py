@@ -231,6 +231,8 @@ class Living(Deployment):
                 while self.child.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         self.child.wait(PATIENCE)
+                    if self._stalled():
+                        self.child.kill()
                 self._judge()
             if self._given_up_for_now():
                 return
@@ -473,8 +475,8 @@ class Living(Deployment):
             # What it does not take, as growth over its limit, it will not take later.
             self._failed(why, for_good=bool(said) and not (folder / "config.yaml").exists())
             return
-        found: dict[str, Figures] = read_json(folder / FIGURES)
-        fits, why = verdict(found["before"], found["after"])
+        found: dict[str, Any] = read_json(folder / FIGURES)
+        fits, why = verdict(found["before"], found["after"], found["photos"])
         made = f"{event['folder']}/weights/adapted.safetensors"
         if fits:
             try:
@@ -540,20 +542,24 @@ def check_options(parts: Sequence[str]) -> None:
             raise DetguardError(f"`adapt` {part}: expected some of {', '.join(OPTIONS)}")
 
 
-def verdict(before: Figures, after: Figures) -> tuple[bool, str]:
+def verdict(before: Figures, after: Figures, photos: Mapping[str, int]) -> tuple[bool, str]:
     """Whether what was made by adapting is to take the place of what it was made from, and why.
 
-    before, after: figures of photos that were not learned from, by kind: new, old, and old ones attacked.
+    before, after: figures of photos that were not learned from, by kind: new, old, and old ones attacked; photos: how
+    many these are.
     """
     known = {of: (before[of]["F1"], after[of]["F1"]) for of in before.keys() & after.keys()}
     judged = {of: (was, now) for of, (was, now) in known.items() if was is not None and now is not None}
     if missing := " and ".join(kind for kind in ("new", "old") if kind not in judged):
         return False, f"there are no {missing} photos with objects to judge it by"
     new, old = judged["new"], judged["old"]
-    why = f"F1 {new[0]:.3f} -> {new[1]:.3f} on new photos, {old[0]:.3f} -> {old[1]:.3f} on old ones"
+    why = (
+        f"F1 {new[0]:.3f} -> {new[1]:.3f} on {photos['new']} new photos, "
+        f"{old[0]:.3f} -> {old[1]:.3f} on {photos['old']} old ones"
+    )
     fits = new[1] > new[0] and old[1] >= old[0] - LOST
     if resists := judged.get(ATTACKED):
-        why += f", {resists[0]:.3f} -> {resists[1]:.3f} on attacked ones"
+        why += f", {resists[0]:.3f} -> {resists[1]:.3f} on {photos[ATTACKED]} attacked ones"
         fits = fits and resists[1] >= resists[0] - LOST_ATTACKED
     return fits, why
 
@@ -563,9 +569,7 @@ def event_line(event: Record) -> str:
     number = event["number"]
     match event["event"]:
         case "gathering":
-            return (
-                f"photo {number}: accuracy has dropped since photo {event['began']}; gathering photos of the new kind"
-            )
+            return f"photo {number}: gathering photos of the new kind, since photo {event['began']}"
         case "adapting":
             return f"photo {number}: adapting to the photos since {event['began']}, {event['folder']}"
         case "deployed":

@@ -281,6 +281,9 @@ def test_an_ensemble_goes_on_for_some_time(hardened, tmp_path):
     apart = sum(float((value - start[key]).norm()) for key, value in end.items())
     assert 0 < apart < 0.5 * sum(float(value.norm()) for value in end.values())
     assert "0.0015 hours" in (tmp_path / "run/report.html").read_text()
+    card = json.loads((tmp_path / "run/weights/joint.json").read_text())["hardened"]
+    assert card["hours"] == 0.0015
+    assert "photos" not in card
 
 
 def test_experts_apart_start_from_the_undefended_detector(tmp_path, bundled):

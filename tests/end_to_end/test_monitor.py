@@ -98,6 +98,37 @@ def test_a_drop_has_its_photos_and_its_page_before_the_stream_ends_and_a_service
     assert "49 photos, 1 alarm(s)" in page.read_text()
 
 
+def test_where_no_drop_could_show_it_is_not_said_that_there_was_none(stream):
+    """Half of the photos are all but black from the beginning."""
+    lines = (stream / "stream.jsonl").read_text().splitlines(keepends=True)
+    mixed = "".join(line for pair in zip(lines[:12], lines[24:36], strict=True) for line in pair)
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "mixed", cwd=stream, stdin=mixed)
+    assert result.returncode == 3, result.stdout
+    assert "Too few to judge: 24 photos" in result.stdout
+
+
+def test_labels_of_another_resolution_are_told_once(stream):
+    lines = [json.loads(line) for line in (stream / "stream.jsonl").read_text().splitlines()[:4]]
+    for line in lines[1:]:
+        line["objects"] = [one | {"box": [4 * value for value in one["box"]]} for one in line["objects"]]
+    given = "".join(json.dumps(line) + "\n" for line in lines)
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "large", cwd=stream, stdin=given)
+    assert result.stderr.count("labelled boxes reach out of it; were they made at another resolution?") == 1
+    records = [json.loads(line) for line in (stream / "large/results.jsonl").read_text().splitlines()]
+    assert ["outside" in record for record in records] == [False, True, True, True]
+
+
+def test_lines_that_are_no_photos_are_not_counted_as_some(stream):
+    line = (stream / "stream.jsonl").read_text().splitlines(keepends=True)[0]
+    given = ["no json\n", "[1]\n", line, json.dumps({"id": "x", "photo": "nowhere.png"}) + "\n"]
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "odd", cwd=stream, stdin="".join(given))
+    assert result.returncode == 2
+    assert "1 of 2 photos have objects" in " ".join(result.stdout.split())
+    assert "no labels yet" not in result.stdout
+    assert "(no JSON)" in result.stderr
+    assert "(no object)" in result.stderr
+
+
 def test_an_unreadable_photo_is_named_and_the_rest_is_watched(stream):
     lines = (stream / "stream.jsonl").read_text().splitlines(keepends=True)[:3]
     lines[1] = lines[1].replace('"person"', '"pedestrian"')

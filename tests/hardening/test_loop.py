@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -149,15 +148,23 @@ def test_rates_rise_over_a_tenth_of_a_short_stage_in_photos_or_in_hours(last):
     assert sum(shares) / 400 == pytest.approx(0.46, abs=0.03)
 
 
-def test_a_stage_in_hours_whose_last_batches_diverged_is_an_error(run):
-    def harm(call):
-        if call < LOG_EVERY + 3:
-            return 1.0
-        time.sleep(3)  # which is all the time that the stage has
-        return float("nan")
+@pytest.mark.parametrize("until", [LOG_EVERY + 4, 10**6])
+def test_a_stage_in_hours_whose_last_batches_diverge_goes_back_as_any_other(run, monkeypatch, until):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
-    with pytest.raises(DetguardError, match="out of all bounds in the last batches"):
-        trained(run, harm=harm, pace=Pace(None, 1e-2, 1e-2, 1e9, 3.0))
+    def harm(call):
+        clock.now += 0.1
+        return float("nan") if LOG_EVERY + 3 <= call <= until else 1.0
+
+    pace = Pace(None, 1e-2, 1e-2, 1e9, 0.1 * (LOG_EVERY + 5) - 0.01)  # over before another record
+    if until == 10**6:
+        with pytest.raises(DetguardError, match=r"out of all bounds .*, after going back 3 times"):
+            trained(run, harm=harm, pace=pace)
+    else:
+        weight = trained(run, harm=harm, pace=pace).layer.weight
+        assert weight.isfinite().all()
+    assert [r["setbacks"] for r in run.records() if "diverged" in r] == list(range(1, 2 if until < 100 else 4))
 
 
 def test_the_best_average_on_photos_held_out_is_what_a_stage_ends_at(run):

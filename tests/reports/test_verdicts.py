@@ -185,7 +185,13 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     late = [*records[:-1], records[-1] | {"through": 14}]
     assert monitoring.verdict(late, "adwin", 8).endswith("detected at photo 14")
     weak = [r | {"f1": float(r["number"] % 8 == 0)} for r in steady[:32]]
-    assert monitoring.verdict(weak, "likelihood-ratio", 8).endswith("too few, and F1 is too low, for any drop to show")
+    assert monitoring.verdict(weak, "likelihood-ratio", 8) == (
+        "Too few to judge: 32 photos with known objects are too few, and their mean F1, .125, too low, "
+        "for any drop to show"
+    )
+    assert monitoring.hides(weak, "likelihood-ratio", 8)
+    assert not monitoring.hides(steady, "likelihood-ratio", 8)
+    assert not monitoring.hides(weak, "adwin", 8)
     assert {kind: needed(kind, 32) for kind in DRIFT} == dict.fromkeys(DRIFT, 32) | {"kswin": 128}
 
 

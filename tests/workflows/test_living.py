@@ -23,6 +23,7 @@ from detguard.workflows.living import NICENESS, Living, judges, verdict, with_ju
 from detguard.workflows.monitor import Drops, film
 
 KEEP = 5
+PHOTOS = {"new": 13, "old": 20, "attacked": 8}
 
 
 def test_photos_that_may_be_learned_from_outlast_the_camera_and_are_bounded(tmp_path, bundled):
@@ -370,7 +371,10 @@ def test_of_an_adaptation_that_is_not_deployed_its_records_alone_stay(tmp_path, 
     living = unlucky(tmp_path, bundled)
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
     kinds = {"new": {"F1": 0.5}, "old": {"F1": 0.5}}
-    living.run.write("adapted/001/figures.json", json.dumps({"before": kinds, "after": kinds}).encode())
+    living.run.write(
+        "adapted/001/figures.json",
+        json.dumps({"before": kinds, "after": kinds, "photos": dict.fromkeys(kinds, 5)}).encode(),
+    )
     living.run.write("adapted/001/state/adapt.pt", b"large")
     living.run.write("adapted/001/weights/adapted.safetensors", b"large")
     living.child = subprocess.Popen([sys.executable, "-c", ""])
@@ -448,7 +452,10 @@ def test_what_is_better_and_cannot_be_loaded_is_tried_again_before_it_is_given_u
     monkeypatch.setattr(Living, "_start", lambda self, event: setattr(self, "child", subprocess.Popen(["true"])))
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "m"})
     before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
-    living.run.write("adapted/001/figures.json", json.dumps({"before": before, "after": after}).encode())
+    living.run.write(
+        "adapted/001/figures.json",
+        json.dumps({"before": before, "after": after, "photos": dict.fromkeys(before, 5)}).encode(),
+    )
     living.run.write("adapted/001/weights/adapted.safetensors", b"damaged")
     for number in range(1, 60):
         show(living, number)
@@ -541,7 +548,10 @@ def test_of_what_is_deployed_the_weights_stay_and_the_state_goes(living, monkeyp
     monkeypatch.setattr(Living, "_load", lambda *_: None)
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
     before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
-    living.run.write("adapted/001/figures.json", json.dumps({"before": before, "after": after}).encode())
+    living.run.write(
+        "adapted/001/figures.json",
+        json.dumps({"before": before, "after": after, "photos": dict.fromkeys(before, 5)}).encode(),
+    )
     for name in ("state/adapt.pt", "weights/adapted.safetensors"):
         living.run.write(f"adapted/001/{name}", b"large")
     living.child = subprocess.Popen([sys.executable, "-c", f"exit({code})"])
@@ -655,7 +665,7 @@ def test_of_a_camera_nothing_is_gone_on_with(tmp_path):
 )  # fmt: skip
 def test_what_is_deployed_is_better_on_new_photos_and_no_worse_on_old_ones(new, old, fits):
     before, after = ({"new": {"F1": new[i]}, "old": {"F1": old[i]}} for i in (0, 1))
-    assert verdict(before, after)[0] is fits
+    assert verdict(before, after, PHOTOS)[0] is fits
 
 
 @pytest.mark.parametrize(("attacked", "fits"), [((0.3, 0.26), True), ((0.3, 0.24), False)])
@@ -663,15 +673,18 @@ def test_what_resists_attacks_less_is_not_deployed(attacked, fits):
     before, after = (
         {"new": {"F1": f1}, "old": {"F1": 0.6}, "attacked": {"F1": attacked[f1 > 0.3]}} for f1 in (0.2, 0.5)
     )
-    told = verdict(before, after)
+    told = verdict(before, after, PHOTOS)
     assert told[0] is fits
-    assert told[1].endswith(f"0.300 -> {attacked[1]:.3f} on attacked ones")
+    assert told[1].endswith(f"0.300 -> {attacked[1]:.3f} on 8 attacked ones")
+    assert told[1].startswith("F1 0.200 -> 0.500 on 13 new photos, 0.600 -> 0.600 on 20 old ones")
 
 
 def test_without_old_photos_nothing_is_deployed():
     refused = False, "there are no old photos with objects to judge it by"
-    assert verdict({"new": {"F1": 0.1}}, {"new": {"F1": 0.9}}) == refused
-    assert verdict({"new": {"F1": 0.1}, "old": {"F1": None}}, {"new": {"F1": 0.9}, "old": {"F1": None}}) == refused
+    assert verdict({"new": {"F1": 0.1}}, {"new": {"F1": 0.9}}, PHOTOS) == refused
+    assert (
+        verdict({"new": {"F1": 0.1}, "old": {"F1": None}}, {"new": {"F1": 0.9}, "old": {"F1": None}}, PHOTOS) == refused
+    )
 
 
 @pytest.mark.parametrize("parts", [["--trust"], ["--out=/tmp/x"], ["--model", "evil:make"]])
