@@ -504,7 +504,7 @@ def test_a_long_stream_is_told_of_as_a_whole_though_its_end_is_quiet(monkeypatch
             [*[plain] * 9, bare, bare, late],
             0,
             "No drop on 9 photos",
-            "no drop; 9 of 32 photos",
+            "no drop; 9 of 31 photos",
             ", 1 have no labels yet",
         ),
         (
