@@ -42,7 +42,7 @@ class Ranks:
         device: as users name it; of several processes each gets the GPU of its number on its machine.
 
         Raises:
-            DetguardError: the device cannot be used, or several processes would share one GPU.
+            DetguardError: the device cannot be used, several processes would share one GPU, or none has started them.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
@@ -50,6 +50,11 @@ class Ranks:
         device = torch_device(device)
         if ":" in device:
             raise DetguardError(f"`device` {device}: {count} processes get a GPU each; give `device` cuda")
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise DetguardError(
+                f"WORLD_SIZE={count} in the environment, without {', '.join(missing)}: start several processes by "
+                "torchrun or accelerate launch, or unset WORLD_SIZE for one"
+            )
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import unicodedata
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -16,8 +15,10 @@ from io import FileIO
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import yaml
+from typing_extensions import override
 
 from detguard import DetguardError, __version__
 from detguard.files import MAX_ANNOTATIONS, MAX_LINE, PARTIAL, FileError, open_file, parse_json, read_yaml, write_file
@@ -79,6 +80,33 @@ def _on_disk(name: str) -> str:
 
 class RunError(DetguardError):
     """A run folder that cannot be made, read or resumed."""
+
+
+class Lock(FileIO):
+    """The file by which a run belongs to a process, open once in it, until its last user is gone.
+
+    The close of any descriptor of a file ends all locks of the process on it, also those taken by another one.
+    """
+
+    _open: "WeakValueDictionary[tuple[int, int], Lock]" = WeakValueDictionary()
+
+    @classmethod
+    def of(cls, file: Path) -> "Lock":
+        """That of a file, which is made where there is none."""
+        with suppress(OSError):
+            there = file.lstat()
+            lock = cls._open.get((there.st_dev, there.st_ino))
+            if lock and not lock.closed:
+                return lock
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        lock = cls(os.open(file, flags, 0o666), "r+")
+        made = os.fstat(lock.fileno())
+        cls._open[made.st_dev, made.st_ino] = lock
+        return lock
+
+    @override
+    def __del__(self) -> None:
+        self.close()
 
 
 class Run:
@@ -200,7 +228,8 @@ class Run:
         """
         self._claim(0, 0)
         with suppress(OSError):  # a full disk; only the error of others tells of it
-            self._lock.truncate(0)
+            self._lock.seek(0)
+            self._lock.truncate()
             self._lock.write(f"{os.getpid()}\n".encode())
 
     def share(self, ranks: "Ranks") -> None:
@@ -223,12 +252,10 @@ class Run:
     def _claim(self, length: int, start: int) -> None:
         """Hold some bytes of the lock, to its end by a length of 0, until this process ends."""
         file = self.folder / LOCK
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
-            self._lock = FileIO(os.open(file, flags, 0o666), "r+")
+            self._lock = Lock.of(file)
         except OSError as error:
             raise RunError(f"{file}: cannot be written ({error.strerror})") from error
-        weakref.finalize(self, self._lock.close)
         if fcntl is None:
             return
         try:
@@ -239,6 +266,7 @@ class Run:
                 if (length, start) == (0, 0):
                     return  # a file system without locks, such as some of the network: nothing keeps others out
                 raise RunError(f"{file}: {NO_LOCKS} ({error.strerror})") from error
+            self._lock.seek(0)
             owner = self._lock.read(20).decode(errors="replace").strip()
             owner = f"process {owner}" if owner.isdecimal() else "another process"
             raise RunError(f"{self.folder}: {owner} is at work on this run; wait until it is done") from error

@@ -232,6 +232,33 @@ def test_a_run_that_a_process_is_at_work_on_is_refused_to_others(run):
     Run.open(run.folder, "harden")  # to look at
 
 
+def test_a_run_is_its_processs_until_the_last_object_of_it_is_gone(tmp_path):
+    def refused():
+        code = f"from pathlib import Path; from detguard.runs import Run; Run.resume(Path({str(tmp_path)!r}), 'harden')"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        return f"process {os.getpid()} is at work on this run" in other.stderr
+
+    objects = [Run.create("harden", tmp_path, CONFIG), *(Run.resume(tmp_path, "harden") for _ in range(2))]
+    objects.pop(0)
+    assert refused()
+    objects.pop()
+    assert refused()
+    objects.pop()
+    assert not refused()
+
+
+def test_a_process_that_was_forked_neither_owns_a_run_nor_ends_that_it_is_owned(run):
+    for act, code in ((run._lock.close, 0), (lambda: Run.resume(run.folder, "harden"), 1)):
+        if not (child := os.fork()):
+            try:
+                act()
+            except RunError:
+                os._exit(1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    test_a_run_that_a_process_is_at_work_on_is_refused_to_others(run)
+
+
 def test_processes_of_a_launch_share_a_run_that_others_do_not_get_before_all_have_ended(run):
     run.share(SimpleNamespace(count=2, rank=0, first=True, wait=int))
     code = (

@@ -11,6 +11,7 @@ import torch
 from ranked import train, train_as
 
 import detguard.data.batches as module
+from detguard import DetguardError
 from detguard.data.batches import read_photos
 from detguard.hardening.run import measured_frames
 from detguard.hardening.train import Setting
@@ -62,6 +63,17 @@ def test_a_photo_that_some_processes_cannot_read_is_told(trained):
 
 def test_a_process_can_train_again(trained):
     assert trained[1]["trained again"] == 2
+
+
+@pytest.mark.parametrize("left", [{}, {"RANK": "0", "LOCAL_RANK": "0"}], ids=["nothing", "ranks"])
+def test_a_count_of_processes_that_nothing_started_is_one_line(left, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"WORLD_SIZE": "2"} | left).items():
+        monkeypatch.setenv(name, value)
+    missing = "MASTER_ADDR, MASTER_PORT" if left else "RANK, MASTER_ADDR, MASTER_PORT"
+    with pytest.raises(DetguardError, match=rf"WORLD_SIZE=2.*without {missing}: .*torchrun or accelerate.*or unset"):
+        Ranks.start("cpu")
 
 
 def test_every_frame_of_a_batch_is_that_of_one_process():
