@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from detguard import DetguardError, first_line
 from detguard.detectors.gated import GatedNetwork
@@ -13,7 +14,7 @@ from detguard.export.onnx import Onnx
 from detguard.export.openvino import OpenVino
 from detguard.export.pt import Checkpoint
 from detguard.export.torchscript import TorchScript
-from detguard.files import is_file
+from detguard.files import is_file, write_file
 from detguard.photos import Photo
 
 FORMATS: dict[str, Format] = {
@@ -96,13 +97,20 @@ def check_file(file: Path, model: str, kind: str) -> None:
 def export(wanted: Deployment, kind: str, file: Path) -> Verdict:
     """Write a detector in one of FORMATS, read the file back by its runtime, and compare the two.
 
+    The file takes its name once it was compared; until then, nothing is there.
+
     Raises:
         DetguardError: it cannot be written in that format.
     """
     made = FORMATS[kind]
     try:
-        made.write(wanted, file)
-        return check(wanted, made.read(file))
+        with TemporaryDirectory() as folder:
+            written = Path(folder) / file.name
+            made.write(wanted, written)
+            verdict = check(wanted, made.read(written))
+            for one in sorted(written.iterdir()) if written.is_dir() else [written]:
+                write_file(file / one.relative_to(written), one.read_bytes())
+        return verdict
     except DetguardError:
         raise
     except Exception as error:  # whatever an exporter or a runtime raises of a network that it does not know

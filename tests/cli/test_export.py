@@ -1,6 +1,8 @@
 """`detguard export` as a user runs it, in this process."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -59,6 +61,18 @@ def test_a_failed_check_is_exit_code_1(run, monkeypatch, bus_file):
     code, shown = run("detguard-n", "--format", "torchscript", "--imgsz", 96, "--photos", bus_file)
     assert code == 1
     assert "error: detguard-n.torchscript: check failed, do not use it (expected scores within" in shown
+
+
+def test_ctrl_c_while_a_file_is_checked_leaves_none(run, monkeypatch, bus_file):
+    monkeypatch.setattr("detguard.export.run.check", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    options = ("detguard-n", "--format", "torchscript", "--imgsz", 64, "--photos", bus_file)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        code, _ = run(*options)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert code == 130
+    assert not list(Path().iterdir())
 
 
 def test_photos_on_which_nothing_is_found_check_nothing(run):
