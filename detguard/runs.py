@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import yaml
@@ -88,7 +88,7 @@ class Lock(FileIO):
     The close of any descriptor of a file ends all locks of the process on it, also those taken by another one.
     """
 
-    _open: "WeakValueDictionary[tuple[int, int], Lock]" = WeakValueDictionary()
+    _open: "ClassVar[WeakValueDictionary[tuple[int, int], Lock]]" = WeakValueDictionary()
 
     @classmethod
     def of(cls, file: Path) -> "Lock":

@@ -10,17 +10,17 @@ import signal
 import sys
 import warnings
 from collections.abc import Collection, Sequence
-from io import TextIOWrapper
+from io import BufferedWriter, FileIO, TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TimeRemainingColumn
 from rich.status import Status
 from rich.text import Text
-from typing_extensions import override
+from typing_extensions import Buffer, override
 
 from detguard import DetguardError, __version__, first_line
 from detguard.engine import keep_freed_memory
@@ -62,6 +62,36 @@ class Terminal(Console):
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
 
 
+class Output(FileIO):
+    """A stream of the program, whose reader may end before it does, as `head`: what is left is dropped, and noted."""
+
+    unread = False
+
+    @classmethod
+    def through(cls, stream: TextIO) -> TextIO:
+        """A stream, as one of these where it is of the program."""
+        raw = getattr(stream, "buffer", None)
+        raw = getattr(raw, "raw", raw)
+        if not isinstance(stream, TextIOWrapper) or not isinstance(raw, FileIO):
+            return stream
+        stream.flush()
+        return TextIOWrapper(
+            BufferedWriter(cls(raw.fileno(), "w", closefd=False)), stream.encoding, stream.errors,
+            line_buffering=stream.line_buffering or stream.write_through,
+        )  # fmt: skip
+
+    @override
+    def write(self, data: Buffer) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            Output.unread = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
 class Description(ProgressColumn):
     """What is being done, as text of the console that it is shown on."""
 
@@ -90,8 +120,9 @@ SAID_AGAIN = ("--device", "--workers", "--log", "--fail-under")
 LOADING = ("imgsz", "top_k", "fusion", "iou", "trust", "end_to_end")
 # How many new objects make Python look for garbage, by default 700: torch is imported sooner by not finding any.
 GARBAGE_AFTER = 10_000
-# The exit codes where nothing was attacked or judged, neither a success nor a failure; and of what Ctrl-C stopped.
-NOTHING, STOPPED = 3, 130
+# The exit codes where nothing was attacked or judged, neither a success nor a failure; of what Ctrl-C stopped; and, as
+# of a program that SIGPIPE ends, of what was done, though nobody read all that it said.
+NOTHING, STOPPED, UNREAD = 3, 130, 141
 out = Terminal()
 err = Terminal(stderr=True)
 
@@ -221,6 +252,15 @@ def main() -> None:
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every letter
+    sys.stdout, sys.stderr, Output.unread = Output.through(sys.stdout), Output.through(sys.stderr), False
+    code = run_app()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    sys.exit(UNREAD if Output.unread and code in (None, 0, 1, NOTHING) else code)
+
+
+def run_app() -> str | int | None:
+    """Run the command that the arguments name; returns the exit code."""
     stopped, err.lost = raise_noted(), False
     try:
         try:
@@ -229,11 +269,11 @@ def main() -> None:
                 show_error("stopped")
         except SystemExit as ended:
             code = ended.code
-        sys.exit(2 if err.lost and code in (None, 0, 1, NOTHING) else code)
+        return 2 if err.lost and code in (None, 0, 1, NOTHING) else code
     except Exception as error:
         if stopped:  # which libraries make errors of: an import cut short, weights that seem damaged
             show_error("stopped")
-            sys.exit(STOPPED)
+            return STOPPED
         # Of torch on GPUs, of Python and NumPy; of torch on CPUs, it is one of many.
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error):
             show_error(f"out of memory ({first_line(error)}); try a smaller `batch` or `imgsz`, or smaller photos")
@@ -243,7 +283,7 @@ def main() -> None:
             raise
         elif str(error):  # without arguments there is only the help
             show_error(error.format_message())
-        sys.exit(2)
+        return 2
 
 
 def with_dashes(message: str) -> str:

@@ -74,6 +74,24 @@ def test_nothing_attacked_is_neither_success_nor_failure(tmp_path):
     assert detguard("verify", "run", cwd=tmp_path).returncode == 3
 
 
+def without_reader(number):
+    """Have a stream be a pipe whose reader has ended, as `head` does."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    os.dup2(writes, number)
+
+
+@pytest.mark.parametrize(("number", "options"), [(1, ()), (1, ["--json"]), (2, ["--trust"])])
+def test_what_nobody_reads_ends_no_work(tmp_path, number, options):
+    (tmp_path / "damaged.png").write_text("no photo")
+    for photos, code in (([BUS], 141), ([BUS, "damaged.png"], 2)):
+        line = ["attack", *photos, "--imgsz", 192, "--steps", 12, "--out", str(code), *options]
+        result = detguard(*line, cwd=tmp_path, preexec_fn=partial(without_reader, number))
+        assert result.returncode == code, result.stderr
+        assert "Error" not in result.stderr
+        assert (tmp_path / str(code) / "report.html").exists()
+
+
 def test_verify_judges_the_files_anew(attacked):
     run, _ = attacked
     result = detguard("verify", run, "--transforms", "jpeg:90", cwd=run)
