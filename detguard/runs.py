@@ -88,7 +88,7 @@ class Lock(FileIO):
     The close of any descriptor of a file ends all locks of the process on it, also those taken by another one.
     """
 
-    _open: "ClassVar[WeakValueDictionary[tuple[int, int], Lock]]" = WeakValueDictionary()
+    _open: ClassVar["WeakValueDictionary[tuple[int, int], Lock]"] = WeakValueDictionary()
 
     @classmethod
     def of(cls, file: Path) -> "Lock":

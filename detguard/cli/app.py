@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from io import BufferedWriter, FileIO, TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
@@ -252,10 +253,11 @@ def main() -> None:
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every letter
-    sys.stdout, sys.stderr, Output.unread = Output.through(sys.stdout), Output.through(sys.stderr), False
-    code = run_app()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    Output.unread = False
+    with redirect_stdout(Output.through(sys.stdout)) as shown, redirect_stderr(Output.through(sys.stderr)) as told:
+        code = run_app()
+        shown.flush()
+        told.flush()
     sys.exit(UNREAD if Output.unread and code in (None, 0, 1, NOTHING) else code)
 
 

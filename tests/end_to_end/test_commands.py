@@ -1,5 +1,6 @@
 """The commands as a user runs them: the real program, the bundled detector, real photos, files on disk."""
 
+import io
 import json
 import os
 import re
@@ -76,9 +77,12 @@ def test_nothing_attacked_is_neither_success_nor_failure(tmp_path):
 
 def without_reader(number):
     """Have a stream be a pipe whose reader has ended, as `head` does."""
+    name = ("stdin", "stdout", "stderr")[number]
+    getattr(sys, name).close()
     reads, writes = os.pipe()
     os.close(reads)
     os.dup2(writes, number)
+    setattr(sys, name, io.TextIOWrapper(io.FileIO(number, "w"), "utf-8", "backslashreplace", line_buffering=True))
 
 
 @pytest.mark.parametrize(("number", "options"), [(1, ()), (1, ["--json"]), (2, ["--trust"])])
