@@ -67,20 +67,20 @@ def plan_attack(config: Config, detector: Detector) -> tuple[Objective, list[Tra
 
 
 def further_victims(config: Config, detectors: Sequence[Detector]) -> list[Victim]:
-    """What a run's config wants of further detectors.
+    """What a run's config wants of all its detectors but the first.
 
     Raises:
         DetguardError: one of them lacks a class or a gradient that is needed, objects are chosen by numbers, or two
             detectors have one name.
     """
-    for detector in detectors:
+    further, names = detectors[1:], [detector.name for detector in detectors]
+    for detector in further:
         AttackOptions.from_config(config["attack"]).check_detector(detector)
-    if detectors and config["object"]:
+    if further and config["object"]:
         raise DetguardError("`objects`: numbers what one detector finds; with several `detector`, choose by `box`")
-    names = [Path(config["detector"]["model"]).stem, *(detector.name for detector in detectors)]
     if len(set(names)) < len(names):
         raise DetguardError(f"`detector`: {', '.join(names)}; each must have a name of its own")
-    return [Victim(detector, parse_goal(config, detector)) for detector in detectors]
+    return [Victim(detector, parse_goal(config, detector)) for detector in further]
 
 
 def attack_photos(

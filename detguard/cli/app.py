@@ -379,6 +379,16 @@ def loaded(context: typer.Context, *names: str, device: str) -> "list[Detector]"
         return [load_detector(name, device=device, **options) for name in names]
 
 
+def tell_apart(detectors: "Sequence[Detector]") -> None:
+    """Have those of one name be called by the last parts of their files: a/best.pt and b/best.pt, not best twice."""
+    from detguard.reports.page import short_names
+
+    names = [one.name for one in detectors]
+    alike = [one for one in detectors if names.count(one.name) > 1]
+    for one, name in zip(alike, short_names([Path(one.source) for one in alike]), strict=True):
+        one.name = name
+
+
 def show_error(message: str, *, of_all: bool = False) -> None:
     """Print an error as one line on stderr.
 

@@ -54,6 +54,7 @@ from detguard.cli.app import (
     show_stopped,
     show_warning,
     start_ranks,
+    tell_apart,
 )
 from detguard.cli.evaluate import show_warnings
 
@@ -262,6 +263,7 @@ def attack(
             detectors = [
                 load_configured(one, device, trust=trust) for one in (run.config["detector"], *run.config["also"])
             ]
+        tell_apart(detectors)
     else:
         if bool(photos) == bool(data):
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
@@ -284,6 +286,7 @@ def attack(
             "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others, "loss": loss, "count": count,
         })  # fmt: skip
         detectors = loaded(context, *(model or [defaults.MODEL]), device=device)
+        tell_apart(detectors)
         options = replace(options, conf=conf or detectors[0].conf)
         kept = {}
         if data and unlabelled(data):

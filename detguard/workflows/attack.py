@@ -172,7 +172,7 @@ def attack_config(
         "arguments": list(arguments),
     }
     *_, search = plan_attack(config, detectors[0])
-    further_victims(config, detectors[1:])
+    further_victims(config, detectors)
     _same_again(objective, read_goal(config), search.budget, options.budget, detectors[0])
     return check(config, partly(CONFIGS["attack"]))
 
@@ -195,7 +195,7 @@ def _same_again(objective: Goal, goal: Goal, budget: Budget, given: Budget, dete
 
 def attack_job(run: Run, detectors: Sequence[Detector]) -> Job:
     """The attack that a run asks for, on its detectors."""
-    return Job(detectors[0], *plan_attack(run.config, detectors[0]), run, further_victims(run.config, detectors[1:]))
+    return Job(detectors[0], *plan_attack(run.config, detectors[0]), run, further_victims(run.config, detectors))
 
 
 def attack(

@@ -255,6 +255,22 @@ def test_a_defence_of_ones_own_is_no_ensemble_that_could_be_adapted(monkeypatch,
     assert "error: --on-drift adapt: defence:make is no gated ensemble" in capsys.readouterr().err
 
 
+def test_models_of_one_file_name_are_told_apart_by_their_folders(monkeypatch, capsys, tmp_path, bus_file):
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("safetensors", "json"):
+        for name in ("a", "b"):
+            Path(name).mkdir(exist_ok=True)
+            shutil.copy(shipped("weights") / f"detguard-n.{suffix}", f"{name}/best.{suffix}")
+    models = [f"--model={name}/best.safetensors" for name in ("a", "b", "b")]
+    line = ("attack", bus_file, "--imgsz", 64, "--steps", 1, "--conf", 0.02)
+    assert run(monkeypatch, *line, *models[:2], "--out", "run") in (0, 1)
+    assert run(monkeypatch, "attack", "--resume", "run") in (0, 1)
+    (record,) = Run.open(Path("run"), "attack").records()
+    assert list(record["also"]) == ["b/best.safetensors"]
+    assert run(monkeypatch, *line, *models, "--out", "other") == 2
+    assert "b/best.safetensors, b/best.safetensors; each must have a name of its own" in capsys.readouterr().err
+
+
 WEIGHTS = ("nan,1,1", "inf,1,1", "-1,1,1", "0,-0,0", "1e308,1e308,1", "1,,1")
 
 
