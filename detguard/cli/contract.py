@@ -34,7 +34,7 @@ def check_detector(
 ) -> None:
     """Test on a photo that what is attacked is what users run, that the gradient reaches it, and that nothing changes.
 
-    Exit code: 0 all promises are kept, if doubtfully, 1 some are not.
+    Exit code: 0 all that could be tested are kept, if doubtfully, 1 some are not.
     """
     from ultralytics.utils import ASSETS
 
@@ -62,10 +62,9 @@ def check_detector(
         text = f"{broken} of {len(promises)} broken"
     elif doubtful:
         text = f"{doubtful} of {len(promises)} doubtful: look at them before you believe a figure of this detector"
-    elif skipped:
-        text = f"{len(promises) - skipped} kept, {skipped} skipped: it can be attacked by --black-box, and judged"
     else:
-        text = f"all {len(promises)} kept: it can be attacked and judged"
+        kept = f"{len(promises) - skipped} kept, {skipped} skipped" if skipped else f"all {len(promises)} kept"
+        text = f"{kept}: it can be attacked{'' if detector.differentiable else ' by --black-box,'} and judged"
     out.quiet = out.quiet or as_json
     out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
     records = [dict(zip(("promise", "state", "seen", "remedy"), row, strict=True)) for row in rows]

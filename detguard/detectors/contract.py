@@ -29,15 +29,19 @@ class Doubtful(Exception):
     """A promise is kept by what is hardly meant; says what was seen."""
 
 
+class Skipped(Exception):
+    """A promise cannot be tested; says why."""
+
+
 @dataclass(frozen=True)
 class Promise:
-    """One promise, kept, kept in a way that is hardly meant, or broken.
+    """One promise, kept, kept in a way that is hardly meant, broken, or not tested.
 
     Attributes:
         name: what is promised.
         remedy: what to look at where it is not kept.
         wrong: what was seen then; None: it is kept.
-        skipped: why this detector does not make it.
+        skipped: why this detector does not make it, or why it cannot be tested.
         doubt: what is odd where it is kept; None: nothing.
         seen: what was seen where it is kept.
     """
@@ -67,6 +71,8 @@ def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iter
             continue
         try:
             promise = Promise(name, remedy, seen=test(detector, photo, conf))
+        except Skipped as why:
+            promise = Promise(name, remedy, skipped=str(why))
         except Doubtful as odd:
             promise = Promise(name, remedy, doubt=str(odd))
         except Broken as wrong:
@@ -146,7 +152,9 @@ def _paths(detector: Detector, photo: Photo, conf: float) -> str:
         _same(found, detector.predict(photo, conf))
     finally:
         del vars(detector)["detect"]
-    return "predict is detect: compared with itself, which shows nothing" if called else ""
+    if called:
+        raise Skipped("predict is detect: compared with itself, which shows nothing")
+    return ""
 
 
 def _state(detector: Detector, photo: Photo, conf: float) -> str:
