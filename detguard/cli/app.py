@@ -284,8 +284,17 @@ def run_app() -> str | int | None:
         elif not isinstance(error, typer.TyperException):
             raise
         elif str(error):  # without arguments there is only the help
-            show_error(error.format_message())
+            show_error(_told_of_use(error))
         return 2
+
+
+def _told_of_use(error: typer.TyperException) -> str:
+    """What is wrong with a command line, with where --quiet goes, and what to do with files that seem to be options."""
+    message, option = error.format_message(), getattr(error, "option_name", "")
+    if option in ("--quiet", "-q"):
+        return f"{option}: goes before the command, as in detguard {option} detect bus.jpg"
+    file = next((word for word in sys.argv[1:] if word.startswith("-") and os.path.lexists(word)), None)
+    return f"{message}; for the file of that name give ./{file}, or -- before it" if file else message
 
 
 def with_dashes(message: str) -> str:
@@ -376,7 +385,16 @@ def loaded(context: typer.Context, *names: str, device: str) -> "list[Detector]"
 
     options = {name: context.params[name] for name in LOADING if name in context.params}
     with err.status("Loading the detector"):
-        return [load_detector(name, device=device, **options) for name in names]
+        detectors = [load_detector(name, device=device, **options) for name in names]
+    tell_size(options.get("imgsz"), detectors)
+    return detectors
+
+
+def tell_size(imgsz: int | None, detectors: "Sequence[Detector]") -> None:
+    """Warn, once, where frames are of another size than --imgsz, for they are whole strides of a detector."""
+    if other := next((one for one in detectors if imgsz not in (None, one.imgsz)), None):
+        stride = f", a multiple of {other.stride}" if hasattr(other, "stride") else ""
+        show_warning(f"--imgsz {imgsz}: rounded up to {other.imgsz}{stride}")
 
 
 def tell_apart(detectors: "Sequence[Detector]") -> None:

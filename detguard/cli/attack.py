@@ -42,6 +42,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    given,
     levels,
     loaded,
     only_of_splits,
@@ -265,12 +266,17 @@ def attack(
             ]
         tell_apart(detectors)
     else:
-        if bool(photos) == bool(data):
+        if photos and data:
+            raise DetguardError("--data: instead of PHOTO; leave one of them out")
+        if not photos and not data:
             raise DetguardError("PHOTO: give photos, folders or patterns, or --data (or --resume RUN)")
         if not data:
             only_with(context, ("class_map", "split"), "--data")
         else:
             only_of_splits(context, [data])
+        if schedule == "worst" and "schedule" in given(context) and (aggregate != "mean" or rule == "apgd"):
+            other = f"--aggregate {aggregate}" if aggregate != "mean" else f"--rule {rule}"
+            raise DetguardError(f"--schedule worst: {other} steps against the whole group; leave one of them out")
         if norm == "l2" and "/" in eps:
             raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
         files = find_inputs(photos, recursive=recursive) if photos else []

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from detguard import defaults
-from detguard.cli.app import Device, ImageSize, Trust, app, err, out, show_made, with_dashes
+from detguard.cli.app import Device, ImageSize, Trust, app, loaded, out, show_made, with_dashes
 
 
 @app.command(
@@ -18,6 +18,7 @@ from detguard.cli.app import Device, ImageSize, Trust, app, err, out, show_made,
 `detguard check-detector yolo11n --photo street.jpg`"""
 )
 def check_detector(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="module:factory, or anything that --model takes elsewhere.", metavar="MODEL")
     ],
@@ -39,13 +40,11 @@ def check_detector(
     from ultralytics.utils import ASSETS
 
     from detguard.detectors.contract import check_contract
-    from detguard.detectors.load import load_detector
     from detguard.photos import read_photo
     from detguard.reports.page import Table
     from detguard.reports.tables import terminal_table
 
-    with err.status("Loading the detector"):
-        detector = load_detector(model, imgsz, device, trust=trust)
+    (detector,) = loaded(context, model, device=device)
     promises = list(check_contract(detector, read_photo(photo or ASSETS / "bus.jpg"), conf))
     rows = [
         [

@@ -21,6 +21,7 @@ from detguard.cli.app import (
     show_error,
     show_made,
     show_warning,
+    tell_size,
 )
 
 
@@ -80,6 +81,7 @@ def export(
         wanted = plan_export(
             model, kind, shown, imgsz, conf, iou, top_k, nms=nms, dynamic=dynamic, end_to_end=end_to_end, trust=trust
         )
+    tell_size(imgsz, [wanted.detector])
     if wanted.detector.experts and wanted.detector.model.top_k:
         show_warning("all experts are computed in the file: --top-k decides what is found, not how fast")
     with err.status("Exporting and checking"), warnings.catch_warnings():

@@ -204,7 +204,7 @@ def _root(config: JsonObject, file: Path) -> Path:
 
     given = Path(str(config.get("path") or "."))
     bases = (file.parent, Path("datasets"), Path(SETTINGS["datasets_dir"]))
-    roots = [Path(os.path.normpath(base / given)) for base in bases]
+    roots = dict.fromkeys(Path(os.path.normpath(base / given)) for base in bases)  # all are one where it is absolute
     for root in roots:
         if root.absolute() == root.absolute().parent:
             raise DataError(f"{file}: path: {root} is no folder of data")

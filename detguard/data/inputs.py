@@ -160,6 +160,15 @@ def camera_frames(camera: cv2.VideoCapture, every: int = 1) -> Iterator[tuple[in
         raise DetguardError("the camera gives no frames; see that it is there and that nothing else uses it")
 
 
+def _camera(number: int) -> cv2.VideoCapture:
+    """A camera, without what OpenCV logs of each way in which it could not be opened."""
+    before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        return cv2.VideoCapture(number)
+    finally:
+        cv2.utils.logging.setLogLevel(before)
+
+
 def as_photos(
     sources: Iterable[str],
     folder: Path,
@@ -184,7 +193,7 @@ def as_photos(
     for source, file in files:
         shown: Iterator[tuple[int, Photo]]
         if is_camera(source):
-            shown = islice(camera_frames(cv2.VideoCapture(int(source)), every), frames)
+            shown = islice(camera_frames(_camera(int(source)), every), frames)
         elif is_video(file):
             shown = read_frames(file, every, on_warning)
         else:

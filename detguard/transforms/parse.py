@@ -51,11 +51,13 @@ def parse_transforms(specs: str) -> list[Transform]:
     A name of `PRESETS` stands for its specs.
 
     Raises:
-        DetguardError: unknown kind or bad parameter; names the spec and what was expected.
+        DetguardError: unknown kind or bad parameter, or "none" among others; names the spec and what was expected.
     """
     if specs.strip() in ("", "none"):
         return []
     transforms = []
+    if "none" in map(str.strip, specs.split(",")):
+        raise DetguardError(f"transforms '{specs}': none goes alone; leave it out")
     named = ",".join(PRESETS.get(part.strip(), part) for part in specs.split(","))
     for spec in (part.strip() for part in named.split(",")):
         kind, _, value = spec.partition(":")

@@ -239,6 +239,23 @@ def test_quiet_shows_nothing_but_what_json_prints(monkeypatch, capsys, tmp_path,
     assert shown.err.startswith("error: gone.jpg")
 
 
+def test_a_photo_that_seems_to_be_an_option_is_told_how_to_be_given(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("-dash.jpg").touch()
+    assert run(monkeypatch, "detect", "-dash.jpg") == 2
+    assert "No such option: -d; for the file of that name give ./-dash.jpg, or -- before it" in capsys.readouterr().err
+    assert run(monkeypatch, "detect", "-other.jpg") == 2
+    assert capsys.readouterr().err == "error: No such option: -o\n"
+
+
+@pytest.mark.parametrize("command", ["detect PHOTO", "check-detector detguard-n", "export detguard-n --format pt"])
+def test_a_size_of_no_whole_strides_is_told_to_be_rounded(monkeypatch, capsys, tmp_path, bus_file, command):
+    monkeypatch.chdir(tmp_path)
+    for size, told in ((70, ["warning: --imgsz 70: rounded up to 96, a multiple of 32"]), (96, [])):
+        run(monkeypatch, *command.replace("PHOTO", str(bus_file)).split(), "--imgsz", size)
+        assert [line for line in capsys.readouterr().err.splitlines() if "imgsz" in line] == told
+
+
 def test_photos_and_hours_are_not_both_given(monkeypatch, capsys, tmp_path, bus_file):
     line = ("harden", "--data", bus_file, "--photos", 8, "--hours", 1, "--out", tmp_path / "run")
     assert run(monkeypatch, *line) == 2

@@ -367,6 +367,11 @@ def test_an_odd_path_of_a_yaml_is_one_line(photos, path):
         read_dataset(yolo(photos, {}, {"path": path}))
 
 
+def test_a_folder_of_data_that_is_not_there_is_named_once(photos):
+    with pytest.raises(DataError, match=r"\(looked at /nowhere\)"):
+        read_dataset(yolo(photos, {}, {"path": "/nowhere"}))
+
+
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b.yaml", "\ud800.json"])
 def test_a_source_that_no_file_is_called_is_one_line(source):
     with pytest.raises(DataError, match=r"no such (data|file or folder)"):

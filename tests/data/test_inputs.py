@@ -80,6 +80,14 @@ def test_a_camera_shows_frames_as_opencv_opens_it(tmp_path):
         list(camera_frames(cv2.VideoCapture(str(tmp_path / "none.mp4"))))
 
 
+def test_of_a_camera_that_is_not_there_opencv_logs_nothing(tmp_path, capfd):
+    before = cv2.utils.logging.getLogLevel()
+    with pytest.raises(DetguardError, match="gives no frames"):
+        list(as_photos(["99"], tmp_path))
+    assert capfd.readouterr().err == ""
+    assert cv2.utils.logging.getLogLevel() == before
+
+
 def test_a_number_is_a_camera_unless_a_file_is_called_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_camera("0")

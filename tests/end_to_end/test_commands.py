@@ -297,6 +297,11 @@ def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
     [
         (["attack", BUS, "--target", "persn"], "did you mean 'person'"),
         (["attack", BUS, "--transforms", "jpg:75"], "jpeg:75"),
+        (["attack", BUS, "--transforms", "network,none"], "'network,none': none goes alone"),
+        (["attack", BUS, "--data", "coco128"], "--data: instead of PHOTO; leave one of them out"),
+        (["attack", BUS, "--schedule", "worst", "--rule", "apgd"], "--schedule worst: --rule apgd steps against the"),
+        (["attack", BUS, "--schedule=worst", "--aggregate=max"], "--schedule worst: --aggregate max steps against the"),
+        (["detect", BUS, "--quiet"], "--quiet: goes before the command, as in detguard --quiet detect"),
         (["attack", BUS, "--model", "gone.pt"], "gone.pt"),
         (["attack", BUS, "--to", "person"], "is a target itself"),
         (["attack", BUS, "--goal", "flod"], "expected one of vanish, mislabel"),
