@@ -1,6 +1,6 @@
 """Keywords of the functions for Python that their options take, and where else an option of the command line is."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any
@@ -77,13 +77,16 @@ def as_specs(transforms: Any) -> str:
         transforms: what a user gave: specs, a transform, transforms and specs one by one, or None.
 
     Raises:
-        DetguardError: one cannot be read again.
+        DetguardError: they are none of these, or one cannot be read again.
     """
     if transforms is None:
         return "none"
     if isinstance(transforms, str):
         return transforms
-    return written([transforms] if isinstance(transforms, Transform) else transforms)
+    listed = [transforms] if isinstance(transforms, Transform) else transforms
+    if not isinstance(listed, Iterable):
+        raise DetguardError(f"`transforms` {transforms!r}: expected specs, as 'median:3,jpeg:75', or a list of them")
+    return written(list(listed))
 
 
 def only_resumes(function: Callable[..., object], given: Mapping[str, Any]) -> None:

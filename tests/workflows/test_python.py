@@ -403,6 +403,8 @@ class Wide(detguard.Linf):
         (lambda d: detguard.attack(d, "a.png", objective="person"), "`objective` 'person': expected one as Vanish"),
         (lambda d: detguard.attack(d, "a.png", objective=Sly("person")), r"`objective` Sly\(.* of Vanish\("),
         (lambda d: detguard.attack(d, "a.png", budget=Wide(4)), r"`budget` Wide\(.* of Linf\("),
+        (lambda d: detguard.attack(d, "a.png", transforms=5), "`transforms` 5: expected specs, as 'median:3"),
+        (lambda d: detguard.harden(d, "photos", transforms=5), "`transforms` 5: expected specs, as 'median:3"),
         (lambda d: detguard.attack(d, "a.png", conf=np.float64(2)), "`conf`: expected a number"),
         (lambda d: detguard.universal(d, "photos", eps=128), "`eps` 128: expected whole levels of 1..127"),
         (lambda d: detguard.patch(d, "photos", hours=0), "`hours`: expected a number"),
