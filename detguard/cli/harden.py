@@ -40,6 +40,7 @@ from detguard.cli.app import (
     show_warning,
     start_ranks,
     stop_signals,
+    tell_size,
 )
 from detguard.cli.evaluate import show_warnings
 
@@ -247,6 +248,7 @@ def harden(
                 out=out_folder, exist_ok=exist_ok, trust=trust,
                 arguments=sys.argv[1:], on_data=show_warnings,
             )  # fmt: skip
+        tell_size(imgsz, [job.given])
     out.quiet = out.quiet or as_json
     if dry_run:
         sys.exit(show_cost(job, workers, as_json=as_json))

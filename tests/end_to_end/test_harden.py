@@ -333,6 +333,7 @@ def test_resumed_it_learns_the_labels_and_samples_that_the_run_keeps(tmp_path, t
         ((), "--data"),
         (("--data", ASSETS, "--recipe", "mtd", "--attack", "free"), "--attack free"),
         (("--data", ASSETS, "--attack", "fgsm", "--steps", "2"), "--steps 2"),
+        (("--data", ASSETS, "--imgsz", "64", "--crop", "96"), "--crop 96: expected at most the 64 px"),
         (("--data", ASSETS, "--crop", "100"), "--crop 100"),
         (("--data", ASSETS, "--teacher", "detguard-n-hard"), "detguard-n-hard"),
         (("--data", "nowhere"), "nowhere"),
