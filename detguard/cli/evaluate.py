@@ -12,6 +12,7 @@ from detguard import DetguardError, defaults
 from detguard.classes import parse_map, parse_names
 from detguard.cli.app import (
     MODELS,
+    NOTHING,
     ClassMap,
     Device,
     DryRun,
@@ -57,6 +58,13 @@ if TYPE_CHECKING:
 
 # Warnings of one kind that are shown one by one; the rest is counted.
 MOST_SHOWN = 3
+# Options, and the protocols to which they say something; those that show photos which can be saved.
+USED_BY = {
+    ("severities", "corruptions"): ("corruptions",),
+    ("eps", "queries"): ("attack", "transfer", "blackbox", "checks"),
+    ("steps", "restarts", "attacks"): ("attack", "transfer", "checks"),
+}
+SAVED = ("corruptions", "attack", "transfer", "blackbox")
 
 
 @app.command(
@@ -168,7 +176,8 @@ def evaluate(
     """Measure detectors in COCO numbers on clean, corrupted and attacked photos; makes tables, plots and a page.
 
     What was found on a photo is kept in runs/evaluate/cache.sqlite and used again; the file may be deleted.
-    Exit code: 0 done, 1 less than --fail-under, 2 wrong use, or photos that could not be read (the rest is still done).
+    Exit code: 0 done, 1 less than --fail-under, 2 wrong use, or photos that could not be read (the rest is still done),
+    3 checks alone, of too little to judge by.
     """
     from detguard.data.entries import LOST
     from detguard.detectors.load import detector_config, load_configured
@@ -177,7 +186,7 @@ def evaluate(
     from detguard.evaluation.pictures import check_pictures
     from detguard.evaluation.run import measure_cost
     from detguard.runs import Run, shared_run
-    from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength
+    from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength, warn_unchecked
 
     ranks = start_ranks(device)
     device = str(ranks.device) if ranks.count > 1 else device
@@ -216,8 +225,10 @@ def evaluate(
             },
             "arguments": sys.argv[1:],
         }  # fmt: skip
-        plan(config["evaluate"], len(models))
+        asked = plan(config["evaluate"], len(models))
+        only_of_protocols(context, asked)
         detectors = loaded(context, *models, device=device)
+        only_of_gradients(context, asked, [one.differentiable for one in detectors])
         config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
@@ -226,6 +237,7 @@ def evaluate(
         subjects = load_subjects(
             detectors, config["data"], wanted.batch, show_warning, on_data=show_warnings, ranks=ranks
         )
+    warn_unchecked(subjects, wanted, show_warning)
     for subject in subjects:  # a wrong patch leaves no run behind
         check_pictures(subject, wanted.patches(subject.detector))
     lost = len(subjects[0].dataset.warnings[LOST])
@@ -239,6 +251,32 @@ def evaluate(
         err.say(cost_line(cost))
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
     sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, cost.passes, as_json=as_json))
+
+
+def only_of_protocols(context: typer.Context, asked: "Protocols") -> None:
+    """See that no option is given that says something of other protocols than those that are asked for.
+
+    Raises:
+        DetguardError: one is.
+    """
+    for names, protocols in USED_BY.items():
+        if not set(protocols) & set(asked.protocols):
+            only_with(context, names, f"--protocols {' or '.join(protocols)}")
+    if not set(SAVED) & set(asked.protocols) and not asked.by_files:
+        other = f"--protocols {' or '.join(SAVED)}, or --patch, --universal or --corruption-file"
+        only_with(context, ("save_images",), other)
+
+
+def only_of_gradients(context: typer.Context, asked: "Protocols", differentiable: list[bool]) -> None:
+    """See that no option is given of white-box attacks where no detector has a gradient, nor of Square where all have.
+
+    Raises:
+        DetguardError: one is.
+    """
+    if not any(differentiable):
+        only_with(context, ("steps", "restarts", "attacks"), "a detector that has a gradient")
+    if all(differentiable) and not {"blackbox", "checks"} & set(asked.protocols):
+        only_with(context, ("queries",), "--protocols blackbox or checks, or a detector without gradient")
 
 
 def cost_line(cost: "Cost") -> str:
@@ -327,7 +365,12 @@ def run_evaluation(
         show_error(line)
     for line in dataset.warnings[LOST][warned:]:
         show_error(line)
-    return 2 if dataset.warnings[LOST] else int(bool(short))
+    if dataset.warnings[LOST]:
+        return 2
+    checks = [check for found in evaluation.metrics.values() for check in found.get("checks", {}).values()]
+    if wanted.checks_alone and any(check["passed"] is None for check in checks):
+        return NOTHING
+    return int(bool(short))
 
 
 @app.command(

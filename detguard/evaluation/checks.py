@@ -9,7 +9,7 @@ from detguard.engine import with_gradients
 from detguard.evaluation.attacks import AttackSet, BlackBox, attack_objective
 from detguard.evaluation.metrics import Check
 from detguard.evaluation.score import score
-from detguard.evaluation.views import Batch, Subject, View, fill
+from detguard.evaluation.views import Batch, Clean, Subject, View, fill
 from detguard.photos import frames_tensor
 
 PHOTOS = 32
@@ -18,6 +18,8 @@ TOLERANCE = 0.01
 # Steps under which an attack that leaves something may only have stopped too early.
 FEW_STEPS = 20
 ZERO_SHARE = 0.1
+# The checks that say nothing where there is no AP to lose.
+BY_AP = ("more steps", "large budget", "black box")
 
 
 def check_views(attack: AttackSet, queries: int) -> list[View]:
@@ -38,15 +40,19 @@ def first_photos(subject: Subject) -> Subject:
 
 
 def run_checks(subject: Subject, attack: AttackSet, queries: int) -> dict[str, Check]:
-    """All checks of one subject on its first photos, by name; their views must be in the cache or are shown now."""
+    """All checks of one subject on its first photos, by name; their views must be in the cache or are shown now.
+
+    Where nothing that is measured could be lost on these photos, those that are by AP neither pass nor fail.
+    """
     few = first_photos(subject)
     views = check_views(attack, queries)
-    fill(few, views)
+    fill(few, [Clean(), *views])
+    clean = score(few, Clean()).stats["AP"] or 0.0
     once, longer, large = (attack_ap(few, view) for view in views[:3] if isinstance(view, AttackSet))
     black = score(few, views[3]).stats["AP"] or 0.0
     converged, more = longer >= once - TOLERANCE, f"use --steps {2 * attack.steps} or more"
     zero = zero_gradient_share(few)
-    return {
+    found = {
         "more steps": Check(
             passed=abs(longer - once) <= TOLERANCE,
             value=abs(longer - once),
@@ -84,6 +90,14 @@ def run_checks(subject: Subject, attack: AttackSet, queries: int) -> dict[str, C
             remedy="attack logits instead of probabilities, and a smooth stand-in for hard decisions",
         ),
     }
+    if clean <= TOLERANCE:
+        for name in BY_AP:
+            found[name] |= {
+                "passed": None,
+                "meaning": f"the clean AP of these photos is {clean:.3f}, so that an attack has nothing to show",
+                "remedy": "judge by photos on which the detector finds what is labelled",
+            }
+    return found
 
 
 def attack_ap(subject: Subject, attack: AttackSet) -> float:

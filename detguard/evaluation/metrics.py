@@ -170,9 +170,12 @@ class UniversalStats(TypedDict):
 
 
 class Check(TypedDict):
-    """A sign that an attack is weak: what was measured, the most that is allowed, what more means, what to do then."""
+    """A sign that an attack is weak: what was measured, the most that is allowed, what more means, what to do then.
 
-    passed: bool
+    passed: None where clean photos leave too little to judge by.
+    """
+
+    passed: bool | None
     value: float
     limit: float
     what: str

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import cast
 
 import numpy as np
@@ -123,7 +124,7 @@ class Protocols:
                 if one not in some:
                     raise DetguardError(f"`{name}` {one}: expected some of {', '.join(map(str, some))}")
         for eps in self.eps:
-            if eps != int(eps) or not 0 < eps <= 255:
+            if not isinstance(eps, Real) or not 0 < eps <= 255 or eps != int(eps):
                 raise DetguardError(f"`eps` {eps}: expected whole levels of 1..255")
         if self.batch < 1:
             raise DetguardError(f"`batch` {self.batch}: expected 1 or more photos")
@@ -142,6 +143,16 @@ class Protocols:
         names = attacks_on(detector, self.attacks)
         steps, restarts = (self.steps, self.restarts) if detector.differentiable else (self.queries, 1)
         return [AttackSet(names, eps, steps, restarts, self.seed) for eps in self.eps]
+
+    @property
+    def by_files(self) -> bool:
+        """Whether files of the user's own are to be judged, beside the protocols."""
+        return any(one is not None for one in (self.patch, self.universal, self.corruption_file))
+
+    @property
+    def checks_alone(self) -> bool:
+        """Whether nothing but the checks is asked for."""
+        return self.protocols == ("checks",) and not self.by_files
 
     @property
     def corrupted(self) -> list[Corrupted]:

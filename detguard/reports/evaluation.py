@@ -79,16 +79,20 @@ def with_error(stats: Figure | None) -> str:
     return number(stats["AP"]) + (f" ±{number(error)}" if error is not None and stats["AP"] is not None else "")
 
 
-def _failed(found: ModelMetrics) -> list[str]:
-    return [name for name, check in found["checks"].items() if not check["passed"]]
+# What a check is called by whether it passed; None: neither.
+JUDGED = {True: "passed", False: "FAILED", None: "too little to judge"}
+
+
+def _judged(found: ModelMetrics, *, passed: bool | None) -> list[str]:
+    return [name for name, check in found["checks"].items() if check["passed"] is passed]
 
 
 def _checks(found: ModelMetrics) -> str:
-    """Which checks failed, and what they were made on: of few photos and steps "passed" says little."""
-    failed = _failed(found)
+    """Which checks did not pass, and what they were made on: of few photos and steps "passed" says little."""
     on = found.get("checked")
     made = f" (photos: {on['photos']}, steps: {on['steps']}, queries: {on['queries']})" if on else ""
-    return (f"failed: {', '.join(failed)}" if failed else "passed") + made
+    left = [(word, _judged(found, passed=how)) for word, how in (("failed", False), (JUDGED[None], None))]
+    return ("; ".join(f"{word}: {', '.join(names)}" for word, names in left if names) or JUDGED[True]) + made
 
 
 def corrupted_by(found: ModelMetrics) -> str:
@@ -296,7 +300,7 @@ def _checked(metrics: Metrics) -> Iterator[Table]:
     rows = [
         [
             f"{name}: {check}",
-            "passed" if c["passed"] else "FAILED",
+            JUDGED[c["passed"]],
             *apart(c["value"], c["limit"]),
             c["what"] if c["passed"] else f"{c['what']}: {c['meaning']}. What to do: {c['remedy']}.",
         ]
@@ -304,7 +308,7 @@ def _checked(metrics: Metrics) -> Iterator[Table]:
         for check, c in m.get("checks", {}).items()
     ]
     if rows:
-        head = ["check", "", "value", "at most", "what"]
+        head = ["check", "result", "value", "at most", "what"]
         yield Table(
             "Checks of the attack itself", head, rows, f"On the first photos with labelled objects, at most {PHOTOS}."
         )
@@ -331,9 +335,12 @@ def verdict(metrics: Metrics) -> str:
     for name, found in metrics.items():
         figures = [f"{number(ap_of(found, key))} {words(found)}" for key, words in VERDICT if key in found]
         parts = [f"AP {', '.join(figures)}"] if figures else []
-        if "checks" in found and ((failed := _failed(found)) or not figures):
-            of_checks = f"FAILED ({', '.join(failed)})" if failed else "hold"
-            parts.append(f"the attack's own checks {of_checks}")
+        if "checks" in found:
+            failed, unjudged = _judged(found, passed=False), _judged(found, passed=None)
+            told = [f"FAILED ({', '.join(failed)})"] if failed else []
+            told += [f"have too little to judge by ({', '.join(unjudged)})"] if unjudged else []
+            if told or not figures:
+                parts.append(f"the attack's own checks {' and '.join(told) or 'hold'}")
         photos = f" ({found['clean']['photos']} photos)" if "clean" in found else ""
         sentences.append(f"{name}: {', '.join(parts)}{photos}" if parts else f"{name}: nothing was measured")
     return "; ".join(sentences)

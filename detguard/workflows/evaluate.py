@@ -17,7 +17,7 @@ from detguard.detectors.load import detector_config
 from detguard.evaluation.cache import DEFAULT, Cache
 from detguard.evaluation.metrics import Metrics
 from detguard.evaluation.pictures import check_pictures
-from detguard.evaluation.run import SEVERAL, Protocols
+from detguard.evaluation.run import SEVERAL, Protocols, checkable
 from detguard.evaluation.run import evaluate as run_protocols
 from detguard.evaluation.views import LOWEST_CONFIDENCE, Subject
 from detguard.ranks import ALONE, Ranks
@@ -105,6 +105,24 @@ def load_subjects(
     return subjects
 
 
+def warn_unchecked(
+    subjects: Sequence[Subject], wanted: Protocols, on_warning: Callable[[str], object] = warnings.warn
+) -> None:
+    """Tell of detectors without a gradient that the checks, where they are asked for, leave them out.
+
+    Raises:
+        DetguardError: they leave all of them out, and nothing else is asked for.
+    """
+    if "checks" not in wanted.protocols:
+        return
+    if wanted.checks_alone and not checkable(subjects):
+        names = ", ".join(subject.name for subject in subjects)
+        raise DetguardError(f"`protocols` checks: {names}: no gradient, which they are of; ask for blackbox")
+    for subject in subjects:
+        if not subject.detector.differentiable:
+            on_warning(f"{subject.name}: has no gradient, checks left out")
+
+
 def evaluate(
     detector: Detector | Sequence[Detector],
     data: str | Path,
@@ -175,6 +193,7 @@ def evaluate(
     }
     config = check(config, partly(CONFIGS["evaluate"]))
     subjects = load_subjects(detectors, config["data"], wanted.batch, cache=Path(cache))
+    warn_unchecked(subjects, wanted)
     known = subjects[0].dataset.warnings[LOST].total
     for subject in subjects:
         check_pictures(subject, wanted.patches(subject.detector))

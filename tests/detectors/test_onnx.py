@@ -246,6 +246,15 @@ def test_ap_of_an_nms_inside_is_told_to_miss_what_is_less_sure(files, tiny_data,
     assert ["NMS is inside, at a confidence of 0.04" in str(one.message) for one in recwarn].count(True) == 1
 
 
+def test_checks_leave_it_out_and_say_so(files, bundled, tiny_data, tmp_path):
+    detector, options = load_detector(files["any"], imgsz=64), {"limit": 1, "cache": tmp_path / "c.sqlite"}
+    with pytest.raises(DetguardError, match="`protocols` checks: any: no gradient, which they are of"):
+        detguard.evaluate(detector, tiny_data, protocols=("checks",), **options)
+    with pytest.warns(UserWarning, match="any: has no gradient, checks left out"):
+        (found,) = detguard.evaluate(detector, tiny_data, protocols=("clean", "checks"), **options).values()
+    assert "checks" not in found
+
+
 @pytest.mark.parametrize(("kind", "listed"), [("any", False), ("nms", True)])
 def test_whether_nms_comes_after_it_is_told_by_what_the_graph_gives(files, kind, listed):
     assert load_detector(files[kind]).listed is listed

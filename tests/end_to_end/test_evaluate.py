@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.evaluation.metrics import read_metrics
+from detguard.export.run import FORMATS, plan_export
 
 OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5, "--batch", 3)
 OPTIONS += ("--corruptions", "fog,contrast", "--corruption-file", "OWN", "--save-images")
@@ -246,6 +247,26 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
         (("--data", "DATA", "--classes", "unicorn"), "unicorn"),
         (("--data", "DATA", "--protocols", "transfer"), "two detectors"),
         (("--data", "DATA", "--protocols", "clean", "--patch-target", "bus"), "--patch-target: goes with --patch"),
+        *(
+            (("--data", "DATA", "--protocols", "clean", option, value), f"{option}: goes with --protocols {protocols}")
+            for option, value, protocols in (
+                ("--severities", 1, "corruptions"),
+                ("--corruptions", "fog", "corruptions"),
+                ("--eps", 8, "attack or transfer or"),
+                ("--steps", 3, "attack or transfer or"),
+                ("--restarts", 4, "attack or transfer or"),
+                ("--attacks", "box", "attack or transfer or"),
+                ("--queries", 5, "attack or transfer or"),
+            )
+        ),
+        (
+            ("--data", "DATA", "--queries", 5),
+            "--queries: goes with --protocols blackbox or checks, or a detector",
+        ),
+        (
+            ("--data", "DATA", "--protocols", "clean,checks", "--save-images"),
+            "--save-images: goes with --protocols",
+        ),
         (("--resume", "run", "--eps", "8"), "leave out --eps"),
         (("--data", "DATA", "--device", "gpu9"), "--device gpu9"),
         (("--data", "DATA", "--classes", "sheep"), "none of its labelled objects"),
@@ -259,6 +280,32 @@ def test_wrong_use_is_one_line_that_names_the_option(tmp_path, tiny_data, argume
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs/evaluate").glob("0*"))
+
+
+def test_options_of_attacks_by_a_gradient_are_refused_where_there_is_none(tmp_path, tiny_data, bus):
+    pytest.importorskip("onnxruntime")
+    FORMATS["onnx"].write(plan_export("detguard-n", "onnx", [bus]), tmp_path / "any.onnx")
+    options = ("--model", "any.onnx", "--data", tiny_data, "--protocols", "attack", "--imgsz", 64, "--dry-run")
+    result = refusal("evaluate", *options, "--steps", 3, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (2, "error: --steps: goes with a detector that has a gradient\n")
+    assert refusal("evaluate", *options, "--queries", 3, cwd=tmp_path).returncode == 0
+    result = refusal("evaluate", *options[:5], "checks", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "error: --protocols checks: any: no gradient" in result.stderr
+
+
+def test_checks_alone_of_what_is_not_found_have_too_little_to_judge_by(tmp_path, tiny_data):
+    data = json.loads(tiny_data.read_text())
+    data["annotations"] = [one | {"bbox": [0, 0, 3, 3]} for one in data["annotations"]]
+    (tmp_path / "odd.json").write_text(json.dumps(data))
+    asked = ("--protocols", "checks", "--attacks", "vanish", "--steps", 1, "--queries", 1, "--limit", 1)
+    options = ("--data", "odd.json", "--images", tiny_data.parent / "images", "--imgsz", 64, "--out", "run", *asked)
+    result = refusal("evaluate", *options, cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    told = "the attack's own checks have too little to judge by (more steps, large budget, black box)"
+    assert told in " ".join(result.stdout.split())
+    assert "the clean AP of these photos is 0.000, so that an attack" in (tmp_path / "run/report.html").read_text()
+    assert read_metrics(tmp_path / "run/metrics.json")["detguard-n"]["checks"]["black box"]["passed"] is None
 
 
 def test_broken_data_is_counted_and_the_rest_is_done(tmp_path, tiny_data):

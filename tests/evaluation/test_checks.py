@@ -11,8 +11,8 @@ from detguard.data.dataset import read_dataset
 from detguard.detections import Detections
 from detguard.evaluation.attacks import AttackSet
 from detguard.evaluation.cache import Cache, pack
-from detguard.evaluation.checks import attack_ap, check_views, first_photos, run_checks
-from detguard.evaluation.views import Subject
+from detguard.evaluation.checks import BY_AP, attack_ap, check_views, first_photos, run_checks
+from detguard.evaluation.views import Clean, Subject
 
 ATTACK = AttackSet(("class",), eps=4, steps=2)
 QUERIES = 3
@@ -26,10 +26,10 @@ def subject(bundled, tiny_data, tmp_path):
     return Subject("bundled", bundled, dataset, dataset.category_ids(bundled.class_names), Cache(tmp_path / "c.sqlite"))
 
 
-def failed(subject: Subject, left: tuple[bool, ...]):
-    """The checks that fail of a subject of which so much is left under each of their views, by name."""
+def failed(subject: Subject, left: tuple[bool, ...], *, clean: bool = True):
+    """The checks that do not pass, by name, of a subject of which so much is left clean and under their views."""
     few = first_photos(subject)
-    for view, everything in zip(check_views(ATTACK, QUERIES), left, strict=True):
+    for view, everything in zip((Clean(), *check_views(ATTACK, QUERIES)), (clean, *left), strict=True):
         for image in few.dataset.files:
             labelled = few.objects(image)
             found: Detections = labelled if everything else labelled[:0]
@@ -59,6 +59,14 @@ def test_an_attack_that_more_steps_make_stronger_is_told_to_take_them(subject):
     assert "not converged" in found["more steps"]["meaning"]
     assert "--steps 4 " in found["more steps"]["remedy"]
     assert found["large budget"]["remedy"].startswith("first use --steps 4 ")
+
+
+def test_where_nothing_is_found_clean_they_have_too_little_to_judge_by(subject):
+    found = failed(subject, (False, False, False, False), clean=False)
+    assert tuple(found) == BY_AP
+    assert all(
+        check["passed"] is None and "clean AP of these photos is 0.000" in check["meaning"] for check in found.values()
+    )
 
 
 def test_rounding_between_photo_and_loss_is_told_by_its_zero_gradient(subject, bundled):

@@ -256,4 +256,10 @@ def test_where_the_checks_alone_were_made_it_says_whether_they_hold():
     assert evaluation.verdict({"m": found}) == "m: the attack's own checks hold"
     found["checks"]["larger budget"]["passed"] = False
     assert evaluation.verdict({"m": found}) == "m: the attack's own checks FAILED (larger budget)"
+    found["checks"]["more steps"]["passed"] = None
+    told = "m: the attack's own checks FAILED (larger budget) and have too little to judge by (more steps)"
+    assert evaluation.verdict({"m": found}) == told
+    assert evaluation._checks(found) == "failed: larger budget; too little to judge: more steps"
+    found["checks"]["larger budget"]["passed"] = None
+    assert evaluation._checks(found) == "too little to judge: more steps, larger budget"
     assert evaluation.verdict({"m": {"corruption_file": {"AP": 0.25}}}) == "m: AP .250 corrupted by your own"

@@ -3,6 +3,7 @@ import gc
 import importlib.util
 import io
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -388,6 +389,10 @@ class Wide(detguard.Linf):
                 ({"protocols": "clean,attack"}, "`protocols` 'clean,attack'"),
                 ({"eps": 4}, "`eps` 4: expected a tuple"),
                 ({"eps": (4.0,)}, "`eps`"),
+                *(
+                    ({"eps": [eps]}, "`eps` .*: expected whole levels of 1..255")
+                    for eps in ("x", None, [1], math.nan, math.inf)
+                ),
                 ({"steps": 0}, "`steps`: expected a whole number, 1"),
                 ({"restarts": -1}, "`restarts`: expected a whole number, 1"),
                 ({"limit": -1}, "`limit`: expected a whole number, 1"),
