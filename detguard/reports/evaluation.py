@@ -1,11 +1,12 @@
 """What `evaluate` and `compare` show: tables of metrics, and the page of a run."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from detguard import defaults
 from detguard.detections import Detections
-from detguard.evaluation.attacks import WORST, WORST_PER_PHOTO, AttackSet, attack_name
+from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, attack_name
 from detguard.evaluation.bootstrap import FEWEST, RESAMPLES
 from detguard.evaluation.checks import PHOTOS
 from detguard.evaluation.coco import f1, outside
@@ -121,6 +122,26 @@ def strength(eps: int, spent: Spent) -> str:
     return f"eps {eps}, {how}{starts}"
 
 
+def alone(names: Collection[str]) -> str:
+    """Like " by class, rank alone" of white-box attacks that are fewer than those made by default; else "".
+
+    names: of all attacks that were made, those that know of an ensemble's gate among them.
+    """
+    made = [name for name in ATTACKS if name in names]
+    if not made or set(defaults.Evaluate.attacks) <= set(made):
+        return ""
+    return f" by {', '.join(made)} alone" + (" and what is made for ensembles" if set(names) - set(made) else "")
+
+
+def _by(found: ModelMetrics) -> str:
+    attack = found["attack"]
+    return alone({run.rpartition("-")[0] for run in attack["budgets"][str(attack["eps"])]["attacks"] if run != WORST})
+
+
+def _transferred(found: ModelMetrics) -> str:
+    return f"by transferred attacks at {found['transfer']['eps']}/255{alone(found['transfer']['attacks'])}"
+
+
 def _nms(iou: float | None) -> str:
     return "no NMS after the model" if iou is None else f"multi-label NMS at IoU {number(iou)}"
 
@@ -139,10 +160,10 @@ COLUMNS: tuple[tuple[str, str, Callable[[ModelMetrics], str]], ...] = (
     ("corruptions", "mPC", lambda m: with_error(m["corruptions"])),
     ("corruptions", "rPC", lambda m: number(m["corruptions"]["rPC"])),
     ("corruption_file", "own corruption AP", lambda m: with_error(m["corruption_file"])),
-    ("attack", "attack", lambda m: strength(m["attack"]["eps"], m["attack"])),
+    ("attack", "attack", lambda m: strength(m["attack"]["eps"], m["attack"]) + _by(m)),
     ("attack", "attacked AP", lambda m: with_error(m["attack"])),
     ("attack", "attacked AP50", lambda m: number(m["attack"]["AP50"])),
-    ("transfer", "transfer", lambda m: f"eps {m['transfer']['eps']}"),
+    ("transfer", "transfer", lambda m: f"eps {m['transfer']['eps']}{alone(m['transfer']['attacks'])}"),
     ("transfer", "transfer AP", lambda m: with_error(m["transfer"])),
     ("blackbox", "black box", lambda m: strength(m["blackbox"]["eps"], {"queries": m["blackbox"]["queries"]})),
     ("blackbox", "black box AP", lambda m: with_error(m["blackbox"])),
@@ -156,8 +177,8 @@ VERDICT: tuple[tuple[Compared, Callable[[ModelMetrics], str]], ...] = (
     ("clean", lambda m: "clean"),
     ("corruptions", _corrupted),
     ("corruption_file", lambda m: "corrupted by your own"),
-    ("attack", lambda m: f"attacked at {m['attack']['eps']}/255"),
-    ("transfer", lambda m: f"by transferred attacks at {m['transfer']['eps']}/255"),
+    ("attack", lambda m: f"attacked at {m['attack']['eps']}/255{_by(m)}"),
+    ("transfer", _transferred),
     ("blackbox", _black_box),
     ("patch", _patched),
     ("universal", lambda m: "by the universal perturbation"),
@@ -341,7 +362,7 @@ def verdict(metrics: Metrics) -> str:
             told += [f"have too little to judge by ({', '.join(unjudged)})"] if unjudged else []
             if told or not figures:
                 parts.append(f"the attack's own checks {' and '.join(told) or 'hold'}")
-        photos = f" ({found['clean']['photos']} photos)" if "clean" in found else ""
+        photos = f" ({found['setting']['photos']} photos)" if figures else ""
         sentences.append(f"{name}: {', '.join(parts)}{photos}" if parts else f"{name}: nothing was measured")
     return "; ".join(sentences)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions
+from detguard.evaluation.attacks import ATTACKS
 from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import DRIFT, MOST_WINDOWS, needed
 from detguard.reports import adaptation, attack, evaluation, hardening, monitoring
@@ -83,7 +84,8 @@ def test_all_members_are_those_of_the_group_though_more_are_judged():
 
 def test_what_a_patch_costs_is_told_by_the_class_that_wears_it():
     worn = {"class": "person", "shown": {"clean": {"AP": 0.377}, "grey": {"AP": 0.342}, "patch": {"AP": 0.33}}}
-    found = {"clean": {"AP": 0.168, "photos": 16}, "patch": worn, "transfer": {"AP": 0.2, "eps": 4}}
+    transfer = {"AP": 0.2, "eps": 4, "attacks": list(ATTACKS)}
+    found = {"setting": {"photos": 16}, "clean": {"AP": 0.168}, "patch": worn, "transfer": transfer}
     assert evaluation.verdict({"a": found}) == (
         "a: AP .168 clean, .200 by transferred attacks at 4/255, "
         ".330 for person with the patch (.377 clean, .342 grey) (16 photos)"
@@ -98,10 +100,31 @@ def test_the_confidence_that_decides_is_marked_and_shown_where_it_is_another():
     assert own.rows[0][1] == "50 % (1/2)"
 
 
+def made_by(*attacks):
+    """The figures of attacks, each from its first start."""
+    parts = dict.fromkeys(("worst", *(f"{one}-0" for one in attacks)))
+    return {"AP": 0.001, "eps": 4, "steps": 9, "budgets": {"4": {"attacks": parts}}}
+
+
+def test_where_not_all_attacks_were_made_those_that_were_are_named():
+    found = {"setting": {"photos": 12}, "attack": made_by("rank", "class"), "transfer": {"AP": 0.2, "eps": 4}}
+    found["transfer"]["attacks"] = ["vanish"]
+    assert evaluation.verdict({"a": found}) == (
+        "a: AP .001 attacked at 4/255 by class, rank alone, "
+        ".200 by transferred attacks at 4/255 by vanish alone (12 photos)"
+    )
+    shown = {title: show for _, title, show in evaluation.COLUMNS}
+    assert shown["attack"](found) == "eps 4, 9 steps by class, rank alone"
+    assert shown["transfer"](found) == "eps 4 by vanish alone"
+    assert evaluation.alone(("class", "gate:1", "route:0")) == " by class alone and what is made for ensembles"
+    assert evaluation.alone(("square",)) == evaluation.alone((*ATTACKS, "gate:1")) == ""
+
+
 def test_an_evaluation_tells_ap_and_checks_that_failed():
     found = {
-        "clean": {"AP": 0.459, "photos": 128},
-        "attack": {"AP": 0.001, "eps": 4},
+        "setting": {"photos": 128},
+        "clean": {"AP": 0.459},
+        "attack": made_by(*ATTACKS),
         "checks": {"more steps": {"passed": False}, "large budget": {"passed": True}},
     }
     assert evaluation.verdict({"a": found}) == (
@@ -138,8 +161,9 @@ def test_names_of_models_are_no_severities_in_the_table_of_the_gate():
 def test_of_a_part_of_the_corruptions_and_of_few_queries_the_verdict_says_so():
     kinds = {"fog": {"AP": 0.7, "severities": {"3": {"AP": 0.7}}}}
     found = {"corruptions": {"AP": 0.7, "kinds": kinds}, "blackbox": {"AP": 0.6, "eps": 4, "queries": 50}}
+    found["setting"] = {"photos": 12}
     told = evaluation.verdict({"a": found})
-    assert told == "a: AP .700 corrupted (fog at severity 3), .600 by 50 black-box queries at 4/255"
+    assert told == "a: AP .700 corrupted (fog at severity 3), .600 by 50 black-box queries at 4/255 (12 photos)"
     kinds |= {kind: {"severities": dict.fromkeys("12345")} for kind in evaluation.PUBLISHED}
     assert evaluation.verdict({"a": found}).startswith("a: AP .700 corrupted, ")
 
@@ -262,4 +286,5 @@ def test_where_the_checks_alone_were_made_it_says_whether_they_hold():
     assert evaluation._checks(found) == "failed: larger budget; too little to judge: more steps"
     found["checks"]["larger budget"]["passed"] = None
     assert evaluation._checks(found) == "too little to judge: more steps, larger budget"
-    assert evaluation.verdict({"m": {"corruption_file": {"AP": 0.25}}}) == "m: AP .250 corrupted by your own"
+    own = {"setting": {"photos": 3}, "corruption_file": {"AP": 0.25}}
+    assert evaluation.verdict({"m": own}) == "m: AP .250 corrupted by your own (3 photos)"
