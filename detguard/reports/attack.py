@@ -22,6 +22,8 @@ from detguard.schema import Config
 MOST_COPIES = 6
 # Failed photos that a verdict names.
 MOST_NAMED = 5
+# Photos that were not attacked, of a table.
+MOST_LEFT_OUT = 50
 
 
 def verdict(records: Sequence[Record], options: AttackOptions) -> str:
@@ -73,14 +75,27 @@ def _left_in(record: Record, goal: Config, conf: float) -> str:
     return ", ".join(f"{name} ({number} {words})" for name, number in sorted(found.items(), key=lambda one: one[1]))
 
 
+def not_attacked(records: Sequence[Record]) -> Table:
+    """The photos that no attack was made on and why, errors first."""
+    left = sorted((r for r in records if r["status"] in ("error", "no-target")), key=lambda r: r["status"])
+    rows = [[record["key"], record.get("error") or _without_target(record)] for record in left[:MOST_LEFT_OUT]]
+    note = f"And {more} more." if (more := len(left) - len(rows)) else ""
+    return Table("Not attacked", ["photo", "why"], rows, note, folded=len(rows) > 2 * MOST_NAMED)
+
+
+def _without_target(record: Record) -> str:
+    return "without target" + (f" for {record['detector']}" if "detector" in record else "")
+
+
 def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     """report.html of an attack run, from its records; photos that can no longer be read are left out."""
     options = AttackOptions.from_config(run.config["attack"])
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
-    rate = survival_table(attacked, f"Success rate: {wanted(run.config)}", options.conf)
+    rate = survival_table(attacked, f"Success rate. Goal: {wanted(run.config)}", options.conf)
     tables = [rate, Table("Result", ["", ""], attack_summary(records, options))]
     if rows := [[record["key"], left] for record in attacked if (left := _left_in(record, run.config, options.conf))]:
         tables.append(Table("Not fooled", ["photo", "by what is left in"], rows, folded=len(rows) > 2 * MOST_NAMED))
+    tables += [table for table in (not_attacked(records),) if table.rows]
     shown = _shown(attacked)
     named = short_names([Path(record["photo"]) for record in shown])
     items = [item for record, name in zip(shown, named, strict=True) if (item := _item(run, record, options, name))]
@@ -89,7 +104,7 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     if options.black_box:
         subtitle += f", black box: at most {options.queries} queries"
     command = ["detguard", *run.config["arguments"]]
-    title = f"Attack: {wanted(run.config)}"
+    title = f"Attack. Goal: {wanted(run.config)}"
     plots = {}
     if options.smallest:
         plots["Success over budget"] = least_budget_plot(least_budgets(attacked), options.budget.unit)

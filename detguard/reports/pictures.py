@@ -31,7 +31,7 @@ def picture_page(
     verdict = f"{config['target']} on {len(items)} of the {len(photos)} photos that it learned on: {verdict}"
     subtitle = f"{detector.name} at {detector.imgsz} px; detguard evaluate --{kind.kind} judges it on other photos"
     command = ["detguard", *config["arguments"]]
-    title = f"{kind.kind.capitalize()}: {config['target']} not found any more"
+    title = f"{kind.kind.capitalize()}. Goal: {config['target']} not found any more"
     return render_page(title, verdict, subtitle, command, [], plots, items, len(photos) - len(items))
 
 

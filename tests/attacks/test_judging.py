@@ -124,8 +124,11 @@ def test_something_is_made_of_nothing_where_there_is_no_target(bundled, tmp_path
     found = record["members"]["photo"]["detections"]
     assert sum(d["wrong"] for d in found) == len(found) >= 2
     assert "candidates" not in record
-    page = attack_page(run, [record], bundled).decode()
-    assert "Attack: person found where there is none (at least 2)" in page
+    unread = {"key": "b", "photo": "b.png", "status": "error", "error": "b.png: no photo"}
+    page = attack_page(run, [record, unread], bundled).decode()
+    assert "1 not attacked, see the errors" in page
+    assert "b.png: no photo" in page
+    assert "Attack. Goal: person found where there is none (at least 2)" in page
     assert f"0 before, {len(found)} after, {len(found)} of them wrong" in page
     assert "objects" not in page.partition("<body>")[2].partition("<script>")[0]
 

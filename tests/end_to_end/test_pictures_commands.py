@@ -70,7 +70,7 @@ def test_a_universal_perturbation_is_made_and_judged(tmp_path, tiny_data):
     result = detguard("universal", "--data", tiny_data, *quick, "--out", "made", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {"file": "made/universal.png", "folder": "made", "stopped": False}
-    assert "Universal: all not found any more" in (tmp_path / "made/report.html").read_text()
+    assert "Universal. Goal: all not found any more" in (tmp_path / "made/report.html").read_text()
     assert "changes 10 times as large" in (tmp_path / "made/report.html").read_text()
     options = ("--imgsz", 96, "--protocols", "clean", "--universal", "made/universal.png")
     judged = detguard("evaluate", "--data", tiny_data, *options, "--out", "judged", cwd=tmp_path)

@@ -40,6 +40,14 @@ def test_an_attack_tells_how_many_and_after_what():
     assert told.endswith("(confidence 0.25); 1 not attacked, see the errors")
 
 
+def test_photos_that_were_not_attacked_are_told_with_why_errors_first():
+    left = [{"key": f"n{i}", "status": "no-target"} for i in range(attack.MOST_LEFT_OUT)]
+    left[0]["detector"] = "other"
+    table = attack.not_attacked([photo("a", photo=0.1), *left, {"key": "e", "status": "error", "error": "e.png: gone"}])
+    assert table.rows[:3] == [["e", "e.png: gone"], ["n0", "without target for other"], ["n1", "without target"]]
+    assert (len(table.rows), table.note) == (attack.MOST_LEFT_OUT, "And 1 more.")
+
+
 def test_failures_say_what_is_lacking_where_nothing_is_left():
     record = photo("a", photo=0.2)
     record["members"]["photo"]["fooled"] = False
