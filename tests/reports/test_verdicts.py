@@ -247,8 +247,12 @@ def test_training_tells_what_was_held_out_and_by_what_it_was_judged():
     told = adaptation.verdict(judged(("new", "old"), {"old": "ensemble"}))
     assert told == (
         "12 new photos held out: AP .200 before, .400 after; "
-        "12 old photos held out (no labels: agreement with ensemble): AP .200 before, .400 after"
+        "12 old photos held out (no labels: agreement with ensemble): AP .200 before by definition, .400 after"
     )
+    table = judged_table(judged(("new", "old"), {"old": "ensemble"}))
+    assert [row[2:] for row in table.rows if row[1] == "AP"] == [[".200 ±.100", ".400 ±.100"], [".200", ".400 ±.100"]]
+    assert "1 by definition" in table.note
+    assert "by definition" not in judged_table(judged(("new", "old"), {})).note
     assert adaptation.verdict(Judgement()).startswith("No photos were held out")
 
 
