@@ -8,6 +8,7 @@ from detguard.hardening.validation import ATTACKED, STEPS
 from detguard.reports.judged import before_after, judged_table
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import training_plot
+from detguard.reports.tables import counts
 from detguard.runs import Run
 from detguard.schema import Config
 
@@ -38,7 +39,7 @@ def adaptation_page(run: Run, judged: Judgement, learned: Mapping[str, int]) -> 
     taught = " and ".join(f"{count} {kind}" for kind, count in learned.items())
     subtitle = (
         f"Learned from {taught} photos, {seen} seen with repeats, in batches of {plan['batch']}; "
-        f"{plan['experts']} new expert(s), {plan['mode']} ({run.config['why']}), lambda {plan['keep']}, "
+        f"{counts(plan['experts'], 'new expert')}, {plan['mode']} ({run.config['why']}), lambda {plan['keep']}, "
         f"old photos attacked at {plan['eps']:g} of 255 levels, seed {plan['seed']}"
     )
     command = ["detguard", *run.config["arguments"]]

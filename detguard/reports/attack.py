@@ -15,6 +15,7 @@ from detguard.photos import read_photo
 from detguard.reports.attack_tables import attack_summary, judged, least_budgets, survival_table
 from detguard.reports.page import MOST_PHOTOS, Item, Table, linked, pair, panel, render_page, short_names
 from detguard.reports.plots import least_budget_plot
+from detguard.reports.tables import counts
 from detguard.runs import Record, Run
 from detguard.schema import Config
 
@@ -144,8 +145,8 @@ def _item(run: Run, record: Record, options: AttackOptions, name: str) -> Item |
         reached.append(f"{new} of {len(found)} detections wrong")
     if "candidates" in record:
         reached.append("{} candidates before NMS, then {}".format(*record["candidates"]))
-    spent = "queries" if options.black_box else "iterations"
-    reached += [f"{record[spent]} {spent}", f"{record['difference']} levels", f"{record['psnr']} dB"]
+    spent = f"{record['queries']} queries" if options.black_box else counts(record["iterations"], "iteration")
+    reached += [spent, counts(record["difference"], "level"), f"{record['psnr']} dB"]
     if record["status"] == "failed":
         reached.append("not fooled: " + _left_in(record, run.config, options.conf))
     shown = pair(

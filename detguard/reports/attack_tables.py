@@ -9,7 +9,7 @@ from detguard import __version__
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import PHOTO, THRESHOLDS
 from detguard.reports.page import Table
-from detguard.reports.tables import rate, share
+from detguard.reports.tables import counted, counts, percents
 from detguard.runs import Record
 
 PHOTO_ROW = "photo (png)"
@@ -31,25 +31,23 @@ def survival_table(records: Sequence[Record], title: str, conf: float) -> Table:
         return member["fooled"] if threshold in own else member["success"][threshold]
 
     names = list(dict.fromkeys(name for one in of_each for name in one))
-    rows = [
-        [name, *(rate([success(one[name], t) for one in of_each if name in one]) for t in columns)] for name in names
-    ]
+    rows = {name: [counted(success(one[name], t) for one in of_each if name in one) for t in columns] for name in names}
     gone = [[r["members"][PHOTO]["objects_not_kept"][f"{t:g}"] for r in records] for t in THRESHOLDS]
     if any(number for pairs in gone for _, number in pairs):
-        shares = (share(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone)
-        rows.append(["objects not kept (png)", *["-"] * len(own), *shares])
+        shares = [(sum(g for g, _ in pairs), sum(n for _, n in pairs)) for pairs in gone]
+        rows["objects not kept (png)"] = [(0, 0)] * len(own) + shares
     groups = [group_of(r, one) for r, one in zip(records, of_each, strict=True)]
     if max(map(len, groups), default=0) > 1:
-        together: list[str] = []
+        more = len(names) > max(map(len, groups))
+        together = rows["all members of the group" if more else "all members"] = []
         for t in columns:
             values = [[success(one[n], t) for n in group] for one, group in zip(of_each, groups, strict=True)]
-            together.append(rate([None if None in v else all(v) for v in values]))
-        more = len(names) > max(map(len, groups))
-        rows.append(["all members of the group" if more else "all members", *together])
+            together.append(counted(None if None in v else all(v) for v in values))
     note = "Photos that fool the detector at each confidence; - where nothing was found."
     if any(number for pairs in gone for _, number in pairs):
         note += " Objects not kept: of the attacked objects found before, those that vanished or were relabelled."
-    return Table(title, head, rows, note)
+    shown = percents(list(rows.values()))
+    return Table(title, head, [[name, *cells] for name, cells in zip(rows, shown, strict=True)], note)
 
 
 def judged(record: Record) -> dict[str, Record]:
@@ -92,7 +90,7 @@ def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[li
         most = max(r["used"] for r in attacked)
         before, wrong = sum(len(r["clean"]) for r in attacked), sum(d["wrong"] for d in found)
         tried = " for each budget tried" if options.smallest else ""
-        bound = "" if options.black_box else f"at most {options.steps} steps{tried}, "
+        bound = "" if options.black_box else f"at most {counts(options.steps, 'step')}{tried}, "
         if fates:
             rows.append(
                 ["objects", ", ".join(f"{fates[f]} {f}" for f in ("vanished", "relabelled", "kept") if fates[f])]

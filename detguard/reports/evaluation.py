@@ -20,6 +20,7 @@ from detguard.photos import read_photo
 from detguard.reports.marks import marked, of_labels
 from detguard.reports.page import MOST_PHOTOS, Item, Pair, Table, pair, panel, render_page, short_names
 from detguard.reports.plots import gate_plot, plots
+from detguard.reports.tables import counts
 
 # A photo as a view shows it.
 CHANGED = "changed"
@@ -117,7 +118,7 @@ def _black_box(found: ModelMetrics) -> str:
 
 def strength(eps: int, spent: Spent) -> str:
     """How an attack was made; of what has no gradient, by the Square attack."""
-    how = f"{spent['steps']} steps" if "steps" in spent else f"Square, {spent['queries']} queries"
+    how = counts(spent["steps"], "step") if "steps" in spent else f"Square, {spent['queries']} queries"
     starts = f", {spent['restarts']} starts" if spent.get("restarts", 1) > 1 else ""
     return f"eps {eps}, {how}{starts}"
 
@@ -186,8 +187,8 @@ VERDICT: tuple[tuple[Compared, Callable[[ModelMetrics], str]], ...] = (
 # What figures are of; in the title of a table whose models have it in common.
 SETTINGS: tuple[tuple[str, str, Callable[[ModelMetrics], str]], ...] = (
     ("setting", "data", lambda m: str(m["setting"]["data"])),
-    ("setting", "photos", lambda m: f"{m['setting']['photos']} photos"),
-    ("setting", "classes", lambda m: f"{m['setting']['classes']} classes"),
+    ("setting", "photos", lambda m: counts(m["setting"]["photos"], "photo")),
+    ("setting", "classes", lambda m: counts(m["setting"]["classes"], "class")),
     ("setting", "frame", lambda m: f"{m['setting']['imgsz']} px"),
     ("setting", "NMS", lambda m: _nms(m["setting"]["nms"])),
     ("setting", "seed", lambda m: f"seed {m['setting']['seed']}"),
@@ -217,7 +218,7 @@ def headline(metrics: Metrics, title: str) -> Table:
         note += f" {lost} more photos of the data could not be read, or not be shown, and are left out."
     for name, m in metrics.items():
         if unknown := m["setting"]["unknown_classes"]:
-            boxes = f"{sum(unknown.values())} boxes of {len(unknown)} classes"
+            boxes = f"{counts(sum(unknown.values()), 'box')} of {counts(len(unknown), 'class')}"
             note += f" Left out for {name}: {boxes} that it does not know."
     for name, m in metrics.items():
         if inside := m["setting"].get("nms_inside"):
@@ -248,7 +249,7 @@ def _attacks(metrics: Metrics) -> Iterator[Table]:
     rows = [[attack_name(run), *(with_error(attacks.get(run)) for _, _, attacks in budgets)] for run in runs]
     note = f"AP, on 8-bit photos, seed {next(iter(attacked.values()))['seed']}. {ABOVE}"
     if white := next((a for a in attacked.values() if "steps" in a), None):
-        note += f" PGD with {white['steps']} steps, {white['restarts']} start(s)."
+        note += f" PGD with {counts(white['steps'], 'step')}, {counts(white['restarts'], 'start')}."
     if any(":" in run for run in runs):
         note += (
             " Of ensembles: route:I forces expert I, rank:I goes against the order of what it finds, gate:W adds W "
@@ -294,7 +295,7 @@ def _perturbations(metrics: Metrics) -> Iterator[Table]:
     if not perturbed:
         return
     first = next(iter(perturbed.values()))
-    note = f"One change for all photos, of at most {first['eps']} levels; random: signs of that size."
+    note = f"One change for all photos, of at most {counts(first['eps'], 'level')}; random: signs of that size."
     yield _pictures("Universal perturbation", {name: p["shown"] for name, p in perturbed.items()}, note)
 
 
@@ -362,7 +363,7 @@ def verdict(metrics: Metrics) -> str:
             told += [f"have too little to judge by ({', '.join(unjudged)})"] if unjudged else []
             if told or not figures:
                 parts.append(f"the attack's own checks {' and '.join(told) or 'hold'}")
-        photos = f" ({found['setting']['photos']} photos)" if figures else ""
+        photos = f" ({counts(found['setting']['photos'], 'photo')})" if figures else ""
         sentences.append(f"{name}: {', '.join(parts)}{photos}" if parts else f"{name}: nothing was measured")
     return "; ".join(sentences)
 
@@ -436,7 +437,7 @@ def evaluation_page(
     first, *others = tables(metrics)
     more = [table for table in (numbers_table(metrics), classes_table(evaluation, wanted.eps[-1])) if table.rows]
     left_out = len(data.files) - len(items)
-    shown = f"{data.name}, {len(data.files)} photos"
+    shown = f"{data.name}, {counts(len(data.files), 'photo')}"
     return render_page(title, verdict(metrics), shown, command, [first, *more, *others], made, items, left_out, GALLERY)
 
 
@@ -542,7 +543,7 @@ def _heaviest(found: Detections, names: Sequence[str]) -> str:
 
 
 def _count(objects: Detections) -> str:
-    return f"{len(objects)} object" + ("" if len(objects) == 1 else "s")
+    return counts(len(objects), "object")
 
 
 def _quality(score: float) -> str:

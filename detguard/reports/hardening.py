@@ -13,7 +13,7 @@ from detguard.reports.evaluation import number
 from detguard.reports.judged import before_after, judged_table
 from detguard.reports.page import Table, render_page
 from detguard.reports.plots import gate_plot, training_plot
-from detguard.reports.tables import duration
+from detguard.reports.tables import counts, duration
 from detguard.runs import Record, Run
 from detguard.schema import Config
 from detguard.workflows.harden import Cost
@@ -90,7 +90,9 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
     length = f"{seen} photos seen, with repeats" + (f", in {plan['hours']:g} hours" if plan["hours"] else "")
     transforms = plan["transforms"]
     through = "" if transforms == "none" else f", through {transforms}"
-    attacks = f"attacked in training: {plan['attack']}, {plan['steps']} step(s), budget {plan['eps']:g} of 255 levels"
+    attacks = (
+        f"attacked in training: {plan['attack']}, {counts(plan['steps'], 'step')}, budget {plan['eps']:g} of 255 levels"
+    )
     subtitle = (
         f"{length}, in batches of {plan['batch']}; "
         + (f"{attacks}{through}" if RECIPES[plan["recipe"]].attacked else "not attacked in training")

@@ -16,6 +16,7 @@ from detguard.reports.evaluation import FOLDED, number
 from detguard.reports.marks import marked, of_labels
 from detguard.reports.page import Item, Table, pair, panel, render_page
 from detguard.reports.plots import Window, timeline_plot
+from detguard.reports.tables import counts
 from detguard.runs import Record, Run
 from detguard.workflows.living import DEPLOYED, ROLLED_BACK, event_line
 
@@ -235,10 +236,10 @@ def monitor_page(
     rows = windows(records, options["window"])
     records = latest(records)
     alarms = [r for r in records if r.get("began") is not None]
-    photos = f"{len(records)} photos"
+    photos = counts(len(records), "photo")
     if records and records[0]["number"] > 1:  # of a longer stream
         photos = f"the last {photos}"
-    subtitle = f"{photos}, {len(alarms)} alarm(s); {options['detector']}, windows of {options['window']}"
+    subtitle = f"{photos}, {counts(len(alarms), 'alarm')}; {options['detector']}, windows of {options['window']}"
     deployed = [event["number"] for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]
     plots = {}
     if rows:

@@ -325,7 +325,7 @@ def test_broken_data_is_counted_and_the_rest_is_done(tmp_path, tiny_data):
     result = detguard("evaluate", "--data", file, *options, cwd=tmp_path)
     assert result.returncode == 2
     assert "warning: 1 boxes of classes that the detector does not know, left out: dragon (1); --map" in result.stderr
-    assert "Left out for detguard-n: 1 boxes of 1 classes that it does not know" in " ".join(result.stdout.split())
+    assert "Left out for detguard-n: 1 box of 1 class that it does not know" in " ".join(result.stdout.split())
     assert "warning: 1 photos missing or unreadable" in result.stderr
     assert "annotations[" in result.stderr
     assert "12.png" in result.stderr

@@ -1,7 +1,11 @@
 """The sentence on top of each page."""
 
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
+
+from rich.console import Console
 
 from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions
@@ -11,8 +15,8 @@ from detguard.hardening.monitor import DRIFT, MOST_WINDOWS, needed
 from detguard.reports import adaptation, attack, evaluation, hardening, monitoring
 from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.judged import judged_table
-from detguard.reports.page import short_names
-from detguard.reports.tables import duration, share
+from detguard.reports.page import Table, short_names
+from detguard.reports.tables import counts, duration, percents, terminal_table
 
 
 def photo(key, **left):
@@ -266,8 +270,33 @@ def test_times_are_in_units_that_can_be_read():
 
 
 def test_percents_of_few_have_no_more_digits_than_they_tell():
-    assert [share(4, 7), share(71, 72), share(1547, 1569)] == ["57 % (4/7)", "99 % (71/72)", "98.6 % (1547/1569)"]
-    assert share(0, 0) == "-"
+    assert percents([[(4, 7), (71, 72)], [(0, 0)]]) == [["57 % (4/7)", "99 % (71/72)"], ["-"]]
+    assert percents([[(93, 94), (192, 193)]]) == [["98.9 % (93/94)", "99.5 % (192/193)"]]
+    assert percents([[(1568, 1569)]]) == [["99.94 % (1568/1569)"]]
+
+
+def test_of_one_there_is_no_plural():
+    assert [counts(n, what) for n, what in ((1, "step"), (2, "step"), (1, "class"), (0, "class"), (3, "box"))] == [
+        "1 step", "2 steps", "1 class", "0 classes", "3 boxes",
+    ]  # fmt: skip
+
+
+def shown_in(table, width):
+    """A table as a terminal of so many letters shows it: its lines."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    console.print(terminal_table(table))
+    return console.file.getvalue()
+
+
+def test_on_a_narrow_terminal_neither_words_nor_numbers_are_broken():
+    rows = [["skateboard", ".444 ±.031", "under the worst of them"], ["motorcycle", ".500 ±.120", "-"]]
+    table = Table("title", ["class", "AP", "found"], rows, "12 photos, AP .444")
+    for width in (80, 40, 20):
+        shown = shown_in(table, width)
+        assert all(word in shown for word in ("skateboard", "motorcycle", ".444 ±.031", ".500 ±.120", "under"))
+        assert "\x1b[1;36m" not in shown  # numbers of what is said
+        assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines())) <= width
+    assert "skateboard\n  AP: .444 ±.031\n  found: under the" in shown_in(table, 20)
 
 
 def test_the_summary_of_an_attack_counts_objects_detections_budgets_and_quality():
