@@ -224,6 +224,33 @@ def test_tables_sort_by_a_press_and_leave_out_what_is_empty(opened):
     assert column(1)[1:] == ["c", "d", "first"]
 
 
+def test_rows_of_different_figures_do_not_sort_and_names_in_heads_are_not_broken(browser, tmp_path):
+    names = [f"00{i}: detguard-n" for i in range(5)]
+    rows = [[figure, *["eps 4, 20 steps"] * 5] for figure in ("clean AP", "attack", "mPC", "rPC")]
+    page = render_page("", "", "", [], [Table("", ["", *names], rows)], {})
+    assert b"Photos are shown" not in page
+    (tmp_path / "page.html").write_bytes(page)
+    opened = browser.new_page(viewport={"width": 640, "height": 800})
+    opened.goto((tmp_path / "page.html").as_uri())
+    assert opened.locator("th button").count() == 0
+    assert opened.locator("th").nth(1).inner_text() == names[0]
+    lines = opened.locator("th span").evaluate_all("e => e.map(one => one.getClientRects().length)")
+    assert lines == [1] * 10
+    opened.close()
+
+
+def test_two_pictures_without_a_difference_fill_their_card(browser, tmp_path):
+    photo = panel("", np.zeros((90, 160, 3), np.uint8))
+    page = render_page("", "", "", [], [], {}, [Item("", "", "", [pair(photo, photo)])])
+    assert b"Photos are shown" in page
+    (tmp_path / "page.html").write_bytes(page)
+    opened = browser.new_page(viewport={"width": 1280, "height": 800})
+    opened.goto((tmp_path / "page.html").as_uri())
+    card, pictures = (opened.locator(one).first.bounding_box()["width"] for one in (".item", ".pair"))
+    assert pictures > 0.99 * card
+    opened.close()
+
+
 def test_rows_of_wide_tables_are_cards_on_a_phone(opened):
     page, _, _ = opened
     page.set_viewport_size({"width": 390, "height": 800})
