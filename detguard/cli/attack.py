@@ -435,7 +435,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
         out.say(verdict(records, job.options), style="bold")
-        title = f"{wanted(job.run.config)}: success rate"
+        title = f"Success rate. Goal: {wanted(job.run.config)}"
         out.print(terminal_table(survival_table(attacked, title, job.options.conf)))
         failed = failures(attacked, job.run.config, job.options.conf)
         for line in failed[:MOST_NAMED]:
