@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -117,14 +118,21 @@ def ultralytics_train(model: str, data: Path, imgsz: int, batch: int, batches: i
     from ultralytics import YOLO
 
     ends, yolo = list[float](), YOLO(model)
-    yolo.add_callback("on_train_batch_end", lambda trainer: ends.append(time.perf_counter()))
+
+    def on_end(trainer: object) -> None:
+        ends.append(time.perf_counter())
+        if len(ends) == batches:
+            raise StopIteration
+
+    yolo.add_callback("on_train_batch_end", on_end)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(shutil.copytree(data.parent, f"{folder}/data"), data.name)  # it writes beside the labels
         here.write_text(yaml.safe_dump(yaml.safe_load(data.read_text()) | {"path": str(here.parent)}))
-        yolo.train(
-            data=str(here), epochs=-(-batches * batch // 128), imgsz=imgsz, batch=batch, device="cpu",
-            workers=1, val=False, plots=False, save=False, verbose=False, project=folder, optimizer="SGD", nbs=batch,
-        )  # fmt: skip
+        with suppress(StopIteration):
+            yolo.train(
+                data=str(here), epochs=batches, imgsz=imgsz, batch=batch, device="cpu", workers=1, val=False,
+                plots=False, save=False, verbose=False, project=folder, optimizer="SGD", nbs=batch,
+            )  # fmt: skip
     return batch * (len(ends) - 2) / (ends[-1] - ends[1])
 
 
@@ -219,7 +227,7 @@ def main(
 
 
 def peak_of(arguments: list[object]) -> int:
-    """MiB that a run of this program takes at the most."""
+    """MiB that a run of this program takes at the most (Linux)."""
     child = subprocess.Popen(
         [sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

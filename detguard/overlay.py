@@ -48,7 +48,7 @@ def difference(before: Photo, after: Photo) -> Photo:
 
 
 def draw_detections(photo: Photo, detections: Detections, class_names: dict[int, str]) -> Photo:
-    """The photo, `uint8 [H, W, 3]`, with a labelled box for each detection, best on top; no label lies on another."""
+    """The photo, `uint8 [H, W, 3]`, with a labelled box for each detection, best on top; labels under each other."""
     image = Image.fromarray(photo)
     draw = ImageDraw.Draw(image)
     unit = max(photo.shape[:2]) / 640

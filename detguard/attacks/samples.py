@@ -33,10 +33,12 @@ def write_samples(
 
     labels: key of a photo -> what is labelled in it; what was found in the clean photo where it has none.
     class_names: all that was looked for. The data set has those of them that are labelled in every photo, as in others
-    it would say that there are none. Returns how many images it has.
+    it would say that there are none. Returns how many images it has: none, where no class is left.
     """
     known = set(class_names).intersection(*(one.known for one in labels.values() if one.known is not None))
     names = {index: name for index, name in class_names.items() if index in known}
+    if not names:
+        return 0
     made = DatasetWriter(lambda name, data: run.write(f"{FOLDER}/{name}", data), names)
     for record in records:
         key, files = record["key"], record["files"]

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from errno import EINVAL
 from io import BufferedWriter, FileIO, TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
@@ -85,7 +86,9 @@ class Output(FileIO):
     def write(self, data: Buffer) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and (os.name != "nt" or error.errno != EINVAL):
+                raise
             Output.unread = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
@@ -256,8 +259,9 @@ def main() -> None:
     Output.unread = False
     with redirect_stdout(Output.through(sys.stdout)) as shown, redirect_stderr(Output.through(sys.stderr)) as told:
         code = run_app()
-        shown.flush()
-        told.flush()
+        for stream in (shown, told):
+            if stream is not None:  # the caller may have closed it
+                stream.flush()
     sys.exit(UNREAD if Output.unread and code in (None, 0, 1, NOTHING) else code)
 
 
@@ -291,9 +295,11 @@ def run_app() -> str | int | None:
 def _told_of_use(error: typer.TyperException) -> str:
     """What is wrong with a command line, with where --quiet goes, and what to do with files that seem to be options."""
     message, option = error.format_message(), getattr(error, "option_name", "")
+    if type(error).__name__ != "NoSuchOption":
+        return message
     if option in ("--quiet", "-q"):
         return f"{option}: goes before the command, as in detguard {option} detect bus.jpg"
-    file = next((word for word in sys.argv[1:] if word.startswith("-") and os.path.lexists(word)), None)
+    file = next((word for word in sys.argv[1:] if word.startswith(option) and os.path.lexists(word)), None)
     return f"{message}; for the file of that name give ./{file}, or -- before it" if file else message
 
 

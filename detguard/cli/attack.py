@@ -479,7 +479,9 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
     if kept.is_file():
         by_file = {str(one.file): one for one in read_lines(kept, names)}
         labels = {key: by_file[str(file)] for key, file in files.items() if str(file) in by_file}
-    count = write_samples(job.run, attacked, labels, names)
+    if not (count := write_samples(job.run, attacked, labels, names)):
+        show_warning("no samples: there is no class that all photos are labelled for; attack those of each alone")
+        return
     out.say(
         f"samples: {count} images, {'labelled as the data set' if labels else 'labels are what was found before'}, "
         f"{job.run.folder / FOLDER / 'data.yaml'}; photos without target are left out"

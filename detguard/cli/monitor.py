@@ -336,7 +336,7 @@ def watch(
     out.say(verdict(records, options["detector"], options["window"], dropping.told, known), style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     told = known >= least and not hides(records, options["detector"], options["window"])
-    calm = "no drop" if told else "too few to judge"
+    calm = "no drop" if told else "too few to judge" if known < least else "too little to judge by"
     summary = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm
     summary = f"{summary}; {known} of {dropping.count} photos have objects of classes that the detector knows"
     if dropping.bare:

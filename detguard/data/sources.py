@@ -1,6 +1,7 @@
 """What users name as photos: folders, patterns, data sets, JSON lines; with their labels or without."""
 
 import glob
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,7 +38,9 @@ def warn_of(name: str, faults: Faults) -> None:
 
 def attack_run(path: Path) -> Path | None:
     """The folder of the run of `detguard attack` that a path is, or is in."""
-    ways = (path.absolute(), path.resolve())  # a link may lead into one
+    ways = [path.absolute()]
+    with suppress(ValueError):  # of a null byte
+        ways.append(Path(os.path.realpath(path)))  # a link may lead into one
     for folder in dict.fromkeys(one for way in ways for one in (way, *way.parents)[:DEEPEST]):
         if is_file(config := folder / "config.yaml"):
             with suppress(FileError):  # of another program
@@ -101,8 +104,9 @@ def refuse_attack(source: str) -> None:
 
 
 def refuse_attacks(files: Sequence[Path]) -> None:
-    """See that photos are clean whatever named them: one of each folder is looked at."""
-    for file in {file.parent: file for file in files}.values():
+    """See that photos are clean whatever named them: links, and one of the others in each folder."""
+    others = {file.parent: file for file in files if not file.is_symlink()}
+    for file in (*others.values(), *(file for file in files if file.is_symlink())):
         refuse_attack(str(file))
 
 

@@ -14,7 +14,7 @@ from detguard.export.onnx import Onnx
 from detguard.export.openvino import OpenVino
 from detguard.export.pt import Checkpoint
 from detguard.export.torchscript import TorchScript
-from detguard.files import is_file, write_file
+from detguard.files import is_file
 from detguard.photos import Photo
 
 FORMATS: dict[str, Format] = {
@@ -104,15 +104,20 @@ def export(wanted: Deployment, kind: str, file: Path) -> Verdict:
     """
     made = FORMATS[kind]
     try:
-        with TemporaryDirectory() as folder:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
             written = Path(folder) / file.name
             made.write(wanted, written)
             verdict = check(wanted, made.read(written))
+            if written.is_dir():
+                file.mkdir(exist_ok=True)
             for one in sorted(written.iterdir()) if written.is_dir() else [written]:
-                write_file(file / one.relative_to(written), one.read_bytes())
+                one.replace(file / one.relative_to(written))
         return verdict
     except DetguardError:
         raise
+    except OSError as error:
+        raise DetguardError(f"{file}: cannot be written ({error.strerror or error})") from error
     except Exception as error:  # whatever an exporter or a runtime raises of a network that it does not know
         reason = first_line(error)
         raise DetguardError(f"`format` {kind}: {wanted.detector.name} cannot be exported ({reason})") from error

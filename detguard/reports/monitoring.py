@@ -104,8 +104,10 @@ def verdict(
             return f"Too few to judge: {known} photos have known objects, {least} are needed"
         values = judged_last(records, window)
         if hides(records, kind, window):
-            few = f"{known} photos with known objects are too few, and their mean F1, {number(mean(values))}, too low"
-            return f"Too few to judge: {few}, for any drop to show"
+            return (
+                f"Too little to judge by: mean F1 {number(mean(values))} of {len(values)} photos with known objects is "
+                "too low for any drop to show"
+            )
         calm = f"No drop on {known} photos with known objects: mean F1 {number(mean(values))}"
         calm += f" of the last {len(values)}" if len(values) < known else ""
         return f"{calm}. {unseen(values, window)}" if kind == "likelihood-ratio" and len(values) > window else calm

@@ -212,9 +212,9 @@ class Living(Deployment):
         self.over = True
         while self.passed or self.last["event"] in ("gathering", "adapting"):
             if self.last["event"] == "gathering":
-                count, rose = len(self._photos(self.last["began"], self.number)), self._rose()
-                if rose is None and count < JUDGED_ONE_IN and self._live:
-                    self.report(f"photo {self.number}: {too_few(count)}; a resumed run goes on gathering")
+                photos, rose = self._photos(self.last["began"], self.number), self._rose()
+                if rose is None and self._live and self._few(photos):
+                    self.report(f"photo {self.number}: {too_few(len(photos))}; a resumed run goes on gathering")
                     return
                 self._adapt(rose)
             if self.last["event"] != "adapting":
@@ -309,11 +309,11 @@ class Living(Deployment):
                 self._keep(number, Path(record["photo"]))
             kept = {"photo": str(self.run.path(copy).absolute())} if self.run.path(copy).exists() else {}
             self.seen[number] = self.seen.get(number, {}) | record | kept
-        if record.get("f1") is not None and not again:
-            self.turns += 1
-            if number in self.seen:
-                self.seen[number]["turn"] = self.turns
-        if record.get("f1") is not None and number in self.seen and not again:
+        if record.get("f1") is None or again:
+            return
+        self.turns += 1
+        if number in self.seen:
+            self.seen[number]["turn"] = self.turns
             self.remembered.append(number)
             self.judged += 1
             place = self.judged - 1
@@ -370,6 +370,10 @@ class Living(Deployment):
                 return int(photos[count - ago]["number"])
         return None
 
+    def _few(self, new: Sequence[Record]) -> bool:
+        """Whether photos are too few to be learned: one judges, and others have to be left."""
+        return len(new) < min(JUDGED_ONE_IN, self.options["gather"]) or not any(map(judges, new))
+
     def _adapt(self, rose: int | None) -> None:
         """Begin to learn what was gathered, or give it up: of few photos one would judge, and none be left to learn.
 
@@ -381,7 +385,7 @@ class Living(Deployment):
         new = self._photos(began, number if rose is None else rose - 1)
         known = [one["number"] for one in self._photos(1, began - 1)]
         again = "" if rose is None else f"accuracy has risen again since photo {rose}; "
-        if len(new) < min(JUDGED_ONE_IN, self.options["gather"]) or not any(map(judges, new)):
+        if self._few(new):
             self._close(KEPT, self.last_model, again + too_few(len(new)))
             return
         if rose is not None:
@@ -522,8 +526,9 @@ def judges(photo: Record) -> bool:
 
 
 def with_judges(records: Sequence[Record]) -> list[Record]:
-    """Photos of a stream with whether they judge what is learned."""
-    return [one | {"judges": judges(one)} for one in records]
+    """Photos of a stream with whether they judge what is learned; of so few old ones that none does, the last."""
+    judging = {one["turn"] for one in records if judges(one)} or {one["turn"] for one in records[-1:]}
+    return [one | {"judges": one["turn"] in judging} for one in records]
 
 
 def too_few(count: int) -> str:

@@ -248,6 +248,21 @@ def test_a_photo_that_seems_to_be_an_option_is_told_how_to_be_given(monkeypatch,
     assert capsys.readouterr().err == "error: No such option: -o\n"
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_ends_nothing(monkeypatch, stream):
+    monkeypatch.setattr(sys, stream, None)  # as Python has it then
+    assert run(monkeypatch, "--version") in (None, 0)
+
+
+def test_hints_are_of_options_that_are_not_there(monkeypatch, capsys, tmp_path, bus_file):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(bus_file, "-a.jpg")
+    assert run(monkeypatch, "detect", "--nonsense", "--", "-a.jpg") == 2
+    assert capsys.readouterr().err == "error: No such option: --nonsense\n"
+    assert run(monkeypatch, "--quiet=1", "detect", bus_file) == 2
+    assert "goes before" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["detect PHOTO", "check-detector detguard-n", "export detguard-n --format pt"])
 def test_a_size_of_no_whole_strides_is_told_to_be_rounded(monkeypatch, capsys, tmp_path, bus_file, command):
     monkeypatch.chdir(tmp_path)

@@ -75,6 +75,15 @@ def test_ctrl_c_while_a_file_is_checked_leaves_none(run, monkeypatch, bus_file):
     assert not list(Path().iterdir())
 
 
+def test_a_file_is_made_beside_where_it_is_to_be(run, monkeypatch, tmp_path, bus_file):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "full"))  # which is not there
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    options = ("--format", "torchscript", "--imgsz", 64, "--photos", bus_file, "--out", "made/n.torchscript")
+    code, shown = run("detguard-n", *options)
+    assert code == 0, shown
+    assert [file.name for file in Path("made").iterdir()] == ["n.torchscript"]
+
+
 def test_photos_on_which_nothing_is_found_check_nothing(run):
     import cv2
     import numpy as np

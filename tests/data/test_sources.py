@@ -106,6 +106,27 @@ def test_no_way_leads_to_attacked_photos_as_clean_ones(attack, tmp_path, way, pa
         detguard.harden("detguard-n", [str(sources[way])], out=tmp_path / "run")
 
 
+def test_of_links_each_is_looked_at(attack, bus_file, tmp_path):
+    (tmp_path / "a.png").symlink_to(next((attack / "plain/adversarial").iterdir()))
+    shutil.copy(bus_file, tmp_path / "b.jpg")
+    with pytest.raises(DetguardError, match=r"photos of an attack"):
+        photo_files(str(tmp_path))
+
+
+def test_a_link_that_leads_to_itself_is_told(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(DetguardError, match="loop"):
+        photo_files(str(tmp_path / "loop"))
+
+
+def test_photos_that_are_labelled_for_no_class_together_make_no_samples(attack, bundled, tmp_path):
+    (record,) = Run.open(attack / "plain", "attack").records()
+    found = Detections.from_records(record["clean"], bundled.class_names)
+    labels = {key: Labelled(attack / "bus.png", found, known) for key, known in ((record["key"], (0,)), ("b", (1,)))}
+    assert write_samples(Run(tmp_path, {}), [record], labels, bundled.class_names) == 0
+    assert not (tmp_path / "samples").exists()
+
+
 def test_labels_of_no_class_that_is_known_are_refused(bundled, bus_file, tmp_path):
     dark = tmp_path / "dark.jsonl"
     dark.write_text(json.dumps({"photo": str(bus_file), "objects": [{"class": "persn", "box": [1, 2, 30, 40]}]}) + "\n")

@@ -104,7 +104,7 @@ def test_where_no_drop_could_show_it_is_not_said_that_there_was_none(stream):
     mixed = "".join(line for pair in zip(lines[:12], lines[24:36], strict=True) for line in pair)
     result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "mixed", cwd=stream, stdin=mixed)
     assert result.returncode == 3, result.stdout
-    assert "Too few to judge: 24 photos" in result.stdout
+    assert "of 24 photos with known objects is too low for any drop to show" in result.stdout
 
 
 def test_labels_of_another_resolution_are_told_once(stream):
@@ -121,7 +121,7 @@ def test_labels_of_another_resolution_are_told_once(stream):
 def test_lines_that_are_no_photos_are_not_counted_as_some(stream):
     line = (stream / "stream.jsonl").read_text().splitlines(keepends=True)[0]
     given = ["no json\n", "[1]\n", line, json.dumps({"id": "x", "photo": "nowhere.png"}) + "\n"]
-    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "odd", cwd=stream, stdin="".join(given))
+    result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "counted", cwd=stream, stdin="".join(given))
     assert result.returncode == 2
     assert "1 of 2 photos have objects" in " ".join(result.stdout.split())
     assert "no labels yet" not in result.stdout

@@ -26,8 +26,12 @@ def search(one: Callable[[bytes], object], over: type[BaseException], outcome: C
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "outcome"
         if not (child := os.fork()):
-            _until(one, over, lambda: told.write_bytes(outcome()))
-        os.waitpid(child, 0)
+            try:
+                _until(one, over, lambda: told.write_bytes(outcome()))
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert status == 0, f"the process that was given inputs has ended by {status}, as of a crash"
         return told.read_bytes()
 
 

@@ -222,8 +222,7 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     assert monitoring.verdict(late, "adwin", 8).endswith("detected at photo 14")
     weak = [r | {"f1": float(r["number"] % 8 == 0)} for r in steady[:32]]
     assert monitoring.verdict(weak, "likelihood-ratio", 8) == (
-        "Too few to judge: 32 photos with known objects are too few, and their mean F1, .125, too low, "
-        "for any drop to show"
+        "Too little to judge by: mean F1 .125 of 32 photos with known objects is too low for any drop to show"
     )
     assert monitoring.hides(weak, "likelihood-ratio", 8)
     assert not monitoring.hides(steady, "likelihood-ratio", 8)

@@ -111,6 +111,24 @@ def test_of_the_photos_that_judge_none_is_ever_learned_from():
     assert by_parts == [one["judges"] for one in with_judges(shown)]
     assert 195 <= sum(by_parts) <= 205
     assert all(any(by_parts[first : first + 8]) for first in range(990))
+    assert [one["judges"] for one in with_judges(shown[:4])] == [False, False, False, True]
+
+
+def test_of_few_old_photos_the_last_judges(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled, gather=12)
+    for number in range(1, 40):
+        show(living, number, began=5 if number == 7 else None)
+    replayed = (tmp_path / "adapted/001.replay.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["judges"] for line in replayed)
+
+
+def test_a_stream_that_is_cut_off_before_one_judges_gathers_on_when_it_is_piped_in_again(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled, gather=64, stream={"class_map": {}, "source": "-"})
+    began = next(n for n in range(10, 99) if not any(judges({"turn": n + i}) for i in range(6)))
+    for number in range(1, began + 6):
+        show(living, number, began=began if number == began + 1 else None)
+    living.end()
+    assert living.last["event"] == "gathering"
 
 
 def note(living, event, model):
