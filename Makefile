@@ -18,10 +18,9 @@ demo: $(READY)
 	.venv/bin/detguard attack $(BUS) --target person --eps 4
 	.venv/bin/detguard attack $(BUS) --target person --eps 4 --steps 50 --model detguard-n-hard || test $$? -eq 1
 
-# A thread for each of several processes, one more than there are cores: most tests start programs, or wait for one. Each
-# file by one of them: what its tests share is made once.
-WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A thread for each of several processes: most tests start programs, or wait for one core. Each file by one of them:
+# what its tests share is made once.
+TEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK := test_*.py cli/test_app.py data/test_dataset.py data/test_sources.py objectives transforms
 
 test: $(READY)
