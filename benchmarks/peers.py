@@ -17,7 +17,6 @@ worker each, photos a second from its second batch on, without validation. Each 
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -220,20 +219,26 @@ def main(
             alone = [sys.argv[0], "--model", model, "--photos", photos, "--count", size, "--steps", 2, "--most", 2]
             peak = peak_of([*alone, "--batches", size, "--train", 0, "--only", name])
             print(f"| {name} | {size} | {each} | {' | '.join(whole)} | {peak} |", flush=True)
-    if train and not only:
+    if only:
+        print(own_peak())
+    elif train:
         print("\n| training | photos a second |\n|---|---|")
         for name, run in (("detguard harden --recipe finetune", finetune), ("Ultralytics train", ultralytics_train)):
             print(f"| {name} | {run(model, data, 320, 16, train):.1f} |", flush=True)
 
 
-def peak_of(arguments: list[object]) -> int:
-    """MiB that a run of this program takes at the most (Linux)."""
-    child = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, used = os.wait4(child.pid, 0)
-    assert status == 0, arguments
-    return used.ru_maxrss // 1024
+def peak_of(arguments: list[object]) -> str:
+    """MiB that a run of this program for one row takes at the most, as it says itself."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def own_peak() -> str:
+    """MiB that this process has taken at the most, by Linux: of a child, `getrusage` counts its parent."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((str(int(line.split()[1]) // 1024) for line in lines if line.startswith("VmHWM")), "-")
 
 
 if __name__ == "__main__":
