@@ -404,11 +404,16 @@ def tell_size(imgsz: int | None, detectors: "Sequence[Detector]") -> None:
 
 
 def tell_apart(detectors: "Sequence[Detector]") -> None:
-    """Have those of one name be called by the last parts of their files: a/best.pt and b/best.pt, not best twice."""
+    """Have those of one name be called by the last parts of their files: a/best.pt and b/best.pt, not best twice.
+
+    Those of one file keep their name.
+    """
     from detguard.reports.page import short_names
 
     names = [one.name for one in detectors]
     alike = [one for one in detectors if names.count(one.name) > 1]
+    if len({one.source for one in alike}) < 2:
+        return
     for one, name in zip(alike, short_names([Path(one.source) for one in alike]), strict=True):
         one.name = name
 

@@ -45,6 +45,7 @@ from detguard.cli.app import (
     show_stopped,
     show_warning,
     start_ranks,
+    tell_apart,
 )
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ def evaluate(
         config = run.config
         with err.status("Loading the detectors"):
             detectors = [load_configured(c, device, trust=trust) for c in config["detectors"]]
+        tell_apart(detectors)
     else:
         out_folder = run_folder(context)
         if not data:
@@ -228,6 +230,7 @@ def evaluate(
         asked = plan(config["evaluate"], len(models))
         only_of_protocols(context, asked)
         detectors = loaded(context, *models, device=device)
+        tell_apart(detectors)
         only_of_gradients(context, asked, [one.differentiable for one in detectors])
         config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]

@@ -303,6 +303,22 @@ def test_models_of_one_file_name_are_told_apart_by_their_folders(monkeypatch, ca
     assert "b/best.safetensors, b/best.safetensors; each must have a name of its own" in capsys.readouterr().err
 
 
+def test_evaluated_models_of_one_file_name_are_told_apart_too(monkeypatch, tmp_path, tiny_data):
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("safetensors", "json"):
+        for name in ("a", "b"):
+            Path(name).mkdir(exist_ok=True)
+            shutil.copy(shipped("weights") / f"detguard-n.{suffix}", f"{name}/best.{suffix}")
+    models = [f"--model={name}/best.safetensors" for name in ("a", "b")]
+    options = ("--imgsz", 64, "--limit", 1, "--protocols", "corruptions", "--corruptions", "fog", "--severities", 1)
+    assert run(monkeypatch, "evaluate", "--data", tiny_data, *models, *options, "--save-images", "--out", "run") == 0
+    names = ["a/best.safetensors", "b/best.safetensors"]
+    assert list(json.loads(Path("run/metrics.json").read_text())) == names
+    assert all(name in Path("run/report.html").read_text() for name in names)
+    assert run(monkeypatch, "evaluate", "--resume", "run") == 0
+    assert list(json.loads(Path("run/metrics.json").read_text())) == names
+
+
 WEIGHTS = ("nan,1,1", "inf,1,1", "-1,1,1", "0,-0,0", "1e308,1e308,1", "1,,1")
 
 
