@@ -105,8 +105,7 @@ def refuse_attack(source: str) -> None:
 
 def refuse_attacks(files: Sequence[Path]) -> None:
     """See that photos are clean whatever named them: links, and one of the others in each folder."""
-    others = {file.parent: file for file in files if not file.is_symlink()}
-    for file in (*others.values(), *(file for file in files if file.is_symlink())):
+    for file in {file if file.is_symlink() else file.parent: file for file in files}.values():
         refuse_attack(str(file))
 
 

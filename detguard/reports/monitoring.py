@@ -125,8 +125,8 @@ def judged_last(records: Sequence[Record], window: int) -> list[float]:
 
 
 def hides(records: Sequence[Record], kind: str, window: int) -> bool:
-    """Whether accuracy is so low, or so scattered, that no drop of as many photos could be told."""
-    values = judged_last(latest(records), window)
+    """Whether accuracy is so low, or so scattered, that no drop of as many photos could be told; one record of each."""
+    values = judged_last(records, window)
     if kind != "likelihood-ratio" or len(values) <= window:
         return False
     return fmean(values) <= least_told(values, len(values) // 2)

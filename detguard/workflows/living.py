@@ -197,7 +197,7 @@ class Living(Deployment):
                 self.child.kill()
         elif self.last["event"] == "gathering":
             photos = self._photos(self.last["began"], self.number)
-            enough = len(photos) >= self.options["gather"] and any(map(judges, photos))
+            enough = len(photos) >= self.options["gather"] and not self._few(photos)
             rose = self._rose() if len(photos) % LOOK_EVERY == 0 or enough else None
             if rose is not None or enough:
                 self._adapt(rose)

@@ -287,12 +287,18 @@ def test_a_defence_of_ones_own_is_no_ensemble_that_could_be_adapted(monkeypatch,
     assert "error: --on-drift adapt: defence:make is no gated ensemble" in capsys.readouterr().err
 
 
-def test_models_of_one_file_name_are_told_apart_by_their_folders(monkeypatch, capsys, tmp_path, bus_file):
+@pytest.fixture
+def of_one_name(monkeypatch, tmp_path):
+    """The bundled detector twice, as a/best.safetensors and b/best.safetensors in the working folder."""
     monkeypatch.chdir(tmp_path)
-    for suffix in ("safetensors", "json"):
-        for name in ("a", "b"):
-            Path(name).mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        for suffix in ("safetensors", "json"):
             shutil.copy(shipped("weights") / f"detguard-n.{suffix}", f"{name}/best.{suffix}")
+
+
+@pytest.mark.usefixtures("of_one_name")
+def test_models_of_one_file_name_are_told_apart_by_their_folders(monkeypatch, capsys, bus_file):
     models = [f"--model={name}/best.safetensors" for name in ("a", "b", "b")]
     line = ("attack", bus_file, "--imgsz", 64, "--steps", 1, "--conf", 0.02)
     assert run(monkeypatch, *line, *models[:2], "--out", "run") in (0, 1)
@@ -303,12 +309,8 @@ def test_models_of_one_file_name_are_told_apart_by_their_folders(monkeypatch, ca
     assert "b/best.safetensors, b/best.safetensors; each must have a name of its own" in capsys.readouterr().err
 
 
-def test_evaluated_models_of_one_file_name_are_told_apart_too(monkeypatch, tmp_path, tiny_data):
-    monkeypatch.chdir(tmp_path)
-    for suffix in ("safetensors", "json"):
-        for name in ("a", "b"):
-            Path(name).mkdir(exist_ok=True)
-            shutil.copy(shipped("weights") / f"detguard-n.{suffix}", f"{name}/best.{suffix}")
+@pytest.mark.usefixtures("of_one_name")
+def test_evaluated_models_of_one_file_name_are_told_apart_too(monkeypatch, tiny_data):
     models = [f"--model={name}/best.safetensors" for name in ("a", "b")]
     options = ("--imgsz", 64, "--limit", 1, "--protocols", "corruptions", "--corruptions", "fog", "--severities", 1)
     assert run(monkeypatch, "evaluate", "--data", tiny_data, *models, *options, "--save-images", "--out", "run") == 0
