@@ -370,8 +370,10 @@ SHOWN: dict[str, Shape] = {
     "AP50?": Maybe(real()),
     "levels?": {"before": real(0, 1), "photos_before": whole(1), "after": real(0, 1), "photos_after": whole(1)},
 }
-# Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed.
-SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1), "judges?": flag}
+# Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed;
+# "through": up to which photo late labels told of a drop.
+SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1), "judges?": flag, "through?": whole(1)}
+SHOWN |= {"outside?": whole(1)}
 TRAINED: dict[str, Shape] = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
 VALIDATED: dict[str, Shape] = {

@@ -32,7 +32,8 @@ from detguard.cli.app import (
 
 `detguard export runs/harden/001/weights/sparse.safetensors --nms --out street.onnx`: with NMS inside
 
-`detguard export runs/harden/001/weights/adversarial.safetensors --format pt`: one network, for `YOLO(file)`"""
+`detguard export runs/harden/002/weights/adversarial.safetensors --format pt`: one network, of `harden --recipe
+pgd`, for `YOLO(file)`"""
 )
 def export(
     context: typer.Context,

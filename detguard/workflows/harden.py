@@ -70,7 +70,8 @@ class Trained:
         folder: of the run.
         unread: what was wrong with photos that were left out.
         before: F1, AP (with AP_error, half of its 95 % interval) and AP50 of the detector that was given, on photos
-            that were held out: by `harden` `clean` and `attacked`, by `adapt` `new` and `old`; {} where none were.
+            that were held out: by `harden` `clean` and `attacked`, by `adapt` `new`, `old` and `attacked` (a few of the
+            old ones); {} where none were.
         after: the same of what has come of it.
         by: of each kind, what was to be found: "labels", or the name of the detector whose answers counted as right.
     """

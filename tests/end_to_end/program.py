@@ -1,6 +1,7 @@
 """The program as a user runs it: a process of its own, forked from one that has imported what takes seconds."""
 
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -109,6 +110,21 @@ def refusal(*arguments, cwd):
             signal.signal(signal.SIGINT, handler)
 
 
+def check_records():
+    """Have no run write a record that it could not read again."""
+    from detguard.runs import RESULTS, Run
+    from detguard.schema import EVENTS, RECORDS, misfit
+
+    append = Run.append
+
+    def checked(run, record, name=RESULTS):
+        append(run, record, name)
+        shape = RECORDS[run.config["command"]] if name == RESULTS else EVENTS
+        assert (wrong := misfit(json.loads(json.dumps(record)), shape)) is None, f"{name}: {wrong}"
+
+    Run.append = checked
+
+
 def hurried():
     """Have whom to ask be found out by two batches instead of sixteen: a `preexec_fn` where that is not looked at."""
     from detguard.hardening import adapt, kinds
@@ -151,6 +167,7 @@ def run(arguments, cwd, environment, streams, preexec_fn):
         preexec_fn()
     from detguard.cli import main
 
+    check_records()
     try:
         main()
     finally:

@@ -116,6 +116,8 @@ def test_labels_of_another_resolution_are_told_once(stream):
     assert result.stderr.count("labelled boxes reach out of it; were they made at another resolution?") == 1
     records = [json.loads(line) for line in (stream / "large/results.jsonl").read_text().splitlines()]
     assert ["outside" in record for record in records] == [False, True, True, True]
+    again = detguard("monitor", "--resume", "large", cwd=stream, stdin="")
+    assert again.returncode == 3, again.stderr
 
 
 def test_lines_that_are_no_photos_are_not_counted_as_some(stream):
