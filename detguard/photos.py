@@ -9,10 +9,11 @@ import io
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -99,7 +100,7 @@ def find_photos(sources: Iterable[str | Path], *, recursive: bool | None = None)
     found: dict[Path, None] = {}
     for source in sources:
         for match in _matching(str(source)) or [Path(source)]:
-            found |= dict.fromkeys(_photos_in(match, recursive=bool(recursive)) or [match])
+            found |= dict.fromkeys(photos_in(match, recursive=bool(recursive)) or [match])
     if not any(map(is_file, found)):
         gone = [str(one) for one in found if not os.path.lexists(one) and not glob.has_magic(str(one))]
         if gone:
@@ -113,12 +114,8 @@ def find_photos(sources: Iterable[str | Path], *, recursive: bool | None = None)
 
 
 def _deeper(folder: Path) -> Path | None:
-    """A folder with photos somewhere in a folder, if one of the first is such; hidden ones are not looked into."""
-    for parent, inside, files in islice(os.walk(folder), MOST_FOLDERS):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        if any(name.lower().endswith(SUFFIXES) for name in files):
-            return Path(parent)
-    return None
+    """A folder with photos somewhere in a folder, if one of the first is such."""
+    return next((files[0].parent for files in islice(_by_folder(folder), MOST_FOLDERS) if files), None)
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -129,12 +126,31 @@ def _matching(pattern: str) -> list[Path]:
         return []
 
 
-def _photos_in(folder: Path, *, recursive: bool) -> list[Path]:
+def photos_in(folder: Path, *, recursive: bool, enter: Callable[[Path], bool] = lambda _: True) -> list[Path]:
+    """The photos of a folder, sorted, as Ultralytics lists them: links are followed, what is hidden is not there.
+
+    recursive: with those of the folders in it, each folder once; enter: asked of each link to a folder whether it is to
+    be followed.
+    """
     try:
-        inside = folder.rglob("*") if recursive and folder.is_dir() else folder.iterdir()
-        return sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
+        return sorted(chain.from_iterable(islice(_by_folder(folder, enter), None if recursive else 1)))
     except (OSError, ValueError):
         return []
+
+
+def _by_folder(folder: Path, enter: Callable[[Path], bool] = lambda _: True) -> Iterator[list[Path]]:
+    """The photos of a folder, then those of each folder in it."""
+    seen, links = set[str](), deque([folder])
+    while links:  # after the folders themselves, so that these are called by their own names
+        for name, inside, files in os.walk(links.popleft()):
+            inside[:] = sorted(one for one in inside if not one.startswith("."))
+            if (real := os.path.realpath(name)) in seen:  # or a loop of links would have no end
+                inside.clear()
+                continue
+            seen.add(real)
+            parent = Path(name)
+            links += [link for one in inside if (link := parent / one).is_symlink() and enter(link)]
+            yield [parent / one for one in files if one.lower().endswith(SUFFIXES) and not one.startswith(".")]
 
 
 def read_photo(file: str | Path, sha256: str = "") -> Photo:

@@ -343,6 +343,19 @@ def test_find_photos_looks_into_folders_of_folders_when_it_is_to(tmp_path):
     assert [f.name for f in find_photos([tmp_path], recursive=True)] == ["a.jpg", "b.png", "c.webp"]
 
 
+def test_folders_are_listed_with_what_is_linked_once_and_without_what_is_hidden(tmp_path):
+    folder = tmp_path / "mine"
+    for name in ("mine/a.jpg", "mine/._a.jpg", "mine/z/b.jpg", "mine/.ipynb_checkpoints/b.jpg", "other/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name, target in (("linked", "other"), ("again", "mine/z"), ("other/loop", "mine")):
+        (folder / name if "/" not in name else tmp_path / name).symlink_to(tmp_path / target)
+    assert find_photos([folder]) == [folder / "a.jpg"]
+    assert find_photos([folder], recursive=True) == [folder / one for one in ("a.jpg", "linked/c.jpg", "z/b.jpg")]
+    hidden = [folder / "._a.jpg", folder / ".ipynb_checkpoints/b.jpg"]
+    assert find_photos([hidden[0], hidden[1].parent]) == hidden  # as the user names them
+
+
 def test_find_photos_says_when_there_is_nothing_at_all(tmp_path):
     with pytest.raises(PhotoError, match="no photos here"):
         find_photos([tmp_path, str(tmp_path / "*.jpg")])
@@ -363,7 +376,7 @@ def test_a_folder_whose_photos_lie_in_another_one_says_in_which(tmp_path, option
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     if end is None:
-        assert len(find_photos([tmp_path], **options)) == 2
+        assert [one.name for one in find_photos([tmp_path], **options)] == ["b.JPG"]
         return
     with pytest.raises(PhotoError, match=rf"no photos here .*; there are some in {tmp_path}/images/train/: {end}"):
         find_photos([tmp_path], **options)

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from detguard.data.entries import (
@@ -20,7 +20,7 @@ from detguard.data.entries import (
     upright_size,
 )
 from detguard.files import FileError, JsonObject, is_file, is_folder, read_file
-from detguard.photos import SUFFIXES
+from detguard.photos import photos_in
 
 # Bytes of the labels of one photo.
 MAX_LABELS = 8 << 20
@@ -37,7 +37,7 @@ def read_yolo(
     """
     names = _class_names(config["names"], file)
     ids = official_ids(names)
-    photos = _photos_of_split(config[split], root, file)
+    photos = _photos_of_split(config[split], root, file, faults)
     found: Instances = {"images": [], "annotations": [], "categories": []}
     found["categories"] = [{"id": ids[k], "name": v} for k, v in names.items()]
     files: dict[int, Path] = {}
@@ -99,7 +99,7 @@ def _coco_ids() -> dict[str, int]:
     return {name: coco80_to_coco91_class()[index] for index, name in names.items()}
 
 
-def _photos_of_split(entry: object, root: Path, file: Path) -> list[Path]:
+def _photos_of_split(entry: object, root: Path, file: Path, faults: Faults) -> list[Path]:
     """The photos of a split: a folder, a .txt that lists photos, or a list of such."""
     photos: list[Path] = []
     for one in entry if isinstance(entry, list) else [entry]:
@@ -108,7 +108,7 @@ def _photos_of_split(entry: object, root: Path, file: Path) -> list[Path]:
         name = name if is_folder(root / name) or is_file(root / name) else name.removeprefix("../")
         path = inside(root, name, file)
         if is_folder(path):
-            photos += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            photos += photos_in(path, recursive=True, enter=partial(_stays, (root, path), faults))
         elif is_file(path) and path.suffix == ".txt":
             try:
                 lines = read_file(path).decode("utf-8-sig").splitlines()
@@ -123,6 +123,15 @@ def _photos_of_split(entry: object, root: Path, file: Path) -> list[Path]:
         else:
             raise DataError(f"{file}: '{name}' is neither a folder of photos nor a .txt that lists them")
     return photos
+
+
+def _stays(tops: Sequence[Path], faults: Faults, link: Path) -> bool:
+    """Whether a link leads to what is in one of some folders; a counted fault where it does not."""
+    target = Path(os.path.realpath(link))
+    if stays := any(target.is_relative_to(os.path.realpath(top)) for top in tops):
+        return stays
+    faults.add("linked folders that lead out of the data folder, left out", f"{link} leads to {target}")
+    return False
 
 
 def _label_file(photo: Path) -> Path:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +245,28 @@ def test_a_split_may_be_an_absolute_path_where_the_yaml_is_a_relative_one(photos
     yolo(photos, {"a": "0 .5 .5 .2 .2"}, {"val": str(photos / "images" / "val")})
     monkeypatch.chdir(photos)
     assert len(read_dataset("data.yaml").files) == 2
+
+
+def test_a_split_has_the_photos_of_linked_folders_in_the_data_folder_alone_and_no_hidden_ones(photos, tmp_path_factory):
+    stranger, split = tmp_path_factory.mktemp("stranger"), photos / "images/val"
+    for folder in (photos / "images/cam1", stranger, split / ".ipynb_checkpoints"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(split / "a.jpg", folder / "c.jpg")
+    shutil.copy(split / "a.jpg", split / "._a.jpg")
+    (split / "cam1").symlink_to("../cam1")
+    (split / "cam2").symlink_to(stranger)
+    dataset = read_dataset(yolo(photos, {"a": "0 .5 .5 .2 .2"}))
+    assert list(dataset.files.values()) == [split / "a.jpg", split / "b.jpg", split / "cam1/c.jpg"]
+    (places,) = (where for kind, where in dataset.warnings.items() if "lead out" in kind)
+    assert places == [f"{split / 'cam2'} leads to {stranger}"]
+    shutil.move(split, stranger / "val")  # a split that is a link itself is where its photos are
+    split.symlink_to(stranger / "val")
+    (split / "cam2").unlink()
+    (split / "cam2").symlink_to("cam3")
+    (split / "cam3").mkdir()
+    shutil.copy(split / "a.jpg", split / "cam3/d.jpg")
+    found = read_dataset(yolo(photos, {"a": "0 .5 .5 .2 .2"}))
+    assert [str(one.relative_to(split)) for one in found.files.values()] == ["a.jpg", "b.jpg", "cam3/d.jpg"]
 
 
 def test_a_list_of_photos_may_not_lead_out_either(photos):
