@@ -52,9 +52,15 @@ def read_yolo(
         if (size := upright_size(photo)) is None:
             faults.add(LOST, f"{file}: {photo}")
             continue
+        labels = _label_file(photo)
+        try:
+            lines = _lines_of(labels, faults)
+        except FileError as error:  # taken as empty, what is found there would count as wrong
+            faults.add(LOST, f"{file}: {photo}: its labels cannot be read ({error})")
+            continue
         found["images"].append({"id": image_id, "file_name": photo.name, "width": size[0], "height": size[1]})
         files[image_id] = photo
-        for category, box in _read_labels(_label_file(photo), ids, size, faults, points):
+        for category, box in _read_labels(labels, lines, ids, size, faults, points):
             count = len(found["annotations"])
             found["annotations"].append(annotation(count, image_id, category, box, box[2] * box[3]))
     return found, files
@@ -144,21 +150,30 @@ def _label_file(photo: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
+def _lines_of(file: Path, faults: Faults) -> list[str]:
+    """The lines of a YOLO label file; where it is not there, the photo is an empty one.
+
+    Raises:
+        FileError: it is there, but cannot be read.
+    """
+    try:
+        return read_file(file, MAX_LABELS).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{file}: not text in UTF-8 ({error.reason})") from error
+    except FileError as error:
+        if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise
+    faults.add("photos without a label file, taken as empty", f"{file} is not there")
+    return []
+
+
 def _read_labels(
-    file: Path, ids: dict[int, int], size: tuple[int, int], faults: Faults, points: int
+    file: Path, lines: Iterable[str], ids: dict[int, int], size: tuple[int, int], faults: Faults, points: int
 ) -> Iterable[tuple[int, list[float]]]:
-    """(category id, box [x, y, w, h] in pixels) of each good line of a YOLO label file; none is an empty photo.
+    """(category id, box [x, y, w, h] in pixels) of each good line of a YOLO label file.
 
     points: numbers of a pose that follow each box.
     """
-    try:
-        lines = read_file(file, MAX_LABELS).decode("utf-8-sig").splitlines()
-    except (FileError, UnicodeDecodeError) as error:
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-            faults.add("photos without a label file, taken as empty", f"{file} is not there")
-        else:
-            faults.add("label files that cannot be read, left out", f"{file}: {error}")
-        return
     width, height = size
     given = set[tuple[float, ...]]()
     for number, line in enumerate(lines, 1):

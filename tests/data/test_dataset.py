@@ -11,6 +11,7 @@ from PIL import Image
 from detguard.classes import left_out, meant
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import CROWDED, LOST, DataError
+from detguard.data.yolo import MAX_LABELS
 
 WIDE = {"width": 100, "height": 80}
 CALLED = [{"id": 1, "name": "pedestrian"}, {"id": 18, "name": "dog"}]
@@ -459,13 +460,21 @@ def test_an_odd_yaml_is_one_line(tmp_path, text):
         read_dataset(tmp_path / "data.yaml")
 
 
-def test_labels_that_are_a_pipe_or_never_end_are_left_out(photos):
+def test_photos_whose_labels_cannot_be_read_are_lost_not_empty(photos):
     file = yolo(photos, {"a": "0 .5 .5 .2 .2"})
     label = photos / "labels/val/b.txt"
     label.unlink()
-    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+    large = "0 .5 .5 .2 .2\n" * (MAX_LABELS // 14 + 1)
+    for make in (
+        os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir, lambda path: path.write_text(large),
+        lambda path: path.write_text("0 .5 .5 .2 .2", "utf-16"),
+    ):  # fmt: skip
         make(label)
-        assert list(read_dataset(file).warnings) == ["label files that cannot be read, left out"]
+        dataset = read_dataset(file)
+        ((kind, (place,)),) = dataset.warnings.items()
+        assert kind == LOST
+        assert f"b.jpg: its labels cannot be read ({label}" in place
+        assert [one.stem for one in dataset.files.values()] == ["a"]
         label.rmdir() if label.is_dir() else label.unlink()
 
 
