@@ -107,11 +107,8 @@ class UltralyticsDetector(Detector):
         if file is None or file.suffix not in PLAIN or "*" in str(file.absolute()) or not file.is_file():
             result = self._predictor(source=as_photo(source)[..., ::-1].copy())[0]
         else:
-            try:
-                result = self._predictor(source=str(file))[0]
-            except Exception:
-                read_photo(file)  # which says what is wrong with the file, if it is the file
-                raise
+            read_photo(file)  # which refuses half a file and one frame of many, as Ultralytics' reader does not
+            result = self._predictor(source=str(file))[0]
         boxes = result.boxes.cpu()
         found = Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
         return to_photo(found, Letterbox.whole(result.orig_shape))  # RT-DETR's predictor leaves boxes beyond the photo

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.ops import box_iou
 
 from detguard import DetguardError
@@ -132,6 +133,16 @@ def test_a_file_that_is_no_photo_is_an_error_that_names_it(bundled, tmp_path, co
         file.write_bytes(content)
     with pytest.raises(PhotoError, match=re.escape(str(file))):
         bundled.predict(file, 0.25)
+
+
+def test_a_file_that_is_not_one_whole_photo_is_refused_by_either_path(bundled, tmp_path, bus, bus_file):
+    (tmp_path / "cut.jpg").write_bytes(bus_file.read_bytes()[:40_000])
+    first, second = (Image.fromarray(frame) for frame in (bus, 255 - bus))
+    first.save(tmp_path / "moving.png", save_all=True, append_images=[second])
+    for name, reason in (("cut.jpg", "cut short"), ("moving.png", "animated")):
+        for find in (lambda file: bundled.predict(file, 0.25), lambda file: bundled.detect([file])):
+            with pytest.raises(PhotoError, match=rf"{name}: .*{reason}"):
+                find(tmp_path / name)
 
 
 def test_a_folder_that_is_called_like_a_photo_is_none(bundled, tmp_path, bus_file):
