@@ -131,7 +131,7 @@ def through(pipeline: "Compose", photo: Photo, seed: int) -> Photo:
     try:
         changed = pipeline(image=photo)["image"]
     except Exception as error:  # of odd sizes and arguments, a transform can raise anything
-        raise DetguardError(f"`corruption_file`: fails on a photo ({first_line(error)})") from error
+        raise DetguardError(f"`corruption_file` fails on it ({first_line(error)})") from error
     if changed.shape != photo.shape or changed.dtype != np.uint8:
-        raise DetguardError("`corruption_file`: its transforms must leave size and type of a photo as they are")
+        raise DetguardError("`corruption_file`: transforms must leave size and type of a photo as they are")
     return np.ascontiguousarray(changed)

@@ -31,7 +31,7 @@ from detguard.engine import cores, free_memory
 from detguard.evaluation.cache import Cache, entry_key, pack, unpack
 from detguard.evaluation.corruptions import corrupt, read_pipeline, through
 from detguard.files import MAX_PHOTO, FileError, read_file
-from detguard.photos import Photo, photo_seed, read_photo
+from detguard.photos import Photo, PhotoError, photo_seed, read_photo
 from detguard.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -145,22 +145,23 @@ class Batch:
     def _read(self, image: int) -> Photo:
         return read_photo(self.subject.dataset.files[image], self.subject.hashes[image])
 
-    def drop_unreadable(self) -> set[int]:
-        """Take the photos that cannot be read out of the batch and its data set; returns which."""
-        photos = {}
+    def drop_unreadable(self) -> None:
+        """Take the photos that cannot be read out of the batch and its data set."""
+        self.photos = self.made(self._read)
+
+    def made(self, make: Callable[[int], Photo]) -> list[Photo]:
+        """What is made of each photo; those that nothing can be made of are taken out of the batch and its data set."""
+        made = dict[int, Photo]()
         for image in self.images:
             try:
-                photos[image] = self._read(image)
-            except DetguardError as error:
+                made[image] = make(image)
+            except PhotoError as error:
                 self.subject.dataset.drop(image, str(error))
-        unreadable = set(self.images) - photos.keys()
-        self.images, self.photos = list(photos), list(photos.values())
-        return unreadable
-
-    def seeds(self, name: str, seed: int) -> list[int]:
-        """A seed of 32 bits for each photo, of the view `name`."""
-        hashes = self.subject.hashes
-        return [photo_seed(f"{hashes[image]}/{name}", seed) % 2**32 for image in self.images]
+        if len(made) < len(self.images):
+            self.images = list(made)
+            for of_all in ("photos", "objects"):
+                vars(self).pop(of_all, None)
+        return list(made.values())
 
     @cached_property
     def objects(self) -> list[Detections]:
@@ -253,14 +254,31 @@ class Altered(View):
 
     @abstractmethod
     def alter(self, photo: Photo, seed: int) -> Photo:
-        """What becomes of a photo, which stays as it is; all that is random is drawn by the `seed` of 32 bits."""
+        """What becomes of a photo, which stays as it is; all that is random is drawn by the `seed` of 32 bits.
+
+        Raises:
+            DetguardError: it fails on this photo.
+        """
+
+    def altered(self, photo: Photo, file: Path, sha256: str) -> Photo:
+        """What becomes of the photo of a file, by a seed of its own.
+
+        Raises:
+            PhotoError: it fails on this photo.
+        """
+        try:
+            return self.alter(photo, photo_seed(f"{sha256}/{self.name}", self.seed) % 2**32)
+        except DetguardError as error:
+            raise PhotoError(f"{file}: {error}") from error
 
     @override
     def show(self, batch: Batch) -> list[Photo]:
         if batch.makers:
-            return [batch.makers.photo(self, image) for image in batch.images]
-        seeds = batch.seeds(self.name, self.seed)
-        return [self.alter(photo, seed) for photo, seed in zip(batch.photos, seeds, strict=True)]
+            return batch.made(partial(batch.makers.photo, self))
+        photos, subject = dict(zip(batch.images, batch.photos, strict=True)), batch.subject
+        return batch.made(
+            lambda image: self.altered(photos[image], subject.dataset.files[image], subject.hashes[image])
+        )
 
 
 @dataclass(frozen=True)
@@ -328,11 +346,7 @@ class Makers:
     ) -> None:
         for kind in {view.kind for view, _ in wanted if isinstance(view, Corrupted)}:
             corrupt(np.zeros((32, 32, 3), np.uint8), kind, 1, 0)  # imports and compiles, once for all processes
-        seeds = (Batch(subject, [image]).seeds(view.name, view.seed)[0] for view, image in wanted)
-        jobs = [
-            (view, (subject.dataset.files[image], subject.hashes[image]), seed)
-            for (view, image), seed in zip(wanted, seeds, strict=True)
-        ]
+        jobs = [(view, subject.dataset.files[image], subject.hashes[image]) for view, image in wanted]
         # A place for each that is made ahead, and one for that which is taken. Through pipes photos took four times as
         # long; a map of no file needs none of the shared memory that containers have little of.
         self._places = np.frombuffer(mmap(-1, (workers * depth + 1) * largest), np.uint8).reshape(-1, largest)
@@ -363,11 +377,12 @@ class Makers:
         """The next one; those before it that are not asked for, as they cannot be read, are passed over.
 
         Raises:
-            DetguardError: it cannot be made.
+            PhotoError: it cannot be made.
+            AheadError: the processes cannot be kept alive.
         """
         made = next(made for wanted, made in self._wanted if wanted == (view, image))
         if isinstance(made, str):
-            raise DetguardError(made)
+            raise PhotoError(made)
         place, shape = made
         return self._places[place, : math.prod(shape)].reshape(shape).copy()
 
@@ -387,13 +402,13 @@ def _read(file: Path, sha256: str) -> Photo:
 
 
 def _made(
-    jobs: Sequence[tuple[Altered, tuple[Path, str], int]], places: np.ndarray, number: int
+    jobs: Sequence[tuple[Altered, Path, str]], places: np.ndarray, number: int
 ) -> tuple[int, tuple[int, ...]] | str:
     """The place to which an altered photo was written, and its shape; or why there is none."""
-    view, file, seed = jobs[number]
+    view, file, sha256 = jobs[number]
     try:
-        photo = view.alter(_read(*file), seed)
-    except DetguardError as error:
+        photo = view.altered(_read(file, sha256), file, sha256)
+    except PhotoError as error:
         return str(error)
     place = number % len(places)
     places[place, : photo.size] = photo.ravel()
@@ -408,7 +423,7 @@ def fill(
 ) -> None:
     """Have in the cache what `views` show of every photo; what is there already is not done again.
 
-    A photo that cannot be read is taken out of the data set, with a warning there.
+    A photo that cannot be read, or on which a pipeline fails, is taken out of the data set, with a warning there.
     on_batch: called with each view and how many photos of it are done, by all processes; ranks: each does its share.
 
     Raises:
@@ -463,7 +478,10 @@ def _show(
     ranks: Ranks = ALONE,
 ) -> None:
     """Have in the cache what `views` show of some batches."""
-    lacking = [{view: [i for i in images if not view.cached(subject, i)] for view in views} for images in batches]
+    # First a pipeline, which may fail on photos: they are then in no view. What else is altered last: the processes
+    # that do so have as long as the attacks take.
+    views = sorted(views, key=lambda view: 0 if isinstance(view, Piped) else 2 if isinstance(view, Altered) else 1)
+    lacking = [{view: {i for i in images if not view.cached(subject, i)} for view in views} for images in batches]
     # The whole batch again, so that what is missing comes out as it would have without the rest cached.
     wanted = [
         (view, image)
@@ -475,13 +493,15 @@ def _show(
     with closing(makers) if (makers := Makers.of(subject, wanted, ranks.local)) else nullcontext():
         for images, missing in zip(batches, lacking, strict=True):
             batch = Batch(subject, images, makers)
-            unreadable = batch.drop_unreadable() if any(missing.values()) else set()
+            if any(missing.values()):
+                batch.drop_unreadable()
             found, kept = list[tuple[str, bytes]](), time.monotonic()
-            # What is altered last: the processes that do so have as long as the attacks take.
-            for view in sorted(views, key=lambda view: isinstance(view, Altered)):
-                if ids := [i for i in missing[view] if i not in unreadable]:
-                    entries = dict(zip(batch.images, view.entries(batch), strict=True))
-                    found += [(view.key(subject, i, part), blob) for i in ids for part, blob in entries[i].items()]
+            for view in views:
+                if not missing[view].isdisjoint(batch.images):
+                    entries = view.entries(batch)  # which may take photos out of the batch
+                    for image, parts in zip(batch.images, entries, strict=True):
+                        if image in missing[view]:
+                            found += [(view.key(subject, image, part), blob) for part, blob in parts.items()]
                 if found and time.monotonic() > kept + 5:  # to put each by itself costs more
                     subject.cache.put(found)
                     found, kept = [], time.monotonic()

@@ -246,6 +246,23 @@ def test_photos_that_processes_corrupt_ahead_are_those_that_one_makes(subject, t
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("many", [100, 1])
+def test_a_photo_that_a_pipeline_fails_on_is_named_and_in_no_view(subject, shown, tmp_path, monkeypatch, many):
+    monkeypatch.setattr("detguard.evaluation.views.MANY", many)
+    monkeypatch.setattr("detguard.evaluation.views.cores", lambda: 2)
+    A.save(A.Compose([A.RandomRain(drop_length=200, p=1)]), tmp_path / "own.json", data_format="json")
+    views = [Clean(), Corrupted("brightness", 1, 0), piped(str(tmp_path / "own.json"), 0)]
+    for _ in range(2):  # once more, as a run that is resumed
+        dataset = replace(subject.dataset, files=dict(subject.dataset.files), warnings=Faults())
+        one = replace(subject, dataset=dataset)
+        fill(one, views)
+        ((place,),) = dataset.warnings.values()
+        assert place.startswith(f"{subject.dataset.files[14]}: `corruption_file` fails on it")  # 150 px high
+        assert list(dataset.files) == [11, 12, 13]
+        assert all(len(list(results_of(one, view))) == 3 for view in views)
+    assert sum(shown) == 9
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere none are made ahead")
 def test_what_is_made_ahead_is_not_written_over_what_is_taken(subject, monkeypatch):
     def slowly(things):
