@@ -137,6 +137,7 @@ class Run:
         Raises:
             RunError: `out` already holds a run, another process is making one there, or it cannot be written.
         """
+        made = out is None or not os.path.lexists(out)
         try:
             folder = next_free(Path("runs") / command) if out is None else out
             folder.mkdir(parents=True, exist_ok=True)
@@ -144,11 +145,31 @@ class Run:
             raise RunError(
                 f"{error.filename}: cannot be made a folder ({error.strerror}); choose another `out`"
             ) from error
-        run = cls(folder, {"command": command, **config})
+        run, locked = cls(folder, {"command": command, **config}), os.path.lexists(folder / LOCK)
         run.claim()
+        try:
+            run._begin(files or {}, photos, exist_ok=exist_ok)
+        except BaseException:  # what has not begun leaves nothing behind
+            with suppress(OSError):
+                if not locked:
+                    (folder / LOCK).unlink()
+                if made:
+                    folder.rmdir()
+            raise
+        return run
+
+    def _begin(
+        self,
+        files: Mapping[str, bytes],
+        photos: Callable[[Path], Iterable[Path]] | None,
+        *,
+        exist_ok: bool,
+    ) -> None:
+        """All of `create` that is done in the folder once it is claimed."""
+        folder, command = self.folder, self.config["command"]
         _sweep(folder.iterdir())
         if replaced := exist_ok and (folder / CONFIG).exists():
-            cls.open(folder, command)  # nothing but a run is removed
+            self.open(folder, command)  # nothing but a run is removed
         else:
             refuse_taken(folder, command, "choose another `out`")
             # All of them would be taken for parts of the run.
@@ -158,10 +179,10 @@ class Run:
             if held:
                 raise RunError(f"{folder}: holds photos or data of yours ({held[0]}); choose another `out`")
         if photos:
-            run.config["photos"] = run._staged(photos, replaced=replaced)
-        run.config["versions"] = dict(versions())
+            self.config["photos"] = self._staged(photos, replaced=replaced)
+        self.config["versions"] = dict(versions())
         if replaced:
-            run.clear(but=STAGED)
+            self.clear(but=STAGED)
         if photos and (staged := folder / STAGED).exists():
             try:
                 if os.path.lexists(folder / INPUTS):  # somebody's; a renaming would take the place of an empty one
@@ -170,11 +191,10 @@ class Run:
                 staged.rename(folder / INPUTS)
             except OSError as error:
                 raise RunError(f"{folder / INPUTS}: cannot be written ({error.strerror})") from error
-        for name, data in (files or {}).items():
-            run.write(name, data)
+        for name, data in files.items():
+            self.write(name, data)
         # Last: a run without it has not begun, and can be made again.
-        run.write(CONFIG, _yaml(run.config))
-        return run
+        self.write(CONFIG, _yaml(self.config))
 
     def _staged(self, photos: Callable[[Path], Iterable[Path]], *, replaced: bool) -> list[str]:
         """The photos of a run that is being made, by the names that they will have; all or none are there."""

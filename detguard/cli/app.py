@@ -428,6 +428,12 @@ def show_error(message: str, *, of_all: bool = False) -> None:
     err.say(f"error: {with_dashes(message)}", style="red")
 
 
+def show_lost(message: str) -> None:
+    """Print why an input is left out, of which the exit code tells, too."""
+    err.lost = True
+    show_error(message)
+
+
 def show_warning(message: str) -> None:
     """Print a warning as one line on stderr."""
     err.say(f"warning: {with_dashes(message)}", style="yellow")

@@ -52,6 +52,7 @@ from detguard.cli.app import (
     progress_bar,
     run_folder,
     show_error,
+    show_lost,
     show_stopped,
     show_warning,
     start_ranks,
@@ -313,7 +314,10 @@ def attack(
         )  # fmt: skip
 
         only_of_films(context, files)
-        shown = partial(as_photos, files, every=every, frames=frames, on_warning=show_warning)
+        shown = partial(
+            as_photos, files, every=every, frames=frames, on_warning=show_warning,
+            on_error=None if exist_ok else show_lost,
+        )  # fmt: skip
         with err.status("Reading the photos"):
             run = shared_run(
                 ranks, lambda: Run.create("attack", out_folder, config, kept, exist_ok=exist_ok, photos=shown)
@@ -535,7 +539,10 @@ def detect(
             f"--conf {conf:g}: the NMS of {model} is inside it, at {detector.nms_inside[0]:g} or so, and gives no less"
         )
     config = {"detector": detector_config(detector, model), "conf": conf, "arguments": sys.argv[1:]}
-    shown = partial(as_photos, sources, every=every, frames=frames, on_warning=show_warning)
+    shown = partial(
+        as_photos, sources, every=every, frames=frames, on_warning=show_warning,
+        on_error=None if exist_ok else show_lost,
+    )  # fmt: skip
     with err.status("Reading the photos"):
         run = Run.create("detect", out_folder, config, exist_ok=exist_ok, photos=shown)
     code = 0

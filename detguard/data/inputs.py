@@ -16,7 +16,7 @@ import numpy as np
 
 from detguard import DetguardError, first_line
 from detguard.files import FileError, open_file, write_file
-from detguard.photos import MAX_PIXELS, MIN_SIDE, Photo, encode_png, find_photos
+from detguard.photos import MAX_PIXELS, MIN_SIDE, Photo, PhotoError, encode_png, find_photos
 from detguard.runs import photo_keys
 
 OnWarning = Callable[[str], object]
@@ -53,7 +53,13 @@ def find_inputs(sources: Iterable[str], *, recursive: bool = False) -> list[str]
     sources = list(sources)
     others = [one for one in sources if is_camera(one) or is_address(one)]
     files = [one for one in sources if one not in others]
-    return [*map(str, find_photos(files, recursive=recursive) if files else []), *others]
+    try:
+        found = find_photos(files, recursive=recursive) if files else []
+    except PhotoError:
+        if not others:
+            raise
+        found = [*map(Path, files)]  # whoever reads them says so, and the others are done
+    return [*map(str, found), *others]
 
 
 def download(address: str, folder: Path) -> Path:
@@ -175,6 +181,7 @@ def as_photos(
     every: int = 1,
     frames: int = MOST_FRAMES,
     on_warning: OnWarning = warnings.warn,
+    on_error: OnWarning | None = None,
 ) -> Iterator[Path]:
     """Photos of sources by `find_inputs`, one by one: downloads, and frames as NAME-NUMBER.png, go into a folder.
 
@@ -184,23 +191,51 @@ def as_photos(
         every: of videos and cameras, every so many frames.
         frames: of a camera, which never ends, so many.
         on_warning: called where a video has damaged parts.
+        on_error: called with why a source cannot be read, which is then left out whole; None: it ends all.
 
     Raises:
-        DetguardError: as `read_frames`, `camera_frames` and `download`, or a file cannot be written.
+        DetguardError: as `read_frames`, `camera_frames` and `download`, or a file cannot be written; with `on_error`
+            only where nothing is left.
     """
-    files = [(one, download(one, folder) if is_address(one) else Path(one)) for one in sources]
+    files, left_out, shown = list[tuple[str, Path]](), list[DetguardError](), 0
+    for source in sources:
+        try:
+            files.append((source, download(source, folder) if is_address(source) else Path(source)))
+        except DetguardError as error:
+            if on_error is None:
+                raise
+            left_out.append(error)
     names = {file: name for name, file in photo_keys([file for _, file in files]).items()}
     for source, file in files:
-        shown: Iterator[tuple[int, Photo]]
-        if is_camera(source):
-            shown = islice(camera_frames(_camera(int(source)), every), frames)
-        elif is_video(file):
-            shown = read_frames(file, every, on_warning)
-        else:
-            yield file
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, photo in shown:
-            made = folder / f"{names[file]}-{number:06d}.png"
-            write_file(made, encode_png(photo))
-            yield made
+        photos = _photos_of(source, file, folder / names[file], every, frames, on_warning)
+        try:
+            for photo in photos if on_error is None else list(photos):
+                yield photo
+                shown += 1
+        except DetguardError as error:
+            if on_error is None:
+                raise
+            left_out.append(error)
+    last = left_out.pop() if left_out and not shown else None
+    if on_error is not None:
+        for reason in left_out:
+            on_error(str(reason))
+    if last:
+        raise last
+
+
+def _photos_of(source: str, file: Path, place: Path, every: int, frames: int, on_warning: OnWarning) -> Iterator[Path]:
+    """The photo of a source, or its frames, of which the names begin with `place`."""
+    shown: Iterator[tuple[int, Photo]]
+    if is_camera(source):
+        shown = islice(camera_frames(_camera(int(source)), every), frames)
+    elif is_video(file):
+        shown = read_frames(file, every, on_warning)
+    else:
+        yield file
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for number, photo in shown:
+        made = place.with_name(f"{place.name}-{number:06d}.png")
+        write_file(made, encode_png(photo))
+        yield made

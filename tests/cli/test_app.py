@@ -396,14 +396,46 @@ def test_a_run_of_that_name_is_replaced_but_not_what_is_read_from_it(monkeypatch
     assert len((folder / "results.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("command", "options"), [("detect", ()), ("attack", ("--steps", 1, "--transforms", "none"))])
-def test_a_run_is_replaced_only_once_its_video_could_be_read(monkeypatch, capsys, tmp_path, bus, command, options):
+@pytest.fixture
+def videos(monkeypatch, tmp_path, bus):
+    """The working folder has bus.avi, of two frames, and bad.avi, which cannot be read."""
     monkeypatch.chdir(tmp_path)
     small = cv2.resize(bus, (96, 128), interpolation=cv2.INTER_AREA)[..., ::-1]
     video = cv2.VideoWriter("bus.avi", cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 128))
     for _ in range(2):
         video.write(small)
     video.release()
+    Path("bad.avi").write_bytes(Path("bus.avi").read_bytes()[:2000])
+
+
+SHORT = pytest.mark.parametrize(
+    ("command", "options"), [("detect", ()), ("attack", ("--steps", 1, "--transforms", "none"))]
+)
+
+
+@SHORT
+@pytest.mark.usefixtures("videos")
+def test_what_cannot_be_read_is_told_of_and_the_rest_is_done(monkeypatch, capsys, tmp_path, command, options):
+    line, away = (*options, "--imgsz", 64, "--conf", 0.01), "http://127.0.0.1:1/a.jpg"
+    assert run(monkeypatch, command, "gone.jpg", away, *line) == 2
+    assert run(monkeypatch, command, "bad.avi", away, "bus.avi", *line) == 2
+    told = capsys.readouterr().err
+    for reason in ("gone.jpg: cannot be read", "bad.avi: no video that can be read", f"{away}: cannot be downloaded"):
+        assert f"error: {reason}" in told
+    records = [json.loads(one) for one in (tmp_path / f"runs/{command}/002/results.jsonl").read_text().splitlines()]
+    assert [one["key"] for one in records if one.get("status") != "error"] == ["bus-000001", "bus-000002"]
+    (tmp_path / "mine").mkdir()
+    for where in ((), ("--out", "mine")):  # of a run that could not begin nothing is left
+        assert run(monkeypatch, command, "bad.avi", away, *line, *where) == 2
+        told = capsys.readouterr().err
+        assert [one.split(": ")[1] for one in told.splitlines() if "error: " in one] == [away, "bad.avi"]
+    assert sorted(one.name for one in (tmp_path / "runs" / command).iterdir()) == ["001", "002"]
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+@SHORT
+@pytest.mark.usefixtures("videos")
+def test_a_run_is_replaced_only_once_its_video_could_be_read(monkeypatch, capsys, tmp_path, command, options):
     line = (*options, "--imgsz", 64, "--conf", 0.01, "--name", "exp1", "--exist-ok")
     folder = tmp_path / "runs" / command / "exp1"
 
@@ -413,7 +445,6 @@ def test_a_run_is_replaced_only_once_its_video_could_be_read(monkeypatch, capsys
     assert run(monkeypatch, command, "bus.avi", *line) in (0, 1)
     before = files()
     assert {"inputs/bus-000001.png", "inputs/bus-000002.png"} <= before.keys()
-    Path("bad.avi").write_bytes(Path("bus.avi").read_bytes()[:2000])
     assert run(monkeypatch, command, "bus.avi", "bad.avi", *line) == 2
     assert "bad.avi: no video that can be read" in capsys.readouterr().err
     assert files() == before
