@@ -63,10 +63,10 @@ def export(
 ) -> None:
     """Write a detector as a file for other runtimes, and check that it finds there what it finds here.
 
-    Exit code: 0 the same is found, 1 not (do not use the file), 2 wrong use.
+    Exit code: 0 the same is found, 1 not (do not use the file, which is called so: NAME.failed), 2 wrong use.
     """
     from detguard.export.check import BOXES, PHOTOS, SCORES
-    from detguard.export.run import check_file, default_file, plan_export
+    from detguard.export.run import check_file, default_file, plan_export, rejected
     from detguard.export.run import export as write
     from detguard.photos import find_photos, read_photo
     from detguard.reports.export import verdict_table
@@ -75,8 +75,8 @@ def export(
     out.quiet = out.quiet or as_json
     if not nms:
         only_with(context, ("conf", "iou"), "--nms")
-    file = file or default_file(model, kind)
-    check_file(file, model, kind)
+    by_default, file = file is None, file or default_file(model, kind)
+    check_file(file, model, kind, by_default=by_default)
     shown = [read_photo(photo) for photo in find_photos(photos)[:PHOTOS]] if photos else []
     with err.status("Loading the detector"):
         wanted = plan_export(
@@ -88,6 +88,7 @@ def export(
     with err.status("Exporting and checking"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing, whose result is checked
         verdict = write(wanted, kind, file)
+    kept, file = file, file if verdict.passed else rejected(file, kind)
     out.print(terminal_table(verdict_table(verdict, len(wanted.frames))))
     if as_json or verdict.passed:
         text = f"checked: {file} finds what {model} finds"
@@ -95,5 +96,6 @@ def export(
     if not verdict.passed:
         why = f"expected scores within {SCORES:g} and boxes within {BOXES:g} px"
         why = why if verdict.compared else "nothing was found to compare; give --photos of what it was made for"
-        show_error(f"{file}: check failed, do not use it ({why})")
+        stays = f"; {kept} stays as it was" if kept.exists() else ""
+        show_error(f"{file}: check failed, do not use it ({why}){stays}")
         sys.exit(1)

@@ -1,5 +1,6 @@
 """One `detguard export`: what each format takes, and a checked file. A new format is one file and one line here."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,8 +82,10 @@ def default_file(model: str, kind: str) -> Path:
     return Path(f"{Path(model).stem}{FORMATS[kind].suffix}")
 
 
-def check_file(file: Path, model: str, kind: str) -> None:
+def check_file(file: Path, model: str, kind: str, *, by_default: bool = False) -> None:
     """See that a file may be written: named as runtimes tell its format, and not the model itself.
+
+    by_default: nobody gave the name, so that no other checkpoint is written over either.
 
     Raises:
         DetguardError: it may not.
@@ -92,12 +95,20 @@ def check_file(file: Path, model: str, kind: str) -> None:
         raise DetguardError(f"`out` {file}: expected a name that ends in {suffix} for `format` {kind}")
     if kind == "pt" and is_file(file) and file.samefile(find_weights(model)):
         raise DetguardError(f"`out` {file}: would be written over the model itself; give another name")
+    if kind == "pt" and by_default and os.path.lexists(file):
+        raise DetguardError(f"{file}: is there already, and may be another model; say by `out` where to write")
+
+
+def rejected(file: Path, kind: str) -> Path:
+    """What a file is called whose check has failed."""
+    suffix = FORMATS[kind].suffix
+    return file.with_name(f"{file.name.removesuffix(suffix)}.failed{suffix}")
 
 
 def export(wanted: Deployment, kind: str, file: Path) -> Verdict:
     """Write a detector in one of FORMATS, read the file back by its runtime, and compare the two.
 
-    The file takes its name once it was compared; until then, nothing is there.
+    The file takes its name once it has passed; one that has not is called as by `rejected`, and what is there stays.
 
     Raises:
         DetguardError: it cannot be written in that format.
@@ -109,6 +120,7 @@ def export(wanted: Deployment, kind: str, file: Path) -> Verdict:
             written = Path(folder) / file.name
             made.write(wanted, written)
             verdict = check(wanted, made.read(written))
+            file = file if verdict.passed else rejected(file, kind)
             if written.is_dir():
                 file.mkdir(exist_ok=True)
             for one in sorted(written.iterdir()) if written.is_dir() else [written]:

@@ -52,15 +52,22 @@ def test_json_is_one_object_whether_the_check_passes_or_not(run, monkeypatch, bu
     monkeypatch.setattr(check, "SCORES", -1.0)
     code, shown = run(*options)
     line, error = shown.splitlines()
-    assert (code, json.loads(line)["passed"]) == (1, False)
+    told = json.loads(line)
+    assert (code, told["file"], told["passed"]) == (1, "detguard-n.failed.torchscript", False)
     assert error.startswith("error: ")
 
 
-def test_a_failed_check_is_exit_code_1(run, monkeypatch, bus_file):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failed_check_is_exit_code_1_and_takes_no_files_place(run, monkeypatch, bus_file, there):
     monkeypatch.setattr(check, "SCORES", -1.0)
+    if there:
+        Path("detguard-n.torchscript").write_text("good")
     code, shown = run("detguard-n", "--format", "torchscript", "--imgsz", 96, "--photos", bus_file)
     assert code == 1
-    assert "error: detguard-n.torchscript: check failed, do not use it (expected scores within" in shown
+    assert "error: detguard-n.failed.torchscript: check failed, do not use it (expected scores within" in shown
+    assert ("; detguard-n.torchscript stays as it was" in shown) == there
+    assert Path("detguard-n.failed.torchscript").stat().st_size > 1000
+    assert [one.read_text() for one in Path().glob("detguard-n.torchscript")] == ["good"] * there
 
 
 def test_ctrl_c_while_a_file_is_checked_leaves_none(run, monkeypatch, bus_file):
@@ -137,6 +144,18 @@ def test_a_checkpoint_is_not_written_over_the_one_that_it_is_made_of(run, bus_fi
     assert code == 2
     assert "--out detguard-n.pt: would be written over the model itself" in shown
     assert Path("detguard-n.pt").read_bytes() == before
+
+
+def test_no_other_checkpoint_is_written_over_unless_it_is_named(run, bus_file):
+    Path("detguard-n.pt").write_text("mine")
+    options = ("detguard-n", "--format", "pt", "--imgsz", 64, "--photos", bus_file)
+    assert run(*options) == (
+        2,
+        "error: detguard-n.pt: is there already, and may be another model; say by --out where to write\n",
+    )
+    assert Path("detguard-n.pt").read_text() == "mine"
+    assert run(*options, "--out", "detguard-n.pt")[0] == 0
+    assert Path("detguard-n.pt").stat().st_size > 1000
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(run, bus_file):
