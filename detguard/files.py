@@ -10,7 +10,7 @@ import re
 import secrets
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -106,8 +106,10 @@ def is_folder(folder: str | Path) -> bool:
         return False
 
 
-def write_file(file: Path, data: bytes) -> None:
+def write_file(file: Path, data: bytes | Iterable[bytes]) -> None:
     """Put `data` into `file`, whole or not at all: written beside it, flushed to the disk, then renamed.
+
+    data: all at once, or block by block; what making a block raises is raised.
 
     Raises:
         FileError: the disk is full or the folder cannot be written.
@@ -118,13 +120,15 @@ def write_file(file: Path, data: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as stream:
-            stream.write(data)
+            stream.writelines([data] if isinstance(data, bytes) else data)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    except (OSError, ValueError) as error:
+    except BaseException as error:
         with suppress(OSError, ValueError):
             partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError | ValueError):
+            raise
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, FileExistsError):  # of the folder's name, as `mkdir` says it
             reason = f"{file.parent} is not a folder"

@@ -4,7 +4,7 @@ import mimetypes
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 MOST_FRAMES = 10_000
 # FFmpeg would also take a playlist for a video, and read what it names.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-# Of one file from the web; and how long nothing may come.
-MOST_BYTES, PATIENCE = 2 << 30, 30
+# Of one file from the web; what is read of it at once; and how long nothing may come.
+MOST_BYTES, BLOCK, PATIENCE = 2 << 30, 1 << 20, 30
+# What the network raises; ValueError: of an address that is none.
+UNREACHABLE = (OSError, HTTPException, ValueError)
 
 
 def is_video(file: str | Path) -> bool:
@@ -70,21 +72,33 @@ def download(address: str, folder: Path) -> Path:
     """
     try:
         with urlopen(Request(address, headers={"User-Agent": "detguard"}), timeout=PATIENCE) as answer:
-            data = answer.read(MOST_BYTES + 1)
-            kind, length = answer.headers.get_content_type(), answer.headers.get("Content-Length", "")
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
+            name = Path(re.sub(r"[^\w.-]", "_", unquote(urlparse(address).path).rpartition("/")[2])[-64:])
+            suffix = name.suffix or mimetypes.guess_extension(answer.headers.get_content_type()) or ""
+            names = (f"{name.stem.strip('.') or 'photo'}{f'-{number}' if number else ''}{suffix}" for number in count())
+            file = next(folder / name for name in names if not (folder / name).exists())
+            write_file(file, _blocks(address, answer))
+    except UNREACHABLE as error:
         raise DetguardError(f"{address}: cannot be downloaded ({first_line(error)})") from error
-    if len(data) > MOST_BYTES:
-        raise DetguardError(f"{address}: over {MOST_BYTES >> 30} GiB")
-    if length.isdecimal() and len(data) < int(length):
-        raise DetguardError(f"{address}: cut short, {len(data)} of {length} bytes; try again")
-    name = Path(re.sub(r"[^\w.-]", "_", unquote(urlparse(address).path).rpartition("/")[2])[-64:])
-    suffix = name.suffix or mimetypes.guess_extension(kind) or ""
-    names = (f"{name.stem.strip('.') or 'photo'}{f'-{number}' if number else ''}{suffix}" for number in count())
-    file = next(folder / name for name in names if not (folder / name).exists())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(file, data)
     return file
+
+
+def _blocks(address: str, answer: HTTPResponse) -> Iterator[bytes]:
+    """What a server sends, to its end.
+
+    Raises:
+        DetguardError: it is too much, or breaks off.
+    """
+    size, length = 0, answer.headers.get("Content-Length", "")
+    try:
+        while block := answer.read(BLOCK):
+            size += len(block)
+            if size > MOST_BYTES:
+                raise DetguardError(f"{address}: over {MOST_BYTES >> 30} GiB")
+            yield block
+    except UNREACHABLE as error:
+        raise DetguardError(f"{address}: cannot be downloaded ({first_line(error)})") from error
+    if length.isdecimal() and size < int(length):
+        raise DetguardError(f"{address}: cut short, {size} of {length} bytes; try again")
 
 
 def read_frames(file: Path, every: int = 1, on_warning: OnWarning = warnings.warn) -> Iterator[tuple[int, Photo]]:

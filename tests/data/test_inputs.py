@@ -1,6 +1,7 @@
 import http.server
 import struct
 import threading
+import tracemalloc
 from functools import partial
 
 import av
@@ -137,9 +138,17 @@ def test_a_download_is_bounded_and_stays_in_its_folder(tmp_path, site, monkeypat
     (folder / "a.jpg").write_bytes(b"1234")
     (made,) = as_photos([f"{address}/a.jpg/../..%252Fx.jpg"], tmp_path / "run")
     assert made.resolve().parent == tmp_path / "run"
-    monkeypatch.setattr(inputs, "MOST_BYTES", 3)
+    with (folder / "large.bin").open("wb") as large:
+        large.truncate(32 << 20)
+    tracemalloc.start()
+    list(as_photos([f"{address}/large.bin"], tmp_path / "large"))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20  # never all of it
+    tracemalloc.stop()
+    assert (tmp_path / "large/large.bin").stat().st_size == 32 << 20
+    monkeypatch.setattr(inputs, "MOST_BYTES", (32 << 20) - 1)
     with pytest.raises(DetguardError, match="over 0 GiB"):
-        list(as_photos([f"{address}/a.jpg"], tmp_path / "run"))
+        list(as_photos([f"{address}/large.bin"], tmp_path / "run"))
+    assert list((tmp_path / "run").iterdir()) == [made]
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
