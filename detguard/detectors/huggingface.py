@@ -211,11 +211,7 @@ class HuggingFace(Family):
     @override
     def fetch(self, name: str) -> Path | None:
         folder = Path(name)
-        if is_folder(folder):
-            if not is_file(folder / CONFIG):
-                if made := sorted(folder.glob("weights/*.safetensors"), key=lambda one: one.stat().st_mtime):
-                    raise DetguardError(f"{name}: the folder of a run; its detector is {made[-1]}")
-                raise DetguardError(f"{name}: a folder without {CONFIG}; expected one as save_pretrained writes it")
+        if is_file(folder / CONFIG):
             check_package(name)
         elif is_hub_name(name):
             check_package(name)

@@ -15,7 +15,7 @@ from detguard.detectors.checkpoint import MAX_BYTES
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import SIZES, class_names, frame_size
 from detguard.engine import usable_device, with_gradients
-from detguard.files import JsonObject, is_file, read_json, shipped, write_file
+from detguard.files import JsonObject, is_file, is_folder, read_json, shipped, write_file
 from detguard.schema import Config, Maybe, Shape, check, real, whole
 
 if TYPE_CHECKING:
@@ -218,6 +218,10 @@ def _find(name: str | Path) -> "tuple[Path, Family | None]":
     for family in FAMILIES:
         if (found := family.fetch(str(name))) is not None:
             return found, family
+    if is_folder(file):
+        if made := sorted(file.glob("weights/*.safetensors"), key=lambda one: one.stat().st_mtime):
+            raise DetguardError(f"{name}: the folder of a run; its detector is {made[-1]}")
+        raise DetguardError(f"{name}: a folder without config.json; expected one as save_pretrained writes it")
     if wanted := nearly_custom(name):
         raise DetguardError(f"{name}: no such file; a function of yours is named {wanted}, from the working folder")
     stems = sorted(p.stem for p in shipped("weights").glob("*.safetensors"))

@@ -16,7 +16,15 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from detguard import DetguardError
-from detguard.detectors.load import build_model, detector_config, fused, load_configured, load_detector, load_model
+from detguard.detectors.load import (
+    build_model,
+    detector_config,
+    find_weights,
+    fused,
+    load_configured,
+    load_detector,
+    load_model,
+)
 from detguard.detectors.pickles import Record
 from detguard.detectors.recipe import frame_size
 from detguard.detectors.ultralytics import check_official
@@ -181,6 +189,20 @@ def test_a_file_by_an_official_name_must_be_that_network(tmp_path, monkeypatch):
     shutil.copy(tmp_path / "yolo11n.pt", tmp_path / "yolo11x.pt")
     with pytest.raises(DetguardError, match=r"yolo11x\.pt: its network is of size n"):
         load_detector("yolo11x")
+
+
+def test_a_folder_that_is_called_like_official_weights_does_not_hide_them(tmp_path, monkeypatch):
+    from ultralytics.utils import SETTINGS
+
+    monkeypatch.setitem(SETTINGS, "weights_dir", str(tmp_path / "weights"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("weights", "yolo11n"):
+        Path(folder).mkdir()
+    Path("weights/yolo11n.pt").touch()
+    assert find_weights("yolo11n") == tmp_path / "weights/yolo11n.pt"
+    Path("yolo11n/config.json").touch()  # as save_pretrained writes it: the user's own
+    with pytest.raises(DetguardError, match=r"yolo11n: (has no model\.safetensors|needs transformers)"):
+        find_weights("yolo11n")
 
 
 @pytest.mark.parametrize(
