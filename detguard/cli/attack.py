@@ -275,8 +275,9 @@ def attack(
             only_with(context, ("class_map", "split"), "--data")
         else:
             only_of_splits(context, [data])
-        if schedule == "worst" and "schedule" in given(context) and (aggregate != "mean" or rule == "apgd"):
-            other = f"--aggregate {aggregate}" if aggregate != "mean" else f"--rule {rule}"
+        other = "--rule apgd" if rule == "apgd" else ""
+        other = "--black-box" if black_box else f"--aggregate {aggregate}" if aggregate != "mean" else other
+        if other and schedule == "worst" and "schedule" in given(context):
             raise DetguardError(f"--schedule worst: {other} steps against the whole group; leave one of them out")
         if norm == "l2" and "/" in eps:
             raise DetguardError(f"--eps {eps}: of --norm l2, expected a number in which black to white counts as 1")
@@ -303,6 +304,7 @@ def attack(
                 raise DetguardError(f"--split {split}: is of a data.yaml, and --data {data} has no splits")
             files = [str(file) for file in find_photos([data], recursive=recursive)]
         elif data:
+            only_with(context, ("recursive",), "PHOTO, or --data of a folder without labels")
             labelled = read_labelled(
                 data, split, detectors[0].class_names, show_warnings, class_map=parse_map(class_map)
             )

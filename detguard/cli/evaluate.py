@@ -32,6 +32,7 @@ from detguard.cli.app import (
     Trust,
     app,
     err,
+    given,
     levels,
     loaded,
     only_of_splits,
@@ -265,6 +266,8 @@ def only_of_protocols(context: typer.Context, asked: "Protocols") -> None:
     for names, protocols in USED_BY.items():
         if not set(protocols) & set(asked.protocols):
             only_with(context, names, f"--protocols {' or '.join(protocols)}")
+    if "attack" not in asked.protocols and len(asked.eps) > 1 and "eps" in given(context):
+        raise DetguardError(f"--eps {context.params['eps']}: several go with --protocols attack; the others take one")
     if not set(SAVED) & set(asked.protocols) and not asked.by_files:
         other = f"--protocols {' or '.join(SAVED)}, or --patch, --universal or --corruption-file"
         only_with(context, ("save_images",), other)

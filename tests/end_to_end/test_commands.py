@@ -301,6 +301,8 @@ def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
         (["attack", BUS, "--data", "coco128"], "--data: instead of PHOTO; leave one of them out"),
         (["attack", BUS, "--schedule", "worst", "--rule", "apgd"], "--schedule worst: --rule apgd steps against the"),
         (["attack", BUS, "--schedule=worst", "--aggregate=max"], "--schedule worst: --aggregate max steps against the"),
+        (["attack", BUS, "--black-box", "--schedule", "worst"], "--schedule worst: --black-box steps against the"),
+        (["attack", "--data", "DATA", "--recursive"], "--recursive: goes with PHOTO, or --data of a folder"),
         (["detect", BUS, "--quiet"], "--quiet: goes before the command, as in detguard --quiet detect"),
         (["attack", BUS, "--model", "gone.pt"], "gone.pt"),
         (["attack", BUS, "--to", "person"], "is a target itself"),
@@ -316,8 +318,8 @@ def test_bad_input_is_one_line_each_and_the_rest_is_done(tmp_path):
         (["detect", "."], "no photos here"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, arguments, reason):
-    result = program.refusal(*arguments, cwd=tmp_path)
+def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, tiny_data, arguments, reason):
+    result = program.refusal(*(tiny_data if a == "DATA" else a for a in arguments), cwd=tmp_path)
     assert result.returncode == 2
     assert reason in result.stderr
     assert len(result.stderr.splitlines()) == 1

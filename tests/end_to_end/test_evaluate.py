@@ -259,6 +259,7 @@ def test_compare_names_a_run_that_is_not_done(done, tmp_path):
                 ("--queries", 5, "attack or transfer or"),
             )
         ),
+        (("--data", "DATA", "--protocols", "clean,blackbox", "--eps", "2,4"), "--eps 2,4: several go with --protocols"),
         (
             ("--data", "DATA", "--queries", 5),
             "--queries: goes with --protocols blackbox or checks, or a detector",
