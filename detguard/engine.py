@@ -74,8 +74,8 @@ def with_gradients(function: Callable[Given, Result]) -> Callable[Given, Result]
 
 
 def with_doubles(x: "torch.Tensor") -> "torch.Tensor":
-    """A tensor where it can be made one of doubles: on the CPU, if its own device (Apple's) has none."""
-    return x.cpu() if x.device.type == "mps" else x
+    """A tensor where it can be made one of doubles: on the CPU, for Apple's devices and some of Intel's have none."""
+    return x.cpu() if x.device.type in ("mps", "xpu") else x
 
 
 def die_with(parent: int) -> None:
