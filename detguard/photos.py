@@ -166,6 +166,11 @@ def read_photo(file: str | Path, sha256: str = "") -> Photo:
         PhotoError: missing, unreadable, not an image, truncated, animated, too large, too small or too slow, or
             changed since.
     """
+    return read_hashed(file, sha256)[0]
+
+
+def read_hashed(file: str | Path, sha256: str = "") -> tuple[Photo, str]:
+    """A photo as `read_photo` reads it, and the SHA-256 of those very bytes: the file may be another one at once."""
     if (shown := str(file).encode(errors="backslashreplace").decode()) != str(file):  # no record could name it
         raise PhotoError(f"{shown}: its name is not UTF-8; rename it")
     try:
@@ -173,10 +178,11 @@ def read_photo(file: str | Path, sha256: str = "") -> Photo:
     except FileError as error:
         reason = f"{file}: a folder that holds no photos or cannot be listed" if is_folder(file) else str(error)
         raise PhotoError(reason) from error
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 and found != sha256:
         raise PhotoError(f"{file}: has changed since the run looked at it")
     _check(data, file)
-    return decode_photo(data, file)
+    return decode_photo(data, file), found
 
 
 def _check(data: bytes, file: str | Path) -> None:

@@ -373,7 +373,7 @@ SHOWN: dict[str, Shape] = {
 # Of photos whose labels come later, and a record of these again; "hint": since which photo labels are missed;
 # "through": up to which photo late labels told of a drop.
 SHOWN |= {"id?": text, "labelled?": flag, "hint?": whole(1), "judges?": flag, "through?": whole(1)}
-SHOWN |= {"outside?": whole(1)}
+SHOWN |= {"outside?": whole(1), "sha256?": text}
 TRAINED: dict[str, Shape] = {"stage": text, "batch": whole(1), "photos_per_second": measured, "*": measured}
 # Of photos that were held out, and of having gone back to a batch.
 VALIDATED: dict[str, Shape] = {

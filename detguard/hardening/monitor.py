@@ -21,7 +21,7 @@ from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
-from detguard.photos import Photo, PhotoError, read_photo
+from detguard.photos import Photo, PhotoError, read_hashed
 from detguard.runs import Record, Run
 
 # Of the levels before and after, so much must be lost: a change too small to matter is no alarm.
@@ -246,13 +246,14 @@ def first_of(numbers: Sequence[int], count: int) -> int:
 @dataclass(frozen=True)
 class Waiting:
     """A photo whose labels have not come; found: on it by the detector of its time, None where a run was resumed; size:
-    its height and width, px.
+    its height and width, px; sha256: of its file, which may be another photo by then.
     """
 
     number: int
     photo: Labelled
     found: Detections | None = None
     size: tuple[int, int] | None = None
+    sha256: str = ""
 
 
 def alarmed(alarm: Record) -> int:
@@ -304,7 +305,8 @@ class Watch:
             self.hints.add(number, known["confidence"])
         if known.get("labelled") is False and "error" not in known:
             told = {"id": known.get("id", ""), "time": known.get("time", ""), "judges": known.get("judges")}
-            self.wait(Waiting(number, Labelled(Path(known["photo"]), Detections.none(), labelled=False, **told)))
+            photo = Labelled(Path(known["photo"]), Detections.none(), labelled=False, **told)
+            self.wait(Waiting(number, photo, sha256=known.get("sha256", "")))
         else:
             self.waiting.pop(known.get("id", ""), None)
 
@@ -383,10 +385,10 @@ def _joined(one: Labelled | Labels | DataError, earlier: Waiting | None, watch: 
     return one.of(earlier.photo)
 
 
-def _read(photo: Path, copy: Path) -> Photo:
-    """A photo from its copy; errors name the photo itself."""
+def _read(photo: Path, copy: Path, sha256: str) -> tuple[Photo, str]:
+    """A photo from its copy, and its SHA-256, as `read_hashed`; errors name the photo itself."""
     try:
-        return read_photo(copy)
+        return read_hashed(copy, sha256)
     except PhotoError as error:
         raise PhotoError(str(error).replace(str(copy), str(photo))) from error
 
@@ -419,8 +421,9 @@ def observe(
     confidence has dropped as accuracy would have to, its `hint` is the number of the photo since which it has.
 
     again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, one
-    that the detector refuses, and a line of a stream that is none, is a record with its error. `outside`: how many
-    labelled boxes reach out of the photo, as those of another resolution do.
+    that the detector refuses, one that is another by the time that it is looked at again for its labels, and
+    a line of a stream that is none, is a record with its error. `outside`: how many labelled boxes reach out of the
+    photo, as those of another resolution do; `sha256`: of its file.
     """
     if again:  # from the start of a window, for its AP
         run.cut(whole_windows(run, window))
@@ -440,21 +443,21 @@ def observe(
         watch.count = max(watch.count, number)
         record: Record = {"number": number, "photo": "", "objects": []}
         pair: tuple[Detections, Detections] | None = None
-        found, size = (earlier.found, earlier.size) if earlier else (None, None)
+        found, size, sha256 = (earlier.found, earlier.size, earlier.sha256) if earlier else (None, None, "")
         detector = deployed.at(number) if found is None else deployed.first  # without whose file no photo can be seen
         try:
             photo = _joined(one, earlier, watch)
             record |= as_line(photo, deployed.first.class_names)
             if found is None:
-                shown = _read(photo.file, deployed.file(number, photo.file))
+                shown, sha256 = _read(photo.file, deployed.file(number, photo.file), sha256)
                 size = (shown.shape[0], shown.shape[1])
                 (found,) = detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)
         except DetguardError as error:  # of a detector, too, which may refuse a shape
             record |= {"error": str(error)} | ({"id": one.id} if isinstance(one, Labelled) and one.id else {})
         else:
-            found_known = photo.counted(found)
+            record["sha256"], found_known = sha256, photo.counted(found)
             if not photo.labelled:
-                watch.wait(Waiting(number, photo, found, size))
+                watch.wait(Waiting(number, photo, found, size, sha256))
             else:
                 pair = photo.objects, found_known
                 if size and (outside := reaching_out(photo.objects, size)):

@@ -199,7 +199,7 @@ def dropped(records: Sequence[Record]) -> list[Record]:
 def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
     """The photos of every drop, the least F1 first, as labelled and as found by the detector that saw each.
 
-    Photos that cannot be read any more are left out.
+    Photos that cannot be read any more are left out, as are those whose file is another one by now.
     """
     items = []
     for record in dropped(records)[:MOST_SHOWN]:
@@ -208,7 +208,7 @@ def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
             (labelled,) = from_records([record], detector.class_names)
             if not isinstance(labelled, Labelled):
                 raise labelled if isinstance(labelled, DataError) else DetguardError("labels without a photo")
-            photo = read_photo(deployed.file(record["number"], labelled.file))
+            photo = read_photo(deployed.file(record["number"], labelled.file), record.get("sha256", ""))
         except DetguardError:
             continue
         found = labelled.counted(detector.detect([photo], SHOWN_CONFIDENCE, multi_label=True)[0])

@@ -16,8 +16,9 @@ from detguard.data.stream import Labelled, Labels, to_lines
 from detguard.detections import Detections
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, save_gated
-from detguard.hardening.monitor import MOST_WINDOWS, observe
+from detguard.hardening.monitor import MOST_WINDOWS, Deployment, observe
 from detguard.photos import encode_png, read_photo
+from detguard.reports.monitoring import drop_items
 from detguard.runs import Run
 from detguard.workflows.living import NICENESS, Living, judges, verdict, with_judges
 from detguard.workflows.monitor import Drops, film
@@ -647,6 +648,22 @@ def test_labels_that_come_after_a_stop_find_the_copy_of_their_photo(tmp_path, bu
     again = unlucky(tmp_path / "run", bundled)
     (late,) = observe(again.run, again, [Labels("7", Detections.none(), None, ())], "kswin", 8, again=False)
     assert "error" not in late
+
+
+def test_labels_of_a_photo_that_the_next_one_was_written_over_are_not_judged_on_that_one(tmp_path, bundled, bus):
+    small, photo = np.ascontiguousarray(bus[::4, ::4]), tmp_path / "latest.png"
+    (found,) = bundled.detect([small], 0.25)
+    photo.write_bytes(encode_png(small))
+    shown = [Labelled(photo, found, id="6"), Labelled(photo, Detections.none(), id="7", labelled=False)]
+    run = Run(tmp_path, {"command": "monitor"})
+    labelled, _ = observe(run, Deployment(bundled), shown, "kswin", 8, again=False)
+    of_drop = [labelled | {"began": 1}]
+    assert len(drop_items(of_drop, Deployment(bundled))) == 1
+    photo.write_bytes(encode_png(255 - small))
+    (late,) = observe(run, Deployment(bundled), [Labels("7", found)], "kswin", 8, again=False)
+    assert "latest.png: has changed since" in late["error"]
+    assert "f1" not in late
+    assert not drop_items(of_drop, Deployment(bundled))
 
 
 def test_labels_of_an_id_that_two_photos_have_are_given_to_neither(tmp_path, bundled):
