@@ -1,10 +1,12 @@
 """Adapting a gated ensemble to photos of a new kind: new experts, a gate that knows when to ask them, old ones kept."""
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,14 @@ from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS
 from detguard.detectors.sparse import MeanSparse
 from detguard.detectors.ultralytics import decode
-from detguard.files import read_json
+from detguard.files import MAX_PHOTO, FileError, read_file, read_json
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.kinds import BATCHES, OnShare, answers, fit_kinds
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
-from detguard.hardening.validation import Entry, photo_of
+from detguard.hardening.validation import photo_of
 from detguard.ranks import Ranks
 from detguard.runs import Run
 from detguard.schema import check, whole
@@ -320,17 +322,38 @@ def _judges(photo: Path | Labelled) -> bool | None:
     return photo.judges if isinstance(photo, Labelled) else None
 
 
-def set_aside(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """Photos to train on and photos to judge by, evenly spread; of very few photos, all to train on.
+def set_aside(*kinds: Sequence[Path] | Sequence[Labelled]) -> list[tuple[list[Any], list[Any]]]:
+    """Of each kind of photos those to train on and those to judge by, evenly spread; of very few, all to train on.
 
-    Where a photo says itself whether it judges, it does, or of very many one in so many, or it is trained on.
+    A photo is for one of both in all kinds, also where it is in several files: as `detguard attack` made it, or copied.
+    Where it says itself whether it judges, it does, or of very many one in so many, unless the same photo is there
+    without saying so: what a user replays beside a stream is the same each time, and so is to be what it judges.
     """
-    if told := [p for p in photos if _judges(p) is not None]:
-        trained, judging = set_aside([p for p in photos if _judges(p) is None])
-        sure = [p for p in told if _judges(p)]
-        return trained + [p for p in told if not _judges(p)], judging + sure[:: math.ceil(len(sure) / MOST_JUDGED) or 1]
-    distinct = list(dict.fromkeys(map(photo_of, photos)))
-    if len(distinct) < JUDGED_ONE_IN:
-        return list(photos), []
-    judged = set(distinct[:: max(JUDGED_ONE_IN, math.ceil(len(photos) / MOST_JUDGED))])
-    return [p for p in photos if photo_of(p) not in judged], [p for p in photos if photo_of(p) in judged]
+    content = cache(_content)
+    named = [[(one, content(photo_of(one))) for one in photos] for photos in kinds]
+    judging, told = dict[str, bool](), dict[str, bool]()
+    for photos in named:
+        untold = [name for one, name in photos if _judges(one) is None]
+        distinct = [name for name in dict.fromkeys(untold) if name not in judging]
+        judging |= dict.fromkeys(distinct, False)
+        if len(distinct) >= JUDGED_ONE_IN:
+            judged = distinct[:: max(JUDGED_ONE_IN, math.ceil(len(untold) / MOST_JUDGED))]
+            judging |= dict.fromkeys(judged, True)
+        for one, name in photos:
+            told[name] = told.get(name, False) or bool(_judges(one))
+    judging = told | judging
+    made = []
+    for photos in named:
+        sure = [one for one, name in photos if judging[name] and _judges(one) is not None]
+        held = [one for one, name in photos if judging[name] and _judges(one) is None]
+        held += sure[:: math.ceil(len(sure) / MOST_JUDGED) or 1]
+        made.append(([one for one, name in photos if not judging[name]], held))
+    return made
+
+
+def _content(file: Path) -> str:
+    """What copies of a photo have in common: the SHA-256 of their bytes; of one that cannot be read, its path."""
+    try:
+        return hashlib.sha256(read_file(file, MAX_PHOTO)).hexdigest()
+    except FileError:
+        return str(file.absolute())

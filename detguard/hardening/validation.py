@@ -25,6 +25,7 @@ from detguard.hardening.loop import LOG_EVERY
 from detguard.hardening.losses import MAPS, Goal
 from detguard.hardening.train import ADVERSARIAL, Setting, Stage
 from detguard.photos import PADDING_LEVEL, Letterbox, Photo, frames_tensor, read_photo
+from detguard.runs import Run
 
 # Photos that are held out, at most, and at most one in so many of all.
 HELD_OUT, ONE_IN = 32, 20
@@ -44,23 +45,30 @@ def file_of(entry: Path | Labelled) -> Path:
 
 
 def photo_of(entry: Path | Labelled) -> Path:
-    """What is one photo in several files: what `detguard attack` makes of one has its key in common.
+    """What is one photo in several files: of what `detguard attack` made, the clean photo of its record.
 
-    That is samples/images/KEY--NAME, adversarial/KEY.png and group/KEY/NAME.
+    Files of one have its key in common: samples/images/KEY--NAME, adversarial/KEY.png and group/KEY/NAME. Where there
+    is no record of it, it is run/KEY.
     """
     file = file_of(entry)
     folder = file.absolute().parent
     if (run := _run_of(folder)) is None:
         return file
     if folder == run / "adversarial":
-        return run / file.stem
-    key = folder.name if folder.parent == run / "group" else file.stem.rpartition("--")[0]
-    return run / key if key else file
+        key = file.stem
+    else:
+        key = folder.name if folder.parent == run / "group" else file.stem.rpartition("--")[0]
+    return _clean_photos(run).get(key, run / key) if key else file
 
 
 @cache
 def _run_of(folder: Path) -> Path | None:
     return attack_run(folder)
+
+
+@cache
+def _clean_photos(run: Path) -> dict[str, Path]:
+    return {one["key"]: Path(one["photo"]) for one in Run(run, {"command": "attack"}).each()}
 
 
 def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:

@@ -203,8 +203,7 @@ class Adapting:
         # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
         kept = self.ranks.given(lambda: [read_labelled(str(self.run.folder / name), "", names) for name in KEPT])
         files = [Path(file) for file in config["replayed"]]
-        (shown, new_judged), (labelled, old_judged) = map(set_aside, kept)
-        files, unlabelled_judged = set_aside(files)
+        (shown, new_judged), (labelled, old_judged), (files, unlabelled_judged) = set_aside(*kept, files)
         self.new, unread = read_photos([(shown, 1.0)], self.imgsz, plain=True)
         self.unread += unread
         self.old: PhotoSet | None = None

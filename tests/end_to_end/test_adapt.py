@@ -13,10 +13,14 @@ import yaml
 from program import Started, detguard, hurried, refusal, together
 from safetensors.torch import load_file
 
+from detguard import attack as detguard_attack
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_detector, save_gated
 from detguard.engine import bf16_helps
+from detguard.hardening.validation import photo_of
+from detguard.ranks import ALONE
 from detguard.reports.evaluation import number as shown_as
+from detguard.workflows.adapt import Adapting
 
 # A head alone learns nothing of photos in which the layers before it see nothing.
 OPTIONS = ("--new", "dark.jsonl", "--replay", "day.jsonl", "--batch", 8, "--rate", 3e-3, "--expert", "adapter")
@@ -53,6 +57,20 @@ def adapted(place):
     result = detguard("adapt", "--model", "ensemble.safetensors", *OPTIONS, "--photos", 160, "--out", "run", cwd=place)
     assert result.returncode == 0, result.stderr
     return result
+
+
+def test_a_photo_that_is_attacked_and_replayed_too_is_learned_from_or_judges_in_both(place, bundled, monkeypatch):
+    monkeypatch.chdir(place)
+    files = [place / f"photos/day{number}.png" for number in range(1, 10)]
+    list(detguard_attack(bundled, files, transforms="none", steps=1, out=place / "attack"))
+    job = Adapting.begin(
+        str(place / "ensemble.safetensors"), [str(place / "attack")], {}, ALONE,
+        replay=[str(place / "day.jsonl")], out=place / "both",
+    )  # fmt: skip
+    job.load(1)
+    for judged, others in ((job.judged["new"], job.old), (job.judged["old"], job.new)):
+        assert judged
+        assert not {photo_of(one).stem for one in judged} & {photo_of(one).stem for one in others.labels}
 
 
 def figures(text, kind):

@@ -336,7 +336,7 @@ def test_the_mode_goes_by_the_number_of_new_photos():
 def test_photos_to_judge_by_are_not_trained_on():
     photos = [Labelled(Path(str(name)), None) for name in range(1000)]
     for count, most in ((1, 0), (4, 0), (11, 3), (1000, 64)):
-        trained, judged = set_aside(photos[:count])
+        ((trained, judged),) = set_aside(photos[:count])
         assert most - 2 <= len(judged) <= most
         assert {one.file for one in trained} | {one.file for one in judged} == {one.file for one in photos[:count]}
         assert not {one.file for one in trained} & {one.file for one in judged}
@@ -345,10 +345,31 @@ def test_photos_to_judge_by_are_not_trained_on():
 
 def test_photos_say_themselves_whether_they_judge():
     told = [Labelled(Path(str(name)), None, judges=name < 150) for name in range(300)]
-    trained, judged = set_aside([*told, *(Labelled(Path(f"other-{name}"), None) for name in range(10))])
+    ((trained, judged),) = set_aside([*told, *(Labelled(Path(f"other-{name}"), None) for name in range(10))])
     assert [int(one.file.name) for one in judged if one.judges] == list(range(0, 150, 3))
     assert len(judged) - 50 == 2
     assert {one.file.name for one in trained if one.judges is not None} == {str(name) for name in range(150, 300)}
+
+
+def test_a_photo_in_several_files_is_not_learned_from_in_one_and_judged_in_another(tmp_path):
+    for number in range(12):
+        for name in (f"{number}.png", f"copy-{number}.png", f"again-{number}.png"):
+            (tmp_path / name).write_bytes(str(number).encode())
+    copies = [
+        Labelled(tmp_path / f"{name}-{n}.png", None, judges=name == "again" if n % 2 else None if n < 6 else n == 8)
+        for name in ("copy", "again")
+        for n in range(1, 12)
+    ]
+    files = [tmp_path / f"{number}.png" for number in range(12)]
+    for kinds in ((copies, files), (copies[:11], files[:1] + files[6:]), (copies[1::2], copies[::2], files)):
+        made = set_aside(*kinds)
+        learned, judging = (
+            {getattr(one, "file", one).read_bytes() for parts in made for one in parts[side]} for side in (0, 1)
+        )
+        assert judging
+        assert learned
+        assert not learned & judging
+        assert sum(len(part) for parts in made for part in parts) == sum(map(len, kinds))
 
 
 def test_of_samples_of_an_attack_those_of_one_photo_stay_together(tmp_path):
@@ -358,12 +379,11 @@ def test_of_samples_of_an_attack_those_of_one_photo_stay_together(tmp_path):
     for command, parts in (("attack", 3), ("detect", 1)):
         (tmp_path / "config.yaml").write_text(f"command: {command}\n")
         _run_of.cache_clear()
-        for split in (set_aside, hold_out):
-            trained, held = split(files)
+        for trained, held in (*set_aside(files), hold_out(files)):
             shared = {file.name[:2] for file in trained} & {file.name[:2] for file in held}
             assert held
             assert bool(shared) is (parts == 1)
-        assert len(set_aside(files)[1]) == 24
+        assert len(set_aside(files)[0][1]) == 24
     _run_of.cache_clear()
 
 

@@ -59,8 +59,7 @@ def test_of_an_attack_without_samples_those_of_one_photo_stay_together(tmp_path)
     names = [f"{number:02d}" for number in range(40)]
     files = [tmp_path / f"adversarial/{name}.png" for name in names]
     files += [tmp_path / f"group/{name}/{kind}.png" for name in names for kind in ("median-3", "jpeg-75")]
-    for split in (set_aside, hold_out):
-        trained, held = split(files)
+    for trained, held in (*set_aside(files), hold_out(files)):
         keys = [{photo_of(file).name for file in part} for part in (trained, held)]
         assert keys[1]
         assert keys[0] | keys[1] == set(names)
@@ -70,7 +69,7 @@ def test_of_an_attack_without_samples_those_of_one_photo_stay_together(tmp_path)
 def test_one_photo_in_many_files_is_trained_on(tmp_path):
     (tmp_path / "config.yaml").write_text("command: attack\n")
     files = [tmp_path / f"group/bus/jpeg-{quality}.jpg" for quality in range(50, 60)]
-    assert set_aside(files) == (files, [])
+    assert set_aside(files) == [(files, [])]
 
 
 def test_what_is_told_is_the_divergence_from_the_teacher_with_and_without_an_attack(held, networks):
