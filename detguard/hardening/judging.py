@@ -38,13 +38,14 @@ class Judgement:
     """What a detector knew of photos before and after a training.
 
     photos: how many there are of each kind; answers: the detector whose answers are what is to be found, of the kinds
-    that have no labels.
+    that have no labels; with_objects: how many photos F1 is of, as of the others nothing is to be found.
     """
 
     photos: dict[str, int] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     before: Figures = field(default_factory=dict)
     after: Figures = field(default_factory=dict)
+    with_objects: dict[str, int] = field(default_factory=dict)
 
     @property
     def by(self) -> dict[str, str]:

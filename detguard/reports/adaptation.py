@@ -25,7 +25,8 @@ def verdict(judged: Judgement) -> str:
 def judged_before_after(judged: Judgement, config: Config) -> Table:
     """Figures before and after of each kind of photos; config: of the run."""
     eps = judged_eps(config["adapt"]["eps"])
-    note = f"Attacked are the first of the old ones, at {eps} of 255 levels, by PGD of {STEPS} steps on the loss."
+    by = f"by PGD of {STEPS} steps on the loss"
+    note = f"Attacked are the first of the old ones with objects, at {eps} of 255 levels, {by}."
     return judged_table(judged, note if ATTACKED in judged.photos else "")
 
 

@@ -114,6 +114,11 @@ def read_sources(
     return shown, old, files
 
 
+def with_objects(photos: Sequence[Labelled]) -> list[Labelled]:
+    """Those in which something is to be found, which F1 is of."""
+    return [one for one in photos if len(one.objects)]
+
+
 @dataclass
 class Adapting:
     """A run of `adapt`. network: the ensemble that learns; imgsz: of its frames; ranks: the first of them writes."""
@@ -225,7 +230,8 @@ class Adapting:
         if asked and self.ranks.first:
             self.judged["old"] = answered(self._detector(), asked, names)
             self.answers |= dict.fromkeys(("old", ATTACKED), Path(config["model"]).stem)
-        self.judged[ATTACKED] = self.judged["old"][:MOST_ATTACKED]
+        # Of others an attack can take nothing, and nobody could tell whether the ensemble still resists.
+        self.judged[ATTACKED] = with_objects(self.judged["old"])[:MOST_ATTACKED]
 
     def _detector(self) -> GatedDetector:
         """The ensemble as it is now, to be looked through."""
@@ -253,7 +259,9 @@ class Adapting:
     def judgement(self, before: Figures, on_photo: Callable[[], None] = lambda: None) -> Judgement:
         """What the ensemble knew `before`, and what it knows now, which the run keeps; on_photo: as of `figures`."""
         after = self.figures(on_photo)
-        made = Judgement({kind: len(self.judged[kind]) for kind in before}, self.answers, before, after)
+        of = {kind: self.judged[kind] for kind in before}
+        counts, judging = ({kind: len(by(of[kind])) for kind in of} for by in (list, with_objects))
+        made = Judgement(counts, self.answers, before, after, judging)
         if self.ranks.first:
             made.keep(self.run)
         return made

@@ -42,6 +42,8 @@ EVENTS = "events.jsonl"
 PHOTOS = "photos"
 # What may be lost of the F1 of old kinds, as they are and attacked, of which there are few: as much as chance moves it.
 LOST, LOST_ATTACKED = 0.01, 0.05
+# And of the F1 of attacked ones, what is left at least, of what there was: of little, the above might be all.
+LEFT_ATTACKED = 0.5
 # What becomes of an adaptation, and of a detector that it replaced.
 DEPLOYED, KEPT, ROLLED_BACK = "deployed", "kept", "rolled back"
 # Multiples of it one after the other are evenly spread (Knuth 1973, 6.4).
@@ -480,7 +482,7 @@ class Living(Deployment):
             self._failed(why, for_good=bool(said) and not (folder / "config.yaml").exists())
             return
         found: dict[str, Any] = read_json(folder / FIGURES)
-        fits, why = verdict(found["before"], found["after"], found["photos"])
+        fits, why = verdict(found["before"], found["after"], found["with_objects"])
         made = f"{event['folder']}/weights/adapted.safetensors"
         if fits:
             try:
@@ -551,22 +553,20 @@ def verdict(before: Figures, after: Figures, photos: Mapping[str, int]) -> tuple
     """Whether what was made by adapting is to take the place of what it was made from, and why.
 
     before, after: figures of photos that were not learned from, by kind: new, old, and old ones attacked; photos: how
-    many these are.
+    many of these have objects, which F1 is of.
     """
     known = {of: (before[of]["F1"], after[of]["F1"]) for of in before.keys() & after.keys()}
     judged = {of: (was, now) for of, (was, now) in known.items() if was is not None and now is not None}
-    if missing := " and ".join(kind for kind in ("new", "old") if kind not in judged):
+    if missing := " and ".join(kind for kind in ("new", "old", ATTACKED) if kind not in judged):
         return False, f"there are no {missing} photos with objects to judge it by"
-    new, old = judged["new"], judged["old"]
+    new, old, attacked = (judged[kind] for kind in ("new", "old", ATTACKED))
     why = (
         f"F1 {new[0]:.3f} -> {new[1]:.3f} on {photos['new']} new photos, "
-        f"{old[0]:.3f} -> {old[1]:.3f} on {photos['old']} old ones"
+        f"{old[0]:.3f} -> {old[1]:.3f} on {photos['old']} old ones, "
+        f"{attacked[0]:.3f} -> {attacked[1]:.3f} on {photos[ATTACKED]} attacked ones"
     )
-    fits = new[1] > new[0] and old[1] >= old[0] - LOST
-    if resists := judged.get(ATTACKED):
-        why += f", {resists[0]:.3f} -> {resists[1]:.3f} on {photos[ATTACKED]} attacked ones"
-        fits = fits and resists[1] >= resists[0] - LOST_ATTACKED
-    return fits, why
+    resists = attacked[1] >= max(attacked[0] - LOST_ATTACKED, attacked[0] * LEFT_ATTACKED)
+    return new[1] > new[0] and old[1] >= old[0] - LOST and resists, why
 
 
 def event_line(event: Record) -> str:

@@ -73,6 +73,20 @@ def test_a_photo_that_is_attacked_and_replayed_too_is_learned_from_or_judges_in_
         assert not {photo_of(one).stem for one in judged} & {photo_of(one).stem for one in others.labels}
 
 
+def test_of_old_photos_those_with_objects_are_attacked(place, monkeypatch):
+    monkeypatch.chdir(place)
+    lines = [json.loads(line) for line in (place / "day.jsonl").read_text().splitlines()]
+    lines[0]["objects"] = []  # the first that judges
+    (place / "first.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = Adapting.begin(
+        str(place / "ensemble.safetensors"), ["dark.jsonl"], {}, ALONE, replay=["first.jsonl"], out=place / "first"
+    )
+    job.load(1)
+    told = job.judgement(job.figures())
+    assert told.photos == {"new": 2, "old": 2, "attacked": 1}
+    assert told.with_objects == {"new": 2, "old": 1, "attacked": 1}
+
+
 def figures(text, kind):
     rows = re.findall(rf"\d+ {kind} photos +│ (\w+) +│ +([.\d]+) +│ +([.\d]+) ", text)
     return {figure: (float(before), float(after)) for figure, before, after in rows}

@@ -16,6 +16,7 @@ from detguard.data.stream import Labelled, Labels, to_lines
 from detguard.detections import Detections
 from detguard.detectors.gated import GatedDetector, GatedNetwork
 from detguard.detectors.load import fused, save_gated
+from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import MOST_WINDOWS, Deployment, observe
 from detguard.photos import encode_png, read_photo
 from detguard.reports.monitoring import drop_items
@@ -25,6 +26,16 @@ from detguard.workflows.monitor import Drops, film
 
 KEEP = 5
 PHOTOS = {"new": 13, "old": 20, "attacked": 8}
+
+
+def figures(f1):
+    return {"F1": f1, "AP": 0.5, "AP50": 0.5, "AP_error": None}
+
+
+def judged(living, before, after):
+    """What an adaptation writes at its end."""
+    (folder := living.run.folder / "adapted/001").mkdir(parents=True, exist_ok=True)
+    Judgement(PHOTOS, {}, before, after, PHOTOS).keep(Run(folder, {}))
 
 
 def test_photos_that_may_be_learned_from_outlast_the_camera_and_are_bounded(tmp_path, bundled):
@@ -389,11 +400,8 @@ def test_a_drop_may_reach_back_over_photos_without_objects(tmp_path, bundled):
 def test_of_an_adaptation_that_is_not_deployed_its_records_alone_stay(tmp_path, bundled):
     living = unlucky(tmp_path, bundled)
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
-    kinds = {"new": {"F1": 0.5}, "old": {"F1": 0.5}}
-    living.run.write(
-        "adapted/001/figures.json",
-        json.dumps({"before": kinds, "after": kinds, "photos": dict.fromkeys(kinds, 5)}).encode(),
-    )
+    kinds = {kind: figures(0.5) for kind in PHOTOS}
+    judged(living, kinds, kinds)
     living.run.write("adapted/001/state/adapt.pt", b"large")
     living.run.write("adapted/001/weights/adapted.safetensors", b"large")
     living.child = subprocess.Popen([sys.executable, "-c", ""])
@@ -470,11 +478,8 @@ def test_what_is_better_and_cannot_be_loaded_is_tried_again_before_it_is_given_u
     monkeypatch.setattr(Living, "RETRIES", 1)
     monkeypatch.setattr(Living, "_start", lambda self, event: setattr(self, "child", subprocess.Popen(["true"])))
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "m"})
-    before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
-    living.run.write(
-        "adapted/001/figures.json",
-        json.dumps({"before": before, "after": after, "photos": dict.fromkeys(before, 5)}).encode(),
-    )
+    before, after = ({kind: figures(f1 if kind == "new" else 0.5) for kind in PHOTOS} for f1 in (0.1, 0.5))
+    judged(living, before, after)
     living.run.write("adapted/001/weights/adapted.safetensors", b"damaged")
     for number in range(1, 60):
         show(living, number)
@@ -566,11 +571,8 @@ def test_a_copy_that_a_kill_left_without_a_record_is_not_the_next_photo_of_its_n
 def test_of_what_is_deployed_the_weights_stay_and_the_state_goes(living, monkeypatch, code):
     monkeypatch.setattr(Living, "_load", lambda *_: None)
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
-    before, after = ({"new": {"F1": f1}, "old": {"F1": 0.5}} for f1 in (0.1, 0.5))
-    living.run.write(
-        "adapted/001/figures.json",
-        json.dumps({"before": before, "after": after, "photos": dict.fromkeys(before, 5)}).encode(),
-    )
+    before, after = ({kind: figures(f1 if kind == "new" else 0.5) for kind in PHOTOS} for f1 in (0.1, 0.5))
+    judged(living, before, after)
     for name in ("state/adapt.pt", "weights/adapted.safetensors"):
         living.run.write(f"adapted/001/{name}", b"large")
     living.child = subprocess.Popen([sys.executable, "-c", f"exit({code})"])
@@ -699,27 +701,32 @@ def test_of_a_camera_nothing_is_gone_on_with(tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_deployed_is_better_on_new_photos_and_no_worse_on_old_ones(new, old, fits):
-    before, after = ({"new": {"F1": new[i]}, "old": {"F1": old[i]}} for i in (0, 1))
+    before, after = ({"new": {"F1": new[i]}, "old": {"F1": old[i]}, "attacked": {"F1": 0.3}} for i in (0, 1))
     assert verdict(before, after, PHOTOS)[0] is fits
 
 
-@pytest.mark.parametrize(("attacked", "fits"), [((0.3, 0.26), True), ((0.3, 0.24), False)])
+@pytest.mark.parametrize(
+    ("attacked", "fits"),
+    [((0.3, 0.26), True), ((0.3, 0.24), False), ((0.04, 0.03), True), ((0.04, 0.01), False), ((0.0, 0.0), True)],
+)
 def test_what_resists_attacks_less_is_not_deployed(attacked, fits):
     before, after = (
         {"new": {"F1": f1}, "old": {"F1": 0.6}, "attacked": {"F1": attacked[f1 > 0.3]}} for f1 in (0.2, 0.5)
     )
     told = verdict(before, after, PHOTOS)
     assert told[0] is fits
-    assert told[1].endswith(f"0.300 -> {attacked[1]:.3f} on 8 attacked ones")
+    assert told[1].endswith(f"{attacked[0]:.3f} -> {attacked[1]:.3f} on 8 attacked ones")
     assert told[1].startswith("F1 0.200 -> 0.500 on 13 new photos, 0.600 -> 0.600 on 20 old ones")
 
 
-def test_without_old_photos_nothing_is_deployed():
-    refused = False, "there are no old photos with objects to judge it by"
+def test_without_old_photos_as_they_are_and_attacked_nothing_is_deployed():
+    refused = False, "there are no old and attacked photos with objects to judge it by"
     assert verdict({"new": {"F1": 0.1}}, {"new": {"F1": 0.9}}, PHOTOS) == refused
     assert (
         verdict({"new": {"F1": 0.1}, "old": {"F1": None}}, {"new": {"F1": 0.9}, "old": {"F1": None}}, PHOTOS) == refused
     )
+    before, after = ({"new": {"F1": f1}, "old": {"F1": 0.6}, "attacked": {"F1": None}} for f1 in (0.1, 0.9))
+    assert verdict(before, after, PHOTOS) == (False, "there are no attacked photos with objects to judge it by")
 
 
 @pytest.mark.parametrize("parts", [["--trust"], ["--out=/tmp/x"], ["--model", "evil:make"]])
