@@ -4,6 +4,7 @@ Another process adapts the ensemble to the photos since the drop, while the stre
 made takes the ensemble's place only where it is better on photos of the new kind, and no worse on those of old ones.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -107,7 +108,7 @@ class Living(Deployment):
         self._loaded = ("", self.first)
         self._written = -1.0, 0.0
 
-    def _change(self, number: int) -> Record:
+    def _change(self, number: float) -> Record:
         """The event by which the ensemble that sees a photo was deployed; of the first one, the beginning."""
         changes = [e for e in self.events if e["event"] in (DEPLOYED, ROLLED_BACK) and e["number"] < number]
         return changes[-1] if changes else {"number": 0, "model": self.run.config["detector"]["model"]}
@@ -467,8 +468,8 @@ class Living(Deployment):
 
     @property
     def last_model(self) -> str:
-        """The ensemble that sees the next photo, as events name it."""
-        return str(self._change(self.number + 1)["model"])
+        """The ensemble that was deployed last, as events name it: a resumed run goes back to photos before that."""
+        return str(self._change(math.inf)["model"])
 
     def _judge(self) -> None:
         assert self.child is not None

@@ -551,6 +551,14 @@ def test_an_ensemble_is_judged_from_the_photo_on_that_it_was_deployed_after(livi
     assert [living.since(number) for number in (7, 8, 9)] == [0, 7, 7]
 
 
+def test_what_a_resumed_run_learns_next_begins_with_what_was_deployed_last_though_it_sees_earlier_photos_again(living):
+    living.number = 30
+    note(living, "deployed", "a")
+    again = Living(living.run, living.first)  # whose records are cut back to whole windows
+    again.number = 24
+    assert (again.model(25), again.last_model) == ("first", "a")
+
+
 def test_what_is_deployed_sees_frames_and_boxes_as_the_first_does(living, monkeypatch):
     asked = []
     monkeypatch.setattr("detguard.workflows.living.load_detector", lambda *given: asked.append(given))
