@@ -253,7 +253,7 @@ def harden(
     if dry_run:
         sys.exit(show_cost(job, workers, as_json=as_json))
     if log and job.ranks.first:
-        track(job.run, log)
+        track(job.run, log, show_warning)
     sys.exit(run_hardening(job, workers, as_json=as_json))
 
 

@@ -1,10 +1,12 @@
 """Records of a training for TensorBoard and the like, by Accelerate's trackers."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.runs import Record, Run
 
 
@@ -24,12 +26,13 @@ def check_tracker(name: str) -> Any:
     return LOGGER_TYPE_TO_CLASS[name]
 
 
-def track(run: Run, name: str) -> None:
+def track(run: Run, name: str, on_warning: Callable[[str], object] = warnings.warn) -> None:
     """Have a tracker log the numbers of every record that is appended to the run from now on, as stage/name by batch.
 
     Stages count their batches anew: Weights & Biases, whose steps only grow, gets the number as stage/batch.
 
-    Trackers that write files write them into the run: tensorboard --logdir RUN.
+    Trackers that write files write them into the run: tensorboard --logdir RUN. One that fails, as without a network,
+    ends no training, whose records the run has: `on_warning` is called the first time.
 
     Raises:
         DetguardError: as `check_tracker`.
@@ -37,13 +40,19 @@ def track(run: Run, name: str) -> None:
     kind = check_tracker(name)
     tracker = kind(name, run.folder) if kind.requires_logging_directory else kind(f"detguard-{run.config['command']}")
     tracker.start()
+    failed = list[Exception]()
 
     def log(record: Record) -> None:
         stage, batch = record.get("stage", ""), record.get("batch")
         numbers = {f"{stage}/{k}": v for k, v in record.items() if k != "batch" and isinstance(v, int | float)}
-        if name == "wandb":
-            tracker.log(numbers | {f"{stage}/batch": batch})
-        else:
-            tracker.log(numbers, step=batch)
+        try:
+            if name == "wandb":
+                tracker.log(numbers | {f"{stage}/batch": batch})
+            else:
+                tracker.log(numbers, step=batch)
+        except Exception as error:
+            if not failed:
+                on_warning(f"`log` {name}: fails ({first_line(error)}); training goes on, and {run.folder} has it all")
+            failed.append(error)
 
     run.on_record = log
