@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
-from detguard import defaults
+from detguard import DetguardError, defaults
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
@@ -13,9 +14,11 @@ from detguard.evaluation.attacks import attack_objective, attacked, pgd_options
 from detguard.evaluation.coco import f1, metrics_of_photos
 from detguard.evaluation.metrics import Figure
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.files import read_json
 from detguard.hardening.validation import STEPS, Entry, file_of
 from detguard.photos import Photo, PhotoError, read_photo
 from detguard.runs import Run
+from detguard.schema import misfit, shape_of
 
 # Of a run, what it knew of photos before and after.
 FIGURES = "figures.json"
@@ -55,6 +58,18 @@ class Judgement:
     def keep(self, run: Run) -> None:
         """Write it to the run."""
         run.write(FIGURES, (json.dumps(asdict(self)) + "\n").encode())
+
+    @classmethod
+    def kept(cls, folder: Path) -> "Judgement":
+        """What a run keeps.
+
+        Raises:
+            DetguardError: nothing that detguard wrote.
+        """
+        found = read_json(folder / FIGURES)
+        if wrong := misfit(found, {name: shape_of(of) for name, of in get_type_hints(cls).items()}):
+            raise DetguardError(f"{folder / FIGURES}: not one that detguard wrote ({wrong})")
+        return cls(**found)
 
 
 def judged_eps(eps: float) -> int:

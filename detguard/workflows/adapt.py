@@ -276,7 +276,9 @@ class Adapting:
         """
         config = self.run.config
         card = read_card(config["model"])
-        card |= {"adapted": [*card.get("adapted", []), config["adapt"] | {"from": Path(config["model"]).stem}]}
+        before = card.get("adapted")
+        before = before if isinstance(before, list) else []
+        card |= {"adapted": [*before, config["adapt"] | {"from": Path(config["model"]).stem}]}
         made = train_experts(
             self.network, card, self.new, self.old, self.plan, self.setting, self.run, on_batch, on_fit
         )

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,9 +29,9 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import MOST_EXPERTS
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
-from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, FileError, parse_json, read_file, read_json
+from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, FileError, parse_json, read_file
 from detguard.hardening.adapt import JUDGED_ONE_IN
-from detguard.hardening.judging import FIGURES, Figures
+from detguard.hardening.judging import FIGURES, Figures, Judgement
 from detguard.hardening.monitor import MOST_WAITING, MOST_WINDOWS, Deployment, Monitor
 from detguard.hardening.validation import ATTACKED
 from detguard.runs import Record, Run
@@ -430,6 +429,8 @@ class Living(Deployment):
 
     def _start(self, event: Record) -> None:
         folder = self.run.path(event["folder"])
+        with suppress(OSError):  # so that what is judged is what it writes itself
+            (folder / FIGURES).unlink()
         command = [sys.executable, "-m", "detguard", "adapt", "--device", self.device]
         if (folder / "config.yaml").exists():
             command += ["--resume", str(folder), *self._workers]
@@ -482,8 +483,12 @@ class Living(Deployment):
             # What it does not take, as growth over its limit, it will not take later.
             self._failed(why, for_good=bool(said) and not (folder / "config.yaml").exists())
             return
-        found: dict[str, Any] = read_json(folder / FIGURES)
-        fits, why = verdict(found["before"], found["after"], found["with_objects"])
+        try:
+            found = Judgement.kept(folder)
+        except DetguardError as error:
+            self._failed(str(error))
+            return
+        fits, why = verdict(found.before, found.after, found.with_objects)
         made = f"{event['folder']}/weights/adapted.safetensors"
         if fits:
             try:
@@ -493,7 +498,7 @@ class Living(Deployment):
                 return
         self._close(DEPLOYED if fits else KEPT, made if fits else event["model"], why, found)
 
-    def _failed(self, why: str, found: Mapping[str, Figures] = MappingProxyType({}), *, for_good: bool = False) -> None:
+    def _failed(self, why: str, found: Judgement = Judgement(), *, for_good: bool = False) -> None:
         """What adapts has come to no good end: it is tried again, later each time, and in the end given up."""
         self.failures += 1
         if for_good or self.failures > self.RETRIES:
@@ -503,10 +508,8 @@ class Living(Deployment):
         by = "a resumed run tries it again" if self.over and self._live else "it is tried again"
         self.report(f"photo {self.number}: {why}; {by}")
 
-    def _close(
-        self, event: str, model: str, why: str = "", found: Mapping[str, Figures] = MappingProxyType({})
-    ) -> None:
-        figures = {when: found.get(when, {}) for when in ("before", "after")}
+    def _close(self, event: str, model: str, why: str = "", found: Judgement = Judgement()) -> None:
+        figures = {"before": found.before, "after": found.after}
         if self.last["event"] == "adapting":  # or what is not used would fill the disk in a year
             for part in ("state", *(["weights"] if event == KEPT else [])):
                 shutil.rmtree(self.run.path(self.last["folder"]) / part, ignore_errors=True)
@@ -556,7 +559,7 @@ def verdict(before: Figures, after: Figures, photos: Mapping[str, int]) -> tuple
     before, after: figures of photos that were not learned from, by kind: new, old, and old ones attacked; photos: how
     many of these have objects, which F1 is of.
     """
-    known = {of: (before[of]["F1"], after[of]["F1"]) for of in before.keys() & after.keys()}
+    known = {of: (before[of]["F1"], after[of]["F1"]) for of in before.keys() & after.keys() & photos.keys()}
     judged = {of: (was, now) for of, (was, now) in known.items() if was is not None and now is not None}
     if missing := " and ".join(kind for kind in ("new", "old", ATTACKED) if kind not in judged):
         return False, f"there are no {missing} photos with objects to judge it by"

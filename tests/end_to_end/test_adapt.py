@@ -225,14 +225,20 @@ def test_unreadable_photos_are_named_and_the_rest_is_learned(place):
     (place / "photos/broken.png").write_bytes(b"no photo")
     broken = json.dumps({"photo": "photos/broken.png", "objects": []}) + "\n"
     (place / "some.jsonl").write_text((broken + lines + broken).replace('"person"', '"pedestrian"'))
+    card = json.loads((place / "ensemble.json").read_text()) | {"adapted": None}
+    (place / "stranger.json").write_text(json.dumps(card))
+    (place / "stranger.safetensors").write_bytes((place / "ensemble.safetensors").read_bytes())
     options = ("--new", "some.jsonl", "--map", "pedestrian=person", "--photos", 8, "--batch", 4, "--out", "some")
-    result = detguard("adapt", "--model", "ensemble.safetensors", *options, cwd=place, preexec_fn=hurried)
+    result = detguard("adapt", "--model", "stranger.safetensors", *options, cwd=place, preexec_fn=hurried)
     (place / "photos/broken.png").unlink()
     assert result.returncode == 2
     assert "broken.png" in result.stderr
     assert "without --replay" in result.stderr
     assert '"class": "person"' in (place / "some/new.jsonl").read_text()
     assert load_detector(place / "some/weights/adapted.safetensors")
+    assert [one["from"] for one in json.loads((place / "some/weights/adapted.json").read_text())["adapted"]] == [
+        "stranger"
+    ]
 
 
 LEARNING = "--photos 160 --batch 8 --rate 3e-3 --expert adapter"

@@ -491,6 +491,28 @@ def test_what_is_better_and_cannot_be_loaded_is_tried_again_before_it_is_given_u
     assert not (living.run.folder / "adapted/001/weights").exists()
 
 
+@pytest.mark.parametrize("figures", [{}, {"before": {"new": {}}}, [], {"photos": None}])
+def test_figures_that_are_none_deploy_nothing(tmp_path, bundled, figures):
+    living = unlucky(tmp_path, bundled)
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    living.run.write("adapted/001/figures.json", json.dumps(figures).encode())
+    living.child = subprocess.Popen([sys.executable, "-c", ""])
+    living.child.wait()
+    show(living, 1)
+    assert living.last["event"] == "kept"
+    assert "figures.json: not one that detguard wrote" in living.last["why"]
+
+
+def test_figures_that_were_there_before_an_adaptation_judge_nothing(living):
+    living.run.config |= {"replay": [], "stream": {"class_map": {}}}
+    living.run.write("adapted/001.replay.jsonl", b"")
+    judged(living, {}, {})
+    living._start({"folder": "adapted/001", "model": "m"})
+    living.child.kill()
+    living.child.wait()
+    assert not (living.run.folder / "adapted/001/figures.json").exists()
+
+
 def test_what_refuses_to_adapt_is_not_asked_again(tmp_path, bundled, monkeypatch):
     living = unlucky(tmp_path, bundled)
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
