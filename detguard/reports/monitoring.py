@@ -242,9 +242,10 @@ def monitor_page(
     if records and records[0]["number"] > 1:  # of a longer stream
         photos = f"the last {photos}"
     subtitle = f"{photos}, {counts(len(alarms), 'alarm')}; {options['detector']}, windows of {options['window']}"
-    deployed = [event["number"] for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]
     plots = {}
     if rows:
+        changes = [event["number"] for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]
+        deployed = [number for number in changes if number >= rows[0]["first"]]  # or all photos would be at one end
         line = timeline_plot(rows, [(r["began"], alarmed(r)) for r in alarms], deployed)
         plots["Accuracy over the stream"] = line
     title = f"Monitor: {run.config['detector']['model']}"

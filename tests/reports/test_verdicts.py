@@ -17,6 +17,7 @@ from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.judged import judged_table
 from detguard.reports.page import Table, short_names
 from detguard.reports.tables import counts, duration, percents, terminal_table
+from detguard.runs import Run
 
 
 def photo(key, **left):
@@ -50,6 +51,16 @@ def test_photos_that_were_not_attacked_are_told_with_why_errors_first():
     table = attack.not_attacked([photo("a", photo=0.1), *left, {"key": "e", "status": "error", "error": "e.png: gone"}])
     assert table.rows[:3] == [["e", "e.png: gone"], ["n0", "without target for other"], ["n1", "without target"]]
     assert (len(table.rows), table.note) == (attack.MOST_LEFT_OUT, "And 1 more.")
+
+
+def test_a_timeline_of_the_end_of_a_stream_has_the_detectors_that_came_then(tmp_path):
+    of_photo = {"photo": "a.png", "objects": [], "f1": 0.5, "confidence": 0.5, "entropy": None, "began": None}
+    records = [of_photo | {"number": number} for number in range(30_001, 30_017)]
+    config = {"monitor": {"detector": "kswin", "window": 8}, "detector": {"model": "m"}, "arguments": []}
+    event = {"event": "deployed", "model": "m", "why": "", "before": {}, "after": {}}
+    for number, shown in ((5, False), (30_009, True)):
+        page = monitoring.monitor_page(Run(tmp_path, config), records, [event | {"number": number}])
+        assert (b"another detector" in page) is shown
 
 
 def test_failures_say_what_is_lacking_where_nothing_is_left():
