@@ -330,7 +330,8 @@ class Living(Deployment):
         recent = max(recent, self.number - MOST_RECENT)
         since = min(self.passed, default=self.number + 1)
         since = min(since, self.last["began"]) if self.last["event"] == "gathering" else since
-        waiting = [number for number, known in self.seen.items() if known.get("labelled") is False][-MOST_WAITING:]
+        bare = [n for n, known in self.seen.items() if known.get("labelled") is False and "error" not in known]
+        waiting = bare[-MOST_WAITING:]
         # While one kind is learned, the next one may come for hours, and be over.
         gathered = [one["number"] for one in self._photos(since, self.number)][: self.options["gather"]]
         needed = self.learned.union(self.reservoir, waiting, gathered)

@@ -117,6 +117,17 @@ def test_copies_of_photos_wait_as_long_as_their_labels_may_come(living, tmp_path
     assert living.file(1, photo).parent.name == "photos"
 
 
+def test_photos_that_cannot_be_read_take_no_place_among_those_that_wait_for_labels(living, tmp_path, monkeypatch):
+    monkeypatch.setattr("detguard.workflows.living.MOST_WAITING", 2)
+    photo = tmp_path / "camera.png"
+    photo.write_bytes(b"1")
+    bare = {"photo": str(photo), "objects": [], "labelled": False}
+    living.saw(bare | {"number": 1, "id": "1", "f1": None, "confidence": 0.5, "entropy": None, "began": None})
+    for number in range(2, 6):
+        living.saw(bare | {"number": number, "id": str(number), "error": "no photo"})
+    assert living.seen.keys() == {1}
+
+
 def test_of_the_photos_that_judge_none_is_ever_learned_from():
     shown = [{"turn": turn} for turn in range(1, 1001)]
     by_parts = [one["judges"] for first in range(0, 1000, 50) for one in with_judges(shown[first : first + 50])]
