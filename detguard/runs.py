@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 from weakref import WeakValueDictionary
 
 import yaml
@@ -349,6 +349,12 @@ class Run:
         Raises:
             RunError: the disk is full or the file cannot be written; then nothing is added. Or the folder is gone.
         """
+        self.append_lines(_line(record), name)
+        if self.on_record and name == RESULTS:
+            self.on_record(record)
+
+    def append_lines(self, lines: bytes, name: str) -> None:
+        """Add whole lines to a file of the run, as `append`."""
         file = self.path(name)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
@@ -356,20 +362,17 @@ class Run:
                 with suppress(OSError):  # a file system without locks, where there is one process alone
                     if fcntl:
                         fcntl.lockf(stream, fcntl.LOCK_EX)  # of several processes of a launch, one after the other
-                end = _end_of_lines(stream)
+                end = _start_of_last(stream, 0)
                 stream.truncate(end)  # half a line, cut short by a kill
                 try:
-                    line = _line(record)
-                    while line:
-                        line = line[stream.write(line) :]
+                    while lines:
+                        lines = lines[stream.write(lines) :]
                     os.fsync(stream.fileno())
                 except OSError:
                     stream.truncate(end)
                     raise
         except OSError as error:
             raise RunError(f"{file}: cannot be written ({error.strerror or error})") from error
-        if self.on_record and name == RESULTS:
-            self.on_record(record)
 
     def records(self, name: str = RESULTS, *, checked: bool = True) -> list[Record]:
         """All whole records of a file of them; a last line that a kill cut short is left out.
@@ -381,10 +384,12 @@ class Run:
         """
         return list(self.each(name, checked=checked, most=MAX_ANNOTATIONS))
 
-    def each(self, name: str = RESULTS, *, checked: bool = True, most: int | None = None) -> Iterator[Record]:
+    def each(
+        self, name: str = RESULTS, *, checked: bool = True, most: int | None = None, last: int | None = None
+    ) -> Iterator[Record]:
         """The records of `records`, one by one: a stream of weeks has more of them than memory holds.
 
-        most: bytes that the file may have.
+        most: bytes that the file may have; last: of so many at the end alone, in the time that these take.
 
         Raises:
             RunError: as `records`.
@@ -393,6 +398,8 @@ class Run:
         if not os.path.lexists(file):
             return
         with open_file(file, most) as stream:
+            if last is not None:
+                stream.seek(_start_of_last(stream, last))
             for number in count(1):
                 if not (line := stream.readline(MAX_LINE)).endswith(b"\n"):
                     if len(line) == MAX_LINE:
@@ -481,15 +488,16 @@ def _line(record: Record) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def _end_of_lines(stream: FileIO) -> int:
-    """Where the last whole line of a file ends."""
+def _start_of_last(stream: FileIO | BinaryIO, count: int) -> int:
+    """Where the last so many whole lines of a file begin; of none, where the last one ends."""
     end = stream.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - (1 << 16))
         stream.seek(start)
-        if (newline := stream.read(end - start).rfind(b"\n")) >= 0:
-            return start + newline + 1
-        end = start
+        ends = [found.end() for found in re.finditer(rb"\n", stream.read(end - start))]
+        if len(ends) > count:
+            return start + ends[-1 - count]
+        count, end = count - len(ends), start
     return 0
 
 

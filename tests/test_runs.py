@@ -437,6 +437,17 @@ def names_of(shape):
     return set().union(*(names_of(one) for one in inner if one is not None))
 
 
+@pytest.mark.parametrize("length", [1, 60_000, 70_000])
+def test_the_last_records_are_read_without_those_before(run, length):
+    records = [{"key": "a" * length, "number": number} for number in range(9)]
+    for record in records:
+        run.append(record)
+    with run.path("results.jsonl").open("ab") as file:
+        file.write(b'{"cut short')
+    for last in (0, 1, 2, 9, 10):
+        assert list(run.each(checked=False, last=last)) == records[9 - min(last, 9) :]
+
+
 @pytest.mark.parametrize("name", ["bus.JPG", "data.yaml"])
 def test_no_run_is_made_among_photos_which_would_be_taken_for_parts_of_it(tmp_path, name):
     (tmp_path / name).touch()

@@ -65,7 +65,7 @@ def film(run: Run, on_warning: Callable[[str], object] = warnings.warn) -> Itera
 
 def recent(run: Run) -> list[Record]:
     """One record of each of a run's last photos, from the start of a window: of months, memory would not hold all."""
-    window, records = run.config["monitor"]["window"], latest(deque(run.each(), maxlen=2 * MOST_TOLD))
+    window, records = run.config["monitor"]["window"], latest(run.each(last=2 * MOST_TOLD))
     last = max((record["number"] for record in records), default=0)
     return [record for record in records if record["number"] > max(0, last - MOST_TOLD) // window * window]
 
@@ -82,16 +82,22 @@ class Drops:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.lines, self.spans, self.told = run, b"", list[tuple[int, int]](), list[Record]()
+        self.run, self.spans, self.told = run, list[tuple[int, int]](), list[Record]()
         self.last = self.count = self.known = self.bare = self.errors = 0
         self.judged = deque[int](maxlen=MOST_WINDOWS * run.config["monitor"]["window"])
         self.recent, self.written = dict[int, Record](), set[int]()
-        for record in run.each():
-            self.saw(record)
-        run.write(DROPPED, self.lines)  # of a run that is gone on with, what was cut off is gone
+        lines = b"".join(self._take(record)[1] for record in run.each())
+        run.write(DROPPED, lines)  # of a run that is gone on with, what was cut off is gone
 
     def saw(self, record: Record) -> Record:
         """Take the next record; where it tells of a drop, that of the photo which it began with is returned."""
+        first, lines = self._take(record)
+        if lines:
+            self.run.append_lines(lines, DROPPED)
+        return first
+
+    def _take(self, record: Record) -> tuple[Record, bytes]:
+        """As `saw`, and the lines of photos of drops that are not written yet."""
         number, began = record["number"], record.get("began")
         self.errors += "error" in record
         self.known += record.get("f1") is not None
@@ -112,15 +118,13 @@ class Drops:
             self.spans.append((began, alarmed(record)))
         new = [n for n in sorted(self.recent) if began <= n <= alarmed(record)] if began is not None else [number]
         new = [n for n in new if n in self.recent and n not in self.written and self._dropped(n)]
-        if new:
-            self.written.update(new)
-            self.lines += to_lines(self.recent[n] for n in new)
-            self.run.write(DROPPED, self.lines)
+        self.written.update(new)
+        lines = to_lines(self.recent[n] for n in new)
         if began is None:
-            return record
+            return record, lines
         first = self.recent.get(began, {"number": began, "photo": ""})
         self.told += [{key: one[key] for key in TOLD if key in one} for one in (first, record)]
-        return first
+        return first, lines
 
     def _dropped(self, number: int) -> bool:
         return any(began <= number <= told for began, told in self.spans)

@@ -22,7 +22,7 @@ from detguard.photos import encode_png, read_photo
 from detguard.reports.monitoring import drop_items
 from detguard.runs import Run
 from detguard.workflows.living import NICENESS, Living, judges, verdict, with_judges
-from detguard.workflows.monitor import Drops, film
+from detguard.workflows.monitor import Drops, film, recent
 
 KEEP = 5
 PHOTOS = {"new": 13, "old": 20, "attacked": 8}
@@ -431,6 +431,27 @@ def test_between_photos_of_a_drop_so_many_without_objects_may_lie(tmp_path, bund
         drops.saw({"number": number, "photo": f"{number}.png", "objects": [], "f1": None, "began": None})
     assert living.seen.keys() == {*range(31, 51), *living.reservoir}
     assert [*drops.recent] == [*range(31, 51)]
+
+
+def test_what_a_drop_writes_and_a_page_reads_does_not_grow_with_the_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr("detguard.workflows.monitor.MOST_TOLD", 8)
+    run = Run(tmp_path, {"command": "monitor", "monitor": {"window": 8}})
+    bare = {"photo": "a.png", "objects": [], "confidence": 0.5, "entropy": None, "began": None, "f1": None}
+    known, drops, written = bare | {"f1": 0.5}, Drops(run), []
+    monkeypatch.setattr(run, "write", lambda *given: written.append(given))
+    records = [known | {"number": number} for number in range(1, 20)] + [bare | {"number": 20, "labelled": False}]
+    records += [known | {"number": 21, "began": 17}, known | {"number": 30, "began": 29}]
+    for record in (*records, known | {"number": 20, "photo": "late.png", "labelled": True}):
+        run.append(record)
+        drops.saw(record)
+    assert not written
+    file = tmp_path / "dropped.jsonl"
+    assert [json.loads(line)["photo"] for line in file.read_text().splitlines()] == ["a.png"] * 5 + ["late.png"]
+    Drops(run)
+    assert written == [("dropped.jsonl", file.read_bytes())]
+    results = tmp_path / "results.jsonl"
+    results.write_text("no json\n" + results.read_text())  # which is read no more
+    assert [record["number"] for record in recent(run)] == [17, 18, 19, 20, 21, 30]
 
 
 def test_the_stream_comes_before_what_adapts(living, tmp_path, monkeypatch):
