@@ -94,6 +94,7 @@ class Living(Deployment):
         self.events = self.run.records(name=EVENTS)
         self.seen, self.reservoir, self.judged, self.number = dict[int, Record](), list[int](), 0, 0
         self.turns = 0  # of those that were judged, among them photos of which nothing is known any more
+        self.turn_of = dict[str, int]()  # by SHA-256, of the last of them: a file that comes again keeps its turn
         self.remembered = deque[int](maxlen=MOST_WINDOWS * self.run.config["monitor"]["window"])
         self.learned = self._learned() if self.last["event"] == "adapting" else set[int]()
         self.passed = set[int]()  # since which photos there are drops that are still to be learned
@@ -314,8 +315,11 @@ class Living(Deployment):
         if record.get("f1") is None or again:
             return
         self.turns += 1
+        turn = self.turn_of.setdefault(record.get("sha256", str(number)), self.turns)
+        if len(self.turn_of) > MOST_RECENT:
+            del self.turn_of[next(iter(self.turn_of))]
         if number in self.seen:
-            self.seen[number]["turn"] = self.turns
+            self.seen[number]["turn"] = turn
             self.remembered.append(number)
             self.judged += 1
             place = self.judged - 1
@@ -375,7 +379,9 @@ class Living(Deployment):
 
     def _few(self, new: Sequence[Record]) -> bool:
         """Whether photos are too few to be learned: one judges, and others have to be left."""
-        return len(new) < min(JUDGED_ONE_IN, self.options["gather"]) or not any(map(judges, new))
+        gather = self.options["gather"]
+        # Of a few files that come again and again none may ever judge by itself.
+        return len(new) < min(JUDGED_ONE_IN, gather) or (len(new) < 2 * gather and not any(map(judges, new)))
 
     def _adapt(self, rose: int | None) -> None:
         """Begin to learn what was gathered, or give it up: of few photos one would judge, and none be left to learn.

@@ -128,6 +128,18 @@ def test_photos_that_cannot_be_read_take_no_place_among_those_that_wait_for_labe
     assert living.seen.keys() == {1}
 
 
+@pytest.mark.parametrize("files", [2, 9])
+def test_a_file_that_a_stream_names_again_judges_again_or_is_learned_from_again(tmp_path, bundled, files):
+    living = unlucky(tmp_path, bundled, gather=12)
+    for number in range(1, 50):
+        show(living, number, began=20 if number == 22 else None, sha256=f"{number % files}")
+    lines = [json.loads(line) for part in ("new", "replay") for line in (tmp_path / f"adapted/001.{part}.jsonl").open()]
+    roles = {(int(Path(line["photo"]).stem) % files, line["judges"]) for line in lines}
+    assert {judging for _, judging in roles} == {True, False}
+    assert len(roles) == files
+    assert unlucky(tmp_path, bundled).turn_of == living.turn_of
+
+
 def test_of_the_photos_that_judge_none_is_ever_learned_from():
     shown = [{"turn": turn} for turn in range(1, 1001)]
     by_parts = [one["judges"] for first in range(0, 1000, 50) for one in with_judges(shown[first : first + 50])]
@@ -205,9 +217,10 @@ def unlucky(folder, bundled, gather=3, **config):
     return Unlucky(Run(folder, {"stream": {"class_map": {}}} | config), bundled)
 
 
-def show(living, number, began=None, f1=0.5):
+def show(living, number, began=None, f1=0.5, **more):
     """A photo of the stream that is judged, and since when accuracy has dropped."""
     record = {"number": number, "photo": f"{number}.png", "objects": [], "f1": f1, "confidence": 0.5, "entropy": None}
+    record |= more
     living.run.append(record | {"began": began})
     living.saw(record | {"began": began})
 
