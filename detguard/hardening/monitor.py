@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from river.drift import ADWIN, KSWIN, PageHinkley
 
-from detguard import DetguardError, defaults
+from detguard import DetguardError, defaults, first_line
 from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, Labels, as_line
 from detguard.detections import Detections
@@ -393,6 +393,18 @@ def _read(photo: Path, copy: Path, sha256: str) -> tuple[Photo, str]:
         raise PhotoError(str(error).replace(str(copy), str(photo))) from error
 
 
+def _found(detector: Detector, shown: Photo, photo: Path) -> Detections:
+    """What is found on a photo, down to a low confidence.
+
+    Raises:
+        DetguardError: the detector refuses it, or its device is full, as beside a training.
+    """
+    try:
+        return detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)[0]
+    except (MemoryError, RuntimeError) as error:
+        raise DetguardError(f"{photo}: cannot be looked at ({first_line(error)})") from error
+
+
 def whole_windows(run: Run, window: int) -> int:
     """How many of a run's records are in whole windows, from whose end a resumed one goes on."""
     return sum(1 for _ in run.each()) // window * window
@@ -451,7 +463,7 @@ def observe(
             if found is None:
                 shown, sha256 = _read(photo.file, deployed.file(number, photo.file), sha256)
                 size = (shown.shape[0], shown.shape[1])
-                (found,) = detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)
+                found = _found(detector, shown, photo.file)
         except DetguardError as error:  # of a detector, too, which may refuse a shape
             record |= {"error": str(error)} | ({"id": one.id} if isinstance(one, Labelled) and one.id else {})
         else:

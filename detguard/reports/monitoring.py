@@ -199,7 +199,8 @@ def dropped(records: Sequence[Record]) -> list[Record]:
 def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
     """The photos of every drop, the least F1 first, as labelled and as found by the detector that saw each.
 
-    Photos that cannot be read any more are left out, as are those whose file is another one by now.
+    Photos that cannot be read any more are left out, as are those whose file is another one by now, and those for which
+    the detector's device has no room just now.
     """
     items = []
     for record in dropped(records)[:MOST_SHOWN]:
@@ -209,9 +210,9 @@ def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
             if not isinstance(labelled, Labelled):
                 raise labelled if isinstance(labelled, DataError) else DetguardError("labels without a photo")
             photo = read_photo(deployed.file(record["number"], labelled.file), record.get("sha256", ""))
-        except DetguardError:
+            found = labelled.counted(detector.detect([photo], SHOWN_CONFIDENCE, multi_label=True)[0])
+        except (DetguardError, MemoryError, RuntimeError):
             continue
-        found = labelled.counted(detector.detect([photo], SHOWN_CONFIDENCE, multi_label=True)[0])
         names = detector.class_names
         sides = (
             panel(f"labelled: {len(labelled.objects)}", photo, of_labels(labelled.objects, names)),

@@ -1,5 +1,6 @@
 """What a monitor that learns remembers of a stream without an end."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from typing_extensions import override
 
 from detguard import DetguardError
@@ -741,6 +743,25 @@ def test_labels_of_a_photo_that_the_next_one_was_written_over_are_not_judged_on_
     assert "latest.png: has changed since" in late["error"]
     assert "f1" not in late
     assert not drop_items(of_drop, Deployment(bundled))
+
+
+def test_a_device_that_is_full_for_a_while_ends_no_stream(tmp_path, bundled, bus):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small, photo = np.ascontiguousarray(bus[::4, ::4]), tmp_path / "a.png"
+    (found,) = bundled.detect([small], 0.25)
+    photo.write_bytes(encode_png(small))
+    short = copy.copy(bundled)
+    records = observe(
+        Run(tmp_path, {"command": "monitor"}), Deployment(short), [Labelled(photo, found)] * 3, "kswin", 8
+    )
+    first = next(records)
+    short.detect = full
+    assert next(records)["error"] == f"{photo}: cannot be looked at (CUDA out of memory)"
+    assert not drop_items([first | {"began": 1}], Deployment(short))
+    short.detect = bundled.detect
+    assert next(records)["f1"] == first["f1"]
 
 
 def test_labels_of_an_id_that_two_photos_have_are_given_to_neither(tmp_path, bundled):
