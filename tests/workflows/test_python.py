@@ -297,10 +297,11 @@ def test_the_example_runs(file, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def hardened(small, tmp_path_factory):
-    """What the other example makes of three photos: the folder and its result."""
+    """What the other example makes of six photos, of which one judges: the folder and its result."""
     folder = tmp_path_factory.mktemp("hardened")
     (folder / "photos").mkdir()
-    for number, photo in enumerate((small, small[:, ::-1], small[40:])):
+    shown = small, small[40:], small[:, 20:]
+    for number, photo in enumerate([*shown, *(one[:, ::-1] for one in shown)]):
         (folder / "photos" / f"{number}.png").write_bytes(encode_png(np.ascontiguousarray(photo)))
     with torch.inference_mode():  # training has gradients all the same
         return folder, example("harden_and_watch").main(str(folder / "photos"), str(folder), quick=True)
@@ -313,7 +314,7 @@ def test_a_detector_is_hardened_watched_and_taught(hardened):
     assert taught.before["new"].keys() == taught.after["new"].keys() == {"F1", "AP", "AP_error", "AP50"}
     assert taught.unread == []
     began = [record["began"] for record in Run.open(folder / "watched", "monitor").records() if record["began"]]
-    assert began == [19]
+    assert began == [37]
     assert all(Path(json.loads(line)["photo"]).is_file() for line in (folder / "watched/dropped.jsonl").open())
 
 
