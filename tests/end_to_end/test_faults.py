@@ -102,9 +102,24 @@ def test_a_run_that_cannot_be_written_any_more_does_not_go_on(commands, tmp_path
     assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "run").iterdir()}
 
 
+def until_it_is_gone():
+    """Have a run of few photos not be over before its folder is taken away."""
+    from detguard.runs import Run
+
+    append = Run.append
+
+    def late(run, *arguments):
+        deadline = time.monotonic() + 60
+        while not run.gone and time.monotonic() < deadline:
+            time.sleep(0.005)
+        append(run, *arguments)
+
+    Run.append = late
+
+
 @pytest.mark.parametrize("command", ["evaluate", "monitor", "harden"])
 def test_a_run_folder_taken_away_is_not_made_anew_and_goes_on_when_it_is_back(commands, whole, tmp_path, command):
-    process = Started(*commands[command], "--out", "run", cwd=tmp_path)
+    process = Started(*commands[command], "--out", "run", cwd=tmp_path, preexec_fn=until_it_is_gone)
     process.wait_for((tmp_path / "run/config.yaml").exists)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     line = told(process.ended())

@@ -250,7 +250,8 @@ def test_labels_judge_though_the_teacher_is_what_is_learned(tmp_path, many):
 
 def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path, many, bundled):
     options = (*OPTIONS[2:-4], "--photos", 12, "--steps", 1, "--recipe", "pgd", "--crop", 64, "--out", "single")
-    first = detguard("harden", "--data", many, *options, cwd=tmp_path)
+    # At so high a rate the few batches change what is found, however a processor rounds.
+    first = detguard("harden", "--data", many, "--rate", 0.05, *options, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     single = "single/weights/adversarial.safetensors"
     assert_what_was_held_out_is_judged(first, tmp_path / "single", bundled)
