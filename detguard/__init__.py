@@ -47,6 +47,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is of torch on GPUs, of Python and NumPy, or of torch on CPUs, where it is one of many."""
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error)
+
+
 # Where the rest is: imported when it is first used, as torch and the detectors take seconds.
 _MODULES = {
     "attacks.budgets": ("L2", "Linf", "Masked"),

@@ -150,11 +150,11 @@ class Run:
         try:
             run._begin(files or {}, photos, exist_ok=exist_ok)
         except BaseException:  # what has not begun leaves nothing behind
-            with suppress(OSError):
-                if not locked:
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif not locked:
+                with suppress(OSError):
                     (folder / LOCK).unlink()
-                if made:
-                    folder.rmdir()
             raise
         return run
 

@@ -222,6 +222,7 @@ CONFIGS: dict[str, dict[str, Shape]] = {
             "batch": whole(1),
         },
         "photos": texts,
+        "left_out?": texts,  # why, of addresses and videos that could not be read
     },
     "detect": {"detector": DETECTOR, "conf": real(0.001, 0.999), "photos": texts},
     "evaluate": {

@@ -317,6 +317,12 @@ def test_the_config_comes_after_all_that_a_resumed_run_needs(tmp_path):
     assert not (tmp_path / "config.yaml").exists()
 
 
+def test_of_a_run_that_could_not_begin_nothing_is_left(tmp_path):
+    with pytest.raises(DetguardError, match="cannot be written"):
+        Run.create("harden", tmp_path / "run", CONFIG, {"new.jsonl": b"", "n" * 300: b""})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file: cannot be made a folder"):

@@ -24,7 +24,7 @@ from rich.status import Status
 from rich.text import Text
 from typing_extensions import Buffer, override
 
-from detguard import DetguardError, __version__, first_line
+from detguard import DetguardError, __version__, first_line, is_out_of_memory
 from detguard.engine import keep_freed_memory
 from detguard.files import printable
 
@@ -280,8 +280,7 @@ def run_app() -> str | int | None:
         if stopped:  # which libraries make errors of: an import cut short, weights that seem damaged
             show_error("stopped")
             return STOPPED
-        # Of torch on GPUs, of Python and NumPy; of torch on CPUs, it is one of many.
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             show_error(f"out of memory ({first_line(error)}); try a smaller `batch` or `imgsz`, or smaller photos")
         elif isinstance(error, DetguardError):
             show_error(str(error), of_all=not error.told)

@@ -266,6 +266,8 @@ def attack(
                 load_configured(one, device, trust=trust) for one in (run.config["detector"], *run.config["also"])
             ]
         tell_apart(detectors)
+        for why in run.config.get("left_out", []):
+            show_lost(why)
     else:
         if photos and data:
             raise DetguardError("--data: instead of PHOTO; leave one of them out")
@@ -316,10 +318,15 @@ def attack(
         )  # fmt: skip
 
         only_of_films(context, files)
+        config["left_out"] = left_out = list[str]()
+
+        def lost(why: str) -> None:
+            left_out.append(why)
+            show_lost(why)
+
         shown = partial(
-            as_photos, files, every=every, frames=frames, on_warning=show_warning,
-            on_error=None if exist_ok else show_lost,
-        )  # fmt: skip
+            as_photos, files, every=every, frames=frames, on_warning=show_warning, on_error=None if exist_ok else lost
+        )
         with err.status("Reading the photos"):
             run = shared_run(
                 ranks, lambda: Run.create("attack", out_folder, config, kept, exist_ok=exist_ok, photos=shown)

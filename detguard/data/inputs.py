@@ -221,15 +221,21 @@ def as_photos(
             left_out.append(error)
     names = {file: name for name, file in photo_keys([file for _, file in files]).items()}
     for source, file in files:
-        photos = _photos_of(source, file, folder / names[file], every, frames, on_warning)
+        photos, made = _photos_of(source, file, folder / names[file], every, frames, on_warning), list[Path]()
         try:
-            for photo in photos if on_error is None else list(photos):
-                yield photo
-                shown += 1
+            for photo in photos:
+                made.append(photo)
+                if on_error is None:
+                    yield photo
         except DetguardError as error:
             if on_error is None:
                 raise
             left_out.append(error)
+            for photo in made:
+                photo.unlink(missing_ok=True)
+            continue
+        shown += len(made)
+        yield from made if on_error else ()
     last = left_out.pop() if left_out and not shown else None
     if on_error is not None:
         for reason in left_out:

@@ -28,7 +28,10 @@ def save_view(subject: Subject, view: View, run: Run) -> str:
     wanted = [(view, image) for images in subject.batches() for image in images if isinstance(view, Altered)]
     with closing(makers) if (makers := Makers.of(subject, wanted)) else nullcontext():
         for images in subject.batches():
-            for image, photo in zip(images, view.show(Batch(subject, images, makers)), strict=True):
+            batch = Batch(subject, images, makers)
+            batch.drop_unreadable()
+            shown = view.show(batch)  # which may take more out of it
+            for image, photo in zip(batch.images, shown, strict=True):
                 objects = dataset.annotations.imgToAnns.get(image, [])
                 size = photo.shape[1], photo.shape[0]
                 made.add(f"{names[image]}.png", encode_png(photo), size, objects, image)

@@ -25,6 +25,7 @@ from typing_extensions import override
 from detguard import DetguardError, defaults
 from detguard.data.ahead import ahead
 from detguard.data.dataset import Dataset
+from detguard.data.entries import LOST
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.engine import cores, free_memory
@@ -450,7 +451,9 @@ def fill(
         others = [images for number, images in enumerate(batches) if number % ranks.count != ranks.rank]
         _show(subject, views, others, ranks=ranks)
     if not subject.dataset.files:
-        raise DetguardError(f"{subject.dataset.name}: no photo can be read ({subject.dataset.warnings.first})")
+        faults = subject.dataset.warnings
+        why = faults[LOST][-1] if faults[LOST] else faults.first
+        raise DetguardError(f"{subject.dataset.name}: no photo is left ({why})")
 
 
 def _exchange(subject: Subject, views: Sequence[View], batches: list[list[int]], ranks: Ranks) -> None:

@@ -28,7 +28,7 @@ from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, 
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
-from detguard.hardening.validation import photo_of
+from detguard.hardening.validation import forget_runs, photo_of
 from detguard.ranks import Ranks
 from detguard.runs import Run
 from detguard.schema import check, whole
@@ -329,6 +329,7 @@ def set_aside(*kinds: Sequence[Path] | Sequence[Labelled]) -> list[tuple[list[An
     Where it says itself whether it judges, it does, or of very many one in so many, unless the same photo is there
     without saying so: what a user replays beside a stream is the same each time, and so is to be what it judges.
     """
+    forget_runs()
     content = cache(_content)
     named = [[(one, content(photo_of(one))) for one in photos] for photos in kinds]
     judging, told = dict[str, bool](), dict[str, bool]()

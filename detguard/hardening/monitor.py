@@ -3,6 +3,7 @@
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from river.drift import ADWIN, KSWIN, PageHinkley
 
-from detguard import DetguardError, defaults, first_line
+from detguard import DetguardError, defaults, first_line, is_out_of_memory
 from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, Labels, as_line
 from detguard.detections import Detections
@@ -393,16 +394,15 @@ def _read(photo: Path, copy: Path, sha256: str) -> tuple[Photo, str]:
         raise PhotoError(str(error).replace(str(copy), str(photo))) from error
 
 
-def _found(detector: Detector, shown: Photo, photo: Path) -> Detections:
-    """What is found on a photo, down to a low confidence.
-
-    Raises:
-        DetguardError: the detector refuses it, or its device is full, as beside a training.
-    """
+@contextmanager
+def _full_for_a_while(photo: str) -> Iterator[None]:
+    """Have a device that is full, as beside a training, be the error of a photo; any other error is the stream's."""
     try:
-        return detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)[0]
-    except (MemoryError, RuntimeError) as error:
-        raise DetguardError(f"{photo}: cannot be looked at ({first_line(error)})") from error
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PhotoError(f"{photo}: cannot be looked at ({first_line(error)})") from error
 
 
 def whole_windows(run: Run, window: int) -> int:
@@ -456,14 +456,23 @@ def observe(
         record: Record = {"number": number, "photo": "", "objects": []}
         pair: tuple[Detections, Detections] | None = None
         found, size, sha256 = (earlier.found, earlier.size, earlier.sha256) if earlier else (None, None, "")
-        detector = deployed.at(number) if found is None else deployed.first  # without whose file no photo can be seen
+        detector, full = deployed.first, ""
+        try:
+            with _full_for_a_while(f"photo {number}"):
+                if found is None:
+                    detector = deployed.at(number)  # without whose file no photo can be seen
+        except PhotoError as error:
+            full = str(error)
         try:
             photo = _joined(one, earlier, watch)
             record |= as_line(photo, deployed.first.class_names)
             if found is None:
                 shown, sha256 = _read(photo.file, deployed.file(number, photo.file), sha256)
                 size = (shown.shape[0], shown.shape[1])
-                found = _found(detector, shown, photo.file)
+                if full:
+                    raise PhotoError(full)
+                with _full_for_a_while(str(photo.file)):
+                    (found,) = detector.detect([shown], LOWEST_CONFIDENCE, multi_label=True)
         except DetguardError as error:  # of a detector, too, which may refuse a shape
             record |= {"error": str(error)} | ({"id": one.id} if isinstance(one, Labelled) and one.id else {})
         else:

@@ -38,9 +38,19 @@ def track(run: Run, name: str, on_warning: Callable[[str], object] = warnings.wa
         DetguardError: as `check_tracker`.
     """
     kind = check_tracker(name)
-    tracker = kind(name, run.folder) if kind.requires_logging_directory else kind(f"detguard-{run.config['command']}")
-    tracker.start()
+    place = (name, run.folder) if kind.requires_logging_directory else (f"detguard-{run.config['command']}",)
     failed = list[Exception]()
+
+    def fails(error: Exception) -> None:
+        if not failed:
+            on_warning(f"`log` {name}: fails ({first_line(error)}); training goes on, and {run.folder} has it all")
+        failed.append(error)
+
+    try:
+        tracker = kind(*place)
+        tracker.start()
+    except Exception as error:
+        return fails(error)
 
     def log(record: Record) -> None:
         stage, batch = record.get("stage", ""), record.get("batch")
@@ -51,8 +61,6 @@ def track(run: Run, name: str, on_warning: Callable[[str], object] = warnings.wa
             else:
                 tracker.log(numbers, step=batch)
         except Exception as error:
-            if not failed:
-                on_warning(f"`log` {name}: fails ({first_line(error)}); training goes on, and {run.folder} has it all")
-            failed.append(error)
+            fails(error)
 
     run.on_record = log

@@ -71,8 +71,15 @@ def _clean_photos(run: Path) -> dict[str, Path]:
     return {one["key"]: Path(one["photo"]) for one in Run(run, {"command": "attack"}).each()}
 
 
+def forget_runs() -> None:
+    """Have runs of attacks be read anew: they may have been made again since."""
+    _run_of.cache_clear()
+    _clean_photos.cache_clear()
+
+
 def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Photos to train on, and to validate on: those whose names have the smallest SHA-256; of few photos, none."""
+    forget_runs()
 
     def order(name: str) -> bytes:
         return hashlib.sha256(name.encode(errors="replace")).digest()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from detguard import DetguardError
+from detguard import DetguardError, is_out_of_memory
 from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, from_records
 from detguard.evaluation.run import mean
@@ -211,7 +211,9 @@ def drop_items(records: Sequence[Record], deployed: Deployment) -> list[Item]:
                 raise labelled if isinstance(labelled, DataError) else DetguardError("labels without a photo")
             photo = read_photo(deployed.file(record["number"], labelled.file), record.get("sha256", ""))
             found = labelled.counted(detector.detect([photo], SHOWN_CONFIDENCE, multi_label=True)[0])
-        except (DetguardError, MemoryError, RuntimeError):
+        except Exception as error:
+            if not isinstance(error, DetguardError) and not is_out_of_memory(error):
+                raise
             continue
         names = detector.class_names
         sides = (

@@ -424,6 +424,10 @@ def test_what_cannot_be_read_is_told_of_and_the_rest_is_done(monkeypatch, capsys
         assert f"error: {reason}" in told
     records = [json.loads(one) for one in (tmp_path / f"runs/{command}/002/results.jsonl").read_text().splitlines()]
     assert [one["key"] for one in records if one.get("status") != "error"] == ["bus-000001", "bus-000002"]
+    if command == "attack":
+        assert run(monkeypatch, command, "--resume", "runs/attack/002") == 2
+        told = capsys.readouterr().err
+        assert [one.split(": ")[1] for one in told.splitlines() if "error: " in one] == [away, "bad.avi"]
     (tmp_path / "mine").mkdir()
     for where in ((), ("--out", "mine")):  # of a run that could not begin nothing is left
         assert run(monkeypatch, command, "bad.avi", away, *line, *where) == 2

@@ -29,6 +29,23 @@ def write(file, frames, size=(64, 64), right=0):
             made.mux(packet)
 
 
+def test_of_a_video_that_is_left_out_no_frame_stays(tmp_path, monkeypatch):
+    write(tmp_path / "a.mp4", 2)
+    write(tmp_path / "b.mp4", 1)
+    frames = read_frames
+
+    def breaks_off(file, *options):
+        yield from frames(file, *options)
+        if file.stem == "a":
+            raise DetguardError(f"{file}: breaks off")
+
+    monkeypatch.setattr(inputs, "read_frames", breaks_off)
+    sources, why = [str(tmp_path / name) for name in ("a.mp4", "b.mp4")], list[str]()
+    made = list(as_photos(sources, tmp_path / "frames", on_error=why.append))
+    assert made == [tmp_path / "frames/b-000001.png"] == list((tmp_path / "frames").iterdir())
+    assert why == [f"{tmp_path / 'a.mp4'}: breaks off"]
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".MOV"])
 def test_frames_of_a_video_become_photos_among_the_others(tmp_path, suffix):
     file = tmp_path / f"drive{suffix}"

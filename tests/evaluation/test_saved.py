@@ -12,6 +12,7 @@ from ultralytics.data.build import build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 
 from detguard.data.dataset import read_dataset
+from detguard.data.entries import Faults
 from detguard.evaluation.attacks import AttackSet, BlackBox, kept_photo
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.saved import save_views
@@ -119,6 +120,23 @@ def test_processes_that_make_them_ahead_make_the_same(saved, tmp_path, monkeypat
     for image in subject.dataset.files:
         (shown,) = bright.show(Batch(subject, [image]))
         assert np.array_equal(read_photo(tmp_path / folder / f"images/{image}.png"), shown)
+
+
+@pytest.mark.parametrize("many", [1, 10**6])
+def test_a_photo_that_is_gone_by_then_takes_no_others_name(saved, tmp_path, monkeypatch, many):
+    subject, (_, bright, *_), _ = saved
+    monkeypatch.setattr("detguard.evaluation.views.MANY", many)
+    gone = tmp_path / "gone.png"
+    gone.write_bytes(subject.dataset.files[11].read_bytes())
+    files = {11: gone} | {n: file for n, file in subject.dataset.files.items() if n != 11}
+    fewer = replace(subject, dataset=replace(subject.dataset, files=dict(files), warnings=Faults()))
+    assert set(fewer.hashes) == set(files)
+    gone.unlink()
+    (folder,) = save_views(fewer, [bright], Run(tmp_path, {}))
+    shown = {image: bright.show(Batch(subject, [image]))[0] for image in files if image != 11}
+    assert {file.stem for file in (tmp_path / folder / "images").iterdir()} == {str(image) for image in shown}
+    for image, photo in shown.items():
+        assert np.array_equal(read_photo(tmp_path / folder / f"images/{image}.png"), photo)
 
 
 def test_a_photo_that_is_listed_twice_is_saved_twice(saved, tmp_path, monkeypatch):

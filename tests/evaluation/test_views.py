@@ -261,6 +261,9 @@ def test_a_photo_that_a_pipeline_fails_on_is_named_and_in_no_view(subject, shown
         assert list(dataset.files) == [11, 12, 13]
         assert all(len(list(results_of(one, view))) == 3 for view in views)
     assert sum(shown) == 9
+    files, faults = {14: subject.dataset.files[14]}, Faults({"lines that are no labels": ["a.txt line 1"]})
+    with pytest.raises(DetguardError, match=r"no photo is left .*`corruption_file` fails on it"):
+        fill(replace(subject, dataset=replace(subject.dataset, files=files, warnings=faults)), views[2:])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere none are made ahead")

@@ -11,11 +11,12 @@ def test_trackers_that_are_not_there_are_refused(name, message):
         check_tracker(name)
 
 
-def test_a_tracker_that_fails_is_told_once_and_ends_no_training(tmp_path, monkeypatch):
-    def log(*_, **__):
+@pytest.mark.parametrize("part", ["start", "log"])
+def test_a_tracker_that_fails_is_told_once_and_ends_no_training(tmp_path, monkeypatch, part):
+    def without_network(*_, **__):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", log)
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{part}", without_network)
     run, told = Run(tmp_path, {"command": "adapt"}), []
     track(run, "tensorboard", told.append)
     for batch in (1, 2):

@@ -749,19 +749,27 @@ def test_a_device_that_is_full_for_a_while_ends_no_stream(tmp_path, bundled, bus
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
     small, photo = np.ascontiguousarray(bus[::4, ::4]), tmp_path / "a.png"
     (found,) = bundled.detect([small], 0.25)
     photo.write_bytes(encode_png(small))
     short = copy.copy(bundled)
-    records = observe(
-        Run(tmp_path, {"command": "monitor"}), Deployment(short), [Labelled(photo, found)] * 3, "kswin", 8
-    )
+    deployed, run = Deployment(short), Run(tmp_path, {"command": "monitor"})
+    records = observe(run, deployed, [Labelled(photo, found)] * 5, "kswin", 8)
     first = next(records)
     short.detect = full
     assert next(records)["error"] == f"{photo}: cannot be looked at (CUDA out of memory)"
     assert not drop_items([first | {"began": 1}], Deployment(short))
     short.detect = bundled.detect
+    deployed.at = full  # while it loads what was deployed
+    assert "cannot be looked at (CUDA out of memory)" in next(records)["error"]
+    del deployed.at
     assert next(records)["f1"] == first["f1"]
+    short.detect = broken
+    with pytest.raises(RuntimeError, match="device-side assert"):  # which no other photo will mend
+        next(records)
 
 
 def test_labels_of_an_id_that_two_photos_have_are_given_to_neither(tmp_path, bundled):
