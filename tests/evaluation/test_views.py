@@ -91,7 +91,7 @@ def test_a_photo_that_is_gone_is_dropped_and_the_others_go_on(subject, tmp_path)
 def test_when_no_photo_can_be_read_it_is_one_line(subject, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     subject.dataset = replace(subject.dataset, files=dict.fromkeys((11, 12), tmp_path / "cut.png"))
-    with pytest.raises(DetguardError, match=r"no photo can be read \(.*cut\.png"):
+    with pytest.raises(DetguardError, match=r"no photo is left \(.*cut\.png"):
         fill(subject, [Clean()])
 
 
