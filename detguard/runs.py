@@ -137,10 +137,8 @@ class Run:
         Raises:
             RunError: `out` already holds a run, another process is making one there, or it cannot be written.
         """
-        made = out is None or not os.path.lexists(out)
         try:
-            folder = next_free(Path("runs") / command) if out is None else out
-            folder.mkdir(parents=True, exist_ok=True)
+            folder, made = (next_free(Path("runs") / command), True) if out is None else (out, _make(out))
         except OSError as error:
             raise RunError(
                 f"{error.filename}: cannot be made a folder ({error.strerror}); choose another `out`"
@@ -473,6 +471,16 @@ def next_free(parent: Path) -> Path:
         with suppress(FileExistsError):
             (folder := parent / f"{number:03d}").mkdir()
             return folder
+
+
+def _make(folder: Path) -> bool:
+    """Make a folder; whether it was this call that did: of several processes, one alone may take it away again."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        folder.mkdir(exist_ok=True)  # an error where it is a file
+        return False
+    return True
 
 
 def _sweep(files: Iterable[Path]) -> None:

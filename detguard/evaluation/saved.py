@@ -29,8 +29,9 @@ def save_view(subject: Subject, view: View, run: Run) -> str:
     with closing(makers) if (makers := Makers.of(subject, wanted)) else nullcontext():
         for images in subject.batches():
             batch = Batch(subject, images, makers)
-            batch.drop_unreadable()
-            shown = view.show(batch)  # which may take more out of it
+            if not makers:  # which read photos themselves
+                batch.drop_unreadable()
+            shown = view.show(batch)  # which may take some out of it
             for image, photo in zip(batch.images, shown, strict=True):
                 objects = dataset.annotations.imgToAnns.get(image, [])
                 size = photo.shape[1], photo.shape[0]
