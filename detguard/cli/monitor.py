@@ -333,7 +333,8 @@ def watch(
     records, drops, dropped = tell(), len(dropping.spans), len(dropping.written)
     least = needed(options["detector"], options["window"])
     known = dropping.known
-    out.say(verdict(records, options["detector"], options["window"], dropping.told, known), style="bold")
+    summary = verdict(records, options["detector"], options["window"], dropping.told, known, living.events)
+    out.say(summary, style="bold")
     out.print(terminal_table(timeline_table(windows(records, options["window"]))))
     told = known >= least and not hides(records, options["detector"], options["window"])
     calm = "no drop" if told else "too few to judge" if known < least else "too little to judge by"

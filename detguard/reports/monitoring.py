@@ -87,13 +87,18 @@ def events_table(events: list[Record]) -> Table:
 
 
 def verdict(
-    records: Sequence[Record], kind: str, window: int, told: Sequence[Record] = (), known: int | None = None
+    records: Sequence[Record],
+    kind: str,
+    window: int,
+    told: Sequence[Record] = (),
+    known: int | None = None,
+    events: Sequence[Record] = (),
 ) -> str:
     """Whether and since when accuracy has dropped, or that there were too few photos to judge by.
 
     Where it has not, how large a drop would have had to be: that none was told says nothing of smaller ones.
     told, known: where the records are the end of a longer stream, those of all drops, as `Drops` has them, and how
-    many of its photos have known objects.
+    many of its photos have known objects. events: of a stream that is learned from.
     """
     least, records = needed(kind, window), latest([*told, *records])
     judged = [r for r in records if r.get("f1") is not None]
@@ -115,8 +120,19 @@ def verdict(
     before, photos_before, after, photos_after = first.cells
     return (
         f"F1 dropped from {before} ({photos_before} photos) to {after} ({photos_after}) since about photo "
-        f"{when(first.began)}, detected at photo {when(first.alarm)}{more}"
+        f"{when(first.began)}, detected at photo {when(first.alarm)}{more}{since_change(records, events)}"
     )
+
+
+def since_change(records: Sequence[Record], events: Sequence[Record]) -> str:
+    """What the detector that took over last has found since, as a sentence that goes on; empty where none has."""
+    changes = [event for event in events if event["event"] in (DEPLOYED, ROLLED_BACK)]
+    if not changes:
+        return ""
+    last, what = changes[-1]["number"], "Adapted" if changes[-1]["event"] == DEPLOYED else "Rolled back"
+    values = [r["f1"] for r in records if r["number"] > last and r.get("f1") is not None]
+    photos = counts(len(values), "photo") + " with known objects"
+    return f". {what} at photo {last}: {f'mean F1 {number(mean(values))} of ' * bool(values)}{photos} since"
 
 
 def judged_last(records: Sequence[Record], window: int) -> list[float]:
@@ -254,7 +270,7 @@ def monitor_page(
     title = f"Monitor: {run.config['detector']['model']}"
     tables = [drops_table(drops(records))] * bool(alarms) + [events_table(events)] * bool(events)
     tables.append(timeline_table(rows))
-    summary = verdict(records, options["detector"], options["window"], told, known)
+    summary = verdict(records, options["detector"], options["window"], told, known, events)
     command = ["detguard", *run.config["arguments"]]
     left_out = len(dropped(records)) - len(items) if items else 0
     gallery = "From where each drop began to its alarm, the least F1 first."

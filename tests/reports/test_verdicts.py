@@ -231,6 +231,12 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     )
     late = [*records[:-1], records[-1] | {"through": 14}]
     assert monitoring.verdict(late, "adwin", 8).endswith("detected at photo 14")
+    deployed, back = {"event": "deployed", "number": 9}, {"event": "rolled back", "number": 14}
+    told = [monitoring.verdict(late, "adwin", 8, events=events) for events in ([deployed], [deployed, back])]
+    assert told[0].endswith(
+        "detected at photo 14. Adapted at photo 9: mean F1 .500 of 3 photos with known objects since"
+    )
+    assert told[1].endswith(". Rolled back at photo 14: 0 photos with known objects since")
     weak = [r | {"f1": float(r["number"] % 8 == 0)} for r in steady[:32]]
     assert monitoring.verdict(weak, "likelihood-ratio", 8) == (
         "Too little to judge by: mean F1 .125 of 32 photos with known objects is too low for any drop to show"
