@@ -192,8 +192,7 @@ def augment(
         tone = np.linspace(0, 1, 256) ** np.exp(rng.uniform(-0.4, 0.4)) * rng.uniform(0.7, 1.25)
         channels = tone[:, None] * rng.uniform(0.88, 1.12, 3)
         photo = cv2.LUT(photo, (channels * 255).clip(0, 255).astype(np.uint8)[None]).astype(np.uint8, copy=False)
-    interpolation = cv2.INTER_AREA if scale < 0.6 else cv2.INTER_LINEAR
-    cv2.warpAffine(photo, matrix, (size, size), dst=canvas, flags=interpolation, borderMode=cv2.BORDER_TRANSPARENT)
+    cv2.warpAffine(photo, matrix, (size, size), dst=canvas, borderMode=cv2.BORDER_TRANSPARENT)
     return matrix
 
 

@@ -172,7 +172,7 @@ def pgd_options(eps: int, steps: int, batch: int, seed: int = 0, *, random_start
     return AttackOptions(
         conf=VANISH_BELOW,
         budget=Linf(eps),
-        # Large steps and momentum (APGD's .75, Croce and Hein 2020): small ones are lost in 8-bit rounding.
+        # Large steps, and momentum as MI-FGSM has it (Dong et al. 2018): small steps are lost in 8-bit rounding.
         step=max(eps / 2, 1) if steps > 2 else eps,
         momentum=0.75,
         steps=steps,
@@ -220,11 +220,19 @@ def attacked(
     options: AttackOptions,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,
 ) -> list[Photo]:
-    """The photos after an attack, in the order in which they are given; arguments as of `attack_group`."""
+    """The photos after an attack, in the order in which they are given; arguments as of `attack_group`.
+
+    Raises:
+        DetguardError: one has gone over its budget, so that no figure would be right.
+    """
     # They end in another order, and by none of its parts is one told: a photo may be there twice, with other labels.
     given = [(key, photo[:], objects) for key, photo, objects in photos]
     done = attack_group(detector, given, objective, [], options, on_step)
-    made = {id(attempt.photo): attempt.adversarial for attempt in done}
+    made = dict[int, Photo]()
+    for attempt in done:
+        if attempt.used > options.budget.eps:
+            raise DetguardError(f"{attempt.key}: differs by {attempt.used:g}, over the budget of {options.budget}")
+        made[id(attempt.photo)] = attempt.adversarial
     return [made[id(photo)] for _, photo, _ in given]
 
 

@@ -1,7 +1,6 @@
 """Adapting a gated ensemble to photos of a new kind: new experts, a gate that knows when to ask them, old ones kept."""
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -21,14 +20,14 @@ from detguard.detectors.load import save_gated
 from detguard.detectors.shared import ADAPTER, FORMS
 from detguard.detectors.sparse import MeanSparse
 from detguard.detectors.ultralytics import decode
-from detguard.files import MAX_PHOTO, FileError, read_file, read_json
+from detguard.files import read_json
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.kinds import BATCHES, OnShare, answers, fit_kinds
 from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, train
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
-from detguard.hardening.validation import forget_runs, photo_of
+from detguard.hardening.validation import content, forget_runs, photo_of
 from detguard.ranks import Ranks
 from detguard.runs import Run
 from detguard.schema import check, whole
@@ -330,8 +329,8 @@ def set_aside(*kinds: Sequence[Path] | Sequence[Labelled]) -> list[tuple[list[An
     without saying so: what a user replays beside a stream is the same each time, and so is to be what it judges.
     """
     forget_runs()
-    content = cache(_content)
-    named = [[(one, content(photo_of(one))) for one in photos] for photos in kinds]
+    digest = cache(content)
+    named = [[(one, digest(photo_of(one))) for one in photos] for photos in kinds]
     judging, told = dict[str, bool](), dict[str, bool]()
     for photos in named:
         untold = [name for one, name in photos if _judges(one) is None]
@@ -350,11 +349,3 @@ def set_aside(*kinds: Sequence[Path] | Sequence[Labelled]) -> list[tuple[list[An
         held += sure[:: math.ceil(len(sure) / MOST_JUDGED) or 1]
         made.append(([one for one, name in photos if not judging[name]], held))
     return made
-
-
-def _content(file: Path) -> str:
-    """What copies of a photo have in common: the SHA-256 of their bytes; of one that cannot be read, its path."""
-    try:
-        return hashlib.sha256(read_file(file, MAX_PHOTO)).hexdigest()
-    except FileError:
-        return str(file.absolute())

@@ -93,8 +93,8 @@ def readable(photos: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 
 def answered(detector: Detector, files: Sequence[Path], class_names: Mapping[int, str]) -> list[Labelled]:
-    """Photos with what a detector shows of them as their labels, in the classes of another one."""
-    found = [detector.detect([read_photo(file)], SHOWN_CONFIDENCE)[0] for file in files]
+    """Photos with what a detector finds in them, as `judge` has it find, as labels in the classes of another one."""
+    found = [detector.detect([read_photo(file)], SHOWN_CONFIDENCE, multi_label=True)[0] for file in files]
     if detector.class_names != class_names:  # by their names, of which several may be the same
         found = [Detections.from_records(of_one.records(detector.class_names), class_names) for of_one in found]
     return [Labelled(file, of_one) for file, of_one in zip(files, found, strict=True)]

@@ -20,6 +20,7 @@ from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
 from detguard.evaluation.coco import metrics_of_photos
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
+from detguard.files import MAX_PHOTO, FileError, read_file
 from detguard.hardening.adversary import Adversary, perturb
 from detguard.hardening.loop import LOG_EVERY
 from detguard.hardening.losses import MAPS, Goal
@@ -61,6 +62,14 @@ def photo_of(entry: Path | Labelled) -> Path:
     return _clean_photos(run).get(key, run / key) if key else file
 
 
+def content(file: Path) -> str:
+    """What copies of a photo have in common: the SHA-256 of their bytes; of one that cannot be read, its path."""
+    try:
+        return hashlib.sha256(read_file(file, MAX_PHOTO)).hexdigest()
+    except FileError:
+        return str(file.absolute())
+
+
 @cache
 def _run_of(folder: Path) -> Path | None:
     return attack_run(folder)
@@ -78,14 +87,14 @@ def forget_runs() -> None:
 
 
 def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """Photos to train on, and to validate on: those whose names have the smallest SHA-256; of few photos, none."""
+    """Photos to train on, and to validate on: those whose bytes have the smallest SHA-256; of few photos, none.
+
+    A photo is for one of both, also where it is in several files: as `detguard attack` made it, or copied.
+    """
     forget_runs()
-
-    def order(name: str) -> bytes:
-        return hashlib.sha256(name.encode(errors="replace")).digest()
-
-    names = [photo_of(photo).name for photo in photos]
-    distinct = sorted(set(names), key=order)
+    digest = cache(content)
+    names = [digest(photo_of(photo)) for photo in photos]
+    distinct = sorted(set(names))
     held = set(distinct[: min(HELD_OUT, len(distinct) // ONE_IN)])
     first = {name: photo for name, photo in zip(reversed(names), reversed(photos), strict=True) if name in held}
     return [photo for name, photo in zip(names, photos, strict=True) if name not in held], list(first.values())

@@ -58,6 +58,9 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
         "Loss on training photos at the end of each stage: divergence from what the undefended detector says of the "
         "clean photo, or by --learn that of labels."
     )
+    of_maps = [record for record in records if record["stage"] == "pretrain"]
+    if of_maps:
+        note += " That of pretrain is the error of its feature maps, and compares with no other stage's."
     if validated:
         note += (
             " Its weights are those whose losses were least on photos held out, under PGD and without, at the batch "
@@ -72,7 +75,9 @@ def hardening_page(run: Run, judged: Judgement) -> bytes:
             note,
         )
     )
-    made = {"Losses": training_plot(records)} if records else {}
+    of_stages = [record for record in records if record["stage"] != "pretrain"]
+    made = {"Error of feature maps": training_plot(of_maps, what="error")} if of_maps else {}
+    made |= {"Losses": training_plot(of_stages)} if of_stages else {}
     if validated:
         made["On photos held out, under PGD and without"] = training_plot(validated, (ATTACKED, CLEAN))
     if found_in := [record for record in validated if AP50[ATTACKED] in record]:

@@ -50,7 +50,7 @@ from detguard.hardening.run import Plan, check_teacher, passes, same_layers, spl
 from detguard.hardening.run import harden as train_stages
 from detguard.hardening.trackers import check_tracker, track
 from detguard.hardening.train import Setting, Stage
-from detguard.hardening.validation import ATTACKED, Validation, file_of, hold_out
+from detguard.hardening.validation import ATTACKED, Validation, content, hold_out, photo_of
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, Config, check, partly
@@ -259,13 +259,13 @@ class Hardening:
             self.held_out = judging
         self.first: PhotoSet | None = None
         self.samples: Samples | None = None
-        kept = {file_of(one).name for one in held_out}
+        kept = {content(photo_of(one)) for one in held_out}
         if config["samples"]:
             attacks: list[Sample] = self.ranks.given(lambda: kept_samples(self.run.folder / KEPT, names))
-            self.samples, unread = load_samples([one for one in attacks if one.clean.name not in kept], imgsz)
+            self.samples, unread = load_samples([one for one in attacks if content(one.clean) not in kept], imgsz)
             self.unread += unread
         if self.plan.pretrain:
-            files = [file for name in config["pretrain"] if (file := Path(name)).name not in kept]
+            files = [file for file in map(Path, config["pretrain"]) if content(photo_of(file)) not in kept]
             self.first, unread = read_photos([(files, 1.0)], imgsz)
             self.unread += unread
         self.ranks.must_agree(self.unread)

@@ -315,7 +315,9 @@ def test_resumed_it_learns_the_labels_and_samples_that_the_run_keeps(tmp_path, t
     card = json.loads((tmp_path / "run/weights/adversarial.json").read_text())
     told = {"learn": "both", "pretrain": True, "samples": 2, "transforms": "jpeg:50"}
     assert told.items() <= card["hardened"].items()
-    assert "through jpeg:50" in (tmp_path / "run/report.html").read_text()
+    page = (tmp_path / "run/report.html").read_text()
+    assert "through jpeg:50" in page
+    assert "Error of feature maps" in page
     assert (tmp_path / "run/weights/pretrain.json").exists()
     assert '"class": "person"' in (tmp_path / "run/labelled.jsonl").read_text()
     made = tmp_path / "run/weights/adversarial.safetensors"
@@ -381,8 +383,11 @@ def test_photos_held_out_are_learned_from_in_no_other_way(tmp_path, many, bundle
     (held,) = hold_out(files)[1]
     other = next(file for file in files if file != held)
     list(detguard_attack(bundled, [held, other], transforms="none", steps=1, out=tmp_path / "attack"))
+    copies = shutil.copytree(many, tmp_path / "copies")
+    for file in files:
+        (copies / file.name).rename(copies / f"copy-{file.name}")
     job = Hardening.begin(
-        "detguard-n", [str(many)], {"recipe": "pgd"}, ALONE, pretrain=[str(many)],
+        "detguard-n", [str(many)], {"recipe": "pgd"}, ALONE, pretrain=[str(copies)],
         samples=[str(tmp_path / "attack")], imgsz=64, out=tmp_path / "run",
     )  # fmt: skip
     job.load(1)

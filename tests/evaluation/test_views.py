@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from detguard import DetguardError
+from detguard.attacks.group import Attempt
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import LOST, Faults
 from detguard.detections import Candidates, Detections
@@ -141,6 +142,13 @@ def test_attacked_photos_are_8_bit_within_the_budget_and_what_was_scored(subject
         again = subject.detect([adversarial])[0]
         # The batch rounds differently from the photo alone.
         assert torch.allclose(again.scores[:5], found.scores[:5], atol=1e-3)
+
+
+def test_a_photo_over_its_budget_gives_no_figure(subject, monkeypatch):
+    monkeypatch.setattr(Attempt, "adversarial", property(lambda attempt: attempt.photo ^ 16))
+    over = replace(QUICK, seed=99)
+    with pytest.raises(DetguardError, match="over the budget of"):
+        fill(subject, [over])
 
 
 def test_what_is_found_is_written_whole_where_nothing_is_found_in_some_photo(subject, tmp_path, monkeypatch):

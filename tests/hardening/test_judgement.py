@@ -4,6 +4,7 @@ import pytest
 
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
+from detguard.hardening import judging
 from detguard.hardening.judging import answered, judge, judged_eps, readable
 from detguard.photos import read_photo
 
@@ -24,6 +25,12 @@ def test_by_its_own_answers_a_detector_is_right_until_it_is_attacked(bundled, bu
     assert attacked["AP"] < 0.5
     assert clean["AP_error"] is None  # of one photo
     assert len(steps) > 10
+
+
+def test_where_a_detector_sees_two_classes_in_one_place_both_are_its_answer(bundled, bus_file, monkeypatch):
+    monkeypatch.setattr(judging, "SHOWN_CONFIDENCE", 0.02)  # at which there is such a place
+    (by_one,) = answered(bundled, [bus_file], bundled.class_names)
+    assert judge(bundled, [by_one])["F1"] == 1
 
 
 def test_a_teacher_answers_in_the_classes_of_its_pupil(bundled, bus_file):

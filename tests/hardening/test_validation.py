@@ -40,12 +40,24 @@ def networks(bundled, bundled_model):
     return student, GatedNetwork(bundled.model, 0, ("undefended",)).requires_grad_(False)
 
 
-def test_photos_held_out_are_never_trained_on_and_the_same_in_any_order():
-    files = [Path(f"{folder}/{number}.jpg") for folder in "ab" for number in range(3000)]
+def test_photos_held_out_are_never_trained_on_as_copies_neither_and_the_same_in_any_order(tmp_path):
+    for number in range(3000):
+        for name in (f"{number}.jpg", f"copy-{number}.jpg"):
+            (tmp_path / name).write_bytes(b"%d" % number)
+    files = sorted(tmp_path.iterdir())
     trained, held = hold_out(files)
     assert len(held) == HELD_OUT
-    assert not {file.name for file in held} & {file.name for file in trained}
-    assert {file.name for file in hold_out(files[::-1])[1]} == {file.name for file in held}
+    assert not {file.read_bytes() for file in held} & {file.read_bytes() for file in trained}
+    assert {file.read_bytes() for file in hold_out(files[::-1])[1]} == {file.read_bytes() for file in held}
+
+
+def test_photos_of_one_name_in_many_folders_are_not_held_out_together(tmp_path):
+    files = [tmp_path / f"{folder:04d}/000001.png" for folder in range(40)]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(str(file))
+    trained, held = hold_out(files)
+    assert (len(trained), len(held)) == (38, 2)
 
 
 def test_of_few_photos_at_most_one_in_twenty_is_held_out():
