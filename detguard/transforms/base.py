@@ -1,6 +1,7 @@
 """What a transform is: photo -> picture, and how boxes and gradients go there and back."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -28,15 +29,15 @@ class Transform(ABC):
     Attributes:
         kind: the word before the colon.
         example: a spec that is right, for errors and tests.
+        reads: what reads the parameter, `number` or `whole_number`, and what that takes beside the text.
         suffix: of the file that `encode` makes.
-        whole: whether the parameter is a whole number.
         straight: whether gradients may go straight through to the same place.
     """
 
     kind: ClassVar[str]
     example: ClassVar[str]
+    reads: ClassVar[tuple[Callable[..., float], float, float, str]]
     suffix: ClassVar[str] = ".png"
-    whole: ClassVar[bool] = False
     straight: ClassVar[bool] = True
 
     def __str__(self) -> str:
@@ -45,13 +46,14 @@ class Transform(ABC):
         return f"{self.kind}:{value}" if isinstance(value, str) else f"{self.kind}:{value:g}"
 
     @classmethod
-    @abstractmethod
     def parse(cls, value: str) -> "Transform":
-        """From the part of the spec after the colon.
+        """From the part of the spec after the colon, by `reads`; overridden where it is no such number.
 
         Raises:
-            ValueError: it is no such parameter; says what was expected, as `whole_number` and `number` do.
+            ValueError: it is no such parameter; says what was expected.
         """
+        read, *span = cls.reads
+        return cls(read(value, *span))  # type: ignore[call-arg]
 
     @abstractmethod
     def __call__(self, photo: Photo) -> Photo:
@@ -163,11 +165,6 @@ class Drawn(Transform):
         return f"{self.low}..{str(self.high).partition(':')[2]}"
 
     @classmethod
-    def parse(cls, value: str) -> "Drawn":
-        """None has this kind alone; see `between`."""
-        raise ValueError("expected a kind")
-
-    @classmethod
     def between(cls, kind: type[Transform], low: str, high: str) -> "Drawn":
         """A kind between two parameters; raises ValueError with what was expected, SwappedError without."""
         if not (low and high):
@@ -187,7 +184,7 @@ class Drawn(Transform):
     def draw(self, rng: np.random.Generator) -> Transform:
         low, high = self.ends
         kind = type(self.low)
-        if not kind.whole:
+        if not all(isinstance(value, int) for value in vars(self.low).values()):
             return kind.parse(f"{rng.uniform(low, high):.4g}").draw(rng)
         numbers = rng.permutation(np.arange(int(low), int(high) + 1))
         return next(drawn for number in numbers.tolist() if (drawn := _parsed(kind, number))).draw(rng)

@@ -15,6 +15,13 @@ from detguard.photos import Photo
 from detguard.transforms.base import Transform, whole_number
 
 
+def _odd(value: str, low: int, high: int, what: str) -> int:
+    size = whole_number(value, low, high, what)
+    if size % 2 == 0:
+        raise ValueError(f"expected {what} in {low}..{high}")
+    return size
+
+
 @dataclass(frozen=True)
 class Median(Transform):
     """OpenCV's median blur, per channel, borders replicated. Its exact gradient goes to the pixel that was chosen."""
@@ -22,7 +29,6 @@ class Median(Transform):
     size: int
     kind = "median"
     example = "median:3"
-    whole = True
 
     @classmethod
     def parse(cls, value: str) -> "Median":
@@ -60,12 +66,7 @@ class Gaussian(Transform):
     size: int
     kind = "gaussian"
     example = "gaussian:3"
-    whole = True
-
-    @classmethod
-    def parse(cls, value: str) -> "Gaussian":
-        """`gaussian:K` with K odd, 3..31."""
-        return cls(_odd(value, 3, 31))
+    reads = _odd, 3, 31, "an odd window"
 
     @override
     def __call__(self, photo: Photo) -> Photo:
@@ -97,17 +98,12 @@ class Kernel(Transform):
 
 @dataclass(frozen=True)
 class Motion(Kernel):
-    """What a camera sees that moves sideways by some pixels."""
+    """What a camera sees that moves sideways by `length` pixels."""
 
     length: int
     kind = "motion"
     example = "motion:7"
-    whole = True
-
-    @classmethod
-    def parse(cls, value: str) -> "Motion":
-        """`motion:K` with K odd, 3..63 pixels."""
-        return cls(_odd(value, 3, 63))
+    reads = _odd, 3, 63, "an odd window"
 
     @override
     def kernel(self) -> NDArray[np.float32]:
@@ -118,17 +114,12 @@ class Motion(Kernel):
 
 @dataclass(frozen=True)
 class Defocus(Kernel):
-    """What a lens out of focus makes of a photo: every point becomes a disc."""
+    """What a lens out of focus makes of a photo: every point becomes a disc of `size` px."""
 
     size: int
     kind = "defocus"
     example = "defocus:5"
-    whole = True
-
-    @classmethod
-    def parse(cls, value: str) -> "Defocus":
-        """`defocus:K` with a diameter of K odd, 3..63 pixels."""
-        return cls(_odd(value, 3, 63))
+    reads = _odd, 3, 63, "an odd window"
 
     @override
     def kernel(self) -> NDArray[np.float32]:
@@ -136,13 +127,6 @@ class Defocus(Kernel):
         # Pixels at the rim count by about how much of them the disc covers.
         weights = np.clip(self.size / 2 + 0.5 - np.hypot(x, y), 0, 1)
         return (weights / weights.sum()).astype(np.float32)
-
-
-def _odd(value: str, low: int, high: int) -> int:
-    size = whole_number(value, low, high, "an odd window")
-    if size % 2 == 0:
-        raise ValueError(f"expected an odd window in {low}..{high}")
-    return size
 
 
 def _adjoint(gradient: Tensor, *kernels: Tensor) -> Tensor:

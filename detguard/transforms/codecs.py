@@ -19,13 +19,8 @@ class Webp(Encoded):
     quality: int
     kind = "webp"
     example = "webp:75"
+    reads = whole_number, 1, 100, "a quality"
     suffix = ".webp"
-    whole = True
-
-    @classmethod
-    def parse(cls, value: str) -> "Webp":
-        """`webp:Q` with Q 1..100."""
-        return cls(whole_number(value, 1, 100, "a quality"))
 
     @override
     def encode(self, photo: Photo) -> bytes:
@@ -39,12 +34,12 @@ class H264(Transform):
     factor: int
     kind = "h264"
     example = "h264:28"
-    whole = True
+    reads = whole_number, 0, 51, "a rate factor"
 
     @classmethod
-    def parse(cls, value: str) -> "H264":
+    def parse(cls, value: str) -> Transform:
         """`h264:F` with F 0 (hardly a loss) to 51; 23 is the encoder's own. Needs `pip install detguard[video]`."""
-        found = cls(whole_number(value, 0, 51, "a rate factor"))
+        found = super().parse(value)
         try:
             import av  # noqa: F401
         except ImportError:

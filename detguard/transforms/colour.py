@@ -42,16 +42,12 @@ class Curve(Transform):
 
 @dataclass(frozen=True)
 class Brightness(Curve):
-    """Values times 1 + `share`."""
+    """Values times 1 + `share`; below 0 is darker."""
 
     share: float
     kind = "brightness"
     example = "brightness:0.2"
-
-    @classmethod
-    def parse(cls, value: str) -> "Brightness":
-        """`brightness:S` with S -0.9..3; below 0 is darker."""
-        return cls(number(value, -0.9, 3, "a share"))
+    reads = number, -0.9, 3, "a share"
 
     @override
     def curve(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -60,16 +56,12 @@ class Brightness(Curve):
 
 @dataclass(frozen=True)
 class Contrast(Curve):
-    """Distances from middle grey times 1 + `share`."""
+    """Distances from middle grey times 1 + `share`; below 0 is flatter."""
 
     share: float
     kind = "contrast"
     example = "contrast:-0.3"
-
-    @classmethod
-    def parse(cls, value: str) -> "Contrast":
-        """`contrast:S` with S -0.9..3; below 0 is flatter."""
-        return cls(number(value, -0.9, 3, "a share"))
+    reads = number, -0.9, 3, "a share"
 
     @override
     def curve(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -78,16 +70,12 @@ class Contrast(Curve):
 
 @dataclass(frozen=True)
 class Gamma(Curve):
-    """Values of 0..1 to the power of `exponent`."""
+    """Values of 0..1 to the power of `exponent`; over 1 is darker."""
 
     exponent: float
     kind = "gamma"
     example = "gamma:1.5"
-
-    @classmethod
-    def parse(cls, value: str) -> "Gamma":
-        """`gamma:G` with G 0.2..5; over 1 is darker."""
-        return cls(number(value, 0.2, 5, "an exponent"))
+    reads = number, 0.2, 5, "an exponent"
 
     @override
     def curve(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -101,12 +89,7 @@ class Posterize(Curve):
     bits: int
     kind = "posterize"
     example = "posterize:4"
-    whole = True
-
-    @classmethod
-    def parse(cls, value: str) -> "Posterize":
-        """`posterize:B` with B 1..7 bits."""
-        return cls(whole_number(value, 1, 7, "bits"))
+    reads = whole_number, 1, 7, "bits"
 
     @override
     def curve(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -125,12 +108,8 @@ class Invert(Curve):
     share: float
     kind = "invert"
     example = "invert:1"
+    reads = number, 0, 1, "a share"
     straight = False
-
-    @classmethod
-    def parse(cls, value: str) -> "Invert":
-        """`invert:S` with S 0..1."""
-        return cls(number(value, 0, 1, "a share"))
 
     @override
     def curve(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,17 +118,13 @@ class Invert(Curve):
 
 @dataclass(frozen=True)
 class Hue(Transform):
-    """Colours turned about the axis of greys, which stay as they are: a linear map of (red, green, blue)."""
+    """Colours turned about the axis of greys, which stay as they are, by a linear map; 120 turns red into green."""
 
     degrees: float
     kind = "hue"
     example = "hue:15"
+    reads = number, -180, 180, "degrees"
     straight = False
-
-    @classmethod
-    def parse(cls, value: str) -> "Hue":
-        """`hue:D` with D degrees, -180..180; 120 turns red into green."""
-        return cls(number(value, -180, 180, "degrees"))
 
     @property
     def _matrix(self) -> NDArray[np.float64]:

@@ -17,11 +17,7 @@ class Rotate(Geometric):
     degrees: float
     kind = "rotate"
     example = "rotate:5"
-
-    @classmethod
-    def parse(cls, value: str) -> "Rotate":
-        """`rotate:D` with D degrees, -180..180."""
-        return cls(number(value, -180, 180, "degrees"))
+    reads = number, -180, 180, "degrees"
 
     @override
     def warp(self, shape: tuple[int, int]) -> Warp:
@@ -36,11 +32,7 @@ class Crop(Geometric):
     share: float
     kind = "crop"
     example = "crop:0.9"
-
-    @classmethod
-    def parse(cls, value: str) -> "Crop":
-        """`crop:S` with S over 0.1, up to 1."""
-        return cls(number(value, 0.1, 1, "a share"))
+    reads = number, 0.1, 1, "a share"
 
     @override
     def warp(self, shape: tuple[int, int]) -> Warp:
@@ -78,11 +70,7 @@ class Stretch(Geometric):
     factor: float
     kind = "stretch"
     example = "stretch:1.1"
-
-    @classmethod
-    def parse(cls, value: str) -> "Stretch":
-        """`stretch:F` with F over 0.25, up to 4."""
-        return cls(number(value, 0.25, 4, "a factor"))
+    reads = number, 0.25, 4, "a factor"
 
     @override
     def warp(self, shape: tuple[int, int]) -> Warp:
@@ -97,11 +85,7 @@ class Perspective(Geometric):
     share: float
     kind = "perspective"
     example = "perspective:0.1"
-
-    @classmethod
-    def parse(cls, value: str) -> "Perspective":
-        """`perspective:S` with S -0.5..0.5."""
-        return cls(number(value, -0.5, 0.5, "a share"))
+    reads = number, -0.5, 0.5, "a share"
 
     @override
     def warp(self, shape: tuple[int, int]) -> Warp:

@@ -17,13 +17,8 @@ class Jpeg(Encoded):
     quality: int
     kind = "jpeg"
     example = "jpeg:75"
-    whole = True
+    reads = whole_number, 1, 100, "a quality"
     suffix = ".jpg"
-
-    @classmethod
-    def parse(cls, value: str) -> "Jpeg":
-        """`jpeg:Q` with Q 1..100."""
-        return cls(whole_number(value, 1, 100, "a quality"))
 
     @override
     def encode(self, photo: Photo) -> bytes:

@@ -18,11 +18,7 @@ class Resize(Transform):
     factor: float
     kind = "resize"
     example = "resize:0.5"
-
-    @classmethod
-    def parse(cls, value: str) -> "Resize":
-        """`resize:F` with F over 0.05, up to 4."""
-        return cls(number(value, 0.05, 4, "a factor"))
+    reads = number, 0.05, 4, "a factor"
 
     def _size(self, photo: Photo) -> tuple[int, int]:
         return max(1, round(photo.shape[0] * self.factor)), max(1, round(photo.shape[1] * self.factor))
