@@ -188,10 +188,13 @@ class Family(ABC):
     """What loading needs to know of detectors of one kind; `families.py` lists them all.
 
     Attributes:
+        runs: the class of its detectors, made of a network, a name, the longest side of a frame, px, a device, and, by
+            name, those of `options` that were given.
         options: of `load_detector`, those that it takes.
         suffixes: of files that only this family reads, such as ".onnx".
     """
 
+    runs: type[Any]
     options: ClassVar[frozenset[str]] = frozenset()
     suffixes: ClassVar[frozenset[str]] = frozenset()
 
@@ -213,18 +216,6 @@ class Family(ABC):
     @abstractmethod
     def owns(self, network: nn.Module) -> bool:
         """Whether a network is of this family, if it is of none before it in the list."""
-
-    @abstractmethod
-    def detector(self, network: Any, name: str, imgsz: int, device: str, **options: Any) -> Detector:
-        """The detector that runs a network of the family.
-
-        Args:
-            network: one that it owns.
-            name: what the detector is called.
-            imgsz: longest side of a frame, px.
-            device: of torch.
-            **options: those of `options` that were given.
-        """
 
     def build(self, architecture: str, classes: list[str]) -> nn.Module | None:
         """The network, with random weights, that the json of a .safetensors calls so; None: not of this family.

@@ -365,11 +365,26 @@ class GatedNetwork(nn.Module):
 
 
 class GatedDetector(Detector):
-    """A frozen gated ensemble; `route` forces one expert, so that attacks can try each way through it."""
+    """A frozen gated ensemble; `route` forces one expert, so that attacks can try each way through it.
+
+    `top_k` and `fusion` become the network's own, where they are given.
+    """
 
     hardened = True
 
-    def __init__(self, network: GatedNetwork, name: str, imgsz: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        network: GatedNetwork,
+        name: str,
+        imgsz: int,
+        device: str = "cpu",
+        top_k: int | None = None,
+        fusion: str | None = None,
+    ) -> None:
+        if top_k is not None:
+            network.top_k = top_k if top_k < len(network.names) else None
+        if fusion is not None:
+            network.fusion = str(parse_fusion(fusion))
         self.name, self.class_names = name, network.class_names
         self.stride = max(int(network.head.stride.max()), 32)
         self.imgsz = math.ceil(imgsz / self.stride) * self.stride
@@ -431,28 +446,12 @@ class GatedDetector(Detector):
 class Gated(Family):
     """Gated ensembles: known by the card beside their weights, and by no official name."""
 
+    runs = GatedDetector
     options: ClassVar = frozenset({"top_k", "fusion"})
 
     @override
     def owns(self, network: nn.Module) -> bool:
         return isinstance(network, GatedNetwork)
-
-    @override
-    def detector(
-        self,
-        network: GatedNetwork,
-        name: str,
-        imgsz: int,
-        device: str,
-        top_k: int | None = None,
-        fusion: str | None = None,
-        **options: Any,
-    ) -> GatedDetector:
-        if top_k is not None:
-            network.top_k = top_k if top_k < len(network.names) else None
-        if fusion is not None:
-            network.fusion = str(parse_fusion(fusion))
-        return GatedDetector(network, name, imgsz, device)
 
 
 def gated_card(network: GatedNetwork) -> dict[str, Any]:

@@ -195,6 +195,8 @@ def _resized(size: "SizeDict", imgsz: int) -> "SizeDict":
 class HuggingFace(Family):
     """Object detectors of transformers, by their name on the hub or by a folder as `save_pretrained` writes it."""
 
+    runs = HuggingFaceDetector
+
     @property
     @override
     def known(self) -> str:
@@ -203,10 +205,6 @@ class HuggingFace(Family):
     @override
     def owns(self, network: nn.Module) -> bool:
         return type(network).__module__.startswith("transformers.")
-
-    @override
-    def detector(self, network: nn.Module, name: str, imgsz: int, device: str, **options: object) -> Detector:
-        return HuggingFaceDetector(network, name, imgsz, device)
 
     @override
     def fetch(self, name: str) -> Path | None:

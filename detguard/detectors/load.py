@@ -130,7 +130,7 @@ def _of_network(
     given = {option: value for option, value in options.items() if value not in (None, False)}
     for option in sorted(given.keys() - family.options):
         raise DetguardError(f"`{option}`: {name} {LACKS[option]}")
-    return family.detector(model, Path(name).stem, imgsz or size, device, **given)
+    return family.runs(model, Path(name).stem, imgsz or size, device, **given)
 
 
 def detector_config(detector: "Detector", model: str) -> Config:

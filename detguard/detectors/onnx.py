@@ -195,15 +195,12 @@ def _providers(device: str) -> list[str | tuple[str, dict[str, int]]]:
 class Onnx(Family):
     """The family of ONNX files, which are those that end in .onnx."""
 
+    runs = OnnxDetector
     suffixes: ClassVar = frozenset({".onnx"})
 
     @override
     def owns(self, network: nn.Module) -> bool:
         return isinstance(network, OnnxNetwork)
-
-    @override
-    def detector(self, network: OnnxNetwork, name: str, imgsz: int, device: str, **options: object) -> OnnxDetector:
-        return OnnxDetector(network, name, imgsz, device)
 
     @override
     def read(self, name: str, file: Path, trust: bool) -> tuple[nn.Module, int]:

@@ -172,14 +172,14 @@ def softmax_logits(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Torchvision(Family):
-    """Networks that torchvision builds by the names `architectures`, of the types called `networks`; run by `kind`.
+    """Networks that torchvision builds by the names `architectures`, of the types called `networks`.
 
     The names of a network's outputs, "__background__" first as torchvision has them, become its `outputs`.
     """
 
     architectures: tuple[str, ...]
     networks: tuple[str, ...]
-    kind: type[TorchvisionDetector]
+    runs: type[TorchvisionDetector]
 
     @property
     @override
@@ -200,10 +200,6 @@ class Torchvision(Family):
     def owns(self, network: nn.Module) -> bool:
         types = type(network).__mro__
         return any(one.__name__ in self.networks and one.__module__.startswith("torchvision.") for one in types)
-
-    @override
-    def detector(self, network: nn.Module, name: str, imgsz: int, device: str, **options: object) -> Detector:
-        return self.kind(network, name, imgsz, device)
 
     @override
     def build(self, architecture: str, classes: list[str]) -> nn.Module | None:

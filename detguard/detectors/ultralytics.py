@@ -177,6 +177,7 @@ def _places(maps: Sequence[Tensor], strides: Sequence[float], dtype: torch.dtype
 class Ultralytics(Family):
     """All that has a box detection head of Ultralytics'."""
 
+    runs = UltralyticsDetector
     options: ClassVar = frozenset({"end_to_end"})
 
     @property
@@ -199,12 +200,6 @@ class Ultralytics(Family):
     @override
     def owns(self, network: nn.Module) -> bool:
         return hasattr(network, "names")
-
-    @override
-    def detector(
-        self, network: Any, name: str, imgsz: int, device: str, end_to_end: bool = False, **options: object
-    ) -> UltralyticsDetector:
-        return UltralyticsDetector(network, name, imgsz, device, end_to_end=end_to_end)
 
     @override
     def build(self, architecture: str, classes: list[str]) -> nn.Module | None:

@@ -20,7 +20,7 @@ class Dots(nn.Module):
 
 
 class DotsDetector(Detector):
-    def __init__(self, model, name, imgsz):
+    def __init__(self, model, name, imgsz, device):
         self.model, self.name, self.imgsz = model, name, imgsz
         self.class_names = dict(enumerate(model.classes))
 
@@ -31,13 +31,11 @@ class DotsFamily(Family):
     """A family with one architecture and one official name."""
 
     known = "dots1"
+    runs = DotsDetector
     file = Path()
 
     def owns(self, network):
         return isinstance(network, Dots)
-
-    def detector(self, network, name, imgsz, device, **options):
-        return DotsDetector(network, name, imgsz)
 
     def build(self, architecture, classes):
         return Dots(classes) if architecture == "dots" else None
