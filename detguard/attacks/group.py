@@ -240,11 +240,9 @@ class Member:
         return self.victim.objective.aim(candidates, replace(self.clean, boxes=boxes), self.attacked)
 
     def fooled(self, found: Detections, sure: float) -> bool:
-        """Whether `found` in the frame is what is wanted; where something is to be found, over `sure` as well."""
-        objective, found = self.victim.objective, to_photo(found, self.letterbox)
-        return objective.success(self.clean, found, self.attacked) and (
-            not objective.raises or objective.success(self.clean, found.above(sure), self.attacked)
-        )
+        """Whether `found` in the frame is what is wanted, and would be without what is not over `sure`."""
+        wanted, found = self.victim.objective.success, to_photo(found, self.letterbox)
+        return wanted(self.clean, found, self.attacked) and wanted(self.clean, found.above(sure), self.attacked)
 
     def pull_back(self, photo: Photo, gradient: Tensor, options: "AttackOptions") -> Tensor:
         """Gradient at the frame, [3, H', W'], at the photo, [3, H, W]."""

@@ -38,23 +38,20 @@ class Objective(ABC):
         kind: what it is called in `parse.KINDS`.
         needs_target: whether there is nothing to do on a photo without an object of the `targets`.
         counts_candidates: whether records tell how many candidates there are before NMS, too.
+        compares: whether what counts is only what was not found before: then copies are compared with clean copies.
         targets: the class indices of the objects that are attacked.
     """
 
     kind: ClassVar[str]
     needs_target: ClassVar[bool] = True
     counts_candidates: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     targets: tuple[int, ...]
 
     @property
     def classes(self) -> tuple[int, ...]:
         """The class indices of the targets."""
         return self.targets
-
-    @property
-    def raises(self) -> bool:
-        """Whether something is to be found, so that the margin of the search lies over the confidence as well."""
-        return False
 
     def attacked(self, clean: Detections) -> Tensor:
         """Which detections of the clean photo are attacked, bool [K].
@@ -84,11 +81,6 @@ class Objective(ABC):
             conf: confidence over which an object counts as found, 0..1.
             sure: that over which what is wanted is to be found, 0..1, by default `conf`.
         """
-
-    @property
-    def compares(self) -> bool:
-        """Whether what counts is only what was not found before: then copies are compared with clean copies."""
-        return False
 
     @abstractmethod
     def success(self, clean: Detections, found: Detections, attacked: Tensor | None = None) -> bool:
@@ -271,11 +263,6 @@ class Goal(Objective):
             "loss": self.measure,
             "count": getattr(self, "count", None),
         }
-
-    @property
-    @override
-    def raises(self) -> bool:
-        return self.keep_others
 
     @property
     def by(self) -> LogitLoss:

@@ -39,19 +39,10 @@ class Fabricate(Goal):
 
     kind: ClassVar[str] = "fabricate"
     needs_target: ClassVar[bool] = False
+    compares: ClassVar[bool] = True
     wanted: ClassVar[str] = "found where there is none"
     takes: ClassVar[frozenset[str]] = frozenset({"count"})
     count: int = 1
-
-    @property
-    @override
-    def raises(self) -> bool:
-        return True
-
-    @property
-    @override
-    def compares(self) -> bool:
-        return True
 
     @override
     def aim(self, candidates: Candidates, objects: Detections, attacked: Tensor) -> Places:

@@ -29,11 +29,6 @@ class Flood(Goal):
     default: ClassVar[str] = "all"
     count: int = 100
 
-    @property
-    @override
-    def raises(self) -> bool:
-        return True
-
     @override
     def own_loss(self, candidates: Candidates, aims: Sequence[Scene], conf: float, sure: float) -> Tensor:
         """The best target class of every candidate is raised over the threshold."""

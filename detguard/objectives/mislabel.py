@@ -107,11 +107,6 @@ class Mislabel(Goal):
         return words | {"target": SEPARATOR.join(f"{target}{ARROW}{one}" for target, one in pairs)}
 
     @property
-    @override
-    def raises(self) -> bool:
-        return True
-
-    @property
     def hidden(self) -> tuple[int, ...]:
         """Target classes that nothing becomes, and nothing may."""
         return () if ANY in self.to else tuple(target for target in self.classes if target not in self.to)

@@ -206,7 +206,7 @@ def test_a_failed_attack_gives_the_photo_of_least_loss_not_the_last(bundled, sma
 
 def test_a_failed_attack_rather_gives_the_photo_that_fools_more_members(bundled, small):
     one_at_second = Scripted(
-        (0,), change=lambda loss, number: loss + 1000 * (number == 1), told=(False, False, True) + (False,) * 7
+        (0,), change=lambda loss, number: loss + 1000 * (number == 1), told=(False, False, True, True) + (False,) * 7
     )
     attempt, seen = scripted(bundled, small, one_at_second, spec="median:3")
     assert np.array_equal(attempt.adversarial, seen[1])
