@@ -199,19 +199,14 @@ class Family(ABC):
     suffixes: ClassVar[frozenset[str]] = frozenset()
 
     @property
-    def known(self) -> str:
-        """What its official names are like, for errors."""
-        return ""
-
-    @property
     def names(self) -> Sequence[str]:
-        """Official names, to suggest the nearest one for what is none; of several as near, the first."""
+        """Official names; errors show the nearest one, of several as near the first, or the first as an example."""
         return ()
 
     @property
     def built(self) -> str:
-        """What architectures `build` knows, for errors; by default `known`."""
-        return self.known
+        """What architectures `build` knows, for errors."""
+        return ""
 
     @abstractmethod
     def owns(self, network: nn.Module) -> bool:

@@ -196,11 +196,7 @@ class HuggingFace(Family):
     """Object detectors of transformers, by their name on the hub or by a folder as `save_pretrained` writes it."""
 
     runs = HuggingFaceDetector
-
-    @property
-    @override
-    def known(self) -> str:
-        return "PekingU/rtdetr_v2_r18vd and others on Hugging Face's hub"
+    names = ("PekingU/rtdetr_v2_r18vd",)
 
     @override
     def owns(self, network: nn.Module) -> bool:

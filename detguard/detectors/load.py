@@ -232,7 +232,7 @@ def _find(name: str | Path) -> "tuple[Path, Family | None]":
     if file.suffix in (".pt", ".safetensors", ".onnx"):
         raise DetguardError(f"{name}: no such file; without one there are the bundled {' and '.join(stems) or 'none'}")
     bundled_names = ", ".join(stems) or "none"
-    official = ", ".join(family.known for family in FAMILIES if family.known)
+    official = ", ".join(family.names[0] for family in FAMILIES if family.names)
     raise DetguardError(
         f"{name}: no such file, bundled detector ({bundled_names}) or official name (such as {official})"
     )

@@ -183,11 +183,6 @@ class Torchvision(Family):
 
     @property
     @override
-    def known(self) -> str:
-        return self.architectures[0]
-
-    @property
-    @override
     def names(self) -> tuple[str, ...]:
         return self.architectures
 

@@ -182,11 +182,6 @@ class Ultralytics(Family):
 
     @property
     @override
-    def known(self) -> str:
-        return "yolo11n and others of Ultralytics"
-
-    @property
-    @override
     def names(self) -> list[str]:
         """Those of detectors; the smallest first."""
         files = (re.fullmatch(r"(yolov?\d+\w*|rtdetr-\w)\.pt", name) for name in GITHUB_ASSETS_NAMES)

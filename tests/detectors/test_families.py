@@ -30,8 +30,8 @@ class DotsDetector(Detector):
 class DotsFamily(Family):
     """A family with one architecture and one official name."""
 
-    known = "dots1"
     runs = DotsDetector
+    names, built = ("dots1",), "dots"
     file = Path()
 
     def owns(self, network):
@@ -62,9 +62,10 @@ def test_a_family_is_its_line_in_the_list(dots, tmp_path):
     assert isinstance(own, DotsDetector)
     assert (own.name, own.imgsz, own.class_names) == ("own", 64, {0: "a", 1: "b"})
     assert (official.name, official.imgsz, official.class_names) == ("dots1", 96, {0: "dot"})
-    for unknown in (load_detector, lambda name: build_model(name, ["a"])):
-        with pytest.raises(DetguardError, match=r"nowhere: .*\(?dots1"):
-            unknown("nowhere")
+    with pytest.raises(DetguardError, match=r"nowhere: .*, dots1, yolo11n\)"):
+        load_detector("nowhere")
+    with pytest.raises(DetguardError, match=r"nowhere: .*, dots, yolo11n"):
+        build_model("nowhere", ["a"])
 
 
 @pytest.mark.parametrize("option", [{"top_k": 1}, {"fusion": "average:0"}, {"end_to_end": True}], ids=str)

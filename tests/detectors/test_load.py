@@ -110,8 +110,10 @@ def test_only_an_architecture_in_a_json_is_told_how_it_is_written_there():
         load_detector("nowhere")
     assert "in a json" not in str(named.value)
     assert len(str(named.value)) < 300
-    with pytest.raises(DetguardError, match=r"in a json yolo11n\.yaml"):
+    with pytest.raises(DetguardError, match=r"in a json yolo11n\.yaml") as built:
         build_model("nowhere", ["a"])
+    assert "PekingU" in str(named.value)
+    assert "PekingU" not in str(built.value)  # no json can ask for one of a hub
 
 
 def as_ultralytics_saves(model, file, size=320):
