@@ -90,20 +90,8 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else inside.parent.parent / name
 
 
-def is_file(file: str | Path) -> bool:
-    """Whether there is a regular file of that name; of names that no file can have, there is none."""
-    try:
-        return Path(file).is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(folder: str | Path) -> bool:
-    """Whether there is a folder of that name, as `is_file`."""
-    try:
-        return Path(folder).is_dir()
-    except (OSError, ValueError):
-        return False
+# Unlike those of `Path`, they raise of no name: where nobody can look, there is none.
+is_file, is_folder = os.path.isfile, os.path.isdir
 
 
 def write_file(file: Path, data: bytes | Iterable[bytes]) -> None:
