@@ -4,7 +4,6 @@ import math
 import zipfile
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -130,14 +129,6 @@ class Archive:
             case _:
                 return value
 
-    def __enter__(self) -> "Archive":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._zip.close()
-
 
 def read_state(file: Path) -> Any:
     """What a training state or a state dict in a `torch.save` archive holds: plain containers, numbers and tensors.
@@ -145,8 +136,8 @@ def read_state(file: Path) -> Any:
     Raises:
         CheckpointError: no such archive, damaged, too large, or more than that is in it.
     """
-    with Archive(file) as archive:
-        return archive.plain(archive.root)
+    archive = Archive(file)
+    return archive.plain(archive.root)
 
 
 def same_form(value: object, like: object) -> bool:

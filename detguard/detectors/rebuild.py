@@ -64,8 +64,7 @@ def read_checkpoint(file: Path, *, trust: bool) -> tuple[nn.Module, int]:
     """The network of a checkpoint, as `rebuild` makes it, or unpickled where its file is trusted to run any code."""
     if trust:
         return _unpickle(file)
-    with Archive(file) as archive:
-        return rebuild(archive)
+    return rebuild(Archive(file))
 
 
 def _unpickle(file: Path) -> tuple[nn.Module, int]:
