@@ -132,9 +132,6 @@ class _Reader(_Unpickler):
             self._copy(args[0])
         self.stack[-1] = _called(self.stack[-1], args)
 
-    def load_newobj(self) -> None:
-        self.load_reduce()
-
     def load_newobj_ex(self) -> None:
         args, keywords = self.stack[-2:]
         if not isinstance(args, tuple):
@@ -214,7 +211,7 @@ class _Reader(_Unpickler):
         )
     } | {
         pickle.FRAME[0]: load_frame, pickle.PUT[0]: load_put, pickle.REDUCE[0]: load_reduce,
-        pickle.NEWOBJ[0]: load_newobj, pickle.NEWOBJ_EX[0]: load_newobj_ex, pickle.BUILD[0]: load_build,
+        pickle.NEWOBJ[0]: load_reduce, pickle.NEWOBJ_EX[0]: load_newobj_ex, pickle.BUILD[0]: load_build,
         pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends, pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict, pickle.ADDITEMS[0]: load_additems,
         pickle.FROZENSET[0]: load_frozenset,

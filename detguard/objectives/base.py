@@ -102,7 +102,7 @@ class LogitLoss:
 
         where: those that count, of a shape that broadcasts.
         """
-        over = over_threshold(logits, conf)
+        over = softplus(logits - logit(conf)) * within_reach(logits, conf)
         return (over if where is None else over * where).flatten(1).sum(1)
 
     def higher(self, logits: Tensor, conf: float) -> Tensor:
@@ -380,11 +380,6 @@ def within_reach(logits: Tensor, conf: float) -> Tensor:
     return logits.detach() - logit(conf) > -REACH
 
 
-def over_threshold(logits: Tensor, conf: float) -> Tensor:
-    """Softplus of logits over that of `conf`, zero beyond reach; same shape."""
-    return softplus(logits - logit(conf)) * within_reach(logits, conf)
-
-
 def near(boxes: Tensor, objects: Detections) -> Tensor:
     """Which candidates, boxes [N, 4], lie on which objects of their frame (IoU >= 0.5): bool [N, K].
 
@@ -396,11 +391,6 @@ def near(boxes: Tensor, objects: Detections) -> Tensor:
     own = boxes.detach().index_select(1, objects.classes.to(boxes.device))  # [N, K, 4]
     each = [box_iou(one, box[None])[:, 0] for one, box in zip(own.unbind(1), there, strict=True)]
     return (torch.stack(each, 1) if each else own.new_zeros(own.shape[:2])) >= SAME_OBJECT_IOU
-
-
-def near_any(boxes: Tensor, objects: Sequence[Detections]) -> Tensor:
-    """Which candidates, boxes [B, N, 4], lie on some object of their frame: bool [B, N]."""
-    return torch.stack([near(b, o).any(1) for b, o in zip(boxes, objects, strict=True)])
 
 
 def on_class(boxes: Tensor, objects: Detections, classes: Sequence[int] | Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from detguard.detections import Candidates, Detections
-from detguard.objectives.base import Goal, Scene, near_any, on_class, outcomes, pick
+from detguard.objectives.base import Goal, Scene, near, on_class, outcomes, pick
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Vanish(Goal):
         loss = self.by.lower(pick(candidates.logits, self.classes), conf, where)
         if not self.strict:
             return loss
-        on = near_any(candidates.best_boxes, [scene.attacked for scene in aims])
+        frames = zip(candidates.best_boxes, aims, strict=True)
+        on = torch.stack([near(boxes, scene.attacked).any(1) for boxes, scene in frames])
         return loss + self.by.lower(candidates.logits, conf, on[..., None])
 
     @override

@@ -149,10 +149,6 @@ class Geometric(Transform):
         return self.warp(photo.shape[:2]).pull_back(gradient)
 
 
-class SwappedError(ValueError):
-    """Of two numbers, the larger comes first."""
-
-
 @dataclass(frozen=True)
 class Drawn(Transform):
     """A transform with a parameter drawn anew each time between two ends, like `rotate:-5..5`."""
@@ -166,7 +162,7 @@ class Drawn(Transform):
 
     @classmethod
     def between(cls, kind: type[Transform], low: str, high: str) -> "Drawn":
-        """A kind between two parameters; raises ValueError with what was expected, SwappedError without."""
+        """A kind between two parameters; raises ValueError with what was expected."""
         if not (low and high):
             raise ValueError("expected numbers on both sides of ..")
         ends = kind.parse(low), kind.parse(high)
@@ -177,7 +173,7 @@ class Drawn(Transform):
         if numbers[0] == numbers[1]:
             raise ValueError("expected two different numbers, or one alone")
         if numbers[0] > numbers[1]:
-            raise SwappedError
+            raise ValueError(f"expected the smaller number first, {high}..{low}")
         return cls(*ends, numbers)
 
     @override

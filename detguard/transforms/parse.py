@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from detguard import DetguardError
-from detguard.transforms.base import Drawn, SwappedError, Transform
+from detguard.transforms.base import Drawn, Transform
 from detguard.transforms.blur import Defocus, Gaussian, Median, Motion
 from detguard.transforms.codecs import H264, Webp
 from detguard.transforms.colour import Brightness, Contrast, Gamma, Hue, Invert, Posterize
@@ -69,10 +69,6 @@ def parse_transforms(specs: str) -> list[Transform]:
         low, drawn, high = value.partition("..")
         try:
             transforms.append(Drawn.between(KINDS[kind], low, high) if drawn else KINDS[kind].parse(value))
-        except SwappedError as error:
-            raise DetguardError(
-                f"transform '{spec}': expected the smaller number first, as in {kind}:{high}..{low}"
-            ) from error
         except ValueError as error:
             raise DetguardError(f"transform '{spec}': {error}, as in {KINDS[kind].example}") from error
     if len({str(t) for t in transforms}) < len(transforms):

@@ -76,8 +76,3 @@ class Warp:
         local = (matrix[:2, :2] - middle[:, :, None] * matrix[2, :2]) / depth
         reach = (local * half[:, None, :]).square().sum(2).sqrt()
         return torch.cat([middle - reach, middle + reach], 1).to(boxes)
-
-    @property
-    def inverse(self) -> "Warp":
-        """From places in the picture to places in the photo."""
-        return Warp(np.linalg.inv(self.matrix).astype(np.float64), self.picture, self.photo)

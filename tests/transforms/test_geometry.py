@@ -8,6 +8,7 @@ from detguard import DetguardError
 from detguard.detections import Detections
 from detguard.transforms.base import seen
 from detguard.transforms.parse import parse_transforms
+from detguard.transforms.warp import Warp
 
 MOVING = ("rotate:7", "crop:0.8", "flip:h", "flip:v", "stretch:1.3", "perspective:0.2", "perspective:-0.2")
 
@@ -54,7 +55,8 @@ def test_the_inverse_leads_back(spec):
     warp = only(spec).warp((200, 160))
     box = torch.tensor([[60.0, 70.0, 100.0, 110.0]])
     slack = 6 if "rotate" in spec or "perspective" in spec else 1e-3  # ellipses grow with each turn
-    assert torch.allclose(warp.inverse.boxes(warp.boxes(box)), box, atol=slack)
+    inverse = Warp(np.linalg.inv(warp.matrix), warp.picture, warp.photo)
+    assert torch.allclose(inverse.boxes(warp.boxes(box)), box, atol=slack)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_what_is_no_transform_is_refused(spec):
 
 
 def test_two_numbers_the_wrong_way_round_are_shown_the_right_way():
-    with pytest.raises(DetguardError, match=r"expected the smaller number first, as in rotate:-8\.\.8$"):
+    with pytest.raises(DetguardError, match=r"expected the smaller number first, -8\.\.8, as in rotate:"):
         parse_transforms("rotate:8..-8")
     with pytest.raises(DetguardError, match=r"expected two different numbers, or one alone, as in rotate:"):
         parse_transforms("rotate:8..8")
