@@ -2,8 +2,7 @@
 
 import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,7 +45,9 @@ from detguard.cli.app import (
 from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
-    from detguard.attacks.pictures import Learning, Picture
+    from collections.abc import Callable
+
+    from detguard.attacks.pictures import Picture
     from detguard.detectors.base import Detector
     from detguard.workflows.pictures import PictureJob
 
@@ -116,16 +117,7 @@ def patch(
     """
     from detguard.attacks.patch import Patch
 
-    if resume:
-        return go_on(context, resume, "patch", device, trust=trust, as_json=as_json)
-    out_folder = run_folder(context)
-    only_of_splits(context, data or [""])
-    (detector,) = loaded(context, model, device=device)
-    learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
-    return begin(
-        Patch(size, pixels), detector, data, learning, as_json=as_json, target=target, split=split,
-        class_map=parse_map(class_map), out=out_folder, exist_ok=exist_ok, print_cm=print_cm,
-    )  # fmt: skip
+    make(context, lambda _: Patch(size, pixels), print_cm=print_cm)
 
 
 @app.command(
@@ -171,55 +163,35 @@ def universal(
     """
     from detguard.attacks.universal import Universal
 
-    if resume:
-        return go_on(context, resume, "universal", device, trust=trust, as_json=as_json)
-    out_folder = run_folder(context)
-    only_of_splits(context, data or [""])
-    (detector,) = loaded(context, model, device=device)
-    learning = learns(context, photos, hours, rate, batch, conf or detector.conf, seed)
-    kind = Universal.of(levels(eps), detector.imgsz)
-    return begin(
-        kind, detector, data, learning, as_json=as_json, target=target, split=split, class_map=parse_map(class_map),
-        out=out_folder, exist_ok=exist_ok,
-    )  # fmt: skip
+    make(context, lambda detector: Universal.of(levels(eps), detector.imgsz))
 
 
-def learns(context: typer.Context, photos: int, hours: float | None, *options: Any) -> "Learning":
-    """How the picture is learned, by the options, which are those of `Learning`."""
+def make(context: typer.Context, kind: "Callable[[Detector], Picture]", **kept: float) -> None:
+    """Learn a picture in a new run, or go on with one, by a command's options; kept: more that a new run keeps."""
     from detguard.attacks.pictures import Learning
-
-    if hours is not None and "photos" in given(context):
-        raise DetguardError("--hours: instead of --photos; leave one of them out")
-    return Learning(photos, hours, *options)
-
-
-def begin(
-    kind: "Picture",
-    detector: "Detector",
-    data: list[str] | None,
-    learning: "Learning",
-    *,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Learn a picture in a new run."""
     from detguard.workflows.pictures import PictureJob
 
+    options, command = context.params, str(context.command.name)
+    device = options["device"]
+    if options["resume"]:
+        only_resumes(context)
+        with err.status("Loading the detector and looking for targets"):
+            job = PictureJob.resume(options["resume"], command, device, show_warnings, trust=options["trust"])
+        return learn(job, as_json=options["as_json"])
+    out_folder, data = run_folder(context), options["data"] or []
+    only_of_splits(context, data or [""])
+    (detector,) = loaded(context, options["model"], device=device)
+    if options["hours"] is not None and "photos" in given(context):
+        raise DetguardError("--hours: instead of --photos; leave one of them out")
+    learning = {name: options[name] for name in Learning.__dataclass_fields__}
+    learning["conf"] = learning["conf"] or detector.conf
     with err.status("Looking for targets"):
         job = PictureJob.begin(
-            kind, detector, data or [], learning, arguments=sys.argv[1:], on_data=show_warnings, **options
-        )
-    learn(job, as_json=as_json)
-
-
-def go_on(context: typer.Context, folder: Path, command: str, device: str, *, trust: bool, as_json: bool) -> None:
-    """Go on with a run."""
-    from detguard.workflows.pictures import PictureJob
-
-    only_resumes(context)
-    with err.status("Loading the detector and looking for targets"):
-        job = PictureJob.resume(folder, command, device, show_warnings, trust=trust)
-    learn(job, as_json=as_json)
+            kind(detector), detector, data, Learning(**learning), target=options["target"], split=options["split"],
+            class_map=parse_map(options["class_map"]), out=out_folder, exist_ok=options["exist_ok"],
+            arguments=sys.argv[1:], on_data=show_warnings, **kept,
+        )  # fmt: skip
+    learn(job, as_json=options["as_json"])
 
 
 def learn(job: "PictureJob", *, as_json: bool) -> None:
