@@ -196,15 +196,7 @@ def patch(
         >>> made = detguard.patch(detector, "photos/", target="person", photos=2000)  # doctest: +SKIP
         >>> made.picture.shape, made.file  # doctest: +SKIP
     """
-    refuse_unknown("patch", learning, Learning.__dataclass_fields__)
-    if resume is not None:
-        only_resumes(patch, locals())
-        return PictureJob.resume(Path(resume), "patch", device, trust=trust).learn(on_step)
-    _with_resume_alone(device, trust=trust)
-    return _learned(
-        Patch(size, pixels), as_detector(detector), data, out, on_step, learning, target=target, split=split,
-        class_map=class_map, print_cm=print_cm,
-    )  # fmt: skip
+    return _made(patch, locals(), lambda _: Patch(size, pixels), print_cm=print_cm)
 
 
 def universal(
@@ -247,34 +239,24 @@ def universal(
         >>> detector = detguard.load_detector("detguard-n")
         >>> made = detguard.universal(detector, "photos/", eps=8, photos=2000)  # doctest: +SKIP
     """
-    refuse_unknown("universal", learning, Learning.__dataclass_fields__)
-    if resume is not None:
-        only_resumes(universal, locals())
-        return PictureJob.resume(Path(resume), "universal", device, trust=trust).learn(on_step)
-    _with_resume_alone(device, trust=trust)
-    given = as_detector(detector)
-    return _learned(
-        Universal.of(eps, given.imgsz), given, data, out, on_step, learning, target=target, split=split,
-        class_map=class_map,
-    )  # fmt: skip
+    return _made(universal, locals(), lambda attacked: Universal.of(eps, attacked.imgsz))
 
 
-def _with_resume_alone(device: str, *, trust: bool) -> None:
+def _made(function: Callable[..., Learned], given: Config, kind: Callable[[Detector], Picture], **kept: Any) -> Learned:
+    """What `patch` or `universal` learns by its arguments, as of `locals()`; kept: more that a new run keeps."""
+    name, device, trust, learning = function.__name__, given["device"], given["trust"], given["learning"]
+    refuse_unknown(name, learning, Learning.__dataclass_fields__)
+    if given["resume"] is not None:
+        only_resumes(function, given)
+        return PictureJob.resume(Path(given["resume"]), name, device, trust=trust).learn(given["on_step"])
     if device != defaults.DEVICE or trust:
         raise DetguardError("`device` and `trust`: go with `resume`; else say them to `load_detector`")
-
-
-def _learned(
-    kind: Picture,
-    detector: Detector,
-    data: Sources | None,
-    out: str | Path | None,
-    on_step: OnPicture | None,
-    learning: Config,
-    **options: Any,
-) -> Learned:
+    detector = as_detector(given["detector"])
     if {"photos", "hours"} <= learning.keys():
         raise DetguardError("`hours`: instead of `photos`; leave one of them out")
-    search = Learning(**{"conf": detector.conf, **learning})
-    begun = PictureJob.begin(kind, detector, listed(data), search, out=None if out is None else Path(out), **options)
-    return begun.learn(on_step)
+    begun = PictureJob.begin(
+        kind(detector), detector, listed(given["data"]), Learning(**{"conf": detector.conf, **learning}),
+        target=given["target"], split=given["split"], class_map=given["class_map"],
+        out=None if given["out"] is None else Path(given["out"]), **kept,
+    )  # fmt: skip
+    return begun.learn(given["on_step"])
