@@ -443,13 +443,13 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
     from detguard.objectives.parse import wanted
     from detguard.reports.attack import MOST_NAMED, attack_page, failures, verdict
     from detguard.reports.attack_tables import attack_summary, survival_table
-    from detguard.reports.tables import terminal_list, terminal_table
+    from detguard.reports.tables import terminal_list
 
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
         out.say(verdict(records, job.options), style="bold")
         title = f"Success rate. Goal: {wanted(job.run.config)}"
-        out.print(terminal_table(survival_table(attacked, title, job.options.conf)))
+        out.print(survival_table(attacked, title, job.options.conf))
         failed = failures(attacked, job.run.config, job.options.conf)
         for line in failed[:MOST_NAMED]:
             out.say(f"not fooled: {line}")
@@ -616,7 +616,6 @@ def verify(
     from detguard.attacks.group import AttackOptions
     from detguard.detectors.load import load_configured, load_detector
     from detguard.reports.attack_tables import survival_table
-    from detguard.reports.tables import terminal_table
     from detguard.runs import Run
     from detguard.workflows.attack import verify as judge_run
 
@@ -650,7 +649,7 @@ def verify(
         used = max(r["used"] for r in records)
         if not as_json:
             title = f"{folder}: success rate, judged by {detector.name}"
-            out.print(terminal_table(survival_table(records, title, options.conf)))
+            out.print(survival_table(records, title, options.conf))
             out.print(f"most of the budget used: {used:.4g} of {budget}")
         fooled = [all(r["members"][name]["fooled"] for name in r["group"]) for r in records]
         if not as_json:

@@ -41,8 +41,7 @@ def check_detector(
 
     from detguard.detectors.contract import check_contract
     from detguard.photos import read_photo
-    from detguard.reports.page import Table
-    from detguard.reports.tables import terminal_table
+    from detguard.reports.tables import Table
 
     (detector,) = loaded(context, model, device=device)
     promises = list(check_contract(detector, read_photo(photo or ASSETS / "bus.jpg"), conf))
@@ -65,7 +64,7 @@ def check_detector(
         kept = f"{len(promises) - skipped} kept, {skipped} skipped" if skipped else f"all {len(promises)} kept"
         text = f"{kept}: it can be attacked{'' if detector.differentiable else ' by --black-box,'} and judged"
     out.quiet = out.quiet or as_json
-    out.print(terminal_table(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows)))
+    out.print(Table(f"{detector.name}: promises", ["promise", "", "seen", "look at"], rows))
     records = [dict(zip(("promise", "state", "seen", "remedy"), row, strict=True)) for row in rows]
     show_made(text, as_json=as_json, model=model, passed=not broken, promises=records)
     sys.exit(1 if broken else 0)

@@ -341,7 +341,6 @@ def run_evaluation(
     from detguard.evaluation.floors import shortfalls
     from detguard.evaluation.run import evaluate
     from detguard.reports.evaluation import evaluation_page, tables, verdict
-    from detguard.reports.tables import terminal_table
 
     dataset = subjects[0].dataset
     with progress_bar() as progress:
@@ -362,7 +361,7 @@ def run_evaluation(
         out.say(verdict(evaluation.metrics), style="bold")
         first, *others = tables(evaluation.metrics)
         for table in (first.turned, *others):
-            out.print(terminal_table(table))
+            out.print(table)
         out.say(f"results: {run.folder}, open {run.folder / 'report.html'}")
         if wanted.save_images and (made := run.folder / "datasets").exists():
             out.say(f"data sets: {made}")
@@ -401,7 +400,6 @@ def compare(
     from detguard.files import write_file
     from detguard.reports.comparison import comparison_page, comparison_tables, differences
     from detguard.reports.page import short_names
-    from detguard.reports.tables import terminal_table
     from detguard.runs import Run
 
     if page is not None and page.suffix != ".html":
@@ -420,7 +418,7 @@ def compare(
             print(json.dumps({"name": name, "metrics": row, "difference": over}))
     else:
         for table in comparison_tables(metrics, changes):
-            out.print(terminal_table(table))
+            out.print(table)
     for line in warnings:
         show_warning(line)
     if page is not None:

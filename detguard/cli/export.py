@@ -70,7 +70,6 @@ def export(
     from detguard.export.run import export as write
     from detguard.photos import find_photos, read_photo
     from detguard.reports.export import verdict_table
-    from detguard.reports.tables import terminal_table
 
     out.quiet = out.quiet or as_json
     if not nms:
@@ -89,7 +88,7 @@ def export(
         warnings.simplefilter("ignore")  # of tracing, whose result is checked
         verdict = write(wanted, kind, file)
     kept, file = file, file if verdict.passed else rejected(file, kind)
-    out.print(terminal_table(verdict_table(verdict, len(wanted.frames))))
+    out.print(verdict_table(verdict, len(wanted.frames)))
     if as_json or verdict.passed:
         text = f"checked: {file} finds what {model} finds"
         show_made(text, as_json=as_json, file=file, passed=verdict.passed, **verdict.record())

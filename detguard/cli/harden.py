@@ -45,7 +45,7 @@ from detguard.cli.app import (
 from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
-    from detguard.reports.page import Table
+    from detguard.reports.tables import Table
     from detguard.schema import Config
     from detguard.workflows.harden import Hardening
 
@@ -260,14 +260,14 @@ def harden(
 def show_cost(job: "Hardening", workers: int | None, *, as_json: bool) -> int:
     """Say what the stages of a run take, which is then spent; returns the exit code."""
     from detguard.reports.hardening import cost_table
-    from detguard.reports.tables import duration, terminal_table
+    from detguard.reports.tables import duration
 
     load(job, workers)
     with err.status("Measuring a batch of each stage"):
         costs = job.trial()
     if not job.ranks.first:
         return 0
-    out.print(terminal_table(cost_table(costs)))
+    out.print(cost_table(costs))
     passes, seconds = (sum(getattr(cost, of) for cost in costs.values()) for of in ("passes", "seconds"))
     stages = {name: vars(cost) for name, cost in costs.items()}
     text = f"{passes:,} forward and backward passes in all: about {duration(seconds)}, as measured on a batch of each"
@@ -298,11 +298,9 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
 
 def show_judgement(verdict: str, table: "Table") -> None:
     """Say how good a detector was on photos held out, and is."""
-    from detguard.reports.tables import terminal_table
-
     out.say(verdict, style="bold")
     if table.rows:
-        out.print(terminal_table(table))
+        out.print(table)
 
 
 def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = False) -> int:

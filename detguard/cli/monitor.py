@@ -263,7 +263,6 @@ def watch(
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
     from detguard.hardening.monitor import needed, observe, whole_windows
     from detguard.reports.monitoring import drop_items, hides, monitor_page, timeline_table, verdict, when, windows
-    from detguard.reports.tables import terminal_table
     from detguard.workflows.living import Living
     from detguard.workflows.monitor import DROPPED, LIVE, Drops, film, is_filmed, open_stream, recent
 
@@ -335,7 +334,7 @@ def watch(
     known = dropping.known
     summary = verdict(records, options["detector"], options["window"], dropping.told, known, living.events)
     out.say(summary, style="bold")
-    out.print(terminal_table(timeline_table(windows(records, options["window"]))))
+    out.print(timeline_table(windows(records, options["window"])))
     told = known >= least and not hides(records, options["detector"], options["window"])
     calm = "no drop" if told else "too few to judge" if known < least else "too little to judge by"
     summary = f"{drops} drop(s), {dropped} photos in {run.folder / DROPPED}" if drops else calm

@@ -6,9 +6,9 @@ from pathlib import Path
 from detguard.hardening.judging import Judgement, judged_eps
 from detguard.hardening.validation import ATTACKED, STEPS
 from detguard.reports.judged import before_after, judged_table
-from detguard.reports.page import Table, render_page
+from detguard.reports.page import render_page
 from detguard.reports.plots import training_plot
-from detguard.reports.tables import counts
+from detguard.reports.tables import Table, counts
 from detguard.runs import Run
 from detguard.schema import Config
 

@@ -13,9 +13,9 @@ from detguard.objectives.base import ALL, SEPARATOR
 from detguard.objectives.parse import GOALS, wanted
 from detguard.photos import read_photo
 from detguard.reports.attack_tables import attack_summary, judged, least_budgets, survival_table
-from detguard.reports.page import MOST_PHOTOS, Item, Table, linked, pair, panel, render_page, short_names
+from detguard.reports.page import MOST_PHOTOS, Item, linked, pair, panel, render_page, short_names
 from detguard.reports.plots import least_budget_plot
-from detguard.reports.tables import counts
+from detguard.reports.tables import Table, counts
 from detguard.runs import Record, Run
 from detguard.schema import Config
 

@@ -8,8 +8,7 @@ from statistics import mean, median
 from detguard import __version__
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import PHOTO, THRESHOLDS
-from detguard.reports.page import Table
-from detguard.reports.tables import counted, counts, percents
+from detguard.reports.tables import Table, counted, counts, percents
 from detguard.runs import Record
 
 PHOTO_ROW = "photo (png)"

@@ -12,8 +12,9 @@ from detguard.evaluation.compare import (
 )
 from detguard.evaluation.metrics import DRAWS, Draws, Metrics
 from detguard.reports.evaluation import headline, number
-from detguard.reports.page import Table, render_page
+from detguard.reports.page import render_page
 from detguard.reports.plots import plots
+from detguard.reports.tables import Table
 
 # What is compared, by protocol.
 FIGURES: dict[Compared, str] = {

@@ -18,9 +18,9 @@ from detguard.evaluation.run import Evaluation, Protocols, transfers
 from detguard.evaluation.views import SHOWN_CONFIDENCE, Batch, Clean, Subject, View
 from detguard.photos import read_photo
 from detguard.reports.marks import marked, of_labels
-from detguard.reports.page import MOST_PHOTOS, Item, Pair, Table, pair, panel, render_page, short_names
+from detguard.reports.page import MOST_PHOTOS, Item, Pair, pair, panel, render_page, short_names
 from detguard.reports.plots import gate_plot, plots
-from detguard.reports.tables import counts
+from detguard.reports.tables import Table, counts
 
 # A photo as a view shows it.
 CHANGED = "changed"

@@ -1,7 +1,7 @@
 """The table of an exported file."""
 
 from detguard.export.check import Verdict
-from detguard.reports.page import Table
+from detguard.reports.tables import Table
 
 
 def verdict_table(verdict: Verdict, photos: int) -> Table:

@@ -11,9 +11,9 @@ from detguard.hardening.run import Plan
 from detguard.hardening.validation import AP50, ATTACKED, CLEAN, ONE_IN, STEPS
 from detguard.reports.evaluation import number
 from detguard.reports.judged import before_after, judged_table
-from detguard.reports.page import Table, render_page
+from detguard.reports.page import render_page
 from detguard.reports.plots import gate_plot, training_plot
-from detguard.reports.tables import counts, duration
+from detguard.reports.tables import Table, counts, duration
 from detguard.runs import Record, Run
 from detguard.schema import Config
 from detguard.workflows.harden import Cost

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from detguard.hardening.judging import LABELS, Judgement, OfKind
 from detguard.reports.evaluation import number, with_error
-from detguard.reports.page import Table
+from detguard.reports.tables import Table
 
 # Photos of before an adapting, whose labels may be what the ensemble itself answered.
 OLD = "old"

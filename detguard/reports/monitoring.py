@@ -14,9 +14,9 @@ from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Levels, alarmed
 from detguard.photos import read_photo
 from detguard.reports.evaluation import FOLDED, number
 from detguard.reports.marks import marked, of_labels
-from detguard.reports.page import Item, Table, pair, panel, render_page
+from detguard.reports.page import Item, pair, panel, render_page
 from detguard.reports.plots import Window, timeline_plot
-from detguard.reports.tables import counts
+from detguard.reports.tables import Table, counts
 from detguard.runs import Record, Run
 from detguard.workflows.living import DEPLOYED, ROLLED_BACK, event_line
 

@@ -1,7 +1,6 @@
 """The report of a run: one HTML file with everything in it, which opens from disk and asks the network for nothing."""
 
 import base64
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from detguard.detections import Found
 from detguard.files import printable
 from detguard.overlay import DIFFERENCE_GAIN, class_colour, difference
 from detguard.photos import Photo, encode_jpeg, largest_difference
+from detguard.reports.tables import Table
 
 # A page of this many photos is some megabytes; more would make browsers slow.
 MOST_PHOTOS = 40
@@ -28,8 +28,6 @@ LONGEST_SIDE = 560
 QUALITY = 85
 # Of a difference, which is noise: as much as all else on the page otherwise.
 DIFFERENCE_SIDE, DIFFERENCE_QUALITY = 420, 60
-# Letters that fit beside each other on a phone, and of one cell before it is broken into lines.
-WIDE, LONG = 46, 14
 
 
 @dataclass(frozen=True)
@@ -81,49 +79,6 @@ class Item:
     pairs: list[Pair]
     copies: list[Panel] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text; the first column names the row. note: what a reader must know to read it.
-
-    folded: shown on the page by its title alone until it is opened.
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    folded: bool = False
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers only and stand to the right."""
-        columns = zip(*self.rows, strict=True)
-        found = [all(re.fullmatch(r"[-+]?[\d.]*( ±[\d.]+)?", cell) for cell in column) for column in columns]
-        return found or [False] * len(self.head)
-
-    @property
-    def filled(self) -> "Table":
-        """The same without columns that are empty in every row."""
-        kept = [i for i in range(len(self.head)) if i == 0 or not self.rows or any(row[i] for row in self.rows)]
-        rows = [[row[i] for i in kept] for row in self.rows]
-        return Table(self.title, [self.head[i] for i in kept], rows, self.note, self.folded)
-
-    @property
-    def turned(self) -> "Table":
-        """The same with rows as columns: of few rows with many columns, which do not fit beside each other."""
-        head, *rows = zip(self.head, *self.rows, strict=True)
-        return Table(self.title, ["", *head[1:]], rows, self.note, self.folded)
-
-    @property
-    def wide(self) -> bool:
-        """Whether a phone shows each row as a card: where its longest words do not fit beside each other."""
-        widths = [
-            max(*map(len, head.split() or [""]), *(len(cell) for cell in column), 0)
-            for head, *column in zip(self.head, *self.rows, strict=True)
-        ]
-        return len(widths) > 2 and sum(2 + min(width, LONG) for width in widths) > WIDE
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

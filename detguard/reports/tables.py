@@ -1,5 +1,6 @@
-"""Tables on the terminal, and the numbers in them."""
+"""Tables of the page and the terminal, and the numbers in them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,77 @@ from rich.text import Text
 
 from detguard.detections import Detections
 from detguard.files import printable
-from detguard.reports.page import Table
 
 # Letters of a word that are not broken into lines; paths and what is as long are.
 LONGEST = 24
+# Letters that fit beside each other on a phone, and of one cell before it is broken into lines.
+WIDE, LONG = 46, 14
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; the first column names the row. note: what a reader must know to read it.
+
+    folded: shown on the page by its title alone until it is opened.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    folded: bool = False
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers only and stand to the right."""
+        columns = zip(*self.rows, strict=True)
+        found = [all(re.fullmatch(r"[-+]?[\d.]*( ±[\d.]+)?", cell) for cell in column) for column in columns]
+        return found or [False] * len(self.head)
+
+    @property
+    def filled(self) -> "Table":
+        """The same without columns that are empty in every row."""
+        kept = [i for i in range(len(self.head)) if i == 0 or not self.rows or any(row[i] for row in self.rows)]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return Table(self.title, [self.head[i] for i in kept], rows, self.note, self.folded)
+
+    @property
+    def turned(self) -> "Table":
+        """The same with rows as columns: of few rows with many columns, which do not fit beside each other."""
+        head, *rows = zip(self.head, *self.rows, strict=True)
+        return Table(self.title, ["", *head[1:]], rows, self.note, self.folded)
+
+    @property
+    def wide(self) -> bool:
+        """Whether a phone shows each row as a card: where its longest words do not fit beside each other."""
+        widths = [
+            max(*map(len, head.split() or [""]), *(len(cell) for cell in column), 0)
+            for head, *column in zip(self.head, *self.rows, strict=True)
+        ]
+        return len(widths) > 2 and sum(2 + min(width, LONG) for width in widths) > WIDE
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """On a terminal: as wide as that is, in columns, or where those would break words and numbers, row by row.
+
+        The title above, the note below; all as text of one colour.
+        """
+        table = self.filled
+        yield _text(table.title)
+        widths = column_widths(table, options.max_width)
+        if widths is None:
+            for name, *cells in table.rows:
+                yield _text(name)
+                for head, cell in zip(table.head[1:], cells, strict=True):
+                    yield _text(f"  {head}: {cell}" if head else f"  {cell}")
+        else:
+            shown = TerminalTable()
+            for name, number, width in zip(table.head, table.numeric, widths, strict=True):
+                shown.add_column(_text(name), justify="right" if number else "left", overflow="fold", width=width)
+            for row in table.rows:
+                shown.add_row(*map(_text, row))
+            yield shown
+        if table.note:
+            yield _text(table.note)
 
 
 def counted(values: Iterable[bool | None]) -> tuple[int, int]:
@@ -40,40 +108,8 @@ def counts(number: int, what: str) -> str:
     return f"{number} {what}{ending}"
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A table as wide as the terminal is: in columns, or where those would break words and numbers, row by row."""
-
-    table: Table
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The title above, the note below; all as text of one colour."""
-        table = self.table
-        yield _text(table.title)
-        widths = column_widths(table, options.max_width)
-        if widths is None:
-            for name, *cells in table.rows:
-                yield _text(name)
-                for head, cell in zip(table.head[1:], cells, strict=True):
-                    yield _text(f"  {head}: {cell}" if head else f"  {cell}")
-        else:
-            shown = TerminalTable()
-            for name, number, width in zip(table.head, table.numeric, widths, strict=True):
-                shown.add_column(_text(name), justify="right" if number else "left", overflow="fold", width=width)
-            for row in table.rows:
-                shown.add_row(*map(_text, row))
-            yield shown
-        if table.note:
-            yield _text(table.note)
-
-
 def _text(text: str) -> Text:
     return Text(printable(text), overflow="fold")
-
-
-def terminal_table(table: Table) -> Fitted:
-    """A table for the terminal, its title above and its note below."""
-    return Fitted(table.filled)
 
 
 def column_widths(table: Table, width: int) -> list[int] | None:
@@ -110,10 +146,10 @@ def terminal_list(rows: Sequence[Sequence[str]]) -> TerminalTable:
     return table
 
 
-def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> Fitted:
+def detections_table(file: str, detections: Detections, class_names: dict[int, str]) -> Table:
     """One row per detection: its number, best first, from 1; class, confidence, box in photo pixels."""
     rows = [
         [str(number), record["class"], f"{record['confidence']:.2f}", *(f"{v:.0f}" for v in record["box"])]
         for number, record in enumerate(detections.records(class_names), 1)
     ]
-    return terminal_table(Table(file, ("number", "class", "confidence", "x1", "y1", "x2", "y2"), rows))
+    return Table(file, ("number", "class", "confidence", "x1", "y1", "x2", "y2"), rows)

@@ -40,8 +40,7 @@ from detguard.objectives.base import LOSSES
 from detguard.objectives.parse import GOALS
 from detguard.photos import encode_png
 from detguard.ranks import ALONE
-from detguard.reports.page import Table
-from detguard.reports.tables import terminal_list, terminal_table
+from detguard.reports.tables import Table, terminal_list
 from detguard.runs import Run
 from detguard.transforms.base import GradientRule
 from detguard.transforms.parse import KINDS
@@ -61,10 +60,10 @@ def console():
     "shown",
     [
         HOSTILE,
-        terminal_table(Table("title", ("a", "b"), [(HOSTILE, "1")])),
-        terminal_table(Table(HOSTILE, ("a", "b"), [("x" * 99, "1")])),
-        terminal_table(Table("title", (HOSTILE, "b"), [("x" * 99, "1")])),
-        terminal_table(Table("title", ("a", "b"), [("x" * 99, "1")], HOSTILE)),
+        Table("title", ("a", "b"), [(HOSTILE, "1")]),
+        Table(HOSTILE, ("a", "b"), [("x" * 99, "1")]),
+        Table("title", (HOSTILE, "b"), [("x" * 99, "1")]),
+        Table("title", ("a", "b"), [("x" * 99, "1")], HOSTILE),
         terminal_list([(HOSTILE, "1")]),
     ],
     ids=["line", "cell", "title", "head", "note", "list"],

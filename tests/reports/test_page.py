@@ -15,8 +15,9 @@ from detguard.files import printable
 from detguard.overlay import before_after, class_colour, draw_detections
 from detguard.reports.evaluation import with_error
 from detguard.reports.marks import of_labels
-from detguard.reports.page import Item, Table, linked, pair, panel, render_page
+from detguard.reports.page import Item, linked, pair, panel, render_page
 from detguard.reports.plots import LOOKS, budget_plot, corruption_plot, gate_plot, plots, precision_plot, training_plot
+from detguard.reports.tables import Table
 
 CHROMIUM = shutil.which("chromium")
 METRICS = {

@@ -15,8 +15,8 @@ from detguard.hardening.monitor import DRIFT, MOST_WINDOWS, needed
 from detguard.reports import adaptation, attack, evaluation, hardening, monitoring
 from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.judged import judged_table
-from detguard.reports.page import Table, short_names
-from detguard.reports.tables import counts, duration, percents, terminal_table
+from detguard.reports.page import short_names
+from detguard.reports.tables import Table, counts, duration, percents
 from detguard.runs import Run
 
 
@@ -300,7 +300,7 @@ def test_of_one_there_is_no_plural():
 def shown_in(table, width):
     """A table as a terminal of so many letters shows it: its lines."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
-    console.print(terminal_table(table))
+    console.print(table)
     return console.file.getvalue()
 
 
