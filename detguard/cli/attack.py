@@ -58,7 +58,7 @@ from detguard.cli.app import (
     start_ranks,
     tell_apart,
 )
-from detguard.cli.evaluate import show_warnings
+from detguard.cli.evaluate import show_warnings, whole_numbers
 
 # Torch and the detectors take seconds to import: only commands that need them do, so that --help is quick.
 if TYPE_CHECKING:
@@ -292,8 +292,9 @@ def attack(
             random_start=random_start, margin=margin, seed=seed, batch=batch,
         )  # fmt: skip
         objective = read_goal({
-            "goal": goal, "target": target, "to": to, "strict": strict, "object": places(objects),
-            "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others, "loss": loss, "count": count,
+            "goal": goal, "target": target, "to": to, "strict": strict, "loss": loss, "count": count,
+            "object": None if objects is None else whole_numbers("--object", objects),
+            "box": numbers("--box", box, "10,20,200,300", 4), "keep_others": keep_others,
         })  # fmt: skip
         detectors = loaded(context, *(model or [defaults.MODEL]), device=device)
         tell_apart(detectors)
@@ -365,20 +366,6 @@ def numbers(option: str, text: str | None, example: str, count: int | None = Non
     if not read or not all(map(isfinite, read)) or count not in (None, len(read)):
         raise DetguardError(f"{option} '{text}': expected {count or ''} numbers, as in {example}".replace("  ", " "))
     return read
-
-
-def places(text: str | None) -> list[int] | None:
-    """From "1,3" to [1, 3], of --object.
-
-    Raises:
-        DetguardError: not whole numbers from 1.
-    """
-    read = numbers("--object", text, "1,3")
-    if read is None:
-        return None
-    if not all(number >= 1 and number == int(number) for number in read):
-        raise DetguardError(f"--object '{text}': expected whole numbers from 1, as in 1,3")
-    return [int(number) for number in read]
 
 
 def run_attack(job: "Job", ranks: "Ranks", *, as_json: bool = False) -> int:

@@ -303,7 +303,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
         DetguardError: not whole numbers.
     """
     try:
-        return [int(number) for number in parse_names(text)]
+        return [int(number) for number in parse_names(text) or [text]]
     except ValueError:
         raise DetguardError(f"{option} '{text}': expected whole numbers, as in 2,4") from None
 
