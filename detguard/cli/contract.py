@@ -1,6 +1,7 @@
 """`detguard check-detector`: does a detector keep what every detector promises?"""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -39,23 +40,18 @@ def check_detector(
     """
     from ultralytics.utils import ASSETS
 
-    from detguard.detectors.contract import check_contract
+    from detguard.detectors.contract import Broken, Doubtful, Skipped, check_contract
     from detguard.photos import read_photo
     from detguard.reports.tables import Table
 
     (detector,) = loaded(context, model, device=device)
     promises = list(check_contract(detector, read_photo(photo or ASSETS / "bus.jpg"), conf))
+    counted = Counter(p.state for p in promises)
+    broken, doubtful, skipped = (counted[one] for one in (Broken.state, Doubtful.state, Skipped.state))
     rows = [
-        [
-            p.name,
-            "skipped" if p.skipped else "BROKEN" if p.wrong else "DOUBTFUL" if p.doubt else "kept",
-            p.skipped or with_dashes(p.wrong or "") or p.doubt or p.seen,
-            p.remedy if p.wrong or p.doubt else "",
-        ]
+        [p.name, p.state, with_dashes(p.seen), p.remedy if p.state in (Broken.state, Doubtful.state) else ""]
         for p in promises
     ]
-    broken, skipped = sum(p.wrong is not None for p in promises), sum(p.skipped is not None for p in promises)
-    doubtful = sum(p.doubt is not None for p in promises)
     if broken:
         text = f"{broken} of {len(promises)} broken"
     elif doubtful:

@@ -24,34 +24,36 @@ SMALL = 2
 class Broken(Exception):
     """A promise is not kept; says what was seen."""
 
+    state = "BROKEN"
+
 
 class Doubtful(Exception):
     """A promise is kept by what is hardly meant; says what was seen."""
+
+    state = "DOUBTFUL"
 
 
 class Skipped(Exception):
     """A promise cannot be tested; says why."""
 
+    state = "skipped"
+
 
 @dataclass(frozen=True)
 class Promise:
-    """One promise, kept, kept in a way that is hardly meant, broken, or not tested.
+    """One promise, and whether a detector keeps it.
 
     Attributes:
         name: what is promised.
-        remedy: what to look at where it is not kept.
-        wrong: what was seen then; None: it is kept.
-        skipped: why this detector does not make it, or why it cannot be tested.
-        doubt: what is odd where it is kept; None: nothing.
-        seen: what was seen where it is kept.
+        remedy: what to look at where it is not kept, or in doubt.
+        state: kept, DOUBTFUL: in a way that is hardly meant, BROKEN, or skipped: not made, or not to be tested.
+        seen: what was seen, or why it is skipped.
     """
 
     name: str
     remedy: str
-    wrong: str | None = None
-    skipped: str | None = None
-    doubt: str | None = None
-    seen: str = ""
+    state: str
+    seen: str
 
 
 def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iterator[Promise]:
@@ -66,20 +68,13 @@ def check_contract(detector: Detector, photo: Photo, conf: float = CONF) -> Iter
         Each promise, in the order of `PROMISES`.
     """
     for name, (test, remedy) in PROMISES.items():
-        if test is _gradient and not detector.differentiable:
-            yield Promise(name, remedy, skipped="it has none: black-box attacks only")
-            continue
         try:
-            promise = Promise(name, remedy, seen=test(detector, photo, conf))
-        except Skipped as why:
-            promise = Promise(name, remedy, skipped=str(why))
-        except Doubtful as odd:
-            promise = Promise(name, remedy, doubt=str(odd))
-        except Broken as wrong:
-            promise = Promise(name, remedy, str(wrong))
+            state, seen = "kept", test(detector, photo, conf)
+        except (Broken, Doubtful, Skipped) as found:
+            state, seen = found.state, str(found)
         except Exception as error:  # of somebody's detector
-            promise = Promise(name, remedy, f"{type(error).__name__}: {first_line(error)}")
-        yield promise
+            state, seen = Broken.state, f"{type(error).__name__}: {first_line(error)}"
+        yield Promise(name, remedy, state, seen)
 
 
 def _frames(detector: Detector, photo: Photo, number: int = 1) -> Tensor:
@@ -115,6 +110,8 @@ def _something(detector: Detector, photo: Photo, conf: float) -> str:
 
 
 def _gradient(detector: Detector, photo: Photo, conf: float) -> str:
+    if not detector.differentiable:
+        raise Skipped("it has none: black-box attacks only")
     frames = _frames(detector, photo).requires_grad_()
     logits = detector.candidates(frames).logits
     if not logits.requires_grad:

@@ -103,24 +103,26 @@ class Stubborn(UltralyticsDetector):
 )  # fmt: skip
 def test_each_promise_is_missed_where_it_is_broken(bundled, small, kind, broken):
     detector = kind(bundled.model, "one", 320)
-    wrong = {promise.name: promise.wrong for promise in check_contract(detector, small) if promise.wrong}
+    wrong = {promise.name: promise.seen for promise in check_contract(detector, small) if promise.state == "BROKEN"}
     assert (broken in wrong) if broken else not wrong
 
 
 def test_a_cut_gradient_breaks_one_promise_and_an_attack_says_so(bundled, small):
     cut = Cut(bundled.model, "cut", 320)
-    assert [promise.name for promise in check_contract(cut, small) if promise.wrong] == [GRADIENT]
+    assert [promise.name for promise in check_contract(cut, small) if promise.state == "BROKEN"] == [GRADIENT]
     with pytest.raises(DetguardError, match=r"cut: .*check-detector"):
         list(detguard.attack(cut, small))
 
 
 def test_what_is_kept_by_comparing_a_detector_with_itself_is_told(bundled, small):
     kept = {promise.name: promise for promise in check_contract(Shares(bundled.model, "one", 320), small)}
-    assert "sigmoid" in kept[SHAPES].doubt
-    assert "2 px" in kept[SOMETHING].doubt
-    assert "itself" in kept[PATHS].skipped
+    assert kept[SHAPES].state == kept[SOMETHING].state == "DOUBTFUL"
+    assert "sigmoid" in kept[SHAPES].seen
+    assert "2 px" in kept[SOMETHING].seen
+    assert kept[PATHS].state == "skipped"
+    assert "itself" in kept[PATHS].seen
     fine = {promise.name: promise for promise in check_contract(UltralyticsDetector(bundled.model, "one", 320), small)}
-    assert not any(promise.doubt for promise in fine.values())
+    assert {promise.state for promise in fine.values()} == {"kept"}
     assert "person" in fine[SOMETHING].seen
     assert not fine[PATHS].seen
 
@@ -135,8 +137,8 @@ class Blind(UltralyticsDetector):
 
 def test_what_has_no_gradient_need_not_promise_one(bundled, small):
     promises = list(check_contract(Blind(bundled.model, "one", 320), small))
-    assert [p.name for p in promises if p.skipped] == [GRADIENT]
-    assert not any(p.wrong for p in promises)
+    assert [p.name for p in promises if p.state == "skipped"] == [GRADIENT]
+    assert "BROKEN" not in {p.state for p in promises}
 
 
 def run(*arguments, monkeypatch, capsys):

@@ -126,7 +126,7 @@ def between(detector, photo, rank=4):
 
 def test_it_keeps_what_every_detector_promises(untrained, photo):
     conf = between(untrained, photo)
-    assert {p.name: p.wrong for p in check_contract(untrained, photo, conf) if p.wrong} == {}
+    assert {p.name: p.seen for p in check_contract(untrained, photo, conf) if p.state == "BROKEN"} == {}
     assert untrained.conf == 0.5
     assert untrained.class_names == {0: "person", 1: "bus", 2: "dog"}
     assert len(untrained.predict(photo, conf)) == 4
@@ -179,7 +179,8 @@ def test_frames_of_another_size(folders, photo, kind, imgsz, longest):
     # YOLOS cuts the shorter side to whole patches; RT-DETR fills whole strides.
     assert max(shape[2:]) <= longest
     assert load_configured(detector_config(detector, str(folders(kind)))).imgsz == longest
-    assert {p.name: p.wrong for p in check_contract(detector, photo, between(detector, photo)) if p.wrong} == {}
+    promises = check_contract(detector, photo, between(detector, photo))
+    assert {p.name: p.seen for p in promises if p.state == "BROKEN"} == {}
 
 
 def test_another_normalization_is_another_detector(folders, tmp_path):

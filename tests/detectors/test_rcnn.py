@@ -57,7 +57,7 @@ def smallest(photo):
 
 def test_it_keeps_what_every_detector_promises(untrained, photo):
     conf = untrained.detect([photo], conf=1e-6)[0].scores[20:22].mean().item()
-    assert {p.name: p.wrong for p in check_contract(untrained, photo, conf) if p.wrong} == {}
+    assert {p.name: p.seen for p in check_contract(untrained, photo, conf) if p.state == "BROKEN"} == {}
     assert untrained.iou == 0.5
 
 
