@@ -64,7 +64,7 @@ def attack(
         "target": target, "to": to, "strict": False, "object": None, "box": None, "keep_others": False, "loss": "logit",
         "count": None, "transforms": transforms, "photos": files, "arguments": [], "attack": base.config(),
     }  # fmt: skip
-    plan = plan_attack(config, detector)
+    plan = plan_attack(config, [detector])
     folder = Path("runs/benchmarks") / name
     run = Run.resume(folder, "attack") if (folder / "config.yaml").exists() else Run.create("attack", folder, config)
     if {k: v for k, v in run.config.items() if k not in ("command", "versions")} != config:
@@ -74,17 +74,15 @@ def attack(
     done = {record["key"] for record in records}
     waiting = {key: file for key, file in photo_keys([Path(f) for f in files]).items() if key not in done}
     attacked = sum(r["status"] != "no-target" for r in records)
-    for record in track(attack_photos(Job(detector, *plan, run), waiting), name, total=len(waiting)):
+    for record in track(attack_photos(Job(*plan, run), waiting), name, total=len(waiting)):
         records.append(record)
         attacked += record["status"] != "no-target"
         if attacked >= most:
             break
     records = [r for r in records if r["status"] in ("fooled", "failed")]
-    judged = list(
-        track(
-            verify_run(run, detector, plan[0], parse_transforms(further), base.budget), f"{name}: verify", len(records)
-        )
-    )
+    goal, more = plan[0][0].objective, parse_transforms(further)
+    verified = verify_run(run, detector, goal, more, base.budget)
+    judged = list(track(verified, f"{name}: verify", len(records)))
     return records, judged
 
 

@@ -34,53 +34,40 @@ VERIFY_SEED = 2**31
 
 @dataclass(frozen=True)
 class Job:
-    """One attack run: what is attacked, how, and where its results go; also: further detectors to be fooled as well."""
+    """One attack run: who is to be fooled, the first of whom the records are about, how, and where results go."""
 
-    detector: Detector
-    objective: Objective
+    victims: Sequence[Victim]
     transforms: Sequence[Transform]
     options: AttackOptions
     run: Run
-    also: Sequence[Victim] = ()
 
 
-def plan_attack(config: Config, detector: Detector) -> tuple[Objective, list[Transform], AttackOptions]:
-    """What a run's config asks for, on this detector.
+def plan_attack(config: Config, detectors: Sequence[Detector]) -> tuple[list[Victim], list[Transform], AttackOptions]:
+    """What a run's config asks for, on its detectors.
 
     Raises:
-        DetguardError: unknown class or transform, options that do not go together or not with the group, or a detector
-            without a gradient where one is needed.
+        DetguardError: unknown class or transform, options that do not go together or not with the group, a detector
+            without a gradient where one is needed, or of several, objects chosen by numbers, or two of one name.
     """
-    objective = parse_goal(config, detector)
+    victims = [Victim(detector, parse_goal(config, detector)) for detector in detectors]
     transforms = parse_transforms(config["transforms"])
     options = AttackOptions.from_config(config["attack"])
-    options.check(1 + len(transforms), 1 + len(config["also"]))
-    if (mask := config["attack"]["mask"]) in ("inside", "outside") and not objective.needs_target:
+    options.check(1 + len(transforms), len(victims))
+    mask, names = config["attack"]["mask"], [detector.name for detector in detectors]
+    if mask in ("inside", "outside") and not victims[0].objective.needs_target:
         raise DetguardError(f"`mask` {mask}: of objects that are attacked, and this goal attacks none; give corners")
     if options.smallest and options.steps < STEADY - 1 and any(transform.random for transform in transforms):
         raise DetguardError(
             f"`steps` {options.steps}: with `smallest`, random transforms have to fool {STEADY} times in a row; give "
             f"{STEADY - 1} or more"
         )
-    options.check_detector(detector)
-    return objective, transforms, options
-
-
-def further_victims(config: Config, detectors: Sequence[Detector]) -> list[Victim]:
-    """What a run's config wants of all its detectors but the first.
-
-    Raises:
-        DetguardError: one of them lacks a class or a gradient that is needed, objects are chosen by numbers, or two
-            detectors have one name.
-    """
-    further, names = detectors[1:], [detector.name for detector in detectors]
-    for detector in further:
-        AttackOptions.from_config(config["attack"]).check_detector(detector)
-    if further and config["object"]:
+    for detector in detectors:
+        options.check_detector(detector)
+    if len(detectors) > 1 and config["object"]:
         raise DetguardError("`objects`: numbers what one detector finds; with several `detector`, choose by `box`")
     if len(set(names)) < len(names):
         raise DetguardError(f"`detector`: {', '.join(names)}; each must have a name of its own")
-    return [Victim(detector, parse_goal(config, detector)) for detector in further]
+    return victims, transforms, options
 
 
 def attack_photos(
@@ -92,7 +79,7 @@ def attack_photos(
     status "error".
     """
     started: dict[str, tuple[float, list[Detections]]] = {}
-    victims = [Victim(job.detector, job.objective), *job.also]
+    first, *also = job.victims
     unattackable: list[Record] = []
 
     def readable() -> Iterator[tuple[str, Photo, Detections]]:
@@ -106,20 +93,20 @@ def attack_photos(
                             raise DetguardError(
                                 f"{file}: after {end} it has {width} x {height} px, too few to detect on"
                             )
-                        for victim in victims:  # of which one may refuse a shape
+                        for victim in job.victims:  # of which one may refuse a shape
                             victim.detector.letterbox(shape)
                 begin = time.perf_counter()
                 # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
-                clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in victims]
+                clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in job.victims]
             except DetguardError as error:
                 unattackable.append(_append(job.run, failure(key, file, error)))
                 continue
             there = clean[0].above(job.options.conf)
-            if blind := blind_one(victims, clean, job.options.conf):
+            if blind := blind_one(job.victims, clean, job.options.conf):
                 record = {"key": key, "photo": str(file), "status": "no-target"}
-                unattackable.append(_append(job.run, record | ({"detector": blind.name} if job.also else {})))
+                unattackable.append(_append(job.run, record | ({"detector": blind.name} if also else {})))
                 continue
-            attacked = there[job.objective.attacked(there)].boxes
+            attacked = there[first.objective.attacked(there)].boxes
             if job.options.budget.on(photo.shape[:2], attacked).empty:
                 nothing = DetguardError(f"{file}: `mask` leaves nothing of this photo that may change")
                 unattackable.append(_append(job.run, failure(key, file, nothing)))
@@ -128,8 +115,8 @@ def attack_photos(
             yield key, photo, there
 
     search = attack_smallest if job.options.smallest else attack_group
-    arguments = (job.objective, job.transforms, job.options, on_step, job.also)
-    for attempt in search(job.detector, readable(), *arguments):
+    arguments = (first.objective, job.transforms, job.options, on_step, also)
+    for attempt in search(first.detector, readable(), *arguments):
         yield from unattackable
         unattackable.clear()
         file = files[attempt.key]
@@ -180,7 +167,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Sequence[Detecti
     Raises:
         DetguardError: a file cannot be written, or what is read back breaks the budget.
     """
-    run, key = job.run, attempt.key
+    run, key, conf, first = job.run, attempt.key, job.options.conf, job.victims[0]
     drawn = dict(zip(map(str, job.transforms), attempt.drawn, strict=True))
     names = {PHOTO: f"adversarial/{key}.png"}
     names |= {name: f"group/{key}/{str(t).replace(':', '-')}{t.suffix}" for name, t in drawn.items()}
@@ -192,28 +179,24 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Sequence[Detecti
     if used > budget.eps:
         raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
     paths = {name: run.path(path) for name, path in names.items()}
-    found = find_in(job.detector, paths, job.options.conf)
-    first = Victim(job.detector, job.objective)
-    members = judge_members(first, clean[0], found, job.options.conf, drawn, attempt.photo)
-    also = {
-        victim.detector.name: judge_members(
-            victim, before, find_in(victim.detector, paths, job.options.conf), job.options.conf, drawn, attempt.photo
-        )
-        for victim, before in zip(job.also, clean[1:], strict=True)
-    }
-    names_of = job.detector.class_names
-    judged = [*members.values(), *(member for of_one in also.values() for member in of_one.values())]
+    found = [find_in(victim.detector, paths, conf) for victim in job.victims]
+    members, *others = [
+        judge_members(victim, before, after, conf, drawn, attempt.photo)
+        for victim, before, after in zip(job.victims, clean, found, strict=True)
+    ]
+    fooled = all(one["fooled"] for judged in (members, *others) for one in judged.values())
+    names_of = first.detector.class_names
     counted = {}
-    if job.objective.counts_candidates:
-        counted["candidates"] = candidates_over(job.detector, [attempt.photo, saved], job.options.conf)
+    if first.objective.counts_candidates:
+        counted["candidates"] = candidates_over(first.detector, [attempt.photo, saved], conf)
     objects = attempt.clean[attempt.attacked]
-    after = found[PHOTO].above(job.options.conf)
+    after = found[0][PHOTO].above(conf)
     overlay = before_after(attempt.photo, attempt.clean, saved, after, names_of)
     run.write(f"overlays/{key}.png", encode_png(overlay))
     return {
         "key": key,
         "photo": str(file),
-        "status": "fooled" if all(member["fooled"] for member in judged) else "failed",
+        "status": "fooled" if fooled else "failed",
         "iterations": attempt.steps,
         "queries": attempt.queries,
         "difference": largest_difference(saved, attempt.photo),
@@ -227,7 +210,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Sequence[Detecti
         ],
         "clean": attempt.clean.records(names_of),
         "members": members,
-        "also": also,
+        "also": {one.detector.name: judged for one, judged in zip(job.victims[1:], others, strict=True)},
         "files": names,
         "draws": {name: str(t) for name, t in drawn.items() if str(t) != name},
     } | counted

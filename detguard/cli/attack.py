@@ -442,7 +442,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
             out.say(f"not fooled: {line}")
         if len(failed) > MOST_NAMED:
             out.say(f"and {len(failed) - MOST_NAMED} more")
-        job.run.write("report.html", attack_page(job.run, records, job.detector))
+        job.run.write("report.html", attack_page(job.run, records, job.victims[0].detector))
     out.print(terminal_list(attack_summary(records, job.options)))
     if attacked and job.run.config["samples"]:
         show_samples(job, attacked, files)
@@ -462,9 +462,8 @@ def show_record(job: "Job", record: "Record", *, as_json: bool) -> None:
         show_error(record["error"])
     elif record["status"] == "no-target":
         of = f" by {record['detector']}" if "detector" in record else ""
-        found = (
-            f"no {sought(job.run.config)} found" if job.objective.needs_target else "what is wanted is found already"
-        )
+        targets = job.victims[0].objective.needs_target
+        found = f"no {sought(job.run.config)} found" if targets else "what is wanted is found already"
         out.say(f"{record['photo']}: skipped, {found}{of} (confidence {job.options.conf:g})")
 
 
@@ -474,7 +473,7 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
     from detguard.data.sources import LABELLED
     from detguard.data.stream import read_lines
 
-    names, labels = job.detector.class_names, {}
+    names, labels = job.victims[0].detector.class_names, {}
     kept = job.run.folder / LABELLED
     if kept.is_file():
         by_file = {str(one.file): one for one in read_lines(kept, names)}

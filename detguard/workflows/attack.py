@@ -17,7 +17,7 @@ from PIL import Image
 from detguard import DetguardError, defaults
 from detguard.attacks.budgets import Budget
 from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
-from detguard.attacks.run import PHOTO, Job, attack_photos, further_victims, plan_attack, verify_run
+from detguard.attacks.run import PHOTO, Job, attack_photos, plan_attack, verify_run
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
 from detguard.files import write_file
@@ -171,8 +171,7 @@ def attack_config(
         "attack": options.config(),
         "arguments": list(arguments),
     }
-    *_, search = plan_attack(config, detectors[0])
-    further_victims(config, detectors)
+    *_, search = plan_attack(config, detectors)
     _same_again(objective, read_goal(config), search.budget, options.budget, detectors[0])
     return check(config, partly(CONFIGS["attack"]))
 
@@ -195,7 +194,7 @@ def _same_again(objective: Goal, goal: Goal, budget: Budget, given: Budget, dete
 
 def attack_job(run: Run, detectors: Sequence[Detector]) -> Job:
     """The attack that a run asks for, on its detectors."""
-    return Job(detectors[0], *plan_attack(run.config, detectors[0]), run, further_victims(run.config, detectors))
+    return Job(*plan_attack(run.config, detectors), run)
 
 
 def attack(

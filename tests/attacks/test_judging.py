@@ -39,7 +39,7 @@ def attacked(tmp_path_factory, bundled, bus):
     folder = tmp_path_factory.mktemp("attacked")
     (folder / "bus.png").write_bytes(encode_png(cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)))
     run = Run.create("attack", folder / "run", {"attack": {"conf": OPTIONS.conf}})
-    job = Job(bundled, PERSONS, parse_transforms("median:3"), OPTIONS, run)
+    job = Job([Victim(bundled, PERSONS)], parse_transforms("median:3"), OPTIONS, run)
     (record,) = attack_photos(job, {"bus": folder / "bus.png"})
     assert record["status"] == "fooled"
     return run, record
@@ -79,7 +79,7 @@ def test_a_photo_that_fools_only_before_it_is_filtered_has_failed(attacked, bund
     photo = read_photo(record["photo"])
     clean = bundled.predict(photo, 0.05)
     (attempt,) = attack_group(bundled, [("bus", photo, clean.above(0.25))], PERSONS, [], OPTIONS)
-    job = Job(bundled, PERSONS, parse_transforms("median:5,jpeg:40"), OPTIONS, Run(tmp_path, {}))
+    job = Job([Victim(bundled, PERSONS)], parse_transforms("median:5,jpeg:40"), OPTIONS, Run(tmp_path, {}))
     attempt.members += [
         Member.of(attempt.members[0].victim, transform, photo, attempt.clean, 0.25) for transform in job.transforms
     ]
@@ -97,15 +97,15 @@ def test_what_breaks_the_budget_is_an_error_not_a_result(attacked, bundled, tmp_
     )
     attempt.x = (attempt.x + 9).clamp(0, 255)
     attempt.best = None
+    job = Job([Victim(bundled, PERSONS)], [], OPTIONS, Run(tmp_path, {}))
     with pytest.raises(DetguardError, match="over the budget of 4"):
-        save_attempt(
-            Job(bundled, PERSONS, [], OPTIONS, Run(tmp_path, {})), attempt, tmp_path / "bus.png", attempt.clean
-        )
+        save_attempt(job, attempt, tmp_path / "bus.png", attempt.clean)
 
 
 def test_what_is_found_below_the_confidence_is_no_target(attacked, bundled, tmp_path):
     _, record = attacked
-    job = Job(bundled, PERSONS, [], AttackOptions(conf=0.99, steps=1), Run.create("attack", tmp_path / "run", {}))
+    run = Run.create("attack", tmp_path / "run", {})
+    job = Job([Victim(bundled, PERSONS)], [], AttackOptions(conf=0.99, steps=1), run)
     (other,) = attack_photos(job, {"bus": Path(record["photo"])})
     assert other["status"] == "no-target"
 
@@ -115,9 +115,9 @@ def test_something_is_made_of_nothing_where_there_is_no_target(bundled, tmp_path
     config = CONFIG | {"goal": "fabricate", "count": 2}
     run = Run.create("attack", tmp_path / "run", config)
     options = AttackOptions(budget=Linf(16), step=2, steps=60, margin=0)
-    goal, _, _ = plan_attack(config, bundled)
-    assert goal == Fabricate((0,), 2)
-    (record,) = attack_photos(Job(bundled, goal, [], options, run), {"grey": tmp_path / "grey.png"})
+    victims, _, _ = plan_attack(config, [bundled])
+    assert victims == [Victim(bundled, Fabricate((0,), 2))]
+    (record,) = attack_photos(Job(victims, [], options, run), {"grey": tmp_path / "grey.png"})
     assert record["status"] == "fooled"
     assert not record["clean"]
     assert not record["objects"]
@@ -171,7 +171,7 @@ def test_a_photo_with_as_many_objects_as_a_flood_wants_is_left_out(attacked, bun
     file, wanted = Path(attacked[1]["photo"]), len(attacked[1]["clean"])
     for count, status in ((wanted, "no-target"), (wanted + 50, "failed")):
         run = Run.create("attack", tmp_path / str(count), {})
-        job = Job(bundled, Flood(tuple(range(13)), count), [], AttackOptions(steps=1), run)
+        job = Job([Victim(bundled, Flood(tuple(range(13)), count))], [], AttackOptions(steps=1), run)
         (record,) = attack_photos(job, {"bus": file})
         assert record["status"] == status
 
@@ -179,7 +179,7 @@ def test_a_photo_with_as_many_objects_as_a_flood_wants_is_left_out(attacked, bun
 def test_a_copy_too_small_to_detect_on_is_an_error_at_once(bundled, bus, tmp_path):
     (tmp_path / "small.png").write_bytes(encode_png(np.ascontiguousarray(bus[:80, :60])))
     run = Run.create("attack", tmp_path / "run", {})
-    job = Job(bundled, PERSONS, parse_transforms("crop:0.1"), AttackOptions(steps=1), run)
+    job = Job([Victim(bundled, PERSONS)], parse_transforms("crop:0.1"), AttackOptions(steps=1), run)
     (record,) = attack_photos(job, {"small": tmp_path / "small.png"})
     assert "after crop:0.1 it has 6 x 8 px" in record["error"]
 
@@ -187,8 +187,8 @@ def test_a_copy_too_small_to_detect_on_is_an_error_at_once(bundled, bus, tmp_pat
 def test_a_least_budget_is_not_searched_for_in_fewer_steps_than_random_members_take(bundled):
     config = CONFIG | {"transforms": "noise:2", "attack": AttackOptions(smallest=True, steps=3).config()}
     with pytest.raises(DetguardError, match=r"`steps` 3: with `smallest`, random transforms .* 4 or more"):
-        plan_attack(config, bundled)
-    plan_attack(config | {"transforms": "median:3"}, bundled)
+        plan_attack(config, [bundled])
+    plan_attack(config | {"transforms": "median:3"}, [bundled])
 
 
 def test_a_photo_that_is_another_by_now_is_left_out_of_the_page(attacked, bundled, tmp_path):
@@ -230,7 +230,7 @@ def test_of_a_flood_the_candidates_before_nms_are_told(bundled, bus, tmp_path):
     run = Run.create("attack", tmp_path / "run", CONFIG | {"goal": "flood", "target": "all"})
     options = AttackOptions(budget=Linf(32), step=4, steps=30)
     goal = Flood(tuple(bundled.class_names), 300)
-    (record,) = attack_photos(Job(bundled, goal, [], options, run), {"bus": tmp_path / "bus.png"})
+    (record,) = attack_photos(Job([Victim(bundled, goal)], [], options, run), {"bus": tmp_path / "bus.png"})
     before, after = record["candidates"]
     photo = read_photo(run.path(record["files"]["photo"]))
     frames = frames_tensor([bundled.letterbox((128, 96))(photo)])
@@ -242,37 +242,37 @@ def test_of_a_flood_the_candidates_before_nms_are_told(bundled, bus, tmp_path):
 def test_a_copy_in_which_more_is_found_without_any_attack_counts_as_no_success(attacked, bundled, tmp_path):
     photo = Path(attacked[1]["photo"])
     specs, run = "crop:0.5,rotate:45,rotate:10..40", Run(tmp_path, {"attack": {"conf": OPTIONS.conf}})
-    job = Job(bundled, Fabricate((0,)), parse_transforms(specs), AttackOptions(budget=Linf(0), steps=1), run)
+    job = Job([Victim(bundled, Fabricate((0,)))], parse_transforms(specs), AttackOptions(budget=Linf(0), steps=1), run)
     (record,) = attack_photos(job, {"bus": photo})
     assert {name: member["fooled"] for name, member in record["members"].items()} == dict.fromkeys(
         ["photo", *specs.split(",")], False
     )
-    (verified,) = verify_run(job.run, bundled, job.objective, parse_transforms("crop:0.6"), Linf(0))
+    (verified,) = verify_run(job.run, bundled, Fabricate((0,)), parse_transforms("crop:0.6"), Linf(0))
     assert not verified["members"]["crop:0.6"]["fooled"]
 
 
 def test_a_photo_in_which_one_of_the_detectors_finds_no_target_is_not_counted(attacked, bundled, tmp_path):
     photo, sheep = Path(attacked[1]["photo"]), [i for i, name in bundled.class_names.items() if name == "sheep"]
-    job = Job(bundled, PERSONS, [], OPTIONS, Run(tmp_path, {}), [Victim(bundled, Vanish(tuple(sheep)))])
+    job = Job([Victim(bundled, PERSONS), Victim(bundled, Vanish(tuple(sheep)))], [], OPTIONS, Run(tmp_path, {}))
     (record,) = attack_photos(job, {"bus": photo})
     assert record == {"key": "bus", "photo": str(photo), "status": "no-target", "detector": bundled.name}
 
 
 def test_a_mask_that_leaves_nothing_of_a_photo_is_an_error_at_once(attacked, bundled, tmp_path):
     options = AttackOptions(budget=parse_budget("linf", 4, "5000,5000,6000,5000,6000,6000"))
-    job = Job(bundled, PERSONS, [], options, Run(tmp_path, {}))
+    job = Job([Victim(bundled, PERSONS)], [], options, Run(tmp_path, {}))
     (record,) = attack_photos(job, {"bus": Path(attacked[1]["photo"])})
     assert record["status"] == "error"
     assert "leaves nothing of this photo" in record["error"]
     attack = AttackOptions(budget=parse_budget("linf", 4, "inside")).config()
     with pytest.raises(DetguardError, match="`mask` inside: of objects that are attacked"):
-        plan_attack(CONFIG | {"goal": "fabricate", "count": 1, "attack": attack}, bundled)
+        plan_attack(CONFIG | {"goal": "fabricate", "count": 1, "attack": attack}, [bundled])
 
 
 @pytest.mark.parametrize("options", [{"batch": 3}, {"smallest": True}])
 def test_the_times_of_photos_add_up_to_no_more_than_the_run_takes(attacked, bundled, tmp_path, options):
     photo = Path(attacked[1]["photo"])
-    job = Job(bundled, PERSONS, [], AttackOptions(steps=3, **options), Run(tmp_path, {}))
+    job = Job([Victim(bundled, PERSONS)], [], AttackOptions(steps=3, **options), Run(tmp_path, {}))
     began = time.perf_counter()
     records = list(attack_photos(job, {str(number): photo for number in range(3)}))
     assert 0 < sum(record["seconds"] for record in records) <= time.perf_counter() - began + 0.03  # by rounding
@@ -282,7 +282,8 @@ def test_what_a_codec_cannot_hold_is_the_error_of_one_photo(attacked, bundled, t
     pytest.importorskip("av")
     (tmp_path / "wide.png").write_bytes(encode_png(np.zeros((64, 17000, 3), np.uint8)))
     files = {"wide": tmp_path / "wide.png", "bus": Path(attacked[1]["photo"])}
-    job = Job(bundled, Flood((0,)), parse_transforms("h264:28"), AttackOptions(steps=1), Run(tmp_path / "run", {}))
+    run = Run(tmp_path / "run", {})
+    job = Job([Victim(bundled, Flood((0,)))], parse_transforms("h264:28"), AttackOptions(steps=1), run)
     (tmp_path / "run").mkdir()
     assert {record["key"]: record["status"] for record in attack_photos(job, files)} == {
         "wide": "error",
@@ -314,7 +315,7 @@ def test_a_photo_that_fools_one_detector_of_two_has_failed(attacked, bundled, tm
     photo = read_photo(attacked[1]["photo"])
     clean = bundled.predict(photo, 0.05)
     (attempt,) = attack_group(bundled, [("bus", photo, clean.above(0.25))], PERSONS, [], OPTIONS)
-    job = Job(bundled, PERSONS, [], OPTIONS, Run(tmp_path, {}), [Victim(bundled, Outrank((0,)))])
+    job = Job([Victim(bundled, PERSONS), Victim(bundled, Outrank((0,)))], [], OPTIONS, Run(tmp_path, {}))
     saved = save_attempt(job, attempt, tmp_path / "bus.png", [clean, clean])
     assert saved["members"]["photo"]["fooled"]
     assert saved["status"] == "failed"
@@ -325,7 +326,7 @@ def test_a_photo_that_one_end_of_a_range_makes_too_small_ends_no_other(bundled, 
     files = {name: tmp_path / f"{name}.png" for name in ("small", "bus")}
     files["small"].write_bytes(encode_png(small))
     files["bus"].write_bytes(encode_png(cv2.resize(bus, (240, 320), interpolation=cv2.INTER_AREA)))
-    job = Job(bundled, PERSONS, parse_transforms("crop:0.1..1"), AttackOptions(steps=1), Run(tmp_path, {}))
+    job = Job([Victim(bundled, PERSONS)], parse_transforms("crop:0.1..1"), AttackOptions(steps=1), Run(tmp_path, {}))
     small_one, other = sorted(attack_photos(job, files), key=lambda record: record["key"], reverse=True)
     assert "after crop:0.1 it has" in small_one["error"]
     assert other["status"] in ("fooled", "failed")

@@ -121,7 +121,7 @@ def plan(run, detector):
     """What a resumed run makes of its config before it does anything."""
     config = run.config
     {
-        "attack": lambda: plan_attack(config, detector),
+        "attack": lambda: plan_attack(config, [detector]),
         "evaluate": lambda: plan_evaluation(config["evaluate"], len(config["detectors"])),
         "harden": lambda: Plan(**config["harden"]).stages(),
         "adapt": lambda: (Adaptation(**config["adapt"]).number, Adaptation(**config["adapt"]).adversary),
