@@ -261,7 +261,7 @@ def watch(
     from detguard.classes import left_out
     from detguard.data.inputs import is_camera
     from detguard.data.stream import from_lines, lines_of, unknown_boxes
-    from detguard.hardening.monitor import needed, observe, whole_windows
+    from detguard.hardening.monitor import needed, observe
     from detguard.reports.monitoring import drop_items, hides, monitor_page, timeline_table, verdict, when, windows
     from detguard.workflows.living import Living
     from detguard.workflows.monitor import DROPPED, LIVE, Drops, film, is_filmed, open_stream, recent
@@ -271,8 +271,8 @@ def watch(
     live, filmed = source["source"] == LIVE, is_filmed(source["source"])
     if photos is None and not live and not filmed:
         photos = open_stream(source, detector, show_warnings)
-    if not live:  # what is seen again is not known before
-        run.cut(whole_windows(run, options["window"]))
+    if not live:  # seen again from the start of a window, for its AP, and not known before
+        run.cut(sum(1 for _ in run.each()) // options["window"] * options["window"])
     adapts = run.config["on_drift"] == "adapt"
     living, dropping, reached = Living(run, detector, device, out.say), Drops(run), False
 

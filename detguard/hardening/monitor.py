@@ -405,11 +405,6 @@ def _full_for_a_while(photo: str) -> Iterator[None]:
         raise PhotoError(f"{photo}: cannot be looked at ({first_line(error)})") from error
 
 
-def whole_windows(run: Run, window: int) -> int:
-    """How many of a run's records are in whole windows, from whose end a resumed one goes on."""
-    return sum(1 for _ in run.each()) // window * window
-
-
 def _counted_off(known: Counter[str], name: str) -> bool:
     """Whether one more of a name is known; it is then counted off."""
     known[name] -= 1
@@ -432,13 +427,11 @@ def observe(
     A detector that takes another one's place is judged from there on. Where a photo without labels is shown and the
     confidence has dropped as accuracy would have to, its `hint` is the number of the photo since which it has.
 
-    again: `photos` begin with those that the run has seen; else they are the next ones. An unreadable photo, one
-    that the detector refuses, one that is another by the time that it is looked at again for its labels, and
-    a line of a stream that is none, is a record with its error. `outside`: how many labelled boxes reach out of the
-    photo, as those of another resolution do; `sha256`: of its file.
+    again: `photos` begin with those that the run has seen, whose records end with a window; else they are the next
+    ones. An unreadable photo, one that the detector refuses, one that is another by the time that it is looked at again
+    for its labels, and a line of a stream that is none, is a record with its error. `outside`: how many labelled boxes
+    reach out of the photo, as those of another resolution do; `sha256`: of its file.
     """
-    if again:  # from the start of a window, for its AP
-        run.cut(whole_windows(run, window))
     watch, names = Watch(deployed, kind, window), Counter[str]()
     for known in run.each():
         watch.again(known)
