@@ -20,8 +20,8 @@ from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
 from detguard.evaluation.attacks import (
     ATTACKS,
+    SQUARE,
     AttackSet,
-    BlackBox,
     attack_objective,
     attacked_photos,
     pgd_options,
@@ -69,7 +69,7 @@ def main(
         for most, n in [*((eps, int(n)) for n in steps.split(",")), *([(large, 20)] if large else [])]
         for rule in rules.split(",")
     ]
-    black = [BlackBox(most, queries) for most in (eps, large) if queries and most]
+    black = [AttackSet((SQUARE,), most, queries) for most in (eps, large) if queries and most]
     views: list[View] = [Clean(), *(view for _, view in sets), *black]
     for view in track(views, "showing", transient=True):
         fill(subject, [view])
@@ -81,7 +81,7 @@ def main(
         parts = [f"{score(subject, view, part).stats['AP']:.4f}" for part in view.scored]
         table.add_row(f"{rule}, eps {view.eps}, {view.steps} steps", f"{attack_ap(subject, view):.4f}", *parts)
     for square in black:
-        table.add_row(f"Square, eps {square.eps}, {queries} queries", f"{score(subject, square).stats['AP']:.4f}")
+        table.add_row(f"Square, eps {square.eps}, {queries} queries", f"{attack_ap(subject, square):.4f}")
     Console(width=140).print(table)
 
 

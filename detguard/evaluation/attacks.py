@@ -81,22 +81,10 @@ def attack_objective(name: str, targets: Sequence[int], detector: Detector) -> O
     return KINDS["degrade"](tuple(targets), parts[name])
 
 
-class Attacked(View):
-    """An attack on what is labelled; part "photo" holds what it made of each photo, of several attacks the worst."""
-
-    @override
-    def depends_on(self, subject: Subject, image: int) -> object:
-        return [subject.labels[image], sorted(subject.category_ids)]
-
-    @override
-    def show(self, batch: Batch) -> list[Photo]:
-        """The attacked photos, from the cache."""
-        return [kept_photo(batch.subject, self, image) for image in batch.images]
-
-
 @dataclass(frozen=True)
-class AttackSet(Attacked):
-    """White-box PGD by several attacks and restarts, and the worst of them for each photo, as 8-bit photos.
+class AttackSet(View):
+    """White-box PGD by several attacks and restarts, or SQUARE alone, and the worst of them for each photo, as 8-bit
+    photos.
 
     eps: levels of 255; steps: of each, of SQUARE its queries. Part "worst" holds the detections of the worst attack on
     each photo, "photo" its PNG.
@@ -111,7 +99,14 @@ class AttackSet(Attacked):
     @property
     @override
     def name(self) -> str:
+        if self.black_box:
+            return f"blackbox-eps{self.eps}-queries{self.steps}"
         return f"attack-eps{self.eps}-steps{self.steps}"
+
+    @property
+    def black_box(self) -> bool:
+        """Whether it uses no gradient."""
+        return self.attacks == (SQUARE,)
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -131,7 +126,16 @@ class AttackSet(Attacked):
     @property
     @override
     def cost(self) -> int:
-        return len(self.runs) * ((1 if self.attacks == (SQUARE,) else 3) * self.steps + 2)
+        return len(self.runs) * (self.steps + 1 if self.black_box else 3 * self.steps + 2)
+
+    @override
+    def depends_on(self, subject: Subject, image: int) -> object:
+        return [subject.labels[image], sorted(subject.category_ids)]
+
+    @override
+    def show(self, batch: Batch) -> list[Photo]:
+        """The worst photos, from the cache."""
+        return [kept_photo(batch.subject, self, image) for image in batch.images]
 
     @override
     def entries(self, batch: Batch) -> list[dict[str, bytes]]:
@@ -236,8 +240,8 @@ def attacked(
     return [made[id(photo)] for _, photo, _ in given]
 
 
-def kept_photo(subject: Subject, attack: Attacked, image: int) -> Photo:
-    """The adversarial photo of an attack, of several the worst, `uint8 [H, W, 3]`, from the cache."""
+def kept_photo(subject: Subject, attack: AttackSet, image: int) -> Photo:
+    """The photo of the worst attack, `uint8 [H, W, 3]`, from the cache."""
     return decode_photo(attack.kept(subject, image, PHOTO))
 
 
@@ -264,33 +268,3 @@ class Transferred(View):
     @override
     def show(self, batch: Batch) -> list[Photo]:
         return [kept_photo(self.source, self.attacks, image) for image in batch.images]
-
-
-@dataclass(frozen=True)
-class BlackBox(Attacked):
-    """Square attack on the whole training loss, read off the detector's candidates: no gradient."""
-
-    eps: int
-    queries: int
-    seed: int = 0
-
-    @property
-    @override
-    def name(self) -> str:
-        return f"blackbox-eps{self.eps}-queries{self.queries}"
-
-    @property
-    @override
-    def cost(self) -> int:
-        return self.queries + 1
-
-    @property
-    @override
-    def parts(self) -> tuple[str, ...]:
-        return ("", PHOTO)
-
-    @override
-    def entries(self, batch: Batch) -> list[dict[str, bytes]]:
-        photos = square_photos(batch, self.eps, self.queries, self.seed)
-        found = batch.subject.detect(photos)
-        return [{"": pack(one), PHOTO: encode_png(photo)} for one, photo in zip(found, photos, strict=True)]

@@ -6,10 +6,10 @@ from itertools import islice
 import torch
 
 from detguard.engine import with_gradients
-from detguard.evaluation.attacks import AttackSet, BlackBox, attack_objective
+from detguard.evaluation.attacks import SQUARE, AttackSet, attack_objective
 from detguard.evaluation.metrics import Check
 from detguard.evaluation.score import score
-from detguard.evaluation.views import Batch, Clean, Subject, View, fill
+from detguard.evaluation.views import Batch, Clean, Subject, fill
 from detguard.photos import frames_tensor
 
 PHOTOS = 32
@@ -22,13 +22,13 @@ ZERO_SHARE = 0.1
 BY_AP = ("more steps", "large budget", "black box")
 
 
-def check_views(attack: AttackSet, queries: int) -> list[View]:
+def check_views(attack: AttackSet, queries: int) -> list[AttackSet]:
     """What `run_checks` needs of the first PHOTOS photos."""
     return [
         attack,
         replace(attack, steps=2 * attack.steps),
         replace(attack, eps=LARGE_EPS, restarts=1),
-        BlackBox(attack.eps, queries, attack.seed),
+        AttackSet((SQUARE,), attack.eps, queries, seed=attack.seed),
     ]
 
 
@@ -48,8 +48,7 @@ def run_checks(subject: Subject, attack: AttackSet, queries: int) -> dict[str, C
     views = check_views(attack, queries)
     fill(few, [Clean(), *views])
     clean = score(few, Clean()).stats["AP"] or 0.0
-    once, longer, large = (attack_ap(few, view) for view in views[:3] if isinstance(view, AttackSet))
-    black = score(few, views[3]).stats["AP"] or 0.0
+    once, longer, large, black = (attack_ap(few, view) for view in views)
     converged, more = longer >= once - TOLERANCE, f"use --steps {2 * attack.steps} or more"
     zero = zero_gradient_share(few)
     found = {

@@ -15,7 +15,7 @@ import numpy as np
 from detguard import DetguardError, __version__, defaults
 from detguard.data.entries import LOST
 from detguard.detectors.base import Detector
-from detguard.evaluation.attacks import ATTACKS, WORST, WORST_PER_PHOTO, AttackSet, BlackBox, Transferred, attacks_on
+from detguard.evaluation.attacks import ATTACKS, SQUARE, WORST, WORST_PER_PHOTO, AttackSet, Transferred, attacks_on
 from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import CocoMetrics, coco_results
@@ -165,9 +165,9 @@ class Protocols:
         return [] if self.corruption_file is None else [piped(self.corruption_file, self.seed)]
 
     @property
-    def blackbox(self) -> BlackBox:
+    def blackbox(self) -> AttackSet:
         """The Square attack at the leading budget."""
-        return BlackBox(self.eps[-1], self.queries, self.seed)
+        return AttackSet((SQUARE,), self.eps[-1], self.queries, seed=self.seed)
 
     def patches(self, detector: Detector) -> list[Changed]:
         """The patch and those that mean nothing, if one is judged."""
@@ -189,7 +189,8 @@ class Protocols:
         elif "transfer" in self.protocols:
             views.append(self.attack_sets(detector)[-1])
         views += [self.blackbox] if "blackbox" in self.protocols else []
-        return views + self.own_corruption + self.patches(detector) + self.perturbations
+        views += [*self.own_corruption, *self.patches(detector), *self.perturbations]
+        return list(dict.fromkeys(views))  # without a gradient, the attack is the black box
 
 
 @dataclass
@@ -499,7 +500,7 @@ class Scorer:
     def blackbox(self) -> BlackBoxStats:
         """The figures under the Square attack, which uses no gradient."""
         wanted = self.wanted
-        metrics = self.measure(wanted.blackbox, "blackbox")
+        metrics = self.measure(wanted.blackbox, "blackbox", WORST)
         self.curves[f"black box eps {wanted.eps[-1]}"] = metrics.precision
         self.error([metrics], np.mean, "blackbox")
         return {**metrics.stats, "eps": wanted.eps[-1], "queries": wanted.queries, "seed": wanted.seed}

@@ -12,6 +12,7 @@ from detguard.detectors.load import fused
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.evaluation.attacks import AttackSet, attacks_on
 from detguard.evaluation.cache import Cache
+from detguard.evaluation.run import Protocols
 from detguard.evaluation.views import Batch, Subject
 from detguard.reports.evaluation import tables
 from detguard.workflows.evaluate import evaluate
@@ -80,9 +81,11 @@ class Blind(UltralyticsDetector):
 
 def test_what_has_no_gradient_is_attacked_by_square_alone(bundled, bundled_model, tiny_data, tmp_path):
     blind = Blind(bundled_model, "blind", 160)
-    plan = {"protocols": ("attack", "checks"), "eps": (16,), "queries": 8, "limit": 2}
-    metrics = evaluate(blind, tiny_data, cache=tmp_path / "c.sqlite", **plan)
+    plan = {"protocols": ("attack", "blackbox", "checks"), "eps": (16,), "queries": 8}
+    assert [view.name for view in Protocols(**plan).views(blind)] == ["clean", "blackbox-eps16-queries8"]
+    metrics = evaluate(blind, tiny_data, cache=tmp_path / "c.sqlite", limit=2, **plan)
     found = metrics["blind"]
+    assert found["blackbox"]["AP"] == found["attack"]["AP"]
     assert list(found["attack"]["budgets"]["16"]["attacks"]) == ["worst", "square-0"]
     assert found["attack"]["queries"] == 8
     assert not {"steps", "restarts"} & found["attack"].keys()

@@ -13,7 +13,7 @@ from ultralytics.data.utils import check_det_dataset
 
 from detguard.data.dataset import read_dataset
 from detguard.data.entries import Faults
-from detguard.evaluation.attacks import AttackSet, BlackBox, kept_photo
+from detguard.evaluation.attacks import SQUARE, AttackSet, kept_photo
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.saved import save_views
 from detguard.evaluation.views import Batch, Clean, Corrupted, Makers, Subject, fill
@@ -27,7 +27,7 @@ def saved(bundled, tiny_data, tmp_path_factory):
     dataset = read_dataset(tiny_data)
     ids = dataset.category_ids(bundled.class_names)
     subject = Subject("bundled", bundled, dataset, ids, Cache(folder / "cache.sqlite"))
-    views = [Clean(), Corrupted("brightness", 3, 0), AttackSet(("all",), 8, 1), BlackBox(8, 3)]
+    views = [Clean(), Corrupted("brightness", 3, 0), AttackSet(("all",), 8, 1), AttackSet((SQUARE,), 8, 3)]
     fill(subject, views)
     names = ["brightness-3", "bundled-attack-eps8-steps1", "bundled-blackbox-eps8-queries3"]
     assert save_views(subject, views, Run(folder, {})) == [f"datasets/{name}" for name in names]

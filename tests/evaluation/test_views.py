@@ -20,7 +20,7 @@ from detguard.detections import Candidates, Detections
 from detguard.detectors.load import load_detector
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.evaluation import cache
-from detguard.evaluation.attacks import WORST, AttackSet, BlackBox, Transferred, kept_photo
+from detguard.evaluation.attacks import SQUARE, WORST, AttackSet, Transferred, kept_photo
 from detguard.evaluation.cache import Cache, entry_key, pack
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import coco_results, value_left
@@ -217,9 +217,9 @@ def test_what_is_to_be_done_is_told_though_a_photo_is_cut_short(subject, tmp_pat
 
 
 def test_the_black_box_is_weaker_than_the_white_box(subject):
-    views = [QUICK, BlackBox(8, 10)]
+    views = [QUICK, AttackSet((SQUARE,), 8, 10)]
     fill(subject, views)
-    assert score(subject, views[1]).stats["AP"] > score(subject, QUICK, WORST).stats["AP"]
+    assert score(subject, views[1], WORST).stats["AP"] > score(subject, QUICK, WORST).stats["AP"]
 
 
 def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):
