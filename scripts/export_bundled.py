@@ -1,31 +1,26 @@
 """Write bundled weights and their json, measured on coco256 val, from a run that trained or hardened them.
 
 python scripts/export_bundled.py trained --run runs/train/detguard-n
-python scripts/export_bundled.py averaged BEFORE runs/harden/001/weights/joint.safetensors runs/averaged.safetensors
-python scripts/export_bundled.py renewed weights/detguard-n-hard.safetensors weights/detguard-n.safetensors OUT
-python scripts/export_bundled.py hardened --made runs/averaged.safetensors --judged runs/evaluate/001
+python scripts/export_bundled.py hardened --made runs/harden/001/weights/sparse.safetensors --judged runs/evaluate/001
 python scripts/export_bundled.py measured weights/detguard-n.safetensors
 """
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
 from safetensors.torch import load_file, save
 from torch import Tensor
-from train_bundled import ARCHITECTURE, CLASSES, SIZE, SOURCES, training_files
+from train_bundled import ARCHITECTURE, CLASSES, SIZE
 
-from detguard.data.batches import batches, read_photos
 from detguard.data.dataset import read_dataset
-from detguard.detectors.gated import GatedNetwork
-from detguard.detectors.load import fused, load_detector, load_model, read_card, save_gated
+from detguard.detectors.load import load_detector, read_card
 from detguard.evaluation.cache import Cache
 from detguard.evaluation.score import score
 from detguard.evaluation.views import Clean, Subject, fill
 from detguard.files import write_file
-from detguard.hardening.run import MEASURED
 
 app = typer.Typer()
 Shared = Annotated[Path, typer.Option(help="Where the data is.")]
@@ -56,46 +51,6 @@ def trained(
         of_before = load_file(before)
         tensors = {k: v.lerp(of_before[k].to(v), 0.5) if v.is_floating_point() else v for k, v in tensors.items()}
     publish(tensors, card, weights / "detguard-n.safetensors", shared)
-
-
-@app.command()
-def averaged(
-    before: Path,
-    after: Path,
-    out: Path,
-    share: Annotated[float, typer.Option(help="Of the second.")] = 0.5,
-    sparse: float = 0.2,
-    shared: Shared = Path("../shared"),
-) -> None:
-    """An ensemble between one and what it became by more hardening (Wortsman et al. 2022, WiSE-FT), sparse again."""
-    networks = [load_model(file)[0] for file in (before, after)]
-    assert all(isinstance(network, GatedNetwork) for network in networks)
-    ours, theirs = (cast(GatedNetwork, network).eval().requires_grad_(False) for network in networks)
-    for network in (ours, theirs):
-        network.drop_sparse()
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        mine.lerp_(other, share)
-    files = [(training_files(shared, folder), weight) for folder, weight in SOURCES.items()]
-    photos, _ = read_photos(files, SIZE)
-    ours.fusion = theirs.fusion
-    ours.sparsen((batch.clean for batch in batches(photos, 32, SIZE, 0, 0, MEASURED)), sparse)
-    save_gated(ours, read_card(after), out)
-
-
-@app.command()
-def renewed(
-    before: Annotated[Path, typer.Argument(help="An ensemble of whole networks.")],
-    normal: Annotated[Path, typer.Argument(help="A later state of the detector that it was made from.")],
-    out: Path,
-) -> None:
-    """An ensemble whose normal expert is a later state of its detector; the others stay."""
-    network, later = load_model(before)[0].eval().requires_grad_(False), fused(load_model(normal)[0])
-    assert isinstance(network, GatedNetwork)
-    (expert,) = GatedNetwork(later, 0, ("normal",)).experts
-    for mine, other in zip(network.experts[0].parameters(), expert.parameters(), strict=True):
-        mine.copy_(other)
-    card = read_card(before)
-    save_gated(network, card | {"hardened": card["hardened"] | {"normal expert": normal.stem}}, out)
 
 
 @app.command()
