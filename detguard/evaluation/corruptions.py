@@ -19,7 +19,6 @@ from detguard.photos import Photo
 if TYPE_CHECKING:
     from albumentations import Compose
 
-PACKAGE = "imagecorruptions-imaug"
 SEVERITIES = (1, 2, 3, 4, 5)
 PUBLISHED = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",

@@ -83,12 +83,8 @@ class Clean(Stats):
     classes: Count
 
 
-# By functional syntax where a key is no name of Python's.
-Made = TypedDict("Made", {"made by": str, "differs": str})
-
-
-class Corruption(Figure, Made):
-    """Of one kind: mean over the severities, and each; who made it, and where it differs from what was published."""
+class Corruption(Figure):
+    """Of one kind: mean over the severities, and each."""
 
     severities: dict[Severity, Stats]
 
@@ -125,6 +121,7 @@ class Attack(Figure, Spent):
     budgets: dict[str, Budget]
 
 
+# By functional syntax where a key is no name of Python's.
 Source = TypedDict("Source", {"eps": Eps, "from": dict[str, Stats]})
 
 
@@ -226,7 +223,7 @@ def read_metrics(file: Path) -> Metrics:
     """
     metrics = cast(Metrics, _read(file, shape_of(Metrics)))
     if wrong := next(filter(None, map(_disagreement, metrics.values())), None):
-        raise DetguardError(f"{file}: not one that detguard wrote ({wrong}); {_anew(file)}")
+        raise DetguardError(f"{file}: not one that this detguard writes ({wrong}); {_anew(file)}")
     return metrics
 
 
@@ -247,7 +244,7 @@ def _read(file: Path, shape: Shape) -> object:
     if late := [schema for schema in _schemas(found) if schema > SCHEMA]:
         raise DetguardError(f"{file}: written by a later detguard (schema {late[0]}, here {SCHEMA}); update this one")
     if wrong := misfit(found, shape):
-        raise DetguardError(f"{file}: not one that detguard wrote ({wrong}); {_anew(file)}")
+        raise DetguardError(f"{file}: not one that this detguard writes ({wrong}); {_anew(file)}")
     return found
 
 

@@ -20,7 +20,7 @@ from detguard.evaluation.bootstrap import error_95
 from detguard.evaluation.checks import check_views, first_photos, run_checks
 from detguard.evaluation.coco import CocoMetrics, coco_results
 from detguard.evaluation.compare import Compared
-from detguard.evaluation.corruptions import PACKAGE, PUBLISHED, SEVERITIES
+from detguard.evaluation.corruptions import PUBLISHED, SEVERITIES
 from detguard.evaluation.metrics import (
     DRAWS,
     METRICS,
@@ -437,8 +437,6 @@ class Scorer:
         kinds: dict[str, Corruption] = {
             kind: {
                 **figure([m.stats for m in rows.values()], mean, self.error(rows.values(), np.mean)),
-                "made by": PACKAGE,
-                "differs": "",
                 "severities": {severity: m.stats for severity, m in rows.items()},
             }
             for kind, rows in shown.items()

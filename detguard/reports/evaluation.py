@@ -266,16 +266,13 @@ def _corruptions(metrics: Metrics) -> Iterator[Table]:
     if not corrupted:
         return
     first = next(iter(corrupted.values()))
-    rows = [
-        [kind.replace("_", " "), *(with_error(k[kind]) for k in corrupted.values()), row["made by"], row["differs"]]
-        for kind, row in first.items()
-    ]
+    rows = [[kind.replace("_", " "), *(with_error(k[kind]) for k in corrupted.values())] for kind in first]
     severities = list(next(iter(first.values()))["severities"])
-    note = f"AP, mean over severities {', '.join(severities)}."
+    note = f"AP, mean over severities {', '.join(severities)}"
     if len(severities) == 1:
-        note = f"AP at severity {severities[0]}."
-    head = ["corruption", *corrupted, "made by", "differs from ImageNet-C"]
-    yield Table("Corruptions", head, rows, note, folded=len(rows) > FOLDED)
+        note = f"AP at severity {severities[0]}"
+    note += ", as published, by imagecorruptions-imaug."
+    yield Table("Corruptions", ["corruption", *corrupted], rows, note, folded=len(rows) > FOLDED)
 
 
 def _patches(metrics: Metrics) -> Iterator[Table]:

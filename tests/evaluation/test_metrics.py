@@ -14,7 +14,7 @@ SETTING = {
     "unknown_classes": {}, "imgsz": 320, "end_to_end": False, "nms": 0.7, "seed": 0, "sha256": "b", "left_out": 0,
 }  # fmt: skip
 FIGURE = {"AP": 0.1, "AP50": None}
-FOG = FIGURE | {"made by": "p", "differs": "", "severities": {"3": FIGURE}}
+FOG = FIGURE | {"severities": {"3": FIGURE}}
 BUDGET = FIGURE | {"by": "all-0", "attacks": {"worst": FIGURE, "all-0": FIGURE}}
 METRICS = {
     "setting": SETTING,
@@ -48,6 +48,7 @@ def test_a_file_of_a_later_detguard_is_not_called_damaged(write):
         (lambda m: m.pop("setting"), "a.setting: missing"),
         (lambda m: m["attack"].update(AP="high"), "a.attack.AP: expected a number, 0 to 1"),
         (lambda m: m["corruptions"]["kinds"]["fog"]["severities"].update({"x": FIGURE}), "severities.x: not known"),
+        (lambda m: m["corruptions"]["kinds"]["fog"].update({"made by": "p"}), "kinds.fog.made by: not known"),
         (lambda m: m["corruptions"]["kinds"].clear(), "corruptions.kinds: expected one or more"),
         (lambda m: m["corruptions"]["kinds"]["fog"].update(severities={"1": FIGURE}), "of the same severities"),
         (lambda m: m["attack"].update(eps=8), "attack.budgets: expected some of 1 to 255, `eps` among them"),

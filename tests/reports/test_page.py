@@ -27,8 +27,7 @@ METRICS = {
             "mPC": ap / 2,
             "rPC": 0.5,
             "kinds": {
-                kind: {"AP": 0.2, "made by": "us", "differs": "", "severities": {s: {"AP": ap / int(s)} for s in "135"}}
-                for kind in ("fog", "snow")
+                kind: {"AP": 0.2, "severities": {s: {"AP": ap / int(s)} for s in "135"}} for kind in ("fog", "snow")
             },
         },
         "attack": {"budgets": {e: {"AP": 0.1, "attacks": {"worst": {"AP": 0.1}, "all-0": {"AP": 0.12}}} for e in "24"}},
