@@ -207,29 +207,25 @@ class Adapting:
         names = self.network.class_names
         # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
         kept = self.ranks.given(lambda: [read_labelled(str(self.run.folder / name), "", names) for name in KEPT])
-        files = [Path(file) for file in config["replayed"]]
-        (shown, new_judged), (labelled, old_judged), (files, unlabelled_judged) = set_aside(*kept, files)
-        self.new, unread = read_photos([(shown, 1.0)], self.imgsz, plain=True)
-        self.unread += unread
-        self.old: PhotoSet | None = None
-        if labelled or files:  # plain as well, or the gate would learn what augmentation looks like
-            self.old, unread = read_photos([(labelled or files, 1.0)], self.imgsz, plain=True)
+        old: list[Any] = kept[1] or [Path(file) for file in config["replayed"]]
+        learned, self.judged, self.answers = dict[str, PhotoSet](), dict[str, list[Any]](), dict[str, str]()
+        for kind, (taught, held) in zip(("new", "old"), set_aside(kept[0], old), strict=True):
+            if taught or kind == "new":  # plain, or the gate would learn what augmentation looks like
+                learned[kind], unread = read_photos([(taught, 1.0)], self.imgsz, plain=True)
+                self.unread += unread
+            self.judged[kind], unread = readable(held)
             self.unread += unread
-        judged = {kind: readable(photos) for kind, photos in (("new", new_judged), ("old", old_judged))}
-        asked, unread = readable(unlabelled_judged)
-        self.unread += [*judged["new"][1], *judged["old"][1], *unread]
         self.ranks.must_agree(self.unread)
-        self.judged = {kind: photos for kind, (photos, _) in judged.items()}
-        self.answers = dict[str, str]()
+        self.new, self.old = learned["new"], learned.get("old")
         # Photos that are learned from, by kind.
-        self.learned = {"new": len(self.new)} | ({"old": len(self.old)} if self.old else {})
+        self.learned = {kind: len(photos) for kind, photos in learned.items()}
         self.plan = Adaptation(**config["adapt"])
         kinds = chosen_kinds(config["corruptions"])
         self.setting = Setting.on(self.ranks, workers, self.plan.batch, self.imgsz, self.plan.seed, kinds)
         self.network.to(self.ranks.device)
-        if asked and self.ranks.first:
-            self.judged["old"] = answered(self._detector(), asked, names)
-            self.answers |= dict.fromkeys(("old", ATTACKED), Path(config["model"]).stem)
+        if self.judged["old"] and not kept[1]:
+            self.judged["old"] = answered(self._detector(), self.judged["old"], names) if self.ranks.first else []
+            self.answers = dict.fromkeys(("old", ATTACKED), Path(config["model"]).stem)
         # Of others an attack can take nothing, and nobody could tell whether the ensemble still resists.
         self.judged[ATTACKED] = with_objects(self.judged["old"])[:MOST_ATTACKED]
 
