@@ -5,13 +5,10 @@ A photo is `uint8 [H, W, 3]` RGB with sides of 32 px and more; the same seed dra
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
-import imagecorruptions
 import numpy as np
 from imagecorruptions.corruptions import disk, getMotionBlurKernel
 from numba import njit
@@ -22,8 +19,8 @@ from detguard.photos import Photo
 Doubles = NDArray[np.float64]
 # By severity: of impulses, their share; of defocus, the radius of a point and its blur; of glass, the blur, how far
 # pixels move, how often; of motion, half its length and the spread of weights; of snow, its mean, grain and threshold,
-# half the length of streaks and their spread, the photo's share; of frost, shares of photo and ice; what is added to
-# the value; what is left of contrast; how far pixels wander; up to where the photo is enlarged, and in which steps.
+# half the length of streaks and their spread, the photo's share; what is added to the value; what is left of contrast;
+# how far pixels wander; up to where the photo is enlarged, and in which steps.
 IMPULSES = (0.03, 0.06, 0.09, 0.17, 0.27)
 DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
 GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))
@@ -32,12 +29,10 @@ SNOW = (
     (0.1, 3, 0.5, 10, 4, 0.8), (0.2, 2, 0.5, 12, 4, 0.7), (0.55, 4, 0.9, 12, 8, 0.7), (0.55, 4.5, 0.85, 12, 8, 0.65),
     (0.55, 2.5, 0.85, 12, 12, 0.55),
 )  # fmt: skip
-FROST = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
 ADDED = (0.1, 0.2, 0.3, 0.4, 0.5)
 LEFT = (0.4, 0.3, 0.2, 0.1, 0.05)
 WANDERED = (250 * 0.05, 250 * 0.065, 250 * 0.085, 250 * 0.1, 250 * 0.12)
 ZOOMS = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
-ICES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg", "frost6.jpg")
 
 
 def impulse_noise(photo: Photo, severity: int, seed: int) -> Photo:
@@ -85,25 +80,6 @@ def snow(photo: Photo, severity: int, seed: int) -> Photo:
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     snowed: Photo = _snowed(pixels, grey, flakes, np.float32(keep), np.float32(1 - keep))
     return snowed
-
-
-def frost(photo: Photo, severity: int, seed: int) -> Photo:
-    """A piece of one of the package's pictures of ice on a darker photo."""
-    keep, cover = FROST[severity - 1]
-    height, width = photo.shape[:2]
-    draw = np.random.RandomState(seed)
-    ice = _ice(ICES[draw.randint(6)])
-    scale = max(1, height / ice.shape[0], width / ice.shape[1]) * 1.1
-    size = math.ceil(ice.shape[1] * scale), math.ceil(ice.shape[0] * scale)
-    ice = cv2.resize(ice, size, interpolation=cv2.INTER_CUBIC)
-    top, left = draw.randint(ice.shape[0] - height), draw.randint(ice.shape[1] - width)
-    covered = keep * photo + cover * ice[top : top + height, left : left + width, ::-1]
-    return np.minimum(covered, 255).astype(np.uint8)
-
-
-@cache
-def _ice(name: str) -> Any:
-    return cv2.imread(str(Path(imagecorruptions.__file__).parent / "frost" / name))
 
 
 def brightness(photo: Photo, severity: int, seed: int) -> Photo:
@@ -377,7 +353,6 @@ FASTER: Mapping[str, Callable[[Photo, int, int], Photo]] = MappingProxyType(
         "motion_blur": motion_blur,
         "zoom_blur": zoom_blur,
         "snow": snow,
-        "frost": frost,
         "brightness": brightness,
         "contrast": contrast,
         "elastic_transform": elastic_transform,
