@@ -18,8 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from detguard.attacks.budgets import Linf
-from detguard.attacks.group import AttackOptions, attack_group
 from detguard.data.corruptions import KINDS, corrupt
 from detguard.data.sources import read_labelled
 from detguard.data.stream import Labelled
@@ -27,7 +25,8 @@ from detguard.detections import Detections
 from detguard.detectors.gated import GatedDetector
 from detguard.detectors.load import load_detector
 from detguard.engine import keep_freed_memory
-from detguard.evaluation.attacks import attack_objective
+from detguard.evaluation.attacks import attack_objective, pgd_options
+from detguard.evaluation.attacks import attacked as photos_after
 from detguard.evaluation.coco import metrics_of_photos, value_left
 from detguard.evaluation.views import LOWEST_CONFIDENCE
 from detguard.hardening.train import ADVERSARIAL, HARD, NORMAL
@@ -61,14 +60,9 @@ def attacked(
 ) -> list[Photo]:
     """The photos after one attack on them and their transformed copies, made for this detector."""
     classes = sorted({int(c) for one in labelled for c in one.objects.classes})
-    options = AttackOptions(
-        conf=LOWEST_CONFIDENCE, budget=Linf(eps), step=max(eps / 2, 1), momentum=0.75, steps=steps, gradient="exact",
-        random_start=True, batch=8, stop=False, schedule="group",
-    )  # fmt: skip
-    photos = [(str(i), read_photo(one.file), one.objects) for i, one in enumerate(labelled)]
-    found = attack_group(detector, photos, attack_objective(name, classes, detector), transforms, options)
-    made = {attempt.key: attempt.adversarial for attempt in found}
-    return [made[key] for key, _, _ in photos]
+    options = pgd_options(eps, steps, 8, random_start=True)
+    photos = ((str(i), read_photo(one.file), one.objects) for i, one in enumerate(labelled))
+    return photos_after(detector, photos, attack_objective(name, classes, detector), options, transforms=transforms)
 
 
 def chosen(detector: GatedDetector, photos: Sequence[Photo]) -> list[int]:

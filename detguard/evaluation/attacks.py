@@ -17,6 +17,7 @@ from detguard.objectives.base import Objective
 from detguard.objectives.parse import KINDS
 from detguard.photos import Photo, decode_photo, encode_png
 from detguard.training_loss import GAINS
+from detguard.transforms.base import Transform
 
 ATTACKS = ("class", "box", "all", "vanish", "rank")
 # Of what has no gradient, the only one.
@@ -223,6 +224,7 @@ def attacked(
     objective: Objective,
     options: AttackOptions,
     on_step: Callable[[Sequence[Attempt]], None] | None = None,
+    transforms: Sequence[Transform] = (),
 ) -> list[Photo]:
     """The photos after an attack, in the order in which they are given; arguments as of `attack_group`.
 
@@ -231,7 +233,7 @@ def attacked(
     """
     # They end in another order, and by none of its parts is one told: a photo may be there twice, with other labels.
     given = [(key, photo[:], objects) for key, photo, objects in photos]
-    done = attack_group(detector, given, objective, [], options, on_step)
+    done = attack_group(detector, given, objective, transforms, options, on_step)
     made = dict[int, Photo]()
     for attempt in done:
         if attempt.used > options.budget.eps:
