@@ -17,11 +17,10 @@ from typing import Annotated
 import torch
 import typer
 from hardening import detguard
-from threats import SHARED, with_person
+from threats import SHARED, rate, with_person
 
 from detguard import load_detector, verify
 from detguard.detectors.base import Detector
-from detguard.reports.tables import rate
 from detguard.runs import Record, Run
 
 UNSEEN = "jpeg:40,jpeg:60,jpeg:85,jpeg:95,gaussian:3,resize:0.7,resize:0.5"
@@ -97,9 +96,7 @@ def group(model: Model = MODEL, most: int = 1000) -> None:
 
 
 @app.command()
-def unseen(
-    model: Model = MODEL, most: int = 1000, margins: str = "0.05,0.97", eps: int = 8, step: float = 1
-) -> None:
+def unseen(model: Model = MODEL, most: int = 1000, margins: str = "0.05,0.97", eps: int = 8, step: float = 1) -> None:
     """A group of four transforms against transforms that were not in it, for each --margin."""
     detector = load_detector(model)
     photos = with_person(detector, most)

@@ -5,7 +5,7 @@ Photos are the first of coco256 val in which the detector finds a person over .2
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -19,7 +19,7 @@ from detguard.detectors.base import Detector
 from detguard.engine import keep_freed_memory
 from detguard.objectives import Fabricate, Flood, Mislabel, Untargeted, Vanish
 from detguard.photos import PADDING_LEVEL, Photo, find_photos, read_photo
-from detguard.reports.tables import rate
+from detguard.reports.tables import counted, percents
 from detguard.transforms.parse import parse_transforms
 
 app = typer.Typer()
@@ -50,6 +50,11 @@ def with_person(detector: Detector, most: int) -> list[Path]:
             if len(found) == most:
                 break
     return found
+
+
+def rate(values: Iterable[bool | None]) -> str:
+    """Like "98 % (49/50)" of the values that are not None."""
+    return percents([[counted(values)]])[0][0]
 
 
 def row(cells: list[str]) -> None:
