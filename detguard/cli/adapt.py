@@ -1,12 +1,7 @@
 """`detguard adapt`: parse, call, show."""
 
-import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,29 +25,17 @@ from detguard.cli.app import (
     only_of_splits,
     only_resumes,
     out,
-    progress_bar,
     run_folder,
-    show_error,
-    show_made,
-    show_stopped,
     show_warning,
     start_ranks,
-    stop_signals,
 )
 from detguard.cli.evaluate import show_warnings
-from detguard.cli.harden import Batch, last_loss, show_judgement, show_setback
-
-if TYPE_CHECKING:
-    from detguard.ranks import Ranks
-    from detguard.workflows.adapt import Adapting
+from detguard.cli.harden import Batch, load, run_training
 
 Replay = Annotated[
     list[str] | None,
     typer.Option(help="Photos of kinds that it knows: as --new, or a folder, labelled by what it finds; repeatable."),
 ]
-
-
-T = TypeVar("T")
 
 
 @app.command(
@@ -123,7 +106,8 @@ def adapt(
     One in five photos of each kind (at most 64) is kept for the figures before and after. Ctrl-C saves and stops.
     """
     from detguard.hardening.adapt import Adaptation
-    from detguard.workflows.adapt import Adapting
+    from detguard.reports.adaptation import adaptation_page, judged_before_after, verdict
+    from detguard.workflows.adapt import AUTO, Adapting
 
     out.quiet = out.quiet or as_json
     if resume:
@@ -142,85 +126,17 @@ def adapt(
         only_of_splits(context, [*new, *(replay or [])])
         plan = {name: context.params[name] for name in given(context) if name in Adaptation.__dataclass_fields__}
         kinds = None if corruptions is None else parse_names(corruptions)
-        job = start_adaptation(
-            model, new, plan, start_ranks(device), replay=replay or [], split=split,
-            class_map=parse_map(class_map), max_experts=max_experts,
-            corruptions=kinds, out=out_folder, exist_ok=exist_ok, trust=trust,
-        )  # fmt: skip
-    sys.exit(run_adaptation(job, workers, as_json=as_json))
-
-
-def start_adaptation(model: str, new: list[str], plan: dict[str, Any], ranks: "Ranks", **options: Any) -> "Adapting":
-    """Make a run of what the options say, those of `Adapting.begin`."""
-    from detguard.workflows.adapt import AUTO, Adapting
-
-    with err.status("Loading the ensemble and the labels"):
-        job = Adapting.begin(
-            model, new, plan, ranks, arguments=sys.argv[1:], on_warning=show_warning, on_data=show_warnings, **options
-        )
-    if plan.get("mode", AUTO) == AUTO:
-        config = job.run.config
-        out.say(f"--mode auto: {config['adapt']['mode']}, {config['why']}")
-    return job
-
-
-def run_adaptation(job: "Adapting", workers: int | None, *, as_json: bool = False) -> int:
-    """Grow and train what the run has not finished, with live progress; returns the exit code."""
-    from detguard.reports.adaptation import adaptation_page, judged_before_after, verdict
-    from detguard.workflows.harden import Trained
-
-    run = job.run
-    with err.status("Loading the photos"):
-        job.load(workers)
-    for message in job.unread:
-        show_error(message)
-    stopped = stop_signals()
-
-    def judge_by(figures: Callable[[Callable[[], None]], T]) -> T:
-        with progress_bar() as progress:
-            judging = progress.add_task("judging", total=job.looks)
-
-            def on_photo() -> None:
-                if stopped and job.ranks.count == 1:  # others are in the training already, which stops them all
-                    raise KeyboardInterrupt
-                progress.advance(judging)
-
-            return figures(on_photo)
-
-    try:
-        before = judge_by(job.figures)
-        made = train_adaptation(job, stopped)
-        judged = judge_by(partial(job.judgement, before))
-    except KeyboardInterrupt:
-        return show_stopped(run)
-    if not job.ranks.first:
-        return 0
-    run.write("report.html", adaptation_page(run, judged, job.learned))
-    show_judgement(verdict(judged), judged_before_after(judged, run.config))
-    judge = f"detguard evaluate --model {shlex.quote(str(made))} --data ..."
-    text = f"results: {made}, open {run.folder / 'report.html'}; judge it: {judge}"
-    show_made(text, as_json=as_json, **asdict(Trained(made, run.folder, job.unread, before, judged.after, judged.by)))
-    return 2 if job.unread else 0
-
-
-def train_adaptation(job: "Adapting", stopped: list[int]) -> Path:
-    """Train with live progress; returns the file of the ensemble.
-
-    Raises:
-        KeyboardInterrupt: a signal was noted in `stopped`.
-    """
-    with progress_bar() as progress:
-        fitting = progress.add_task("whom to ask", total=1.0, visible=False)
-        task = progress.add_task("adapt", total=1.0, visible=False)
-        setbacks = list[float]()
-
-        def on_fit(done: float) -> bool:
-            progress.update(fitting, completed=done, visible=done < 1)
-            return bool(stopped)
-
-        def on_batch(_: int, done: float, losses: dict[str, float]) -> bool:
-            progress.update(task, completed=done, description=f"adapt{last_loss(losses)}", visible=True)
-            show_setback("adapt", losses, setbacks)
-            return bool(stopped)
-
-        return job.train(on_batch, on_fit)
+        ranks = start_ranks(device)
+        with err.status("Loading the ensemble and the labels"):
+            job = Adapting.begin(
+                model, new, plan, ranks, replay=replay or [], split=split, class_map=parse_map(class_map),
+                max_experts=max_experts, corruptions=kinds, out=out_folder, exist_ok=exist_ok, trust=trust,
+                arguments=sys.argv[1:], on_warning=show_warning, on_data=show_warnings,
+            )  # fmt: skip
+        if mode == AUTO:
+            out.say(f"--mode auto: {job.run.config['adapt']['mode']}, {job.run.config['why']}")
+    load(job, workers)
+    sys.exit(run_training(
+        job, lambda judged: adaptation_page(job.run, judged, job.learned), verdict,
+        lambda judged: judged_before_after(judged, job.run.config), as_json=as_json,
+    ))  # fmt: skip

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,8 +46,10 @@ from detguard.cli.app import (
 from detguard.cli.evaluate import show_warnings
 
 if TYPE_CHECKING:
+    from detguard.hardening.judging import Judgement
     from detguard.reports.tables import Table
     from detguard.schema import Config
+    from detguard.workflows.adapt import Adapting
     from detguard.workflows.harden import Hardening
 
 Corruptions = Annotated[
@@ -220,6 +223,7 @@ def harden(
     """
     from detguard.hardening.run import Plan
     from detguard.hardening.trackers import check_tracker, track
+    from detguard.reports.hardening import hardening_page, judged_before_after, verdict
     from detguard.workflows.harden import Hardening
 
     if log:  # what is not installed leaves no run behind
@@ -254,7 +258,13 @@ def harden(
         sys.exit(show_cost(job, workers, as_json=as_json))
     if log and job.ranks.first:
         track(job.run, log, show_warning)
-    sys.exit(run_hardening(job, workers, as_json=as_json))
+    load(job, workers)
+    if (passes := job.passes()) and not err.still:
+        err.say(f"{passes:,} forward and backward passes of whole frames; --dry-run measures how long they take")
+    sys.exit(run_training(
+        job, lambda judged: hardening_page(job.run, judged), lambda judged: verdict(judged, job.run.config),
+        judged_before_after, as_json=as_json,
+    ))  # fmt: skip
 
 
 def show_cost(job: "Hardening", workers: int | None, *, as_json: bool) -> int:
@@ -275,7 +285,7 @@ def show_cost(job: "Hardening", workers: int | None, *, as_json: bool) -> int:
     return 2 if job.unread else 0
 
 
-def load(job: "Hardening", workers: int | None) -> None:
+def load(job: "Hardening | Adapting", workers: int | None) -> None:
     """Read the photos of a run, and show those that cannot be read."""
     with err.status("Loading the photos"):
         job.load(workers)
@@ -296,27 +306,26 @@ def show_setback(name: str, losses: dict[str, float], shown: list[float]) -> Non
         show_warning(f"{name}: diverged at batch {at:.0f}; it went back to its checkpoint, at half the rate")
 
 
-def show_judgement(verdict: str, table: "Table") -> None:
-    """Say how good a detector was on photos held out, and is."""
-    out.say(verdict, style="bold")
-    if table.rows:
-        out.print(table)
+def run_training(
+    job: "Hardening | Adapting",
+    page: "Callable[[Judgement], bytes]",
+    verdict: "Callable[[Judgement], str]",
+    table: "Callable[[Judgement], Table]",
+    *,
+    as_json: bool = False,
+) -> int:
+    """Train what a run that is loaded has not finished, with live progress; returns the exit code.
 
-
-def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = False) -> int:
-    """Train what the run has not finished, with live progress; returns the exit code."""
-    from detguard.reports.hardening import hardening_page, judged_before_after, verdict
-
-    run = job.run
-    load(job, workers)
-    if (passes := job.passes()) and not err.still:
-        err.say(f"{passes:,} forward and backward passes of whole frames; --dry-run measures how long they take")
-    stopped = stop_signals()
+    page, verdict, table: what is told of how good the detector was on photos held out, and is.
+    """
+    run, stopped = job.run, stop_signals()
     with progress_bar() as progress:
         setbacks = dict[str, list[float]]()
-        task = progress.add_task("harden", total=1.0)
+        task = progress.add_task(run.config["command"], total=1.0)
 
         def on_stage(name: str, done: float, losses: dict[str, float]) -> bool:
+            if done < progress.tasks[0].completed:  # begun anew: the time left is not that of what went before
+                progress.reset(task)
             progress.update(task, completed=done, description=f"{name}{last_loss(losses)}")
             show_setback(name, losses, setbacks.setdefault(name, []))
             return bool(stopped)
@@ -327,8 +336,10 @@ def run_hardening(job: "Hardening", workers: int | None, *, as_json: bool = Fals
             return show_stopped(run)
     if not job.ranks.first:
         return 0
-    run.write("report.html", hardening_page(run, job.judgement))
-    show_judgement(verdict(job.judgement, run.config), judged_before_after(job.judgement))
-    page, judge = run.folder / "report.html", f"detguard evaluate --model {shlex.quote(str(made.weights))} --data ..."
-    show_made(f"results: {made.weights}, open {page}; judge it: {judge}", as_json=as_json, **asdict(made))
+    run.write("report.html", page(job.judgement))
+    out.say(verdict(job.judgement), style="bold")
+    if (figures := table(job.judgement)).rows:
+        out.print(figures)
+    report, judge = run.folder / "report.html", f"detguard evaluate --model {shlex.quote(str(made.weights))} --data ..."
+    show_made(f"results: {made.weights}, open {report}; judge it: {judge}", as_json=as_json, **asdict(made))
     return 2 if job.unread else 0

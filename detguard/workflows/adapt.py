@@ -3,7 +3,8 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,14 @@ from detguard.detectors.load import detector_config, load_configured, load_detec
 from detguard.engine import with_gradients
 from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, set_aside
 from detguard.hardening.adapt import adapt as train_experts
-from detguard.hardening.judging import (
-    Figures,
-    Judgement,
-    answered,
-    judge,
-    judged_eps,
-    readable,
-)
-from detguard.hardening.kinds import OnShare
-from detguard.hardening.loop import OnBatch
+from detguard.hardening.judging import Figures, Judgement, answered, judge, judged_eps, readable
 from detguard.hardening.train import Setting
 from detguard.hardening.validation import ATTACKED, STEPS
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, Config, check, partly
 from detguard.schema import workers as shape_of_workers
-from detguard.workflows.harden import Trained, named, random_kept
+from detguard.workflows.harden import OnStage, Trained, named, random_kept
 from detguard.workflows.keywords import only_resumes, refuse_unknown
 
 # Photos seen by default: so many for each new one, and at most.
@@ -158,10 +150,10 @@ class Adapting:
         """
         network, imgsz = load_ensemble(model, trust=trust)
         sources = read_sources(new, replay, split, network.class_names, on_data, class_map)
-        count, why = len(sources[0]), "as given"
-        plan = dict[str, Any](photos=min(VIEWS * count, MOST_VIEWS), mode=AUTO) | plan
+        shown, why = len(sources[0]), "as given"
+        plan = dict[str, Any](photos=min(VIEWS * shown, MOST_VIEWS), mode=AUTO) | plan
         if plan["mode"] == AUTO:
-            plan["mode"], why = choose_mode(count)
+            plan["mode"], why = choose_mode(shown)
         if "keep" in plan and plan["mode"] == "frozen":
             on_warning("`keep` is without effect in `mode` frozen, where old experts stay what they are")
         if not replay:
@@ -208,12 +200,12 @@ class Adapting:
         # As the run keeps them: a stream that goes on, or a folder that grows, does not change what is learned.
         kept = self.ranks.given(lambda: [read_labelled(str(self.run.folder / name), "", names) for name in KEPT])
         old: list[Any] = kept[1] or [Path(file) for file in config["replayed"]]
-        learned, self.judged, self.answers = dict[str, PhotoSet](), dict[str, list[Any]](), dict[str, str]()
+        learned, judged = dict[str, PhotoSet](), dict[str, list[Any]]()
         for kind, (taught, held) in zip(("new", "old"), set_aside(kept[0], old), strict=True):
             if taught or kind == "new":  # plain, or the gate would learn what augmentation looks like
                 learned[kind], unread = read_photos([(taught, 1.0)], self.imgsz, plain=True)
                 self.unread += unread
-            self.judged[kind], unread = readable(held)
+            judged[kind], unread = readable(held)
             self.unread += unread
         self.ranks.must_agree(self.unread)
         self.new, self.old = learned["new"], learned.get("old")
@@ -223,63 +215,68 @@ class Adapting:
         kinds = chosen_kinds(config["corruptions"])
         self.setting = Setting.on(self.ranks, workers, self.plan.batch, self.imgsz, self.plan.seed, kinds)
         self.network.to(self.ranks.device)
-        if self.judged["old"] and not kept[1]:
-            self.judged["old"] = answered(self._detector(), self.judged["old"], names) if self.ranks.first else []
-            self.answers = dict.fromkeys(("old", ATTACKED), Path(config["model"]).stem)
+        if not self.ranks.first:  # which alone judges
+            judged = {"new": [], "old": []}
+        answers = dict[str, str]()
+        if judged["old"] and not kept[1]:
+            judged["old"] = answered(self._detector(), judged["old"], names)
+            answers = dict.fromkeys(("old", ATTACKED), Path(config["model"]).stem)
         # Of others an attack can take nothing, and nobody could tell whether the ensemble still resists.
-        self.judged[ATTACKED] = with_objects(self.judged["old"])[:MOST_ATTACKED]
+        judged[ATTACKED] = with_objects(judged["old"])[:MOST_ATTACKED]
+        self.judged = {kind: photos for kind, photos in judged.items() if photos}
+        counts, judging = ({kind: len(by(of)) for kind, of in self.judged.items()} for by in (list, with_objects))
+        self.judgement = Judgement(counts, answers, with_objects=judging)
 
     def _detector(self) -> GatedDetector:
         """The ensemble as it is now, to be looked through."""
         return GatedDetector(copy.deepcopy(self.network), "", self.imgsz, str(self.ranks.device))
 
-    def figures(self, on_photo: Callable[[], None] = lambda: None) -> Figures:
+    def figures(self, on_stage: OnStage) -> Figures:
         """How good the ensemble is as it is now, on photos that it does not learn from; known to the first rank.
 
-        on_photo: called before each of them, and before each step of the attack.
+        Raises:
+            KeyboardInterrupt: `on_stage` returned True, before a photo or a step of the attack.
         """
-        if not self.ranks.first:
+        if not self.judged:
             return {}
+        steps = sum(map(len, self.judged.values())) + STEPS * (ATTACKED in self.judged)
+        done = count(1)
+
+        def on_step() -> None:
+            # Others are in the training already, which stops them all.
+            if on_stage("judging", min(next(done) / steps, 1.0), {}) and self.ranks.count == 1:
+                raise KeyboardInterrupt
+
         detector, eps = self._detector(), judged_eps(self.plan.eps)
         return {
-            kind: judge(detector, photos, eps if kind == ATTACKED else 0, on_photo)
+            kind: judge(detector, photos, eps if kind == ATTACKED else 0, on_step)
             for kind, photos in self.judged.items()
-            if photos
         }
 
-    @property
-    def looks(self) -> int:
-        """How often `figures` calls `on_photo`."""
-        return sum(map(len, self.judged.values())) + STEPS * bool(self.judged[ATTACKED])
-
-    def judgement(self, before: Figures, on_photo: Callable[[], None] = lambda: None) -> Judgement:
-        """What the ensemble knew `before`, and what it knows now, which the run keeps; on_photo: as of `figures`."""
-        after = self.figures(on_photo)
-        of = {kind: self.judged[kind] for kind in before}
-        counts, judging = ({kind: len(by(of[kind])) for kind in of} for by in (list, with_objects))
-        made = Judgement(counts, self.answers, before, after, judging)
-        if self.ranks.first:
-            made.keep(self.run)
-        return made
-
-    def train(self, on_batch: OnBatch | None = None, on_fit: OnShare = lambda _: False) -> Path:
-        """Grow and train what the run has not finished, after `load`; returns the file of the weights.
-
-        on_fit: told how far it is in finding whom to ask of new photos.
+    def train(self, on_stage: OnStage | None = None) -> Trained:
+        """Grow and train what the run has not finished, after `load`, and judge it before and after.
 
         Raises:
-            KeyboardInterrupt: `on_batch` or `on_fit` returned True; `resume` goes on.
+            KeyboardInterrupt: `on_stage` returned True; `resume` goes on.
         """
-        config = self.run.config
+
+        def told(name: str, share: float, losses: dict[str, float]) -> bool:
+            return bool(on_stage and on_stage(name, share, losses))
+
+        config, before = self.run.config, self.figures(told)
         card = read_card(config["model"])
-        before = card.get("adapted")
-        before = before if isinstance(before, list) else []
-        card |= {"adapted": [*before, config["adapt"] | {"from": Path(config["model"]).stem}]}
+        earlier = card.get("adapted")
+        earlier = earlier if isinstance(earlier, list) else []
+        card |= {"adapted": [*earlier, config["adapt"] | {"from": Path(config["model"]).stem}]}
         made = train_experts(
-            self.network, card, self.new, self.old, self.plan, self.setting, self.run, on_batch, on_fit
-        )
+            self.network, card, self.new, self.old, self.plan, self.setting, self.run,
+            lambda _, share, losses: told("adapt", share, losses), lambda share: told("whom to ask", share, {}),
+        )  # fmt: skip
         self.ranks.end()
-        return made
+        self.judgement = judged = replace(self.judgement, before=before, after=self.figures(told))
+        if self.ranks.first:
+            judged.keep(self.run)
+        return Trained(made, self.run.folder, self.unread, before, judged.after, judged.by)
 
 
 @with_gradients
@@ -297,7 +294,7 @@ def adapt(
     device: str = defaults.DEVICE,
     workers: int | None = None,
     trust: bool = False,
-    on_batch: OnBatch | None = None,
+    on_stage: OnStage | None = None,
     **plan: Any,
 ) -> Trained:
     """Teach a gated ensemble a new kind of photos by new experts, as `detguard adapt` does.
@@ -317,15 +314,15 @@ def adapt(
         device: of torch, where to train: cpu, cuda, cuda:1 or mps.
         workers: processes that make batches, by default one per core.
         trust: as of `load_detector`.
-        on_batch: called with the number of the batch, the share that is over, and the last losses; returns True to save
-            and stop.
+        on_stage: called with the stage (judging, whom to ask, adapt), the share of it that is over, and the last
+            losses; returns True to save and stop.
         **plan: the fields of `Adaptation`: `experts`, `expert` (adapter, head, whole), `mode` (full, frozen, or by
             default auto: by how many photos are new), `init`, `keep`, `photos` (by default 50 for each new one, 5,000
             at most), `batch`, `rate` and `seed`.
 
     Raises:
         DetguardError: the ensemble or photos cannot be read, or options do not go together.
-        KeyboardInterrupt: `on_batch` returned True; go on with `resume`.
+        KeyboardInterrupt: `on_stage` returned True; go on with `resume`.
         TypeError: `plan` holds no such field.
 
     Examples:
@@ -351,8 +348,5 @@ def adapt(
     job.load(workers)
     for message in job.unread:
         warnings.warn(message, stacklevel=2)
-    before = job.figures()
     with random_kept():
-        made = job.train(on_batch)
-    judged = job.judgement(before)
-    return Trained(made, job.run.folder, job.unread, before, judged.after, judged.by)
+        return job.train(on_stage)

@@ -57,7 +57,8 @@ from detguard.schema import CONFIGS, Config, check, partly
 from detguard.schema import workers as shape_of_workers
 from detguard.workflows.keywords import as_specs, only_resumes, refuse_unknown
 
-# Told the stage, the share of all stages that is over, and the losses of the last record; True saves and stops.
+# Told the stage, the share that is over (of all stages; by `adapt`, of this one), and the losses of the last record;
+# True saves and stops.
 OnStage = Callable[[str, float, dict[str, float]], object]
 
 

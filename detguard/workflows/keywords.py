@@ -17,7 +17,7 @@ ELSEWHERE = {
 } | dict.fromkeys(("imgsz", "trust", "end_to_end", "top_k", "fusion", "iou", "device"), "of `load_detector`")
 
 # Keywords that a run that is gone on with takes anew.
-KEPT_BY_NO_RUN = {"resume", "device", "workers", "trust", "log", "on_stage", "on_batch", "on_step"}
+KEPT_BY_NO_RUN = {"resume", "device", "workers", "trust", "log", "on_stage", "on_step"}
 
 
 def refuse_unknown(

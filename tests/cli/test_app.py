@@ -25,13 +25,16 @@ from detguard.attacks.budgets import BUDGETS
 from detguard.attacks.group import Aggregate, Schedule
 from detguard.attacks.steps import RULES
 from detguard.cli import main
-from detguard.cli.adapt import run_adaptation
 from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, show_stopped, with_dashes
-from detguard.cli.harden import run_hardening
+from detguard.cli.harden import load as load_photos
+from detguard.cli.harden import run_training
+from detguard.data.stream import Labelled
+from detguard.detections import Detections
 from detguard.detectors import load
 from detguard.engine import torch_device
 from detguard.export.run import FORMATS
 from detguard.files import shipped
+from detguard.hardening.adapt import Adaptation
 from detguard.hardening.adversary import METHODS
 from detguard.hardening.judging import Judgement
 from detguard.hardening.monitor import DRIFT
@@ -40,10 +43,12 @@ from detguard.objectives.base import LOSSES
 from detguard.objectives.parse import GOALS
 from detguard.photos import encode_png
 from detguard.ranks import ALONE
+from detguard.reports.hardening import judged_before_after
 from detguard.reports.tables import Table, terminal_list
 from detguard.runs import Run
 from detguard.transforms.base import GradientRule
 from detguard.transforms.parse import KINDS
+from detguard.workflows.adapt import Adapting, load_ensemble
 from detguard.workflows.harden import Trained
 
 # Clears the screen, colours, turns the line around, begins another, is markup, an emoji, and no UTF-8.
@@ -707,16 +712,17 @@ def signals():
         signal.signal(number, handler)
 
 
-def test_a_signal_while_an_adaptation_is_judged_stops_it(signals, monkeypatch, capsys, tmp_path):
-    def figures(on_photo):
+def test_a_signal_while_an_adaptation_is_judged_stops_it(signals, capsys, tmp_path, bus_file):
+    job = Adapting(Run(tmp_path, {"command": "adapt"}), *load_ensemble("detguard-n-hard", trust=False), ALONE)
+    job.plan, job.judged = Adaptation(), {"new": [Labelled(Path(bus_file), Detections.none())]}
+
+    def train(on_stage):
         signal.raise_signal(signal.SIGINT)
-        on_photo()
+        job.figures(on_stage)
         raise AssertionError("judged on")
 
-    job = SimpleNamespace(
-        run=Run(tmp_path, {"command": "adapt"}), ranks=ALONE, load=lambda _: None, unread=[], looks=1, figures=figures
-    )
-    assert run_adaptation(job, None) == 130
+    job.train = train
+    assert run_training(job, *[None] * 3) == 130
     assert "stopped; go on with: detguard adapt --resume" in capsys.readouterr().err
 
 
@@ -756,13 +762,12 @@ def test_only_commands_of_several_detectors_say_of_which_the_confidence_is():
     assert [name for name, does in told.items() if does] == ["attack"]
 
 
-def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(signals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("detguard.reports.hardening.hardening_page", lambda *_: b"")
+def test_photos_that_a_training_could_not_read_are_told_by_the_exit_code(signals, capsys, tmp_path):
     unread = ["a.jpg: damaged"]
     job = SimpleNamespace(
         run=Run(tmp_path, {"command": "harden"}), ranks=ALONE, load=lambda _: None, unread=unread,
-        passes=lambda: 0, judgement=Judgement(),
-        train=lambda _: Trained(tmp_path / "a.safetensors", tmp_path, unread, {}, {}, {}),
+        judgement=Judgement(), train=lambda _: Trained(tmp_path / "a.safetensors", tmp_path, unread, {}, {}, {}),
     )  # fmt: skip
-    assert run_hardening(job, None) == 2
+    load_photos(job, None)
+    assert run_training(job, lambda _: b"", lambda _: "", judged_before_after) == 2
     assert "a.jpg: damaged" in capsys.readouterr().err

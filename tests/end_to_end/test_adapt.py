@@ -82,9 +82,8 @@ def test_of_old_photos_those_with_objects_are_attacked(place, monkeypatch):
         str(place / "ensemble.safetensors"), ["dark.jsonl"], {}, ALONE, replay=["first.jsonl"], out=place / "first"
     )
     job.load(1)
-    told = job.judgement(job.figures())
-    assert told.photos == {"new": 2, "old": 2, "attacked": 1}
-    assert told.with_objects == {"new": 2, "old": 1, "attacked": 1}
+    assert job.judgement.photos == {"new": 2, "old": 2, "attacked": 1}
+    assert job.judgement.with_objects == {"new": 2, "old": 1, "attacked": 1}
 
 
 def figures(text, kind):
