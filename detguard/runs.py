@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -41,6 +42,8 @@ RESULTS = "results.jsonl"
 INPUTS, STAGED = "inputs", ".inputs"
 # Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
 LONGEST_KEY = 200
+# Of files to be written in place: no link is followed, no pipe is waited for.
+PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 LIBRARIES = (
     "torch", "torchvision", "kornia", "ultralytics", "transformers", "timm", "onnxruntime", "onnxruntime-gpu",
     "opencv-python", "opencv-python-headless", "pillow", "pillow-heif", "albumentations", "albucore",
@@ -98,8 +101,7 @@ class Lock(FileIO):
             lock = cls._open.get((there.st_dev, there.st_ino))
             if lock and not lock.closed:
                 return lock
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        lock = cls(os.open(file, flags, 0o666), "r+")
+        lock = cls(os.open(file, os.O_RDWR | os.O_CREAT | PLAIN, 0o666), "r+")
         made = os.fstat(lock.fileno())
         cls._open[made.st_dev, made.st_ino] = lock
         return lock
@@ -351,12 +353,23 @@ class Run:
         if self.on_record and name == RESULTS:
             self.on_record(record)
 
+    def opened(self, name: str) -> FileIO:
+        """A regular file of the run, to add to, made where there is none.
+
+        Raises:
+            RunError: the name leads out of the run's folder, or is that of a link, a pipe or a device.
+            OSError: the file cannot be opened.
+        """
+        file = self.path(name)
+        if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
+            raise RunError(f"{file}: not a regular file; take it away")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | PLAIN | getattr(os, "O_BINARY", 0)
+        return FileIO(os.open(file, flags, 0o666), "a+")
+
     def append_lines(self, lines: bytes, name: str) -> None:
         """Add whole lines to a file of the run, as `append`."""
-        file = self.path(name)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
-            with FileIO(os.open(file, flags, 0o666), "a+") as stream:
+            with self.opened(name) as stream:
                 with suppress(OSError):  # a file system without locks, where there is one process alone
                     if fcntl:
                         fcntl.lockf(stream, fcntl.LOCK_EX)  # of several processes of a launch, one after the other
@@ -370,7 +383,7 @@ class Run:
                     stream.truncate(end)
                     raise
         except OSError as error:
-            raise RunError(f"{file}: cannot be written ({error.strerror or error})") from error
+            raise RunError(f"{self.folder / name}: cannot be written ({error.strerror or error})") from error
 
     def records(self, name: str = RESULTS, *, checked: bool = True) -> list[Record]:
         """All whole records of a file of them; a last line that a kill cut short is left out.

@@ -266,8 +266,9 @@ class Living(Deployment):
 
     def _stalled(self) -> bool:
         """Whether the process that adapts has written nothing for so long that it never will: it saves in minutes."""
-        folder, times = self.run.path(self.last["folder"]), list[float]()
-        for file in (Path(f"{folder}.log"), folder / "results.jsonl", *(folder / "state").glob("*.pt")):
+        name, times = self.last["folder"], list[float]()
+        folder = self.run.path(name)
+        for file in (self.run.path(f"{name}.log"), folder / "results.jsonl", *(folder / "state").glob("*.pt")):
             with suppress(OSError):  # it is just being replaced
                 times.append(file.stat().st_mtime)
         # By a clock of its own: that of files may be another machine's, or be set.
@@ -435,30 +436,31 @@ class Living(Deployment):
         return b"".join(as_lines(photos, names) for photos in of_each)
 
     def _start(self, event: Record) -> None:
-        folder = self.run.path(event["folder"])
+        name = event["folder"]
+        folder, new, old, log = (self.run.path(f"{name}{end}") for end in ("", ".new.jsonl", ".replay.jsonl", ".log"))
         with suppress(OSError):  # so that what is judged is what it writes itself
             (folder / FIGURES).unlink()
         command = [sys.executable, "-m", "detguard", "adapt", "--device", self.device]
-        if (folder / "config.yaml").exists():
-            command += ["--resume", str(folder), *self._workers]
-        else:
-            command += ["--model", self._found(event["model"]), "--new", f"{folder}.new.jsonl", "--out", str(folder)]
-            replayed = [s for s in map(str, self.run.config["replay"]) if unlabelled(s) or not self._class_map]
-            if Path(f"{folder}.replay.jsonl").stat().st_size:
-                replayed.append(f"{folder}.replay.jsonl")
-            command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
         try:
-            with Path(f"{folder}.log").open("ab") as log:
+            if (folder / "config.yaml").exists():
+                command += ["--resume", str(folder), *self._workers]
+            else:
+                command += ["--model", self._found(event["model"]), "--new", str(new), "--out", str(folder)]
+                replayed = [s for s in map(str, self.run.config["replay"]) if unlabelled(s) or not self._class_map]
+                if old.stat().st_size:
+                    replayed.append(str(old))
+                command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
+            with self.run.opened(f"{name}.log") as said:
                 # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; never left behind.
                 self.child = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=said,
+                    stderr=said,
                     start_new_session=True,
                     preexec_fn=partial(die_with, os.getpid()) if os.name == "posix" else None,
                 )
-            Path(f"{folder}.log").touch()  # from where on it is waited for
+            log.touch()  # from where on it is waited for
         except (OSError, subprocess.SubprocessError) as error:  # no memory or no room just now
             self.waits = self.number + self.run.config["monitor"]["window"]
             self.report(f"photo {self.number}: adapting could not be started ({error}); it is tried again")
@@ -484,7 +486,7 @@ class Living(Deployment):
         code, event, self.child = self.child.returncode, self.last, None
         folder = self.run.path(event["folder"])
         if not (code in (0, 2) and (folder / FIGURES).exists()):  # 2: some photos could not be read
-            log = Path(f"{folder}.log")
+            log = self.run.path(f"{event['folder']}.log")
             said = [line for line in read_file(log).decode(errors="replace").splitlines() if line.startswith("error: ")]
             why = f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else "")
             # What it does not take, as growth over its limit, it will not take later.

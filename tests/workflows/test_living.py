@@ -560,6 +560,41 @@ def test_figures_that_were_there_before_an_adaptation_judge_nothing(living):
     assert not (living.run.folder / "adapted/001/figures.json").exists()
 
 
+@pytest.fixture
+def to_start(living):
+    """One whose adaptation can be started."""
+    living.run.config |= {"replay": [], "stream": {"class_map": {}}}
+    living.run.write("adapted/001.replay.jsonl", b"")
+    return living
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong"),
+    [("outside", "leads out of the run's folder"), ("inside", "not a regular file"), ("pipe", "not a regular file")],
+)
+def test_what_adapts_writes_into_no_file_that_is_not_its_log(to_start, tmp_path, tmp_path_factory, where, wrong):
+    log, other = tmp_path / "adapted/001.log", tmp_path_factory.mktemp("home") / ".bashrc"
+    other.write_text("mine")
+    if where == "pipe":
+        os.mkfifo(log)
+    else:
+        log.symlink_to(other if where == "outside" else to_start.run.folder / "results.jsonl")
+    with pytest.raises(DetguardError, match=wrong):
+        to_start._start({"folder": "adapted/001", "model": "m"})
+    assert to_start.child is None
+    assert other.read_text() == "mine"
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_what_adapts_writes_nothing_beside_the_run(to_start, tmp_path):
+    to_start.run.write("..replay.jsonl", b"")
+    to_start._start({"folder": ".", "model": "m"})
+    to_start.child.kill()
+    to_start.child.wait()
+    assert (tmp_path / "..log").exists()
+    assert not Path(f"{tmp_path}.log").exists()
+
+
 def test_what_refuses_to_adapt_is_not_asked_again(tmp_path, bundled, monkeypatch):
     living = unlucky(tmp_path, bundled)
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
