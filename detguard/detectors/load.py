@@ -175,6 +175,16 @@ def load_configured(config: Config, device: str = defaults.DEVICE, *, trust: boo
     return detector
 
 
+def check_learner(config: Config, checked: Config) -> None:
+    """See that what learns in a run, its `model`, is the detector whose `detector_config` is checked.
+
+    Raises:
+        DetguardError: it is another one, that nobody has checked.
+    """
+    if config["model"] != checked["model"]:
+        raise DetguardError(f"`model` {config['model']}: the run's detector is {checked['model']}; start a new run")
+
+
 @torch.random.fork_rng(devices=[])  # of the caller, whose numbers no first weights are to take
 def load_model(name: str | Path = BUNDLED, *, trust: bool = False) -> tuple[nn.Module, int]:
     """The unfused, trainable network of a detector and the frame size it was made for; see `load_detector`."""

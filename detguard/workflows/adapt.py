@@ -27,7 +27,14 @@ from detguard.data.sources import (
 from detguard.data.stream import Labelled
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedDetector, GatedNetwork
-from detguard.detectors.load import detector_config, load_configured, load_detector, load_model, read_card
+from detguard.detectors.load import (
+    check_learner,
+    detector_config,
+    load_configured,
+    load_detector,
+    load_model,
+    read_card,
+)
 from detguard.engine import with_gradients
 from detguard.hardening.adapt import Adaptation, check_growth, choose_mode, set_aside
 from detguard.hardening.adapt import adapt as train_experts
@@ -190,6 +197,7 @@ class Adapting:
             DetguardError: there is none, or its ensemble is no longer what it was.
         """
         run = shared_run(ranks, lambda: Run.resume(folder, "adapt"))
+        check_learner(run.config, run.config["detector"])
         load_configured(run.config["detector"], "cpu", trust=trust)
         return cls(run, *load_ensemble(run.config["model"], trust=trust), ranks)
 

@@ -35,6 +35,7 @@ from detguard.detectors.custom import is_custom
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import (
     build_model,
+    check_learner,
     detector_config,
     find_weights,
     fused,
@@ -238,6 +239,7 @@ class Hardening:
             DetguardError: there is none, or its detectors are no longer what they were.
         """
         run = shared_run(ranks, lambda: Run.resume(folder, "harden"))
+        check_learner(run.config, run.config["detectors"][0])
         given, imitated = (load_configured(one, str(ranks.device), trust=trust) for one in run.config["detectors"])
         return cls(run, load_model(run.config["model"], trust=trust)[0], given, imitated, ranks)
 

@@ -13,6 +13,7 @@ import yaml
 from program import Started, detguard, hurried, refusal, together
 from safetensors.torch import load_file
 
+from detguard import DetguardError
 from detguard import attack as detguard_attack
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, load_detector, save_gated
@@ -190,6 +191,15 @@ def test_a_run_whose_ensemble_has_changed_does_not_go_on(adapted, place):
     result = detguard("adapt", "--resume", "changed", cwd=place)
     assert result.returncode == 2
     assert "ensemble.safetensors: no longer the weights" in result.stderr
+
+
+def test_a_run_learns_by_no_other_ensemble_than_that_which_is_checked(place):
+    ensemble, new, old = (str(place / name) for name in ("ensemble.safetensors", "dark.jsonl", "day.jsonl"))
+    Adapting.begin(ensemble, [new], {}, ALONE, replay=[old], out=(folder := place / "other"))
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"model": "owner/tiny"}))
+    with pytest.raises(DetguardError, match=r"`model` owner/tiny: the run's detector is .*ensemble\.safetensors"):
+        Adapting.resume(folder, ALONE)
 
 
 def test_it_warns_that_the_fusion_bounds_new_experts(place):

@@ -176,6 +176,14 @@ def test_a_run_whose_detector_has_changed_does_not_go_on(hardened, tmp_path):
     assert "detguard-n: no longer the weights" in result.stderr
 
 
+def test_a_run_learns_by_no_other_detector_than_that_which_is_checked(tmp_path):
+    Hardening.begin("detguard-n", [str(ASSETS)], {}, ALONE, out=tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"model": "owner/tiny"}))
+    with pytest.raises(DetguardError, match="`model` owner/tiny: the run's detector is detguard-n"):
+        Hardening.resume(tmp_path, ALONE)
+
+
 def test_its_page_tells_of_every_stage_and_of_the_gate(hardened):
     page = (hardened / "report.html").read_text()
     for text in (
