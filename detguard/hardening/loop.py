@@ -377,7 +377,7 @@ class Checkpoints:
             )
         for number in range(KEPT - 1, 0, -1) if older else ():
             before = self._before(number - 1)
-            if before.exists():
+            if before.exists() and not before.is_symlink():  # which could lead to a file that is not the run's
                 write_file(self._before(number), read_file(before, MAX_BYTES))
         write_file(self.file, data.getvalue())
 

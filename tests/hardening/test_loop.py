@@ -79,6 +79,16 @@ def test_a_resumed_run_has_the_records_and_weights_of_an_unbroken_one(run, stop)
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+def test_a_link_among_checkpoints_is_not_copied_into_the_run(run, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("home") / "id_rsa"
+    secret.write_bytes(b"secret")
+    (run.folder / "last.1.pt").symlink_to(secret)
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, 3)
+    assert not (run.folder / "last.2.pt").exists()
+    assert secret.read_bytes() == b"secret"
+
+
 def test_records_of_other_stages_stay(run):
     other = {"stage": "b", "batch": LAST, "photos_per_second": 1.0, "loss": 9.0}
     run.append(other)
