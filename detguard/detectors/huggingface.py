@@ -73,6 +73,8 @@ ARCHITECTURES = {
     "d_fine": _known("DFine", "RTDetr"),
     "yolos": _known("Yolos", softmax=True),
 }
+# Those that have a backbone of timm's where their config describes none.
+OF_TIMM = ("detr", "conditional_detr", "deformable_detr")
 BACKBONES = {
     "resnet": "ResNetConfig", "rt_detr_resnet": "RTDetrResNetConfig", "hgnet_v2": "HGNetV2Config",
     "timm_backbone": "TimmBackboneConfig",
@@ -374,6 +376,8 @@ def _plain_config(described: Any) -> JsonObject:
         inside = _entries(inner, getattr(transformers, BACKBONES[inner["model_type"]]))
         kept["backbone_config"] = inside | {"model_type": inner["model_type"]}
         _check_timm(inside)
+    elif kind not in OF_TIMM or not kept.get("use_timm_backbone", True):
+        kept.pop("backbone", None)  # of which transformers would ask the hub
     _check_timm(kept)
     if max(kept.get("num_queries") or 0, kept.get("num_detection_tokens") or 0) > MOST_QUERIES:
         raise Damaged(f"its {CONFIG} has over {MOST_QUERIES} queries")

@@ -23,7 +23,7 @@ from ultralytics.utils.tal import dist2bbox
 from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Anchors, Candidates, Detections, scaled
 from detguard.detectors.base import Detector, Family, to_photo
-from detguard.detectors.recipe import MOST_CLASSES, boxes_alone
+from detguard.detectors.recipe import HEADS, MOST_CLASSES, boxes_alone
 from detguard.photos import Letterbox, Source, as_photo, read_photo
 
 # Of files with other names, Ultralytics may read a pattern, a list of files or streams, a film, or further pages.
@@ -204,10 +204,12 @@ class Ultralytics(Family):
         generic = architecture if architecture in shipped else re.sub(rf"(\d+){scale}", r"\1", architecture, count=1)
         if generic not in shipped:
             return None
+        recipe = boxes_alone(YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture})
+        if recipe["head"][-1][2] not in HEADS:  # those of classifiers would have backbones of torchvision's fetched
+            return None
         if not 0 < len(classes) <= MOST_CLASSES:
             raise DetguardError(f"`classes`: {len(classes)}; expected 1 to {MOST_CLASSES}")
         kind = RTDETRDetectionModel if "rtdetr" in architecture else DetectionModel
-        recipe = boxes_alone(YAML.load(shipped[generic]) | {"scale": scale, "yaml_file": architecture})
         model = kind(recipe, nc=len(classes), verbose=False)
         model.names = dict(enumerate(classes))
         model.task = "detect"  # type: ignore[assignment]

@@ -236,6 +236,15 @@ def test_odd_folders_are_refused_in_one_line(folders, tmp_path, case):
     assert "\n" not in str(error.value)
 
 
+def test_of_a_backbone_that_is_only_named_nobody_is_asked(folders, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address[0]) or [])
+    folder = changed(folders("rt_detr"), tmp_path, {"backbone": "resnet50", "backbone_config": None})
+    with pytest.raises(DetguardError):
+        load_detector(folder)
+    assert asked == []
+
+
 def test_what_a_folder_says_of_code_is_not_read(folders, tmp_path):
     """Names of modules, kernels and adapters of elsewhere, which `from_pretrained` would import or fetch."""
     foreign = {

@@ -277,8 +277,11 @@ def test_weights_that_are_not_finite_are_an_error(own_copy):
         load_detector(own_copy)
 
 
-@pytest.mark.parametrize("architecture", ["../../evil.yaml", "evil.yaml", "yolo11n-cls.yamlx", ""])
-def test_only_architectures_that_ultralytics_ships_are_built(own_copy, architecture):
+@pytest.mark.parametrize(
+    "architecture",
+    ["../../evil.yaml", "evil.yaml", "yolo11n-cls.yamlx", "", "yolo11n-obb.yaml", "yolo11-cls-resnet18.yaml"],
+)
+def test_only_detectors_that_ultralytics_ships_are_built(own_copy, architecture):
     card = json.loads(own_copy.with_suffix(".json").read_text()) | {"architecture": architecture}
     own_copy.with_suffix(".json").write_text(json.dumps(card))
     with pytest.raises(DetguardError, match="not an architecture"):
