@@ -253,6 +253,7 @@ def main() -> None:
     keep_freed_memory()
     gc.set_threshold(GARBAGE_AFTER)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # our own limits say it better
+    warnings.showwarning = show_python_warning
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every letter
@@ -436,6 +437,22 @@ def show_lost(message: str) -> None:
 def show_warning(message: str) -> None:
     """Print a warning as one line on stderr."""
     err.say(f"warning: {with_dashes(message)}", style="yellow")
+
+
+def show_python_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print what `warnings.warn` was told: by detguard as a warning of its own, by others as Python does."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        show_warning(str(message))
+        return
+    for one in warnings.formatwarning(message, category, filename, lineno).splitlines():
+        err.say(one)
 
 
 def show_stopped(run: "Run") -> int:

@@ -25,9 +25,20 @@ from detguard.attacks.budgets import BUDGETS
 from detguard.attacks.group import Aggregate, Schedule
 from detguard.attacks.steps import RULES
 from detguard.cli import main
-from detguard.cli.app import Terminal, app, err, levels, out, progress_bar, show_stopped, with_dashes
+from detguard.cli.app import (
+    Terminal,
+    app,
+    err,
+    levels,
+    out,
+    progress_bar,
+    show_python_warning,
+    show_stopped,
+    with_dashes,
+)
 from detguard.cli.harden import load as load_photos
 from detguard.cli.harden import run_training
+from detguard.data.sources import LABELLED
 from detguard.data.stream import Labelled
 from detguard.detections import Detections
 from detguard.detectors import load
@@ -49,7 +60,7 @@ from detguard.runs import Run
 from detguard.transforms.base import GradientRule
 from detguard.transforms.parse import KINDS
 from detguard.workflows.adapt import Adapting, load_ensemble
-from detguard.workflows.harden import Trained
+from detguard.workflows.harden import Hardening, Trained
 
 # Clears the screen, colours, turns the line around, begins another, is markup, an emoji, and no UTF-8.
 HOSTILE = "a\x1b[2J\x9b31m\u202egnp\nerror: [red]b[/nosuch] :smile: \udcff"
@@ -153,6 +164,24 @@ def test_json_lines_hold_the_names_themselves(monkeypatch, capsys, hostile):
     assert json.loads(line)["photo"] == f"{name}.jpg"
     assert json.loads(line)["detections"][0]["class"] == name
     assert not set("\x1b\x9b\u202e") & set(line)
+
+
+def test_names_of_classes_in_what_a_run_keeps_are_shown_and_not_obeyed(monkeypatch, capsys, tmp_path, tiny_data):
+    job = Hardening.begin("detguard-n", [str(tiny_data)], {"learn": "labels"}, ALONE, out=tmp_path / "run")
+    lines = {"photo": "gone.png", "objects": [{"class": HOSTILE, "box": [0, 0, 9, 9]}]}
+    (job.run.folder / LABELLED).write_text(json.dumps(lines) + "\n")
+    assert run(monkeypatch, "harden", "--resume", job.run.folder) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ")
+    assert SHOWN in warning
+    assert "gone.png" in error
+
+
+def test_warnings_of_others_are_theirs_and_not_obeyed(capsys):
+    show_python_warning(UserWarning(HOSTILE), UserWarning, "/torch/functional.py", 3)
+    shown = capsys.readouterr().err
+    assert shown.startswith("/torch/functional.py:3: UserWarning: a\\x1b[2J")
+    assert "\x1b" not in shown
 
 
 FRACTIONS = [
