@@ -243,8 +243,18 @@ def attacked(
 
 
 def kept_photo(subject: Subject, attack: AttackSet, image: int) -> Photo:
-    """The photo of the worst attack, `uint8 [H, W, 3]`, from the cache."""
-    return decode_photo(attack.kept(subject, image, PHOTO))
+    """The photo of the worst attack, `uint8 [H, W, 3]`, from the cache.
+
+    Raises:
+        DetguardError: as `View.kept`, or it is no photo of that size.
+    """
+    photo, entry = decode_photo(attack.kept(subject, image, PHOTO)), subject.dataset.annotations.imgs[image]
+    height, width = photo.shape[:2]
+    if (height, width) != (entry["height"], entry["width"]):
+        raise DetguardError(
+            f"{subject.cache.file}: an entry is not detguard's ({width} x {height} px); delete the file"
+        )
+    return photo
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,16 @@ class View(ABC):
         return data
 
     def load(self, subject: Subject, image: int, part: str = "") -> Detections:
-        """What was found on one photo, from the cache."""
-        return unpack(self.kept(subject, image, part))
+        """What was found on one photo, from the cache.
+
+        Raises:
+            DetguardError: as `kept` and `unpack`, or it is of a detector of other experts.
+        """
+        found = unpack(self.kept(subject, image, part))
+        experts = subject.detector.experts
+        if experts and found.experts is not None and len(found.experts) != len(experts):
+            raise DetguardError(f"{subject.cache.file}: an entry is not detguard's (experts); delete the file")
+        return found
 
 
 @dataclass(frozen=True)

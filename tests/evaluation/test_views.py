@@ -20,7 +20,7 @@ from detguard.detections import Candidates, Detections
 from detguard.detectors.load import load_detector
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.evaluation import cache
-from detguard.evaluation.attacks import SQUARE, WORST, AttackSet, Transferred, kept_photo
+from detguard.evaluation.attacks import PHOTO, SQUARE, WORST, AttackSet, Transferred, kept_photo
 from detguard.evaluation.cache import Cache, entry_key, pack
 from detguard.evaluation.checks import zero_gradient_share
 from detguard.evaluation.coco import coco_results, value_left
@@ -43,6 +43,7 @@ from detguard.ranks import Ranks
 from detguard.runs import Run
 
 QUICK = AttackSet(("class", "vanish"), eps=8, steps=3)
+SMALL = np.zeros((9, 8, 3), np.uint8)
 
 
 @pytest.fixture
@@ -80,6 +81,17 @@ def test_a_damaged_entry_is_made_again_as_it_was(subject, shown):
     again = dict(results_of(subject, Clean()))
     assert all(torch.equal(whole[image].scores, again[image].scores) for image in whole)
     assert 4 < sum(shown) < 8
+
+
+def test_entries_that_are_not_of_the_detector_or_the_photo_are_told(subject):
+    one = replace(subject, detector=copy.copy(subject.detector))
+    one.detector.experts = ("normal", "hard")
+    of_three = replace(Detections.none(), experts=torch.ones(3))
+    subject.cache.put([(Clean().key(one, 11), pack(of_three)), (QUICK.key(one, 11, PHOTO), encode_png(SMALL))])
+    with pytest.raises(DetguardError, match=r"c\.sqlite: an entry is not detguard's \(experts\); delete the file"):
+        Clean().load(one, 11)
+    with pytest.raises(DetguardError, match=r"c\.sqlite: an entry is not detguard's \(8 x 9 px\); delete the file"):
+        kept_photo(one, QUICK, 11)
 
 
 def test_a_photo_that_is_gone_is_dropped_and_the_others_go_on(subject, tmp_path):
