@@ -8,7 +8,7 @@ import ast
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from detguard import DetguardError, first_line
 from detguard.detections import MAX_DETECTIONS, Candidates, Detections
-from detguard.detectors.base import Detector, Family
+from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.pickles import Damaged
 from detguard.detectors.recipe import MOST_CLASSES, class_names, frame_size
 from detguard.files import read_file
@@ -144,25 +144,31 @@ class OnnxDetector(Detector):
             copy.write_bytes(self.model.graph)
             self._yolo = YOLO(copy, task="detect")
         # Of the whole process, its set-up would change which GPU is the current one, and leave one core idle.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), self._running():
             found = self._yolo.predict(
                 photo[..., ::-1].copy(), conf=conf, iou=self.iou if iou is None else iou, imgsz=self.imgsz, rect=True,
                 device=str(self.device), max_det=MAX_DETECTIONS, save=False, verbose=False,
             )  # fmt: skip
         torch.set_num_threads(threads)
         boxes = found[0].boxes.cpu()
-        return Detections(boxes.xyxy, boxes.conf, boxes.cls.long())
+        known = Detections(boxes.xyxy, boxes.conf, boxes.cls.long()).of(list(self.class_names))
+        return to_photo(known, Letterbox.whole(photo.shape[:2]))
 
     @override
     def state_hash(self) -> str:
         """SHA-256 of the file."""
         return self.model.sha256
 
-    def _run(self, frames: Tensor) -> Tensor:
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         try:
-            (found,) = self._session.run(None, {self._input: frames.contiguous().numpy().astype(self._dtype)})
+            yield
         except Exception as error:  # whatever it raises of frames that the graph does not take
             raise DetguardError(f"{self.name}: cannot be run by onnxruntime ({first_line(error)})") from error
+
+    def _run(self, frames: Tensor) -> Tensor:
+        with self._running():
+            (found,) = self._session.run(None, {self._input: frames.contiguous().numpy().astype(self._dtype)})
         return torch.from_numpy(np.asarray(found, np.float32)).nan_to_num()
 
     def _listed(self, found: Tensor) -> bool:

@@ -274,6 +274,32 @@ def test_an_export_for_several_frames_at_once_is_told_what_to_do(files, tmp_path
         load_detector(tmp_path / "four.onnx")
 
 
+def test_what_a_graph_finds_is_of_its_classes_and_in_the_photo(files, tmp_path, small):
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    rows = [[10, 10, 50, 50, 0.9, 0], *([10, 10, 50, 50, 0.8, kind] for kind in (99, -1)), [*[torch.nan] * 4, 0.7, 0]]
+    value = helper.make_tensor("value", kind, [1, 4, 6], [float(one) for row in rows for one in row])
+    ends = [helper.make_tensor_value_info(*end) for end in (("images", kind, [1, 3, 320, 320]), ("f", kind, [1, 4, 6]))]
+    known = onnx.load(files["fixed"])
+    node = helper.make_node("Constant", [], ["f"], value=value)
+    graph = helper.make_model(helper.make_graph([node], "odd", ends[:1], ends[1:]), ir_version=known.ir_version)
+    graph.metadata_props.extend(known.metadata_props)
+    onnx.save(graph, tmp_path / "odd.onnx")
+    detector = load_detector(tmp_path / "odd.onnx")
+    (found,) = detector.predict(small, 0.25).records(detector.class_names)
+    assert (found["class"], found["confidence"]) == ("person", 0.9)
+
+
+def test_a_photo_that_a_graph_does_not_take_is_one_line(files, tmp_path, small):
+    model = onnx.load(files["any"])
+    for side in model.graph.input[0].type.tensor_type.shape.dim[2:]:  # but of any number of frames
+        side.dim_value = 320
+    onnx.save(model, tmp_path / "odd.onnx")
+    detector = load_detector(tmp_path / "odd.onnx")
+    for find in (lambda: detector.predict(small, 0.25), lambda: detector.detect([small], 0.25)):
+        with pytest.raises(DetguardError, match="odd: cannot be run by onnxruntime"):
+            find()
+
+
 def test_a_device_that_onnxruntime_gives_up_on_is_an_error(files, monkeypatch):
     monkeypatch.setattr("detguard.detectors.onnx._providers", lambda _: ["CUDAExecutionProvider"])
     with pytest.raises(DetguardError, match=r"any: (cannot be run by onnxruntime|onnxruntime cannot run it)"):
