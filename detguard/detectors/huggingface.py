@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from detguard import DetguardError, first_line
+from detguard import DetguardError, first_line, is_out_of_memory
 from detguard.detections import MAX_DETECTIONS, Candidates, Detections, scaled
 from detguard.detectors.base import Detector, Family, to_photo
 from detguard.detectors.pickles import Damaged
@@ -137,12 +137,25 @@ class HuggingFaceDetector(Detector):
     def candidates(self, frames: Tensor) -> Candidates:
         from torchvision.ops import box_convert
 
-        found = self.model(**self._inputs(frames))
+        with self._running():
+            found = self.model(**self._inputs(frames))
         logits = softmax_logits(found.logits) if self.kind.softmax else found.logits
         height, width = frames.shape[2:]
         boxes = box_convert(found.pred_boxes, "cxcywh", "xyxy")
         boxes = scaled(boxes, width, height)
         return Candidates(logits[..., self.outputs], boxes, end_to_end=True, multi_label=not self.kind.softmax)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever layers raise that do not fit each other, or the size of the frames
+            if is_out_of_memory(error):
+                raise
+            raise DetguardError(
+                f"{self.name}: cannot be run on frames of {self.imgsz} px ({first_line(error)[:MAX_NAME]}); its "
+                f"{CONFIG} is odd, or try another `imgsz`"
+            ) from error
 
     def _inputs(self, frames: Tensor) -> dict[str, Tensor]:
         """What the processor makes of frames, with a gradient."""
@@ -162,7 +175,7 @@ class HuggingFaceDetector(Detector):
         shape = photo.shape[:2]
         box = self.letterbox(shape)
         # Not in a caller's inference mode: of what is kept from call to call, no gradient could be taken later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._running():
             inputs = self.processor(images=photo, return_tensors="pt", input_data_format="channels_last")
             outputs = self.model(**{key: value.to(self.device) for key, value in inputs.items()})
         most = dict.fromkeys(self.kind.most, min(MAX_DETECTIONS, outputs.logits.shape[1]))
@@ -371,7 +384,7 @@ def _plain_config(described: Any) -> JsonObject:
         raise Damaged(f"its {CONFIG} names no classes (id2label)")
     inner = described.get("backbone_config")
     if inner is not None:
-        if not isinstance(inner, dict) or inner.get("model_type") not in BACKBONES:
+        if not isinstance(inner, dict) or inner.get("model_type") not in list(BACKBONES):
             raise Damaged(f"its backbone is of no known kind; known are {', '.join(BACKBONES)}")
         inside = _entries(inner, getattr(transformers, BACKBONES[inner["model_type"]]))
         kept["backbone_config"] = inside | {"model_type": inner["model_type"]}
@@ -379,8 +392,9 @@ def _plain_config(described: Any) -> JsonObject:
     elif kind not in OF_TIMM or not kept.get("use_timm_backbone", True):
         kept.pop("backbone", None)  # of which transformers would ask the hub
     _check_timm(kept)
-    if max(kept.get("num_queries") or 0, kept.get("num_detection_tokens") or 0) > MOST_QUERIES:
-        raise Damaged(f"its {CONFIG} has over {MOST_QUERIES} queries")
+    queries = [kept.get(key, 0) for key in ("num_queries", "num_detection_tokens")]
+    if not all(isinstance(number, int) and number <= MOST_QUERIES for number in queries):
+        raise Damaged(f"its {CONFIG} has over {MOST_QUERIES} queries, or no number of them")
     patch = kept.get("patch_size", SMALLEST_PATCH)
     if not isinstance(patch, int) or patch < SMALLEST_PATCH:
         raise Damaged(f"its {CONFIG} has an odd patch_size; expected {SMALLEST_PATCH} px or more")

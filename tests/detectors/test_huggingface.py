@@ -207,6 +207,8 @@ ODD = {
     "a wider one": ({"config": {"encoder_ffn_dim": 1 << 30}}, "odd encoder_ffn_dim"),
     "a wide one": ({"config": {"encoder_ffn_dim": 1 << 14, "decoder_ffn_dim": 1 << 14}}, "not those|larger"),
     "queries without end": ({"config": {"num_queries": 9999}}, "over 2000 queries"),
+    "queries of no number": ({"config": {"num_queries": "many"}}, "no number of them"),
+    "a backbone of no name": ({"config": {"backbone_config": {"model_type": ["resnet"]}}}, "no known kind"),
     "a foreign backbone": ({"config": {"backbone_config": {"model_type": "swin"}}}, "no known kind"),
     "a backbone of the hub": (
         {"config": {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:a/b"}}}, "no known kind",
@@ -234,6 +236,17 @@ def test_odd_folders_are_refused_in_one_line(folders, tmp_path, case):
         load_detector(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"anchor_image_size": [64, 64]}, {"anchor_image_size": 0}, {"encode_proj_layers": [9]}], ids=str
+)
+def test_layers_that_do_not_fit_the_frames_are_one_line(folders, photo, tmp_path, odd):
+    detector = load_detector(changed(folders("rt_detr"), tmp_path, odd))
+    for find in (lambda: detector.predict(photo, 0.5), lambda: detector.detect([photo])):
+        with pytest.raises(DetguardError, match=r"on frames of 96 px \(.*\); its config\.json is odd") as error:
+            find()
+        assert "\n" not in str(error.value)
 
 
 def test_of_a_backbone_that_is_only_named_nobody_is_asked(folders, tmp_path, monkeypatch):
