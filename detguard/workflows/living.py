@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from typing_extensions import override
@@ -26,7 +26,7 @@ from detguard import DetguardError, first_line
 from detguard.data.sources import as_lines, read_labelled, unlabelled
 from detguard.data.stream import to_lines
 from detguard.detectors.base import Detector
-from detguard.detectors.gated import MOST_EXPERTS
+from detguard.detectors.gated import MOST_EXPERTS, GatedNetwork
 from detguard.detectors.load import load_detector
 from detguard.engine import die_with
 from detguard.files import MAX_ANNOTATIONS, MAX_PHOTO, FileError, parse_json, read_file
@@ -136,7 +136,10 @@ class Living(Deployment):
 
     def _load(self, model: str) -> None:
         self._loaded = "", self.first  # before there is room for the next one
-        network: Any = self.first.model  # its rule may be one that was asked for, not that of its card
+        network = getattr(self.first, "model", None)  # its rule may be one that was asked for, not that of its card
+        if not isinstance(network, GatedNetwork):
+            file = self.run.folder / EVENTS
+            raise DetguardError(f"{file}: tells of ensembles, and {self.first.name} is none; delete it")
         top_k, fusion = network.top_k or MOST_EXPERTS, network.fusion
         made = load_detector(model, self.first.imgsz, self.device, top_k, fusion, self.first.iou)
         self._loaded = model, made
@@ -151,7 +154,8 @@ class Living(Deployment):
         if self.run.config["on_drift"] != "adapt" or number <= self.number:
             return photo
         copy = self.run.path(self._copy(number, photo))
-        copy.unlink(missing_ok=True)  # of a photo of that number which a kill left without a record
+        with suppress(OSError):
+            copy.unlink(missing_ok=True)  # of a photo of that number which a kill left without a record
         with suppress(FileError):  # of a full disk, too: `_remember` will say so, once what was found is recorded
             self._keep(number, photo)
         return copy if copy.exists() else photo
@@ -287,7 +291,7 @@ class Living(Deployment):
             if event["event"] == DEPLOYED:
                 models.append(event["model"])
             elif event["event"] == ROLLED_BACK:
-                models.pop()
+                models = models[:-1]
         if len(models) < 2:
             raise DetguardError("`roll_back`: the run has deployed nothing that could be taken back")
         if self.last["event"] in ("gathering", "adapting"):  # by what is taken back

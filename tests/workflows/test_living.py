@@ -595,6 +595,23 @@ def test_what_adapts_writes_nothing_beside_the_run(to_start, tmp_path):
     assert not Path(f"{tmp_path}.log").exists()
 
 
+def test_events_that_do_not_fit_the_run_are_told(living, to_start, tmp_path, bundled):
+    said = []
+    living.report = said.append
+    to_start.run.path("adapted/001.replay.jsonl").unlink()
+    to_start._start({"folder": "adapted/001", "model": "m"})
+    assert "adapting could not be started" in said[0]
+    (tmp_path / "photos/1.png").mkdir(parents=True)
+    assert living.file(1, Path("1.png")).name == "1.png"
+    for _ in range(2):
+        note(living, "rolled back", "first")
+    with pytest.raises(DetguardError, match="nothing that could be taken back"):
+        living.roll_back()
+    note(living, "deployed", "second")
+    with pytest.raises(DetguardError, match=r"events\.jsonl: tells of ensembles, and detguard-n is none"):
+        unlucky(tmp_path, bundled).at(1)
+
+
 def test_what_refuses_to_adapt_is_not_asked_again(tmp_path, bundled, monkeypatch):
     living = unlucky(tmp_path, bundled)
     living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
