@@ -12,6 +12,7 @@ import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +32,7 @@ PARTIAL = ".partial"
 # A tree may be so deep, and so much larger for the aliases in it, as nobody writes by hand.
 MAX_DEPTH = 64
 MAX_ALIASED = 4
+_NESTED = (dict, list)
 # Parts of a tree, each of which takes some hundred bytes when it is read.
 MAX_EVENTS = 5_000_000
 
@@ -142,9 +144,15 @@ def parse_json(data: bytes | str) -> Any:
         ValueError: it is not JSON, or nested as deep as nobody writes.
     """
     try:
-        return json.loads(data)
+        tree = json.loads(data)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    level: list[Any] = [[tree]]
+    for _ in range(MAX_DEPTH + 1):
+        parts = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        if not (level := [part for part in parts if isinstance(part, _NESTED)]):
+            return tree
+    raise ValueError("nested too deep")  # what is made of it by recursion would end in an error
 
 
 def read_yaml(file: str | Path, most: int = MAX_TEXT) -> object:

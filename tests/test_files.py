@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from detguard import DetguardError, files
-from detguard.files import FileError, parse_json, printable, read_file, read_json, read_yaml, write_file
+from detguard.files import MAX_DEPTH, FileError, parse_json, printable, read_file, read_json, read_yaml, write_file
 
 
 def read_text_as_yaml(tmp_path, text):
@@ -84,6 +84,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.read_bytes() == b"old"
     assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"a":', "}")])
+def test_json_is_nested_as_deep_as_yaml_and_no_deeper(begin, end):
+    assert parse_json(begin * MAX_DEPTH + "1" + end * MAX_DEPTH)
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json(begin * (MAX_DEPTH + 1) + "1" + end * (MAX_DEPTH + 1))
 
 
 def test_json_nested_too_deep_is_an_error(tmp_path):
