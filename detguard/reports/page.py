@@ -113,7 +113,10 @@ def pair(before: Panel, after: Panel, photos: tuple[Photo, Photo] | None = None,
 
 def linked(file: str) -> str:
     """A path in the run's folder as a link of the page, which leads to no other host."""
-    return "./" + quote(file, errors="surrogateescape") if file else ""
+    try:
+        return "./" + quote(file, errors="surrogateescape") if file else ""
+    except UnicodeEncodeError:  # of a lone surrogate that no file system has
+        return "./" + quote(file, errors="backslashreplace")
 
 
 def render_page(

@@ -208,6 +208,11 @@ def test_links_lead_into_the_run_alone(opened):
     assert linked("javascript:x") == "./javascript%3Ax"
 
 
+def test_a_name_that_no_file_system_has_is_a_link_as_well():
+    assert linked("overlays/\udcff.png") == "./overlays/%FF.png"
+    assert linked("overlays/\ud800.png") == "./overlays/%5Cud800.png"
+
+
 def test_tables_sort_by_a_press_and_leave_out_what_is_empty(opened):
     page, _, _ = opened
     table = page.locator("table").first
