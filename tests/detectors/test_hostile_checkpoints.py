@@ -42,12 +42,18 @@ def _audit():
     sys.addaudithook(_note)
 
 
-@pytest.fixture
-def refused(tmp_path, checkpoint):
-    """Load a file, and return the line that it is refused with; nothing may happen on the way."""
-    (tmp_path / "good.pt").write_bytes(checkpoint())
-    load_detector(tmp_path / "good.pt")  # what a first time imports is no part of what is watched
+@pytest.fixture(scope="module")
+def known(tmp_path_factory, checkpoint):
+    """What a first time imports is no part of what is watched."""
+    file = tmp_path_factory.mktemp("good") / "good.pt"
+    file.write_bytes(checkpoint())
+    load_detector(file)
     assert "x".encode("cp437") == "x".encode("raw_unicode_escape")
+
+
+@pytest.fixture
+def refused(tmp_path, known):
+    """Load a file, and return the line that it is refused with; nothing may happen on the way."""
 
     def load(data, name="evil.pt"):
         global _watched
