@@ -1,7 +1,7 @@
 """The one frame of all fuzzers: what it gives a reader may raise DetguardError, and do nothing worse.
 
 A fuzzer is a test that takes `fuzz` and calls it once, with a strategy of inputs and the reader of one. Together they
-take DETGUARD_FUZZ_SECONDS, 30 by default with the same inputs in every run; where the variable is set, the inputs are
+take DETGUARD_FUZZ_SECONDS, 12 by default with the same inputs in every run; where the variable is set, the inputs are
 others each time, unless DETGUARD_FUZZ_SEED is too. With `-p guided` they are chosen for the code that they reach.
 """
 
@@ -72,7 +72,7 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[SearchStra
     name = request.node.name.removeprefix("test_").replace("_", " ")
     fuzzers = sum("fuzz" in getattr(item, "fixturenames", ()) for item in request.session.items)
     given_seconds = os.environ.get("DETGUARD_FUZZ_SECONDS")
-    seconds = float(given_seconds or 30) / fuzzers
+    seconds = float(given_seconds or 12) / fuzzers
     first = int(os.environ.get("DETGUARD_FUZZ_SEED", random.randrange(2**40) if given_seconds else 0))
     outcome = outcomes[name] = Outcome()
 
