@@ -5,13 +5,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 
 from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions
 from detguard.evaluation.attacks import ATTACKS
 from detguard.hardening.judging import Judgement
-from detguard.hardening.monitor import DRIFT, MOST_WINDOWS, needed
+from detguard.hardening.monitor import DRIFT, MOST_WINDOWS, Deployment, needed
 from detguard.reports import adaptation, attack, evaluation, hardening, monitoring
 from detguard.reports.attack_tables import attack_summary, survival_table
 from detguard.reports.judged import judged_table
@@ -61,6 +62,19 @@ def test_a_timeline_of_the_end_of_a_stream_has_the_detectors_that_came_then(tmp_
     for number, shown in ((5, False), (30_009, True)):
         page = monitoring.monitor_page(Run(tmp_path, config), records, [event | {"number": number}])
         assert (b"another detector" in page) is shown
+
+
+def test_of_a_drop_of_many_photos_the_worst_are_shown_and_the_others_counted(tmp_path, bundled):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    of_photo = {"photo": str(tmp_path / "a.png"), "objects": [], "confidence": 0.5, "entropy": None, "began": None}
+    records = [of_photo | {"number": number, "f1": 1 - number / 20} for number in range(1, 15)]
+    records[-1]["began"] = 1
+    config = {"monitor": {"detector": "kswin", "window": 8}, "detector": {"model": "m"}, "arguments": []}
+    items = monitoring.drop_items(records, Deployment(bundled))
+    assert [item.title for item in items] == [f"photo {number}: a.png" for number in range(14, 2, -1)]
+    page = monitoring.monitor_page(Run(tmp_path, config), records, [], items).decode()
+    assert page.count('class="card item"') == 12
+    assert "2 more photos are not shown here" in page
 
 
 def test_failures_say_what_is_lacking_where_nothing_is_left():
