@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tiny import tiny
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from ultralytics.nn.tasks import DetectionModel
 
 import detguard.hardening.adapt as adapting
 import detguard.hardening.kinds as kinds
@@ -36,23 +36,7 @@ from detguard.training_loss import Assignment
 _setup_privateuseone_for_python_backend("pretended")
 DEVICE = torch.device("pretended", 0)
 SETTING = Setting(batch=4, size=64, ranks=Ranks(DEVICE))
-# A layer of each kind that YOLO11 has: the device does not see how many.
-LAYERS = {
-    "nc": 8,
-    "backbone": [
-        *([-1, 1, "Conv", [channels, 3, 2]] for channels in (8, 16, 32, 64, 128)),
-        [-1, 1, "C3k2", [128, True]],
-        [-1, 1, "SPPF", [128, 5]],
-        [-1, 1, "C2PSA", [128]],
-    ],
-    "head": [
-        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
-        [[-1, 3], 1, "Concat", [1]],
-        [-1, 1, "C3k2", [64, False]],
-        [[2, 10, 7], 1, "Detect", ["nc"]],
-    ],
-}
-MODEL = DetectionModel(copy.deepcopy(LAYERS), verbose=False)
+MODEL = tiny(8)
 NECK = backbone_end(MODEL.model)
 
 

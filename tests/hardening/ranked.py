@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny
 from ultralytics.utils import ASSETS
 
 import detguard.hardening.adapt as adapting
@@ -14,14 +15,13 @@ import detguard.hardening.kinds as kinds
 from detguard import DetguardError
 from detguard.data.batches import read_photos
 from detguard.data.stream import Labelled
-from detguard.detectors.gated import GatedNetwork
-from detguard.detectors.load import fused, load_detector, load_model
+from detguard.detectors.gated import GatedNetwork, backbone_end
+from detguard.detectors.load import fused, load_detector
 from detguard.hardening import optimizer
 from detguard.hardening.adapt import Adaptation, adapt
 from detguard.hardening.loop import BatchLog
 from detguard.hardening.run import Plan
 from detguard.hardening.train import Setting, train_stage
-from detguard.photos import read_photo
 from detguard.ranks import Ranks
 from detguard.runs import Run
 
@@ -30,22 +30,25 @@ optimizer.bf16_helps = lambda device=None: False
 # Batches that two processes cannot have the same number of frames of.
 BATCH, SIZE = 5, 64
 STAGES = {
-    "adversarial": (Plan(steps=1, batch=BATCH), 0),
-    "joint": (Plan(steps=1, batch=BATCH, split="neck", mode="full"), 11),
-    "pgd": (Plan("mtd", "both", attack="pgd", steps=1, batch=BATCH), 0),
+    "adversarial": Plan(steps=1, batch=BATCH),
+    "joint": Plan(steps=1, batch=BATCH, split="neck", mode="full"),
+    "pgd": Plan("mtd", "both", attack="pgd", steps=1, batch=BATCH),
 }
 
 
 def train(ranks, folder):
     """The weights that each stage, and an adaptation, begins and ends with, and the losses that are told."""
     cuts, start, weights, told = [ASSETS / "bus.jpg", ASSETS / "zidane.jpg"], {}, {}, {}
-    labelled = [Labelled(cut, load_detector().detect([read_photo(cut)], 0.3)[0]) for cut in cuts]
+    labelled = [Labelled(cut, found) for cut, found in zip(cuts, load_detector().detect(cuts, 0.3), strict=True)]
     source = read_photos([(labelled, 1.0)], SIZE)[0]
     setting = Setting(BATCH, SIZE, ranks=ranks)
-    teacher = GatedNetwork(load_detector().model, 0, ("undefended",)).requires_grad_(False)
-    for name, (plan, split) in STAGES.items():
+    torch.manual_seed(0)
+    model = fused(tiny(13))
+    neck = backbone_end(model.model)
+    teacher = GatedNetwork(model, 0, ("undefended",)).requires_grad_(False)
+    for name, plan in STAGES.items():
         torch.manual_seed(ranks.rank)  # the first one's weights are everybody's
-        network = GatedNetwork(fused(load_model()[0]), split, plan.experts, fusion=plan.fusion)
+        network = GatedNetwork(model, neck if plan.split == "neck" else 0, plan.experts, fusion=plan.fusion)
         with torch.no_grad():  # or the first loss is 0, and its gradient rounding errors, of which Muon makes a step
             for parameter in network.parameters():
                 parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
@@ -55,7 +58,7 @@ def train(ranks, folder):
         train_stage(network, teacher, source, stage, setting, folder / f"{name}.pt", log=log)
         weights[name], told[name] = network.state_dict(), log.means
     torch.manual_seed(0)
-    network = GatedNetwork(fused(load_model()[0]), 11)
+    network = GatedNetwork(model, neck)
     before = copy.deepcopy(network.state_dict())
     new = read_photos([(labelled, 1.0)], SIZE, plain=True)[0]
     plan = Adaptation(photos=2 * BATCH, batch=BATCH, mode="full", expert="whole")
