@@ -56,7 +56,7 @@ def test_the_tensor_path_is_the_public_predict_path(untrained, photo):
 
 
 def test_nms_is_the_networks_own_unless_told(untrained, photo):
-    of_network = untrained_network(untrained.name).nms_thresh
+    of_network = build_model(untrained.name, OUTPUTS).nms_thresh
     assert untrained.iou == of_network < 0.7
     conf = untrained.detect([photo], conf=1e-6)[0].scores[30:32].mean().item()
     for found in (untrained.predict(photo, conf), untrained.detect([photo], conf)[0]):

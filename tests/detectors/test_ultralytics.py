@@ -11,7 +11,7 @@ from detguard import DetguardError
 from detguard.detectors.load import build_model
 from detguard.detectors.ultralytics import UltralyticsDetector
 from detguard.objectives import Vanish
-from detguard.photos import PhotoError, encode_png, frames_tensor, read_photo
+from detguard.photos import PhotoError, encode_png, frames_tensor, photo_size, read_photo
 
 ARCHITECTURES = [
     "yolov3-tiny.yaml", "yolov5n.yaml", "yolov6n.yaml", "yolov8n.yaml", "yolov9t.yaml", "yolov10n.yaml",
@@ -85,13 +85,12 @@ def test_a_detector_with_one_head_has_no_end_to_end_head():
         UltralyticsDetector(build_model("yolov8n.yaml", ["person"]), "yolov8n", 128, end_to_end=True)
 
 
-def test_tensor_path_and_yolo_predict_agree_on_twenty_photos(yolo11n, yolo11n_file, val_photos):
+def test_tensor_path_and_yolo_predict_agree_on_photos_of_eight_shapes(yolo11n, yolo11n_file, val_photos):
     from ultralytics import YOLO
 
     public = YOLO(str(yolo11n_file))
-    files = {read_photo(f).shape: f for f in val_photos}
-    chosen = list(files.values())[:20]
-    assert len(chosen) == 20
+    chosen = list({photo_size(file): file for file in val_photos}.values())[:8]
+    assert len(chosen) == 8
     for file in chosen:
         ours = yolo11n.detect([read_photo(file)], conf=0.1)[0]
         boxes = public.predict(str(file), conf=0.1, imgsz=640, verbose=False)[0].boxes

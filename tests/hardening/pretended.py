@@ -69,18 +69,19 @@ def update():
         average.update()
 
 
+small = partial(Plan, crop=64, steps=1)
 STAGES = {
-    "adversarial": (Plan(crop=64), "adversarial"),
-    "hard": (Plan(crop=64), "hard"),
-    "joint": (Plan(crop=64), "joint"),
-    "joint, pgd, all learn": (Plan(crop=64, attack="pgd", mode="full", split="neck"), "joint"),
-    "normal on a shared trunk": (Plan(crop=64, split="neck"), "normal"),
-    "pgd": (Plan("pgd", crop=64, attack="pgd"), "adversarial"),
-    "fgsm": (Plan("pgd", crop=64, attack="fgsm", steps=1), "adversarial"),
-    "mtd": (Plan("mtd", crop=64, attack="pgd"), "adversarial"),
-    "labels, too": (Plan("pgd", "both", crop=64, attack="pgd"), "adversarial"),
-    "pretrain": (Plan(pretrain=True, crop=64), "pretrain"),
-    "finetune": (Plan("finetune", crop=64), "finetune"),
+    "adversarial": (small(), "adversarial"),
+    "hard": (small(), "hard"),
+    "joint": (small(), "joint"),
+    "joint, pgd, all learn": (small(attack="pgd", mode="full", split="neck"), "joint"),
+    "normal on a shared trunk": (small(split="neck"), "normal"),
+    "pgd": (small("pgd", attack="pgd"), "adversarial"),
+    "fgsm": (small("pgd", attack="fgsm"), "adversarial"),
+    "mtd": (small("mtd", attack="pgd"), "adversarial"),
+    "labels, too": (small("pgd", "both", attack="pgd"), "adversarial"),
+    "pretrain": (small(pretrain=True), "pretrain"),
+    "finetune": (small("finetune"), "finetune"),
 }
 
 

@@ -355,9 +355,9 @@ def test_training_brings_the_attacked_outputs_nearer_to_the_clean_ones(
 
 @pytest.mark.parametrize("route", [None, 0])
 def test_in_bfloat16_boxes_lie_between_pixels_and_the_gate_speaks_in_single_precision(network, source, route):
-    frames = next(batches(source, 2, 640, 0, 0, 1)).clean
+    frames = next(batches(source, 2, 128, 0, 0, 1)).clean
     with torch.no_grad():
-        found, _ = replace(SETTING, size=640, bf16=True).run(network, frames, route)
+        found, _ = replace(SETTING, size=128, bf16=True).run(network, frames, route)
     assert {x.dtype for x in (found.boxes, found.logits, found.gate, found.anchors.bins)} == {torch.float32}
     assert (found.boxes != found.boxes.bfloat16()).float().mean() > 0.5
     points = found.anchors.points
