@@ -46,10 +46,22 @@ QUICK = AttackSet(("class", "vanish"), eps=8, steps=3)
 SMALL = np.zeros((9, 8, 3), np.uint8)
 
 
+def new_subject(bundled, tiny_data, folder):
+    dataset = read_dataset(tiny_data)
+    return Subject("bundled", bundled, dataset, dataset.category_ids(bundled.class_names), Cache(folder / "c.sqlite"))
+
+
 @pytest.fixture
 def subject(bundled, tiny_data, tmp_path):
-    dataset = read_dataset(tiny_data)
-    return Subject("bundled", bundled, dataset, dataset.category_ids(bundled.class_names), Cache(tmp_path / "c.sqlite"))
+    return new_subject(bundled, tiny_data, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def quick(bundled, tiny_data, tmp_path_factory):
+    """One whose photos are attacked by `QUICK`."""
+    subject = new_subject(bundled, tiny_data, tmp_path_factory.mktemp("quick"))
+    fill(subject, [Clean(), QUICK])
+    return subject
 
 
 @pytest.fixture
@@ -125,11 +137,10 @@ def test_the_cache_knows_photos_by_their_content(subject, shown, tmp_path):
     assert sum(shown) > 4
 
 
-def test_a_stopped_fill_goes_on_to_the_same_result(subject, tmp_path, monkeypatch):
+def test_a_stopped_fill_goes_on_to_the_same_result(quick, tmp_path):
     views: list[View] = [Clean(), QUICK]
-    fill(subject, views)
-    whole = {part: score(subject, QUICK, part).stats for part in QUICK.scored}
-    other = replace(subject, cache=Cache(tmp_path / "other.sqlite"))
+    whole = {part: score(quick, QUICK, part).stats for part in QUICK.scored}
+    other = replace(quick, cache=Cache(tmp_path / "other.sqlite"))
     done = []
 
     def stop(view, photos):
@@ -141,17 +152,16 @@ def test_a_stopped_fill_goes_on_to_the_same_result(subject, tmp_path, monkeypatc
         fill(other, views, stop)
     fill(other, views)
     assert {part: score(other, QUICK, part).stats for part in QUICK.scored} == whole
-    for (image, a), (_, b) in zip(results_of(subject, QUICK, WORST), results_of(other, QUICK, WORST), strict=True):
+    for (image, a), (_, b) in zip(results_of(quick, QUICK, WORST), results_of(other, QUICK, WORST), strict=True):
         assert torch.equal(a.scores, b.scores), image
 
 
-def test_attacked_photos_are_8_bit_within_the_budget_and_what_was_scored(subject):
-    fill(subject, [QUICK])
-    for image, found in results_of(subject, QUICK, WORST):
-        photo, adversarial = read_photo(subject.dataset.files[image]), kept_photo(subject, QUICK, image)
+def test_attacked_photos_are_8_bit_within_the_budget_and_what_was_scored(quick):
+    for image, found in results_of(quick, QUICK, WORST):
+        photo, adversarial = read_photo(quick.dataset.files[image]), kept_photo(quick, QUICK, image)
         assert adversarial.dtype == np.uint8
         assert 1 <= np.abs(adversarial.astype(int) - photo).max() <= 8
-        again = subject.detect([adversarial])[0]
+        again = quick.detect([adversarial])[0]
         # The batch rounds differently from the photo alone.
         assert torch.allclose(again.scores[:5], found.scores[:5], atol=1e-3)
 
@@ -173,19 +183,17 @@ def test_what_is_found_is_written_whole_where_nothing_is_found_in_some_photo(sub
     assert written == [row for rows in found for row in rows] != []
 
 
-def test_an_attack_takes_ap_away(subject):
-    fill(subject, [Clean(), QUICK])
-    clean = score(subject, Clean()).stats["AP"]
-    parts = {part: score(subject, QUICK, part).stats["AP"] for part in QUICK.scored}
+def test_an_attack_takes_ap_away(quick):
+    clean = score(quick, Clean()).stats["AP"]
+    parts = {part: score(quick, QUICK, part).stats["AP"] for part in QUICK.scored}
     assert clean > 0.9
     assert max(parts.values()) < 0.5 * clean
 
 
-def test_the_worst_attack_is_the_one_that_leaves_least(subject):
-    fill(subject, [QUICK])
-    for image in subject.dataset.files:
-        objects = subject.objects(image)
-        left = {part: value_left(objects, QUICK.load(subject, image, part)) for part in QUICK.scored}
+def test_the_worst_attack_is_the_one_that_leaves_least(quick):
+    for image in quick.dataset.files:
+        objects = quick.objects(image)
+        left = {part: value_left(objects, QUICK.load(quick, image, part)) for part in QUICK.scored}
         assert left[WORST] == min(left.values())
 
 
@@ -203,15 +211,12 @@ def test_restarts_add_random_starts(subject):
     assert replace(QUICK, restarts=2).runs == ("class-0", "class-1", "vanish-0", "vanish-1")
 
 
-def test_transfer_shows_the_other_detectors_adversarial_photos(subject, bundled_model, tmp_path):
-    from detguard.detectors.ultralytics import UltralyticsDetector
-
-    fill(subject, [QUICK])
-    other = replace(subject, name="larger", detector=UltralyticsDetector(bundled_model, "larger", 416))
-    view = Transferred(subject, QUICK)
+def test_transfer_shows_the_other_detectors_adversarial_photos(quick, bundled_model):
+    other = replace(quick, name="larger", detector=UltralyticsDetector(bundled_model, "larger", 416))
+    view = Transferred(quick, QUICK)
     batch = Batch(other, list(other.dataset.files))
     for image, photo in zip(batch.images, view.show(batch), strict=True):
-        assert np.array_equal(photo, kept_photo(subject, QUICK, image))
+        assert np.array_equal(photo, kept_photo(quick, QUICK, image))
     fill(other, [Clean(), view])
     assert score(other, view).stats["AP"] < score(other, Clean()).stats["AP"]
 
@@ -228,10 +233,10 @@ def test_what_is_to_be_done_is_told_though_a_photo_is_cut_short(subject, tmp_pat
     assert cost.passes == cost.left > 0
 
 
-def test_the_black_box_is_weaker_than_the_white_box(subject):
-    views = [QUICK, AttackSet((SQUARE,), 8, 10)]
-    fill(subject, views)
-    assert score(subject, views[1], WORST).stats["AP"] > score(subject, QUICK, WORST).stats["AP"]
+def test_the_black_box_is_weaker_than_the_white_box(quick):
+    weaker = AttackSet((SQUARE,), 8, 10)
+    fill(quick, [weaker])
+    assert score(quick, weaker, WORST).stats["AP"] > score(quick, QUICK, WORST).stats["AP"]
 
 
 def test_an_unreadable_photo_is_dropped_and_the_others_go_on(subject, tmp_path):

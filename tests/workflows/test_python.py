@@ -55,11 +55,12 @@ def test_an_attack_yields_what_a_run_holds(bundled, small, file, tmp_path):
 
 
 def test_photos_in_memory_are_attacked_like_files_and_leave_nothing_behind(bundled, small, file, tmp_path):
-    (of_file,) = detguard.attack(bundled, str(file), **OPTIONS)
+    (of_file,) = detguard.attack(bundled, str(file), steps=1, **OPTIONS)
     planes = torch.from_numpy(small).permute(2, 0, 1)
-    results = list(detguard.attack(bundled, [small, Image.fromarray(small), planes, planes / 255], **OPTIONS))
+    photos = [small, Image.fromarray(small), planes, planes / 255]
+    results = list(detguard.attack(bundled, photos, steps=1, **OPTIONS))
     assert [result.key for result in results] == ["photo-001", "photo-002", "photo-003", "photo-004"]
-    assert all(result.success and result.photo.shape == small.shape for result in results)
+    assert all(np.array_equal(result.photo, of_file.photo) for result in results)
     assert results[0].group.keys() == {"median:3", "flip:h"}
     assert read_photo(of_file.save(tmp_path / "out")).shape == small.shape
     assert results[0].used == of_file.used > 0
@@ -94,9 +95,9 @@ def test_images_of_pillow_are_what_their_files_are_read_as(tmp_path, small):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_are_there_where_the_caller_has_turned_them_off(bundled, small, context):
-    (as_usual,) = detguard.attack(bundled, small, **OPTIONS)
+    (as_usual,) = detguard.attack(bundled, small, steps=2, **OPTIONS)
     with context():
-        (result,) = detguard.attack(bundled, small, **OPTIONS)
+        (result,) = detguard.attack(bundled, small, steps=2, **OPTIONS)
     assert np.array_equal(result.photo, as_usual.photo)
 
 
@@ -303,7 +304,9 @@ def hardened(small, tmp_path_factory):
     shown = small, small[40:], small[:, 20:]
     for number, photo in enumerate([*shown, *(one[:, ::-1] for one in shown)]):
         (folder / "photos" / f"{number}.png").write_bytes(encode_png(np.ascontiguousarray(photo)))
-    with torch.inference_mode():  # training has gradients all the same
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:  # training has gradients all the same
+        for module in ("adapt", "kinds"):  # nobody looks at whom it asks
+            patch.setattr(f"detguard.hardening.{module}.BATCHES", 2)
         return folder, example("harden_and_watch").main(str(folder / "photos"), str(folder), quick=True)
 
 
