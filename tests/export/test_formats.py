@@ -2,6 +2,7 @@
 
 import ast
 import warnings
+from functools import cache
 
 import numpy as np
 import pytest
@@ -70,8 +71,19 @@ def made(model, kind, folder, photos, **options):
     return wanted, file, FORMATS[kind].read(file), verdict
 
 
-def test_a_hardened_network_becomes_a_checkpoint_that_yolo_and_our_own_reader_take(single, photos, tmp_path, bus):
-    wanted, file, _, verdict = made(single, "pt", tmp_path, photos)
+@pytest.fixture(scope="module")
+def exported(request, photos, tmp_path_factory):
+    """`made` without options, of a network by the name of its fixture: once for all that look at it."""
+
+    @cache
+    def once(of, kind):
+        return made(request.getfixturevalue(of), kind, tmp_path_factory.mktemp(kind), photos)
+
+    return once
+
+
+def test_a_hardened_network_becomes_a_checkpoint_that_yolo_and_our_own_reader_take(exported, bus):
+    wanted, file, _, verdict = exported("single", "pt")
     assert verdict.passed
     again, known = load_detector(file), wanted.detector.predict(bus, 0.05)
     assert isinstance(again, UltralyticsDetector)
@@ -119,8 +131,8 @@ def test_a_second_head_that_hardening_dropped_is_told(tmp_path):
         unfused(network, "yolov10n.yaml", [torch.rand(1, 3, 64, 64)])
 
 
-def test_yolo_trains_and_validates_a_checkpoint(single, photos, bundled, tmp_path, tiny_data):
-    _, file, _, _ = made(single, "pt", tmp_path, photos)
+def test_yolo_trains_and_validates_a_checkpoint(exported, bundled, tmp_path, tiny_data):
+    _, file, _, _ = exported("single", "pt")
     folder = tmp_path / "data"
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
@@ -140,8 +152,8 @@ def test_yolo_trains_and_validates_a_checkpoint(single, photos, bundled, tmp_pat
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
 @pytest.mark.parametrize("of", ["single", "ensemble"])
-def test_a_graph_says_what_the_network_says_for_any_batch_and_size(kind, of, photos, batch, tmp_path, request):
-    wanted, _, run, verdict = made(request.getfixturevalue(of), kind, tmp_path, photos)
+def test_a_graph_says_what_the_network_says_for_any_batch_and_size(kind, of, exported, batch):
+    wanted, _, run, verdict = exported(of, kind)
     assert verdict.passed
     assert verdict.compared > 10
     assert ("normal expert alone" in verdict.milliseconds) == (of == "ensemble")
@@ -154,10 +166,10 @@ def test_a_graph_says_what_the_network_says_for_any_batch_and_size(kind, of, pho
     assert torch.allclose(found[:, :2].transpose(1, 2)[seen], centres[seen], atol=0.05)
 
 
-def test_yolo_runs_an_onnx_by_its_metadata(ensemble, photos, bus, tmp_path):
+def test_yolo_runs_an_onnx_by_its_metadata(exported, bus):
     import onnx
 
-    wanted, file, _, _ = made(ensemble, "onnx", tmp_path, photos)
+    wanted, file, _, _ = exported("ensemble", "onnx")
     metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert ast.literal_eval(metadata["names"]) == wanted.detector.class_names
     assert (metadata["imgsz"], metadata["stride"], metadata["task"]) == (f"[{SIZE}, {SIZE}]", "32", "detect")
