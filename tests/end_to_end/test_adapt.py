@@ -133,7 +133,7 @@ def test_an_adapted_ensemble_can_be_adapted_again_and_refuses_beyond_its_limit(a
     card = json.loads((place / "again/weights/adapted.json").read_text())
     assert card["gated"]["experts"][3:] == ["adapted 1", "adapted 2"]
     assert len(card["adapted"]) == 2
-    refused = detguard("adapt", "--model", model, *OPTIONS, "--max-experts", 4, "--out", "more", cwd=place)
+    refused = refusal("adapt", "--model", model, *OPTIONS, "--max-experts", 4, "--out", "more", cwd=place)
     assert refused.returncode == 2
     assert "--max-experts 4" in refused.stderr
 
@@ -188,7 +188,7 @@ def test_a_run_whose_ensemble_has_changed_does_not_go_on(adapted, place):
     (place / "changed").mkdir()
     used = yaml.safe_load(config)["detector"]["sha256"]
     (place / "changed/config.yaml").write_text(config.replace(used, "0" * 64))
-    result = detguard("adapt", "--resume", "changed", cwd=place)
+    result = refusal("adapt", "--resume", "changed", cwd=place)
     assert result.returncode == 2
     assert "ensemble.safetensors: no longer the weights" in result.stderr
 
@@ -208,7 +208,7 @@ def test_it_warns_that_the_fusion_bounds_new_experts(place):
     (place / "floored.json").write_text(json.dumps(card))
     (place / "floored.safetensors").write_bytes((place / "ensemble.safetensors").read_bytes())
     # Refused after the warning: nothing has to be trained.
-    result = detguard("adapt", "--model", "floored.safetensors", *OPTIONS, "--max-experts", 3, cwd=place)
+    result = refusal("adapt", "--model", "floored.safetensors", *OPTIONS, "--max-experts", 3, cwd=place)
     assert result.returncode == 2
     assert "fusion average:0.6 bounds" in result.stderr
 
@@ -304,7 +304,7 @@ def test_while_the_stream_goes_on_what_it_needs_is_learned_and_deployed(lived):
 
 def test_a_folder_without_labels_is_not_replayed_beside_a_stream(place):
     watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--replay", "photos", "--out", "no")
-    result = detguard(*watched, *LIVING, cwd=place, stdin="")
+    result = refusal(*watched, *LIVING, cwd=place)
     assert result.returncode == 2
     assert "--replay photos: a folder without labels" in result.stderr
     assert not (place / "no").exists()
@@ -371,7 +371,7 @@ def test_wrong_use_is_one_line_that_names_the_option(place, arguments, message):
 
 
 def test_only_an_ensemble_can_adapt_on_drift(place):
-    result = detguard("monitor", "--stream", "-", "--on-drift", "adapt", cwd=place, stdin="")
+    result = refusal("monitor", "--stream", "-", "--on-drift", "adapt", cwd=place)
     assert result.returncode == 2
     assert "--on-drift adapt" in result.stderr
 

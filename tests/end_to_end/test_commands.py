@@ -139,7 +139,7 @@ def test_a_photo_that_a_transform_cannot_encode_is_named_and_the_others_are_atta
 
 
 def test_options_of_a_gradient_are_refused_in_a_black_box(tmp_path):
-    result = detguard("attack", BUS, "--black-box", "--rule", "apgd", "--out", "run", cwd=tmp_path)
+    result = program.refusal("attack", BUS, "--black-box", "--rule", "apgd", "--out", "run", cwd=tmp_path)
     assert result.returncode == 2
     assert "--rule: does not go with --black-box" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -457,7 +457,7 @@ def test_a_run_folder_taken_away_ends_the_run_in_one_line(tmp_path):
 
 def test_a_run_is_not_overwritten(attacked):
     run, _ = attacked
-    result = detguard("attack", BUS, "--out", run, cwd=run)
+    result = program.refusal("attack", BUS, "--out", run, cwd=run)
     assert result.returncode == 2
     assert "--resume" in result.stderr
 
@@ -492,7 +492,7 @@ def test_ctrl_c_while_weights_load_is_no_damage(tmp_path, bus_file, factory):
 
 
 def test_trust_says_in_one_line_what_it_means(tmp_path):
-    done = detguard("detect", "gone.jpg", "--trust", cwd=tmp_path)
+    done = program.refusal("detect", "gone.jpg", "--trust", cwd=tmp_path)
     assert "warning: --trust: a .pt is unpickled, a module:factory is called; both may run any code" in done.stderr
 
 

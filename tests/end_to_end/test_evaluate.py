@@ -222,7 +222,7 @@ def test_a_hardened_network_of_one_expert_is_evaluated_as_any_detector(tmp_path,
 def test_compare_names_a_run_that_is_not_done(done, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(done[0] / "run/config.yaml", tmp_path / "run")
-    result = detguard("compare", "run", cwd=tmp_path)
+    result = refusal("compare", "run", cwd=tmp_path)
     assert result.returncode == 2
     assert "detguard evaluate --resume run" in result.stderr
 

@@ -171,7 +171,7 @@ def test_a_run_whose_detector_has_changed_does_not_go_on(hardened, tmp_path):
     config = (hardened / "config.yaml").read_text()
     used = yaml.safe_load(config)["detectors"][0]["sha256"]
     (tmp_path / "config.yaml").write_text(config.replace(used, "0" * 64))
-    result = detguard("harden", "--resume", tmp_path, cwd=tmp_path)
+    result = refusal("harden", "--resume", tmp_path, cwd=tmp_path)
     assert result.returncode == 2
     assert "detguard-n: no longer the weights" in result.stderr
 
@@ -271,7 +271,7 @@ def test_a_hardened_network_becomes_an_ensemble_without_its_first_stage(tmp_path
     trunk = {k: v for k, v in load_file(tmp_path / "run/weights/hard.safetensors").items() if k.startswith("trunk")}
     start = load_file(tmp_path / single)
     assert all(torch.equal(v, start[k.replace("trunk", "experts.0")]) for k, v in trunk.items())
-    refused = detguard("harden", *FEW, "--model", single, "--out", "other", cwd=tmp_path)
+    refused = refusal("harden", *FEW, "--model", single, "--out", "other", cwd=tmp_path)
     assert refused.returncode == 2
     assert "adversarial.safetensors" in refused.stderr
 
@@ -370,7 +370,7 @@ def test_what_could_not_be_loaded_again_is_refused_before_training(tmp_path):
     own = (Path(ultralytics.__file__).parent / "cfg/models/11/yolo11.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(own.replace("[256, 3, 2]", "[192, 3, 2]"))
     YOLO(tmp_path / "mine.yaml", task="detect").save(tmp_path / "mine.pt")
-    result = detguard("harden", *FEW, "--model", "mine.pt", "--out", "run", cwd=tmp_path)
+    result = refusal("harden", *FEW, "--model", "mine.pt", "--out", "run", cwd=tmp_path)
     assert result.returncode == 2
     assert "mine.pt: is of mine.yaml, not as Ultralytics ships it" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -379,7 +379,7 @@ def test_what_could_not_be_loaded_again_is_refused_before_training(tmp_path):
 def test_a_detector_of_larger_strides_is_hardened_by_whole_strides(tmp_path):
     YOLO("yolov8n-p6.yaml", task="detect").save(tmp_path / "p6.pt")
     options = ("--model", "p6.pt", "--recipe", "pgd", "--photos", 4, "--batch", 2, "--steps", 1, "--data", ASSETS)
-    refused = detguard("harden", *options, "--imgsz", 128, "--crop", 96, "--out", "run", cwd=tmp_path)
+    refused = refusal("harden", *options, "--imgsz", 128, "--crop", 96, "--out", "run", cwd=tmp_path)
     assert refused.returncode == 2
     assert "--crop 96: expected a multiple of 64" in refused.stderr
     result = detguard("harden", *options, "--imgsz", 64, "--out", "run", cwd=tmp_path)

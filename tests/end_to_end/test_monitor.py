@@ -8,7 +8,7 @@ import av
 import cv2
 import numpy as np
 import pytest
-from program import Started, detguard
+from program import Started, detguard, refusal
 
 OPTIONS = ("--imgsz", 160, "--window", 8)
 
@@ -170,7 +170,7 @@ def test_odd_lines_are_told_and_the_watch_goes_on(stream):
     ],
 )
 def test_wrong_use_is_one_line_that_names_the_option(tmp_path, arguments, message):
-    result = detguard("monitor", *arguments, cwd=tmp_path)
+    result = refusal("monitor", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -5,7 +5,7 @@ import signal
 
 import cv2
 import numpy as np
-from program import Started, detguard
+from program import Started, detguard, refusal
 
 
 def test_a_patch_is_made_and_judged(tmp_path, tiny_data):
@@ -57,9 +57,9 @@ def test_without_labels_targets_are_what_is_found(tmp_path, bus_file):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {"file": "made/patch.png", "folder": "made", "stopped": False}
     assert (tmp_path / "made/patch.png").exists()
-    both = detguard("patch", "--data", "photos", "--hours", 1, *quick, cwd=tmp_path)
+    both = refusal("patch", "--data", "photos", "--hours", 1, *quick, cwd=tmp_path)
     assert (both.returncode, both.stderr) == (2, "error: --hours: instead of --photos; leave one of them out\n")
-    wrong = detguard("patch", "--data", "photos", "--target", "sheep", *quick, cwd=tmp_path)
+    wrong = refusal("patch", "--data", "photos", "--target", "sheep", *quick, cwd=tmp_path)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --target: no photo has such an object")
     assert not (tmp_path / "runs").exists()
