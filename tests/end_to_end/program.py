@@ -125,11 +125,11 @@ def check_records():
     Run.append = checked
 
 
-def hurried():
-    """Have whom to ask be found out by two batches instead of sixteen: a `preexec_fn` where that is not looked at."""
+def hurried(count=2):
+    """Have whom to ask be found out by fewer batches than sixteen: a `preexec_fn`, of two where that is not looked at."""
     from detguard.hardening import adapt, kinds
 
-    adapt.BATCHES = kinds.BATCHES = 2
+    adapt.BATCHES = kinds.BATCHES = count
 
 
 def launched(*arguments, folders, local=None, **options):
