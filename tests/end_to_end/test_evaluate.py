@@ -20,7 +20,6 @@ from pycocotools.cocoeval import COCOeval
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import fused, save_gated
 from detguard.evaluation.metrics import read_metrics
-from detguard.export.run import FORMATS, plan_export
 
 OPTIONS = ("--eps", "4,8", "--steps", 3, "--severities", "3", "--attacks", "all,vanish", "--queries", 5, "--batch", 3)
 OPTIONS += ("--corruptions", "fog,contrast", "--corruption-file", "OWN", "--save-images")
@@ -283,9 +282,22 @@ def test_wrong_use_is_one_line_that_names_the_option(tmp_path, tiny_data, argume
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs/evaluate").glob("0*"))
 
 
-def test_options_of_attacks_by_a_gradient_are_refused_where_there_is_none(tmp_path, tiny_data, bus):
+def write_onnx(names, file):
+    """A graph of one frame of 64 px, in which it finds nothing."""
+    from onnx import TensorProto, helper, save
+
+    sides = {"images": [1, 3, 64, 64], "found": [1, 4 + len(names), 1]}
+    frames, found = (helper.make_tensor_value_info(name, TensorProto.FLOAT, side) for name, side in sides.items())
+    nothing = helper.make_tensor("nothing", TensorProto.FLOAT, sides["found"], [0.0] * sides["found"][1])
+    graph = helper.make_graph([helper.make_node("Constant", [], ["found"], value=nothing)], "any", [frames], [found])
+    made = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    helper.set_model_props(made, {"names": str(names), "imgsz": "[64, 64]", "stride": "32", "task": "detect"})
+    save(made, file)
+
+
+def test_options_of_attacks_by_a_gradient_are_refused_where_there_is_none(tmp_path, tiny_data, bundled):
     pytest.importorskip("onnxruntime")
-    FORMATS["onnx"].write(plan_export("detguard-n", "onnx", [bus]), tmp_path / "any.onnx")
+    write_onnx(bundled.class_names, tmp_path / "any.onnx")
     options = ("--model", "any.onnx", "--data", tiny_data, "--protocols", "attack", "--imgsz", 64, "--dry-run")
     result = refusal("evaluate", *options, "--steps", 3, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (2, "error: --steps: goes with a detector that has a gradient\n")
