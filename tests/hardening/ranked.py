@@ -25,8 +25,6 @@ from detguard.hardening.train import Setting, train_stage
 from detguard.ranks import Ranks
 from detguard.runs import Run
 
-# In bfloat16, where the processor multiplies it, two processes would round more apart than they are told to be.
-optimizer.bf16_helps = lambda device=None: False
 # Batches that two processes cannot have the same number of frames of.
 BATCH, SIZE = 5, 64
 STAGES = {
@@ -38,6 +36,16 @@ STAGES = {
 
 def train(ranks, folder):
     """The weights that each stage, and an adaptation, begins and ends with, and the losses that are told."""
+    with pytest.MonkeyPatch.context() as patch:
+        # In bfloat16, where the processor multiplies it, two processes would round more apart than they are told to be.
+        patch.setattr(optimizer, "bf16_helps", lambda device=None: False)
+        # What tells kinds apart is fitted to either's own weights, by attacks whose steps are signs: not compared.
+        patch.setattr(adapting, "BATCHES", 2)
+        patch.setattr(kinds, "BATCHES", 2)
+        return trained(ranks, folder)
+
+
+def trained(ranks, folder):
     cuts, start, weights, told = [ASSETS / "bus.jpg", ASSETS / "zidane.jpg"], {}, {}, {}
     labelled = [Labelled(cut, found) for cut, found in zip(cuts, load_detector().detect(cuts, 0.3), strict=True)]
     source = read_photos([(labelled, 1.0)], SIZE)[0]
@@ -63,11 +71,7 @@ def train(ranks, folder):
     new = read_photos([(labelled, 1.0)], SIZE, plain=True)[0]
     plan = Adaptation(photos=2 * BATCH, batch=BATCH, mode="full", expert="whole")
     old = read_photos([(cuts, 1.0)], SIZE)[0]
-    with pytest.MonkeyPatch.context() as patch:
-        # What tells kinds apart is fitted to either's own weights, by attacks whose steps are signs: not compared.
-        patch.setattr(adapting, "BATCHES", 2)
-        patch.setattr(kinds, "BATCHES", 2)
-        adapt(network, {}, new, old, plan, setting, Run(folder, {"command": "adapt"}))
+    adapt(network, {}, new, old, plan, setting, Run(folder, {"command": "adapt"}))
     weights["adapt"] = {name: value for name, value in network.state_dict().items() if not name.startswith("kinds")}
     start["adapt"] = weights["adapt"] | before
     return {"start": start, "weights": weights, "losses": told}
