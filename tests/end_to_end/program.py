@@ -126,7 +126,7 @@ def check_records():
 
 
 def hurried(count=2):
-    """Have whom to ask be found out by fewer batches than sixteen: a `preexec_fn`, of two where that is not looked at."""
+    """Have whom to ask be found out by fewer batches than sixteen, two where that is not looked at: a `preexec_fn`."""
     from detguard.hardening import adapt, kinds
 
     adapt.BATCHES = kinds.BATCHES = count

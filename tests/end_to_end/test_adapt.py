@@ -316,7 +316,7 @@ def test_killed_while_it_adapts_it_goes_on_to_deploy(place):
     watched = ("monitor", "--model", "ensemble.safetensors", "--stream", "-", "--window", 8, "--out", "killed")
     process = Started(*watched, *LIVING, cwd=place, stdin="-")
     process.write("".join([*day * 3, *dark * 2]))
-    process.wait_for((place / "killed/adapted/001/results.jsonl").exists)
+    process.wait_for((place / "killed/adapted/001/config.yaml").exists)
     assert "adapting to the photos" in process.told
     process.stop()
     process.ended()
