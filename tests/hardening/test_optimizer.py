@@ -78,12 +78,16 @@ def test_restored_it_goes_on_as_if_it_had_not_stopped(network):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 40), st.integers(0, 9))
-def test_an_orthogonal_step_keeps_the_directions_of_a_matrix_and_evens_their_lengths(rows, columns, seed):
+def test_an_orthogonal_step_keeps_the_directions_of_a_matrix_and_evens_their_lengths(bf16, rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    made = orthogonal(matrix[None])[0] / max(rows, columns) ** 0.5
+    with pytest.MonkeyPatch.context() as patch:  # which processors multiply it does not matter for what comes out
+        patch.setattr("detguard.hardening.optimizer.bf16_helps", lambda device: bf16)
+        made = orthogonal(matrix[None])[0] / max(rows, columns) ** 0.5
+    assert made.dtype == torch.float32
     lengths = (u.mT @ made @ v.mT).diagonal()
     assert lengths.min() > 0
     assert 0.6 < lengths.median() < 1.3
