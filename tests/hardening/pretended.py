@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 import torch
+from tiny import tiny
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tiny import tiny
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import detguard.hardening.adapt as adapting
