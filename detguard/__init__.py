@@ -48,8 +48,12 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is of torch on GPUs, of Python and NumPy, or of torch on CPUs, where it is one of many."""
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error)
+    """Whether an error is of Python and NumPy, or of torch, which has one of its own on some devices alone."""
+    if isinstance(error, RuntimeError):
+        told = f"{type(error).__name__}: {error}"
+        words = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
+        return any(word in told for word in words)
+    return isinstance(error, MemoryError)
 
 
 # Where the rest is: imported when it is first used, as torch and the detectors take seconds.

@@ -20,7 +20,7 @@ from rich.progress import TextColumn
 from typer.main import get_command
 
 import detguard
-from detguard import DetguardError
+from detguard import DetguardError, is_out_of_memory
 from detguard.attacks.budgets import BUDGETS
 from detguard.attacks.group import Aggregate, Schedule
 from detguard.attacks.steps import RULES
@@ -666,6 +666,18 @@ def too_much(*_, **__):
     raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
 
 
+def too_much_of_apple(*_, **__):
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")
+
+
+def too_much_of_cuda(*_, **__):
+    raise torch.AcceleratorError("CUDA error: out of memory")
+
+
+def too_much_of_cublas(*_, **__):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def too_much_of_numpy(*_, **__):
     np.empty(1 << 50, np.uint8)
 
@@ -674,13 +686,22 @@ def too_much_of_a_cpu(*_, **__):
     torch.empty(1 << 50)
 
 
-@pytest.mark.parametrize("full", [too_much, too_much_of_numpy, too_much_of_a_cpu])
+FULL = [too_much, too_much_of_apple, too_much_of_cuda, too_much_of_cublas, too_much_of_numpy, too_much_of_a_cpu]
+
+
+@pytest.mark.parametrize("full", FULL)
 def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys, bus_file, full):
     monkeypatch.setattr(load, "load_detector", full)
     assert run(monkeypatch, "detect", bus_file) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert told.startswith("error: out of memory (")
     assert "); try a smaller --batch or --imgsz" in told
+
+
+@pytest.mark.parametrize("kind", [DetguardError, RuntimeError])
+def test_other_errors_are_not_of_too_little_memory(kind):
+    assert not is_out_of_memory(kind("a.jpg: cannot be looked at"))
+    assert is_out_of_memory(kind("out of memory")) is (kind is RuntimeError)
 
 
 def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, capsys, tmp_path):
