@@ -282,9 +282,12 @@ def run_app() -> str | int | None:
             show_error("stopped")
             return STOPPED
         if is_out_of_memory(error):
-            show_error(f"out of memory ({first_line(error)}); try a smaller `batch` or `imgsz`, or smaller photos")
+            why = f"out of memory ({first_line(error)}); try a smaller `batch` or `imgsz`, or smaller photos"
+            show_error(why, of_all=True)
         elif isinstance(error, DetguardError):
             show_error(str(error), of_all=not error.told)
+        elif isinstance(error, RuntimeError) and "gloo" in str(error):  # by which processes of a launch agree
+            show_error(f"another process of this launch has ended, and says why ({first_line(error)})")
         elif not isinstance(error, typer.TyperException):
             raise
         elif str(error):  # without arguments there is only the help

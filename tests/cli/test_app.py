@@ -689,12 +689,15 @@ def too_much_of_a_cpu(*_, **__):
 FULL = [too_much, too_much_of_apple, too_much_of_cuda, too_much_of_cublas, too_much_of_numpy, too_much_of_a_cpu]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("full", FULL)
-def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys, bus_file, full):
+def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys, bus_file, full, rank):
     monkeypatch.setattr(load, "load_detector", full)
+    monkeypatch.setattr(err, "rank", rank)
+    monkeypatch.setattr(err, "quiet", rank > 0)  # as `start_ranks` has it
     assert run(monkeypatch, "detect", bus_file) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert told.startswith("error: out of memory (")
+    assert told.startswith(f"error: {'rank 1: ' * rank}out of memory (")
     assert "); try a smaller --batch or --imgsz" in told
 
 
@@ -702,6 +705,15 @@ def test_too_little_memory_is_one_line_that_says_what_to_do(monkeypatch, capsys,
 def test_other_errors_are_not_of_too_little_memory(kind):
     assert not is_out_of_memory(kind("a.jpg: cannot be looked at"))
     assert is_out_of_memory(kind("out of memory")) is (kind is RuntimeError)
+
+
+def test_the_end_of_another_process_of_a_launch_is_no_traceback(monkeypatch, capsys, bus_file):
+    def ended(*_, **__):
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4711")
+
+    monkeypatch.setattr(load, "load_detector", ended)
+    assert run(monkeypatch, "detect", bus_file) == 2
+    assert capsys.readouterr().err.startswith("error: another process of this launch has ended, and says why ([third_p")
 
 
 def test_what_a_run_does_not_keep_is_said_again_where_it_goes_on(monkeypatch, capsys, tmp_path):
