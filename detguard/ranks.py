@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -62,7 +63,21 @@ class Ranks:
             raise DetguardError(f"`device` {device}: {count} processes cannot train on it here; found {state.device}")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         place = CPU if device == "cpu" else state.device  # which has a number where there is one alone
-        return cls(place, state.process_index, count, local, dist.new_group(backend="gloo", timeout=PATIENCE))
+        ranks = cls(place, state.process_index, count, local, dist.new_group(backend="gloo", timeout=PATIENCE))
+        if place.type == "cuda":
+            ranks._refuse_shared()
+        return ranks
+
+    def _refuse_shared(self) -> None:
+        """See that no two processes have one GPU, which each may call cuda:0."""
+        gpus = self.gathered([(socket.gethostname(), str(torch.cuda.get_device_properties(self.device).uuid))])
+        had = Counter(machine for machine, _ in set(gpus))
+        for machine, started in Counter(machine for machine, _ in gpus).items():
+            if started > had[machine]:
+                raise DetguardError(
+                    f"`device` cuda: {started} processes on {machine} share {had[machine]} GPU(s); start as many as "
+                    f"there are, as by --nproc_per_node {had[machine]}"
+                )
 
     @property
     def first(self) -> bool:

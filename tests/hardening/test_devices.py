@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,3 +43,23 @@ def test_several_processes_do_not_share_one_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DetguardError, match="`device` cuda:0: 2 processes get a GPU each"):
         Ranks.start("cuda:0")
+
+
+@pytest.mark.parametrize(("others", "shared"), [(("a", "0"), True), (("a", "1"), False), (("b", "0"), False)])
+def test_more_processes_than_gpus_are_refused(monkeypatch, others, shared):
+    def gather(lists, own, **_):
+        lists[:] = [own, [others]]
+
+    state = SimpleNamespace(device=torch.device("cuda", 0), process_index=0, num_processes=2)
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    monkeypatch.setattr("socket.gethostname", lambda: "a")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0"))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    if not shared:
+        assert Ranks.start("cuda").device == state.device
+        return
+    with pytest.raises(DetguardError, match=r"`device` cuda: 2 processes on a share 1 GPU\(s\); .* --nproc_per_node 1"):
+        Ranks.start("cuda")
