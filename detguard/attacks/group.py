@@ -12,6 +12,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from statistics import fmean
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detguard import DetguardError, defaults
+from detguard import DetguardError, defaults, first_line, is_out_of_memory
 from detguard.attacks.budgets import Budget, Linf, parse_budget
 from detguard.attacks.square import Square
 from detguard.attacks.steps import Rule, rule_named
@@ -347,6 +348,30 @@ class Attempt:
         return self.in_a_row >= self.enough
 
 
+class NoRoomError(MemoryError):
+    """A device has too little memory for photos; keys: theirs."""
+
+    def __init__(self, keys: Sequence[str], why: str) -> None:
+        super().__init__(why)
+        self.keys = keys
+
+
+@contextmanager
+def room_for(*keys: str) -> Iterator[None]:
+    """Have too little memory meanwhile be that of the photos `keys`.
+
+    Raises:
+        NoRoomError: there was.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # Under no name, by which this frame would keep it, and all that the step held.
+        raise NoRoomError(keys, first_line(error)) from error
+
+
 @with_gradients
 def attack_group(
     detector: Detector,
@@ -367,6 +392,7 @@ def attack_group(
 
     Raises:
         DetguardError: `weights` do not match the group, or a detector has no gradient.
+        NoRoomError: a device has too little memory for some of them.
     """
     victims = [Victim(detector, objective), *also]
     options.check(1 + len(transforms), len(victims))
@@ -387,7 +413,8 @@ def attack_group(
                 exhausted = True
             else:
                 began = time.perf_counter()
-                attempt = _begin(victims, *item, transforms, options)
+                with room_for(item[0]):
+                    attempt = _begin(victims, *item, transforms, options)
                 attempt.seconds = time.perf_counter() - began
                 waiting[attempt.members[0].letterbox.frame].append(attempt)
         shape = max(waiting, key=lambda s: len(waiting[s]), default=None)
@@ -396,7 +423,8 @@ def attack_group(
         queue = waiting[shape]
         active = [queue[i] for i in range(min(options.batch, len(queue)))]
         began = time.perf_counter()
-        _iterate(active, transforms, options)
+        with room_for(*(attempt.key for attempt in active)):
+            _iterate(active, transforms, options)
         for attempt in active:  # a step is shared by all
             attempt.seconds += (time.perf_counter() - began) / len(active)
         if on_step:

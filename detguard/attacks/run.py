@@ -11,7 +11,17 @@ import torch
 
 from detguard import DetguardError
 from detguard.attacks.budgets import Budget
-from detguard.attacks.group import STEADY, AttackOptions, Attempt, Victim, attack_group, check_told, in_copy
+from detguard.attacks.group import (
+    STEADY,
+    AttackOptions,
+    Attempt,
+    NoRoomError,
+    Victim,
+    attack_group,
+    check_told,
+    in_copy,
+    room_for,
+)
 from detguard.attacks.smallest import attack_smallest
 from detguard.detections import Detections, box_iou, logit
 from detguard.detectors.base import Detector
@@ -76,8 +86,39 @@ def attack_photos(
     """Attack `files` (key -> file); yields each photo's record once its files are on disk and it is appended.
 
     A photo that cannot be read, that a detector refuses, or whose results cannot be written, gives a record with
-    status "error".
+    status "error"; so does one for which a device has too little memory, by itself, where it had enough for another.
+
+    Raises:
+        NoRoomError: there is too little memory, and no photo of the run has been attacked yet.
     """
+    groups = [dict(files)]
+    while groups:
+        group = groups.pop()
+        try:
+            for record in _attack_all(job, dict(group), on_step):
+                del group[record["key"]]
+                yield record
+            continue
+        except NoRoomError as error:
+            if not any(record["status"] in ("fooled", "failed") for record in job.run.each()):
+                raise
+            keys, reason = error.keys, str(error)
+        # Only here what the step held is free again.
+        groups.append(group)
+        if len(keys) > 1:
+            groups += [{key: group.pop(key)} for key in keys]
+            continue
+        (key,) = keys
+        file = group.pop(key)
+        advice = "make it smaller, or try `device` cpu"
+        full = DetguardError(f"{file}: out of memory on {job.victims[0].detector.device} ({reason}); {advice}")
+        yield _append(job.run, failure(key, file, full))
+
+
+def _attack_all(
+    job: Job, files: dict[str, Path], on_step: Callable[[Sequence[Attempt]], None] | None
+) -> Iterator[Record]:
+    """As `attack_photos`, to the first that there is no room for."""
     started: dict[str, tuple[float, list[Detections]]] = {}
     first, *also = job.victims
     unattackable: list[Record] = []
@@ -97,7 +138,8 @@ def attack_photos(
                             victim.detector.letterbox(shape)
                 begin = time.perf_counter()
                 # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
-                clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in job.victims]
+                with room_for(key):
+                    clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in job.victims]
             except DetguardError as error:
                 unattackable.append(_append(job.run, failure(key, file, error)))
                 continue
@@ -116,18 +158,23 @@ def attack_photos(
 
     search = attack_smallest if job.options.smallest else attack_group
     arguments = (first.objective, job.transforms, job.options, on_step, also)
-    for attempt in search(first.detector, readable(), *arguments):
+    try:
+        for attempt in search(first.detector, readable(), *arguments):
+            yield from unattackable
+            unattackable.clear()
+            file = files[attempt.key]
+            spent, clean = started.pop(attempt.key)
+            begin = time.perf_counter()
+            try:
+                with room_for(attempt.key):
+                    record = save_attempt(job, attempt, file, clean)
+            except DetguardError as error:
+                record = failure(attempt.key, file, error)
+            spent += attempt.seconds + time.perf_counter() - begin
+            yield _append(job.run, record | {"seconds": round(spent, 2)})
+    except NoRoomError:
         yield from unattackable
-        unattackable.clear()
-        file = files[attempt.key]
-        spent, clean = started.pop(attempt.key)
-        begin = time.perf_counter()
-        try:
-            record = save_attempt(job, attempt, file, clean)
-        except DetguardError as error:
-            record = failure(attempt.key, file, error)
-        spent += attempt.seconds + time.perf_counter() - begin
-        yield _append(job.run, record | {"seconds": round(spent, 2)})
+        raise
     yield from unattackable
 
 

@@ -1,7 +1,10 @@
 """Runs of attacks: what is judged is what was saved."""
 
+import copy
 import math
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +16,7 @@ from skimage.metrics import structural_similarity
 import detguard
 from detguard import DetguardError
 from detguard.attacks.budgets import Linf, parse_budget
-from detguard.attacks.group import AttackOptions, Member, Victim, attack_group
+from detguard.attacks.group import AttackOptions, Member, NoRoomError, Victim, attack_group
 from detguard.attacks.run import Job, attack_photos, judge, plan_attack, save_attempt, verify_run
 from detguard.detections import Detections
 from detguard.objectives import Fabricate, Flood, Outrank, Vanish
@@ -182,6 +185,40 @@ def test_a_copy_too_small_to_detect_on_is_an_error_at_once(bundled, bus, tmp_pat
     job = Job([Victim(bundled, PERSONS)], parse_transforms("crop:0.1"), AttackOptions(steps=1), run)
     (record,) = attack_photos(job, {"small": tmp_path / "small.png"})
     assert "after crop:0.1 it has 6 x 8 px" in record["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "status"),
+    [({}, 0, "error"), ({"smallest": True}, 0, "error"), ({"batch": 2}, 0, "error"), ({"batch": 2}, 1, "failed")],
+)
+def test_a_photo_too_large_for_its_device_is_an_error_and_the_others_go_on(
+    attacked, bundled, bus, tmp_path, options, most, status
+):
+    small, wide, held, short = Path(attacked[1]["photo"]), tmp_path / "wide.png", [], copy.copy(bundled)
+    wide.write_bytes(encode_png(cv2.resize(bus[350:900], (320, 224), interpolation=cv2.INTER_AREA)))
+
+    def candidates(frames):
+        assert not any(one() is not None for one in held)  # what did not fit is free
+        if frames.shape[3] > frames.shape[2] and len(frames) > most:
+            held.append(weakref.ref(frames))
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return bundled.candidates(frames)
+
+    short.candidates = candidates
+    run = Run.create("attack", tmp_path / "run", {})
+    job = Job(short, PERSONS, [], AttackOptions(steps=1, **options), run)
+    files = {"a": small, "b": small, "none": tmp_path / "none.png", "c": wide, "d": wide, "e": small}
+    found = {record["key"]: record for record in attack_photos(job, files)}
+    assert held
+    assert sorted(record["key"] for record in run.each()) == sorted(files)
+    wanted = dict.fromkeys(files, "failed") | {"none": "error", "c": status, "d": status}
+    assert {key: record["status"] for key, record in found.items()} == wanted
+    if status == "error":
+        told = f"{wide}: out of memory on cpu (Tried to allocate 9 GiB); make it smaller, or try `device` cpu"
+        assert found["c"]["error"] == found["d"]["error"] == told
+        assert [record["error"] for record in attack_photos(job, {"f": wide})] == [told]  # as where a run goes on
+        with pytest.raises(NoRoomError, match="9 GiB"):  # as where nothing fits
+            list(attack_photos(replace(job, run=Run.create("attack", tmp_path / "other", {})), files | {"a": wide}))
 
 
 def test_a_least_budget_is_not_searched_for_in_fewer_steps_than_random_members_take(bundled):
