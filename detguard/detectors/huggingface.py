@@ -160,7 +160,9 @@ class HuggingFaceDetector(Detector):
     def _inputs(self, frames: Tensor) -> dict[str, Tensor]:
         """What the processor makes of frames, with a gradient."""
         levels = frames * 255
-        inputs = self._processed(levels.detach().round().clamp(0, 255).to(torch.uint8))
+        # On the CPU, as `predict` has it: elsewhere whole levels are resized as floats, and may differ by one.
+        whole = self._processed(levels.detach().round().clamp(0, 255).to(torch.uint8).cpu())
+        inputs = {key: value.to(frames.device) for key, value in whole.items()}
         if frames.requires_grad:
             smooth = self._processed(levels)["pixel_values"]
             inputs["pixel_values"] = inputs["pixel_values"] + (smooth - smooth.detach())

@@ -5,6 +5,7 @@ import cv2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import detguard
 from detguard import DetguardError
@@ -181,6 +182,21 @@ def test_frames_of_another_size(folders, photo, kind, imgsz, longest):
     assert load_configured(detector_config(detector, str(folders(kind)))).imgsz == longest
     promises = check_contract(detector, photo, between(detector, photo))
     assert {p.name: p.seen for p in promises if p.state == "BROKEN"} == {}
+
+
+def test_whole_levels_are_resized_on_the_cpu_whatever_the_device(folders):
+    detector, seen = load_detector(folders("detr")), []
+
+    def processed(levels):
+        seen.append((levels.device.type, levels.dtype))
+        return {"pixel_values": levels.float(), "pixel_mask": levels[:, 0] > 0}
+
+    detector._processed = processed
+    with FakeTensorMode():
+        inputs = detector._inputs(torch.rand(1, 3, 64, 64, device="cuda").requires_grad_())
+        assert {value.device.type for value in inputs.values()} == {"cuda"}
+        assert inputs["pixel_values"].requires_grad
+    assert seen == [("cpu", torch.uint8), ("cuda", torch.float32)]
 
 
 def test_another_normalization_is_another_detector(folders, tmp_path):
