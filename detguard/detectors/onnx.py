@@ -193,7 +193,8 @@ def _providers(device: str) -> list[str | tuple[str, dict[str, int]]]:
         return ["CPUExecutionProvider"]
     if kind.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise DetguardError(
-            f"`device` {device}: onnxruntime has only the CPU here; pip install onnxruntime-gpu for cuda"
+            f"`device` {device}: onnxruntime has only the CPU here; give `device` cpu, or pip install "
+            "onnxruntime-gpu for cuda"
         )
     return [("CUDAExecutionProvider", {"device_id": kind.index or 0}), "CPUExecutionProvider"]
 

@@ -193,7 +193,7 @@ def test_without_its_packages_the_command_that_installs_them_is_told(files, monk
 
 
 def test_a_device_without_a_provider_is_refused():
-    with pytest.raises(DetguardError, match="`device` xpu: onnxruntime has only the CPU here"):
+    with pytest.raises(DetguardError, match="`device` xpu: onnxruntime has only the CPU here; give `device` cpu"):
         _providers("xpu")
 
 
