@@ -11,7 +11,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from threading import Timer, current_thread, main_thread
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import cv2
 import torch
@@ -134,7 +134,7 @@ class _Makers(Generic[Thing]):
             generator=torch.Generator(),  # or it would draw from that of training
         )
         others = set(multiprocessing.active_children())
-        self._things = iter(loader)
+        self._things: Any = iter(loader)
         self._processes: list[BaseProcess] = [p for p in multiprocessing.active_children() if p not in others]
 
     def next(self, patience: float) -> Thing:
@@ -160,6 +160,9 @@ class _Makers(Generic[Thing]):
 
     def end(self) -> None:
         """End the processes and forget what they have made."""
+        if pinning := getattr(self._things, "_pin_memory_thread", None):  # it would say that they are no more
+            self._things._pin_memory_thread_done_event.set()
+            pinning.join(GLANCE)
         self._kill()
         del self._things
 

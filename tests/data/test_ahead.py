@@ -3,6 +3,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import cv2
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data._utils import signal_handling
 
-from detguard.data.ahead import GLANCE, AheadError, ahead
+from detguard.data.ahead import GLANCE, AheadError, _Makers, ahead
 
 
 def torch_handler():
@@ -105,6 +106,16 @@ def test_it_is_gone_when_nothing_more_is_wanted():
     things.close()
     with pytest.raises(ProcessLookupError):
         os.kill(maker, 0)
+
+
+def test_the_thread_that_pins_ends_before_the_processes_that_it_reads_from():
+    makers, alive, asked = _Makers(numbers, 0, 4, 1, 2, 0, pinned=False), [], threading.Event()
+    pinning, kill = threading.Thread(target=asked.wait), makers._kill
+    pinning.start()
+    makers._things._pin_memory_thread, makers._things._pin_memory_thread_done_event = pinning, asked
+    makers._kill = lambda: (alive.append(pinning.is_alive()), kill())
+    makers.end()
+    assert alive == [False]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends at its next batch")
