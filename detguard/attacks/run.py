@@ -139,7 +139,9 @@ def _attack_all(
                 begin = time.perf_counter()
                 # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
                 with room_for(key):
-                    clean = [victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in job.victims]
+                    clean = [
+                        victim.detector.predict(photo, lowest_threshold(job.options.conf)) for victim in job.victims
+                    ]
             except DetguardError as error:
                 unattackable.append(_append(job.run, failure(key, file, error)))
                 continue
