@@ -19,7 +19,7 @@ import typer
 from hardening import detguard
 from threats import SHARED, rate, with_person
 
-from detguard import load_detector, verify
+from detguard import DetguardError, load_detector, verify
 from detguard.detectors.base import Detector
 from detguard.runs import Record, Run
 
@@ -40,7 +40,10 @@ def attack(
     name = "-".join(map(str, [detector.name, len(photos), *asked])).replace("--", "")
     run = Path("runs/benchmarks/survival") / name
     detguard("attack", run, *photos, "--model", detector.source, *asked)
-    records = [r for r in Run.open(run, "attack").records() if r["status"] in ("fooled", "failed")]
+    made = Run.open(run, "attack")
+    if made.config["detector"]["sha256"] != detector.state_hash():
+        raise DetguardError(f"{run}: of another {detector.name}; delete it")
+    records = [r for r in made.records() if r["status"] in ("fooled", "failed")]
     return records, list(verify(run, detector, transforms=further))
 
 

@@ -144,12 +144,14 @@ class OnnxDetector(Detector):
             copy.write_bytes(self.model.graph)
             self._yolo = YOLO(copy, task="detect")
         # Of the whole process, its set-up would change which GPU is the current one, and leave one core idle.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), self._running():
-            found = self._yolo.predict(
-                photo[..., ::-1].copy(), conf=conf, iou=self.iou if iou is None else iou, imgsz=self.imgsz, rect=True,
-                device=str(self.device), max_det=MAX_DETECTIONS, save=False, verbose=False,
-            )  # fmt: skip
-        torch.set_num_threads(threads)
+        try:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), self._running():
+                found = self._yolo.predict(
+                    photo[..., ::-1].copy(), conf=conf, iou=self.iou if iou is None else iou, imgsz=self.imgsz,
+                    rect=True, device=str(self.device), max_det=MAX_DETECTIONS, save=False, verbose=False,
+                )  # fmt: skip
+        finally:
+            torch.set_num_threads(threads)
         boxes = found[0].boxes.cpu()
         known = Detections(boxes.xyxy, boxes.conf, boxes.cls.long()).of(list(self.class_names))
         return to_photo(known, Letterbox.whole(photo.shape[:2]))

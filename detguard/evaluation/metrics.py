@@ -11,7 +11,7 @@ from detguard.files import FileError, read_json
 from detguard.schema import Items, Maybe, Shape, misfit, real, shape_of, whole
 
 # To be raised with every change that readers of the file must know of.
-SCHEMA = 1
+SCHEMA = 2
 # AP or recall; None where there is nothing to measure.
 Ap = Annotated[float, real(0, 1)] | None
 Count = Annotated[int, whole(0)]

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from detguard.data.stream import Labelled
 from detguard.detections import Detections, suppress
 from detguard.detectors.base import Detector
 from detguard.detectors.gated import GatedNetwork
+from detguard.engine import cores
 from detguard.evaluation.coco import metrics_of_photos
 from detguard.evaluation.views import LOWEST_CONFIDENCE, SHOWN_CONFIDENCE
 from detguard.files import MAX_PHOTO, FileError, read_file
@@ -92,8 +94,8 @@ def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     A photo is for one of both, also where it is in several files: as `detguard attack` made it, or copied.
     """
     forget_runs()
-    digest = cache(content)
-    names = [digest(photo_of(photo)) for photo in photos]
+    with ThreadPoolExecutor(cores()) as pool:
+        names = list(pool.map(content, map(photo_of, photos)))
     distinct = sorted(set(names))
     held = set(distinct[: min(HELD_OUT, len(distinct) // ONE_IN)])
     first = {name: photo for name, photo in zip(reversed(names), reversed(photos), strict=True) if name in held}

@@ -156,7 +156,7 @@ class Selection:
         objects: object = self.objects
         object.__setattr__(self, "objects", tuple(objects) if isinstance(objects, Iterable) else (objects,))
         if not all(isinstance(number, Integral) and number >= 1 for number in self.objects):
-            raise DetguardError("`objects`: expected whole numbers from 1, as in (1, 3)")
+            raise DetguardError("`objects`: expected whole numbers from 1")
         if self.box is not None and not isinstance(self.box, tuple):  # of an array or a tensor
             object.__setattr__(self, "box", tuple(map(float, self.box)))
         if self.box is not None and not (

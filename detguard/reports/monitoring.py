@@ -130,8 +130,11 @@ def since_change(records: Sequence[Record], events: Sequence[Record]) -> str:
     if not changes:
         return ""
     last, what = changes[-1]["number"], "Adapted" if changes[-1]["event"] == DEPLOYED else "Rolled back"
-    values = [r["f1"] for r in records if r["number"] > last and r.get("f1") is not None]
+    since = [r for r in records if r["number"] > last]
+    values = [r["f1"] for r in since if r.get("f1") is not None]
     photos = counts(len(values), "photo") + " with known objects"
+    if since and since[-1]["number"] - last > len(since):  # of a longer stream
+        photos = f"the last {photos}"
     return f". {what} at photo {last}: {f'mean F1 {number(mean(values))} of ' * bool(values)}{photos} since"
 
 

@@ -268,7 +268,8 @@ class Hardening:
             self.samples, unread = load_samples([one for one in attacks if content(one.clean) not in kept], imgsz)
             self.unread += unread
         if self.plan.pretrain:
-            files = [file for file in map(Path, config["pretrain"]) if content(photo_of(file)) not in kept]
+            files = [Path(file) for file in config["pretrain"]]
+            files = [file for file in files if not kept or content(photo_of(file)) not in kept]
             self.first, unread = read_photos([(files, 1.0)], imgsz)
             self.unread += unread
         self.ranks.must_agree(self.unread)

@@ -451,7 +451,7 @@ class Living(Deployment):
             else:
                 command += ["--model", self._found(event["model"]), "--new", str(new), "--out", str(folder)]
                 replayed = [s for s in map(str, self.run.config["replay"]) if unlabelled(s) or not self._class_map]
-                if old.stat().st_size:
+                if not old.exists() or old.stat().st_size:  # that it is gone, the child says for good
                     replayed.append(str(old))
                 command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
             with self.run.opened(f"{name}.log") as said:

@@ -295,9 +295,15 @@ def test_a_photo_that_a_graph_does_not_take_is_one_line(files, tmp_path, small):
         side.dim_value = 320
     onnx.save(model, tmp_path / "odd.onnx")
     detector = load_detector(tmp_path / "odd.onnx")
-    for find in (lambda: detector.predict(small, 0.25), lambda: detector.detect([small], 0.25)):
-        with pytest.raises(DetguardError, match="odd: cannot be run by onnxruntime"):
-            find()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for find in (lambda: detector.predict(small, 0.25), lambda: detector.detect([small], 0.25)):
+            with pytest.raises(DetguardError, match="odd: cannot be run by onnxruntime"):
+                find()
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_device_that_onnxruntime_gives_up_on_is_an_error(files, monkeypatch):

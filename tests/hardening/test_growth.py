@@ -376,6 +376,8 @@ def test_of_samples_of_an_attack_those_of_one_photo_stay_together(tmp_path):
     (tmp_path / "samples").mkdir()
     names = [f"{number:02d}--{kind}.png" for number in range(40) for kind in ("photo", "jpeg-75", "median-3")]
     files = [tmp_path / "samples" / name for name in names]
+    for file in files:
+        file.write_text(file.name)
     for command, parts in (("attack", 3), ("detect", 1)):
         (tmp_path / "config.yaml").write_text(f"command: {command}\n")
         _run_of.cache_clear()

@@ -251,6 +251,10 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
         "detected at photo 14. Adapted at photo 9: mean F1 .500 of 3 photos with known objects since"
     )
     assert told[1].endswith(". Rolled back at photo 14: 0 photos with known objects since")
+    months = [late[8] | {"began": 9}, *(seen(0.5) | {"number": n} for n in range(90, 100))]
+    assert monitoring.verdict(months, "adwin", 8, events=[deployed]).endswith(
+        "mean F1 .500 of the last 10 photos with known objects since"
+    )
     weak = [r | {"f1": float(r["number"] % 8 == 0)} for r in steady[:32]]
     assert monitoring.verdict(weak, "likelihood-ratio", 8) == (
         "Too little to judge by: mean F1 .125 of 32 photos with known objects is too low for any drop to show"
