@@ -234,13 +234,15 @@ def plot(
     for i, kind in enumerate(KINDS):
         axes.axvline(i * photos / len(KINDS), color="0.8", zorder=0)
         axes.text(i * photos / len(KINDS) + 4, 0.01, kind, color="0.4")
-    for event in events:
-        if event["event"] in ("gathering", "deployed", "kept"):
-            style = {"gathering": ":", "deployed": "-", "kept": "-."}[event["event"]]
-            axes.axvline(event["number"], color="C3", linestyle=style, linewidth=1)
-            axes.text(event["number"], 1.0, {"gathering": "drop told"}.get(event["event"], event["event"]), fontsize=7)
+    shown = [event for event in events if event["event"] in ("gathering", "deployed", "kept")]
+    for i, event in enumerate(shown):
+        name, style = {"gathering": ("drop told", ":"), "deployed": ("deployed", "-"), "kept": ("kept", "-.")}[
+            event["event"]
+        ]
+        axes.axvline(event["number"], color="C3", linestyle=style, linewidth=1)
+        axes.text(event["number"] + 2, 1 - 0.05 * (i % 2), name, fontsize=7)  # or those close together would be one
     axes.set(xlabel="photo", ylabel="F1, mean over 32 photos", ylim=(0, 1.05))
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.95))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file)
 
 

@@ -206,7 +206,7 @@ def test_a_photo_too_large_for_its_device_is_an_error_and_the_others_go_on(
 
     short.candidates = candidates
     run = Run.create("attack", tmp_path / "run", {})
-    job = Job(short, PERSONS, [], AttackOptions(steps=1, **options), run)
+    job = Job([Victim(short, PERSONS)], [], AttackOptions(steps=1, **options), run)
     files = {"a": small, "b": small, "none": tmp_path / "none.png", "c": wide, "d": wide, "e": small}
     found = {record["key"]: record for record in attack_photos(job, files)}
     assert held
