@@ -302,6 +302,18 @@ class Attempt:
         """How much of the budget `adversarial` uses, in its unit."""
         return self.rule.budget.used(self.adversarial, self.photo)
 
+    def used_by(self, photo: Photo, name: object) -> float:
+        """How much of the budget a photo uses that was made of this one, called `name`.
+
+        Raises:
+            DetguardError: more than there is.
+        """
+        budget = self.rule.budget
+        used = budget.used(photo, self.photo)
+        if used > budget.eps:
+            raise DetguardError(f"{name}: differs by {used:g}, over the budget of {budget}")
+        return used
+
     @property
     def drawn(self) -> list[Transform]:
         """The transforms of the group as they were drawn last."""

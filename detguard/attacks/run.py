@@ -224,9 +224,7 @@ def save_attempt(job: Job, attempt: Attempt, file: Path, clean: Sequence[Detecti
     for name, transform in drawn.items():
         run.write(names[name], transform.encode(attempt.adversarial))
     saved, budget = read_photo(run.path(names[PHOTO])), attempt.rule.budget
-    used = budget.used(saved, attempt.photo)
-    if used > budget.eps:
-        raise DetguardError(f"{run.path(names[PHOTO])}: differs by {used:g}, over the budget of {budget}")
+    used = attempt.used_by(saved, run.path(names[PHOTO]))
     paths = {name: run.path(path) for name, path in names.items()}
     found = [find_in(victim.detector, paths, conf) for victim in job.victims]
     members, *others = [

@@ -10,7 +10,7 @@ from detguard.attacks.budgets import Linf
 from detguard.attacks.group import AttackOptions, Attempt, attack_group
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
-from detguard.evaluation.cache import pack
+from detguard.evaluation.cache import foreign, pack
 from detguard.evaluation.coco import value_left
 from detguard.evaluation.views import Batch, Subject, View
 from detguard.objectives.base import Objective
@@ -236,9 +236,8 @@ def attacked(
     done = attack_group(detector, given, objective, transforms, options, on_step)
     made = dict[int, Photo]()
     for attempt in done:
-        if attempt.used > options.budget.eps:
-            raise DetguardError(f"{attempt.key}: differs by {attempt.used:g}, over the budget of {options.budget}")
         made[id(attempt.photo)] = attempt.adversarial
+        attempt.used_by(attempt.adversarial, attempt.key)
     return [made[id(photo)] for _, photo, _ in given]
 
 
@@ -251,9 +250,7 @@ def kept_photo(subject: Subject, attack: AttackSet, image: int) -> Photo:
     photo, entry = decode_photo(attack.kept(subject, image, PHOTO)), subject.dataset.annotations.imgs[image]
     height, width = photo.shape[:2]
     if (height, width) != (entry["height"], entry["width"]):
-        raise DetguardError(
-            f"{subject.cache.file}: an entry is not detguard's ({width} x {height} px); delete the file"
-        )
+        raise foreign(f"{width} x {height} px", subject.cache.file)
     return photo
 
 

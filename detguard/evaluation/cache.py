@@ -173,6 +173,11 @@ def pack(detections: Detections) -> bytes:
     return zlib.compress(save(tensors))
 
 
+def foreign(why: object, file: object = "the cache") -> DetguardError:
+    """The error of an entry that detguard has not written."""
+    return DetguardError(f"{file}: an entry is not detguard's ({why}); delete the file")
+
+
 def unpack(data: bytes) -> Detections:
     """The reverse of `pack`.
 
@@ -185,12 +190,12 @@ def unpack(data: bytes) -> Detections:
         boxes, scores, classes = (tensors.pop(name) for name in ("boxes", "scores", "classes"))
         experts = tensors.pop("experts", None)
     except Exception as error:  # of a stranger's bytes, the reader of tensors can raise anything
-        raise DetguardError(f"the cache: an entry is not detguard's ({error}); delete the file") from error
+        raise foreign(error) from error
     shapes = [boxes.shape, scores.shape, classes.shape]
     types = [boxes.dtype, scores.dtype, classes.dtype]
     number = len(boxes) if boxes.ndim else 0
     if shapes != [(number, 4), (number,), (number,)] or types != [torch.float32, torch.float32, torch.int32]:
-        raise DetguardError(f"the cache: an entry is not detguard's (shapes {shapes}); delete the file")
+        raise foreign(f"shapes {shapes}")
     if experts is not None and (experts.ndim != 1 or experts.dtype != torch.float32):
-        raise DetguardError("the cache: an entry is not detguard's (experts); delete the file")
+        raise foreign("experts")
     return Detections(boxes, scores, classes.long(), experts)

@@ -29,7 +29,7 @@ from detguard.data.entries import LOST
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.engine import cores, free_memory
-from detguard.evaluation.cache import Cache, entry_key, pack, unpack
+from detguard.evaluation.cache import Cache, entry_key, foreign, pack, unpack
 from detguard.evaluation.corruptions import corrupt, read_pipeline, through
 from detguard.files import MAX_PHOTO, FileError, read_file
 from detguard.photos import Photo, PhotoError, photo_seed, read_photo
@@ -238,7 +238,7 @@ class View(ABC):
         found = unpack(self.kept(subject, image, part))
         experts = subject.detector.experts
         if experts and found.experts is not None and len(found.experts) != len(experts):
-            raise DetguardError(f"{subject.cache.file}: an entry is not detguard's (experts); delete the file")
+            raise foreign("experts", subject.cache.file)
         return found
 
 

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from detguard.hardening.loop import BatchLog, OnBatch, Pace, Update, load_made, 
 from detguard.hardening.losses import imitation_loss, label_loss, retention_loss
 from detguard.hardening.memory import check_memory
 from detguard.hardening.train import Setting, only_learn, with_rows
-from detguard.hardening.validation import content, forget_runs, photo_of
+from detguard.hardening.validation import contents, forget_runs
 from detguard.ranks import Ranks
 from detguard.runs import Run
 from detguard.schema import check, whole
@@ -329,8 +328,8 @@ def set_aside(*kinds: Sequence[Path] | Sequence[Labelled]) -> list[tuple[list[An
     without saying so: what a user replays beside a stream is the same each time, and so is to be what it judges.
     """
     forget_runs()
-    digest = cache(content)
-    named = [[(one, digest(photo_of(one))) for one in photos] for photos in kinds]
+    names = iter(contents([one for photos in kinds for one in photos]))
+    named = [[(one, next(names)) for one in photos] for photos in kinds]
     judging, told = dict[str, bool](), dict[str, bool]()
     for photos in named:
         untold = [name for one, name in photos if _judges(one) is None]

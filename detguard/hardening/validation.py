@@ -64,8 +64,19 @@ def photo_of(entry: Path | Labelled) -> Path:
     return _clean_photos(run).get(key, run / key) if key else file
 
 
-def content(file: Path) -> str:
-    """What copies of a photo have in common: the SHA-256 of their bytes; of one that cannot be read, its path."""
+def contents(photos: Sequence[Path | Labelled]) -> list[str]:
+    """Of each photo what its copies and what an attack made of it have in common; each file is read once.
+
+    It is the SHA-256 of the bytes of `photo_of`; of one that cannot be read, its path.
+    """
+    files = [photo_of(photo) for photo in photos]
+    distinct = list(dict.fromkeys(files))
+    with ThreadPoolExecutor(cores()) as pool:
+        found = dict(zip(distinct, pool.map(_content, distinct), strict=True))
+    return [found[file] for file in files]
+
+
+def _content(file: Path) -> str:
     try:
         return hashlib.sha256(read_file(file, MAX_PHOTO)).hexdigest()
     except FileError:
@@ -94,8 +105,7 @@ def hold_out(photos: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     A photo is for one of both, also where it is in several files: as `detguard attack` made it, or copied.
     """
     forget_runs()
-    with ThreadPoolExecutor(cores()) as pool:
-        names = list(pool.map(content, map(photo_of, photos)))
+    names = contents(photos)
     distinct = sorted(set(names))
     held = set(distinct[: min(HELD_OUT, len(distinct) // ONE_IN)])
     first = {name: photo for name, photo in zip(reversed(names), reversed(photos), strict=True) if name in held}

@@ -51,7 +51,7 @@ from detguard.hardening.run import Plan, check_teacher, passes, same_layers, spl
 from detguard.hardening.run import harden as train_stages
 from detguard.hardening.trackers import check_tracker, track
 from detguard.hardening.train import Setting, Stage
-from detguard.hardening.validation import ATTACKED, Validation, content, hold_out, photo_of
+from detguard.hardening.validation import ATTACKED, Validation, contents, hold_out
 from detguard.ranks import Ranks
 from detguard.runs import Run, shared_run
 from detguard.schema import CONFIGS, Config, check, partly
@@ -262,15 +262,20 @@ class Hardening:
             self.held_out = judging
         self.first: PhotoSet | None = None
         self.samples: Samples | None = None
-        kept = {content(photo_of(one)) for one in held_out}
+        kept = set(contents(held_out))
+
+        def others(entries: list[Any], photos: list[Path]) -> list[Any]:
+            if not kept:
+                return entries
+            return [one for one, name in zip(entries, contents(photos), strict=True) if name not in kept]
+
         if config["samples"]:
             attacks: list[Sample] = self.ranks.given(lambda: kept_samples(self.run.folder / KEPT, names))
-            self.samples, unread = load_samples([one for one in attacks if content(one.clean) not in kept], imgsz)
+            self.samples, unread = load_samples(others(attacks, [one.clean for one in attacks]), imgsz)
             self.unread += unread
         if self.plan.pretrain:
             files = [Path(file) for file in config["pretrain"]]
-            files = [file for file in files if not kept or content(photo_of(file)) not in kept]
-            self.first, unread = read_photos([(files, 1.0)], imgsz)
+            self.first, unread = read_photos([(others(files, files), 1.0)], imgsz)
             self.unread += unread
         self.ranks.must_agree(self.unread)
         kinds = chosen_kinds(config["corruptions"])
