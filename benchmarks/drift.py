@@ -1,5 +1,5 @@
 """Delay and false alarms of the drift detectors on real streams: clean photos, fog and low contrast, attacked ones;
-a collapse after 40 photos; slow decay.
+a collapse after 40 photos; slow decay, and what it ends in for as long as there are photos.
 
     python benchmarks/drift.py --model ../shared/weights/yolo11n-coco.pt
 
@@ -62,14 +62,14 @@ def main(
     parts = [found["clean"], found["fog"] + found["low contrast"], found["PGD"]]
     means = ", ".join(f"{name} {np.mean(values):.2f}" for name, values in found.items())
     table = Table(title=f"{detector.name}, {imgsz} px; mean F1: {means}; {streams} orders, seed 0")
-    changes = ("first change", "second change", "collapse, 40 + 40", "decay, 200 photos")
+    changes = ("first change", "second change", "collapse, 40 + 40", "decay, 200 photos", "decay, going on")
     heads = ("false alarms, clean twice over", *(head for change in changes for head in (f"{change}: delay", "missed")))
     for column in ("detector", "window", *heads):
         table.add_column(column, justify="left" if column == "detector" else "right")
     for kind, window in product(DRIFT, map(int, windows.split(","))):
         rng = np.random.default_rng(0)
         false = 0
-        delays: tuple[list[int], ...] = ([], [], [], [])
+        delays: tuple[list[int], ...] = ([], [], [], [], [])
         for _ in range(streams):
             false += len(list(alarms(kind, window, [*rng.permutation(parts[0]), *rng.permutation(parts[0])])))
             drawn = [list(rng.permutation(part))[: len(parts[0])] for part in parts]
@@ -79,10 +79,13 @@ def main(
                 part += [number - start for number in told if start < number <= start + len(parts[0])][:1]
             few = [v for name in ("clean", "least contrast") for v in list(rng.permutation(found[name]))[:40]]
             delays[2].extend([number - 40 for number in alarms(kind, window, few) if number > 40][:1])
-            decay = [v for severity in SEVERITIES for v in list(rng.permutation(found[f"noise {severity}"]))[:40]]
-            start = len(parts[0])
+            *weaker, strongest = (list(rng.permutation(found[f"noise {severity}"])) for severity in SEVERITIES)
+            decay = [v for part in weaker for v in part[:40]] + strongest
+            start, length = len(parts[0]), 40 * len(SEVERITIES)
             told = list(alarms(kind, window, [*rng.permutation(parts[0]), *decay]))
-            delays[3].extend([number - start for number in told if number > start][:1])
+            first = [number - start for number in told if number > start][:1]
+            delays[3].extend(number for number in first if number <= length)
+            delays[4].extend(first)
         cells = [f"{np.mean(d):.0f} (most {max(d)})" if d else "-" for d in delays]
         missed = [f"{streams - len(d)} of {streams}" for d in delays]
         table.add_row(

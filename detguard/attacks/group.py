@@ -2,10 +2,10 @@
 
 Repeat: transform the adversarial photo, detect on it and on every copy in one batch, stop when all are fooled,
 else step, within a budget: against the aggregated gradient of their losses, or against that of the member of highest
-loss alone until it is fooled; in a black box, where there is no gradient, propose another photo and keep it if the
-aggregated loss is lower. The 8-bit photo that would be saved is what the detector is shown at every step. How far it
-may go (`budgets.py`), how it moves (`steps.py`), what is wanted (`objectives`) and where transforms take its pixels
-(`transforms`) are taken from these.
+loss alone until it is fooled, then of the next that is not; in a black box, where there is no gradient, propose another
+photo and keep it if the aggregated loss is lower. The 8-bit photo that would be saved is what the detector is shown at
+every step. How far it may go (`budgets.py`), how it moves (`steps.py`), what is wanted (`objectives`) and where
+transforms take its pixels (`transforms`) are taken from these.
 """
 
 import math
@@ -264,9 +264,10 @@ class Attempt:
 
     clean_by: what each detector found in the clean photo; queries: forwards of one frame that the search has taken;
     seconds: its share of the time that the search has taken;
-    fooled, losses: each member's, as it was last looked at.
-    in_turn: whether members are stepped against one at a time; alone: the number of that one; None: all are evaluated,
-    but for the one that has just been `fooled_alone` by the photo as it is.
+    fooled: whether each member is known to be, by the photo as it was shown last; losses: each one's when it was last
+    looked at.
+    in_turn: whether members are looked at and stepped against one at a time; alone: the number of that one; None: all
+    are.
     """
 
     key: str
@@ -277,25 +278,36 @@ class Attempt:
     rule: Rule
     rng: np.random.Generator
     members: list[Member]
-    aims: list[object]
     steps: int = 0
     queries: int = 0
     seconds: float = 0.0
-    fooled: list[bool] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
     in_turn: bool = False
     alone: int | None = None
-    fooled_alone: int | None = None
     in_a_row: int = 0
     enough: int = 1
     failed: bool = False
     best: Photo | None = None
     best_rank: tuple[int, float] = (-1, 0.0)
+    fooled: list[bool] = field(init=False)
+    losses: list[float] = field(init=False)
+    aims: list[object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.members)
+        self.fooled, self.losses, self.aims = [False] * count, [0.0] * count, [None] * count
 
     @property
     def adversarial(self) -> Photo:
         """The photo to save, `uint8 [H, W, 3]`: the last one, or when the attack failed the best one seen."""
         return self.levels if self.best is None or self.done else self.best
+
+    @property
+    def progress(self) -> str:
+        """How far the search is, in words; of members looked at one at a time, how many are fooled is not known."""
+        count = f"{self.queries} queries" if self.rule.blind else f"iteration {self.steps}"
+        if self.alone is None:
+            return f"{count}, {sum(self.fooled)}/{len(self.fooled)} fooled"
+        return f"{count}, against {self.members[self.alone].transform or 'the photo'}"
 
     @property
     def used(self) -> float:
@@ -327,9 +339,7 @@ class Attempt:
     @property
     def evaluated(self) -> Sequence[int]:
         """The numbers of the members that the next pass is for."""
-        if self.alone is not None:
-            return (self.alone,)
-        return [number for number in range(len(self.members)) if number != self.fooled_alone]
+        return range(len(self.members)) if self.alone is None else (self.alone,)
 
     @property
     def clean(self) -> Detections:
@@ -476,11 +486,7 @@ def _begin(
     enough = STEADY if any(transform.draw(rng) is not transform for transform in transforms) else 1
     averaged = options.aggregate != "mean" or rule.blind or rule.compares or enough > 1 or not options.stop
     in_turn = options.schedule == "worst" and not averaged and len(members) > 1
-    aims: list[object] = [None] * len(members)
-    losses = [0.0] * len(members)
-    return Attempt(
-        key, photo, found, original, x, rule, rng, members, aims, losses=losses, enough=enough, in_turn=in_turn
-    )
+    return Attempt(key, photo, found, original, x, rule, rng, members, enough=enough, in_turn=in_turn)
 
 
 def _looks(victims: Sequence[Victim], transforms: Sequence[Transform]) -> int:
@@ -522,9 +528,6 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     passes = _look(members, [attempts[i].in_turn for i, _ in evaluated], gradients=not options.black_box)
     for attempt, count in zip(attempts, counts, strict=True):
         attempt.queries += count
-        if attempt.alone is None:
-            of_all = range(len(attempt.members)) if options.stop else ()
-            attempt.fooled = [number == attempt.fooled_alone for number in of_all]
     for frames, _, candidates in passes:
         iou = members[frames[0]][0].victim.detector.iou
         for frame, found in zip(frames, suppress(candidates, conf, iou) if options.stop else (), strict=False):
@@ -534,9 +537,8 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
             i, number = evaluated[frame]
             _take_aim(attempts[i], number, candidates[k : k + 1])
     for attempt in attempts:
-        whole = attempt.alone is None
-        attempt.in_a_row = attempt.in_a_row + 1 if whole and attempt.fooled and all(attempt.fooled) else 0
-        attempt.failed = whole and not attempt.done and attempt.steps >= attempt.rule.steps
+        attempt.in_a_row = attempt.in_a_row + 1 if all(attempt.fooled) else 0
+        attempt.failed = attempt.alone is None and not attempt.done and attempt.steps >= attempt.rule.steps
     running = [i for i, attempt in enumerate(attempts) if not attempt.done]
     if not running:
         return
@@ -550,10 +552,9 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
         attempts[i].losses[number] = loss
     for i in running:
         attempt = attempts[i]
-        if attempt.alone is None:
-            rank = (sum(attempt.fooled), -(fmean(attempt.losses) if attempt.in_turn else told[i]))
-            if attempt.best is None or rank > attempt.best_rank:
-                attempt.best, attempt.best_rank = shown[i], rank
+        rank = (sum(attempt.fooled), -(fmean(attempt.losses) if attempt.in_turn else told[i]))
+        if attempt.best is None or rank > attempt.best_rank:
+            attempt.best, attempt.best_rank = shown[i], rank
     ends = list(accumulate(counts))
     running = [i for i in running if not attempts[i].failed]
     stepped = {i: _stepped(attempts[i], range(ends[i] - counts[i], ends[i])) for i in running}
@@ -571,25 +572,24 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
             of_frames = [gradients[frame].to(attempt.x.device) for frame in places]
             gradient = photo_gradient(of_frames, shown[i], there, options)
             attempt.x = attempt.rule(attempt.x, gradient.permute(1, 2, 0), told[i])
-            attempt.fooled_alone = None
-            if attempt.steps >= attempt.rule.steps:
-                attempt.alone = None
+            if attempt.in_turn:
+                attempt.fooled = [False] * len(attempt.members)
+                if attempt.steps >= attempt.rule.steps:
+                    attempt.alone = None
         elif not attempt.in_a_row:  # else the same photo is evaluated again, on other draws
             attempt.x = attempt.rule(attempt.x, attempt.x.new_empty(0), told[i])
 
 
 def _stepped(attempt: Attempt, frames: range) -> Sequence[int]:
-    """Those of the frames that were evaluated that are stepped against; none: others are looked at first."""
+    """Those of the frames that were evaluated that are stepped against; none: another is looked at first."""
     if not attempt.in_turn:
         return frames
-    if attempt.alone is None:
-        evaluated = attempt.evaluated
-        unfooled = [number for number in evaluated if not attempt.fooled[number]]
-        attempt.alone = max(unfooled, key=attempt.losses.__getitem__)
-        return (frames[evaluated.index(attempt.alone)],)
-    if attempt.fooled[attempt.alone]:
-        attempt.alone, attempt.fooled_alone = None, attempt.alone
-        return ()
+    if attempt.alone is None or attempt.fooled[attempt.alone]:
+        # That of highest loss when it was last looked at: a look at all would tell more, and costs more.
+        others = [number for number, fooled in enumerate(attempt.fooled) if not fooled]
+        looked_at = attempt.evaluated
+        attempt.alone = max(others, key=attempt.losses.__getitem__)
+        return [frame for frame, number in zip(frames, looked_at, strict=True) if number == attempt.alone]
     return frames
 
 

@@ -398,10 +398,7 @@ def run_attack(job: "Job", ranks: "Ranks", *, as_json: bool = False) -> int:
         task = progress.add_task("attack", total=len(done) + len(waiting), completed=len(done))
 
         def on_step(active: Sequence["Attempt"]) -> None:
-            first = active[0]
-            fooled = f"{sum(first.fooled)}/{len(first.fooled)} fooled"
-            count = f"{first.queries} queries" if job.options.black_box else f"iteration {first.steps}"
-            progress.update(task, description=f"{first.key[:32]}: {count}, {fooled}")
+            progress.update(task, description=f"{active[0].key[:32]}: {active[0].progress}")
 
         try:
             for record in attack_photos(job, waiting, on_step):

@@ -358,18 +358,23 @@ def test_the_worst_member_alone_is_stepped_against_until_it_is_fooled(bundled, s
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
     monkeypatch.setattr(Member, "frame", noted)
-    alone = []
+    alone, told = [], []
+
+    def note(active):
+        alone.append(active[0].alone)
+        told.append(active[0].progress)
+
     clean = bundled.predict(small, 0.25)
     transforms = parse_transforms("median:3,jpeg:75")
     options = AttackOptions(steps=40)  # by default
-    (attempt,) = attack_group(
-        bundled, [("bus", small, clean)], Vanish((0,)), transforms, options, lambda now: alone.append(now[0].alone)
-    )
+    (attempt,) = attack_group(bundled, [("bus", small, clean)], Vanish((0,)), transforms, options, note)
     assert attempt.done
     assert backward == [1] * attempt.steps
-    assert alone[0] is not None  # after the first look at all
-    assert attempt.queries == len(looked) < 3 * (attempt.steps + 1)
+    assert None not in alone  # after the first look at all
+    assert attempt.queries == len(looked) == len(transforms) + len(alone)  # one at a time from then on
     assert len(looked) == len(set(looked))  # none is shown the same photo twice
+    names = ["the photo", *map(str, transforms)]
+    assert told[0] == f"iteration 1, against {names[alone[0]]}"
     for transform in [None, *transforms]:
         shown = transform(attempt.adversarial) if transform else attempt.adversarial
         assert len(bundled.predict(shown, 0.25).of([0])) == 0
@@ -385,6 +390,15 @@ def test_members_in_turn_are_looked_at_together_when_steps_run_out(bundled, smal
     assert attempt.failed
     assert attempt.steps == 3
     assert len(attempt.fooled) == 3
+
+
+def test_of_members_looked_at_in_turn_the_photo_that_is_known_to_fool_more_is_given(bundled, small):
+    # At first neither is fooled, then the first looked at, and from then on none.
+    objective = Scripted((0,), told=(False, False, True, True) + (False,) * 7)
+    attempt, seen = scripted(bundled, small, objective, spec="median:3", schedule="worst")
+    assert np.array_equal(seen[1], seen[2])  # the other was looked at without a step
+    assert np.array_equal(attempt.adversarial, seen[1])
+    assert not np.array_equal(attempt.adversarial, seen[-1])
 
 
 @pytest.mark.parametrize(
