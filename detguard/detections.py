@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detguard import DetguardError
+from detguard import DetguardError, first_line
 from detguard.engine import with_doubles
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ def _load_operators() -> None:
     if found and found.origin:
         for suffix in EXTENSION_SUFFIXES:
             for file in Path(found.origin).parent.glob(f"_C*{suffix}"):
-                torch.ops.load_library(file)
+                try:
+                    torch.ops.load_library(file)
+                except OSError as error:
+                    raise DetguardError(
+                        f"{file}: made for another torch than this one, {torch.__version__}; install torch and "
+                        f"torchvision again, both from one index ({first_line(error)})"
+                    ) from error
     if not hasattr(torch.ops.torchvision, "nms"):
         import torchvision  # noqa: F401
 

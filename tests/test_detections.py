@@ -10,9 +10,18 @@ from torchvision.ops import batched_nms
 from ultralytics.utils.nms import non_max_suppression
 
 from detguard import DetguardError
-from detguard.detections import Candidates, Detections, suppress
+from detguard.detections import Candidates, Detections, _load_operators, suppress
 from detguard.detectors.base import to_photo
 from detguard.photos import Letterbox
+
+
+def test_a_torchvision_made_for_another_torch_is_told(monkeypatch):
+    def missing(file):
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(torch.ops, "load_library", missing)
+    with pytest.raises(DetguardError, match=r"_C.*: made for another torch.*both from one index \(libcudart"):
+        _load_operators()
 
 
 def candidates(seed, end_to_end=False, batch=1, boxes=400, classes=7):

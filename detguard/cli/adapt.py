@@ -54,7 +54,7 @@ def adapt(
         list[str] | None,
         typer.Option(
             help="Labelled photos of a new kind: a data.yaml, a COCO json, JSON lines, or a run of detguard attack "
-            "--data; repeatable."
+            "(without --data, by what was found in the clean photos); repeatable."
         ),
     ] = None,
     replay: Replay = None,

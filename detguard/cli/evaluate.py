@@ -72,15 +72,15 @@ SAVED = ("corruptions", "attack", "transfer", "blackbox")
 @app.command(
     epilog="""Examples:
 
-`detguard evaluate --data coco128`: clean, corrupted and attacked AP of the bundled detector
+`detguard evaluate --data my/data.yaml`: clean, corrupted and attacked AP of the bundled detector
 
 `detguard evaluate --model yolo11n --model yolov8n --data my/data.yaml --protocols clean,corruptions`
 
 `detguard evaluate --model best.pt --data instances_val.json --protocols attack,blackbox,checks --eps 2,4,8`
 
-`detguard evaluate --data coco128 --protocols clean --patch runs/patch/001/patch.png`: what a patch does to persons
+`detguard evaluate --data my/data.yaml --protocols clean --patch runs/patch/001/patch.png`: what a patch does to persons
 
-`detguard evaluate --data coco128 --protocols clean --universal runs/universal/001/universal.png`: what one change does
+`detguard evaluate --data my/data.yaml --protocols clean --universal runs/universal/001/universal.png`: what one change does
 
 `detguard evaluate --resume runs/evaluate/001`: go on with a run that was stopped"""
 )

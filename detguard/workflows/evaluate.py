@@ -27,6 +27,8 @@ from detguard.workflows.keywords import as_detectors, refuse_unknown
 
 # White-box steps and starts: of detectors, and where one of them is a defence.
 STEPS, RESTARTS = (20, 40), (1, 2)
+# A data set, by its name, that detectors which are judged by it have mostly learned.
+LEARNED = "coco128"
 # What stands for an option of `detguard evaluate`.
 ELSEWHERE = {
     "fail_under": "on the command line alone; compare the figures that are returned",
@@ -78,6 +80,11 @@ def load_subjects(
     known = (name for one in detectors for name in one.class_names.values())
     class_map = check_map(source["class_map"], known)
     dataset = read_dataset(source["source"], source["split"], images, source["limit"], class_map)
+    if source["source"] == LEARNED:
+        on_warning(
+            f"{LEARNED}: photos of COCO's training part; the bundled detectors and others trained on COCO have learned "
+            "them, and their AP on other photos is lower"
+        )
     subjects: list[Subject] = []
     ranks.given(lambda: Cache(cache, on_warning).begun)  # a damaged one is set aside before others open it
     kept = Cache(cache, on_warning, alone=ranks.count == 1)

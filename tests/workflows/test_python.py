@@ -281,6 +281,16 @@ def test_an_evaluation_warns_of_photos_that_turn_out_unreadable(bundled, small, 
         detguard.evaluate(bundled, tmp_path / "data.json", protocols=("clean",), cache=tmp_path / "c.sqlite")
 
 
+def test_an_evaluation_by_photos_that_detectors_have_mostly_learned_says_so(bundled, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind, name, content in (("images", "bus.png", encode_png(small)), ("labels", "bus.txt", b"0 .2 .6 .2 .5\n")):
+        folder = tmp_path / "datasets/coco128" / kind / "train2017"
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+    with pytest.warns(UserWarning, match="coco128: photos of COCO's training part"):
+        detguard.evaluate(bundled, "coco128", protocols=("clean",), cache=tmp_path / "c.sqlite")
+
+
 def example(name):
     path = Path(detguard.__file__).parent.parent / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
