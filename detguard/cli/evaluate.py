@@ -78,9 +78,9 @@ SAVED = ("corruptions", "attack", "transfer", "blackbox")
 
 `detguard evaluate --model best.pt --data instances_val.json --protocols attack,blackbox,checks --eps 2,4,8`
 
-`detguard evaluate --data my/data.yaml --protocols clean --patch runs/patch/001/patch.png`: what a patch does to persons
+`detguard evaluate --data data.yaml --protocols clean --patch runs/patch/001/patch.png`: what a patch does to persons
 
-`detguard evaluate --data my/data.yaml --protocols clean --universal runs/universal/001/universal.png`: what one change does
+`detguard evaluate --data data.yaml --protocols clean --universal runs/universal/001/universal.png`: one change for all
 
 `detguard evaluate --resume runs/evaluate/001`: go on with a run that was stopped"""
 )

@@ -75,7 +75,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Photos of a step.")]
 
 `detguard patch --resume runs/patch/001`: go on with one that was stopped
 
-`detguard evaluate --data my/data.yaml --protocols clean --patch runs/patch/001/patch.png`: what it does on other photos"""
+`detguard evaluate --data data.yaml --protocols clean --patch runs/patch/001/patch.png`: what it does on other photos"""
 )
 def patch(
     context: typer.Context,
@@ -127,7 +127,7 @@ def patch(
 
 `detguard universal --model yolo11n --data my/data.yaml --target person --hours 2 --device cuda`
 
-`detguard evaluate --data my/data.yaml --protocols clean --universal runs/universal/001/universal.png`: on other photos"""
+`detguard evaluate --data data.yaml --protocols clean --universal runs/universal/001/universal.png`: on other photos"""
 )
 def universal(
     context: typer.Context,
