@@ -424,6 +424,14 @@ class Wide(detguard.Linf):
         (lambda d: detguard.adapt("detguard-n-hard", d.weights, seed=-1), "`seed`: expected a whole number"),
     ],
 )
+        (
+            lambda d: detguard.attack(d, "a.png", aggregate="weighted", weights="1,1,2"),
+            r"`weights` '1,1,2': expected a tuple or list, as \(1, 1, 2\)",
+        ),
+        (
+            lambda d: detguard.attack(d, "a.png", objective=detguard.Flood(count=0)),
+            "`count`: expected a whole number, 1 to 300",
+        ),
 def test_wrong_options_are_refused_by_name_before_anything_is_made(call, named, bundled, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new = tmp_path / "new.jsonl"
