@@ -148,7 +148,8 @@ def monitor(
         photos: a data.yaml, a COCO json, a file of JSON lines; or photos as they come, {"photo": a path or a photo as
             `attack` takes it, "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}, boxes in pixels.
         drift: what tells a drop from chance: likelihood-ratio, adwin, page-hinkley or kswin.
-        window: photos that a judgement needs, and that AP is over, 8 or more.
+        window: photos that AP is over, 8 or more; a drop may be told after half as many, by kswin after four times
+            as many.
         split: of a data.yaml.
         images: folder of the photos of a COCO json, by default beside it; of no other photos.
         class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.

@@ -354,7 +354,7 @@ def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
         (lambda: detguard.evaluate([], "coco", resume="runs/evaluate/1"), TypeError, "command line alone"),
         (lambda: detguard.adapt("detguard-n"), DetguardError, "`new`"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl"), DetguardError, "gated ensemble"),
-        (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps'"),
+        (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps': that of the ensemble"),
         (lambda: detguard.patch(data="photos"), DetguardError, "`detector`"),
         (lambda: detguard.universal(resume="runs/universal/1", photos=2), DetguardError, "`resume`.*`photos`"),
         (lambda: detguard.universal(resume="runs/universal/1", eps=4), DetguardError, "`resume`.*`eps`"),
