@@ -78,7 +78,9 @@ def test_a_run_that_is_there_is_left_as_it_is(bundled, small, tmp_path, monkeypa
     assert "conf: 0.4\n" in (tmp_path / "run/config.yaml").read_text()  # the detector's own
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(DetguardError, match=r"already holds a run.*detguard attack --resume"):
-        list(detguard.attack(bundled, 255 - small, **options))
+        detguard.attack(bundled, 255 - small, **options)
+    with pytest.raises(DetguardError, match="already holds a run"):
+        detguard.monitor(bundled, [], out=tmp_path / "run")
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
@@ -212,7 +214,7 @@ def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_p
     half = Image.open(io.BytesIO(encode_png(small)[:9000]))
     closed = Image.fromarray(small)
     closed.close()
-    for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7], half, closed):
+    for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7], half, closed, None, 7):
         with pytest.raises(DetguardError, match="photo"):
             detguard.attack(bundled, nothing, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
