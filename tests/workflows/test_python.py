@@ -348,10 +348,11 @@ def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
         (lambda: detguard.harden(data="photos"), DetguardError, "`detector`"),
         (lambda: detguard.harden("detguard-n", "photos", photos=0), DetguardError, "`photos`: expected"),
         (lambda: detguard.harden("detguard-n", "photos", corruptions=["rain"]), DetguardError, "`corruptions` rain"),
+        (lambda: detguard.harden("detguard-n", "photos", corruptions="fog"), DetguardError, "`corruptions` 'fog': exp"),
         (lambda: detguard.harden("detguard-n", "photos", photo=1), TypeError, "'photo'"),
         (lambda: detguard.harden("detguard-n", resume="runs/harden/1"), DetguardError, "`resume`"),
         (lambda: detguard.evaluate([], "coco", step=1), TypeError, r"evaluate\(\) .*`steps`"),
-        (lambda: detguard.evaluate([], "coco", classes="person"), DetguardError, "`classes` person"),
+        (lambda: detguard.evaluate([], "coco", classes="person"), DetguardError, "`classes` 'person': exp"),
         (lambda: detguard.evaluate([], "coco"), DetguardError, r"`detector` \[\]: expected one"),
         (lambda: detguard.evaluate([], "coco", resume="runs/evaluate/1"), TypeError, "command line alone"),
         (lambda: detguard.adapt("detguard-n"), DetguardError, "`new`"),
@@ -405,6 +406,12 @@ class Wide(detguard.Linf):
                 ({"seed": None}, "`seed`: expected a whole number"),
                 ({"patch": Path("none.png"), "patch_size": np.float64(3)}, "`patch_size`: expected a number"),
                 ({"patch_target": "persn"}, "`patch_target`: goes with `patch`"),
+                ({"protocols": ("clean",), "eps": (2, 4)}, "`eps`: goes with `protocols` attack or transfer or"),
+                ({"protocols": ("blackbox",), "eps": (2, 4)}, "`eps` 2,4: several go with `protocols` attack"),
+                ({"protocols": ("clean",), "steps": 2}, "`steps`: goes with `protocols` attack or transfer or"),
+                ({"protocols": ("attack",), "severities": (1,)}, "`severities`: goes with `protocols` corruptions"),
+                ({"protocols": ("clean",), "save_images": True, "out": "run"}, "`save_images`: goes with `protocols`"),
+                ({"queries": 5}, "`queries`: goes with `protocols` blackbox or checks, or a detector without"),
             ]
         ),
         (lambda d: detguard.evaluate(d, "coco", save_images=True), "`save_images`: goes with `out`"),
@@ -417,6 +424,14 @@ class Wide(detguard.Linf):
         (lambda d: detguard.attack(d, "a.png", transforms=5), "`transforms` 5: expected specs, as 'median:3"),
         (lambda d: detguard.harden(d, "photos", transforms=5), "`transforms` 5: expected specs, as 'median:3"),
         (lambda d: detguard.attack(d, "a.png", conf=np.float64(2)), "`conf`: expected a number"),
+        (
+            lambda d: detguard.attack(d, "a.png", aggregate="weighted", weights="1,1,2"),
+            r"`weights` '1,1,2': expected a tuple or list, as \(1, 1, 2\)",
+        ),
+        (
+            lambda d: detguard.attack(d, "a.png", objective=detguard.Flood(count=0)),
+            "`count`: expected a whole number, 1 to 300",
+        ),
         (lambda d: detguard.universal(d, "photos", eps=128), "`eps` 128: expected whole levels of 1..127"),
         (lambda d: detguard.patch(d, "photos", hours=0), "`hours`: expected a number"),
         (lambda d: detguard.monitor(d, [], class_map={"rider": "persn"}), "did you mean rider=person"),
@@ -426,14 +441,6 @@ class Wide(detguard.Linf):
         (lambda d: detguard.adapt("detguard-n-hard", d.weights, seed=-1), "`seed`: expected a whole number"),
     ],
 )
-        (
-            lambda d: detguard.attack(d, "a.png", aggregate="weighted", weights="1,1,2"),
-            r"`weights` '1,1,2': expected a tuple or list, as \(1, 1, 2\)",
-        ),
-        (
-            lambda d: detguard.attack(d, "a.png", objective=detguard.Flood(count=0)),
-            "`count`: expected a whole number, 1 to 300",
-        ),
 def test_wrong_options_are_refused_by_name_before_anything_is_made(call, named, bundled, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new = tmp_path / "new.jsonl"
