@@ -8,8 +8,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
+import tempfile
 import unicodedata
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -35,6 +38,14 @@ MAX_ALIASED = 4
 _NESTED = (dict, list)
 # Parts of a tree, each of which takes some hundred bytes when it is read.
 MAX_EVENTS = 5_000_000
+
+
+class Temporary:
+    """A folder that is there as long as this is."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="detguard-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 class FileError(DetguardError):

@@ -1,7 +1,7 @@
 """What the files of a run hold, by command. A stranger may have written them: they are checked before they are used."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -104,6 +104,17 @@ def _plain(value: Any) -> Any:
 def partly(shape: dict[str, Shape]) -> Shape:
     """The shape of some of the values that a mapping may hold."""
     return {f"{name.rstrip('?')}?": of for name, of in shape.items()}
+
+
+def several(name: str, given: Any, example: object) -> tuple[Any, ...]:
+    """The values of an option that is of several; name, example: of it, for errors.
+
+    Raises:
+        DetguardError: they are no such, as one alone, or the text that the command line takes.
+    """
+    if isinstance(given, str | Set) or not isinstance(given, Iterable):
+        raise DetguardError(f"`{name}` {given!r}: expected a tuple or list, as {example}")
+    return tuple(given)
 
 
 def whole(least: int = -MOST, most: int = MOST) -> Kind:

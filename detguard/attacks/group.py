@@ -31,7 +31,7 @@ from detguard.detectors.base import Detector, to_photo
 from detguard.engine import with_gradients
 from detguard.objectives.base import Objective
 from detguard.photos import Letterbox, Photo, frames_tensor, photo_seed
-from detguard.schema import Config
+from detguard.schema import Config, several
 from detguard.transforms.base import GradientRule, Transform, seen
 from detguard.transforms.warp import Warp
 
@@ -124,7 +124,7 @@ class AttackOptions:
     def config(self) -> Config:
         """What a run keeps of them, as plain values; `stop` is left out, as every run stops."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("budget", "stop")}
-        weights = None if self.weights is None else [float(one) for one in self.weights]
+        weights = None if self.weights is None else list(map(float, several("weights", self.weights, (1, 1, 2))))
         return self.budget.config() | kept | {"weights": weights}
 
     def check(self, members: int, detectors: int = 1) -> None:

@@ -111,7 +111,7 @@ def stages(
         DetguardError: there are none, a photo cannot be read, or the detector has no gradient.
     """
     if not detector.differentiable:
-        raise DetguardError(f"{detector.name}: has no gradient, by which a picture learns; give another `model`")
+        raise DetguardError(f"{detector.name}: has no gradient, by which a picture learns; give another `detector`")
     made = []
     for file, objects in photos:
         photo = read_photo(file)  # where labels say what it shows, too: one cut short would end the learning midway

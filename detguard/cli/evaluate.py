@@ -37,7 +37,6 @@ from detguard.cli.app import (
     loaded,
     only_of_splits,
     only_resumes,
-    only_with,
     out,
     progress_bar,
     run_folder,
@@ -60,13 +59,6 @@ if TYPE_CHECKING:
 
 # Warnings of one kind that are shown one by one; the rest is counted.
 MOST_SHOWN = 3
-# Options, and the protocols to which they say something; those that show photos which can be saved.
-USED_BY = {
-    ("severities", "corruptions"): ("corruptions",),
-    ("eps", "queries"): ("attack", "transfer", "blackbox", "checks"),
-    ("steps", "restarts", "attacks"): ("attack", "transfer", "checks"),
-}
-SAVED = ("corruptions", "attack", "transfer", "blackbox")
 
 
 @app.command(
@@ -188,7 +180,16 @@ def evaluate(
     from detguard.evaluation.pictures import check_pictures
     from detguard.evaluation.run import measure_cost
     from detguard.runs import Run, shared_run
-    from detguard.workflows.evaluate import RESTARTS, STEPS, load_subjects, plan, strength, warn_unchecked
+    from detguard.workflows.evaluate import (
+        RESTARTS,
+        STEPS,
+        load_subjects,
+        only_of_gradients,
+        only_of_protocols,
+        plan,
+        strength,
+        warn_unchecked,
+    )
 
     ranks = start_ranks(device)
     device = str(ranks.device) if ranks.count > 1 else device
@@ -204,8 +205,6 @@ def evaluate(
         out_folder = run_folder(context)
         if not data:
             raise DetguardError("--data: give a data.yaml, a COCO instances json or a known name (or --resume RUN)")
-        if not patch:
-            only_with(context, ("patch_target", "patch_size"), "--patch")
         only_of_splits(context, [data])
         models = model or [defaults.MODEL]
         config = {
@@ -229,10 +228,10 @@ def evaluate(
             "arguments": sys.argv[1:],
         }  # fmt: skip
         asked = plan(config["evaluate"], len(models))
-        only_of_protocols(context, asked)
+        only_of_protocols(given(context), asked)
         detectors = loaded(context, *models, device=device)
         tell_apart(detectors)
-        only_of_gradients(context, asked, [one.differentiable for one in detectors])
+        only_of_gradients(given(context), asked, detectors)
         config["evaluate"] |= strength(detectors, steps, restarts)
         config["detectors"] = [detector_config(d, name) for d, name in zip(detectors, models, strict=True)]
     wanted = plan(config["evaluate"], len(detectors))
@@ -255,34 +254,6 @@ def evaluate(
         err.say(cost_line(cost))
     run = run or shared_run(ranks, lambda: Run.create("evaluate", out_folder, config, exist_ok=exist_ok))
     sys.exit(run_evaluation(run, subjects, wanted, lost, floors, ranks, cost.passes, as_json=as_json))
-
-
-def only_of_protocols(context: typer.Context, asked: "Protocols") -> None:
-    """See that no option is given that says something of other protocols than those that are asked for.
-
-    Raises:
-        DetguardError: one is.
-    """
-    for names, protocols in USED_BY.items():
-        if not set(protocols) & set(asked.protocols):
-            only_with(context, names, f"--protocols {' or '.join(protocols)}")
-    if "attack" not in asked.protocols and len(asked.eps) > 1 and "eps" in given(context):
-        raise DetguardError(f"--eps {context.params['eps']}: several go with --protocols attack; the others take one")
-    if not set(SAVED) & set(asked.protocols) and not asked.by_files:
-        other = f"--protocols {' or '.join(SAVED)}, or --patch, --universal or --corruption-file"
-        only_with(context, ("save_images",), other)
-
-
-def only_of_gradients(context: typer.Context, asked: "Protocols", differentiable: list[bool]) -> None:
-    """See that no option is given of white-box attacks where no detector has a gradient, nor of Square where all have.
-
-    Raises:
-        DetguardError: one is.
-    """
-    if not any(differentiable):
-        only_with(context, ("steps", "restarts", "attacks"), "a detector that has a gradient")
-    if all(differentiable) and not {"blackbox", "checks"} & set(asked.protocols):
-        only_with(context, ("queries",), "--protocols blackbox or checks, or a detector without gradient")
 
 
 def cost_line(cost: "Cost") -> str:

@@ -122,7 +122,7 @@ def harden(
         list[str] | None,
         typer.Option(
             help="Run of detguard attack, whose photos become a quarter of the adversarial frames; repeatable. "
-            "--teacher is asked what is in the clean ones."
+            "What is in the clean ones is, by --learn, what --teacher says, their labels, or both."
         ),
     ] = None,
     teacher: Annotated[

@@ -95,7 +95,8 @@ def monitor(
         typer.Option(
             min=8,
             max=MOST,
-            help='Photos before "no drop" is said, and that AP is over; a drop may be told after half of them.',
+            help='Photos before "no drop" is said, and that AP is over; a drop may be told after half of them (by '
+            "kswin both after four times as many).",
         ),
     ] = defaults.Monitor.window,
     imgsz: ImageSize = None,

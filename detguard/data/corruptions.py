@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from detguard import DetguardError
 from detguard.photos import Photo
+from detguard.schema import several
 
 SEVERITIES = (1, 2, 3, 4, 5)
 Floats = NDArray[np.float32]
@@ -194,7 +195,7 @@ def chosen_kinds(names: Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         DetguardError: one of them is not known, or there is none.
     """
-    kinds = tuple(KINDS if names is None else names)
+    kinds = tuple(KINDS) if names is None else several("corruptions", names, ("fog", "snow"))
     if not kinds or not set(kinds) <= KINDS.keys():
         raise DetguardError(f"`corruptions` {','.join(kinds)}: expected some of {', '.join(KINDS)}")
     return kinds

@@ -84,6 +84,8 @@ def _frames(detector: Detector, photo: Photo, number: int = 1) -> Tensor:
 
 
 def _shapes(detector: Detector, photo: Photo, conf: float) -> str:
+    if not isinstance(detector.device, torch.device):
+        raise Broken(f"device {detector.device!r}: expected a torch.device, as torch.device({detector.device!r})")
     found = detector.candidates(_frames(detector, photo, 2))
     shape = (2, found.boxes.shape[1], len(detector.class_names))
     if tuple(found.logits.shape) != shape:
@@ -201,7 +203,7 @@ def _settings(detector: Detector, photo: Photo, conf: float) -> str:
 PROMISES: dict[str, tuple[Callable[[Detector, Photo, float], str], str]] = {
     "candidates have the shapes that class_names say": (
         _shapes,
-        "logits [B, N, C], boxes [B, N, 4], class_names from 0",
+        "logits [B, N, C], boxes [B, N, 4], class_names from 0, device a torch.device",
     ),
     "something is found in the photo": (
         _something,

@@ -25,7 +25,7 @@ def nearly_custom(name: str | Path) -> str | None:
 def load_custom(name: str, device: str = "cpu", *, trust: bool) -> Detector:
     """The detector that a function returns; its module is looked for in the working folder, too.
 
-    factory: takes the torch device as its only argument.
+    factory: takes the name of a torch device, as `cuda:0`, alone; `self.device = torch.device(device)`.
 
     Raises:
         DetguardError: it is not trusted to run, cannot be imported, or returns something else.

@@ -55,9 +55,11 @@ def load_detector(
     """A detector by bundled name, file (.pt, .safetensors, .onnx), or name of Ultralytics or torchvision (yolo11n).
 
     Args:
-        name: one of these, or an `ultralytics.YOLO` object, as it is in memory: a copy, which its further training does
-            not change; or `module:factory`, a function of yours that returns a `Detector` (with `trust`).
-        imgsz: longest side of a frame, 32..4096 px; by default what the weights were made for.
+        name: one of these, a folder or hub name of transformers', an `ultralytics.YOLO` object, as it is in memory: a
+            copy, which its further training does not change; or `module:factory`, a function of yours that returns a
+            `Detector` (with `trust`).
+        imgsz: longest side of a frame, 32..4096 px, rounded up to a multiple of the network's stride, where it has one;
+            by default what the weights were made for.
         trust: unpickle a .pt, which lets it run any code, instead of reading it as data; or call the function that a
             name like `module:factory` means.
         device: of torch: cpu, cuda, 0 or cuda:0, xpu or mps; by default a GPU where CUDA finds one, else (and for

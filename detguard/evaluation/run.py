@@ -60,6 +60,7 @@ from detguard.evaluation.views import (
 )
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
+from detguard.schema import several
 
 PROTOCOLS = ("clean", "corruptions", "attack", "transfer", "blackbox", "checks")
 # Options that are of several values.
@@ -116,8 +117,7 @@ class Protocols:
 
     def __post_init__(self) -> None:
         for name in SEVERAL:
-            if isinstance(given := getattr(self, name), str) or not isinstance(given, Sequence):
-                raise DetguardError(f"`{name}` {given!r}: expected a tuple or list, as {getattr(Protocols, name)[:2]}")
+            object.__setattr__(self, name, several(name, getattr(self, name), getattr(Protocols, name)[:2]))
         known = {"protocols": PROTOCOLS, "severities": SEVERITIES, "attacks": ATTACKS, "corruptions": PUBLISHED}
         for name, some in known.items():
             for one in getattr(self, name):
@@ -236,8 +236,8 @@ def evaluate(
 ) -> Evaluation:
     """Show everything, score it, and write metrics.json, draws.json, per_class.csv and detections/ of the run.
 
-    on_progress: called with what is being shown and how much of the total `cost` is done; ranks: each shows its share,
-    and the first alone scores: for the others nothing comes out.
+    on_progress: called with what is being shown, and how much of the total `cost` that was since the last call; ranks:
+    each shows its share, and the first alone scores: for the others nothing comes out.
     """
     filled = False
     while not filled:

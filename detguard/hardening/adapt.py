@@ -59,7 +59,8 @@ class Adaptation:
         batch: frames per batch, of all processes together.
         rate: learning rate, in proportion to weights.
         seed: of all that is random.
-        eps: budget of the attacks that old photos are shown under, levels of 255.
+        eps: budget of the attacks that old photos are shown under, levels of 255; of `adapt` no keyword, as it is that
+            of the ensemble's hardening.
 
     Raises:
         DetguardError: an option is not one of those known.

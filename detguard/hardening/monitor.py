@@ -120,8 +120,8 @@ class Levels(TypedDict):
 class Monitor:
     """Told the quality of one photo after the other, in order; says where it has clearly dropped.
 
-    kind: one of DRIFT; window: photos that a judgement needs. After a change, up or down, it starts anew from there.
-    levels: of the last drop that it told.
+    kind: one of DRIFT; window: photos, by which each says after how many it judges (`needed`). After a change, up or
+    down, it starts anew from there. levels: of the last drop that it told.
 
     Raises:
         DetguardError: no such kind.

@@ -364,7 +364,10 @@ def class_word(target: str | int, class_names: Mapping[int, str]) -> str:
     """
     name = class_names[target] if isinstance(target, int) else target
     if SEPARATOR in name or ARROW in name:
-        raise DetguardError(f"`targets` '{name}': classes whose names hold {SEPARATOR} or {ARROW} cannot be attacked")
+        raise DetguardError(
+            f"`targets` '{name}': classes whose names hold {SEPARATOR} or {ARROW} cannot be attacked; give several as "
+            '("person", "bus"), and what they become as Mislabel({"person": "car"})'
+        )
     return name
 
 

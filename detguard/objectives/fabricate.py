@@ -34,7 +34,7 @@ class Fabricate(Goal):
 
     Attributes:
         targets: one class name or several, or "all"; by default "person".
-        count: objects to find where there are none, 1 or more.
+        count: objects to find where there are none, 1..300.
     """
 
     kind: ClassVar[str] = "fabricate"

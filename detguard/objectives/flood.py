@@ -18,7 +18,7 @@ class Flood(Goal):
 
     Attributes:
         targets: one class name or several; by default "all".
-        count: objects to find in all; 100 is what every family can answer, of which some stop there.
+        count: objects to find in all, 1..300; 100 is what every family can answer, of which some stop there.
     """
 
     kind: ClassVar[str] = "flood"

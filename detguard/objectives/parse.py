@@ -28,7 +28,7 @@ def read_goal(words: Config) -> Goal:
         raise DetguardError(f"`goal` '{kind}': expected one of {', '.join(GOALS)}")
     goal = GOALS[kind]
     options = ("to", "strict", "object", "box", "count")
-    given = {name: words[name] for name in options if words[name] not in (None, False)}
+    given = {name: words[name] for name in options if words[name] is not None and words[name] is not False}
     for name in (name for name in given if name not in goal.takes):
         takers = [other for other, taker in GOALS.items() if name in taker.takes]
         raise DetguardError(f"`{name}`: goes with `goal` {' or '.join(takers)}, not with {kind}")

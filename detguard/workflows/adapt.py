@@ -53,6 +53,8 @@ VIEWS, MOST_VIEWS = 50, 5_000
 AUTO = defaults.Adapt.mode
 # Old photos that are judged under attack, at most: as many as tell of a collapse.
 MOST_ATTACKED = 8
+# What stands for an option of others.
+ELSEWHERE = {"eps": "that of the ensemble's hardening"}
 # Of a run, its new photos and the old ones that are labelled.
 KEPT = ("new.jsonl", "replay.jsonl")
 
@@ -339,7 +341,7 @@ def adapt(
         >>> made.before["new"]["AP50"], made.after["new"]["AP50"]  # doctest: +SKIP
     """
     arguments = locals()
-    refuse_unknown("adapt", plan, Adaptation.__dataclass_fields__.keys() - {"eps"})
+    refuse_unknown("adapt", plan, Adaptation.__dataclass_fields__.keys() - {"eps"}, ELSEWHERE)
     workers = check({"workers": workers}, {"workers": shape_of_workers})["workers"]
     if resume is not None:
         only_resumes(adapt, arguments)

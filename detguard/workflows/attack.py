@@ -1,9 +1,6 @@
 """Attack photos and judge what was saved, from Python."""
 
 import json
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,7 +17,7 @@ from detguard.attacks.group import DEFAULT, AttackOptions, Attempt
 from detguard.attacks.run import PHOTO, Job, attack_photos, plan_attack, verify_run
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
-from detguard.files import write_file
+from detguard.files import Temporary, write_file
 from detguard.objectives import Vanish
 from detguard.objectives.base import Goal
 from detguard.objectives.parse import parse_goal, read_goal
@@ -140,14 +137,6 @@ class Members(dict[str, Record]):
         raise KeyError(name) if self else DetguardError(self._why)
 
 
-class Temporary:
-    """A folder that is there as long as this is."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="detguard-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-
-
 def attack_config(
     detectors: Sequence[Detector],
     options: AttackOptions,
@@ -218,7 +207,7 @@ def attack(
             `Fabricate("person", count=2)` or `Flood()`, each with `only=Selection(...)` or `keep_others=True`.
         transforms: the group beside the photo, as of the command line; "none" for none.
         budget: `Linf(levels)`, `L2(size)`, or part of a photo by `Masked.of`; `Linf(4)` by default.
-        out: folder of a run as `detguard attack` writes it, but for its page, report.html; by default a temporary one.
+        out: folder of a run as `detguard attack` writes it; by default a temporary one.
         on_step: shown the attacks that are under way after each of their steps.
         **options: the fields of `AttackOptions`: `conf` (by default the first detector's own), `step`, `steps`, `rule`,
             `aggregate`, `weights`, `schedule`, `gradient`, `momentum`, `random_start`, `margin`, `smallest`,
@@ -229,8 +218,9 @@ def attack(
             given in; its `key` tells which it is of: photo-002 of the second, where that is no file.
 
     Raises:
-        DetguardError: an option is wrong, a class is not known, a photo is of no kind above, or the detector has no
-            gradient and `black_box` is not asked for.
+        DetguardError: an option is wrong, a class is not known, a photo is of no kind above, the detector has no
+            gradient and `black_box` is not asked for, or `out` holds a run already.
+        MemoryError: there is too little memory, and no photo has been attacked yet; later, such a photo has an `error`.
         TypeError: `options` are no such fields; says where else an option of the command line is.
 
     Examples:
@@ -251,30 +241,22 @@ def attack(
     given = [source for photo in _listed(photos) for source in _sources(photo)]
     if not given:
         raise DetguardError("photos: expected at least one")
-    return _attack(detectors, given, config, None if out is None else Path(out), on_step)
-
-
-def _attack(
-    detectors: Sequence[Detector],
-    photos: Sequence[Path | bytes],
-    config: Config,
-    out: Path | None,
-    on_step: Callable[[Sequence[Attempt]], None] | None,
-) -> Iterator[Result]:
     kept = Temporary() if out is None else None
     folder = kept.folder if kept else Path(str(out))
-    names = [f"{INPUTS}/photo-{number:03}.png" for number in range(1, len(photos) + 1)]
-    inputs = {name: one for name, one in zip(names, photos, strict=True) if isinstance(one, bytes)}
-    files = [folder / name if isinstance(one, bytes) else one for name, one in zip(names, photos, strict=True)]
+    names = [f"{INPUTS}/photo-{number:03}.png" for number in range(1, len(given) + 1)]
+    inputs = {name: one for name, one in zip(names, given, strict=True) if isinstance(one, bytes)}
+    files = [folder / name if isinstance(one, bytes) else one for name, one in zip(names, given, strict=True)]
     run = Run.create("attack", folder, config | {"photos": [str(file) for file in files]}, inputs)
-    for record in attack_photos(attack_job(run, detectors), photo_keys(files), on_step):
-        yield Result(record["key"], record, folder, kept)
+    records = attack_photos(attack_job(run, detectors), photo_keys(files), on_step)
+    return (Result(record["key"], record, folder, kept) for record in records)
 
 
 def _listed(photos: Source | Iterable[Source]) -> list[Source]:
     if isinstance(photos, str | Path | Image.Image):
         return [photos]
-    return [photos] if isinstance(photos, np.ndarray | torch.Tensor) and photos.ndim < 4 else list(photos)
+    if isinstance(photos, np.ndarray | torch.Tensor) and photos.ndim < 4:
+        return [photos]
+    return list(photos) if isinstance(photos, Iterable) else [photos]  # which is none, as `as_photo` says
 
 
 def _sources(photo: Source) -> Sequence[Path | bytes]:

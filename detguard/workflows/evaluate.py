@@ -2,7 +2,7 @@
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,20 @@ from detguard.evaluation.run import evaluate as run_protocols
 from detguard.evaluation.views import LOWEST_CONFIDENCE, Subject
 from detguard.ranks import ALONE, Ranks
 from detguard.runs import Run
-from detguard.schema import CONFIGS, Config, check, partly
+from detguard.schema import CONFIGS, Config, check, partly, several
 from detguard.workflows.keywords import as_detectors, refuse_unknown
 
 # White-box steps and starts: of detectors, and where one of them is a defence.
 STEPS, RESTARTS = (20, 40), (1, 2)
 # A data set, by its name, that detectors which are judged by it have mostly learned.
 LEARNED = "coco128"
+# Options, and the protocols to which they say something; those that show photos which can be saved.
+USED_BY = {
+    ("severities", "corruptions"): ("corruptions",),
+    ("eps", "queries"): ("attack", "transfer", "blackbox", "checks"),
+    ("steps", "restarts", "attacks"): ("attack", "transfer", "checks"),
+}
+SAVED = ("corruptions", "attack", "transfer", "blackbox")
 # What stands for an option of `detguard evaluate`.
 ELSEWHERE = {
     "fail_under": "on the command line alone; compare the figures that are returned",
@@ -51,6 +58,43 @@ def plan(options: Config, detectors: int) -> Protocols:
     if "transfer" in wanted.protocols and detectors < 2:
         raise DetguardError("`protocols` transfer: needs two detectors or more, `detector` A `detector` B")
     return wanted
+
+
+def only_of_protocols(given: Collection[str], asked: Protocols) -> None:
+    """See that no option is given, of those by name, that says something of other protocols than those asked for.
+
+    Raises:
+        DetguardError: one is.
+    """
+    if asked.patch is None:
+        _only_with(given, ("patch_target", "patch_size"), "`patch`")
+    for names, protocols in USED_BY.items():
+        if not set(protocols) & set(asked.protocols):
+            _only_with(given, names, f"`protocols` {' or '.join(protocols)}")
+    if "attack" not in asked.protocols and len(asked.eps) > 1 and "eps" in given:
+        eps = ",".join(map(str, asked.eps))
+        raise DetguardError(f"`eps` {eps}: several go with `protocols` attack; the others take one")
+    if not set(SAVED) & set(asked.protocols) and not asked.by_files:
+        other = f"`protocols` {' or '.join(SAVED)}, or `patch`, `universal` or `corruption_file`"
+        _only_with(given, ("save_images",), other)
+
+
+def only_of_gradients(given: Collection[str], asked: Protocols, detectors: Sequence[Detector]) -> None:
+    """See that no option is given of white-box attacks where no detector has a gradient, nor of Square where all have.
+
+    Raises:
+        DetguardError: one is.
+    """
+    differentiable = [one.differentiable for one in detectors]
+    if not any(differentiable):
+        _only_with(given, ("steps", "restarts", "attacks"), "a detector that has a gradient")
+    if all(differentiable) and not {"blackbox", "checks"} & set(asked.protocols):
+        _only_with(given, ("queries",), "`protocols` blackbox or checks, or a detector without gradient")
+
+
+def _only_with(given: Collection[str], names: Collection[str], other: str) -> None:
+    if alone := [name for name in given if name in names]:
+        raise DetguardError(f"`{alone[0]}`: goes with {other}")
 
 
 def strength(detectors: Sequence[Detector], steps: int | None, restarts: int | None) -> dict[str, int]:
@@ -161,7 +205,8 @@ def evaluate(
         out: folder for metrics.json, per_class.csv and what was found; by default none is kept (but for `cache`).
         cache: SQLite file of what was found before, which is not done again; by default runs/evaluate/cache.sqlite in
             the working folder.
-        on_progress: called with what is being shown and how many forward passes are done.
+        on_progress: called with what is being shown, and how many forward passes that was since the last call; those
+            known from `cache` count.
         **protocols: the fields of `Protocols`: `protocols`, `severities`, `eps`, `attacks`, `queries`,
             `seed`, `batch`, `patch`, `patch_target`, `patch_size`, `universal`, `corruptions`, `corruption_file`,
             `save_images`.
@@ -177,21 +222,22 @@ def evaluate(
         >>> metrics["detguard-n"]["attack"]["AP50"]  # doctest: +SKIP
     """
     refuse_unknown("evaluate", protocols, Protocols.__dataclass_fields__.keys(), ELSEWHERE)
-    if isinstance(classes, str):
-        raise DetguardError(f'`classes` {classes}: expected a sequence of names, as ("{classes}",)')
-    if alone := [name for name in ("patch_target", "patch_size") if name in protocols and not protocols.get("patch")]:
-        raise DetguardError(f"`{alone[0]}`: goes with `patch`")
+    names = None if classes is None else list(several("classes", classes, ("person", "car")))
     detectors = as_detectors(detector)
     if protocols.get("save_images") and out is None:
         raise DetguardError("`save_images`: goes with `out`, the folder where they are kept")
     wanted = plan(protocols | strength(detectors, steps, restarts), len(detectors))
+    said = protocols | {"steps": steps, "restarts": restarts}
+    given = [name for name, value in said.items() if value is not None and value is not False]
+    only_of_protocols(given, wanted)
+    only_of_gradients(given, wanted, detectors)
     config: Config = {
         "detectors": [detector_config(one, one.source) for one in detectors],
         "data": {
             "source": str(data),
             "split": split,
             "images": None if images is None else str(images),
-            "classes": None if classes is None else list(classes),
+            "classes": names,
             "limit": limit,
             "class_map": dict(class_map or {}),
         },

@@ -419,8 +419,8 @@ def harden(
         data: folders or patterns of photos, or data.yaml, COCO json or JSON lines files.
         teacher: detector to imitate, as `detector`; by default the same.
         pretrain: photos by which the backbone is made robust first, by default none.
-        samples: runs of `attack`, whose photos become a quarter of the adversarial frames; what is wanted of them is
-            what the teacher says of the clean ones.
+        samples: runs of `attack`, whose photos become a quarter of the adversarial frames; what is wanted of them is,
+            by `learn`, what the teacher says of the clean ones, their labels, or both.
         imgsz: longest side of a frame, px, by default the detector's.
         corruptions: kinds of hard photos, by default all 15.
         class_map: names of classes in labelled data -> the detector's, as {"pedestrian": "person"}.

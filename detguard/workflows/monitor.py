@@ -3,9 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from detguard import DetguardError, defaults
@@ -17,7 +15,7 @@ from detguard.data.stream import Labelled, from_records, to_lines
 from detguard.detections import Detections
 from detguard.detectors.base import Detector
 from detguard.detectors.load import detector_config
-from detguard.files import JsonObject
+from detguard.files import JsonObject, Temporary
 from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Monitor, alarmed, latest, observe
 from detguard.photos import as_photo, encode_png
 from detguard.runs import INPUTS, Record, Run
@@ -148,7 +146,8 @@ def monitor(
         photos: a data.yaml, a COCO json, a file of JSON lines; or photos as they come, {"photo": a path or a photo as
             `attack` takes it, "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}, boxes in pixels.
         drift: what tells a drop from chance: likelihood-ratio, adwin, page-hinkley or kswin.
-        window: photos that a judgement needs, and that AP is over, 8 or more.
+        window: photos that AP is over, 8 or more; a drop may be told after half as many, by kswin after four times
+            as many.
         split: of a data.yaml.
         images: folder of the photos of a COCO json, by default beside it; of no other photos.
         class_map: names of classes in the data -> the detector's, as {"pedestrian": "person"}.
@@ -164,7 +163,7 @@ def monitor(
             confidence has dropped; when {"id", "objects"} come, the photo gets a second record.
 
     Raises:
-        DetguardError: an option is wrong, or the data set cannot be read.
+        DetguardError: an option is wrong, the data set cannot be read, or `out` holds a run already.
 
     Examples:
         >>> import detguard
@@ -197,23 +196,22 @@ def monitor(
     config = check(config, partly(CONFIGS["monitor"]))
     Monitor(drift, config["monitor"]["window"])  # which knows the kinds
     shown = open_stream(source, detector) if isinstance(photos, str | Path) else photos
-    return _monitor(detector, shown, config, None if out is None else Path(out))
+    kept = Temporary() if out is None else None
+    run = Run.create("monitor", kept.folder if kept else Path(str(out)), config)
+    return _monitor(detector, shown, run, kept)
 
 
-def _monitor(detector: Detector, photos: Iterable[Any], config: Config, out: Path | None) -> Iterator[Record]:
-    with ExitStack() as held:
-        folder = out or held.enter_context(TemporaryDirectory(prefix="detguard-", ignore_cleanup_errors=True))
-        run = Run.create("monitor", Path(folder), config)
-        if config["stream"]["source"] == LIVE:
-            given = (_on_disk(run, number, photo) for number, photo in enumerate(photos, 1))
-            photos = from_records(given, detector.class_names, class_map=config["stream"]["class_map"])
-        kind, window = config["monitor"]["detector"], config["monitor"]["window"]
-        drops = Drops(run)
-        for record in observe(run, Deployment(detector), photos, kind, window):
-            drops.saw(record)
-            yield record
-            if out is None and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
-                Path(record["photo"]).unlink(missing_ok=True)
+def _monitor(detector: Detector, photos: Iterable[Any], run: Run, kept: Temporary | None) -> Iterator[Record]:
+    stream, options = run.config["stream"], run.config["monitor"]
+    if stream["source"] == LIVE:
+        given = (_on_disk(run, number, photo) for number, photo in enumerate(photos, 1))
+        photos = from_records(given, detector.class_names, class_map=stream["class_map"])
+    drops = Drops(run)
+    for record in observe(run, Deployment(detector), photos, options["detector"], options["window"]):
+        drops.saw(record)
+        yield record
+        if kept and Path(record["photo"]).parent == run.path(INPUTS):  # a stream may never end
+            Path(record["photo"]).unlink(missing_ok=True)
 
 
 def _on_disk(run: Run, number: int, photo: Any) -> JsonObject | DataError:

@@ -88,6 +88,14 @@ class Sociable(UltralyticsDetector):
         return Candidates(found.logits - found.logits.mean((0, 1)), found.boxes)
 
 
+class Named(UltralyticsDetector):
+    """Keeps of its device what the function that makes it is told."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.device = str(self.device)
+
+
 class Stubborn(UltralyticsDetector):
     @override
     def predict(self, source, conf, iou=None):
@@ -98,7 +106,7 @@ class Stubborn(UltralyticsDetector):
     ("kind", "broken"),
     [
         (Fewer, SHAPES), (Shy, SOMETHING), (Detached, GRADIENT), (Shifted, PATHS), (Learning, STATE),
-        (Sociable, BATCH), (Stubborn, SETTINGS), (UltralyticsDetector, None),
+        (Sociable, BATCH), (Stubborn, SETTINGS), (Named, SHAPES), (UltralyticsDetector, None),
     ],
 )  # fmt: skip
 def test_each_promise_is_missed_where_it_is_broken(bundled, small, kind, broken):

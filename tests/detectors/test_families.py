@@ -1,4 +1,7 @@
+import ast
+import inspect
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,12 @@ from torch import nn
 
 from detguard import DetguardError
 from detguard.detectors import families
-from detguard.detectors.base import Detector, Family
+from detguard.detectors.base import KNOWN_LAYERS, Detector, Family
 from detguard.detectors.load import build_model, load_detector
+from detguard.runs import LIBRARIES
+
+# What files of families import that does not decide what a detector finds.
+BESIDE = {"huggingface_hub", "onnx", "packaging", "safetensors", "typing_extensions"}
 
 
 class Dots(nn.Module):
@@ -77,3 +84,14 @@ def test_options_that_a_family_does_not_take_are_refused(dots, option):
 def test_a_gated_ensemble_has_no_head_without_nms():
     with pytest.raises(DetguardError, match="`end_to_end`: detguard-n-hard"):
         load_detector("detguard-n-hard", end_to_end=True)
+
+
+def test_libraries_of_families_are_known_to_runs_and_to_hashes():
+    files = {Path(inspect.getfile(type(family))) for family in families.FAMILIES}
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    named += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    libraries = {name.partition(".")[0] for name in named} - sys.stdlib_module_names - BESIDE - {"detguard"}
+    assert libraries >= {"torchvision", "transformers", "ultralytics"}
+    assert libraries <= set(LIBRARIES)
+    assert libraries - {"numpy", "onnxruntime"} <= KNOWN_LAYERS  # these two have none

@@ -105,6 +105,7 @@ def test_there_is_no_such_goal():
         Vanish(), Vanish(["bus", "person"], True), Vanish(only=Selection((2, 1), (1.0, 2.0, 3.0, 4.0))),
         Mislabel({"person": "bus", "bus": "other"}), Mislabel("bus", "train", keep_others=True),
         Mislabel(["person", "bus"], "other"), Untargeted(measure="confidence"), Fabricate("bus", count=3), Flood(),
+        Flood(count=0),
     ],
 )  # fmt: skip
 def test_goals_are_kept_in_words(classes, goal):
@@ -139,7 +140,7 @@ def test_names_and_indices_mean_the_same_classes(classes):
         (lambda: Vanish(["bus", None]), "`targets` None: expected names"),
         (lambda: Selection((0,)), "`objects`: expected"),
         (lambda: Selection("3"), "`objects`: expected"),
-        (lambda: Vanish("a,b").words({}), "cannot be attacked"),
+        (lambda: Vanish("a,b").words({}), r'cannot be attacked; give several as \("person", "bus"\)'),
     ],
 )
 def test_goals_that_cannot_be_are_refused(make, reason):

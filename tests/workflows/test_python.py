@@ -78,7 +78,9 @@ def test_a_run_that_is_there_is_left_as_it_is(bundled, small, tmp_path, monkeypa
     assert "conf: 0.4\n" in (tmp_path / "run/config.yaml").read_text()  # the detector's own
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     with pytest.raises(DetguardError, match=r"already holds a run.*detguard attack --resume"):
-        list(detguard.attack(bundled, 255 - small, **options))
+        detguard.attack(bundled, 255 - small, **options)
+    with pytest.raises(DetguardError, match="already holds a run"):
+        detguard.monitor(bundled, [], out=tmp_path / "run")
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
@@ -212,7 +214,7 @@ def test_wrong_options_are_refused_before_anything_is_done(bundled, small, tmp_p
     half = Image.open(io.BytesIO(encode_png(small)[:9000]))
     closed = Image.fromarray(small)
     closed.close()
-    for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7], half, closed):
+    for nothing in ([], np.zeros((4, 4), np.uint8), [small, 7], half, closed, None, 7):
         with pytest.raises(DetguardError, match="photo"):
             detguard.attack(bundled, nothing, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -356,15 +358,16 @@ def test_trainings_go_on_and_stop_when_they_are_asked_to(hardened, tmp_path):
         (lambda: detguard.harden(data="photos"), DetguardError, "`detector`"),
         (lambda: detguard.harden("detguard-n", "photos", photos=0), DetguardError, "`photos`: expected"),
         (lambda: detguard.harden("detguard-n", "photos", corruptions=["rain"]), DetguardError, "`corruptions` rain"),
+        (lambda: detguard.harden("detguard-n", "photos", corruptions="fog"), DetguardError, "`corruptions` 'fog': exp"),
         (lambda: detguard.harden("detguard-n", "photos", photo=1), TypeError, "'photo'"),
         (lambda: detguard.harden("detguard-n", resume="runs/harden/1"), DetguardError, "`resume`"),
         (lambda: detguard.evaluate([], "coco", step=1), TypeError, r"evaluate\(\) .*`steps`"),
-        (lambda: detguard.evaluate([], "coco", classes="person"), DetguardError, "`classes` person"),
+        (lambda: detguard.evaluate([], "coco", classes="person"), DetguardError, "`classes` 'person': exp"),
         (lambda: detguard.evaluate([], "coco"), DetguardError, r"`detector` \[\]: expected one"),
         (lambda: detguard.evaluate([], "coco", resume="runs/evaluate/1"), TypeError, "command line alone"),
         (lambda: detguard.adapt("detguard-n"), DetguardError, "`new`"),
         (lambda: detguard.adapt("detguard-n", "new.jsonl"), DetguardError, "gated ensemble"),
-        (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps'"),
+        (lambda: detguard.adapt("detguard-n", "new.jsonl", eps=2), TypeError, "'eps': that of the ensemble"),
         (lambda: detguard.patch(data="photos"), DetguardError, "`detector`"),
         (lambda: detguard.universal(resume="runs/universal/1", photos=2), DetguardError, "`resume`.*`photos`"),
         (lambda: detguard.universal(resume="runs/universal/1", eps=4), DetguardError, "`resume`.*`eps`"),
@@ -413,6 +416,12 @@ class Wide(detguard.Linf):
                 ({"seed": None}, "`seed`: expected a whole number"),
                 ({"patch": Path("none.png"), "patch_size": np.float64(3)}, "`patch_size`: expected a number"),
                 ({"patch_target": "persn"}, "`patch_target`: goes with `patch`"),
+                ({"protocols": ("clean",), "eps": (2, 4)}, "`eps`: goes with `protocols` attack or transfer or"),
+                ({"protocols": ("blackbox",), "eps": (2, 4)}, "`eps` 2,4: several go with `protocols` attack"),
+                ({"protocols": ("clean",), "steps": 2}, "`steps`: goes with `protocols` attack or transfer or"),
+                ({"protocols": ("attack",), "severities": (1,)}, "`severities`: goes with `protocols` corruptions"),
+                ({"protocols": ("clean",), "save_images": True, "out": "run"}, "`save_images`: goes with `protocols`"),
+                ({"queries": 5}, "`queries`: goes with `protocols` blackbox or checks, or a detector without"),
             ]
         ),
         (lambda d: detguard.evaluate(d, "coco", save_images=True), "`save_images`: goes with `out`"),
@@ -425,6 +434,14 @@ class Wide(detguard.Linf):
         (lambda d: detguard.attack(d, "a.png", transforms=5), "`transforms` 5: expected specs, as 'median:3"),
         (lambda d: detguard.harden(d, "photos", transforms=5), "`transforms` 5: expected specs, as 'median:3"),
         (lambda d: detguard.attack(d, "a.png", conf=np.float64(2)), "`conf`: expected a number"),
+        (
+            lambda d: detguard.attack(d, "a.png", aggregate="weighted", weights="1,1,2"),
+            r"`weights` '1,1,2': expected a tuple or list, as \(1, 1, 2\)",
+        ),
+        (
+            lambda d: detguard.attack(d, "a.png", objective=detguard.Flood(count=0)),
+            "`count`: expected a whole number, 1 to 300",
+        ),
         (lambda d: detguard.universal(d, "photos", eps=128), "`eps` 128: expected whole levels of 1..127"),
         (lambda d: detguard.patch(d, "photos", hours=0), "`hours`: expected a number"),
         (lambda d: detguard.monitor(d, [], class_map={"rider": "persn"}), "did you mean rider=person"),
