@@ -305,9 +305,9 @@ class Attempt:
     def progress(self) -> str:
         """How far the search is, in words; of members looked at one at a time, how many are fooled is not known."""
         count = f"{self.queries} queries" if self.rule.blind else f"iteration {self.steps}"
-        if self.alone is None:
-            return f"{count}, {sum(self.fooled)}/{len(self.fooled)} fooled"
-        return f"{count}, against {self.members[self.alone].transform or 'the photo'}"
+        if self.alone is not None:
+            return f"{count}, against {self.members[self.alone].transform or 'the photo'}"
+        return count if self.in_turn else f"{count}, {sum(self.fooled)}/{len(self.fooled)} fooled"
 
     @property
     def used(self) -> float:
@@ -550,15 +550,16 @@ def _iterate(attempts: Sequence[Attempt], transforms: Sequence[Transform], optio
     told = torch.cat([aggregated, *by_photo]).tolist()
     for (i, number), loss in zip(evaluated, told[len(attempts) :], strict=True):
         attempts[i].losses[number] = loss
+    ends = list(accumulate(counts))
+    stepped = {i: _stepped(attempts[i], range(ends[i] - counts[i], ends[i])) for i in running if not attempts[i].failed}
+    stepped = {i: places for i, places in stepped.items() if places}
     for i in running:
         attempt = attempts[i]
+        if not (attempt.failed or i in stepped):
+            continue  # it is still looked at: losses of others may be those of earlier photos
         rank = (sum(attempt.fooled), -(fmean(attempt.losses) if attempt.in_turn else told[i]))
         if attempt.best is None or rank > attempt.best_rank:
             attempt.best, attempt.best_rank = shown[i], rank
-    ends = list(accumulate(counts))
-    running = [i for i in running if not attempts[i].failed]
-    stepped = {i: _stepped(attempts[i], range(ends[i] - counts[i], ends[i])) for i in running}
-    stepped = {i: places for i, places in stepped.items() if places}
     if not stepped:
         return
     gradients = {}

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,6 +65,7 @@ from detguard.cli.evaluate import show_warnings, whole_numbers
 if TYPE_CHECKING:
     from detguard.attacks.group import Attempt
     from detguard.attacks.run import Job
+    from detguard.data.stream import Labelled
     from detguard.ranks import Ranks
     from detguard.runs import Record
 
@@ -473,8 +475,10 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
     names, labels = job.victims[0].detector.class_names, {}
     kept = job.run.folder / LABELLED
     if kept.is_file():
-        by_file = {str(one.file): one for one in read_lines(kept, names)}
-        labels = {key: by_file[str(file)] for key, file in files.items() if str(file) in by_file}
+        by_file = defaultdict[str, deque["Labelled"]](deque)  # a photo may be there twice, with other labels
+        for one in read_lines(kept, names):
+            by_file[str(one.file)].append(one)
+        labels = {key: by_file[str(file)].popleft() for key, file in files.items() if by_file[str(file)]}
     if not (count := write_samples(job.run, attacked, labels, names)):
         show_warning("no samples: there is no class that all photos are labelled for; attack those of each alone")
         return

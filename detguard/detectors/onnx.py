@@ -93,7 +93,8 @@ class OnnxDetector(Detector):
         if wanted not in (used := self._session.get_providers()):
             raise DetguardError(f"{name}: onnxruntime cannot run it on {device}, but by {', '.join(used)} alone")
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type not in DTYPES or len(inputs[0].shape) != 4:
+        alone = len(inputs) == len(outputs) == 1 and {inputs[0].type, outputs[0].type} <= DTYPES.keys()
+        if not (alone and len(inputs[0].shape) == 4 and outputs[0].shape):
             raise DetguardError(
                 f"{name}: expected one input of frames and one output, as Ultralytics exports have them"
             )
@@ -123,7 +124,9 @@ class OnnxDetector(Detector):
     def candidates(self, frames: Tensor) -> Candidates:
         """Of a graph with NMS, its detections."""
         shown = frames.detach().float().cpu()
-        found = torch.cat([self._run(some) for some in ([shown] if self.dynamic else shown.split(1))]).to(frames.device)
+        # An NMS inside may have been unrolled for one frame, and give nothing for others (Ultralytics').
+        together = self.dynamic and not self.nms_inside
+        found = torch.cat([self._run(some) for some in ([shown] if together else shown.split(1))]).to(frames.device)
         if not self._listed(found):
             boxes, scores = found.transpose(1, 2).split([4, len(self.class_names)], 2)
             return Candidates(_logits(scores), xywh2xyxy(boxes))

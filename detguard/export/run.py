@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from detguard import DetguardError, first_line
+from detguard.detectors.base import network_of
 from detguard.detectors.gated import GatedNetwork
 from detguard.detectors.load import find_weights, load_detector, load_model, read_card
 from detguard.detectors.ultralytics import UltralyticsDetector
@@ -58,7 +59,7 @@ def plan_export(
         raise DetguardError("`nms`: the head of `end_to_end` needs none; leave one of them out")
     # On the CPU, where the frames are made that are traced and checked.
     detector = load_detector(model, imgsz, "cpu", trust=trust, end_to_end=end_to_end, top_k=top_k)
-    network = detector.model
+    network = network_of(detector)
     architecture = ""
     if isinstance(network, GatedNetwork):
         detector.model = network.unshared()  # runtimes want weights, not sums of them

@@ -137,6 +137,8 @@ def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tup
     """
     if config["class_map"] and all(map(unlabelled, config["data"])):
         raise DetguardError("`class_map`: renames classes of labels, and `data` has none")
+    if config["split"] != defaults.Picture.split and all(map(unlabelled, config["data"])):
+        raise DetguardError(f"`split` {config['split']}: is of a data.yaml, and `data` has no splits")
     objective = Vanish(parse_names(config["target"])).on(detector)
     photos, names = list[tuple[Path, Detections | None]](), detector.class_names
     for source in config["data"]:

@@ -401,6 +401,22 @@ def test_of_members_looked_at_in_turn_the_photo_that_is_known_to_fool_more_is_gi
     assert not np.array_equal(attempt.adversarial, seen[-1])
 
 
+def test_a_photo_is_ranked_by_its_own_losses_once_it_is_left(bundled, small):
+    # By the second photo the first member is fooled, and the other is far from it; by the third, which is looked at as
+    # a whole, it is nearer.
+    more = {0: 10, 3: 1000, 4: 50, 5: 50}
+    objective = Scripted(
+        (0,),
+        change=lambda loss, number: loss + more.get(number, 0),
+        told=(False, False, True, True, False, True, True, False),
+    )
+    attempt, seen = scripted(bundled, small, objective, spec="median:3", schedule="worst", steps=2)
+    assert len(objective.losses) == 6
+    assert np.array_equal(attempt.adversarial, seen[-1])
+    assert not np.array_equal(attempt.adversarial, seen[1])
+    assert attempt.progress == "iteration 2"  # of the last look nothing was known before it
+
+
 @pytest.mark.parametrize(
     ("spec", "options"),
     [("median:3,rotate:-5..5", {}), ("median:3", {"rule": "apgd"}), ("median:3", {"aggregate": "max"})],

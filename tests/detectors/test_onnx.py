@@ -106,6 +106,15 @@ def test_a_head_without_nms_gives_detections(ultralytics_export, small):
     assert {p.name: p.seen for p in promises if p.state == "BROKEN"} == {}
 
 
+def test_an_nms_that_ultralytics_puts_inside_finds_the_same_in_each_of_several_photos(
+    ultralytics_export, bundled_model, small
+):
+    detector = load_detector(ultralytics_export(bundled_model, "yolo11n.yaml", nms=True, dynamic=True))
+    first, second = detector.detect([small, small], detector.conf)
+    assert len(first)
+    assert_same(second, first)
+
+
 def test_a_fixed_frame_has_one_size(files):
     with pytest.raises(DetguardError, match=r"`imgsz` 640: fixed was exported for frames of 320 px"):
         load_detector(files["fixed"], imgsz=640)
@@ -272,6 +281,22 @@ def test_an_export_for_several_frames_at_once_is_told_what_to_do(files, tmp_path
     onnx.save(graph, tmp_path / "four.onnx")
     with pytest.raises(DetguardError, match="four: was exported for 4 frames at once; expected an export with batch=1"):
         load_detector(tmp_path / "four.onnx")
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("FLOAT", None), ("FLOAT", []), ("STRING", [1, 17, 1])])
+def test_an_output_that_is_no_array_of_numbers_is_one_line(files, tmp_path, kind, shape):
+    helper = onnx.helper
+    frames = helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 320, 320])
+    found = helper.make_tensor_value_info("found", getattr(onnx.TensorProto, kind), shape)
+    size = [1, 17, 1] if kind == "STRING" else []
+    value = helper.make_tensor("value", getattr(onnx.TensorProto, kind), size, [b"a"] * 17 if size else [0.0])
+    known = onnx.load(files["fixed"])
+    node = helper.make_node("Constant", [], ["found"], value=value)
+    graph = helper.make_model(helper.make_graph([node], "odd", [frames], [found]), ir_version=known.ir_version)
+    graph.metadata_props.extend(known.metadata_props)
+    onnx.save(graph, tmp_path / "odd.onnx")
+    with pytest.raises(DetguardError, match="odd: "):
+        load_detector(tmp_path / "odd.onnx")
 
 
 def test_what_a_graph_finds_is_of_its_classes_and_in_the_photo(files, tmp_path, small):

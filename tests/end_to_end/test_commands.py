@@ -172,6 +172,20 @@ def test_one_photo_fools_two_detectors_inside_the_objects_and_its_random_members
     assert line["members"] == record["also"]["detguard-n-hard"]
 
 
+def test_each_entry_of_a_photo_that_is_there_twice_keeps_its_labels(tmp_path):
+    Image.open(BUS).resize((240, 320)).save(tmp_path / "bus.png")
+    boxes = [[40, 90, 80, 230], [150, 90, 200, 230]]
+    lines = [{"photo": "bus.png", "objects": [{"class": "person", "box": box}]} for box in boxes]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    options = ("--data", "data.jsonl", "--transforms", "none", "--eps", 16, "--step", 4)
+    result = detguard("attack", *options, "--out", "run", cwd=tmp_path)
+    assert "samples: 2 images" in result.stdout, result.stdout + result.stderr
+    names = load_detector().class_names
+    made = read_dataset(tmp_path / "run/samples/data.yaml", "val")
+    found = [made.objects(image, made.category_ids(names)).boxes[0].tolist() for image in made.files]
+    assert sorted(found) == [pytest.approx(box, abs=0.1) for box in boxes]
+
+
 def test_samples_are_a_data_set_whose_labels_went_with_the_pixels(tmp_path):
     (tmp_path / "data" / "images").mkdir(parents=True)
     (tmp_path / "data" / "labels").mkdir()

@@ -24,8 +24,10 @@ from detguard.photos import frames_tensor
 SIZE, NECK = 96, 11
 
 
-def hardened(bundled_model, folder, split=0, names=("adversarial",), sparse=0.0, **options):
-    """The file of a network as `harden` leaves it, of experts that differ a little, and in full precision."""
+def hardened(bundled_model, folder, split=0, names=("adversarial",), sparse=0.0, grown=(), **options):
+    """The file of a network as `harden` leaves it, of experts that differ a little, and in full precision; grown: by
+    `adapt`, asked about all.
+    """
     torch.manual_seed(0)
     made = GatedNetwork(fused(bundled_model), split, names, **options).eval().requires_grad_(False)
     for name, parameter in made.experts.named_parameters():
@@ -33,6 +35,9 @@ def hardened(bundled_model, folder, split=0, names=("adversarial",), sparse=0.0,
             parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
     if sparse:
         made.sparsen([torch.rand(2, 3, SIZE, SIZE)], sparse)
+    if grown:
+        made.grow(grown, 0, "head")
+        made.requires_grad_(False).kinds.bias.fill_(0.5)
     card = {"architecture": "yolo11n.yaml", "classes": list(bundled_model.names.values()), "imgsz": SIZE}
     save_gated(made, card, folder / "hard.safetensors")
     return folder / "hard.safetensors"
@@ -164,6 +169,18 @@ def test_a_graph_says_what_the_network_says_for_any_batch_and_size(kind, of, exp
     centres = (ours.boxes[..., :2] + ours.boxes[..., 2:]) / 2
     seen = ours.logits.sigmoid().amax(2) > 1e-3
     assert torch.allclose(found[:, :2].transpose(1, 2)[seen], centres[seen], atol=0.05)
+
+
+@pytest.mark.parametrize("fusion", ["bounded:0.5", "average:0.5"])
+def test_an_ensemble_that_has_grown_becomes_a_graph(fusion, bundled_model, photos, batch, tmp_path):
+    names = ("normal", "adversarial")
+    model = hardened(bundled_model, tmp_path, NECK, names, grown=("fog",), fusion=fusion)
+    for kind in ("onnx", "torchscript"):
+        wanted, _, run, verdict = made(model, kind, tmp_path, photos)
+        assert verdict.passed
+        with torch.no_grad():
+            ours, found = wanted.detector.candidates(batch), run(batch)
+        assert torch.allclose(found[:, 4:].transpose(1, 2), ours.logits.sigmoid(), atol=1e-5)
 
 
 def test_yolo_runs_an_onnx_by_its_metadata(exported, bus):

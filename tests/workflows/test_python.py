@@ -283,6 +283,11 @@ def test_an_evaluation_warns_of_photos_that_turn_out_unreadable(bundled, small, 
         detguard.evaluate(bundled, tmp_path / "data.json", protocols=("clean",), cache=tmp_path / "c.sqlite")
 
 
+def test_a_split_of_photos_that_have_none_is_refused(bundled, file):
+    with pytest.raises(DetguardError, match="`split` val: is of a data"):
+        detguard.patch(bundled, file, split="val")
+
+
 def test_an_evaluation_by_photos_that_detectors_have_mostly_learned_says_so(bundled, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind, name, content in (("images", "bus.png", encode_png(small)), ("labels", "bus.txt", b"0 .2 .6 .2 .5\n")):
