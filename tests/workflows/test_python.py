@@ -285,7 +285,7 @@ def test_an_evaluation_warns_of_photos_that_turn_out_unreadable(bundled, small, 
 
 def test_a_split_of_photos_that_have_none_is_refused(bundled, file):
     with pytest.raises(DetguardError, match="`split` val: is of a data"):
-        detguard.patch(bundled, file, split="val")
+        detguard.patch(bundled, file, split="val", photos=1)
 
 
 def test_an_evaluation_by_photos_that_detectors_have_mostly_learned_says_so(bundled, small, tmp_path, monkeypatch):
