@@ -60,8 +60,7 @@ def pooled(maps: Tensor, where: Tensor) -> Tensor:
 
     Padding is another at each shape, and in squares, which training shows.
     """
-    stride = int(where.shape[-1]) // int(maps.shape[-1])  # the same for all frames: a constant of a graph
-    weights = avg_pool2d(where, stride).flatten(2)
+    weights = avg_pool2d(where, where.shape[-1] // maps.shape[-1]).flatten(2)
     weights, values = weights / weights.sum(2, keepdim=True).clamp(min=1e-6), maps.flatten(2)
     mean = (values * weights).sum(2, keepdim=True)
     spread = ((values - mean).square() * weights).sum(2)
