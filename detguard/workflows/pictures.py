@@ -135,9 +135,10 @@ def _attacked_photos(detector: Detector, config: Config, on_data: OnData) -> tup
     """What is to vanish, the photos of all sources that have some, by their labels or else by what is found, and
     `_digest` of all.
     """
-    if config["class_map"] and all(map(unlabelled, config["data"])):
+    bare = all(map(unlabelled, config["data"]))
+    if bare and config["class_map"]:
         raise DetguardError("`class_map`: renames classes of labels, and `data` has none")
-    if config["split"] != defaults.Picture.split and all(map(unlabelled, config["data"])):
+    if bare and config["split"] != defaults.Picture.split:
         raise DetguardError(f"`split` {config['split']}: is of a data.yaml, and `data` has no splits")
     objective = Vanish(parse_names(config["target"])).on(detector)
     photos, names = list[tuple[Path, Detections | None]](), detector.class_names
