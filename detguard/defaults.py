@@ -98,7 +98,7 @@ class Monitor:
     """Defaults of `detguard monitor`."""
 
     split: Final = "val"
-    drift: Final = "likelihood-ratio"
+    drift: Final = "either"
     window: Final = 32
     gather: Final = 64
     keep: Final = 256

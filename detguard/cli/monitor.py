@@ -87,8 +87,11 @@ def monitor(
     class_map: ClassMap = None,
     images: Images = None,
     detector: Annotated[
-        Literal["likelihood-ratio", "adwin", "page-hinkley", "kswin"],
-        typer.Option(help="Test that tells a drop of accuracy from chance (not the model)."),
+        Literal["either", "likelihood-ratio", "adwin", "page-hinkley", "kswin"],
+        typer.Option(
+            help="Test that tells a drop of accuracy from chance (not the model); either: the likelihood ratio or "
+            "ADWIN, whichever is first."
+        ),
     ] = defaults.Monitor.drift,
     window: Annotated[
         int,

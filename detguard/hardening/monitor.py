@@ -84,11 +84,13 @@ def kswin(window: int) -> Any:
     return KSWIN(alpha=0.01, window_size=KSWIN_WINDOWS * window, stat_size=window // 2, seed=0)
 
 
-DRIFT: dict[str, Callable[[int], Any]] = {
-    "likelihood-ratio": LikelihoodRatio,
-    "adwin": adwin,
-    "page-hinkley": page_hinkley,
-    "kswin": kswin,
+# By each name, tests of which any may see a change: the likelihood ratio tells sudden drops first, ADWIN slow ones.
+DRIFT: dict[str, tuple[Callable[[int], Any], ...]] = {
+    "either": (LikelihoodRatio, adwin),
+    "likelihood-ratio": (LikelihoodRatio,),
+    "adwin": (adwin,),
+    "page-hinkley": (page_hinkley,),
+    "kswin": (kswin,),
 }
 
 
@@ -135,13 +137,14 @@ class Monitor:
     def __post_init__(self) -> None:
         if self.kind not in DRIFT:
             raise DetguardError(f"`drift` {self.kind}: expected one of {', '.join(DRIFT)}")
-        self._drift = DRIFT[self.kind](self.window)
+        self._drifts = [make(self.window) for make in DRIFT[self.kind]]
 
     def add(self, value: float) -> int | None:
         """Take the quality of the next photo; where it dropped, how many photos ago it began, else None."""
         self.values = [*self.values, value][-MOST_WINDOWS * self.window :]
-        self._drift.update(value)
-        if not self._drift.drift_detected:
+        for drift in self._drifts:
+            drift.update(value)
+        if not any(drift.drift_detected for drift in self._drifts):
             return None
         seen, began = len(self.values), self._changed()
         if began < len(self.values) and mean(self.values[:-began]) < mean(self.values[-began:]):
@@ -154,12 +157,13 @@ class Monitor:
                 before=mean(before), photos_before=len(before), after=mean(after), photos_after=len(after)
             )
             self.values = after
-        if len(self.values) == seen and isinstance(self._drift, LikelihoodRatio):
-            # It has just that past; a lasting change too small to tell would cost it again with every photo.
-            return None
-        self._drift = DRIFT[self.kind](self.window)
-        for known in self.values:  # the past that the next change is seen against
-            self._drift.update(known)
+        for place, drift in enumerate(self._drifts):
+            # The ratio keeps its past; a lasting change too small to tell would cost it again with every photo.
+            forgot = drift.drift_detected and not isinstance(drift, LikelihoodRatio)
+            if forgot or len(self.values) < seen:
+                self._drifts[place] = DRIFT[self.kind][place](self.window)
+                for known in self.values:  # the past that the next change is seen against
+                    self._drifts[place].update(known)
         return began if dropped else None
 
     def _changed(self) -> int:

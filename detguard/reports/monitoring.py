@@ -10,7 +10,17 @@ from detguard.data.entries import DataError
 from detguard.data.stream import Labelled, from_records
 from detguard.evaluation.run import mean
 from detguard.evaluation.views import SHOWN_CONFIDENCE
-from detguard.hardening.monitor import MOST_WINDOWS, Deployment, Levels, alarmed, latest, least_told, needed
+from detguard.hardening.monitor import (
+    DRIFT,
+    MOST_WINDOWS,
+    Deployment,
+    Levels,
+    LikelihoodRatio,
+    alarmed,
+    latest,
+    least_told,
+    needed,
+)
 from detguard.photos import read_photo
 from detguard.reports.evaluation import FOLDED, number
 from detguard.reports.marks import marked, of_labels
@@ -115,7 +125,7 @@ def verdict(
             )
         calm = f"No drop on {known} photos with known objects: mean F1 {number(mean(values))}"
         calm += f" of the last {len(values)}" if len(values) < known else ""
-        return f"{calm}. {unseen(values, window)}" if kind == "likelihood-ratio" and len(values) > window else calm
+        return f"{calm}. {unseen(values, window)}" if LikelihoodRatio in DRIFT[kind] and len(values) > window else calm
     (first, *_), more = drops(records), f", and {len(alarms) - 1} more later" if len(alarms) > 1 else ""
     before, photos_before, after, photos_after = first.cells
     return (
@@ -146,7 +156,7 @@ def judged_last(records: Sequence[Record], window: int) -> list[float]:
 def hides(records: Sequence[Record], kind: str, window: int) -> bool:
     """Whether accuracy is so low, or so scattered, that no drop of as many photos could be told; one record of each."""
     values = judged_last(records, window)
-    if kind != "likelihood-ratio" or len(values) <= window:
+    if LikelihoodRatio not in DRIFT[kind] or len(values) <= window:
         return False
     return fmean(values) <= least_told(values, len(values) // 2)
 

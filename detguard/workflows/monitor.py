@@ -145,7 +145,8 @@ def monitor(
         detector: by `load_detector`.
         photos: a data.yaml, a COCO json, a file of JSON lines; or photos as they come, {"photo": a path or a photo as
             `attack` takes it, "objects": [{"class": "person", "box": [x1, y1, x2, y2]}]}, boxes in pixels.
-        drift: what tells a drop from chance: likelihood-ratio, adwin, page-hinkley or kswin.
+        drift: what tells a drop from chance: either (likelihood-ratio or adwin, whichever is first),
+            likelihood-ratio, adwin, page-hinkley or kswin.
         window: photos that AP is over, 8 or more; a drop may be told after half as many, by kswin after four times
             as many.
         split: of a data.yaml.

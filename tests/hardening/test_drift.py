@@ -75,7 +75,7 @@ def test_a_rise_is_no_alarm_and_a_second_drop_is_one(kind):
     assert told[0][0] > 96 + 128
 
 
-@pytest.mark.parametrize("kind", ["likelihood-ratio", "adwin"])
+@pytest.mark.parametrize("kind", ["either", "likelihood-ratio", "adwin"])
 def test_steady_streams_raise_no_alarm(kind):
     assert [alarms(kind, stream(seed, (0.6, 256))) for seed in range(15)] == [[]] * 15
 
@@ -99,6 +99,15 @@ def test_a_drop_is_told_if_it_is_larger_than_noise_hides(after, scattered):
     for share, told in ((0.95, False), (1.05, True)):
         fallen = [value - share * least * (number >= 128) for number, value in enumerate(steady)]
         assert bool(alarms("likelihood-ratio", fallen)) is told
+
+
+def test_either_tells_as_soon_as_the_first_of_its_two():
+    decay = stream(0, (0.5, 128), (0.4, 128), (0.3, 128))
+    collapse = stream(0, (0.7, 128), (0.25, 96))
+    for values, first in ((decay, "adwin"), (collapse, "likelihood-ratio")):
+        told = {kind: alarms(kind, values)[0] for kind in ("either", "likelihood-ratio", "adwin")}
+        assert told["likelihood-ratio"] != told["adwin"]
+        assert told["either"] == told[first] == min(told.values())
 
 
 def test_slow_decay_is_told_of():
@@ -201,14 +210,15 @@ def test_ap_of_some_photos_is_one_where_all_is_found_and_zero_where_nothing_is()
 def test_a_lasting_change_too_small_to_tell_is_not_looked_at_from_the_start_with_each_photo(monkeypatch):
     made = []
 
-    def counted(window):
-        made.append(LikelihoodRatio(window))
-        return made[-1]
+    def counted(make):
+        return lambda window: made.append(make(window)) or made[-1]
 
-    monkeypatch.setitem(DRIFT, "likelihood-ratio", counted)
-    assert alarms("likelihood-ratio", [0.7] * 200 + [0.61] * 200) == []
-    assert made[0].drift_detected
-    assert len(made) == 1
+    monkeypatch.setitem(DRIFT, "either", tuple(map(counted, DRIFT["either"])))
+    assert alarms("either", [0.7] * 200 + [0.61] * 200) == []
+    ratio, *adaptive = made
+    assert isinstance(ratio, LikelihoodRatio)
+    assert ratio.drift_detected
+    assert len(adaptive) == 2  # that which saw the change forgot what was before it, and is told of it again
 
 
 def test_a_drop_begins_with_the_first_of_its_photos_in_whatever_order_their_labels_come():
