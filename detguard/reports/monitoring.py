@@ -121,7 +121,7 @@ def verdict(
         if hides(records, kind, window):
             return (
                 f"Too little to judge by: mean F1 {number(mean(values))} of {len(values)} photos with known objects is "
-                "too low for any drop to show"
+                "too low for a drop to show for certain"
             )
         calm = f"No drop on {known} photos with known objects: mean F1 {number(mean(values))}"
         calm += f" of the last {len(values)}" if len(values) < known else ""
@@ -154,7 +154,7 @@ def judged_last(records: Sequence[Record], window: int) -> list[float]:
 
 
 def hides(records: Sequence[Record], kind: str, window: int) -> bool:
-    """Whether accuracy is so low, or so scattered, that no drop of as many photos could be told; one record of each."""
+    """Whether accuracy is so low or scattered that a drop of as many photos may not be told; one record of each."""
     values = judged_last(records, window)
     if LikelihoodRatio not in DRIFT[kind] or len(values) <= window:
         return False
@@ -162,11 +162,11 @@ def hides(records: Sequence[Record], kind: str, window: int) -> bool:
 
 
 def unseen(values: Sequence[float], window: int) -> str:
-    """What `LikelihoodRatio` would not have told of the photos whose F1 these are, more than a window of them."""
+    """What might not have been told of the photos whose F1 these are, more than a window: not by `LikelihoodRatio`."""
     last, half = least_told(values, window), least_told(values, len(values) // 2)
     if fmean(values) <= last or len(values) < 3 * window:
-        return f"One by less than {number(half)} over half of them would not show"
-    return f"One by less than {number(last)} in the last {window}, or {number(half)} over half of them, would not show"
+        return f"One by less than {number(half)} over half of them might not show"
+    return f"One by less than {number(last)} in the last {window}, or {number(half)} over half of them, might not show"
 
 
 def when(record: Record) -> str:

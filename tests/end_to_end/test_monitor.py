@@ -103,7 +103,7 @@ def test_where_no_drop_could_show_it_is_not_said_that_there_was_none(stream):
     mixed = "".join(line for pair in zip(lines[:12], lines[24:36], strict=True) for line in pair)
     result = detguard("monitor", "--stream", "-", *OPTIONS, "--out", "mixed", cwd=stream, stdin=mixed)
     assert result.returncode == 3, result.stdout
-    assert "of 24 photos with known objects is too low for any drop to show" in result.stdout
+    assert "of 24 photos with known objects is too low for a drop to show for certain" in result.stdout
 
 
 def test_labels_of_another_resolution_are_told_once(stream):
