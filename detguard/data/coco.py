@@ -18,15 +18,17 @@ from detguard.data.entries import (
     inside,
     upright_size,
 )
-from detguard.files import MAX_ANNOTATIONS, FileError, JsonObject, read_json
+from detguard.files import MAX_ANNOTATIONS, FileError, JsonObject, is_file, is_folder, read_json
 from detguard.photos import MAX_PIXELS
 
 # What COCO's own annotations call the time of a photo.
 TIME: Final = "date_captured"
+# Photos of which one shows where all are.
+FIRST = 16
 
 
-def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tuple[Instances, dict[int, Path]]:
-    """Annotations and photos by image id of a COCO json, of which the photos are in `folder`.
+def read_coco(file: Path, folder: Path | None, faults: Faults, limit: int | None) -> tuple[Instances, dict[int, Path]]:
+    """Annotations and photos by image id of a COCO json, of which the photos are in `folder`, or where they are found.
 
     Raises:
         DataError: it is none, or its ids or names are not.
@@ -45,7 +47,7 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
         counts = Counter(entry["id"] for entry in entries)
         if twice := [i for i, n in counts.items() if n > 1]:
             raise DataError(f"{file}: {kind} with the same id {twice[0]}; ids must be unique")
-    images, files = _photos(pictures, file, folder, faults, limit)
+    images, files = _photos(pictures, file, folder or _folder_of(file, pictures), faults, limit)
     sizes: dict[int, tuple[int, int]] = {image["id"]: (image["width"], image["height"]) for image in images}
     listed = {image["id"] for image in pictures}
     known = {c["id"] for c in categories}
@@ -81,6 +83,17 @@ def read_coco(file: Path, folder: Path, faults: Faults, limit: int | None) -> tu
                 annotation(count, entry["image_id"], entry["category_id"], cut, float(area), crowd)
             )
     return found, files
+
+
+def _folder_of(file: Path, pictures: list[JsonObject]) -> Path:
+    """Where the photos of a json are by custom, one of the first of them at least: images/val for instances_val.json,
+    val2017, images, data, or beside the json or its folder, as their names may begin with one of these.
+    """
+    part, names = file.stem.removeprefix("instances_"), [picture["file_name"] for picture in pictures[:FIRST]]
+    bases = file.parent, file.parent.parent
+    folders = [base / folder for base in bases for folder in (f"images/{part}", part, "images", "data")]
+    there = [*filter(is_folder, folders), *bases]
+    return next((folder for folder in there if any(is_file(folder / name) for name in names)), there[0])
 
 
 def _photos(

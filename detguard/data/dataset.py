@@ -113,8 +113,7 @@ def read_dataset(
     file = _find(source)
     faults = Faults()
     if file.suffix == ".json":
-        folder = images or _folder_of(file)
-        dataset, files = read_coco(file, folder, faults, limit)
+        dataset, files = read_coco(file, images, faults, limit)
     else:
         if images is not None:
             raise DataError(f"{file}: says itself where its photos are; `images` goes with a COCO json")
@@ -221,13 +220,3 @@ def _root(config: JsonObject, file: Path) -> Path:
             reason = f"; it cannot be downloaded ({first_line(error)})"
     how = f"; how to get it: {config['get']}" if isinstance(config.get("get"), str) else ""
     raise DataError(f"{file}: its data folder is not here (looked at {', '.join(map(str, roots))}){reason}{how}")
-
-
-def _folder_of(file: Path) -> Path:
-    """Where the photos of a COCO json are by custom: images/val or val2017 for instances_val2017.json, or beside it."""
-    part = file.stem.removeprefix("instances_")
-    for base in (file.parent, file.parent.parent):
-        for folder in (base / "images" / part, base / part, base / "images"):
-            if is_folder(folder):
-                return folder
-    return file.parent

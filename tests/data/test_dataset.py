@@ -105,6 +105,22 @@ def test_no_class_is_said_to_be_another_that_is_spelt_nearly_alike(name, known):
     assert meant("persn", ["person", "car"]) == "person"  # a user's slip
 
 
+@pytest.mark.parametrize(
+    ("json_in", "photos_in", "prefix"),
+    [
+        ("annotations", "images/val", ""), ("annotations", "val", ""), ("annotations", "images", ""),
+        ("", "images", "images/"), ("annotations", "val", "val/"), ("", "data", ""), ("images", "images", ""),
+    ],
+)  # fmt: skip
+def test_photos_of_a_json_are_found_where_tools_put_them(tmp_path, json_in, photos_in, prefix):
+    for folder in (json_in, photos_in, "images"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((80, 100, 3), np.uint8)).save(tmp_path / photos_in / "a.jpg")
+    images = [{"id": 1, "file_name": f"{prefix}gone.jpg"}, {"id": 7, "file_name": f"{prefix}a.jpg"}]
+    dataset = read_dataset(coco(tmp_path / json_in, [{}], images))
+    assert list(dataset.files.values()) == [tmp_path / photos_in / "a.jpg"]
+
+
 def test_shared_coco256_reads_the_same_both_ways(val_photos):
     root = val_photos[0].parents[2]
     a, b = read_dataset(root / "instances_val.json"), read_dataset(root / "data.yaml")
