@@ -160,7 +160,9 @@ def test_old_photos_corrupted_as_the_new_ones_are_do_not_keep_these_from_the_new
 
 
 @pytest.mark.parametrize(
-    "plan", [replace(PLAN, photos=18), replace(PLAN, mode="full", experts=0, photos=18)], ids=lambda plan: plan.mode
+    "plan",
+    [replace(PLAN, batch=2, photos=6), replace(PLAN, batch=2, mode="full", experts=0, photos=6)],
+    ids=lambda plan: plan.mode,
 )
 def test_stopped_and_resumed_it_gives_the_same_weights(network, train, plan):
     first, second = copy.deepcopy(network), copy.deepcopy(network)
