@@ -45,7 +45,13 @@ class Ranks:
         Raises:
             DetguardError: the device cannot be used, several processes would share one GPU, or none has started them.
         """
-        count = int(os.environ.get("WORLD_SIZE", "1"))
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+            if not (os.environ.get(name) or "0").isdecimal():
+                raise DetguardError(
+                    f"{name}={os.environ[name]} in the environment: expected a number, as torchrun and accelerate "
+                    "launch give it; unset it"
+                )
+        count = int(os.environ.get("WORLD_SIZE") or 1)
         if count == 1:
             return cls(torch.device(usable_device(device)))
         device = torch_device(device)
@@ -61,7 +67,7 @@ class Ranks:
         state = PartialState(cpu=device == "cpu")
         if state.device.type != device or state.num_processes != count:
             raise DetguardError(f"`device` {device}: {count} processes cannot train on it here; found {state.device}")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
         place = CPU if device == "cpu" else state.device  # which has a number where there is one alone
         ranks = cls(place, state.process_index, count, local, dist.new_group(backend="gloo", timeout=PATIENCE))
         if place.type == "cuda":

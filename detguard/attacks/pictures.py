@@ -8,7 +8,7 @@ import io
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -127,11 +127,14 @@ def stages(
 
 @dataclass
 class State:
-    """Where the learning is: steps done, photos shown, seconds spent, the picture, and Adam's moments and its count."""
+    """Where the learning is: steps done, photos shown, seconds spent, the sum of losses since the last that was told,
+    the picture, and Adam's moments and its count.
+    """
 
     step: int
     shown: int
     spent: float
+    since: Tensor
     picture: Tensor
     adam: dict[str, Tensor]
 
@@ -143,9 +146,8 @@ class State:
     def save(self, file: Path) -> None:
         """Write it, whole or not at all."""
         stream = io.BytesIO()
-        torch.save(
-            vars(self) | {"picture": self.picture.cpu(), "adam": {k: v.cpu() for k, v in self.adam.items()}}, stream
-        )
+        moved = {"since": self.since.cpu(), "picture": self.picture.cpu()}
+        torch.save(vars(self) | moved | {"adam": {k: v.cpu() for k, v in self.adam.items()}}, stream)
         write_file(file, stream.getvalue())
 
     def load(self, file: Path) -> "State":
@@ -163,7 +165,7 @@ class State:
             name: value if name == "step" else value.to(device)
             for name, value in state["adam"].items()
         }
-        return State(**state | {"picture": state["picture"].to(device)})
+        return State(**state | {name: state[name].to(device) for name in ("since", "picture")})
 
 
 @with_gradients
@@ -192,7 +194,7 @@ def learn_picture(
     generator = torch.Generator(detector.device).manual_seed(learning.seed)
     picture = kind.start(generator)
     moments = {name: torch.zeros_like(picture) for name in ("exp_avg", "exp_avg_sq")}
-    at = State(0, 0, 0.0, picture, {"step": torch.zeros(()), **moments})
+    at = State(0, 0, 0.0, torch.zeros((), device=detector.device), picture, {"step": torch.zeros(()), **moments})
     if checkpoint is not None and checkpoint.exists():
         at = at.load(checkpoint)
     picture = at.picture.requires_grad_()
@@ -200,7 +202,6 @@ def learn_picture(
     adam = torch.optim.Adam([picture], learning.rate * (high - low))
     adam.state[picture].update(at.adam)
     started, written = time.monotonic() - at.spent, time.monotonic()
-    since, count = torch.zeros((), device=detector.device), 0
     while (share := at.done(learning)) < 1:
         adam.param_groups[0]["lr"] = learning.rate * (high - low) * (1 - share)
         rng = np.random.default_rng(photo_seed(f"step {at.step}", learning.seed))
@@ -214,15 +215,14 @@ def learn_picture(
         with torch.no_grad():
             picture.clamp_(low, high)
         at.shown, at.step, at.spent = at.shown + len(batch), at.step + 1, time.monotonic() - started
-        since, count = since + loss.detach(), count + 1
-        record = None
+        at.since, record = at.since + loss.detach(), None
         if at.step % RECORD_EVERY == 0:
-            record = {"batch": at.step, "photos": at.shown, "loss": float(since) / count}
-            since, count = torch.zeros_like(since), 0
+            record = {"batch": at.step, "photos": at.shown, "loss": float(at.since) / RECORD_EVERY}
+            at.since = torch.zeros_like(at.since)
         stop = bool(on_step and on_step(at.done(learning), record))
         over = stop or at.done(learning) >= 1
         if checkpoint is not None and (over or time.monotonic() - written > CHECKPOINT_SECONDS):
-            State(at.step, at.shown, at.spent, picture.detach(), dict(adam.state[picture])).save(checkpoint)
+            replace(at, picture=picture.detach(), adam=dict(adam.state[picture])).save(checkpoint)
             written = time.monotonic()
         if stop:
             break

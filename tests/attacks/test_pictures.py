@@ -116,14 +116,16 @@ def test_no_photo_is_changed_by_more_than_the_budget(eps, height, width, seed):
 
 @pytest.mark.parametrize("kind", [PATCH, NOISE], ids=["patch", "universal"])
 def test_stopped_and_gone_on_with_it_is_learned_as_in_one_go(small, photos, tmp_path, kind):
-    whole = learn_picture(small, photos, goal_of(small), kind, SMALL)
-    calls, file = [], tmp_path / "state.pt"
+    told, calls, file = [], [], tmp_path / "state.pt"
+    whole = learn_picture(small, photos, goal_of(small), kind, SMALL, lambda *one: told.append(one))
     early = learn_picture(
         small, photos, goal_of(small), kind, SMALL, lambda *one: calls.append(one) or len(calls) == 5, file
     )
     assert len(calls) == 5
     assert not (early == whole).all()
-    assert (learn_picture(small, photos, goal_of(small), kind, SMALL, checkpoint=file) == whole).all()
+    later = learn_picture(small, photos, goal_of(small), kind, SMALL, lambda *one: calls.append(one), file)
+    assert (later == whole).all()
+    assert calls == told  # the losses of the first ten batches, of which five were before the stop
     assert (learn_picture(small, photos, goal_of(small), kind, SMALL, checkpoint=file) == whole).all()
 
 

@@ -65,6 +65,14 @@ def test_a_process_can_train_again(trained):
     assert trained[1]["trained again"] == 2
 
 
+def test_what_a_launcher_gives_must_be_numbers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(DetguardError, match="WORLD_SIZE=two in the environment: expected a number"):
+        Ranks.start("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert Ranks.start("cpu").count == 1
+
+
 @pytest.mark.parametrize("left", [{}, {"RANK": "0", "LOCAL_RANK": "0"}], ids=["nothing", "ranks"])
 def test_a_count_of_processes_that_nothing_started_is_one_line(left, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
