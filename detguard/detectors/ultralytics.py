@@ -168,7 +168,8 @@ def _places(maps: Sequence[Tensor], strides: Sequence[float], dtype: torch.dtype
     points, of_points = [], []
     for found, stride in zip(maps, strides, strict=True):
         height, width = found.shape[2:]
-        y, x = (torch.arange(side, device=found.device, dtype=dtype) + 0.5 for side in (height, width))
+        # Not `arange`, whose device a traced graph would keep.
+        y, x = (found.new_ones(side, dtype=dtype).cumsum(0) - 0.5 for side in (height, width))
         points.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], 2).view(-1, 2))
         of_points.append(found.new_full((height * width, 1), stride, dtype=dtype))
     return torch.cat(points), torch.cat(of_points)

@@ -183,6 +183,12 @@ def test_an_ensemble_that_has_grown_becomes_a_graph(fusion, bundled_model, photo
         assert torch.allclose(found[:, 4:].transpose(1, 2), ours.logits.sigmoid(), atol=1e-5)
 
 
+@pytest.mark.parametrize("of", ["single", "ensemble"])
+def test_no_device_is_written_into_a_torchscript_file(of, exported):
+    _, file, *_ = exported(of, "torchscript")
+    assert "Device = prim::Constant" not in str(torch.jit.load(file).inlined_graph)
+
+
 def test_yolo_runs_an_onnx_by_its_metadata(exported, bus):
     import onnx
 
