@@ -124,7 +124,10 @@ class AttackOptions:
     def config(self) -> Config:
         """What a run keeps of them, as plain values; `stop` is left out, as every run stops."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("budget", "stop")}
-        weights = None if self.weights is None else list(map(float, several("weights", self.weights, (1, 1, 2))))
+        try:
+            weights = None if self.weights is None else list(map(float, several("weights", self.weights, (1, 1, 2))))
+        except (TypeError, ValueError) as error:
+            raise DetguardError(f"`weights` {self.weights!r}: expected numbers, as (1, 1, 2)") from error
         return self.budget.config() | kept | {"weights": weights}
 
     def check(self, members: int, detectors: int = 1) -> None:

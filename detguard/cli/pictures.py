@@ -216,13 +216,14 @@ def learn(job: "PictureJob", *, as_json: bool) -> None:
     early = bool(stopped) and not ended
     shown = run.config["detector"]
     judged = "" if shown["model"] == defaults.MODEL else f"--model {shlex.quote(shown['model'])} "
-    resized = any(word.startswith("--imgsz") for word in run.config["arguments"])
-    judged += f"--imgsz {shown['imgsz']} " if resized else ""
+    arguments = run.config["arguments"]
     judged += "--end-to-end " if shown["end_to_end"] else ""
-    judged += "--trust " if "--trust" in run.config["arguments"] else ""
-    for option in ("top_k", "fusion", "iou"):
+    judged += "--trust " if "--trust" in arguments else ""
+    for option in ("imgsz", "top_k", "fusion", "iou"):
         word = f"--{option.replace('_', '-')}"
-        judged += f"{word} {shown[option]} " if any(a.startswith(word) for a in run.config["arguments"]) else ""
+        # A run that was begun from Python has no arguments, and may have any of them.
+        asked = shown[option] is not None and (not arguments or any(one.startswith(word) for one in arguments))
+        judged += f"{word} {shown[option]} " if asked else ""
     judged += f"--{kind.kind} {shlex.quote(str(learned.file))}"
     if kind.kind == "patch":
         worn, *others = (job.detector.class_names[one] for one in job.objective.classes)

@@ -5,6 +5,7 @@ import signal
 
 import cv2
 import numpy as np
+import yaml
 from program import Started, detguard, refusal
 
 
@@ -93,9 +94,11 @@ def test_stopped_it_is_gone_on_with(tmp_path, tiny_data):
     assert (tmp_path / "made/patch.png").exists()
     before = len(records.read_text().splitlines())
     config = (tmp_path / "made/config.yaml").read_text()
-    (tmp_path / "made/config.yaml").write_text(config.replace("photos: 2000", f"photos: {before * 20 + 40}"))
+    config = yaml.safe_load(config.replace("photos: 2000", f"photos: {before * 20 + 40}"))
+    (tmp_path / "made/config.yaml").write_text(yaml.safe_dump(config | {"arguments": []}))  # as from Python
     again = detguard("patch", "--resume", "made", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert "--imgsz 96 --iou 0.6 --patch made/patch.png" in " ".join(again.stdout.split())
     batches = [json.loads(line)["batch"] for line in records.read_text().splitlines()]
     assert batches == [10 * number for number in range(1, len(batches) + 1)]
     assert len(batches) > before

@@ -440,6 +440,10 @@ class Wide(detguard.Linf):
         (lambda d: detguard.harden(d, "photos", transforms=5), "`transforms` 5: expected specs, as 'median:3"),
         (lambda d: detguard.attack(d, "a.png", conf=np.float64(2)), "`conf`: expected a number"),
         (
+            lambda d: detguard.attack(d, "a.png", aggregate="weighted", weights=("a", 1, 2)),
+            r"`weights` \('a', 1, 2\): expected numbers, as \(1, 1, 2\)",
+        ),
+        (
             lambda d: detguard.attack(d, "a.png", aggregate="weighted", weights="1,1,2"),
             r"`weights` '1,1,2': expected a tuple or list, as \(1, 1, 2\)",
         ),
