@@ -433,7 +433,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
 
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.say(verdict(records, job.options), style="bold")
+        out.say(verdict(records, job.options, job.run.config), style="bold")
         title = f"Success rate. Goal: {wanted(job.run.config)}"
         out.print(survival_table(attacked, title, job.options.conf))
         failed = failures(attacked, job.run.config, job.options.conf)
@@ -442,7 +442,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
         if len(failed) > MOST_NAMED:
             out.say(f"and {len(failed) - MOST_NAMED} more")
         job.run.write("report.html", attack_page(job.run, records, job.victims[0].detector))
-    out.print(terminal_list(attack_summary(records, job.options)))
+    out.print(terminal_list(attack_summary(records, job.options, job.run.config)))
     if attacked and job.run.config["samples"]:
         show_samples(job, attacked, files)
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
@@ -471,6 +471,7 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
     from detguard.attacks.samples import FOLDER, write_samples
     from detguard.data.sources import LABELLED
     from detguard.data.stream import read_lines
+    from detguard.objectives.parse import GOALS
 
     names, labels = job.victims[0].detector.class_names, {}
     kept = job.run.folder / LABELLED
@@ -484,7 +485,7 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
         return
     out.say(
         f"samples: {count} images, {'labelled as the data set' if labels else 'labels are what was found before'}, "
-        f"{job.run.folder / FOLDER / 'data.yaml'}; photos without target are left out"
+        f"{job.run.folder / FOLDER / 'data.yaml'}; photos {GOALS[job.run.config['goal']].spared} are left out"
     )
 
 

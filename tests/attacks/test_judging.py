@@ -173,10 +173,12 @@ def test_nothing_is_said_of_confidences_that_a_detector_does_not_tell():
 def test_a_photo_with_as_many_objects_as_a_flood_wants_is_left_out(attacked, bundled, tmp_path):
     file, wanted = Path(attacked[1]["photo"]), len(attacked[1]["clean"])
     for count, status in ((wanted, "no-target"), (wanted + 50, "failed")):
-        run = Run.create("attack", tmp_path / str(count), {})
+        run = Run.create("attack", tmp_path / str(count), CONFIG | {"goal": "flood", "target": "all"})
         job = Job([Victim(bundled, Flood(tuple(range(13)), count))], [], AttackOptions(steps=1), run)
         (record,) = attack_photos(job, {"bus": file})
         assert record["status"] == status
+        told = attack_page(run, [record], bundled).decode().count("flooded already")
+        assert told == 3 * (status == "no-target")  # in the verdict and two tables
 
 
 def test_a_copy_too_small_to_detect_on_is_an_error_at_once(bundled, bus, tmp_path):
