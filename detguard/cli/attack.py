@@ -628,6 +628,8 @@ def verify(
             without += 1
         else:
             records.append(record)
+            for name, why in record["unjudged"].items():
+                show_warning(f"{folder}: {record['key']}: {name} not judged: {why}")
             if as_json:
                 used = record["used"]  # without bound where it changed what it must not
                 print(json.dumps(record | {"used": used if math.isfinite(used) else None}))

@@ -807,6 +807,21 @@ def test_verify_says_still_only_of_a_detector_that_was_attacked(monkeypatch, cap
         assert f"of 1 {told}" in capsys.readouterr().out
 
 
+def test_verify_judges_all_else_of_a_photo_that_a_transform_fails_on(monkeypatch, capsys, bundled, bus, tmp_path):
+    person = bus[390:910, 40:250]
+    photos = [cv2.resize(person, size, interpolation=cv2.INTER_AREA) for size in ((70, 173), (105, 260))]
+    list(detguard.attack(bundled, photos, transforms="none", steps=1, out=tmp_path / "run"))
+    code = run(monkeypatch, "verify", tmp_path / "run")
+    capsys.readouterr()
+    assert run(monkeypatch, "verify", tmp_path / "run", "--transforms", "crop:0.1,flip:h", "--json") == code < 2
+    shown = capsys.readouterr()
+    why = "after crop:0.1 it has 7 x 17 px, too few to detect on"
+    assert shown.err == f"warning: {tmp_path / 'run'}: photo-001: crop:0.1 not judged: {why}\n"
+    small, large = map(json.loads, shown.out.splitlines())
+    assert (list(small["members"]), small["unjudged"]) == (["photo", "flip:h"], {"crop:0.1": why})
+    assert (list(large["members"]), large["unjudged"]) == (["photo", "crop:0.1", "flip:h"], {})
+
+
 def test_detect_says_where_nothing_is_found(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("grey.png").write_bytes(encode_png(np.full((64, 64, 3), 128, np.uint8)))
