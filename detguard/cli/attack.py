@@ -441,7 +441,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
             out.say(f"not fooled: {line}")
         if len(failed) > MOST_NAMED:
             out.say(f"and {len(failed) - MOST_NAMED} more")
-        job.run.write("report.html", attack_page(job.run, records, job.victims[0].detector))
+        job.run.write("report.html", attack_page(job.run, records, [one.detector for one in job.victims]))
     out.print(terminal_list(attack_summary(records, job.options, job.run.config)))
     if attacked and job.run.config["samples"]:
         show_samples(job, attacked, files)

@@ -88,8 +88,8 @@ def _spared(record: Record, goal: Config) -> str:
     return GOALS[goal["goal"]].spared + (f" for {record['detector']}" if "detector" in record else "")
 
 
-def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
-    """report.html of an attack run, from its records; photos that can no longer be read are left out."""
+def attack_page(run: Run, records: list[Record], detectors: Sequence[Detector]) -> bytes:
+    """report.html of an attack run on detectors, from its records; photos that can no longer be read are left out."""
     options = AttackOptions.from_config(run.config["attack"])
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     rate = survival_table(attacked, f"Success rate. Goal: {wanted(run.config)}", options.conf)
@@ -100,8 +100,8 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     shown = _shown(attacked)
     named = short_names([Path(record["photo"]) for record in shown])
     items = [item for record, name in zip(shown, named, strict=True) if (item := _item(run, record, options, name))]
-    also = "".join(f" and {Path(one['model']).stem} at {one['imgsz']} px" for one in run.config["also"])
-    subtitle = f"{detector.name} at {detector.imgsz} px{also}, budget {options.budget}, confidence {options.conf}"
+    fooled = " and ".join(f"{one.name} at {one.imgsz} px" for one in detectors)
+    subtitle = f"{fooled}, budget {options.budget}, confidence {options.conf}"
     if options.black_box:
         subtitle += f", black box: at most {options.queries} queries"
     command = ["detguard", *run.config["arguments"]]

@@ -128,7 +128,7 @@ def test_something_is_made_of_nothing_where_there_is_no_target(bundled, tmp_path
     assert sum(d["wrong"] for d in found) == len(found) >= 2
     assert "candidates" not in record
     unread = {"key": "b", "photo": "b.png", "status": "error", "error": "b.png: no photo"}
-    page = attack_page(run, [record, unread], bundled).decode()
+    page = attack_page(run, [record, unread], [bundled]).decode()
     assert "1 not attacked, see the errors" in page
     assert "b.png: no photo" in page
     assert "Attack. Goal: person found where there is none (at least 2)" in page
@@ -177,7 +177,7 @@ def test_a_photo_with_as_many_objects_as_a_flood_wants_is_left_out(attacked, bun
         job = Job([Victim(bundled, Flood(tuple(range(13)), count))], [], AttackOptions(steps=1), run)
         (record,) = attack_photos(job, {"bus": file})
         assert record["status"] == status
-        told = attack_page(run, [record], bundled).decode().count("flooded already")
+        told = attack_page(run, [record], [bundled]).decode().count("flooded already")
         assert told == 3 * (status == "no-target")  # in the verdict and two tables
 
 
@@ -234,7 +234,7 @@ def test_a_photo_that_is_another_by_now_is_left_out_of_the_page(attacked, bundle
     run, record = attacked
     config = CONFIG | {"detector": {"model": "detguard-n", "imgsz": 320}}
     (tmp_path / "bus.png").write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))
-    page = attack_page(Run(run.folder, config), [record | {"photo": str(tmp_path / "bus.png")}], bundled).decode()
+    page = attack_page(Run(run.folder, config), [record | {"photo": str(tmp_path / "bus.png")}], [bundled]).decode()
     assert "1 photos are not shown here" in page
 
 
@@ -275,7 +275,7 @@ def test_of_a_flood_the_candidates_before_nms_are_told(bundled, bus, tmp_path):
     frames = frames_tensor([bundled.letterbox((128, 96))(photo)])
     assert after == int((bundled.candidates(frames).logits.sigmoid().amax(2) > 0.25).sum())
     assert after > max(10 * before, len(record["members"]["photo"]["detections"]))
-    assert f"{before} candidates before NMS, then {after}" in attack_page(run, [record], bundled).decode()
+    assert f"{before} candidates before NMS, then {after}" in attack_page(run, [record], [bundled]).decode()
 
 
 def test_a_copy_in_which_more_is_found_without_any_attack_counts_as_no_success(attacked, bundled, tmp_path):

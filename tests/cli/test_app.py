@@ -338,6 +338,8 @@ def test_models_of_one_file_name_are_told_apart_by_their_folders(monkeypatch, ca
     assert run(monkeypatch, "attack", "--resume", "run") in (0, 1)
     (record,) = Run.open(Path("run"), "attack").records()
     assert list(record["also"]) == ["b/best.safetensors"]
+    names = " and ".join(f"{name}/best.safetensors at 64 px" for name in ("a", "b"))
+    assert f"{names}, budget" in Path("run/report.html").read_text()
     assert run(monkeypatch, *line, *models, "--out", "other") == 2
     assert "b/best.safetensors, b/best.safetensors; each must have a name of its own" in capsys.readouterr().err
 
