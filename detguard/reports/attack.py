@@ -76,11 +76,14 @@ def _left_in(record: Record, goal: Config, conf: float) -> str:
     return ", ".join(f"{name} ({number} {words})" for name, number in sorted(found.items(), key=lambda one: one[1]))
 
 
-def not_attacked(records: Sequence[Record], goal: Config) -> Table:
-    """The photos that no attack was made on and why, errors first; goal: of the run."""
+def not_attacked(records: Sequence[Record], config: Config) -> Table:
+    """What no attack was made on and why, errors first; config: of the run."""
+    unread = [why.partition(": ") for why in config.get("left_out", [])]
     left = sorted((r for r in records if r["status"] in ("error", "no-target")), key=lambda r: r["status"])
-    rows = [[record["key"], record.get("error") or _spared(record, goal)] for record in left[:MOST_LEFT_OUT]]
-    note = f"And {more} more." if (more := len(left) - len(rows)) else ""
+    every = [[source, why] for source, _, why in unread]
+    every += [[record["key"], record.get("error") or _spared(record, config)] for record in left]
+    rows = every[:MOST_LEFT_OUT]
+    note = f"And {more} more." if (more := len(every) - len(rows)) else ""
     return Table("Not attacked", ["photo", "why"], rows, note, folded=len(rows) > 2 * MOST_NAMED)
 
 

@@ -463,6 +463,9 @@ def test_what_cannot_be_read_is_told_of_and_the_rest_is_done(monkeypatch, capsys
         assert run(monkeypatch, command, "--resume", "runs/attack/002") == 2
         told = capsys.readouterr().err
         assert [one.split(": ")[1] for one in told.splitlines() if "error: " in one] == [away, "bad.avi"]
+        page = Path("runs/attack/002/report.html").read_text().partition("Not attacked")[2]
+        for source, why in ((away, "cannot be downloaded"), ("bad.avi", "no video that can be read")):
+            assert re.search(rf"<td[^>]*>{re.escape(source)}</td>\s*<td[^>]*>{why}", page)
     (tmp_path / "mine").mkdir()
     for where in ((), ("--out", "mine")):  # of a run that could not begin nothing is left
         assert run(monkeypatch, command, "bad.avi", away, *line, *where) == 2
@@ -618,6 +621,17 @@ def test_photos_that_are_gone_are_told_by_the_exit_code(monkeypatch, capsys, tmp
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *command.split(), lossy) == 2
     assert "1 photos missing or unreadable" in capsys.readouterr().err
+
+
+def test_photos_that_an_attack_never_saw_are_told_on_its_page_and_when_it_goes_on(monkeypatch, capsys, tmp_path, lossy):
+    options = ("--imgsz", 64, "--conf", 0.01, "--steps", 1, "--transforms", "none", "--out", tmp_path / "run")
+    lost = f"1 photos missing or unreadable, left out; {lossy}: images[4]: {lossy.parent / 'images/gone.jpg'}"
+    for line in (("--data", lossy, *options), ("--resume", tmp_path / "run")):
+        assert run(monkeypatch, "attack", *line) == 2
+        told = capsys.readouterr().err
+        page = (tmp_path / "run/report.html").read_text()
+        assert re.search(rf"Not attacked.*<td[^>]*>lossy</td>\s*<td[^>]*>{re.escape(lost)}</td>", page, re.DOTALL)
+    assert told == f"error: lossy: {lost}\n"
 
 
 def test_a_long_stream_is_told_of_as_a_whole_though_its_end_is_quiet(monkeypatch, capsys, tmp_path):
