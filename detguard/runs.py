@@ -22,7 +22,18 @@ import yaml
 from typing_extensions import override
 
 from detguard import DetguardError, __version__
-from detguard.files import MAX_ANNOTATIONS, MAX_LINE, PARTIAL, FileError, open_file, parse_json, read_yaml, write_file
+from detguard.files import (
+    MAX_ANNOTATIONS,
+    MAX_LINE,
+    PARTIAL,
+    FileError,
+    is_file,
+    open_file,
+    parse_json,
+    read_file,
+    read_yaml,
+    write_file,
+)
 from detguard.schema import CONFIGS, EVENTS, RECORDS, Config, misfit
 
 if TYPE_CHECKING:
@@ -40,6 +51,8 @@ CONFIG = "config.yaml"
 RESULTS = "results.jsonl"
 # Of a run, what stood for photos without being files of them; and where it is while what was there before still is.
 INPUTS, STAGED = "inputs", ".inputs"
+# In that folder, the names of all that was made there, until the run has begun.
+MADE = ".detguard-made"
 # Bytes of a photo's name that its results are called by: file systems take 255, with what is added to it.
 LONGEST_KEY = 200
 # Of files to be written in place: no link is followed, no pipe is waited for.
@@ -178,33 +191,46 @@ class Run:
             held = [p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES or p.name == "data.yaml"]
             if held:
                 raise RunError(f"{folder}: holds photos or data of yours ({held[0]}); choose another `out`")
+        inputs, staged = folder / INPUTS, folder / STAGED
+        killed = is_file(inputs / MADE) and not inputs.is_symlink()  # before it had begun
         if photos:
-            self.config["photos"] = self._staged(photos, replaced=replaced)
+            self.config["photos"] = self._staged(photos, folder if replaced else inputs if killed else None)
         self.config["versions"] = dict(versions())
         if replaced:
             self.clear(but=STAGED)
-        if photos and (staged := folder / STAGED).exists():
+        elif killed:
+            _take_back(inputs)
+        if made := photos and staged.exists():
             try:
-                if os.path.lexists(folder / INPUTS):  # somebody's; a renaming would take the place of an empty one
+                if os.path.lexists(inputs):  # somebody's; a renaming would take the place of an empty one
                     shutil.rmtree(staged)
-                    raise RunError(f"{folder / INPUTS}: is there already; move it away, or choose another `out`")
-                staged.rename(folder / INPUTS)
+                    raise RunError(f"{inputs}: is there already; move it away, or choose another `out`")
+                staged.rename(inputs)
             except OSError as error:
-                raise RunError(f"{folder / INPUTS}: cannot be written ({error.strerror})") from error
+                raise RunError(f"{inputs}: cannot be written ({error.strerror})") from error
         for name, data in files.items():
             self.write(name, data)
         # Last: a run without it has not begun, and can be made again.
         self.write(CONFIG, _yaml(self.config))
+        if made:
+            with suppress(OSError):
+                (inputs / MADE).unlink()
 
-    def _staged(self, photos: Callable[[Path], Iterable[Path]], *, replaced: bool) -> list[str]:
-        """The photos of a run that is being made, by the names that they will have; all or none are there."""
+    def _staged(self, photos: Callable[[Path], Iterable[Path]], replaced: Path | None) -> list[str]:
+        """The photos of a run that is being made, by the names that they will have; all or none are there.
+
+        replaced: the folder that goes before they come, where one does.
+        """
         staged = self.folder / STAGED
         shutil.rmtree(staged, ignore_errors=True)  # of one that was killed
         try:
             found = list(photos(staged))
-            within = (one for one in found if replaced and one.parent != staged)
-            if lost := next((one for one in within if one.resolve().is_relative_to(self.folder.resolve())), None):
-                raise RunError(f"{lost}: is in {self.folder}, which would be replaced; choose another `name`")
+            place = replaced and replaced.resolve()
+            for one in found:
+                if place and one.parent != staged and one.resolve().is_relative_to(place):
+                    raise RunError(f"{one}: is in {replaced}, which would be replaced; choose another `name`")
+            if staged.exists():
+                self.write(f"{STAGED}/{MADE}", b"\0".join(os.fsencode(one.name) for one in staged.iterdir()))
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
@@ -502,6 +528,24 @@ def _sweep(files: Iterable[Path]) -> None:
         if re.fullmatch(rf"\.\d+(-[0-9a-f]+)?{re.escape(PARTIAL)}", file.name):
             with suppress(OSError):
                 file.unlink()
+
+
+def _take_back(inputs: Path) -> None:
+    """Delete what a run that was killed before it had begun made as its inputs, but nothing that came there since.
+
+    Raises:
+        RunError: something cannot be removed.
+    """
+    made = set(read_file(inputs / MADE, MAX_ANNOTATIONS).split(b"\0"))
+    try:
+        for file in inputs.iterdir():
+            if os.fsencode(file.name) in made:
+                file.unlink()
+        (inputs / MADE).unlink()  # last: what is killed here goes on
+        with suppress(OSError):  # not empty
+            inputs.rmdir()
+    except OSError as error:
+        raise RunError(f"{error.filename}: cannot be removed ({error.strerror})") from error
 
 
 def _line(record: Record) -> bytes:

@@ -233,7 +233,7 @@ CONFIGS: dict[str, dict[str, Shape]] = {
             "batch": whole(1),
         },
         "photos": texts,
-        "left_out?": texts,  # why, of addresses and videos that could not be read
+        "left_out?": texts,  # why, of addresses and videos that could not be read, and of photos that the data lost
     },
     "detect": {"detector": DETECTOR, "conf": real(0.001, 0.999), "photos": texts},
     "evaluate": {

@@ -3,6 +3,7 @@ import gc
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import warnings
@@ -308,6 +309,40 @@ def test_a_run_killed_before_it_had_a_config_is_made_again(tmp_path):
     run = Run.create("harden", tmp_path / "run", CONFIG, {"new.jsonl": b"whole"})
     assert (run.folder / "new.jsonl").read_text() == "whole"
     assert not (run.folder / ".7.partial").exists()
+
+
+def test_one_killed_when_its_inputs_were_made_is_made_again_and_nothing_of_others_goes(tmp_path):
+    def photos(staged):
+        write_file(staged / "a\n\udce9.png", b"a")
+        return [staged / "a\n\udce9.png", tmp_path / "bus.png"]
+
+    class Killed(Run):
+        def write(self, name, data):
+            if name == "config.yaml":
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().write(name, data)
+
+    def killed():
+        if not (child := os.fork()):
+            try:
+                Killed.create("harden", tmp_path / "run", CONFIG, photos=photos, exist_ok=True)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    inputs, mine = tmp_path / "run/inputs", tmp_path / "run/inputs/mine.png"
+    for _ in range(2):  # a new one, and one that takes the place of another
+        killed()
+        config = Run.create("harden", tmp_path / "run", CONFIG, photos=photos).config
+        assert [file.name for file in inputs.iterdir()] == ["a\n\udce9.png"]
+        assert config["photos"] == [str(inputs / "a\n\udce9.png"), str(tmp_path / "bus.png")]
+    killed()
+    mine.write_bytes(b"mine")
+    with pytest.raises(RunError, match=r"inputs/mine\.png: is in .*inputs, which would be replaced"):
+        Run.create("harden", tmp_path / "run", CONFIG, photos=lambda _: [mine])
+    with pytest.raises(RunError, match="inputs: is there already"):
+        Run.create("harden", tmp_path / "run", CONFIG, photos=photos)
+    assert [file.name for file in inputs.iterdir()] == ["mine.png"]
 
 
 def test_the_config_comes_after_all_that_a_resumed_run_needs(tmp_path):

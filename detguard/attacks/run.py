@@ -127,15 +127,7 @@ def _attack_all(
         for key, file in files.items():
             try:
                 photo = read_photo(file)
-                for transform in job.transforms:  # in the midst of a group, an error would end those of others, too
-                    for end in (transform.low, transform.high) if isinstance(transform, Drawn) else (transform,):
-                        shape = height, width = end.draw(np.random.default_rng(0))(photo).shape[:2]
-                        if min(shape) < MIN_SIDE:
-                            raise DetguardError(
-                                f"{file}: after {end} it has {width} x {height} px, too few to detect on"
-                            )
-                        for victim in job.victims:  # of which one may refuse a shape
-                            victim.detector.letterbox(shape)
+                _check_copies(job, file, photo)  # in the midst of a group, an error would end those of others, too
                 begin = time.perf_counter()
                 # From the pixels that were read, not the file: a CMYK or 16-bit file is attacked as it was read.
                 with room_for(key):
@@ -178,6 +170,35 @@ def _attack_all(
         yield from unattackable
         raise
     yield from unattackable
+
+
+def _check_copies(job: Job, file: Path, photo: Photo) -> None:
+    """See that the copies of a photo can be made and shown to all detectors.
+
+    Raises:
+        DetguardError: one cannot.
+    """
+    try:
+        for transform in job.transforms:
+            for end in (transform.low, transform.high) if isinstance(transform, Drawn) else (transform,):
+                shape = picture_of(end.draw(np.random.default_rng(0)), photo).shape[:2]
+                for victim in job.victims:  # of which one may refuse a shape
+                    victim.detector.letterbox(shape)
+    except DetguardError as error:
+        raise DetguardError(f"{file}: {error}") from error
+
+
+def picture_of(transform: Transform, photo: Photo) -> Photo:
+    """What a transform makes of a photo, to be shown to a detector.
+
+    Raises:
+        DetguardError: it cannot be made, or is too small.
+    """
+    copy = transform(photo)
+    height, width = copy.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise DetguardError(f"after {transform} it has {width} x {height} px, too few to detect on")
+    return copy
 
 
 def blind_one(victims: Sequence[Victim], clean: Sequence[Detections], conf: float) -> Detector | None:
@@ -381,10 +402,11 @@ def verify_run(
 ) -> Iterator[Record]:
     """Judge the saved files of a run anew, by default all, and the adversarial photos after further `transforms`.
 
-    Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), used (of the
-    budget); or key, error; or key, skipped: another detector than the one attacked, which finds no target in the clean
-    photo. What is random in a transform is drawn by the photo's key, not as the attack drew it; of one that is a member
-    of the group, too, as "rotate:-8..8, drawn anew" beside the saved copy.
+    Yields per attacked photo: key, photo, group (names of its members), members (name -> `judge`), unjudged (further
+    transforms that this photo cannot be shown after -> why), used (of the budget); or key, error; or key, skipped:
+    another detector than the one attacked, which finds no target in the clean photo. What is random in a transform is
+    drawn by the photo's key, not as the attack drew it; of one that is a member of the group, too, as "rotate:-8..8,
+    drawn anew" beside the saved copy.
 
     Raises:
         DetguardError: the detector does not tell what it finds at the run's confidence.
@@ -417,18 +439,24 @@ def verify_run(
             further = {str(t): t.draw(rng) for t in transforms if t not in again}
             # Of a random member there is the copy that the attack drew last; another draw is another copy.
             further |= {f"{t}, drawn anew": drawn for t in again if (drawn := t.draw(rng)) is not t}
-            found |= {name: detector.predict(t(saved), lowest) for name, t in further.items()}
-            shown_as = drawn_transforms(record) | further
+            members = judge_members(victim, clean, found, conf, drawn_transforms(record), original)
             attacked = torch.tensor([o["box"] for o in record["objects"]]).view(-1, 4)
             used = budget.on(original.shape[:2], attacked).used(saved, original)
         except (DetguardError, ValueError) as error:  # ValueError: photos of two shapes
             yield {"key": str(record.get("key")), "error": str(error)}
             continue
-        members = judge_members(victim, clean, found, conf, shown_as, original)
+        unjudged = {}
+        for name, transform in further.items():
+            try:
+                one = {name: detector.predict(picture_of(transform, saved), lowest)}
+                members |= judge_members(victim, clean, one, conf, {name: transform}, original)
+            except (DetguardError, ValueError) as error:
+                unjudged[name] = str(error)
         yield {
             "key": record["key"],
             "photo": record["photo"],
             "group": list(paths),
             "members": members,
+            "unjudged": unjudged,
             "used": used,
         }

@@ -45,7 +45,7 @@ def write_samples(
         objects = labels[key].objects if key in labels else Detections.from_records(record["clean"], class_names)
         objects = objects.of(list(names))
         drawn = drawn_transforms(record)
-        for name, file in files.items():
+        for file, name in _names(record).items():
             here = _there(drawn.get(name), run.path(files[PHOTO]), objects)
             source = run.path(file)
             stem = _stem(key, name, source)
@@ -58,6 +58,11 @@ def _there(transform: Transform | None, photo: Path, objects: Detections) -> Det
     """Where the objects of a photo lie in what a transform makes of it."""
     width, height = photo_size(photo)
     return seen(transform, (height, width), objects, torch.ones(len(objects), dtype=torch.bool))[0]
+
+
+def _names(record: Record) -> dict[str, str]:
+    """The files of a record, each with the name of a member: random ones that drew the same are one file."""
+    return {file: name for name, file in record["files"].items()}
 
 
 def _stem(key: str, name: str, file: Path) -> str:
@@ -120,7 +125,7 @@ def read_samples(
     samples = []
     for record, objects in zip(records, clean, strict=True):
         drawn = drawn_transforms(record)
-        for name, file in record["files"].items():
+        for file, name in _names(record).items():
             path, transform = run.path(file), drawn.get(name)
             label = known.get(_stem(record["key"], name, path))
             if label is None:

@@ -59,12 +59,13 @@ from detguard.cli.app import (
     start_ranks,
     tell_apart,
 )
-from detguard.cli.evaluate import show_warnings, whole_numbers
+from detguard.cli.evaluate import fault_lines, show_warnings, whole_numbers
 
 # Torch and the detectors take seconds to import: only commands that need them do, so that --help is quick.
 if TYPE_CHECKING:
     from detguard.attacks.group import Attempt
     from detguard.attacks.run import Job
+    from detguard.data.entries import Faults
     from detguard.data.stream import Labelled
     from detguard.ranks import Ranks
     from detguard.runs import Record
@@ -247,6 +248,7 @@ def attack(
     """
     from detguard.attacks.budgets import parse_budget
     from detguard.attacks.group import AttackOptions
+    from detguard.data.entries import LOST
     from detguard.data.inputs import as_photos, find_inputs
     from detguard.data.sources import LABELLED, as_lines, read_labelled, unlabelled
     from detguard.detectors.load import load_configured
@@ -301,7 +303,13 @@ def attack(
         detectors = loaded(context, *(model or [defaults.MODEL]), device=device)
         tell_apart(detectors)
         options = replace(options, conf=conf or detectors[0].conf)
-        kept = {}
+        kept, left_out = {}, list[str]()
+
+        def on_data(name: str, faults: "Faults") -> None:
+            show_warnings(name, faults)
+            if LOST in faults:
+                left_out.append(f"{name}: {'; '.join(fault_lines(faults, LOST))}")
+
         if data and unlabelled(data):
             if class_map:
                 raise DetguardError(f"--map {class_map}: renames classes of labels, and --data {data} has none")
@@ -310,9 +318,7 @@ def attack(
             files = [str(file) for file in find_photos([data], recursive=recursive)]
         elif data:
             only_with(context, ("recursive",), "PHOTO, or --data of a folder without labels")
-            labelled = read_labelled(
-                data, split, detectors[0].class_names, show_warnings, class_map=parse_map(class_map)
-            )
+            labelled = read_labelled(data, split, detectors[0].class_names, on_data, class_map=parse_map(class_map))
             files = [str(one.file) for one in labelled]
             kept = {LABELLED: as_lines(labelled, detectors[0].class_names)}
         config = attack_config(
@@ -321,7 +327,7 @@ def attack(
         )  # fmt: skip
 
         only_of_films(context, files)
-        config["left_out"] = left_out = list[str]()
+        config["left_out"] = left_out
 
         def lost(why: str) -> None:
             left_out.append(why)
@@ -433,7 +439,7 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
 
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     if attacked:
-        out.say(verdict(records, job.options), style="bold")
+        out.say(verdict(records, job.options, job.run.config), style="bold")
         title = f"Success rate. Goal: {wanted(job.run.config)}"
         out.print(survival_table(attacked, title, job.options.conf))
         failed = failures(attacked, job.run.config, job.options.conf)
@@ -441,8 +447,8 @@ def show_attack(job: "Job", records: "list[Record]", files: dict[str, Path]) -> 
             out.say(f"not fooled: {line}")
         if len(failed) > MOST_NAMED:
             out.say(f"and {len(failed) - MOST_NAMED} more")
-        job.run.write("report.html", attack_page(job.run, records, job.victims[0].detector))
-    out.print(terminal_list(attack_summary(records, job.options)))
+        job.run.write("report.html", attack_page(job.run, records, [one.detector for one in job.victims]))
+    out.print(terminal_list(attack_summary(records, job.options, job.run.config)))
     if attacked and job.run.config["samples"]:
         show_samples(job, attacked, files)
     page = f", open {job.run.folder / 'report.html'}" if attacked else ""
@@ -471,6 +477,7 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
     from detguard.attacks.samples import FOLDER, write_samples
     from detguard.data.sources import LABELLED
     from detguard.data.stream import read_lines
+    from detguard.objectives.parse import GOALS
 
     names, labels = job.victims[0].detector.class_names, {}
     kept = job.run.folder / LABELLED
@@ -484,7 +491,7 @@ def show_samples(job: "Job", attacked: list["Record"], files: dict[str, Path]) -
         return
     out.say(
         f"samples: {count} images, {'labelled as the data set' if labels else 'labels are what was found before'}, "
-        f"{job.run.folder / FOLDER / 'data.yaml'}; photos without target are left out"
+        f"{job.run.folder / FOLDER / 'data.yaml'}; photos {GOALS[job.run.config['goal']].spared} are left out"
     )
 
 
@@ -627,6 +634,8 @@ def verify(
             without += 1
         else:
             records.append(record)
+            for name, why in record["unjudged"].items():
+                show_warning(f"{folder}: {record['key']}: {name} not judged: {why}")
             if as_json:
                 used = record["used"]  # without bound where it changed what it must not
                 print(json.dumps(record | {"used": used if math.isfinite(used) else None}))

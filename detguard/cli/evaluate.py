@@ -284,12 +284,18 @@ def show_warnings(_: str, faults: "Faults") -> None:
     from detguard.data.entries import LOST
 
     err.lost = err.lost or LOST in faults
-    for kind, where in faults.items():
-        show_warning(f"{where.total} {kind}")
-        for line in where[:MOST_SHOWN]:
+    for kind in faults:
+        first, *places = fault_lines(faults, kind)
+        show_warning(first)
+        for line in places:
             err.say(f"  {line}")
-        if where and where.total > MOST_SHOWN:
-            err.say(f"  and {where.total - MOST_SHOWN} more")
+
+
+def fault_lines(faults: "Faults", kind: str) -> list[str]:
+    """How often data have a fault, and where first."""
+    where = faults[kind]
+    more = [f"and {where.total - MOST_SHOWN} more"] if where and where.total > MOST_SHOWN else []
+    return [f"{where.total} {kind}", *where[:MOST_SHOWN], *more]
 
 
 def run_evaluation(

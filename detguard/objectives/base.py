@@ -202,6 +202,7 @@ class Goal(Objective):
         wanted: for titles, after the names of the targets.
         takes: words of the command line that it knows beside those of all goals.
         default: the targets where none are named and no objects selected.
+        spared: said of photos that are not attacked, as there is nothing to do on them.
         targets: one class or several, by name, by index or "all"; of a goal that is used, by index: see `on`.
         only: the objects that are attacked, where not all of the targets are.
         keep_others: whether all other objects must still be found in their places (IoU >= 0.5) as what they were.
@@ -214,6 +215,7 @@ class Goal(Objective):
     wanted: ClassVar[str]
     takes: ClassVar[frozenset[str]] = frozenset()
     default: ClassVar[str] = "person"
+    spared: ClassVar[str] = "without target"
     targets: Any = None
     only: Selection = field(default=Selection(), kw_only=True)
     keep_others: bool = field(default=False, kw_only=True)

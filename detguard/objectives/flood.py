@@ -27,6 +27,7 @@ class Flood(Goal):
     wanted: ClassVar[str] = "found in masses"
     takes: ClassVar[frozenset[str]] = frozenset({"count"})
     default: ClassVar[str] = "all"
+    spared: ClassVar[str] = "flooded already"
     count: int = 100
 
     @override

@@ -27,8 +27,8 @@ MOST_NAMED = 5
 MOST_LEFT_OUT = 50
 
 
-def verdict(records: Sequence[Record], options: AttackOptions) -> str:
-    """One sentence: how many photos were fooled, within which budget, and after which transforms."""
+def verdict(records: Sequence[Record], options: AttackOptions, goal: Config) -> str:
+    """One sentence: how many photos were fooled, within which budget, and after which transforms; goal: of the run."""
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     without, unread = (sum(record["status"] == status for record in records) for status in ("no-target", "error"))
     members = list(dict.fromkeys(name for record in attacked for name in record["members"]))[1:]
@@ -40,7 +40,7 @@ def verdict(records: Sequence[Record], options: AttackOptions) -> str:
     also = also + (f", and {' and '.join(others)} as well" if others else "") if fooled else ""
     # What decides is every member: a photo that fools and whose copy does not is none that is fooled.
     summary = f"{options.budget}: {fooled} of {len(attacked)} photos fooled{also} (confidence {options.conf:g})"
-    summary += f"; {without} without target" if without else ""
+    summary += f"; {without} {GOALS[goal['goal']].spared}" if without else ""
     return summary + (f"; {unread} not attacked, see the errors" if unread else "")
 
 
@@ -76,32 +76,35 @@ def _left_in(record: Record, goal: Config, conf: float) -> str:
     return ", ".join(f"{name} ({number} {words})" for name, number in sorted(found.items(), key=lambda one: one[1]))
 
 
-def not_attacked(records: Sequence[Record]) -> Table:
-    """The photos that no attack was made on and why, errors first."""
+def not_attacked(records: Sequence[Record], config: Config) -> Table:
+    """What no attack was made on and why, errors first; config: of the run."""
+    unread = [why.partition(": ") for why in config.get("left_out", [])]
     left = sorted((r for r in records if r["status"] in ("error", "no-target")), key=lambda r: r["status"])
-    rows = [[record["key"], record.get("error") or _without_target(record)] for record in left[:MOST_LEFT_OUT]]
-    note = f"And {more} more." if (more := len(left) - len(rows)) else ""
+    every = [[source, why] for source, _, why in unread]
+    every += [[record["key"], record.get("error") or _spared(record, config)] for record in left]
+    rows = every[:MOST_LEFT_OUT]
+    note = f"And {more} more." if (more := len(every) - len(rows)) else ""
     return Table("Not attacked", ["photo", "why"], rows, note, folded=len(rows) > 2 * MOST_NAMED)
 
 
-def _without_target(record: Record) -> str:
-    return "without target" + (f" for {record['detector']}" if "detector" in record else "")
+def _spared(record: Record, goal: Config) -> str:
+    return GOALS[goal["goal"]].spared + (f" for {record['detector']}" if "detector" in record else "")
 
 
-def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
-    """report.html of an attack run, from its records; photos that can no longer be read are left out."""
+def attack_page(run: Run, records: list[Record], detectors: Sequence[Detector]) -> bytes:
+    """report.html of an attack run on detectors, from its records; photos that can no longer be read are left out."""
     options = AttackOptions.from_config(run.config["attack"])
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     rate = survival_table(attacked, f"Success rate. Goal: {wanted(run.config)}", options.conf)
-    tables = [rate, Table("Result", ["", ""], attack_summary(records, options))]
+    tables = [rate, Table("Result", ["", ""], attack_summary(records, options, run.config))]
     if rows := [[record["key"], left] for record in attacked if (left := _left_in(record, run.config, options.conf))]:
         tables.append(Table("Not fooled", ["photo", "by what is left in"], rows, folded=len(rows) > 2 * MOST_NAMED))
-    tables += [table for table in (not_attacked(records),) if table.rows]
+    tables += [table for table in (not_attacked(records, run.config),) if table.rows]
     shown = _shown(attacked)
     named = short_names([Path(record["photo"]) for record in shown])
     items = [item for record, name in zip(shown, named, strict=True) if (item := _item(run, record, options, name))]
-    also = "".join(f" and {Path(one['model']).stem} at {one['imgsz']} px" for one in run.config["also"])
-    subtitle = f"{detector.name} at {detector.imgsz} px{also}, budget {options.budget}, confidence {options.conf}"
+    fooled = " and ".join(f"{one.name} at {one.imgsz} px" for one in detectors)
+    subtitle = f"{fooled}, budget {options.budget}, confidence {options.conf}"
     if options.black_box:
         subtitle += f", black box: at most {options.queries} queries"
     command = ["detguard", *run.config["arguments"]]
@@ -109,7 +112,7 @@ def attack_page(run: Run, records: list[Record], detector: Detector) -> bytes:
     plots = {}
     if options.smallest:
         plots["Success over budget"] = least_budget_plot(least_budgets(attacked), options.budget.unit)
-    summary = verdict(records, options)
+    summary = verdict(records, options, run.config)
     return render_page(title, summary, subtitle, command, tables, plots, items, len(attacked) - len(items))
 
 

@@ -8,8 +8,10 @@ from statistics import mean, median
 from detguard import __version__
 from detguard.attacks.group import AttackOptions
 from detguard.attacks.run import PHOTO, THRESHOLDS
+from detguard.objectives.parse import GOALS
 from detguard.reports.tables import Table, counted, counts, percents
 from detguard.runs import Record
+from detguard.schema import Config
 
 PHOTO_ROW = "photo (png)"
 
@@ -67,16 +69,16 @@ def least_budgets(attacked: Sequence[Record]) -> list[float | None]:
     return [r["used"] if r["status"] == "fooled" else None for r in attacked]
 
 
-def attack_summary(records: Sequence[Record], options: AttackOptions) -> list[list[str]]:
+def attack_summary(records: Sequence[Record], options: AttackOptions, goal: Config) -> list[list[str]]:
     """Rows of name and value: photos, objects, detections, iterations or queries, budget, quality and time of a run.
 
-    options: of the run.
+    options, goal: of the run.
     """
     attacked = [r for r in records if r["status"] in ("fooled", "failed")]
     statuses = Counter(r["status"] for r in records)
     skipped = [
         f"{statuses[s]} {label}"
-        for s, label in (("no-target", "without target"), ("error", "not attacked, see the errors"))
+        for s, label in (("no-target", GOALS[goal["goal"]].spared), ("error", "not attacked, see the errors"))
         if statuses[s]
     ]
     rows = [["photos", f"{statuses['fooled']} of {len(attacked)} fooled" + "".join(f", {s}" for s in skipped)]]

@@ -283,8 +283,9 @@ def verify(
         transforms: more of them, as of `attack`, of each adversarial photo, beside the members of its group.
 
     Yields:
-        A record per attacked photo: `members`, each with `fooled` and what is found, and `used`, of the budget; `error`
-            where files cannot be read, `skipped` where this detector finds no target before the attack.
+        A record per attacked photo: `members`, each with `fooled` and what is found, `unjudged`, transforms that it
+            cannot be shown after and why, and `used`, of the budget; `error` where files cannot be read, `skipped`
+            where this detector finds no target before the attack.
 
     Raises:
         DetguardError: there is no such run, or the detector lacks a class that it names.

@@ -268,11 +268,16 @@ class Living(Deployment):
         """Whether photos come as JSON lines, of which others may follow when the run is resumed."""
         return bool(self.run.config["stream"].get("source") == LIVE)
 
+    @staticmethod
+    def _log(folder: str) -> str:
+        """What the process that adapts in a folder of the run says, as a file of the run."""
+        return f"{folder}.log"
+
     def _stalled(self) -> bool:
         """Whether the process that adapts has written nothing for so long that it never will: it saves in minutes."""
         name, times = self.last["folder"], list[float]()
         folder = self.run.path(name)
-        for file in (self.run.path(f"{name}.log"), folder / "results.jsonl", *(folder / "state").glob("*.pt")):
+        for file in (self.run.path(self._log(name)), folder / "results.jsonl", *(folder / "state").glob("*.pt")):
             with suppress(OSError):  # it is just being replaced
                 times.append(file.stat().st_mtime)
         # By a clock of its own: that of files may be another machine's, or be set.
@@ -441,7 +446,8 @@ class Living(Deployment):
 
     def _start(self, event: Record) -> None:
         name = event["folder"]
-        folder, new, old, log = (self.run.path(f"{name}{end}") for end in ("", ".new.jsonl", ".replay.jsonl", ".log"))
+        folder, new, old = (self.run.path(f"{name}{end}") for end in ("", ".new.jsonl", ".replay.jsonl"))
+        log = self._log(name)
         with suppress(OSError):  # so that what is judged is what it writes itself
             (folder / FIGURES).unlink()
         command = [sys.executable, "-m", "detguard", "adapt", "--device", self.device]
@@ -454,7 +460,7 @@ class Living(Deployment):
                 if not old.exists() or old.stat().st_size:  # that it is gone, the child says for good
                     replayed.append(str(old))
                 command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
-            with self.run.opened(f"{name}.log") as said:
+            with self.run.opened(log) as said:
                 # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; never left behind.
                 self.child = subprocess.Popen(
                     command,
@@ -464,7 +470,7 @@ class Living(Deployment):
                     start_new_session=True,
                     preexec_fn=partial(die_with, os.getpid()) if os.name == "posix" else None,
                 )
-            log.touch()  # from where on it is waited for
+            self.run.path(log).touch()  # from where on it is waited for
         except (OSError, subprocess.SubprocessError) as error:  # no memory or no room just now
             self.waits = self.number + self.run.config["monitor"]["window"]
             self.report(f"photo {self.number}: adapting could not be started ({error}); it is tried again")
@@ -490,7 +496,7 @@ class Living(Deployment):
         code, event, self.child = self.child.returncode, self.last, None
         folder = self.run.path(event["folder"])
         if not (code in (0, 2) and (folder / FIGURES).exists()):  # 2: some photos could not be read
-            log = self.run.path(f"{event['folder']}.log")
+            log = self.run.path(self._log(event["folder"]))
             said = [line for line in read_file(log).decode(errors="replace").splitlines() if line.startswith("error: ")]
             why = f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else "")
             # What it does not take, as growth over its limit, it will not take later.

@@ -128,7 +128,7 @@ def test_something_is_made_of_nothing_where_there_is_no_target(bundled, tmp_path
     assert sum(d["wrong"] for d in found) == len(found) >= 2
     assert "candidates" not in record
     unread = {"key": "b", "photo": "b.png", "status": "error", "error": "b.png: no photo"}
-    page = attack_page(run, [record, unread], bundled).decode()
+    page = attack_page(run, [record, unread], [bundled]).decode()
     assert "1 not attacked, see the errors" in page
     assert "b.png: no photo" in page
     assert "Attack. Goal: person found where there is none (at least 2)" in page
@@ -173,10 +173,12 @@ def test_nothing_is_said_of_confidences_that_a_detector_does_not_tell():
 def test_a_photo_with_as_many_objects_as_a_flood_wants_is_left_out(attacked, bundled, tmp_path):
     file, wanted = Path(attacked[1]["photo"]), len(attacked[1]["clean"])
     for count, status in ((wanted, "no-target"), (wanted + 50, "failed")):
-        run = Run.create("attack", tmp_path / str(count), {})
+        run = Run.create("attack", tmp_path / str(count), CONFIG | {"goal": "flood", "target": "all"})
         job = Job([Victim(bundled, Flood(tuple(range(13)), count))], [], AttackOptions(steps=1), run)
         (record,) = attack_photos(job, {"bus": file})
         assert record["status"] == status
+        told = attack_page(run, [record], [bundled]).decode().count("flooded already")
+        assert told == 3 * (status == "no-target")  # in the verdict and two tables
 
 
 def test_a_copy_too_small_to_detect_on_is_an_error_at_once(bundled, bus, tmp_path):
@@ -232,7 +234,7 @@ def test_a_photo_that_is_another_by_now_is_left_out_of_the_page(attacked, bundle
     run, record = attacked
     config = CONFIG | {"detector": {"model": "detguard-n", "imgsz": 320}}
     (tmp_path / "bus.png").write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))
-    page = attack_page(Run(run.folder, config), [record | {"photo": str(tmp_path / "bus.png")}], bundled).decode()
+    page = attack_page(Run(run.folder, config), [record | {"photo": str(tmp_path / "bus.png")}], [bundled]).decode()
     assert "1 photos are not shown here" in page
 
 
@@ -273,7 +275,7 @@ def test_of_a_flood_the_candidates_before_nms_are_told(bundled, bus, tmp_path):
     frames = frames_tensor([bundled.letterbox((128, 96))(photo)])
     assert after == int((bundled.candidates(frames).logits.sigmoid().amax(2) > 0.25).sum())
     assert after > max(10 * before, len(record["members"]["photo"]["detections"]))
-    assert f"{before} candidates before NMS, then {after}" in attack_page(run, [record], bundled).decode()
+    assert f"{before} candidates before NMS, then {after}" in attack_page(run, [record], [bundled]).decode()
 
 
 def test_a_copy_in_which_more_is_found_without_any_attack_counts_as_no_success(attacked, bundled, tmp_path):
@@ -322,10 +324,9 @@ def test_what_a_codec_cannot_hold_is_the_error_of_one_photo(attacked, bundled, t
     run = Run(tmp_path / "run", {})
     job = Job([Victim(bundled, Flood((0,)))], parse_transforms("h264:28"), AttackOptions(steps=1), run)
     (tmp_path / "run").mkdir()
-    assert {record["key"]: record["status"] for record in attack_photos(job, files)} == {
-        "wide": "error",
-        "bus": "failed",
-    }
+    wide, bus = sorted(attack_photos(job, files), key=lambda record: record["key"], reverse=True)
+    assert [wide["status"], bus["status"]] == ["error", "failed"]
+    assert wide["error"].startswith(f"{tmp_path / 'wide.png'}: 17000 x 64 px: H.264 cannot hold that")
 
 
 def test_the_confidence_that_is_left_is_that_of_what_was_attacked():

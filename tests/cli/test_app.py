@@ -338,6 +338,8 @@ def test_models_of_one_file_name_are_told_apart_by_their_folders(monkeypatch, ca
     assert run(monkeypatch, "attack", "--resume", "run") in (0, 1)
     (record,) = Run.open(Path("run"), "attack").records()
     assert list(record["also"]) == ["b/best.safetensors"]
+    names = " and ".join(f"{name}/best.safetensors at 64 px" for name in ("a", "b"))
+    assert f"{names}, budget" in Path("run/report.html").read_text()
     assert run(monkeypatch, *line, *models, "--out", "other") == 2
     assert "b/best.safetensors, b/best.safetensors; each must have a name of its own" in capsys.readouterr().err
 
@@ -461,6 +463,9 @@ def test_what_cannot_be_read_is_told_of_and_the_rest_is_done(monkeypatch, capsys
         assert run(monkeypatch, command, "--resume", "runs/attack/002") == 2
         told = capsys.readouterr().err
         assert [one.split(": ")[1] for one in told.splitlines() if "error: " in one] == [away, "bad.avi"]
+        page = Path("runs/attack/002/report.html").read_text().partition("Not attacked")[2]
+        for source, why in ((away, "cannot be downloaded"), ("bad.avi", "no video that can be read")):
+            assert re.search(rf"<td[^>]*>{re.escape(source)}</td>\s*<td[^>]*>{why}", page)
     (tmp_path / "mine").mkdir()
     for where in ((), ("--out", "mine")):  # of a run that could not begin nothing is left
         assert run(monkeypatch, command, "bad.avi", away, *line, *where) == 2
@@ -616,6 +621,17 @@ def test_photos_that_are_gone_are_told_by_the_exit_code(monkeypatch, capsys, tmp
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *command.split(), lossy) == 2
     assert "1 photos missing or unreadable" in capsys.readouterr().err
+
+
+def test_photos_that_an_attack_never_saw_are_told_on_its_page_and_when_it_goes_on(monkeypatch, capsys, tmp_path, lossy):
+    options = ("--imgsz", 64, "--conf", 0.01, "--steps", 1, "--transforms", "none", "--out", tmp_path / "run")
+    lost = f"1 photos missing or unreadable, left out; {lossy}: images[4]: {lossy.parent / 'images/gone.jpg'}"
+    for line in (("--data", lossy, *options), ("--resume", tmp_path / "run")):
+        assert run(monkeypatch, "attack", *line) == 2
+        told = capsys.readouterr().err
+        page = (tmp_path / "run/report.html").read_text()
+        assert re.search(rf"Not attacked.*<td[^>]*>lossy</td>\s*<td[^>]*>{re.escape(lost)}</td>", page, re.DOTALL)
+    assert told == f"error: lossy: {lost}\n"
 
 
 def test_a_long_stream_is_told_of_as_a_whole_though_its_end_is_quiet(monkeypatch, capsys, tmp_path):
@@ -805,6 +821,21 @@ def test_verify_says_still_only_of_a_detector_that_was_attacked(monkeypatch, cap
     ):
         run(monkeypatch, "verify", tmp_path / "run", *line)
         assert f"of 1 {told}" in capsys.readouterr().out
+
+
+def test_verify_judges_all_else_of_a_photo_that_a_transform_fails_on(monkeypatch, capsys, bundled, bus, tmp_path):
+    person = bus[390:910, 40:250]
+    photos = [cv2.resize(person, size, interpolation=cv2.INTER_AREA) for size in ((70, 173), (105, 260))]
+    list(detguard.attack(bundled, photos, transforms="none", steps=1, out=tmp_path / "run"))
+    code = run(monkeypatch, "verify", tmp_path / "run")
+    capsys.readouterr()
+    assert run(monkeypatch, "verify", tmp_path / "run", "--transforms", "crop:0.1,flip:h", "--json") == code < 2
+    shown = capsys.readouterr()
+    why = "after crop:0.1 it has 7 x 17 px, too few to detect on"
+    assert shown.err == f"warning: {tmp_path / 'run'}: photo-001: crop:0.1 not judged: {why}\n"
+    small, large = map(json.loads, shown.out.splitlines())
+    assert (list(small["members"]), small["unjudged"]) == (["photo", "flip:h"], {"crop:0.1": why})
+    assert (list(large["members"]), large["unjudged"]) == (["photo", "crop:0.1", "flip:h"], {})
 
 
 def test_detect_says_where_nothing_is_found(monkeypatch, capsys, tmp_path):

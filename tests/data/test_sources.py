@@ -63,6 +63,19 @@ def test_an_attack_without_samples_is_adapted_to_by_what_was_found_in_its_clean_
     assert len(new[0].objects) == len(record["clean"]) > 0
 
 
+def test_members_that_drew_the_same_are_one_image_of_the_samples(attack, bundled, tmp_path):
+    specs = "brightness:0.1,brightness:0.1..0.10001"
+    (result,) = detguard.attack(bundled, attack / "bus.png", out=tmp_path, transforms=specs, steps=1)
+    assert len(result.members) == 3
+    run = Run.open(tmp_path, "attack")
+    for labels in ("found", "written"):
+        names = [one.attacked.file.name for one in read_samples(str(tmp_path), bundled.class_names)]
+        assert sorted(names) == ["brightness-0.1.png", "bus.png"], labels
+        assert write_samples(run, [result.record], {}, bundled.class_names) == 2
+    listed = json.loads((tmp_path / "samples/instances.json").read_text())["images"]
+    assert [image["file_name"] for image in listed] == ["bus--photo.png", "bus--brightness-0.1.png"]
+
+
 def test_samples_have_the_classes_alone_that_their_photos_are_labelled_for(attack, bundled, tmp_path):
     (record,) = Run.open(attack / "plain", "attack").records()
     shutil.copytree(attack / "plain", tmp_path / "run")

@@ -135,7 +135,7 @@ def use(run, detector):
     if run.config["command"] == "attack":
         attacked = [r for r in records if r["status"] in ("fooled", "failed")]
         survival_table(attacked, "", 0.25)
-        attack_summary(records, AttackOptions.from_config(run.config["attack"]))
+        attack_summary(records, AttackOptions.from_config(run.config["attack"]), run.config)
     elif run.config["command"] == "harden":
         hardening_page(run, Judgement())
     elif run.config["command"] == "adapt":

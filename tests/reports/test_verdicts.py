@@ -39,17 +39,19 @@ def photo(key, **left):
 
 def test_an_attack_tells_how_many_and_after_what():
     records = [photo("a", photo=0.1, blur=0.2), photo("b", photo=0.2, blur=0.6)]
-    told = attack.verdict([*records, {"key": "c", "status": "no-target"}], AttackOptions())
-    assert told == "4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25); 1 without target"
+    for goal, spared in (("vanish", "without target"), ("flood", "flooded already")):
+        told = attack.verdict([*records, {"key": "c", "status": "no-target"}], AttackOptions(), {"goal": goal})
+        assert told == f"4 levels of 255: 1 of 2 photos fooled, also after blur (confidence 0.25); 1 {spared}"
     assert attack.failures(records, {"goal": "vanish"}, 0.25) == ["b: blur (confidence 0.60)"]
-    told = attack.verdict([*records, {"key": "d", "status": "error"}], AttackOptions())
+    told = attack.verdict([*records, {"key": "d", "status": "error"}], AttackOptions(), {"goal": "vanish"})
     assert told.endswith("(confidence 0.25); 1 not attacked, see the errors")
 
 
 def test_photos_that_were_not_attacked_are_told_with_why_errors_first():
     left = [{"key": f"n{i}", "status": "no-target"} for i in range(attack.MOST_LEFT_OUT)]
     left[0]["detector"] = "other"
-    table = attack.not_attacked([photo("a", photo=0.1), *left, {"key": "e", "status": "error", "error": "e.png: gone"}])
+    records = [photo("a", photo=0.1), *left, {"key": "e", "status": "error", "error": "e.png: gone"}]
+    table = attack.not_attacked(records, {"goal": "vanish"})
     assert table.rows[:3] == [["e", "e.png: gone"], ["n0", "without target for other"], ["n1", "without target"]]
     assert (len(table.rows), table.note) == (attack.MOST_LEFT_OUT, "And 1 more.")
 
@@ -92,9 +94,9 @@ def test_failures_say_what_is_lacking_where_nothing_is_left():
 def test_several_detectors_are_named_and_nothing_is_said_of_what_fooled_none():
     records = [photo("a", photo=0.1, blur=0.2)]
     records[0]["also"] = {"other": records[0]["members"]}
-    told = attack.verdict(records, AttackOptions())
+    told = attack.verdict(records, AttackOptions(), {"goal": "vanish"})
     assert told == "4 levels of 255: 1 of 1 photos fooled, also after blur, and other as well (confidence 0.25)"
-    told = attack.verdict([photo("b", photo=0.4, blur=0.2)], AttackOptions())
+    told = attack.verdict([photo("b", photo=0.4, blur=0.2)], AttackOptions(), {"goal": "vanish"})
     assert told == "4 levels of 255: 0 of 1 photos fooled (confidence 0.25)"
 
 
@@ -341,13 +343,15 @@ def test_the_summary_of_an_attack_counts_objects_detections_budgets_and_quality(
     }  # fmt: skip
     failed = whole | {"status": "failed", "used": 4.0, "psnr": 38.0, "ssim": 0.96}
     options = AttackOptions(budget=Linf(4), steps=20, smallest=True)
-    told = dict(attack_summary([whole, failed], options))
+    told = dict(attack_summary([whole, failed, {"status": "no-target"}], options, {"goal": "flood"}))
+    assert told["photos"] == "1 of 2 fooled, 1 flooded already"
     assert told["objects"] == "2 vanished, 2 kept"
     assert told["detections"] == "6 before, 4 after, 2 of them wrong (were not there before)"
     assert told["PSNR, SSIM"] == "39.0 dB, 0.970"
     assert told["least budget"] == "median over the whole budget, most 2, not reached by 1 of 2 photos"
     assert "at most 20 steps for each budget tried" in told["settings"]
-    assert "least budget" not in dict(attack_summary([whole, failed], replace(options, smallest=False)))
+    told = dict(attack_summary([whole, failed], replace(options, smallest=False), {"goal": "vanish"}))
+    assert "least budget" not in told
 
 
 def test_where_the_checks_alone_were_made_it_says_whether_they_hold():
