@@ -609,6 +609,7 @@ def verify(
     """
     from detguard.attacks.group import AttackOptions
     from detguard.detectors.load import load_configured, load_detector
+    from detguard.objectives.parse import GOALS
     from detguard.reports.attack_tables import survival_table
     from detguard.runs import Run
     from detguard.workflows.attack import verify as judge_run
@@ -623,7 +624,7 @@ def verify(
         )
     judged = judge_run(folder, detector, transforms=transforms)
     options = AttackOptions.from_config(run.config["attack"])
-    budget = options.budget
+    budget, spared = options.budget, GOALS[run.config["goal"]].spared
     records, code, without = [], 0, 0
     total = sum(r.get("status") in ("fooled", "failed") for r in run.records(checked=False))
     for record in track(judged, "verify", total, console=err, transient=True, disable=not err.moves):
@@ -640,7 +641,7 @@ def verify(
                 used = record["used"]  # without bound where it changed what it must not
                 print(json.dumps(record | {"used": used if math.isfinite(used) else None}))
     if without:
-        show_warning(f"{without} photos left out: {detector.name} finds no target in them before the attack")
+        show_warning(f"{without} photos left out: before the attack {spared} to {detector.name}")
     if records:
         used = max(r["used"] for r in records)
         if not as_json:
@@ -655,6 +656,6 @@ def verify(
             out.say(told, style="bold")
         code = code or int(used > budget.eps or not all(fooled))
     elif not code:
-        why = f"{detector.name} finds no target in any photo" if without else "no photo of it was attacked"
+        why = f"before the attack all are {spared} to {detector.name}" if without else "no photo of it was attacked"
         err.say(f"{folder}: nothing to judge: {why}")
     sys.exit(code if records else code or NOTHING)

@@ -26,6 +26,7 @@ from detguard.attacks.group import Aggregate, Schedule
 from detguard.attacks.steps import RULES
 from detguard.cli import main
 from detguard.cli.app import (
+    NOTHING,
     Terminal,
     app,
     err,
@@ -256,6 +257,18 @@ def test_budgets_that_are_none_are_one_line_and_leave_no_run(monkeypatch, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --eps")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_flood_another_detector_says_that_photos_are_flooded_already(monkeypatch, capsys, tmp_path, bus_file):
+    flood = ("--goal", "flood", "--count", 300, "--steps", 1, "--transforms", "none", "--imgsz", 160)
+    run(monkeypatch, "attack", bus_file, *flood, "--out", tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("count: 300", "count: 1"))
+    capsys.readouterr()
+    assert run(monkeypatch, "verify", tmp_path / "run", "--model", "detguard-n-hard") == NOTHING
+    told = capsys.readouterr().err
+    assert "1 photos left out: before the attack flooded already to detguard-n-hard" in told
+    assert "nothing to judge: before the attack all are flooded already to detguard-n-hard" in told
 
 
 def test_quiet_shows_nothing_but_what_json_prints(monkeypatch, capsys, tmp_path, bus_file):
