@@ -107,6 +107,7 @@ class Living(Deployment):
             self._forget()
         self._loaded = ("", self.first)
         self._written = -1.0, 0.0
+        self._unsaid = 0  # how long the log of what adapts was when it was started last
 
     def _change(self, number: float) -> Record:
         """The event by which the ensemble that sees a photo was deployed; of the first one, the beginning."""
@@ -461,6 +462,7 @@ class Living(Deployment):
                     replayed.append(str(old))
                 command += [part for source in replayed for part in ("--replay", source)] + self.options["adapt"]
             with self.run.opened(log) as said:
+                self._unsaid = said.tell()
                 # Away from the terminal's process group, so that Ctrl-C reaches the monitor alone; never left behind.
                 self.child = subprocess.Popen(
                     command,
@@ -496,11 +498,13 @@ class Living(Deployment):
         code, event, self.child = self.child.returncode, self.last, None
         folder = self.run.path(event["folder"])
         if not (code in (0, 2) and (folder / FIGURES).exists()):  # 2: some photos could not be read
-            log = self.run.path(self._log(event["folder"]))
-            said = [line for line in read_file(log).decode(errors="replace").splitlines() if line.startswith("error: ")]
-            why = f"adapting ended with exit code {code}, see {log}" + (f" ({said[-1]})" if said else "")
-            # What it does not take, as growth over its limit, it will not take later.
-            self._failed(why, for_good=bool(said) and not (folder / "config.yaml").exists())
+            log, said = self.run.path(self._log(event["folder"])), b""
+            with suppress(FileError):  # whoever cleans up may have taken it
+                said = read_file(log)[self._unsaid :]
+            errors = [line for line in said.decode(errors="replace").splitlines() if line.startswith("error: ")]
+            why = f"adapting ended with exit code {code}, see {log}" + (f" ({errors[-1]})" if errors else "")
+            # Growth over its limit it will not take later; of memory or a disk there may be more.
+            self._failed(why, for_good=bool(errors) and "max_experts" in errors[-1].replace("-", "_"))
             return
         try:
             found = Judgement.kept(folder)

@@ -623,6 +623,50 @@ def test_what_refuses_to_adapt_is_not_asked_again(tmp_path, bundled, monkeypatch
     assert "`max_experts` 3" in living.last["why"]
 
 
+FULL = (
+    b"error: adapted/001/new.jsonl: cannot be written (No space left on device)\n",
+    b"error: out of memory\n",
+    b"error: --device cuda: cannot be used (CUDA error: out of memory)\n",
+)
+
+
+@pytest.mark.parametrize("said", FULL)
+def test_what_finds_no_room_to_adapt_is_tried_again(tmp_path, bundled, said):
+    living = unlucky(tmp_path, bundled)
+    living.RETRIES = 3
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    living.run.write("adapted/001.log", said)
+    living.child = subprocess.Popen([sys.executable, "-c", "exit(2)"])
+    living.child.wait()
+    show(living, 1)
+    assert (living.last["event"], living.failures) == ("adapting", 1)
+
+
+def test_why_it_failed_is_what_it_said_itself_not_those_before_it(tmp_path, bundled):
+    living, told = unlucky(tmp_path, bundled), []
+    living.RETRIES = 3
+    living.report = told.append
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    living.run.write("adapted/001.log", b"error: `max_experts` 3: stopped before\n")
+    Living._start(living, living.last)
+    living.child.kill()
+    living.child.wait()
+    living._judge()
+    assert (living.last["event"], living.failures) == ("adapting", 1)
+    assert "exit code -9" in told[-1]
+    assert "stopped before" not in told[-1]
+
+
+def test_a_log_that_is_gone_ends_no_stream(tmp_path, bundled):
+    living = unlucky(tmp_path, bundled)
+    living.RETRIES = 3
+    living._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "first"})
+    living.child = subprocess.Popen([sys.executable, "-c", "exit(-9)"])
+    living.child.wait()
+    show(living, 1)
+    assert (living.last["event"], living.failures) == ("adapting", 1)
+
+
 def test_workers_are_those_that_were_asked_for_when_an_adaptation_goes_on(tmp_path, bundled):
     living = unlucky(tmp_path, bundled)
     for given in (["--rate", ".1", "--workers", "1"], ["--workers=1", "--rate", ".1"]):
