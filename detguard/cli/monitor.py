@@ -275,10 +275,11 @@ def watch(
     live, filmed = source["source"] == LIVE, is_filmed(source["source"])
     if photos is None and not live and not filmed:
         photos = open_stream(source, detector, show_warnings)
-    if not live:  # seen again from the start of a window, for its AP, and not known before
-        run.cut(sum(1 for _ in run.each()) // options["window"] * options["window"])
-    adapts = run.config["on_drift"] == "adapt"
-    living, dropping, reached = Living(run, detector, device, out.say), Drops(run), False
+    adapts, reached = run.config["on_drift"] == "adapt", False
+    with err.status("Reading the run"):  # of months, for minutes
+        if not live:  # seen again from the start of a window, for its AP, and not known before
+            run.cut(sum(1 for _ in run.each()) // options["window"] * options["window"])
+        living, dropping = Living(run, detector, device, out.say), Drops(run)
 
     def tell() -> "list[Record]":
         records = recent(run)

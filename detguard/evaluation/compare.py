@@ -33,11 +33,6 @@ class Difference:
     value: float
     error: float | None
 
-    @property
-    def noise(self) -> bool:
-        """Whether there may be no difference at all."""
-        return self.error is None or abs(self.value) <= self.error
-
 
 def same_photos(first: ModelMetrics, other: ModelMetrics) -> bool:
     """Whether two models were shown the same photos with the same labels, so that figures are of the same."""

@@ -77,7 +77,7 @@ def difference_cell(found: Difference) -> str:
     value = f"{found.value:+.3f}".replace("0.", ".", 1)
     if found.error is None:
         return f"{value}, too few photos to tell"
-    return f"{value} ±{number(found.error)}{' noise' if found.noise else ''}"
+    return f"{value} ±{number(found.error)}{' noise' if abs(found.value) <= found.error else ''}"
 
 
 def verdict(metrics: Metrics, changes: Changes) -> str:

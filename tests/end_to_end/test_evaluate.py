@@ -345,3 +345,5 @@ def test_broken_data_is_counted_and_the_rest_is_done(tmp_path, tiny_data):
     metrics = json.loads((tmp_path / "runs/evaluate/001/metrics.json").read_text())
     assert metrics["detguard-n"]["clean"]["photos"] == 3
     assert metrics["detguard-n"]["clean"]["AP"] > 0.9
+    assert metrics["detguard-n"]["setting"]["left_out"] == 2
+    assert " 2 more photos of the data could not be read" in (tmp_path / "runs/evaluate/001/report.html").read_text()

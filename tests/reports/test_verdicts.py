@@ -191,9 +191,12 @@ def test_names_of_models_are_no_severities_in_the_table_of_the_gate():
         "glass_blur 2": [0.5],
         "transfer from net 1": [0.1],
         "transfer from my_net": [0],
+        "attack eps 2 class-0": [1.0],  # of which the worst per photo is made
+        "attack eps 2 worst": [0.2],
     }
     assert evaluation.gate_by_kind(shares) == {
         "fog": [0.5], "glass blur": [0.5], "transfer from net 1": [0.1], "transfer from my_net": [0],
+        "attack eps 2 worst": [0.2],
     }  # fmt: skip
 
 
@@ -240,6 +243,10 @@ def test_a_stream_tells_since_when_and_what_is_too_short_is_not_perfect():
     )
     assert monitoring.verdict(steady[:16], "likelihood-ratio", 8).endswith(
         ". One by less than .258 over half of them might not show"
+    )
+    low = [one | {"f1": one["f1"] - 0.45} for one in steady]  # below what the last photos would have to lose
+    assert monitoring.verdict(low, "likelihood-ratio", 8).endswith(
+        ". One by less than .126 over half of them might not show"
     )
     month = [seen(0.6) | {"number": n} for n in range(MOST_WINDOWS * 8 + 20)]
     assert f"No drop on {len(month)} photos with known objects: mean F1 .600 of the last {MOST_WINDOWS * 8}. One" in (

@@ -1,10 +1,13 @@
 """What a monitor that learns remembers of a stream without an end."""
 
 import copy
+import gc
 import json
+import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import cv2
@@ -469,19 +472,37 @@ def test_what_a_drop_writes_and_a_page_reads_does_not_grow_with_the_stream(tmp_p
     assert [record["number"] for record in recent(run)] == [17, 18, 19, 20, 21, 30]
 
 
-def test_the_stream_comes_before_what_adapts(living, tmp_path, monkeypatch):
+@pytest.fixture
+def slept(living, tmp_path, monkeypatch):
+    """A monitor whose processes that adapt do nothing for a minute."""
     (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     living.run.config |= {"replay": [], "stream": {"class_map": {}}}
     living.run.write("adapted/001.replay.jsonl", b"")
-    living._start({"folder": "adapted/001", "model": "m"})
-    try:
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        assert os.getpriority(os.PRIO_PROCESS, living.child.pid) == max(NICENESS, own)
-    finally:
-        living.child.kill()
-        living.child.wait()
+    yield living
+    living.child.kill()
+    living.child.wait()
+
+
+@pytest.mark.parametrize("own", [0, NICENESS + 2])  # over which nobody but root may go back
+def test_the_stream_comes_before_what_adapts(slept, monkeypatch, own):
+    given = []
+    monkeypatch.setattr(os, "getpriority", lambda *_: own)
+    monkeypatch.setattr(os, "setpriority", lambda *asked: given.append(asked))
+    slept._start({"folder": "adapted/001", "model": "m"})
+    assert given == [(os.PRIO_PROCESS, slept.child.pid, max(NICENESS, own))]
+
+
+def test_what_hung_has_all_its_time_when_it_is_tried_again(slept):
+    slept._note({"event": "adapting", "number": 0, "began": 1, "folder": "adapted/001", "model": "m"})
+    slept.run.write("adapted/001.log", b"")
+    os.utime(slept.run.path("adapted/001.log"), (1, 1))
+    slept._stalled()
+    slept._written = slept._written[0], -math.inf  # of days ago
+    assert slept._stalled()
+    slept._start(slept.last)
+    assert not slept._stalled()
 
 
 def test_of_a_camera_that_sees_nothing_no_copies_are_kept(living, tmp_path):
@@ -866,6 +887,21 @@ def test_a_device_that_is_full_for_a_while_ends_no_stream(tmp_path, bundled, bus
     short.detect = broken
     with pytest.raises(RuntimeError, match="device-side assert"):  # which no other photo will mend
         next(records)
+
+
+def test_a_detector_that_was_replaced_is_not_kept_until_the_next_photo_comes(tmp_path, bundled):
+    photo, deployed = tmp_path / "a.png", Deployment(bundled)
+    photo.write_bytes(encode_png(np.zeros((64, 64, 3), np.uint8)))
+    made = [copy.copy(bundled)]
+    deployed.at = lambda _: made[0]
+    known = weakref.ref(made[0])
+    records = observe(
+        Run(tmp_path, {"command": "monitor"}), deployed, [Labelled(photo, Detections.none())] * 2, "kswin", 8
+    )
+    next(records)
+    made.clear()
+    gc.collect()
+    assert known() is None
 
 
 def test_labels_of_an_id_that_two_photos_have_are_given_to_neither(tmp_path, bundled):
